@@ -1,0 +1,14 @@
+"""regjax: regularisation, normalization and the loss landscape in JAX."""
+
+from regjax import curvature as curvature
+from regjax._adapters import Model as Model
+from regjax._adapters import check_separable as check_separable
+from regjax._adapters import couples_examples as couples_examples
+from regjax._adapters import from_callable as from_callable
+from regjax._adapters import from_linen as from_linen
+from regjax._adapters import from_nnx as from_nnx
+from regjax._adapters import model_function as model_function
+from regjax._adapters import model_loss as model_loss
+from regjax._loops import Interrupted as Interrupted
+
+__version__ = "0.1.0"

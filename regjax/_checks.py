@@ -1,0 +1,103 @@
+"""Validation at trace time: every error message of the library's arguments, written once."""
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def integer(name: str, value: Any, *, minimum: int = 1, maximum: int | None = None) -> int:
+    """Returns `value` as an `int` between `minimum` and `maximum`, or raises naming `name`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be a Python integer, got {value!r}.")
+    if value < minimum or (maximum is not None and value > maximum):
+        rule = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+        raise ValueError(f"`{name}` must be {rule}, got {value}.")
+    return int(value)
+
+
+def non_negative(name: str, value: Any) -> Any:
+    """Returns `value`, a number that is not negative as far as can be seen at trace time."""
+    if isinstance(value, jax.Array):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a real number, got {value!r}.")
+    if not value >= 0:
+        raise ValueError(f"`{name}` must be non-negative, got {value}.")
+    return value
+
+
+def positive(name: str, value: Any) -> Any:
+    """Returns `value`, a number above zero as far as can be seen at trace time."""
+    if not isinstance(value, jax.Array) and non_negative(name, value) == 0:
+        raise ValueError(f"`{name}` must be positive, got {value}.")
+    return value
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """Returns `value` if it is one of `allowed`, else raises ValueError."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+    return value
+
+
+def key(name: str, value: Any) -> jax.Array:
+    """Returns `value` if it is one typed PRNG key, else raises TypeError."""
+    is_key = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    if not is_key:
+        raise TypeError(f"`{name}` must be a typed key from jax.random.key, got {value!r}.")
+    if value.shape:
+        raise ValueError(f"`{name}` must be a single key, got an array of shape {value.shape}.")
+    return value
+
+
+def floating_tree(name: str, tree: Any) -> Any:
+    """Returns `tree` if it has leaves and all of them are real floating-point arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if not leaves:
+        raise ValueError(f"`{name}` must have at least one array leaf, got {tree!r}.")
+    for path, leaf in leaves:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"`{name}{jax.tree_util.keystr(path)}` must be real floating point, got {dtype}."
+            )
+    return tree
+
+
+def same_tree(name: str, tree: Any, like: Any, *, leading: tuple[int, ...] = ()) -> Any:
+    """Returns `tree` if it has the structure of `like` and shapes `leading + like's shapes`."""
+    structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if structure != expected:
+        raise ValueError(
+            f"`{name}` must have the tree structure of the parameters, {expected}, got {structure}."
+        )
+    for (path, leaf), reference in zip(
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True
+    ):
+        if jnp.shape(leaf) != leading + jnp.shape(reference):
+            raise ValueError(
+                f"`{name}{jax.tree_util.keystr(path)}` must have shape "
+                f"{leading + jnp.shape(reference)}, got {jnp.shape(leaf)}."
+            )
+    return tree
+
+
+def num_examples(batch: Any) -> int:
+    """Returns the length of the leading axis that all leaves of `batch` share."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise ValueError("`batch` must have at least one array, got none.")
+    lengths = {path: (jnp.shape(leaf) or (None,))[0] for path, leaf in leaves}
+    if None in lengths.values() or len(set(lengths.values())) > 1:
+        found = ", ".join(f"{jax.tree_util.keystr(p)}: {n}" for p, n in lengths.items())
+        raise ValueError(
+            "`batch` must have one leading axis of examples in all of its arrays, got lengths "
+            f"{found}. Bind what is not data with jax.tree_util.Partial(loss_fn, state=...)."
+        )
+    (length,) = set(lengths.values())
+    if length == 0:
+        raise ValueError("`batch` must hold at least one example, got 0.")
+    return int(length)

@@ -1,0 +1,212 @@
+"""How a loop over an expensive body runs; nobody else chooses.
+
+XLA on CPU runs a convolution inside any control-flow region 12 to 50 times slower than outside of
+one, without a warning (jax issue 12868). So a loop is a `lax` loop on accelerators and for bodies
+without convolution. On CPU a body with convolutions is repeated by the host over one compiled
+step that donates its carry; inside somebody's own jit, where no host can loop, it is unrolled up
+to eight times and beyond that compiled as a loop, with one warning.
+"""
+
+import contextlib
+import functools
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Compile time grows with every copy of the body; eight is where the unrolled form still compiles
+# about as fast as one training step does.
+_MAX_UNROLL = 8
+
+Body = Callable[[Any, Any, Any], Any]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a host-driven solver.
+
+    Attributes:
+      result: what the solver had computed so far, in the form of its ordinary result.
+    """
+
+    def __init__(self, result: Any):
+        super().__init__("interrupted; the partial result is in `.result`")
+        self.result = result
+
+
+def is_concrete(*trees: Any) -> bool:
+    """Whether no leaf of `trees` is a tracer, so that the host may look and loop."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def fold(body: Body, carry: Any, length: int, *, operands: Any) -> Any:
+    """The carry after `body(operands, carry, i)` for i = 0, ..., length - 1.
+
+    Args:
+      body: a function of (operands, carry, i) -> carry. It is a cache key: pass the same object
+        again (a module-level function) and nothing is compiled again.
+      carry: a tree of arrays; the body keeps structure, shapes and dtypes. Not donated.
+      length: a Python integer, the number of turns.
+      operands: a tree of arrays that the body reads and that stay the same.
+
+    Returns:
+      The last carry.
+    """
+    if length == 0:
+        return carry
+    slow_in_loops = _is_slow_in_loops(body, operands, carry)
+    if is_concrete(operands, carry):
+        if not slow_in_loops:
+            return _compiled_fold(body, carry, length, operands)
+        carry = jax.tree.map(jnp.copy, carry)
+        for i in range(length):
+            carry = _compiled_turn(body, carry, operands, jnp.int32(i))
+        return carry
+    if slow_in_loops and length <= _MAX_UNROLL:
+        for i in range(length):
+            carry = body(operands, carry, jnp.int32(i))
+        return carry
+    if slow_in_loops:
+        _warn_slow(length)
+    return _loop(body, carry, length, operands)
+
+
+def repeat_until(
+    step: Callable[[Any, Any], Any],
+    state: Any,
+    *,
+    operands: Any,
+    done: Callable[[Any], Any],
+    max_steps: int,
+    result: Callable[[Any], Any],
+    callback: Callable[[int, int], None] | None = None,
+) -> Any:
+    """The state after `step(operands, state)` until `done(state)`, `max_steps` at most.
+
+    With concrete arrays the host drives: it stops early, calls `callback(steps, max_steps)` after
+    each step and holds Ctrl-C back to the end of the step. With tracers it is one compiled loop.
+
+    Raises:
+      Interrupted: Ctrl-C; its `.result` is `result(state)` at that moment.
+    """
+    if is_concrete(operands, state):
+        with _held_interrupt() as interrupted:
+            for count in range(1, max_steps + 1):
+                if done(state):
+                    break
+                state = step(operands, state)
+                if callback is not None:
+                    callback(count, max_steps)
+                if interrupted():
+                    raise Interrupted(result(state))
+        return state
+
+    def unless_done(state: Any) -> Any:
+        keep = functools.partial(jnp.where, done(state))
+        return jax.tree.map(keep, state, step(operands, state))
+
+    if jax.default_backend() == "cpu" and _has_convolution(step, operands, state):
+        if max_steps <= _MAX_UNROLL:
+            for _ in range(max_steps):
+                state = unless_done(state)
+            return state
+        _warn_slow(max_steps)
+    _, state = lax.while_loop(
+        lambda pair: (pair[0] < max_steps) & ~done(pair[1]),
+        lambda pair: (pair[0] + 1, step(operands, pair[1])),
+        (jnp.int32(0), state),
+    )
+    return state
+
+
+def branch(condition: Any, change: Callable[[Any], Any], state: Any) -> Any:
+    """`change(state)` where `condition` holds, else `state`; `change` must not hold a product."""
+    if is_concrete(condition):
+        return change(state) if condition else state
+    return lax.cond(condition, change, lambda unchanged: unchanged, state)
+
+
+def _loop(body: Body, carry: Any, length: int, operands: Any) -> Any:
+    return lax.scan(
+        lambda carry, i: (body(operands, carry, i), None), carry, jnp.arange(length, dtype=jnp.int32)
+    )[0]
+
+
+_compiled_fold = jax.jit(
+    lambda body, carry, length, operands: _loop(body, carry, length, operands), static_argnums=(0, 2)
+)
+_compiled_turn = jax.jit(
+    lambda body, carry, operands, i: body(operands, carry, i), static_argnums=0, donate_argnums=1
+)
+
+
+def _is_slow_in_loops(body: Body, operands: Any, carry: Any) -> bool:
+    if jax.default_backend() != "cpu":
+        return False
+    leaves, treedef = jax.tree.flatten((operands, carry))
+    return _remembered(body, treedef, tuple(jax.typeof(leaf) for leaf in leaves))
+
+
+@functools.lru_cache(maxsize=256)
+def _remembered(body: Body, treedef: Any, types: tuple[Any, ...]) -> bool:
+    structs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in types]
+    operands, carry = jax.tree.unflatten(treedef, structs)
+    return _has_convolution(body, operands, carry, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def _has_convolution(function: Callable[..., Any], *arguments: Any) -> bool:
+    return _contains_convolution(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _contains_convolution(jaxpr: Any) -> bool:
+    return any(
+        equation.primitive.name == "conv_general_dilated"
+        or any(_contains_convolution(inner) for inner in _inner_jaxprs(equation.params))
+        for equation in jaxpr.eqns
+    )
+
+
+def _inner_jaxprs(parameters: dict[str, Any]) -> Iterator[Any]:
+    for value in parameters.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(item, "eqns"):
+                yield item
+            elif hasattr(item, "jaxpr"):
+                yield item.jaxpr
+
+
+@functools.cache
+def _warn_slow(length: int) -> None:
+    warnings.warn(
+        f"A loop of {length} steps with convolutions inside jit runs 12 to 50 times slower on CPU "
+        "than the same steps outside of one: call it without jit, and the host drives the loop.",
+        stacklevel=3,
+    )
+
+
+@contextlib.contextmanager
+def _held_interrupt() -> Iterator[Callable[[], bool]]:
+    """Holds the first Ctrl-C back, so that no donated state is lost; a second one acts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.getsignal(signal.SIGINT)
+    if not callable(previous):
+        yield lambda: False
+        return
+    received: list[int] = []
+
+    def hold(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGINT, previous)

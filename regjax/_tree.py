@@ -1,0 +1,35 @@
+"""Trees as flat vectors: what `optax.tree` lacks."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def size(tree: Any) -> int:
+    """Number of scalars in `tree`."""
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def vector_dtype(tree: Any) -> jnp.dtype:
+    """dtype of the flat vector of `tree`: the widest of its leaves, float32 at least."""
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
+    return max([jnp.dtype(jnp.float32), *dtypes], key=lambda dtype: jnp.finfo(dtype).bits)
+
+
+def ravel(tree: Any, dtype: Any) -> jax.Array:
+    """The leaves of `tree` as one vector (n,) of `dtype`, in the order of `jax.tree.leaves`."""
+    return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)])
+
+
+def unravel(vector: jax.Array, like: Any) -> Any:
+    """The inverse of `ravel`: a tree with the structure, shapes and dtypes of `like`."""
+    leaves, treedef = jax.tree.flatten(like)
+    pieces, start = [], 0
+    for leaf in leaves:
+        length = math.prod(jnp.shape(leaf))
+        piece = jax.lax.slice_in_dim(vector, start, start + length)
+        pieces.append(piece.reshape(jnp.shape(leaf)).astype(jnp.result_type(leaf)))
+        start += length
+    return jax.tree.unflatten(treedef, pieces)

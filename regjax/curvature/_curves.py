@@ -1,0 +1,135 @@
+"""Densities as curves: a discrete measure seen through a Gaussian of stated width."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regjax import _checks
+from regjax.curvature._density import DensityResult, spectral_sum
+
+_SCALES = ("linear", "symlog")
+
+
+class DensityCurve(NamedTuple):
+    """A spectral density on a grid.
+
+    Attributes:
+      grid: (num_points,), eigenvalues.
+      density: (num_points,), mass per unit of the eigenvalue.
+      standard_error: (num_points,), of the density, over the draw of the probes.
+      width: (), standard deviation of the Gaussian: in units of the eigenvalue on a linear scale,
+        of asinh(eigenvalue / linear_threshold) on a symmetric-log scale.
+    """
+
+    grid: jax.Array
+    density: jax.Array
+    standard_error: jax.Array
+    width: jax.Array
+
+
+def density_grid(
+    density: DensityResult,
+    num_points: int = 512,
+    *,
+    scale: str = "linear",
+    linear_threshold: float | None = None,
+    margin: float = 0.05,
+) -> jax.Array:
+    """A grid over all nodes and eigenvalues of `density`, with a margin on both sides.
+
+    Args:
+      density: from `spectral_density`; concrete arrays.
+      num_points: number of grid points.
+      scale: "linear", or "symlog" for equal steps in asinh(eigenvalue / linear_threshold).
+      linear_threshold: positive, in units of the eigenvalue; None takes 1e-3 of the largest
+        magnitude. Ignored on a linear scale.
+      margin: share of the (transformed) range added at each end.
+
+    Returns:
+      Ascending eigenvalues (num_points,).
+
+    Raises:
+      ValueError: `scale` is unknown or a number is out of range.
+    """
+    _checks.integer("num_points", num_points, minimum=2)
+    _checks.non_negative("margin", margin)
+    support = _transform(_support(density), _threshold(density, scale, linear_threshold))
+    low, high = np.min(support), np.max(support)
+    room = margin * (high - low) or 1.0
+    grid = np.linspace(low - room, high + room, num_points)
+    return jnp.asarray(
+        _inverse(grid, _threshold(density, scale, linear_threshold)), density.nodes.dtype
+    )
+
+
+def evaluate_density(
+    density: DensityResult,
+    grid: Any,
+    *,
+    width: float | None = None,
+    scale: str = "linear",
+    linear_threshold: float | None = None,
+) -> DensityCurve:
+    """The density at `grid`: every node and eigenvalue a Gaussian of the same width.
+
+    On the symmetric-log scale the Gaussian is one in t = asinh(x / linear_threshold), and the
+    density is still per unit of x (the kernel times dt/dx), so that it integrates to 1 over x.
+
+    Args:
+      density: from `spectral_density`.
+      grid: eigenvalues (num_points,).
+      width: positive standard deviation in units of x (linear) or t (symlog). None takes 1 % of
+        the range of the (transformed) nodes and eigenvalues.
+      scale: "linear" or "symlog".
+      linear_threshold: as in `density_grid`.
+
+    Returns:
+      A `DensityCurve`.
+
+    Raises:
+      ValueError: `scale` is unknown or a number is out of range.
+    """
+    threshold = _threshold(density, scale, linear_threshold)
+    if width is None:
+        support = _transform(_support(density), threshold)
+        width = 0.01 * float(np.ptp(support)) or 1.0
+    _checks.positive("width", width)
+    grid = jnp.asarray(grid, density.nodes.dtype)
+    points = _transform(grid, threshold)
+    slope = 1.0 if threshold is None else 1.0 / jnp.sqrt(jnp.square(grid) + threshold**2)
+
+    def kernel(values: jax.Array) -> jax.Array:
+        distance = (points - _transform(values, threshold)[..., None]) / width
+        return jnp.exp(-0.5 * jnp.square(distance)) * slope / (width * jnp.sqrt(2 * jnp.pi))
+
+    total = spectral_sum(density, kernel)
+    return DensityCurve(
+        grid=grid,
+        density=total.value / density.size,
+        standard_error=total.standard_error / density.size,
+        width=jnp.asarray(width, grid.dtype),
+    )
+
+
+def _support(density: DensityResult) -> np.ndarray:
+    taken = np.asarray(density.eigenvalues)[np.asarray(density.eigenvalue_weights) > 0]
+    return np.concatenate([np.asarray(density.nodes).ravel(), taken])
+
+
+def _threshold(density: DensityResult, scale: str, given: float | None) -> float | None:
+    """None on a linear scale, else the eigenvalue below which the scale is nearly linear."""
+    if _checks.choice("scale", scale, _SCALES) == "linear":
+        return None
+    if given is not None:
+        return _checks.positive("linear_threshold", given)
+    return 1e-3 * float(np.max(np.abs(_support(density)))) or 1.0
+
+
+def _transform(values: Any, threshold: float | None) -> Any:
+    return values if threshold is None else jnp.arcsinh(values / threshold)
+
+
+def _inverse(points: Any, threshold: float | None) -> Any:
+    return points if threshold is None else threshold * np.sinh(points)

@@ -1,0 +1,382 @@
+"""The spectral density: extreme eigenpairs exactly, the rest by stochastic Lanczos quadrature.
+
+Plain quadrature spends its accuracy on the few outliers, which a random probe hardly touches. Here
+a first Lanczos run finds the extreme pairs; those that converged are taken out, and the probes see
+the complement alone. The mass is split exactly: r eigenvalues weigh 1/n each, the complement the
+rest.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks, _loops
+from regjax.curvature._lanczos import Krylov, absorb, empty, expand
+from regjax.curvature._operators import Operator, block_product, product
+
+# A Ritz pair is taken out when its residual norm is below this share of the largest |Ritz value|.
+# Left-over coupling moves no eigenvalue of the complement by more than the residual norm.
+_DEFLATION_TOLERANCE = 1e-3
+
+
+class DensityResult(NamedTuple):
+    """A discrete measure of mass 1 on the eigenvalues; P probes, m steps, n the order.
+
+    Attributes:
+      nodes: (P, m), quadrature nodes of the complement, in the units of the matrix.
+      weights: (P, m), their mass; sums to (n - num_eigenvalues) / n.
+      eigenvalues: (r,), the eigenvalues taken out, descending, NaN beyond `num_eigenvalues`.
+      eigenvalue_weights: (r,), 1/n each, 0 beyond `num_eigenvalues`.
+      residual_norms: (r,), ||A v - value v|| of the pairs taken out, NaN beyond.
+      num_eigenvalues: (), int32, number of eigenvalues taken out.
+      trace: (), sum of the eigenvalues.
+      standard_error: (), of `trace`, over the draw of the probes.
+      num_matvecs: (), int32, products used.
+      size: (), int32, n.
+    """
+
+    nodes: jax.Array
+    weights: jax.Array
+    eigenvalues: jax.Array
+    eigenvalue_weights: jax.Array
+    residual_norms: jax.Array
+    num_eigenvalues: jax.Array
+    trace: jax.Array
+    standard_error: jax.Array
+    num_matvecs: jax.Array
+    size: jax.Array
+
+
+class SpectralSum(NamedTuple):
+    """A sum over the eigenvalues.
+
+    Attributes:
+      value: (...), sum over i of f(lambda_i).
+      standard_error: (...), over the draw of the probes.
+    """
+
+    value: jax.Array
+    standard_error: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "key", "deflation", "locked", "eigenvalues", "residual_norms", "num_locked",
+        "probes", "nodes", "weights", "num_finished", "num_matvecs",
+    ],
+    meta_fields=["num_steps", "block"],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class DensityState:
+    """The solver between two products: first the deflation, then the probes.
+
+    Attributes:
+      key: typed key of the probes.
+      deflation: the first run's basis; None once its pairs are locked.
+      locked: (r, n), the vectors taken out, zero beyond `num_locked`.
+      eigenvalues: (r,). residual_norms: (r,). num_locked: (), int32.
+      probes: bases of the probes under way, each leaf with a leading axis of `block`; None before.
+      nodes: (P, m). weights: (P, m), each probe of mass 1. num_finished: (), int32, probes done.
+      num_matvecs: (), int32, products so far.
+      num_steps: m. block: number of probes carried at once.
+    """
+
+    key: jax.Array
+    deflation: Krylov | None
+    locked: jax.Array
+    eigenvalues: jax.Array
+    residual_norms: jax.Array
+    num_locked: jax.Array
+    probes: Krylov | None
+    nodes: jax.Array
+    weights: jax.Array
+    num_finished: jax.Array
+    num_matvecs: jax.Array
+    num_steps: int
+    block: int
+
+
+def spectral_density(
+    operator: Operator,
+    *,
+    key: jax.Array,
+    num_steps: int = 40,
+    num_probes: int = 2,
+    deflate: int | None = None,
+    callback: Callable[[int, int], None] | None = None,
+) -> DensityResult:
+    """The spectral density of a symmetric matrix by deflated stochastic Lanczos quadrature.
+
+    Args:
+      operator: symmetric, of order n.
+      key: typed key of the start and of the probes.
+      num_steps: Lanczos steps m a probe, at most n.
+      num_probes: number of probes P, Gaussian directions in the complement.
+      deflate: products spent on finding extreme eigenpairs to take out, at most n; the vectors
+        stay in memory. 0 gives the plain method; None takes 2 `num_steps`.
+      callback: called as callback(products, total) after each product when the host drives.
+
+    Returns:
+      A `DensityResult`, after `deflate` + P m products. Multiplying the matrix by c > 0 and
+      adding d I maps all nodes and eigenvalues likewise, up to rounding.
+
+    Raises:
+      ValueError: an argument is out of its range.
+      Interrupted: Ctrl-C; its `.result` is the result of the probes finished so far.
+
+    References:
+      S. Ubaru, J. Chen, Y. Saad (2017), Fast estimation of tr(f(A)) via stochastic Lanczos
+      quadrature, SIAM J. Matrix Anal. Appl. 38(4). The deflation is our addition.
+    """
+    state = spectral_density_init(
+        operator, key=key, num_steps=num_steps, num_probes=num_probes, deflate=deflate
+    )
+    first = 0 if state.deflation is None else state.locked.shape[0]
+    second = -(-num_probes // state.block) * num_steps
+
+    def after(offset: int) -> Callable[[int, int], None] | None:
+        if callback is None:
+            return None
+        return lambda count, _: callback(offset + count, first + second)
+
+    if state.deflation is not None:
+        state = _loops.repeat_until(
+            _deflation_step,
+            state,
+            operands=operator,
+            done=lambda state: jnp.bool_(False),
+            max_steps=first,
+            result=lambda state: spectral_density_result(_lock(state, num_steps)),
+            callback=after(0),
+        )
+        state = _lock(state, num_steps)
+    state = _loops.repeat_until(
+        _probe_step,
+        state,
+        operands=operator,
+        done=lambda state: jnp.bool_(False),
+        max_steps=second,
+        result=spectral_density_result,
+        callback=after(first),
+    )
+    return spectral_density_result(state)
+
+
+def spectral_density_init(
+    operator: Operator,
+    *,
+    key: jax.Array,
+    num_steps: int = 40,
+    num_probes: int = 2,
+    deflate: int | None = None,
+) -> DensityState:
+    """The state before the first product; arguments as in `spectral_density`."""
+    size, dtype = operator.shape[0], operator.dtype
+    _checks.integer("num_steps", num_steps, maximum=size)
+    _checks.integer("num_probes", num_probes)
+    num_rows = min(2 * num_steps, size) if deflate is None else deflate
+    _checks.integer("deflate", num_rows, minimum=0, maximum=size)
+    key, start_key, krylov_key = jax.random.split(_checks.key("key", key), 3)
+    # One at a time on CPU, where a block of vectors costs as much as its members.
+    block = 1 if jax.default_backend() == "cpu" else num_probes
+    state = DensityState(
+        key=key,
+        deflation=None,
+        locked=jnp.zeros((num_rows, size), dtype),
+        eigenvalues=jnp.full(num_rows, jnp.nan, dtype),
+        residual_norms=jnp.full(num_rows, jnp.nan, dtype),
+        num_locked=jnp.int32(0),
+        probes=None,
+        nodes=jnp.zeros((num_probes, num_steps), dtype),
+        weights=jnp.zeros((num_probes, num_steps), dtype),
+        num_finished=jnp.int32(0),
+        num_matvecs=jnp.int32(0),
+        num_steps=num_steps,
+        block=block,
+    )
+    if num_rows == 0:
+        return _new_probes(state)
+    start = jax.random.normal(start_key, (size,), dtype)
+    return dataclasses.replace(state, deflation=empty(start, num_rows, krylov_key))
+
+
+def spectral_density_step(operator: Operator, state: DensityState) -> DensityState:
+    """One product (one of each probe of a block); host-driven. `state` is donated."""
+    if state.deflation is None:
+        return _probe_step(operator, state)
+    state = _deflation_step(operator, state)
+    is_last = int(state.num_matvecs) == state.locked.shape[0]
+    return _lock(state, state.num_steps) if is_last else state
+
+
+def spectral_density_result(state: DensityState) -> DensityResult:
+    """The measure of the probes finished so far; NaN weights before the first one."""
+    size = state.locked.shape[1]
+    num_probes = state.nodes.shape[0]
+    rest = (size - state.num_locked) / size
+    finished = jnp.arange(num_probes) < state.num_finished
+    share = jnp.where(state.num_finished > 0, rest / state.num_finished, jnp.nan)
+    inside = jnp.arange(state.eigenvalues.size) < state.num_locked
+    result = DensityResult(
+        nodes=state.nodes,
+        weights=jnp.where(finished[:, None], state.weights * share, 0.0).astype(state.nodes.dtype),
+        eigenvalues=state.eigenvalues,
+        eigenvalue_weights=jnp.where(inside, 1 / size, 0.0).astype(state.nodes.dtype),
+        residual_norms=state.residual_norms,
+        num_eigenvalues=state.num_locked,
+        trace=jnp.zeros((), state.nodes.dtype),
+        standard_error=jnp.zeros((), state.nodes.dtype),
+        num_matvecs=state.num_matvecs,
+        size=jnp.int32(size),
+    )
+    total = spectral_sum(result, lambda values: values)
+    return result._replace(trace=total.value, standard_error=total.standard_error)
+
+
+def spectral_sum(
+    density: DensityResult, function: Callable[[jax.Array], jax.Array]
+) -> SpectralSum:
+    """The sum over the eigenvalues of `function`, with the standard error of the probes.
+
+    For a probe v uniform on the unit sphere of d dimensions, v' B v has the variance
+    2 / (d + 2) (tr(B B)/d - (tr B/d)^2). Both traces are moments of the density itself, so that
+    one probe is enough for an error.
+
+    Args:
+      density: from `spectral_density`.
+      function: elementwise, real eigenvalues (...,) -> values (..., *shape).
+
+    Returns:
+      A `SpectralSum` of arrays of `shape`. The error leaves out what quadrature (m steps) does not
+      resolve of `function`: nothing for polynomials of degree below 2 m.
+    """
+    inside = density.eigenvalue_weights > 0
+    values = function(jnp.where(inside, density.eigenvalues, 0.0))
+    inside = inside.reshape(inside.shape + (1,) * (values.ndim - 1))
+    exact = jnp.sum(jnp.where(inside, values, 0.0), axis=0)
+
+    dimension = (density.size - density.num_eigenvalues).astype(values.dtype)
+    mass = jnp.sum(density.weights)
+    weights = density.weights / jnp.where(mass == 0, 1, mass)
+    sampled = function(density.nodes)
+    mean = jnp.tensordot(weights, sampled, axes=2)
+    variance = jnp.tensordot(weights, jnp.square(sampled - mean), axes=2)
+    num_probes = jnp.sum(jnp.any(density.weights > 0, axis=1))
+    error = dimension * jnp.sqrt(2 * variance / ((dimension + 2) * jnp.maximum(num_probes, 1)))
+    return SpectralSum(exact + dimension * mean, error)
+
+
+def effective_dimension(density: DensityResult, c: Any) -> SpectralSum:
+    """The number of directions that count at scale c: the sum of max(l, 0) / (max(l, 0) + c).
+
+    Args:
+      density: from `spectral_density`.
+      c: positive scale, in the units of the eigenvalues: prior precision over number of examples,
+        or weight decay.
+
+    Returns:
+      A `SpectralSum`, between 0 and n.
+
+    Raises:
+      ValueError: `c` is not positive.
+
+    References:
+      D. MacKay (1992), Bayesian model comparison and backprop nets, NeurIPS 4 (the number of
+      well-determined parameters); negative eigenvalues count as zero here.
+    """
+    _checks.positive("c", c)
+
+    def share(values: jax.Array) -> jax.Array:
+        return jnp.maximum(values, 0) / (jnp.maximum(values, 0) + c)
+
+    return spectral_sum(density, share)
+
+
+def _deflation_step(operator: Operator, state: DensityState) -> DensityState:
+    assert state.deflation is not None
+    krylov = expand(state.deflation, product(operator, state.deflation.direction))
+    return dataclasses.replace(state, deflation=krylov, num_matvecs=state.num_matvecs + 1)
+
+
+def _lock(state: DensityState, num_steps: int) -> DensityState:
+    """Takes the converged Ritz pairs out and starts the probes in their complement."""
+    del num_steps
+    return _new_probes(dataclasses.replace(_locked(state), deflation=None))
+
+
+@jax.jit
+def _locked(state: DensityState) -> DensityState:
+    krylov, num_rows = state.deflation, state.locked.shape[0]
+    basis, projected = krylov.basis[:num_rows], krylov.projected[:num_rows, :num_rows]
+    values, vectors = jnp.linalg.eigh(projected)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    bounds = jnp.abs(krylov.beta * vectors[-1]) + krylov.lost[:num_rows] @ jnp.abs(vectors)
+    take = bounds <= _DEFLATION_TOLERANCE * jnp.max(jnp.abs(values))
+    # A run cut short by Ctrl-C has empty rows, whose pairs are nobody's.
+    take &= krylov.index == num_rows
+    order = jnp.argsort(~take, stable=True)
+    count = jnp.sum(take, dtype=jnp.int32)
+    inside = jnp.arange(num_rows) < count
+    return dataclasses.replace(
+        state,
+        locked=jnp.where(inside[None], vectors[:, order], 0).T @ basis,
+        eigenvalues=jnp.where(inside, values[order], jnp.nan),
+        residual_norms=jnp.where(inside, bounds[order], jnp.nan),
+        num_locked=count,
+    )
+
+
+@jax.jit
+def _new_probes(state: DensityState) -> DensityState:
+    key, probe_key, krylov_key = jax.random.split(state.key, 3)
+    size, dtype = state.locked.shape[1], state.locked.dtype
+    starts = jax.random.normal(probe_key, (state.block, size), dtype)
+    starts = _outside(state.locked, starts)
+    make = jax.vmap(lambda start, key: empty(start, state.num_steps, key))
+    probes = make(starts, jax.random.split(krylov_key, state.block))
+    return dataclasses.replace(state, key=key, probes=probes)
+
+
+def _probe_step(operator: Operator, state: DensityState) -> DensityState:
+    assert state.probes is not None
+    state = _absorb_probes(state, block_product(operator, state.probes.direction))
+    return _loops.branch(state.probes.index[0] == state.num_steps, _collect, state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _absorb_probes(state: DensityState, images: jax.Array) -> DensityState:
+    images = _outside(state.locked, images)
+    if state.block == 1:
+        probes = jax.tree.map(lambda leaf: leaf[0], state.probes)
+        probes = jax.tree.map(lambda leaf: leaf[None], absorb(probes, images[0]))
+    else:
+        probes = jax.vmap(absorb)(state.probes, images)
+    num_matvecs = state.num_matvecs + state.block
+    return dataclasses.replace(state, probes=probes, num_matvecs=num_matvecs)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _collect(state: DensityState) -> DensityState:
+    """Stores the quadrature of the finished probes and starts the next ones."""
+    num_steps = state.num_steps
+    values, vectors = jnp.linalg.eigh(state.probes.projected[:, :num_steps, :num_steps])
+    start = (state.num_finished, jnp.int32(0))
+    state = dataclasses.replace(
+        state,
+        nodes=jax.lax.dynamic_update_slice(state.nodes, values, start),
+        weights=jax.lax.dynamic_update_slice(state.weights, vectors[:, 0, :] ** 2, start),
+        num_finished=state.num_finished + state.block,
+    )
+    return _new_probes(state)
+
+
+def _outside(locked: jax.Array, vectors: jax.Array) -> jax.Array:
+    """The rows of `vectors` less their part in the locked rows; twice is enough."""
+    for _ in range(2):
+        vectors = vectors - (vectors @ locked.T) @ locked
+    return vectors

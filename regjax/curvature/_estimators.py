@@ -1,0 +1,289 @@
+"""Trace and diagonal from random products, with standard errors; and the dense spectrum.
+
+Hutchinson's estimator averages z' A z over random signs z. Hutch++ first captures the range that
+matters: with Q an orthonormal basis of A's image of s random vectors, the trace and the diagonal of
+QQ' A are computed exactly and only those of the remainder are sampled, by u = (I - QQ') z: the
+mean of u * A u has the expectation diag((I - QQ') A).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from regjax import _checks, _loops, _tree
+from regjax.curvature._operators import Operator, product
+
+_METHODS = ("hutchinson", "hutch++")
+
+
+class TraceResult(NamedTuple):
+    """An estimate of the trace.
+
+    Attributes:
+      value: (), the sum of the eigenvalues.
+      standard_error: (), over the draw of the probes; NaN with a single one.
+      num_matvecs: (), int32, products used.
+    """
+
+    value: jax.Array
+    standard_error: jax.Array
+    num_matvecs: jax.Array
+
+
+class DiagonalResult(NamedTuple):
+    """An estimate of the diagonal.
+
+    Attributes:
+      value: tree like the parameters.
+      standard_error: tree like the parameters, of each entry; NaN with a single probe.
+      num_matvecs: (), int32, products used.
+    """
+
+    value: Any
+    standard_error: Any
+    num_matvecs: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["key", "vector", "rows", "images", "mean", "squares", "count"],
+    meta_fields=["num_rows", "total"],
+)
+@dataclasses.dataclass(frozen=True)
+class EstimatorState:
+    """The estimator between two products; trace and diagonal share it.
+
+    Attributes:
+      key: typed key.
+      vector: (n,), what the next product takes.
+      rows: (s, n), first the images of random signs, then their orthonormal basis Q.
+      images: (s, n), rows of (A Q)'.
+      mean: (n,) or (), running mean over the probes of u * A u, or of its sum.
+      squares: the same shape, running sum of squared deviations from the mean.
+      count: (), int32, products so far.
+      num_rows: s. total: number of products.
+    """
+
+    key: jax.Array
+    vector: jax.Array
+    rows: jax.Array
+    images: jax.Array
+    mean: jax.Array
+    squares: jax.Array
+    count: jax.Array
+    num_rows: int
+    total: int
+
+
+def trace(
+    operator: Operator,
+    *,
+    key: jax.Array,
+    num_probes: int,
+    method: str = "hutchinson",
+    callback: Callable[[int, int], None] | None = None,
+) -> TraceResult:
+    """The trace by random products.
+
+    Args:
+      operator: symmetric, of order n.
+      key: typed key of the random signs.
+      num_probes: number of products in all; Hutch++ spends two thirds of them (rounded down to an
+        even number, n at most each way) on the range.
+      method: "hutchinson", or "hutch++", better where a few eigenvalues dominate.
+      callback: called as callback(products, num_probes) after each product when the host drives.
+
+    Returns:
+      A `TraceResult`; unbiased.
+
+    Raises:
+      ValueError: `method` is unknown, or `num_probes` below 1 (below 3 for Hutch++).
+      Interrupted: Ctrl-C; its `.result` is the estimate of the probes so far.
+
+    References:
+      M. Hutchinson (1990), Communications in Statistics 19(2). R. Meyer, C. Musco, C. Musco,
+      D. Woodruff (2021), Hutch++, arXiv:2010.09649, algorithm 1.
+    """
+    init = functools.partial(trace_init, key=key, num_probes=num_probes, method=method)
+    return trace_result(_run(operator, init, trace_result, callback))
+
+
+def diagonal(
+    operator: Operator,
+    *,
+    key: jax.Array,
+    num_probes: int,
+    method: str = "hutchinson",
+    callback: Callable[[int, int], None] | None = None,
+) -> DiagonalResult:
+    """The diagonal by random products.
+
+    Args:
+      operator: symmetric, of order n.
+      key: typed key of the random signs.
+      num_probes: number of products in all, split as in `trace`.
+      method: "hutchinson": the mean of z * A z. "hutch++": the diagonal of QQ' A exactly, the
+        mean of u * A u for the remainder.
+      callback: called as callback(products, num_probes) after each product when the host drives.
+
+    Returns:
+      A `DiagonalResult`; unbiased.
+
+    Raises:
+      ValueError: `method` is unknown, or `num_probes` below 1 (below 3 for Hutch++).
+      Interrupted: Ctrl-C; its `.result` is the estimate of the probes so far.
+
+    References:
+      C. Bekas, E. Kokiopoulou, Y. Saad (2007), An estimator for the diagonal of a matrix, Applied
+      Numerical Mathematics 57. The Hutch++ form is its direct analogue.
+    """
+    init = functools.partial(diagonal_init, key=key, num_probes=num_probes, method=method)
+    result = functools.partial(diagonal_result, operator)
+    return result(_run(operator, init, result, callback))
+
+
+def trace_init(
+    operator: Operator, *, key: jax.Array, num_probes: int, method: str = "hutchinson"
+) -> EstimatorState:
+    """The state before the first product; arguments as in `trace`."""
+    return _init(operator, key, num_probes, method, jnp.zeros((), operator.dtype))
+
+
+def diagonal_init(
+    operator: Operator, *, key: jax.Array, num_probes: int, method: str = "hutchinson"
+) -> EstimatorState:
+    """The state before the first product; arguments as in `diagonal`."""
+    return _init(operator, key, num_probes, method, jnp.zeros(operator.shape[0], operator.dtype))
+
+
+def estimator_step(operator: Operator, state: EstimatorState) -> EstimatorState:
+    """One product, for `trace` and `diagonal` alike; `state` is donated from Python."""
+    state = _absorb(state, product(operator, state.vector))
+    if state.num_rows:
+        state = _loops.branch(state.count == state.num_rows, _orthonormalise, state)
+    return _draw(state)
+
+
+def trace_result(state: EstimatorState) -> TraceResult:
+    """The trace after the products done so far."""
+    value = state.mean + jnp.sum(state.rows * state.images)
+    return TraceResult(value, _standard_error(state), state.count)
+
+
+def diagonal_result(operator: Operator, state: EstimatorState) -> DiagonalResult:
+    """The diagonal after the products done so far."""
+    value = state.mean + jnp.sum(state.rows * state.images, axis=0)
+    return DiagonalResult(
+        _tree.unravel(value, operator.params),
+        _tree.unravel(_standard_error(state), operator.params),
+        state.count,
+    )
+
+
+def exact_spectrum(operator: Operator) -> jax.Array:
+    """All eigenvalues of a small matrix, ascending (n,), from its dense form.
+
+    Args:
+      operator: symmetric, of order n at most 32768; in float64 if the parameters are.
+
+    Returns:
+      Eigenvalues (n,), exact up to rounding of n eps times the largest magnitude.
+
+    Raises:
+      ValueError: n is above 32768.
+    """
+    return jnp.linalg.eigvalsh(operator.dense())
+
+
+def _run(operator: Operator, init: Any, result: Any, callback: Any) -> EstimatorState:
+    state = init(operator)
+    return _loops.repeat_until(
+        estimator_step,
+        state,
+        operands=operator,
+        done=lambda state: jnp.bool_(False),
+        max_steps=state.total,
+        result=result,
+        callback=callback,
+    )
+
+
+def _init(
+    operator: Operator, key: jax.Array, num_probes: int, method: str, zeros: jax.Array
+) -> EstimatorState:
+    _checks.choice("method", method, _METHODS)
+    _checks.integer("num_probes", num_probes, minimum=3 if method == "hutch++" else 1)
+    size, dtype = operator.shape[0], operator.dtype
+    num_rows = min(num_probes // 3, size) if method == "hutch++" else 0
+    state = EstimatorState(
+        key=jax.random.fold_in(_checks.key("key", key), 0),
+        vector=jnp.zeros(size, dtype),
+        rows=jnp.zeros((num_rows, size), dtype),
+        images=jnp.zeros((num_rows, size), dtype),
+        mean=zeros,
+        squares=zeros.copy(),
+        count=jnp.int32(0),
+        num_rows=num_rows,
+        total=num_probes,
+    )
+    return _draw(state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _draw(state: EstimatorState) -> EstimatorState:
+    """The next vector: random signs, then the rows of Q, then signs outside of Q."""
+    key, subkey = jax.random.split(state.key)
+    vector = jax.random.rademacher(subkey, state.vector.shape, state.vector.dtype)
+    if state.num_rows:
+        row = state.rows[jnp.clip(state.count - state.num_rows, 0, state.num_rows - 1)]
+        outside = vector - (state.rows @ vector) @ state.rows
+        stage = state.count // state.num_rows
+        vector = jnp.where(stage == 0, vector, jnp.where(stage == 1, row, outside))
+    return dataclasses.replace(state, key=key, vector=vector)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _absorb(state: EstimatorState, image: jax.Array) -> EstimatorState:
+    count, num_rows = state.count, state.num_rows
+    rows, images = state.rows, state.images
+    is_probe = count >= 2 * num_rows
+    if num_rows:
+        row = count % num_rows
+        rows = rows.at[row].set(jnp.where(count < num_rows, image, rows[row]))
+        is_image = (count >= num_rows) & ~is_probe
+        images = images.at[row].set(jnp.where(is_image, image, images[row]))
+    sample = state.vector * image
+    if state.mean.ndim == 0:
+        sample = jnp.sum(sample)
+    num_probes = jnp.maximum(count + 1 - 2 * num_rows, 1)
+    deviation = sample - state.mean
+    mean = state.mean + deviation / num_probes
+    squares = state.squares + deviation * (sample - mean)
+    return dataclasses.replace(
+        state,
+        rows=rows,
+        images=images,
+        mean=jnp.where(is_probe, mean, state.mean),
+        squares=jnp.where(is_probe, squares, state.squares),
+        count=count + 1,
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _orthonormalise(state: EstimatorState) -> EstimatorState:
+    """An orthonormal basis of the rows; directions at rounding level are harmless extra ones."""
+    return dataclasses.replace(state, rows=jnp.linalg.qr(state.rows.T)[0].T)
+
+
+def _standard_error(state: EstimatorState) -> jax.Array:
+    num_probes = state.count - 2 * state.num_rows
+    variance = state.squares / jnp.maximum(num_probes - 1, 1)
+    error = jnp.sqrt(variance / jnp.maximum(num_probes, 1))
+    return lax.select(
+        jnp.broadcast_to(num_probes > 1, error.shape), error, jnp.full_like(error, jnp.nan)
+    )

@@ -1,0 +1,288 @@
+"""Curvature matrices known by their products: Hessian, Gauss-Newton, Fisher.
+
+Every one is the linear map v -> A v of a *linearisation* at the parameters. `jax.linearize` splits
+it into residuals, computed once, and the linear part, run once a product: of a multi-layer
+perceptron's Hessian product a quarter is saved (operation counts in benchmarks/speed).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from regjax import _checks, _loops, _tree
+from regjax._adapters import couples_examples
+
+# Residuals above this many bytes are recomputed in each product instead of kept: 8 KB an example
+# for a 269k-parameter MLP, 1 MB an example for a small convnet.
+CACHE_BYTES = 2**30
+# A dense float32 matrix of this order takes 4 GiB.
+_MAX_DENSE = 2**15
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["linearize", "function", "params", "batch", "linear_map"],
+    meta_fields=["chunk_size"],
+)
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A symmetric matrix over the parameters, known by its products; n is their number.
+
+    A pytree, so that it passes through `jax.jit` as an argument: its leaves are the parameters, the
+    batch and the residuals; the functions are static. Build it with `hessian`, `gauss_newton`,
+    `fisher`, `empirical_fisher` or `from_matvec`. A second operator of the same functions and
+    shapes compiles nothing; a new `lambda` is a new function and compiles again.
+
+    Attributes:
+      linearize: (function, params, *batch) -> the linear map v -> A v as a `Partial`, for the mean
+        over the examples of that batch. None for `from_matvec`.
+      function: the loss or the model, a `Partial`.
+      params: the parameters, or for `from_matvec` the example of a vector.
+      batch: the arrays with a leading axis of examples.
+      linear_map: the linear map at `params`, kept if its residuals fit `CACHE_BYTES`; else None.
+      chunk_size: number of examples per pass over the network, None for all at once.
+    """
+
+    linearize: Partial | None
+    function: Partial | None
+    params: Any
+    batch: tuple[Any, ...]
+    linear_map: Partial | None
+    chunk_size: int | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return (_tree.size(self.params),) * 2
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """dtype of the flat vectors: the widest of the parameters, float32 at least."""
+        return _tree.vector_dtype(self.params)
+
+    def matvec(self, vector: Any) -> Any:
+        """The product with `vector`, a tree like `params`; returns another one.
+
+        Raises:
+          ValueError: `vector` has another structure or other shapes than `params`.
+        """
+        _checks.same_tree("vector", vector, self.params)
+        return _tree.unravel(product(self, _tree.ravel(vector, self.dtype)), self.params)
+
+    def matmat(self, vectors: Any) -> Any:
+        """The products with k vectors: a tree like `params` whose leaves have a leading axis k.
+
+        On accelerators the k products are one batched product; on CPU, where that gains nothing,
+        they follow one another.
+
+        Raises:
+          ValueError: `vectors` has another structure or other shapes than (k,) + `params`.
+        """
+        leading = jnp.shape(jax.tree.leaves(vectors)[0])[:1] if jax.tree.leaves(vectors) else ()
+        _checks.same_tree("vectors", vectors, self.params, leading=leading)
+        ravel = jax.vmap(lambda tree: _tree.ravel(tree, self.dtype))
+        unravel = jax.vmap(lambda flat: _tree.unravel(flat, self.params))
+        return unravel(block_product(self, ravel(vectors)))
+
+    def dense(self) -> jax.Array:
+        """The matrix (n, n), made symmetric, in the order of `jax.tree.leaves(params)`.
+
+        Raises:
+          ValueError: n is above 32768 (4 GiB in float32).
+        """
+        size = self.shape[0]
+        if size > _MAX_DENSE:
+            raise ValueError(
+                f"`dense` must have at most {_MAX_DENSE} parameters, got {size}; use "
+                "`top_eigenpairs` or `spectral_density`."
+            )
+        matrix = block_product(self, jnp.eye(size, dtype=self.dtype))
+        return (matrix + matrix.T) / 2
+
+
+def product(operator: Operator, vector: jax.Array) -> jax.Array:
+    """A v for a flat `vector` (n,); the one place where products are made."""
+    if operator.chunk_size is None:
+        return _whole_product(operator, vector)
+    length = _checks.num_examples(operator.batch)
+    num_chunks, ragged = divmod(length, operator.chunk_size)
+    total = _loops.fold(
+        _add_chunk, jnp.zeros_like(vector), num_chunks, operands=(operator, vector)
+    )
+    return _add_ragged(operator, vector, total) if ragged else total
+
+
+def block_product(operator: Operator, vectors: jax.Array) -> jax.Array:
+    """A V' for the rows of `vectors` (k, n), as rows."""
+    if operator.chunk_size is not None and _loops.is_concrete(operator, vectors):
+        return jnp.stack([product(operator, vector) for vector in vectors])
+    if jax.default_backend() == "cpu":
+        return _loops.fold(
+            _set_row, jnp.zeros_like(vectors), vectors.shape[0], operands=(operator, vectors)
+        )
+    return jax.vmap(functools.partial(product, operator))(vectors)
+
+
+def hvp(loss_fn: Callable[..., Any], params: Any, vector: Any, *batch: Any) -> Any:
+    """One Hessian-vector product by forward-over-reverse differentiation (Pearlmutter 1994).
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, the mean over the examples.
+      params: tree of parameters.
+      vector: tree like `params`.
+      *batch: arrays with a leading axis of examples.
+
+    Returns:
+      H v, a tree like `params`, in the units of the loss per squared parameter times `vector`.
+
+    Raises:
+      ValueError: `vector` is not a tree like `params`, or the loss is not a scalar.
+
+    References:
+      B. Pearlmutter (1994), Fast exact multiplication by the Hessian, Neural Computation 6(1).
+    """
+    _check_loss(loss_fn, params, batch)
+    _checks.same_tree("vector", vector, params)
+    with _precision():
+        gradient = jax.grad(lambda p: loss_fn(p, *batch))
+        return jax.jvp(gradient, (params,), (vector,))[1]
+
+
+def hessian(
+    loss_fn: Callable[..., Any], params: Any, *batch: Any, chunk_size: int | None = None
+) -> Operator:
+    """The Hessian of the mean loss over the batch.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, the mean over the examples. Data are arguments: what it
+        closes over is compiled in. Bind state as `jax.tree_util.Partial(loss_fn, state=...)`.
+      params: tree of real floating-point parameters, n in all.
+      *batch: arrays with a leading axis of examples.
+      chunk_size: number of examples per pass, for bounded memory; the ragged last chunk counts by
+        its size. None takes the whole batch at once and keeps the linearisation if it fits.
+
+    Returns:
+      An `Operator` of shape (n, n).
+
+    Raises:
+      TypeError: a parameter is not real floating point.
+      ValueError: the loss is not a scalar, the batch has no common leading axis, `chunk_size` is
+        not positive, or it splits a batch whose examples the loss couples (batch norm in train
+        mode: ask for "train_per_chunk" by name).
+    """
+    _check_loss(loss_fn, params, batch)
+    return build(Partial(_linearize_gradient), _as_partial(loss_fn), params, batch, chunk_size)
+
+
+def from_matvec(matvec: Callable[[Any], Any], like: Any) -> Operator:
+    """An operator from any symmetric product.
+
+    Args:
+      matvec: v -> A v on trees (or arrays) like `like`; traceable by JAX. Arrays that it closes
+        over are compiled in: bind them with `jax.tree_util.Partial(matvec_of, matrix)`.
+      like: an example of a vector: a tree or an array of real floating point.
+
+    Returns:
+      An `Operator` of shape (n, n).
+    """
+    _checks.floating_tree("like", like)
+    return Operator(None, None, like, (), _as_partial(matvec), None)
+
+
+def build(
+    linearize: Partial,
+    function: Partial,
+    params: Any,
+    batch: tuple[Any, ...],
+    chunk_size: int | None,
+) -> Operator:
+    """An operator from its linearisation: checks the chunks, keeps the residuals if they fit."""
+    _checks.floating_tree("params", params)
+    linear_map = None
+    if chunk_size is not None:
+        chunk_size = min(_checks.integer("chunk_size", chunk_size), _checks.num_examples(batch))
+        if chunk_size < _checks.num_examples(batch) and couples_examples(function):
+            raise ValueError(
+                f"`chunk_size` must not split a batch whose examples the loss couples (batch norm "
+                f'in train mode), got {chunk_size}; use mode="evaluation", or ask for '
+                'mode="train_per_chunk" by name.'
+            )
+    else:
+        residuals = jax.tree.leaves(_linear_map.eval_shape(linearize, function, params, batch))
+        if sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals) <= CACHE_BYTES:
+            linear_map = _linear_map(linearize, function, params, batch)
+    return Operator(linearize, function, params, batch, linear_map, chunk_size)
+
+
+def _linearize_gradient(loss_fn: Partial, params: Any, *batch: Any) -> Partial:
+    return jax.linearize(jax.grad(lambda p: loss_fn(p, *batch)), params)[1]
+
+
+@jax.jit
+def _linear_map(linearize: Partial, function: Partial, params: Any, batch: Any) -> Partial:
+    with _precision():
+        return linearize(function, params, *batch)
+
+
+@jax.jit
+def _whole_product(operator: Operator, vector: jax.Array) -> jax.Array:
+    with _precision():
+        linear_map = operator.linear_map
+        if linear_map is None:
+            linear_map = operator.linearize(operator.function, operator.params, *operator.batch)
+        image = linear_map(_tree.unravel(vector, operator.params))
+        _checks.same_tree("matvec(vector)", image, operator.params)
+        return _tree.ravel(image, vector.dtype)
+
+
+def _add_chunk(operands: Any, total: jax.Array, i: jax.Array) -> jax.Array:
+    operator, vector = operands
+    return total + _slice_product(operator, vector, i * operator.chunk_size, operator.chunk_size)
+
+
+@functools.partial(jax.jit, donate_argnums=2)
+def _add_ragged(operator: Operator, vector: jax.Array, total: jax.Array) -> jax.Array:
+    length = _checks.num_examples(operator.batch)
+    ragged = length % operator.chunk_size
+    return total + _slice_product(operator, vector, length - ragged, ragged)
+
+
+def _slice_product(operator: Operator, vector: jax.Array, start: Any, length: int) -> jax.Array:
+    weight = length / _checks.num_examples(operator.batch)
+    batch = jax.tree.map(
+        lambda array: jax.lax.dynamic_slice_in_dim(array, start, length), operator.batch
+    )
+    part = dataclasses.replace(operator, batch=batch, chunk_size=None)
+    return weight * _whole_product(part, vector)
+
+
+def _set_row(operands: Any, rows: jax.Array, i: jax.Array) -> jax.Array:
+    operator, vectors = operands
+    return rows.at[i].set(product(operator, vectors[i]))
+
+
+def _precision() -> contextlib.AbstractContextManager[Any]:
+    """Full float32 products unless the caller says otherwise: TF32 visibly perturbs Lanczos."""
+    if jax.config.jax_default_matmul_precision is not None:
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision("highest")
+
+
+def _as_partial(function: Callable[..., Any]) -> Partial:
+    """`function` as a pytree: as it is if it is one already, else a static function."""
+    is_leaf = jax.tree.structure(function) == jax.tree.structure(0)
+    return Partial(function) if is_leaf else function
+
+
+def _check_loss(loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]) -> None:
+    _checks.floating_tree("params", params)
+    shape = getattr(jax.eval_shape(_as_partial(loss_fn), params, *batch), "shape", None)
+    if shape != ():
+        raise ValueError(f"`loss_fn` must return a scalar, the mean loss, got shape {shape}.")
