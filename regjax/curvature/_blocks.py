@@ -51,7 +51,7 @@ def by_block(operator: Operator, *, depth: int = 1) -> dict[str, Operator]:
         to differentiate.
     """
     _checks.integer("depth", depth)
-    if operator.linearize is None or operator.function is None:
+    if operator.rule is None:
         raise ValueError(
             "`operator` must be made of a loss or a model to be taken apart, got one from "
             "`from_matvec`; give `from_matvec` the block's own product."
@@ -66,7 +66,8 @@ def _block(operator: Operator, inside: list[bool]) -> Operator:
     block = treedef.unflatten([x if here else None for x, here in zip(leaves, inside, strict=True)])
     rest = treedef.unflatten([None if here else x for x, here in zip(leaves, inside, strict=True)])
     function = _OfBlock(operator.function, rest)
-    return build(operator.linearize, function, block, operator.batch, operator.chunk_size)
+    assert operator.rule is not None
+    return build(operator.rule, function, block, operator.batch, operator.chunk_size)
 
 
 def _merge(block: Any, rest: Any) -> Any:

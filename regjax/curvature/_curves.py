@@ -104,11 +104,11 @@ def evaluate_density(
         distance = (points - _transform(values, threshold)[..., None]) / width
         return jnp.exp(-0.5 * jnp.square(distance)) * slope / (width * jnp.sqrt(2 * jnp.pi))
 
-    total = spectral_sum(density, kernel)
+    total, size = spectral_sum(density, kernel), density.size.astype(grid.dtype)
     return DensityCurve(
         grid=grid,
-        density=total.value / density.size,
-        standard_error=total.standard_error / density.size,
+        density=total.value / size,
+        standard_error=total.standard_error / size,
         width=jnp.asarray(width, grid.dtype),
     )
 

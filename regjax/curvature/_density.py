@@ -216,21 +216,20 @@ def spectral_density_step(operator: Operator, state: DensityState) -> DensitySta
 
 def spectral_density_result(state: DensityState) -> DensityResult:
     """The measure of the probes finished so far; NaN weights before the first one."""
-    size = state.locked.shape[1]
-    num_probes = state.nodes.shape[0]
-    rest = (size - state.num_locked) / size
-    finished = jnp.arange(num_probes) < state.num_finished
-    share = jnp.where(state.num_finished > 0, rest / state.num_finished, jnp.nan)
+    size, dtype = state.locked.shape[1], state.nodes.dtype
+    rest = (size - state.num_locked).astype(dtype) / size
+    finished = jnp.arange(state.nodes.shape[0]) < state.num_finished
+    share = jnp.where(state.num_finished > 0, rest / state.num_finished.astype(dtype), jnp.nan)
     inside = jnp.arange(state.eigenvalues.size) < state.num_locked
     result = DensityResult(
         nodes=state.nodes,
-        weights=jnp.where(finished[:, None], state.weights * share, 0.0).astype(state.nodes.dtype),
+        weights=jnp.where(finished[:, None], state.weights * share, 0),
         eigenvalues=state.eigenvalues,
-        eigenvalue_weights=jnp.where(inside, 1 / size, 0.0).astype(state.nodes.dtype),
+        eigenvalue_weights=jnp.where(inside, jnp.asarray(1 / size, dtype), 0),
         residual_norms=state.residual_norms,
         num_eigenvalues=state.num_locked,
-        trace=jnp.zeros((), state.nodes.dtype),
-        standard_error=jnp.zeros((), state.nodes.dtype),
+        trace=jnp.zeros((), dtype),
+        standard_error=jnp.zeros((), dtype),
         num_matvecs=state.num_matvecs,
         size=jnp.int32(size),
     )
@@ -266,7 +265,7 @@ def spectral_sum(
     sampled = function(density.nodes)
     mean = jnp.tensordot(weights, sampled, axes=2)
     variance = jnp.tensordot(weights, jnp.square(sampled - mean), axes=2)
-    num_probes = jnp.sum(jnp.any(density.weights > 0, axis=1))
+    num_probes = jnp.sum(jnp.any(density.weights > 0, axis=1)).astype(values.dtype)
     error = dimension * jnp.sqrt(2 * variance / ((dimension + 2) * jnp.maximum(num_probes, 1)))
     return SpectralSum(exact + dimension * mean, error)
 

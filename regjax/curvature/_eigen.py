@@ -366,7 +366,7 @@ def _restart(state: EigenState) -> EigenState:
     kept = jnp.where(state.wants_search, nearly_invariant, True) & (rows < krylov.index)
     kept &= jnp.cumsum(kept) <= most
     # Kept rows of an earlier search stay behind the others, where `search_start` finds them.
-    order = jnp.argsort(2 * ~kept + state.in_search, stable=True)
+    order = jnp.argsort(jnp.where(kept, jnp.where(state.in_search, 1, 0), 2), stable=True)
     count = jnp.sum(kept, dtype=jnp.int32)
     num_before = jnp.sum(kept & ~state.in_search, dtype=jnp.int32)
     inside = rows < count

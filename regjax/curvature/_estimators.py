@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from regjax import _checks, _loops, _tree
 from regjax.curvature._operators import Operator, product
@@ -260,7 +259,7 @@ def _absorb(state: EstimatorState, image: jax.Array) -> EstimatorState:
     sample = state.vector * image
     if state.mean.ndim == 0:
         sample = jnp.sum(sample)
-    num_probes = jnp.maximum(count + 1 - 2 * num_rows, 1)
+    num_probes = jnp.maximum(count + 1 - 2 * num_rows, 1).astype(sample.dtype)
     deviation = sample - state.mean
     mean = state.mean + deviation / num_probes
     squares = state.squares + deviation * (sample - mean)
@@ -281,9 +280,7 @@ def _orthonormalise(state: EstimatorState) -> EstimatorState:
 
 
 def _standard_error(state: EstimatorState) -> jax.Array:
-    num_probes = state.count - 2 * state.num_rows
+    num_probes = (state.count - 2 * state.num_rows).astype(state.squares.dtype)
     variance = state.squares / jnp.maximum(num_probes - 1, 1)
     error = jnp.sqrt(variance / jnp.maximum(num_probes, 1))
-    return lax.select(
-        jnp.broadcast_to(num_probes > 1, error.shape), error, jnp.full_like(error, jnp.nan)
-    )
+    return jnp.where(num_probes > 1, error, jnp.nan)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks
-from regjax.curvature._operators import Operator, _as_partial, build
+from regjax.curvature._operators import Operator, Rule, as_partial, build
 
 
 def gauss_newton(
@@ -48,7 +48,7 @@ def gauss_newton(
       descent, Neural Computation 14(7).
     """
     _check_output_loss(model_fn, output_loss_fn, params, inputs, targets)
-    curvature = Partial(_loss_hessian, _as_partial(output_loss_fn))
+    curvature = Partial(_loss_hessian, as_partial(output_loss_fn))
     return _sandwich(curvature, model_fn, params, (inputs, targets), chunk_size)
 
 
@@ -84,7 +84,7 @@ def empirical_fisher(
       arXiv:1905.12558, eq. 3.
     """
     _check_output_loss(model_fn, output_loss_fn, params, inputs, targets)
-    curvature = Partial(_observed_score, _as_partial(output_loss_fn))
+    curvature = Partial(_observed_score, as_partial(output_loss_fn))
     return _sandwich(curvature, model_fn, params, (inputs, targets), chunk_size)
 
 
@@ -143,16 +143,21 @@ def _sandwich(
     batch: tuple[Any, ...],
     chunk_size: int | None,
 ) -> Operator:
-    return build(
-        Partial(_linearize_sandwich, curvature), _as_partial(model_fn), params, batch, chunk_size
-    )
+    rule = Rule(Partial(_linearize_sandwich, curvature), Partial(_multiply_sandwich, curvature))
+    return build(rule, as_partial(model_fn), params, batch, chunk_size)
 
 
 def _linearize_sandwich(
-    curvature: Partial, model_fn: Partial, params: Any, inputs: Any, *rest: Any
+    curvature: Partial, model_fn: Any, params: Any, inputs: Any, *rest: Any
 ) -> Partial:
     outputs, jacobian = jax.linearize(lambda p: model_fn(p, inputs), params)
     return Partial(_apply_sandwich, jacobian, Partial(curvature, outputs, *rest))
+
+
+def _multiply_sandwich(
+    curvature: Partial, model_fn: Any, params: Any, vector: Any, inputs: Any, *rest: Any
+) -> Any:
+    return _linearize_sandwich(curvature, model_fn, params, inputs, *rest)(vector)
 
 
 def _apply_sandwich(jacobian: Partial, curvature: Partial, vector: Any) -> Any:
@@ -205,8 +210,8 @@ _SAMPLED = {"categorical": _sampled_categorical, "normal": _sampled_normal}
 def _check_output_loss(
     model_fn: Callable[..., Any], output_loss_fn: Any, params: Any, inputs: Any, targets: Any
 ) -> None:
-    outputs = jax.eval_shape(_as_partial(model_fn), params, inputs)
-    shape = getattr(jax.eval_shape(_as_partial(output_loss_fn), outputs, targets), "shape", None)
+    outputs = jax.eval_shape(as_partial(model_fn), params, inputs)
+    shape = getattr(jax.eval_shape(as_partial(output_loss_fn), outputs, targets), "shape", None)
     if shape != ():
         raise ValueError(
             f"`output_loss_fn` must return a scalar, the mean over examples, got shape {shape}."

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,22 @@ CACHE_BYTES = 2**30
 _MAX_DENSE = 2**15
 
 
+class Rule(NamedTuple):
+    """How a curvature matrix follows from a function, as static functions.
+
+    Attributes:
+      linearize: (function, params, *batch) -> the linear map v -> A v as a `Partial`, for the mean
+        over the examples of that batch.
+      multiply: (function, params, vector, *batch) -> A v in one go, for when nothing is kept.
+    """
+
+    linearize: Partial
+    multiply: Partial
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["linearize", "function", "params", "batch", "linear_map"],
+    data_fields=["rule", "function", "params", "batch", "linear_map"],
     meta_fields=["chunk_size"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +54,16 @@ class Operator:
     shapes compiles nothing; a new `lambda` is a new function and compiles again.
 
     Attributes:
-      linearize: (function, params, *batch) -> the linear map v -> A v as a `Partial`, for the mean
-        over the examples of that batch. None for `from_matvec`.
-      function: the loss or the model, a `Partial`.
+      rule: how the matrix follows from `function`; None for `from_matvec`.
+      function: the loss or the model, a callable pytree; None for `from_matvec`.
       params: the parameters, or for `from_matvec` the example of a vector.
       batch: the arrays with a leading axis of examples.
       linear_map: the linear map at `params`, kept if its residuals fit `CACHE_BYTES`; else None.
       chunk_size: number of examples per pass over the network, None for all at once.
     """
 
-    linearize: Partial | None
-    function: Partial | None
+    rule: Rule | None
+    function: Any
     params: Any
     batch: tuple[Any, ...]
     linear_map: Partial | None
@@ -151,8 +163,7 @@ def hvp(loss_fn: Callable[..., Any], params: Any, vector: Any, *batch: Any) -> A
     _check_loss(loss_fn, params, batch)
     _checks.same_tree("vector", vector, params)
     with _precision():
-        gradient = jax.grad(lambda p: loss_fn(p, *batch))
-        return jax.jvp(gradient, (params,), (vector,))[1]
+        return _differentiate_gradient(loss_fn, params, vector, *batch)
 
 
 def hessian(
@@ -178,7 +189,8 @@ def hessian(
         mode: ask for "train_per_chunk" by name).
     """
     _check_loss(loss_fn, params, batch)
-    return build(Partial(_linearize_gradient), _as_partial(loss_fn), params, batch, chunk_size)
+    rule = Rule(Partial(_linearize_gradient), Partial(_differentiate_gradient))
+    return build(rule, as_partial(loss_fn), params, batch, chunk_size)
 
 
 def from_matvec(matvec: Callable[[Any], Any], like: Any) -> Operator:
@@ -193,17 +205,17 @@ def from_matvec(matvec: Callable[[Any], Any], like: Any) -> Operator:
       An `Operator` of shape (n, n).
     """
     _checks.floating_tree("like", like)
-    return Operator(None, None, like, (), _as_partial(matvec), None)
+    return Operator(None, None, like, (), as_partial(matvec), None)
 
 
 def build(
-    linearize: Partial,
-    function: Partial,
+    rule: Rule,
+    function: Any,
     params: Any,
     batch: tuple[Any, ...],
     chunk_size: int | None,
 ) -> Operator:
-    """An operator from its linearisation: checks the chunks, keeps the residuals if they fit."""
+    """An operator from its rule: checks the chunks, keeps the residuals if they fit."""
     _checks.floating_tree("params", params)
     linear_map = None
     if chunk_size is not None:
@@ -215,31 +227,40 @@ def build(
                 'mode="train_per_chunk" by name.'
             )
     else:
-        residuals = jax.tree.leaves(_linear_map.eval_shape(linearize, function, params, batch))
+        residuals = jax.tree.leaves(_linear_map.eval_shape(rule, function, params, batch))
         if sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals) <= CACHE_BYTES:
-            linear_map = _linear_map(linearize, function, params, batch)
-    return Operator(linearize, function, params, batch, linear_map, chunk_size)
+            linear_map = _linear_map(rule, function, params, batch)
+    return Operator(rule, function, params, batch, linear_map, chunk_size)
 
 
-def _linearize_gradient(loss_fn: Partial, params: Any, *batch: Any) -> Partial:
+def _linearize_gradient(loss_fn: Callable[..., Any], params: Any, *batch: Any) -> Partial:
     return jax.linearize(jax.grad(lambda p: loss_fn(p, *batch)), params)[1]
 
 
+def _differentiate_gradient(
+    loss_fn: Callable[..., Any], params: Any, vector: Any, *batch: Any
+) -> Any:
+    return jax.jvp(jax.grad(lambda p: loss_fn(p, *batch)), (params,), (vector,))[1]
+
+
 @jax.jit
-def _linear_map(linearize: Partial, function: Partial, params: Any, batch: Any) -> Partial:
+def _linear_map(rule: Rule, function: Any, params: Any, batch: Any) -> Partial:
     with _precision():
-        return linearize(function, params, *batch)
+        return rule.linearize(function, params, *batch)
 
 
 @jax.jit
 def _whole_product(operator: Operator, vector: jax.Array) -> jax.Array:
+    params = operator.params
+    tree = _tree.unravel(vector, params)
     with _precision():
-        linear_map = operator.linear_map
-        if linear_map is None:
-            linear_map = operator.linearize(operator.function, operator.params, *operator.batch)
-        image = linear_map(_tree.unravel(vector, operator.params))
-        _checks.same_tree("matvec(vector)", image, operator.params)
-        return _tree.ravel(image, vector.dtype)
+        if operator.linear_map is not None:
+            image = operator.linear_map(tree)
+        else:
+            assert operator.rule is not None
+            image = operator.rule.multiply(operator.function, params, tree, *operator.batch)
+    _checks.same_tree("matvec(vector)", image, params)
+    return _tree.ravel(image, vector.dtype)
 
 
 def _add_chunk(operands: Any, total: jax.Array, i: jax.Array) -> jax.Array:
@@ -275,7 +296,7 @@ def _precision() -> contextlib.AbstractContextManager[Any]:
     return jax.default_matmul_precision("highest")
 
 
-def _as_partial(function: Callable[..., Any]) -> Partial:
+def as_partial(function: Callable[..., Any]) -> Any:
     """`function` as a pytree: as it is if it is one already, else a static function."""
     is_leaf = jax.tree.structure(function) == jax.tree.structure(0)
     return Partial(function) if is_leaf else function
@@ -283,6 +304,6 @@ def _as_partial(function: Callable[..., Any]) -> Partial:
 
 def _check_loss(loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]) -> None:
     _checks.floating_tree("params", params)
-    shape = getattr(jax.eval_shape(_as_partial(loss_fn), params, *batch), "shape", None)
+    shape = getattr(jax.eval_shape(as_partial(loss_fn), params, *batch), "shape", None)
     if shape != ():
         raise ValueError(f"`loss_fn` must return a scalar, the mean loss, got shape {shape}.")

@@ -1,0 +1,328 @@
+"""Flax models, linen or nnx, as pure functions on plain trees.
+
+Everything else in the library sees `loss_fn(params, *batch)`. These adapters make one of a model:
+`from_linen`, `from_nnx` and `from_callable` give a `Model`, `model_loss` and `model_function` bind
+its state, so that it travels as an argument and is never compiled in.
+
+The batch-norm mode decides what a Hessian means:
+  "evaluation": statistics are the stored running ones, constants. The examples do not couple; this
+    is the Hessian of the network that is deployed.
+  "train": statistics are those of the batch and are differentiated through. This is the Hessian of
+    the training loss at full batch; the examples couple, so the data cannot be split. Dropout is
+    on, with the mask of `key` on this batch.
+  "train_per_chunk": the batch statistics of each chunk, as mini-batch training saw them. Another
+    matrix for each chunk size; to be asked for by name.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import core, linen, nnx
+
+from regjax import _checks
+from regjax._base import Params
+from regjax._base import check_separable as check_separable
+from regjax._base import couples_examples as couples_examples
+
+_MODES = ("evaluation", "train", "train_per_chunk")
+
+
+class Model(NamedTuple):
+    """A model as plain trees.
+
+    Attributes:
+      apply: (params, state, inputs, *, train, key=None) -> (outputs, new state); pure, hashable,
+        and equal for equal modules, so that nothing compiles again. Raises ValueError where
+        `params` or `state` have not the structure of the model's own. In evaluation mode the new
+        state is `state`.
+      params: nested dicts of arrays. Lists of nnx layers keep their integer keys: nnx takes the
+        leaves in sorted order, and as strings "10" would come before "2".
+      state: everything else (batch statistics, generator keys and counts), nested dicts.
+      has_batch_statistics: whether `state` holds batch statistics.
+    """
+
+    apply: Callable[..., tuple[Any, Any]]
+    params: Params
+    state: Any
+    has_batch_statistics: bool
+
+
+def from_linen(module: linen.Module, variables: Any) -> Model:
+    """A linen module and its variables as a `Model`.
+
+    Args:
+      module: its `__call__` takes the inputs, and `train`, `training`, `deterministic` or
+        `use_running_average` where it distinguishes training.
+      variables: from `module.init`; "params" are the parameters, all else is state.
+
+    Returns:
+      A `Model`; in train mode the collections of the state are mutable, and `key` is the stream
+      "dropout".
+
+    Raises:
+      TypeError: `module` is not a linen module.
+      ValueError: `variables` hold no "params".
+    """
+    if not isinstance(module, linen.Module):
+        raise TypeError(f"`module` must be a flax.linen.Module, got {type(module).__name__}.")
+    if "params" not in variables:
+        raise ValueError(f"`variables` must hold 'params', got {sorted(variables)}.")
+    state = core.unfreeze(variables)
+    params = state.pop("params")
+    return _model(_RunLinen(module), params, state, "batch_stats" in state)
+
+
+def from_nnx(module: nnx.Module) -> Model:
+    """An nnx module as a `Model` of plain dicts.
+
+    Args:
+      module: called with the inputs alone; `module.train()` and `module.eval()` set its mode. It
+        is not changed.
+
+    Returns:
+      A `Model`; the state holds batch statistics and generator counters. In train mode `key`
+      replaces the keys of the module's generators, so that equal keys give equal dropout masks.
+
+    Raises:
+      TypeError: `module` is not an nnx module.
+    """
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"`module` must be a flax.nnx.Module, got {type(module).__name__}.")
+    # Train and evaluation flags live in the graph definition: one for each mode.
+    evaluation, training = nnx.clone(module), nnx.clone(module)
+    evaluation.eval()
+    training.train()
+    graph, params, state = nnx.split(evaluation, nnx.Param, ...)
+    run = _RunNnx(graph, nnx.graphdef(training))
+    has_statistics = bool(jax.tree.leaves(nnx.state(module, nnx.BatchStat)))
+    return _model(run, nnx.to_pure_dict(params), nnx.to_pure_dict(state), has_statistics)
+
+
+def from_callable(function: Callable[..., Any], params: Params, state: Any = None) -> Model:
+    """A pure function (params, inputs) -> outputs as a `Model`.
+
+    Args:
+      function: the same object again compiles nothing again.
+      params: tree of real floating-point arrays.
+      state: tree that travels with the model unread and unchanged; {} if None.
+
+    Returns:
+      A `Model`; `train` and `key` change nothing.
+
+    Raises:
+      TypeError: `function` is not callable, or a parameter is not real floating point.
+    """
+    if not callable(function):
+        raise TypeError(f"`function` must be callable, got {type(function).__name__}.")
+    _checks.floating_tree("params", params)
+    return _model(_RunCallable(function), params, {} if state is None else state, False)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["state", "key"],
+    meta_fields=["apply", "mode", "coupled"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity: arrays neither hash nor compare
+class ModelFunction:
+    """(params, inputs) -> outputs, with the state and the mode of a model bound.
+
+    Attributes:
+      state: the model's state.
+      key: typed key of dropout, held fixed, or None.
+      apply: the model's.
+      mode: batch-norm mode.
+      coupled: whether the mode couples the examples.
+    """
+
+    state: Any
+    key: jax.Array | None
+    apply: Callable[..., tuple[Any, Any]]
+    mode: str
+    coupled: bool
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether one example's output depends on the others."""
+        return self.coupled
+
+    def __call__(self, params: Params, inputs: Any, /) -> Any:
+        """The outputs for `inputs`, leading axis the examples."""
+        train = self.mode != "evaluation"
+        return self.apply(params, self.state, inputs, train=train, key=self.key)[0]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["function"], meta_fields=["criterion"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelLoss:
+    """(params, inputs, targets) -> mean loss of a model.
+
+    Attributes:
+      function: the `ModelFunction`; its state and key are the leaves, the rest is static.
+      criterion: (outputs, targets) -> scalar mean.
+    """
+
+    function: ModelFunction
+    criterion: Callable[[Any, Any], Any]
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether the loss is more than a mean over independent examples."""
+        return self.function.couples_examples
+
+    def __call__(self, params: Any, inputs: Any, targets: Any) -> Any:
+        """The mean loss over the examples."""
+        return self.criterion(self.function(params, inputs), targets)
+
+
+def model_function(
+    model: Model, *, mode: str = "evaluation", key: jax.Array | None = None
+) -> ModelFunction:
+    """The model as (params, inputs) -> outputs.
+
+    Args:
+      model: from one of the adapters.
+      mode: "evaluation", "train" or "train_per_chunk" (see the module's text).
+      key: typed key of dropout in train mode: one mask for all products, as a symmetric Hessian
+        needs. None without dropout.
+
+    Returns:
+      A `ModelFunction`: a pytree, to be passed through `jax.jit` as an argument.
+
+    Raises:
+      ValueError: `mode` is unknown.
+      TypeError: `key` is not a typed key.
+    """
+    _checks.choice("mode", mode, _MODES)
+    if key is not None:
+        _checks.key("key", key)
+    coupled = mode == "train" and model.has_batch_statistics
+    return ModelFunction(model.state, key, model.apply, mode, coupled)
+
+
+def model_loss(
+    model: Model,
+    criterion: Callable[[Any, Any], Any],
+    *,
+    mode: str = "evaluation",
+    key: jax.Array | None = None,
+) -> ModelLoss:
+    """The model's loss as (params, inputs, targets) -> scalar.
+
+    Args:
+      model: from one of the adapters.
+      criterion: (outputs, targets) -> scalar, the mean over the examples; hashable and static,
+        the same object again compiles nothing again.
+      mode: as in `model_function`.
+      key: as in `model_function`.
+
+    Returns:
+      A `ModelLoss`: a pytree, to be passed through `jax.jit` as an argument.
+
+    Raises:
+      ValueError: `mode` is unknown.
+      TypeError: `key` is not a typed key, or `criterion` is not callable.
+    """
+    if not callable(criterion):
+        raise TypeError(f"`criterion` must be callable, got {type(criterion).__name__}.")
+    return ModelLoss(model_function(model, mode=mode, key=key), criterion)
+
+
+def _model(run: Any, params: Params, state: Any, has_batch_statistics: bool) -> Model:
+    apply = _Apply(run, jax.tree.structure(params), jax.tree.structure(state))
+    return Model(apply, params, state, has_batch_statistics)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """Checks the trees: nnx would pair the leaves of another model by position, silently."""
+
+    run: Callable[..., tuple[Any, Any]]
+    params_structure: Any
+    state_structure: Any
+
+    def __call__(
+        self, params: Params, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        for name, tree, expected in (
+            ("params", params, self.params_structure),
+            ("state", state, self.state_structure),
+        ):
+            if jax.tree.structure(tree) != expected:
+                raise ValueError(
+                    f"`{name}` must have the tree structure of the model's, {expected}, "
+                    f"got {jax.tree.structure(tree)}."
+                )
+        return self.run(params, state, inputs, train, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RunLinen:
+    module: linen.Module
+
+    def __call__(
+        self, params: Any, state: Any, inputs: Any, train: bool, key: Any
+    ) -> tuple[Any, Any]:
+        variables = {"params": params, **state}
+        options = _mode_options(type(self.module), train)
+        if not train:
+            return self.module.apply(variables, inputs, **options), state
+        outputs, new_state = self.module.apply(
+            variables,
+            inputs,
+            rngs=None if key is None else {"dropout": key},
+            mutable=list(state),
+            **options,
+        )
+        return outputs, {**state, **new_state}
+
+
+def _mode_options(module_type: type, train: bool) -> dict[str, bool]:
+    meanings = {
+        "train": train,
+        "training": train,
+        "deterministic": not train,
+        "use_running_average": not train,
+    }
+    taken = inspect.signature(module_type.__call__).parameters
+    return {name: value for name, value in meanings.items() if name in taken}
+
+
+@dataclasses.dataclass(frozen=True)
+class _RunNnx:
+    evaluation: nnx.GraphDef
+    training: nnx.GraphDef
+
+    def __call__(
+        self, params: Any, state: Any, inputs: Any, train: bool, key: Any
+    ) -> tuple[Any, Any]:
+        # Merged from plain dicts: Variables of an outer trace may not be changed in an inner one.
+        module = nnx.merge(self.training if train else self.evaluation, params, state)
+        if train and key is not None:
+            _reseed(module, key)
+        outputs = module(inputs)
+        if not train:
+            return outputs, state
+        return outputs, nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
+
+
+def _reseed(module: nnx.Module, key: jax.Array) -> None:
+    streams = [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
+    tags = sorted({stream.key.tag for stream in streams})
+    nnx.reseed(module, **{tag: jax.random.fold_in(key, i) for i, tag in enumerate(tags)})
+
+
+@dataclasses.dataclass(frozen=True)
+class _RunCallable:
+    function: Callable[..., Any]
+
+    def __call__(
+        self, params: Any, state: Any, inputs: Any, train: bool, key: Any
+    ) -> tuple[Any, Any]:
+        return self.function(params, inputs), state

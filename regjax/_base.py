@@ -1,0 +1,98 @@
+"""The vocabulary of the library: what a loss, a model, a gradient and a product look like.
+
+A loss is a mean over independent examples, so that data can be split into chunks; what breaks this
+says so (`couples_examples`) or is found out (`check_separable`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks
+
+Params: TypeAlias = Any
+"""Tree of real floating-point arrays."""
+
+Batch: TypeAlias = tuple[Any, ...]
+"""Trees of arrays that share one leading axis, the examples: often (inputs, targets)."""
+
+GradFn: TypeAlias = Callable[[Params], Params]
+"""The gradient of a loss at other parameters, on the batch of the step."""
+
+MatVec: TypeAlias = Callable[[Any], Any]
+"""A symmetric linear map from trees (or flat vectors) to trees of the same structure."""
+
+
+class LossFn(Protocol):
+    """(params, *batch) -> scalar, the mean over the examples."""
+
+    def __call__(self, params: Params, /, *batch: Any) -> jax.Array:
+        """The mean loss, shape ()."""
+        ...
+
+
+class ModelFn(Protocol):
+    """(params, inputs) -> outputs, leading axis the examples."""
+
+    def __call__(self, params: Params, inputs: Any, /) -> Any:
+        """The outputs."""
+        ...
+
+
+def couples_examples(function: Any) -> bool:
+    """Whether `function` says that it couples the examples of a batch.
+
+    Args:
+      function: a loss or a model, perhaps inside of `functools.partial` or `jax.tree_util.Partial`.
+
+    Returns:
+      Its attribute `couples_examples`; False for plain callables, which `check_separable` tests.
+    """
+    while isinstance(function, functools.partial) and not hasattr(function, "couples_examples"):
+        function = function.func
+    return bool(getattr(function, "couples_examples", False))
+
+
+def check_separable(loss_fn: LossFn, params: Params, *batch: Any, tolerance: float = 1e-4) -> None:
+    """Checks that a loss is a mean over independent examples, by splitting the batch unevenly.
+
+    Evaluates the loss three times, outside of `jit`.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar.
+      params: tree of parameters.
+      *batch: arrays with a leading axis of at least two examples. Of two, the parts are equal, and
+        a mean that forgets the sizes goes unnoticed.
+      tolerance: allowed difference between the loss of the whole batch and the size-weighted mean
+        of two unequal parts, relative to the largest magnitude of the three losses.
+
+    Raises:
+      ValueError: the losses differ (a sum, or batch norm in train mode), are not finite scalars,
+        or there are fewer than two examples.
+    """
+    _checks.non_negative("tolerance", tolerance)
+    length = _checks.num_examples(batch)
+    if length < 2:
+        raise ValueError(f"`batch` must hold at least two examples to be split, got {length}.")
+    cut = max(1, length // 3)
+    first = jax.tree.map(lambda leaf: leaf[:cut], batch)
+    second = jax.tree.map(lambda leaf: leaf[cut:], batch)
+    whole, one, two = (_finite_scalar(loss_fn(params, *part)) for part in (batch, first, second))
+    mean = (cut * one + (length - cut) * two) / length
+    if abs(whole - mean) > tolerance * max(abs(whole), abs(one), abs(two)):
+        raise ValueError(
+            f"`loss_fn` must be the mean over independent examples: the whole batch gives "
+            f"{whole:.6g}, the size-weighted mean of {cut} and {length - cut} examples gives "
+            f"{mean:.6g}. A sum does this, and batch norm or dropout in train mode."
+        )
+
+
+def _finite_scalar(loss: Any) -> float:
+    if jnp.shape(loss) != ():
+        raise ValueError(f"`loss_fn` must return a scalar, got shape {jnp.shape(loss)}.")
+    if not jnp.isfinite(loss):
+        raise ValueError(f"`loss_fn` must be finite on the batch, got {loss}.")
+    return float(loss)

@@ -1,0 +1,57 @@
+"""The plain convolutional network."""
+
+import jax
+from flax import nnx
+
+from regjax import _checks
+from regjax.models._norm import Normalized, image_shape
+
+
+class ConvNet(nnx.Module):
+    """`depth` 3x3 convolutions of stride 2, each with normalization and ReLU; a linear head.
+
+    The head sees all remaining positions. The convolutions have biases only without normalization,
+    whose shift does the same. Sub-trees of the parameters: "layer_0", ..., "head".
+
+    Args:
+      input_shape: (height, width, channels) of one example.
+      num_classes: number of outputs.
+      width: channels of each convolution.
+      depth: number of convolutions.
+      norm: "none", "batch", "layer" or "group".
+      rngs: stream "params" (or the default one) of the initial parameters, float32.
+
+    Raises:
+      ValueError: a size is too small, or `norm` is unknown.
+      TypeError: a size is not a Python integer.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        *,
+        width: int = 16,
+        depth: int = 2,
+        norm: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        self.depth = _checks.integer("depth", depth)
+        _checks.integer("width", width)
+        _checks.integer("num_classes", num_classes)
+        height, breadth, channels = image_shape(input_shape)
+        for i in range(depth):
+            convolution = nnx.Conv(
+                channels, width, (3, 3), strides=2, use_bias=norm == "none", rngs=rngs
+            )
+            setattr(self, f"layer_{i}", Normalized(convolution, width, norm=norm, rngs=rngs))
+            # "SAME" padding: half the positions, rounded up.
+            height, breadth, channels = -(-height // 2), -(-breadth // 2), width
+        self.head = nnx.Linear(height * breadth * channels, num_classes, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
+        features = inputs
+        for i in range(self.depth):
+            features = nnx.relu(getattr(self, f"layer_{i}")(features))
+        return self.head(features.reshape(features.shape[0], -1))

@@ -1,0 +1,57 @@
+"""The multilayer perceptron."""
+
+import math
+
+import jax
+from flax import nnx
+
+from regjax import _checks
+from regjax.models._norm import NORMS, Normalized, image_shape
+
+
+class MLP(nnx.Module):
+    """A perceptron with `depth` hidden layers: linear, normalization, ReLU; then a linear head.
+
+    The hidden layers have biases only without normalization, whose shift does the same. Sub-trees
+    of the parameters: "layer_0", ..., "head".
+
+    Args:
+      input_shape: (height, width, channels) of one example.
+      num_classes: number of outputs.
+      width: units of each hidden layer.
+      depth: number of hidden layers; 0 is a linear classifier.
+      norm: "none", "batch", "layer" or "group".
+      rngs: stream "params" (or the default one) of the initial parameters, float32.
+
+    Raises:
+      ValueError: a size is too small, or `norm` is unknown.
+      TypeError: a size is not a Python integer.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        *,
+        width: int = 256,
+        depth: int = 2,
+        norm: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        self.depth = _checks.integer("depth", depth, minimum=0)
+        _checks.integer("width", width)
+        _checks.integer("num_classes", num_classes)
+        _checks.choice("norm", norm, NORMS)
+        num_inputs = math.prod(image_shape(input_shape))
+        for i in range(depth):
+            linear = nnx.Linear(num_inputs, width, use_bias=norm == "none", rngs=rngs)
+            setattr(self, f"layer_{i}", Normalized(linear, width, norm=norm, rngs=rngs))
+            num_inputs = width
+        self.head = nnx.Linear(num_inputs, num_classes, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
+        features = inputs.reshape(inputs.shape[0], -1)
+        for i in range(self.depth):
+            features = nnx.relu(getattr(self, f"layer_{i}")(features))
+        return self.head(features)

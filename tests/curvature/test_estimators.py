@@ -1,0 +1,111 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from regjax import curvature
+from tests import oracles
+
+METHODS = ["hutchinson", "hutch++"]
+MATRIX = oracles.symmetric(
+    np.concatenate([[50, 30, 20, 10, -5], np.random.default_rng(0).normal(size=75)])
+)
+
+
+def operator():
+    return curvature.from_matvec(oracles.matvec_of(MATRIX), jnp.zeros(80))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trace_is_unbiased_and_its_standard_error_holds(method):
+    scores = []
+    for seed in range(40):
+        result = curvature.trace(operator(), key=jax.random.key(seed), num_probes=45, method=method)
+        scores.append((float(result.value) - np.trace(MATRIX)) / float(result.standard_error))
+        assert int(result.num_matvecs) == 45
+    assert abs(np.mean(scores)) < 5 / np.sqrt(40)
+    assert 0.6 < np.std(scores) < 1.6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_diagonal_is_unbiased_and_its_standard_error_holds(method):
+    scores = []
+    for seed in range(10):
+        result = curvature.diagonal(
+            operator(), key=jax.random.key(seed), num_probes=45, method=method
+        )
+        scores.append((np.asarray(result.value) - np.diag(MATRIX)) / np.asarray(result.standard_error))
+    assert abs(np.mean(scores)) < 5 / np.sqrt(np.size(scores) / 10)
+    assert 0.8 < np.std(scores) < 1.3
+
+
+def test_hutch_plus_plus_gains_where_few_eigenvalues_dominate():
+    def error(method):
+        values = [
+            float(curvature.trace(operator(), key=jax.random.key(s), num_probes=45, method=method).value)
+            for s in range(20)
+        ]
+        return np.sqrt(np.mean((np.array(values) - np.trace(MATRIX)) ** 2))
+
+    # The five outliers carry 99 % of the squared Frobenius norm.
+    assert error("hutch++") < 0.6 * error("hutchinson")
+
+
+def test_diagonal_matrix_is_exact_with_one_probe():
+    diagonal = jnp.arange(1.0, 9.0)
+    like = {"a": jnp.zeros(3), "b": jnp.zeros(5)}
+
+    def matvec(tree):
+        return {"a": tree["a"] * diagonal[:3], "b": tree["b"] * diagonal[3:]}
+
+    tree_operator = curvature.from_matvec(matvec, like)
+    result = curvature.diagonal(tree_operator, key=jax.random.key(0), num_probes=1)
+    np.testing.assert_allclose(result.value["b"], diagonal[3:], rtol=1e-6)
+    assert np.all(np.isnan(result.standard_error["a"]))
+    total = curvature.trace(tree_operator, key=jax.random.key(0), num_probes=2)
+    assert float(total.value) == pytest.approx(36)
+    assert float(total.standard_error) == 0
+
+
+def test_low_rank_is_exact_under_hutch_plus_plus():
+    matrix = oracles.symmetric([4.0, -2.0, 1.0] + [0.0] * 37)
+    low_rank = curvature.from_matvec(oracles.matvec_of(matrix), jnp.zeros(40))
+    options = {"key": jax.random.key(0), "num_probes": 24, "method": "hutch++"}
+    assert float(curvature.trace(low_rank, **options).value) == pytest.approx(3, abs=1e-4)
+    np.testing.assert_allclose(
+        curvature.diagonal(low_rank, **options).value, np.diag(matrix), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_loop_and_steps_give_the_plain_result(method):
+    def run(operator, key):
+        return curvature.trace(operator, key=key, num_probes=9, method=method)
+
+    plain = run(operator(), jax.random.key(0))
+    compiled = jax.jit(run)(operator(), jax.random.key(0))
+    state = curvature.trace_init(operator(), key=jax.random.key(0), num_probes=9, method=method)
+    for _ in range(9):
+        state = curvature.estimator_step(operator(), state)
+    assert float(compiled.value) == pytest.approx(float(plain.value), rel=1e-5)
+    assert float(curvature.trace_result(state).value) == float(plain.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exact_spectrum(dtype):
+    with jax.enable_x64(dtype == np.float64):
+        problem = oracles.problem(dtype=dtype)
+        hessian = curvature.hessian(oracles.loss_fn, problem.params, *problem.batch)
+        dense = oracles.dense_hessian(oracles.loss_fn, problem.params, *problem.batch)
+        spectrum = curvature.exact_spectrum(hessian)
+        assert spectrum.dtype == dtype
+        tolerance = 1e-11 if dtype == np.float64 else 1e-5
+        np.testing.assert_allclose(spectrum, np.linalg.eigvalsh(dense), atol=tolerance)
+
+
+def test_error_texts():
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match=r"`method` must be one of hutchinson, hutch\+\+"):
+        curvature.trace(operator(), key=key, num_probes=3, method="xtrace")
+    with pytest.raises(ValueError, match="`num_probes` must be at least 3, got 2"):
+        curvature.diagonal(operator(), key=key, num_probes=2, method="hutch++")

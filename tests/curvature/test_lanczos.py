@@ -1,0 +1,109 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from regjax import curvature
+from regjax.curvature import _lanczos
+from tests import oracles
+
+
+def tridiagonal(result):
+    steps = int(result.num_steps)
+    alphas, betas = np.asarray(result.alphas)[:steps], np.asarray(result.betas)[: steps - 1]
+    return np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1)
+
+
+def start(size, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=size), jnp.float32)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 13, 60])
+def test_the_recurrence_holds(num_steps):
+    matrix = oracles.symmetric(np.linspace(-1, 4, 60) ** 3 / 16)
+    result = curvature.lanczos(oracles.matvec_of(matrix), start(60), num_steps)
+    basis = np.asarray(result.basis, np.float64)
+    remainder = matrix @ basis.T - basis.T @ tridiagonal(result)
+    expected = np.zeros((60, num_steps))
+    expected[:, -1] = result.residual
+    np.testing.assert_allclose(remainder, expected, atol=5e-6)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(num_steps), atol=2e-6)
+    np.testing.assert_allclose(basis[0], start(60) / np.linalg.norm(start(60)), atol=1e-6)
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(5)], ids=["stops", "goes on"])
+def test_rank_deficient_matrix_has_no_spurious_eigenvalues(key):
+    # One pass of Gram-Schmidt, or none, gives 21 to 37 eigenvalues above one half.
+    random = np.random.default_rng(0)
+    range_basis = np.linalg.qr(random.normal(size=(2000, 20)))[0]
+    matrix = (range_basis * np.arange(1, 21)) @ range_basis.T
+    result = curvature.lanczos(oracles.matvec_of(matrix), start(2000), 40, key=key)
+    values = np.linalg.eigvalsh(tridiagonal(result))
+    assert np.sum(values > 0.5) == 20
+    np.testing.assert_allclose(values[values > 0.5], np.arange(1, 21), rtol=1e-5)
+    steps = int(result.num_steps)
+    assert steps == 40 if key is not None else 20 <= steps < 40
+    basis = np.asarray(result.basis)[:steps]
+    np.testing.assert_allclose(basis @ basis.T, np.eye(steps), atol=2e-6)
+
+
+def test_breakdown_at_once_is_not_divided_by():
+    result = curvature.lanczos(lambda v: 3 * v, start(50), 10)
+    assert int(result.num_steps) == 1
+    assert float(result.alphas[0]) == pytest.approx(3, rel=1e-6)
+    assert np.all(np.isfinite(result.basis))
+    zero = curvature.lanczos(lambda v: 0 * v, start(50), 10, key=jax.random.key(0))
+    np.testing.assert_array_equal(zero.alphas, np.zeros(10))
+    np.testing.assert_allclose(zero.basis @ zero.basis.T, np.eye(10), atol=2e-6)
+
+
+def test_compiled_loop_gives_the_host_driven_result():
+    matrix = oracles.symmetric(np.linspace(0, 1, 40))
+    operator = curvature.from_matvec(oracles.matvec_of(matrix), jnp.zeros(40))
+    solve = jax.jit(lambda operator, start: curvature.lanczos(operator, start, 15))
+    for ours, theirs in zip(
+        curvature.lanczos(operator, start(40), 15), solve(operator, start(40)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_starts_and_states_are_trees_and_the_callers_arrays_survive():
+    like = {"a": start(3), "b": start(4, seed=2)}
+    key = jax.random.key(0)
+    result = curvature.lanczos(lambda t: jax.tree.map(lambda x: 2 * x, t), like, 3, key=key)
+    assert result.basis.shape == (3, 7)
+    assert not like["a"].is_deleted()
+    assert not jax.random.key_data(key).is_deleted()
+
+
+def test_callback_counts_steps():
+    calls = []
+    curvature.lanczos(lambda v: v * jnp.arange(9.0), start(9), 4, callback=lambda *c: calls.append(c))
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_compile_time_does_not_grow_with_the_steps():
+    # The program of a step is the same text for every number of steps, but for the sizes.
+    def lines(num_steps):
+        krylov = _lanczos.empty(start(50_000), num_steps, jax.random.key(0))
+        return len(_lanczos.expand.lower(krylov, start(50_000)).as_text().splitlines())
+
+    assert lines(20) == lines(80)
+
+
+def test_block_rows_pad_the_basis_without_counting_the_padding(monkeypatch):
+    monkeypatch.setattr(_lanczos, "_BLOCK_BYTES", 4 * 40 * 3)
+    matrix = oracles.symmetric(np.linspace(0, 1, 40))
+    result = curvature.lanczos(oracles.matvec_of(matrix), start(40), 10)
+    assert result.basis.shape == (10, 40)
+    np.testing.assert_allclose(result.basis @ result.basis.T, np.eye(10), atol=2e-6)
+
+
+def test_error_texts():
+    with pytest.raises(ValueError, match="`num_steps` must be between 1 and 4, got 5"):
+        curvature.lanczos(lambda v: v, start(4), 5)
+    operator = curvature.from_matvec(lambda v: v, jnp.zeros(4))
+    with pytest.raises(ValueError, match=r"`start` must have shape \(4,\), got \(5,\)"):
+        curvature.lanczos(operator, start(5), 2)
+    with pytest.raises(TypeError, match="`key` must be a typed key"):
+        curvature.lanczos(operator, start(4), 2, key=0)

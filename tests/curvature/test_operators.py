@@ -1,0 +1,176 @@
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
+
+from regjax import curvature
+from regjax.curvature import _operators
+from tests import oracles
+
+
+def random_like(params, seed=1):
+    flat, unravel = ravel_pytree(params)
+    return unravel(jnp.asarray(np.random.default_rng(seed).normal(size=flat.size), flat.dtype))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_hvp_is_the_dense_hessian_times_the_vector(wrap):
+    problem = oracles.problem()
+    vector = random_like(problem.params)
+    product = wrap(partial(curvature.hvp, oracles.loss_fn))(problem.params, vector, *problem.batch)
+    expected = oracles.dense_hessian(oracles.loss_fn, *problem_args(problem)) @ flat(vector)
+    np.testing.assert_allclose(flat(product), expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 7, 23, 100])
+def test_hessian_is_the_dense_one_for_every_chunk_size(chunk_size):
+    # 23 = 3 * 7 + 2: a mean of chunk means that forgot the sizes is wrong by a factor.
+    problem = oracles.problem()
+    operator = curvature.hessian(oracles.loss_fn, *problem_args(problem), chunk_size=chunk_size)
+    expected = oracles.dense_hessian(oracles.loss_fn, *problem_args(problem))
+    np.testing.assert_allclose(operator.dense(), expected, rtol=1e-4, atol=1e-6)
+    assert operator.shape == (57, 57)
+    assert operator.dtype == jnp.float32
+
+
+def test_recomputed_and_kept_linearisations_agree():
+    problem = oracles.problem()
+    kept = curvature.hessian(oracles.loss_fn, *problem_args(problem))
+    recomputed = dataclasses.replace(kept, linear_map=None)
+    assert kept.linear_map is not None
+    np.testing.assert_allclose(kept.dense(), recomputed.dense(), rtol=1e-5, atol=1e-7)
+
+
+def test_residuals_over_the_budget_are_not_kept(monkeypatch):
+    monkeypatch.setattr(_operators, "CACHE_BYTES", 100)
+    operator = curvature.hessian(oracles.loss_fn, *problem_args(oracles.problem()))
+    assert operator.linear_map is None
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        problem = oracles.problem(dtype=np.float64)
+        operator = curvature.hessian(oracles.loss_fn, *problem_args(problem), chunk_size=5)
+        expected = oracles.dense_hessian(oracles.loss_fn, *problem_args(problem))
+        assert operator.dense().dtype == jnp.float64
+        np.testing.assert_allclose(operator.dense(), expected, rtol=1e-11, atol=1e-13)
+
+
+def test_bfloat16_parameters_get_float32_vectors_and_their_own_dtype_back():
+    params = {"w": jnp.arange(3.0, dtype=jnp.bfloat16)}
+    inputs = jnp.ones(4, jnp.bfloat16)
+    operator = curvature.hessian(lambda p, x: jnp.mean(x * jnp.sum(p["w"] ** 2)), params, inputs)
+    assert operator.dtype == jnp.float32
+    assert operator.matvec(params)["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(operator.dense(), 2 * np.eye(3))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_matmat_rows_are_matvecs(chunk_size):
+    problem = oracles.problem()
+    operator = curvature.hessian(oracles.loss_fn, *problem_args(problem), chunk_size=chunk_size)
+    vectors = [random_like(problem.params, seed) for seed in range(3)]
+    block = operator.matmat(jax.tree.map(lambda *leaves: jnp.stack(leaves), *vectors))
+    for i, vector in enumerate(vectors):
+        row = jax.tree.map(lambda leaf, i=i: leaf[i], block)
+        np.testing.assert_allclose(flat(row), flat(operator.matvec(vector)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_operator_at_new_parameters_compiles_nothing():
+    problem = oracles.problem()
+
+    def solve(params):
+        operator = curvature.hessian(oracles.loss_fn, params, *problem.batch)
+        return curvature.top_eigenpairs(operator, 2, key=jax.random.key(0)).values
+
+    shifted = jax.tree.map(lambda leaf: leaf + 0.1, problem.params)
+    with count_compilations() as compiled:
+        first = solve(problem.params)
+        jax.jit(lambda x: x + 1)(jnp.zeros(3))
+    assert compiled  # the listener hears, at least the new lambda
+    with count_compilations() as compiled:
+        second = solve(shifted)
+    assert compiled == []
+    assert np.all(np.asarray(first) != np.asarray(second))
+
+
+def test_operator_passes_through_jit_as_an_argument():
+    problem = oracles.problem()
+    operator = curvature.hessian(oracles.loss_fn, *problem_args(problem), chunk_size=7)
+    vector = random_like(problem.params)
+    product = jax.jit(lambda operator, vector: operator.matvec(vector))(operator, vector)
+    np.testing.assert_allclose(flat(product), flat(operator.matvec(vector)), rtol=1e-5, atol=1e-6)
+
+
+def test_state_bound_to_the_loss_is_not_split_into_chunks():
+    def loss(state, params, x):
+        return jnp.mean((x @ params["w"]) ** 2) * jnp.sum(state)
+
+    params, x = {"w": jnp.ones(3)}, jnp.asarray(np.random.default_rng(0).normal(size=(10, 3)))
+    bound = Partial(loss, jnp.ones(4))
+    operator = curvature.hessian(bound, params, x.astype(jnp.float32), chunk_size=3)
+    np.testing.assert_allclose(operator.dense(), 8 * x.T @ x / 10, rtol=1e-5)
+
+
+def test_from_matvec_takes_trees_and_arrays():
+    matrix = oracles.symmetric([1.0, 2.0, 3.0])
+    operator = curvature.from_matvec(oracles.matvec_of(matrix), jnp.zeros(3))
+    np.testing.assert_allclose(operator.dense(), matrix, atol=1e-6)
+    doubled = curvature.from_matvec(
+        lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree), {"a": jnp.zeros(2), "b": jnp.zeros(())}
+    )
+    np.testing.assert_array_equal(doubled.dense(), 2 * np.eye(3))
+
+
+def test_error_texts():
+    problem = oracles.problem()
+    params, batch = problem.params, problem.batch
+    with pytest.raises(ValueError, match=r"`loss_fn` must return a scalar.*shape \(23, 3\)"):
+        curvature.hessian(lambda p, x, y: oracles.model_fn(p, x), params, *batch)
+    with pytest.raises(TypeError, match=r"`params\['w'\]` must be real floating point, got int32"):
+        curvature.hessian(lambda p: jnp.sum(p["w"]), {"w": jnp.arange(3)})
+    with pytest.raises(ValueError, match="`chunk_size` must be at least 1, got 0"):
+        curvature.hessian(oracles.loss_fn, params, *batch, chunk_size=0)
+    with pytest.raises(TypeError, match="`chunk_size` must be a Python integer, got 2.5"):
+        curvature.hessian(oracles.loss_fn, params, *batch, chunk_size=2.5)
+    operator = curvature.hessian(oracles.loss_fn, params, *batch)
+    with pytest.raises(ValueError, match="`vector` must have the tree structure"):
+        operator.matvec({"first": params["first"]})
+    with pytest.raises(ValueError, match=r"must have shape \(5, 6\), got \(6, 5\)"):
+        operator.matvec({**params, "first": {**params["first"], "kernel": jnp.zeros((6, 5))}})
+    with pytest.raises(ValueError, match="`batch` must have one leading axis"):
+        curvature.hessian(
+            lambda p, x, s: oracles.loss_fn(p, x, batch[1]) + s, params, batch[0], 1.0, chunk_size=4
+        )
+    with pytest.raises(ValueError, match="`dense` must have at most"):
+        curvature.from_matvec(lambda v: v, jnp.zeros(40_000)).dense()
+
+
+def problem_args(problem):
+    return problem.params, *problem.batch
+
+
+def flat(tree):
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+class count_compilations:
+    """The names of what is compiled inside of the block."""
+
+    def __enter__(self):
+        self.names = []
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self.names
+
+    def _listen(self, event, duration, **kwargs):
+        del duration
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.names.append(kwargs.get("fun_name", event))
+
+    def __exit__(self, *exception):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
