@@ -1,0 +1,265 @@
+"""The options of a run, and the optimiser that follows from them."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import optax
+
+
+class UsageError(ValueError):
+    """An option that cannot be followed, in one line: what is allowed and what was given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """Train a network on images and write a checkpoint."""
+
+    data: str = "digits"
+    """Data set: digits, fashion_mnist, mnist, or any image classification set of
+    tensorflow-datasets by its name there."""
+
+    data_dir: Path | None = None
+    """Folder of the data's files. None: the environment variable REGJAX_DATA, then the usual
+    places."""
+
+    num_train: int | None = None
+    """Number of training examples. None: all."""
+
+    num_test: int | None = None
+    """Number of test examples. None: all."""
+
+    model: Literal["mlp", "convnet", "resnet"] = "mlp"
+    """Network."""
+
+    width: int | None = None
+    """Units of each hidden layer, or channels of the first convolution. None: 64 (mlp), 16."""
+
+    depth: int | None = None
+    """Number of hidden layers, of convolutions (convnet) or of blocks (resnet). None: 2 (4 for
+    resnet)."""
+
+    normalization: Literal["none", "batch", "layer", "group"] = "none"
+    """Normalization behind each hidden layer."""
+
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Optimiser."""
+
+    learning_rate: float | None = None
+    """Constant learning rate. None: 0.05 (sgd), 0.001 (adam)."""
+
+    momentum: float = 0.9
+    """Momentum of sgd, at least 0 and below 1."""
+
+    weight_decay: float = 0.0
+    """Multiple of the parameters added to the gradient (sgd), or to the update (adam, as AdamW)."""
+
+    transformation: Literal["plain"] = "plain"
+    """What changes where or how the gradient is taken."""
+
+    epochs: int = 30
+    """Number of passes over the training examples; 0 leaves the initial network."""
+
+    batch_size: int = 64
+    """Examples per step. The last, smaller batch of an epoch is left out; the order is drawn anew
+    each epoch."""
+
+    seed: int = 0
+    """Seed of the initial parameters, of the order of the examples and of the probes."""
+
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of the parameters, of training and of the curvature."""
+
+    device_bytes: int = 2**30
+    """Training images up to this many bytes stay on the device; larger sets are streamed from the
+    host, with the same result."""
+
+    checkpoint_seconds: float = 5.0
+    """Least time between two checkpoints, which are written at the end of an epoch; 0: after each.
+    The last one is always written, after Ctrl-C too."""
+
+    resume: bool = False
+    """Go on from the checkpoint in --out."""
+
+    out: Path | None = None
+    """Folder of the results. None: runs/DATA-MODEL, or the checkpoint's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectrumSettings(TrainSettings):
+    """Train a network on images, then print and draw its curvature spectrum with error bounds."""
+
+    compare: tuple[str, ...] = ()
+    """Settings to run side by side. Each is a comma-separated list of option=value; a bare word is
+    a value that only one option takes: --compare sgd adam, or
+    --compare optimizer=sgd,learning_rate=0.5 batch."""
+
+    checkpoint: Path | None = None
+    """Analyse this checkpoint (or the one in this folder) instead of training; data, model and
+    training options come from it."""
+
+    matrix: Literal["hessian", "gauss_newton", "fisher", "empirical_fisher"] = "hessian"
+    """Curvature matrix of the mean training loss."""
+
+    fisher_samples: int = 0
+    """Labels drawn per example for --matrix fisher. 0: the exact expectation over the classes."""
+
+    curvature_examples: int | None = None
+    """Number of training examples in the matrix, the first ones. None: all."""
+
+    batch_norm_mode: Literal["evaluation", "train", "train_per_chunk"] = "evaluation"
+    """Batch statistics in the matrix: the stored ones, those of all its examples, or those of each
+    chunk (another matrix for each chunk size)."""
+
+    num_eigenvalues: int = 10
+    """Number of largest eigenvalues."""
+
+    tolerance: float = 1e-3
+    """An eigenvalue has converged when its residual norm is below this share of the largest."""
+
+    num_probes: int = 2
+    """Random probes of the density."""
+
+    num_steps: int = 40
+    """Lanczos steps of each probe; twice as many go into taking out extreme eigenvalues first."""
+
+    blocks: Literal["whole", "layers"] = "whole"
+    """The whole network, or each layer as well."""
+
+    chunk_size: int = 2048
+    """Examples per pass; more of them are gone over in chunks of this size, in bounded memory."""
+
+    effective_dimension_scale: float = 0.01
+    """The c of the effective dimension, the sum of max(l, 0) / (max(l, 0) + c) over the
+    eigenvalues l."""
+
+
+# Options that say where and how a run works, and not what comes out.
+_INCIDENTAL = ("data_dir", "device_bytes", "checkpoint_seconds", "resume", "out")
+_LEARNING_RATES = {"sgd": 0.05, "adam": 1e-3}
+_WIDTHS = {"mlp": 64, "convnet": 16, "resnet": 16}
+_DEPTHS = {"mlp": 2, "convnet": 2, "resnet": 4}
+
+
+def validate(settings: TrainSettings) -> None:
+    """Checks all that can be said without data.
+
+    Raises:
+      UsageError: an option is out of its range.
+    """
+    positive = ["width", "depth", "num_train", "num_test", "batch_size", "device_bytes"]
+    non_negative = ["epochs", "seed", "weight_decay", "checkpoint_seconds"]
+    if settings.model == "mlp":
+        positive.remove("depth")
+        non_negative.append("depth")
+    if isinstance(settings, SpectrumSettings):
+        positive += ["curvature_examples", "num_eigenvalues", "num_probes", "num_steps"]
+        positive += ["chunk_size", "effective_dimension_scale"]
+        non_negative += ["tolerance", "fisher_samples"]
+    for name in [*positive, "learning_rate", *non_negative]:
+        value = getattr(settings, name)
+        # NaN is neither.
+        if value is not None and not (value >= 0 if name in non_negative else value > 0):
+            rule = "at least 0" if name in non_negative else "above 0"
+            raise UsageError(f"{option(name)} must be {rule}, got {value}.")
+    if not 0 <= settings.momentum < 1:
+        raise UsageError(f"--momentum must be at least 0 and below 1, got {settings.momentum}.")
+
+
+def option(name: str) -> str:
+    """The name of a setting on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def width(settings: TrainSettings) -> int:
+    """The width, the model's usual one where none is given."""
+    return _WIDTHS[settings.model] if settings.width is None else settings.width
+
+
+def depth(settings: TrainSettings) -> int:
+    """The depth, the model's usual one where none is given."""
+    return _DEPTHS[settings.model] if settings.depth is None else settings.depth
+
+
+def learning_rate(settings: TrainSettings) -> float:
+    """The learning rate, the optimiser's usual one where none is given."""
+    given = settings.learning_rate
+    return _LEARNING_RATES[settings.optimizer] if given is None else given
+
+
+def out_dir(settings: TrainSettings) -> Path:
+    """The folder of the results."""
+    if settings.out is not None:
+        return settings.out
+    if isinstance(settings, SpectrumSettings) and settings.checkpoint is not None:
+        return checkpoint_path(settings.checkpoint).parent
+    return Path("runs") / re.sub(r"[^\w.-]+", "_", f"{settings.data}-{settings.model}")
+
+
+def checkpoint_path(path: Path) -> Path:
+    """The checkpoint that a folder or a file name stands for."""
+    return path / "checkpoint.npz" if path.is_dir() else path
+
+
+def training_options(settings: TrainSettings) -> dict[str, Any]:
+    """The options that decide which network comes out, as JSON has them, defaults filled in."""
+    names = (field.name for field in dataclasses.fields(TrainSettings))
+    options = {name: getattr(settings, name) for name in names if name not in _INCIDENTAL}
+    usual = {
+        "width": width(settings),
+        "depth": depth(settings),
+        "learning_rate": learning_rate(settings),
+    }
+    return {**options, **usual}
+
+
+def with_training_options(settings: TrainSettings, stored: dict[str, Any]) -> Any:
+    """`settings` with the options of a checkpoint; those that it does not know stay.
+
+    Raises:
+      UsageError: the checkpoint holds an option that this version does not have.
+    """
+    unknown = sorted(set(stored) - set(training_options(settings)))
+    if unknown:
+        raise UsageError(f"The checkpoint has the unknown option {unknown[0]}: another version's.")
+    return dataclasses.replace(settings, **stored)
+
+
+def check_same_training(
+    settings: TrainSettings, stored: dict[str, Any], *, path: Path, may_differ: tuple[str, ...] = ()
+) -> None:
+    """Checks that a checkpoint was trained with the options asked for.
+
+    Raises:
+      UsageError: an option differs from the stored one.
+    """
+    for name, value in training_options(settings).items():
+        expected = stored.get(name, value)
+        if name not in may_differ and value != expected:
+            raise UsageError(
+                f"{option(name)} must be {expected} as in the checkpoint {path}, got {value}."
+            )
+
+
+def optimizer(settings: TrainSettings) -> "optax.GradientTransformationExtraArgs":
+    """The chain of optax transformations that the options describe; the one place to extend.
+
+    Gradient-replacing transformations go in front of `descent`, corrections of the update behind.
+
+    Args:
+      settings: `optimizer`, its options, and `transformation`.
+
+    Returns:
+      A transformation whose update takes extra arguments, `grad_fn` among them.
+    """
+    import optax
+
+    rate = learning_rate(settings)
+    decay = optax.add_decayed_weights(settings.weight_decay)
+    if settings.optimizer == "sgd":
+        descent = optax.chain(decay, optax.sgd(rate, momentum=settings.momentum))
+    else:
+        descent = optax.chain(optax.scale_by_adam(), decay, optax.scale_by_learning_rate(rate))
+    return optax.chain(descent)

@@ -1,0 +1,186 @@
+"""A training run: epochs, checkpoints, and going on from one."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from regjax._adapters import Model
+from regjax.experiments import _checkpoint
+from regjax.experiments._data import Dataset
+from regjax.experiments._epochs import Epochs, Step, Weights
+from regjax.experiments._network import build_model
+from regjax.experiments._settings import (
+    TrainSettings,
+    UsageError,
+    check_same_training,
+    learning_rate,
+    optimizer,
+    training_options,
+)
+
+
+class TrainingError(ValueError):
+    """Training that cannot go on, in one line."""
+
+
+class TrainingState(NamedTuple):
+    """What a checkpoint holds, all that the next epoch needs besides its number.
+
+    Attributes:
+      weights: parameters, batch statistics and the optimiser's state.
+      key: typed key of the run; the number of the epoch is folded in.
+    """
+
+    weights: Weights
+    key: jax.Array
+
+
+class TrainingResult(NamedTuple):
+    """A trained network.
+
+    Attributes:
+      model: with the trained parameters and statistics.
+      losses: mean training loss of each epoch, before each of its steps.
+      seconds: wall time of the epochs run now, compilation included.
+    """
+
+    model: Model
+    losses: list[float]
+    seconds: float
+
+
+def train(
+    settings: TrainSettings,
+    dataset: Dataset,
+    *,
+    path: Path,
+    callback: Callable[[int, int], None] | None = None,
+) -> TrainingResult:
+    """Trains the network that the options describe.
+
+    However this function ends, by an error or Ctrl-C too, the last good epoch is in the checkpoint.
+
+    Args:
+      settings: the options; with `resume` the run goes on from `path`, to the same bits as one
+        that was not interrupted.
+      dataset: the examples. The last, smaller batch of an epoch is left out.
+      path: the checkpoint, written after epochs.
+      callback: called as callback(steps, total) after each block of batches.
+
+    Returns:
+      A `TrainingResult`.
+
+    Raises:
+      TrainingError: the loss or a parameter is no longer finite.
+      UsageError: the batch is larger than the data, or the checkpoint is another run's.
+      CheckpointError: the checkpoint is missing, damaged or of another model.
+    """
+    num_examples = len(dataset.train_labels)
+    if settings.batch_size > num_examples:
+        raise UsageError(
+            f"--batch-size must be at most the number of training examples, {num_examples}, "
+            f"got {settings.batch_size}."
+        )
+    model, start = build_model(settings, dataset), time.monotonic()
+    state, losses = _initial(settings, model), []
+    if settings.resume:
+        state, losses = restore(path, settings, dataset, model)
+    epochs = Epochs(settings, dataset, Step(model.apply, optimizer(settings)))
+    num_saved, saved_at = len(losses) if settings.resume else -1, start
+
+    def report(num_batches: int) -> None:
+        if callback is not None:
+            done = len(losses) * epochs.num_batches + num_batches
+            callback(done, settings.epochs * epochs.num_batches)
+
+    try:
+        while len(losses) < settings.epochs:
+            key = jax.random.fold_in(state.key, len(losses))
+            weights, loss = epochs.run(state.weights, key, report)
+            if not _is_finite((weights.params, weights.model_state, loss)):
+                raise TrainingError(_not_finite(settings, float(loss), len(losses), path))
+            state, losses = state._replace(weights=weights), [*losses, float(loss)]
+            if time.monotonic() - saved_at >= settings.checkpoint_seconds:
+                save(path, settings, dataset, state, losses)
+                num_saved, saved_at = len(losses), time.monotonic()
+    finally:
+        if num_saved < len(losses):
+            save(path, settings, dataset, state, losses)
+    trained = model._replace(params=state.weights.params, state=state.weights.model_state)
+    return TrainingResult(trained, losses, time.monotonic() - start)
+
+
+def save(
+    path: Path, settings: TrainSettings, dataset: Dataset, state: TrainingState, losses: list[float]
+) -> None:
+    """Writes a checkpoint: the state, the options, the losses and the hash of the data."""
+    metadata = {
+        "settings": training_options(settings),
+        "losses": losses,
+        "data_sha256": dataset.sha256,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _checkpoint.save(path, state, metadata=metadata)
+
+
+def restore(
+    path: Path, settings: TrainSettings, dataset: Dataset, model: Model
+) -> tuple[TrainingState, list[float]]:
+    """The state and the losses in a checkpoint of these options (but `epochs`) and data.
+
+    Raises:
+      UsageError: it was trained with other options or on other data, or for more epochs.
+      CheckpointError: it is missing, damaged or of another model.
+    """
+    stored, losses, sha256 = read_run(path)
+    check_same_training(settings, stored, path=path, may_differ=("epochs",))
+    if len(losses) > settings.epochs:
+        raise UsageError(
+            f"--epochs must be at least the {len(losses)} of the checkpoint {path}, "
+            f"got {settings.epochs}."
+        )
+    if sha256 != dataset.sha256:
+        raise UsageError(
+            f"The data must be those of the checkpoint {path}, SHA-256 {sha256[:12]}..., "
+            f"got {dataset.source}, {dataset.sha256[:12]}..."
+        )
+    return _checkpoint.load(path, _initial(settings, model)), losses
+
+
+def read_run(path: Path) -> tuple[dict[str, Any], list[float], str]:
+    """The training options, the losses and the SHA-256 of the data in a checkpoint.
+
+    Raises:
+      CheckpointError: it is missing, damaged or not one of a training run.
+    """
+    metadata = _checkpoint.read_metadata(path)
+    try:
+        return metadata["settings"], list(metadata["losses"]), metadata["data_sha256"]
+    except KeyError as error:
+        raise _checkpoint.CheckpointError(
+            f"{path} must be the checkpoint of a training run, got one without {error}."
+        ) from None
+
+
+def _initial(settings: TrainSettings, model: Model) -> TrainingState:
+    optimizer_state = optimizer(settings).init(model.params)
+    weights = Weights(model.params, model.state, optimizer_state)
+    return TrainingState(weights, jax.random.key(settings.seed))
+
+
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _not_finite(settings: TrainSettings, loss: float, num_epochs: int, path: Path) -> str:
+    return (
+        f"Training must stay finite: epoch {num_epochs + 1} ends with the loss {loss}. A smaller "
+        f"--learning-rate than {learning_rate(settings)} may help. The last good epoch, "
+        f"{num_epochs}, is in {path}."
+    )

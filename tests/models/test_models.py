@@ -1,0 +1,141 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import regjax
+from regjax.models import MLP, ConvNet, ResNet
+from tests import oracles
+
+SHAPE = (28, 28, 1)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def make(network, shape=SHAPE, **options):
+    return regjax.from_nnx(network(shape, 10, rngs=nnx.Rngs(0), **options))
+
+
+def num_convolutions(model, shape=SHAPE):
+    forward = lambda params, inputs: model.apply(params, model.state, inputs, train=False)[0]  # noqa: E731
+    text = str(jax.make_jaxpr(forward)(model.params, jnp.ones((1, *shape))))
+    return text.count("conv_general_dilated[")
+
+
+def test_plain_networks_have_the_agreed_sizes():
+    assert count(make(MLP, width=256, depth=2).params) == 784 * 256 + 256 + 256 * 257 + 257 * 10
+    assert count(make(MLP, width=256, depth=2).params) == 269_322
+    resnet = make(ResNet, norm="none")
+    assert count(resnet.params) == 150_810
+    assert num_convolutions(resnet) == 11
+    convnet = make(ConvNet, width=16, depth=2)
+    assert count(convnet.params) == (9 * 16 + 16) + (9 * 16 * 16 + 16) + (7 * 7 * 16 * 10 + 10)
+    assert num_convolutions(convnet) == 2
+
+
+@pytest.mark.parametrize("depth", [1, 3, 5])
+def test_depth_counts_hidden_layers_and_convolutions(depth):
+    shape = (8, 8, 1)  # smaller than what five halvings need
+    assert num_convolutions(make(ConvNet, shape, depth=depth, width=4), shape) == depth
+    mlp = make(MLP, shape, depth=depth, width=4)
+    assert len(mlp.params) == depth + 1
+    assert count(mlp.params) == 64 * 4 + 4 + (depth - 1) * 20 + 50
+
+
+def test_an_mlp_without_hidden_layers_is_linear():
+    model = make(MLP, (2, 2, 3), depth=0)
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2, 2, 3)), jnp.float32)
+    outputs, _ = model.apply(model.params, model.state, inputs, train=False)
+    expected = inputs.reshape(5, 12) @ model.params["head"]["kernel"]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_residual_block_is_relu_of_residual_plus_shortcut():
+    # With zero second convolutions the blocks of equal width pass relu(stem) on unchanged.
+    model = make(ResNet, (4, 4, 2), widths=(3, 3))
+    params = model.params
+    for name in ("block_0", "block_1"):
+        second = jax.tree.map(jnp.zeros_like, params[name]["second"])
+        params = {**params, name: {**params[name], "second": second}}
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4, 4, 2)), jnp.float32)
+    outputs, _ = model.apply(params, model.state, inputs, train=False)
+    stem = jax.lax.conv_general_dilated(
+        inputs, params["stem"]["layer"]["kernel"], (1, 1), "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    pooled = jnp.maximum(stem, 0).mean(axis=(1, 2))
+    np.testing.assert_allclose(outputs, pooled @ params["head"]["kernel"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", [MLP, ConvNet, ResNet])
+@pytest.mark.parametrize("norm", ["none", "batch", "layer", "group"])
+def test_norm_variants(network, norm):
+    shape = (8, 8, 3)
+    options = {"widths": (6, 12)} if network is ResNet else {"width": 12, "depth": 2}
+    model = make(network, shape, norm=norm, **options)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.float32)}
+    # ResNet: stem and block 0 (3 norms of 6), block 1 with its projection (3 norms of 12).
+    normalized = 3 * 6 + 3 * 12 if network is ResNet else 2 * 12
+    assert model.has_batch_statistics == (norm == "batch")
+    assert count(model.state) == (2 * normalized if norm == "batch" else 0)
+    plain = count(make(network, shape, norm="none", **options).params)
+    biases = 0 if network is ResNet else 24  # the norm's shift takes the place of the bias
+    assert count(model.params) == plain + (2 * normalized - biases if norm != "none" else 0)
+
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(6, *shape)), jnp.float32)
+    for train in (False, True):
+        outputs, state = model.apply(model.params, model.state, inputs, train=train)
+        assert outputs.shape == (6, 10)
+        assert outputs.dtype == jnp.float32
+        assert jax.tree.structure(state) == jax.tree.structure(model.state)
+    loss = regjax.model_loss(model, oracles.cross_entropy, mode="train")
+    assert regjax.couples_examples(loss) == (norm == "batch")
+    if norm != "batch":
+        regjax.check_separable(loss, model.params, inputs, jnp.arange(6, dtype=jnp.int32))
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "group"])
+def test_outputs_do_not_feel_the_scale_of_a_normalized_layer(norm):
+    # Exact invariance of norm(c W x) in c > 0, up to the norm's epsilon.
+    model = make(ConvNet, (8, 8, 1), width=16, norm=norm)
+    inputs = 10 * jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 8, 1)), jnp.float32)
+    layer = model.params["layer_0"]
+    scaled = {**layer, "layer": jax.tree.map(lambda leaf: 3 * leaf, layer["layer"])}
+    before, after = (
+        model.apply(params, model.state, inputs, train=True)[0]
+        for params in (model.params, {**model.params, "layer_0": scaled})
+    )
+    np.testing.assert_allclose(after, before, atol=1e-3)
+    assert jnp.abs(before).max() > 0.1
+
+
+@pytest.mark.parametrize("num_features", [6, 12, 16, 24])
+def test_group_norm_takes_any_width(num_features):
+    model = make(MLP, (2, 2, 1), width=num_features, depth=1, norm="group")
+    outputs, _ = model.apply(model.params, model.state, jnp.ones((2, 2, 2, 1)), train=False)
+    assert jnp.isfinite(outputs).all()
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "error", "message"),
+    [
+        (MLP, {"norm": "weight"}, ValueError, "`norm` must be one of none, batch, layer, group"),
+        (MLP, {"norm": "weight", "depth": 0}, ValueError, "`norm` must be one of"),
+        (ConvNet, {"norm": "weight"}, ValueError, "`norm` must be one of"),
+        (ResNet, {"norm": "weight"}, ValueError, "`norm` must be one of"),
+        (MLP, {"depth": -1}, ValueError, "`depth` must be at least 0, got -1"),
+        (ConvNet, {"depth": 0}, ValueError, "`depth` must be at least 1, got 0"),
+        (ConvNet, {"depth": 2.0}, TypeError, "`depth` must be a Python integer, got 2.0"),
+        (MLP, {"width": 0}, ValueError, "`width` must be at least 1, got 0"),
+        (ResNet, {"widths": ()}, ValueError, "`widths` must name at least one block"),
+        (ResNet, {"widths": (16, 0)}, ValueError, "`widths` must be at least 1, got 0"),
+        (ResNet, {"shape": (28, 28)}, ValueError, r"`input_shape` must be \(height, width, cha"),
+        (MLP, {"shape": (28, 28, 0)}, ValueError, "`input_shape` must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options_are_named(network, options, error, message):
+    with pytest.raises(error, match=message):
+        make(network, **options)

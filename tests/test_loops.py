@@ -1,0 +1,158 @@
+import signal
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import regjax
+from regjax import _loops
+
+
+def add_dense(operands, carry, i):
+    return carry + operands @ carry * 0.1 + i.astype(carry.dtype)
+
+
+def add_convolved(operands, carry, i):
+    image = carry.reshape(1, 1, 2, 2)
+    return carry + jax.lax.conv(image, operands, (1, 1), "SAME").ravel() * 0.1 + i.astype(carry.dtype)
+
+
+DENSE = (add_dense, jnp.eye(4), jnp.arange(4.0))
+CONVOLVED = (add_convolved, jnp.ones((1, 1, 3, 3)), jnp.arange(4.0))
+
+
+def by_hand(body, operands, carry, length):
+    for i in range(length):
+        carry = body(operands, carry, jnp.int32(i))
+    return carry
+
+
+@pytest.mark.parametrize("case", [DENSE, CONVOLVED], ids=["dense", "convolved"])
+@pytest.mark.parametrize("length", [0, 1, 5])
+@pytest.mark.parametrize("traced", [False, True])
+def test_fold_is_the_loop_by_hand(case, length, traced):
+    body, operands, carry = case
+
+    def fold(carry):
+        return _loops.fold(body, carry, length, operands=operands)
+
+    result = (jax.jit(fold) if traced else fold)(carry)
+    np.testing.assert_allclose(result, by_hand(body, operands, carry, length), rtol=1e-6)
+    assert not carry.is_deleted()
+
+
+def primitives(jaxpr):
+    names = set()
+    for equation in jaxpr.eqns:
+        names.add(equation.primitive.name)
+        for inner in _loops._inner_jaxprs(equation.params):
+            names |= primitives(inner)
+    return names
+
+
+def test_convolutions_never_enter_a_compiled_region_on_cpu(monkeypatch):
+    body, operands, carry = CONVOLVED
+    unrolled = jax.make_jaxpr(lambda c: _loops.fold(body, c, 8, operands=operands))(carry)
+    assert "scan" not in primitives(unrolled.jaxpr)
+    scanned = jax.make_jaxpr(lambda c: _loops.fold(DENSE[0], c, 8, operands=DENSE[1]))(carry)
+    assert "scan" in primitives(scanned.jaxpr)
+    # On the host the body is compiled once and called, without a region around it.
+    monkeypatch.setattr(_loops, "_compiled_fold", None)
+    turns = []
+    turn = _loops._compiled_turn
+    monkeypatch.setattr(_loops, "_compiled_turn", lambda *a: turns.append(a[3]) or turn(*a))
+    _loops.fold(body, carry, 9, operands=operands)
+    assert [int(i) for i in turns] == list(range(9))
+
+
+def test_accelerators_scan_convolutions(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    body, operands, carry = CONVOLVED
+    jaxpr = jax.make_jaxpr(lambda c: _loops.fold(body, c, 3, operands=operands))(carry)
+    assert "scan" in primitives(jaxpr.jaxpr)
+
+
+def test_long_traced_convolutions_warn_once():
+    body, operands, carry = CONVOLVED
+    _loops._warn_slow.cache_clear()
+    with pytest.warns(UserWarning, match="12 to 50 times slower on CPU.*without jit"):
+        jax.make_jaxpr(lambda c: _loops.fold(body, c, 9, operands=operands))(carry)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.make_jaxpr(lambda c: _loops.fold(body, c, 9, operands=operands))(carry)
+
+
+def count_up(operands, state):
+    return state + operands
+
+
+def run(state, max_steps, **options):
+    return _loops.repeat_until(
+        count_up,
+        state,
+        operands=jnp.float32(1),
+        done=lambda state: state >= 5,
+        max_steps=max_steps,
+        result=lambda state: ("partial", float(state)),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("max_steps", "expected"), [(3, 3), (5, 5), (100, 5)])
+@pytest.mark.parametrize("traced", [False, True])
+def test_repeat_until_stops_at_done_or_at_the_limit(max_steps, expected, traced):
+    function = jax.jit(run, static_argnums=1) if traced else run
+    assert float(function(jnp.float32(0), max_steps)) == expected
+
+
+def test_traced_convolution_steps_unroll_and_stop():
+    def step(operands, state):
+        return add_convolved(operands, state, jnp.int32(0))
+
+    def solve(state, max_steps):
+        return _loops.repeat_until(
+            step,
+            state,
+            operands=CONVOLVED[1],
+            done=lambda state: jnp.max(state) > 5,
+            max_steps=max_steps,
+            result=lambda state: state,
+        )
+
+    start = jnp.arange(4.0)
+    jaxpr = jax.make_jaxpr(lambda state: solve(state, 8))(start)
+    assert "while" not in primitives(jaxpr.jaxpr)
+    np.testing.assert_allclose(jax.jit(solve, static_argnums=1)(start, 8), solve(start, 8), rtol=1e-6)
+
+
+def test_first_ctrl_c_waits_for_the_step_and_the_handler_comes_back():
+    before = signal.getsignal(signal.SIGINT)
+
+    def callback(done, total):
+        if done == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(regjax.Interrupted) as caught:
+        run(jnp.float32(0), 100, callback=callback)
+    assert caught.value.result == ("partial", 2.0)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_second_ctrl_c_acts_at_once():
+    def callback(done, total):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(jnp.float32(0), 100, callback=callback)
+    assert not isinstance(caught.value, regjax.Interrupted)
+
+
+def test_branch_chooses_on_the_host_and_in_the_program():
+    double = lambda state: 2 * state  # noqa: E731
+    for condition, expected in ((True, 6.0), (False, 3.0)):
+        assert float(_loops.branch(jnp.bool_(condition), double, jnp.float32(3))) == expected
+        traced = jax.jit(lambda c: _loops.branch(c, double, jnp.float32(3)))
+        assert float(traced(jnp.bool_(condition))) == expected

@@ -1,0 +1,45 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from regjax import _checks, _tree
+
+TREE = {"a": jnp.arange(6.0).reshape(2, 3), "b": (jnp.float32(7), jnp.zeros((0, 2)))}
+
+
+def test_ravel_and_unravel_are_inverse():
+    flat = _tree.ravel(TREE, jnp.float32)
+    np.testing.assert_array_equal(flat, [0, 1, 2, 3, 4, 5, 7])
+    back = _tree.unravel(flat, TREE)
+    np.testing.assert_array_equal(back["a"], TREE["a"])
+    assert back["b"][1].shape == (0, 2)
+    assert _tree.size(TREE) == 7
+
+
+def test_vectors_are_as_wide_as_the_widest_leaf_and_float32_at_least():
+    half = jnp.zeros(2, jnp.bfloat16)
+    assert _tree.vector_dtype({"a": half}) == jnp.float32
+    with jax.enable_x64(True):
+        assert _tree.vector_dtype({"a": half, "b": jnp.zeros(2, jnp.float64)}) == jnp.float64
+    assert _tree.unravel(jnp.ones(2), {"a": half})["a"].dtype == jnp.bfloat16
+
+
+def test_batches_share_one_leading_axis():
+    assert _checks.num_examples({"x": jnp.zeros((4, 2)), "y": jnp.zeros(4)}) == 4
+    with pytest.raises(ValueError, match="one leading axis of examples.*: 4, .*: 5"):
+        _checks.num_examples((jnp.zeros(4), jnp.zeros(5)))
+    with pytest.raises(ValueError, match="at least one example, got 0"):
+        _checks.num_examples((jnp.zeros((0, 3)),))
+    with pytest.raises(ValueError, match="at least one array"):
+        _checks.num_examples(())
+
+
+def test_numbers():
+    assert _checks.integer("n", np.int64(3)) == 3
+    with pytest.raises(TypeError, match="`n` must be a Python integer, got True"):
+        _checks.integer("n", True)
+    with pytest.raises(ValueError, match="`x` must be non-negative, got nan"):
+        _checks.non_negative("x", float("nan"))
+    with pytest.raises(ValueError, match=r"`x` must be positive, got 0\.0"):
+        _checks.positive("x", 0.0)
