@@ -12,10 +12,11 @@ def integer(name: str, value: Any, *, minimum: int = 1, maximum: int | None = No
     """Returns `value` as an `int` between `minimum` and `maximum`, or raises naming `name`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be a Python integer, got {value!r}.")
+    value = int(value)
     if value < minimum or (maximum is not None and value > maximum):
         rule = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
         raise ValueError(f"`{name}` must be {rule}, got {value}.")
-    return int(value)
+    return value
 
 
 def non_negative(name: str, value: Any) -> Any:
@@ -24,7 +25,7 @@ def non_negative(name: str, value: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a real number, got {value!r}.")
-    if not value >= 0:
+    if not float(value) >= 0:
         raise ValueError(f"`{name}` must be non-negative, got {value}.")
     return value
 
@@ -69,7 +70,8 @@ def floating_tree(name: str, tree: Any) -> Any:
 
 def same_tree(name: str, tree: Any, like: Any, *, leading: tuple[int, ...] = ()) -> Any:
     """Returns `tree` if it has the structure of `like` and shapes `leading + like's shapes`."""
-    structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    structure: Any = jax.tree.structure(tree)
+    expected: Any = jax.tree.structure(like)
     if structure != expected:
         raise ValueError(
             f"`{name}` must have the tree structure of the parameters, {expected}, got {structure}."
@@ -90,14 +92,15 @@ def num_examples(batch: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
         raise ValueError("`batch` must have at least one array, got none.")
-    lengths = {path: (jnp.shape(leaf) or (None,))[0] for path, leaf in leaves}
-    if None in lengths.values() or len(set(lengths.values())) > 1:
-        found = ", ".join(f"{jax.tree_util.keystr(p)}: {n}" for p, n in lengths.items())
+    shapes = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+    lengths = {shape[0] for shape in shapes.values() if shape}
+    if len(lengths) != 1 or () in shapes.values():
+        found = ", ".join(f"{path}: {shape}" for path, shape in shapes.items())
         raise ValueError(
-            "`batch` must have one leading axis of examples in all of its arrays, got lengths "
+            "`batch` must have one leading axis of examples in all of its arrays, got shapes "
             f"{found}. Bind what is not data with jax.tree_util.Partial(loss_fn, state=...)."
         )
-    (length,) = set(lengths.values())
+    (length,) = lengths
     if length == 0:
         raise ValueError("`batch` must hold at least one example, got 0.")
-    return int(length)
+    return length

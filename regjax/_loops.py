@@ -132,12 +132,15 @@ def branch(condition: Any, change: Callable[[Any], Any], state: Any) -> Any:
 
 def _loop(body: Body, carry: Any, length: int, operands: Any) -> Any:
     return lax.scan(
-        lambda carry, i: (body(operands, carry, i), None), carry, jnp.arange(length, dtype=jnp.int32)
+        lambda carry, i: (body(operands, carry, i), None),
+        carry,
+        jnp.arange(length, dtype=jnp.int32),
     )[0]
 
 
 _compiled_fold = jax.jit(
-    lambda body, carry, length, operands: _loop(body, carry, length, operands), static_argnums=(0, 2)
+    lambda body, carry, length, operands: _loop(body, carry, length, operands),
+    static_argnums=(0, 2),
 )
 _compiled_turn = jax.jit(
     lambda body, carry, operands, i: body(operands, carry, i), static_argnums=0, donate_argnums=1

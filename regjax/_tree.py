@@ -13,7 +13,7 @@ def size(tree: Any) -> int:
 
 
 def vector_dtype(tree: Any) -> jnp.dtype:
-    """dtype of the flat vector of `tree`: the widest of its leaves, float32 at least."""
+    """Type of the flat vector of `tree`: the widest of its leaves, float32 at least."""
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
     return max([jnp.dtype(jnp.float32), *dtypes], key=lambda dtype: jnp.finfo(dtype).bits)
 

@@ -14,7 +14,6 @@ if not _OPTIMIZED:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
-import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -24,6 +23,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    kept = [item for item in items if (item.get_closest_marker("optimized") is not None) == _OPTIMIZED]
+    kept = [
+        item for item in items if (item.get_closest_marker("optimized") is not None) == _OPTIMIZED
+    ]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept

@@ -1,12 +1,9 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import core, linen, nnx
 from jax.flatten_util import ravel_pytree
-from jax.tree_util import Partial
 
 import regjax
 from regjax import curvature
@@ -196,7 +193,14 @@ def test_an_equal_model_or_a_new_state_does_not_trace_again(kind, data):
     evaluate(regjax.model_loss(model, oracles.cross_entropy, mode="train"), model.params)
     assert traces == ["evaluation", "train"]
     loss = regjax.model_loss(model, oracles.cross_entropy)
-    np.testing.assert_allclose(jax.jit(loss)(model.params, *data), evaluate(loss, model.params))
+    np.testing.assert_allclose(
+        jax.jit(loss)(model.params, *data), evaluate(loss, model.params), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        jax.jit(loss.function)(model.params, data[0]),
+        loss.function(model.params, data[0]),
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -244,6 +248,9 @@ def test_modes_and_chunks(kind, data):
         regjax.model_loss(model, oracles.cross_entropy, mode=mode)
         for mode in ("train", "train_per_chunk")
     )
+    assert regjax.couples_examples(train)
+    assert regjax.couples_examples(regjax.model_function(model, mode="train"))
+    assert not regjax.couples_examples(regjax.model_loss(model, oracles.cross_entropy))
     with pytest.raises(ValueError, match="`chunk_size` must not split"):
         curvature.hessian(train, model.params, *data, chunk_size=6)
     chunked = curvature.hessian(per_chunk, model.params, *data, chunk_size=6).dense()
@@ -251,58 +258,6 @@ def test_modes_and_chunks(kind, data):
              for s in (slice(0, 6), slice(6, 10))]  # fmt: skip
     expected = 0.6 * parts[0] + 0.4 * parts[1]
     np.testing.assert_allclose(chunked, expected, atol=2e-5 * np.abs(expected).max())
-
-
-def test_couples_examples_sees_through_partials(data):
-    model = make_model("nnx")
-    loss = regjax.model_loss(model, oracles.cross_entropy, mode="train")
-    function = regjax.model_function(model, mode="train")
-    for coupled in (loss, function, partial(loss), Partial(loss), partial(Partial(loss), None)):
-        assert regjax.couples_examples(coupled)
-    mode_of = partial(regjax.model_loss, model, oracles.cross_entropy)
-    normless = regjax.from_nnx(nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
-    for separable in (
-        mode_of(),
-        Partial(mode_of(mode="train_per_chunk")),
-        regjax.model_loss(normless, oracles.cross_entropy, mode="train"),
-        oracles.loss_fn,
-    ):
-        assert not regjax.couples_examples(separable)
-
-
-def test_check_separable_accepts_means_and_refuses_sums_and_coupled_losses(data):
-    model = make_model("linen")
-    regjax.check_separable(regjax.model_loss(model, oracles.cross_entropy), model.params, *data)
-    train = regjax.model_loss(model, oracles.cross_entropy, mode="train")
-    with pytest.raises(ValueError, match="`loss_fn` must be the mean over independent examples"):
-        regjax.check_separable(train, model.params, *data)
-
-    def total(params, inputs):
-        return jnp.sum(params * inputs)
-
-    def mean(params, inputs):
-        return jnp.mean(params * inputs)
-
-    inputs = jnp.arange(1.0, 6.0)
-    regjax.check_separable(mean, jnp.float32(2), inputs)
-    # The sum of the parts is the whole: a check without the sizes' weights would accept it.
-    with pytest.raises(ValueError, match="whole batch gives 30, .* of 1 and 4 examples gives 22.8"):
-        regjax.check_separable(total, jnp.float32(2), inputs)
-    # Within the tolerance, and just outside of it.
-    offset = lambda params, inputs: mean(params, inputs) + 1e-5 * inputs.size  # noqa: E731
-    regjax.check_separable(offset, jnp.float32(2), inputs)
-    with pytest.raises(ValueError, match="mean over independent"):
-        regjax.check_separable(offset, jnp.float32(2), inputs, tolerance=1e-7)
-
-
-def test_check_separable_names_what_it_cannot_judge():
-    mean = lambda params, inputs: jnp.mean(params * inputs)  # noqa: E731
-    with pytest.raises(ValueError, match="at least two examples to be split, got 1"):
-        regjax.check_separable(mean, jnp.float32(1), jnp.ones(1))
-    with pytest.raises(ValueError, match="`loss_fn` must be finite on the batch, got nan"):
-        regjax.check_separable(mean, jnp.float32(1), jnp.array([1.0, jnp.nan, 1.0]))
-    with pytest.raises(ValueError, match=r"must return a scalar, got shape \(3,\)"):
-        regjax.check_separable(lambda params, inputs: inputs, jnp.float32(1), jnp.ones(3))
 
 
 def test_a_callable_becomes_a_model(data):

@@ -16,7 +16,9 @@ def add_dense(operands, carry, i):
 
 def add_convolved(operands, carry, i):
     image = carry.reshape(1, 1, 2, 2)
-    return carry + jax.lax.conv(image, operands, (1, 1), "SAME").ravel() * 0.1 + i.astype(carry.dtype)
+    return (
+        carry + jax.lax.conv(image, operands, (1, 1), "SAME").ravel() * 0.1 + i.astype(carry.dtype)
+    )
 
 
 DENSE = (add_dense, jnp.eye(4), jnp.arange(4.0))
@@ -124,7 +126,9 @@ def test_traced_convolution_steps_unroll_and_stop():
     start = jnp.arange(4.0)
     jaxpr = jax.make_jaxpr(lambda state: solve(state, 8))(start)
     assert "while" not in primitives(jaxpr.jaxpr)
-    np.testing.assert_allclose(jax.jit(solve, static_argnums=1)(start, 8), solve(start, 8), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(solve, static_argnums=1)(start, 8), solve(start, 8), rtol=1e-6
+    )
 
 
 def test_first_ctrl_c_waits_for_the_step_and_the_handler_comes_back():
@@ -151,7 +155,7 @@ def test_second_ctrl_c_acts_at_once():
 
 
 def test_branch_chooses_on_the_host_and_in_the_program():
-    double = lambda state: 2 * state  # noqa: E731
+    double = lambda state: 2 * state
     for condition, expected in ((True, 6.0), (False, 3.0)):
         assert float(_loops.branch(jnp.bool_(condition), double, jnp.float32(3))) == expected
         traced = jax.jit(lambda c: _loops.branch(c, double, jnp.float32(3)))

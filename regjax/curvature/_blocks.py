@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.tree_util import Partial
 
 from regjax import _checks
 from regjax._adapters import couples_examples
-from regjax.curvature._operators import Operator, build
+from regjax.curvature._operators import Operator, Rule, build
 
 
 @functools.partial(
@@ -63,11 +63,11 @@ def by_block(operator: Operator, *, depth: int = 1) -> dict[str, Operator]:
 
 def _block(operator: Operator, inside: list[bool]) -> Operator:
     leaves, treedef = jax.tree.flatten(operator.params)
-    block = treedef.unflatten([x if here else None for x, here in zip(leaves, inside, strict=True)])
-    rest = treedef.unflatten([None if here else x for x, here in zip(leaves, inside, strict=True)])
+    pairs = list(zip(leaves, inside, strict=True))
+    block = jax.tree.unflatten(treedef, [leaf if here else None for leaf, here in pairs])
+    rest = jax.tree.unflatten(treedef, [None if here else leaf for leaf, here in pairs])
     function = _OfBlock(operator.function, rest)
-    assert operator.rule is not None
-    return build(operator.rule, function, block, operator.batch, operator.chunk_size)
+    return build(cast(Rule, operator.rule), function, block, operator.batch, operator.chunk_size)
 
 
 def _merge(block: Any, rest: Any) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from regjax import _checks
-from regjax.curvature._density import DensityResult, spectral_sum
+from regjax.curvature._measure import DensityResult, spectral_sum
 
 _SCALES = ("linear", "symlog")
 

@@ -9,58 +9,19 @@ rest.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops
 from regjax.curvature._lanczos import Krylov, absorb, empty, expand
+from regjax.curvature._measure import DensityResult, spectral_sum
 from regjax.curvature._operators import Operator, block_product, product
 
 # A Ritz pair is taken out when its residual norm is below this share of the largest |Ritz value|.
 # Left-over coupling moves no eigenvalue of the complement by more than the residual norm.
 _DEFLATION_TOLERANCE = 1e-3
-
-
-class DensityResult(NamedTuple):
-    """A discrete measure of mass 1 on the eigenvalues; P probes, m steps, n the order.
-
-    Attributes:
-      nodes: (P, m), quadrature nodes of the complement, in the units of the matrix.
-      weights: (P, m), their mass; sums to (n - num_eigenvalues) / n.
-      eigenvalues: (r,), the eigenvalues taken out, descending, NaN beyond `num_eigenvalues`.
-      eigenvalue_weights: (r,), 1/n each, 0 beyond `num_eigenvalues`.
-      residual_norms: (r,), ||A v - value v|| of the pairs taken out, NaN beyond.
-      num_eigenvalues: (), int32, number of eigenvalues taken out.
-      trace: (), sum of the eigenvalues.
-      standard_error: (), of `trace`, over the draw of the probes.
-      num_matvecs: (), int32, products used.
-      size: (), int32, n.
-    """
-
-    nodes: jax.Array
-    weights: jax.Array
-    eigenvalues: jax.Array
-    eigenvalue_weights: jax.Array
-    residual_norms: jax.Array
-    num_eigenvalues: jax.Array
-    trace: jax.Array
-    standard_error: jax.Array
-    num_matvecs: jax.Array
-    size: jax.Array
-
-
-class SpectralSum(NamedTuple):
-    """A sum over the eigenvalues.
-
-    Attributes:
-      value: (...), sum over i of f(lambda_i).
-      standard_error: (...), over the draw of the probes.
-    """
-
-    value: jax.Array
-    standard_error: jax.Array
 
 
 @functools.partial(
@@ -151,10 +112,10 @@ def spectral_density(
             operands=operator,
             done=lambda state: jnp.bool_(False),
             max_steps=first,
-            result=lambda state: spectral_density_result(_lock(state, num_steps)),
+            result=lambda state: spectral_density_result(_lock(state)),
             callback=after(0),
         )
-        state = _lock(state, num_steps)
+        state = _lock(state)
     state = _loops.repeat_until(
         _probe_step,
         state,
@@ -211,7 +172,7 @@ def spectral_density_step(operator: Operator, state: DensityState) -> DensitySta
         return _probe_step(operator, state)
     state = _deflation_step(operator, state)
     is_last = int(state.num_matvecs) == state.locked.shape[0]
-    return _lock(state, state.num_steps) if is_last else state
+    return _lock(state) if is_last else state
 
 
 def spectral_density_result(state: DensityState) -> DensityResult:
@@ -237,87 +198,27 @@ def spectral_density_result(state: DensityState) -> DensityResult:
     return result._replace(trace=total.value, standard_error=total.standard_error)
 
 
-def spectral_sum(
-    density: DensityResult, function: Callable[[jax.Array], jax.Array]
-) -> SpectralSum:
-    """The sum over the eigenvalues of `function`, with the standard error of the probes.
-
-    For a probe v uniform on the unit sphere of d dimensions, v' B v has the variance
-    2 / (d + 2) (tr(B B)/d - (tr B/d)^2). Both traces are moments of the density itself, so that
-    one probe is enough for an error.
-
-    Args:
-      density: from `spectral_density`.
-      function: elementwise, real eigenvalues (...,) -> values (..., *shape).
-
-    Returns:
-      A `SpectralSum` of arrays of `shape`. The error leaves out what quadrature (m steps) does not
-      resolve of `function`: nothing for polynomials of degree below 2 m.
-    """
-    inside = density.eigenvalue_weights > 0
-    values = function(jnp.where(inside, density.eigenvalues, 0.0))
-    inside = inside.reshape(inside.shape + (1,) * (values.ndim - 1))
-    exact = jnp.sum(jnp.where(inside, values, 0.0), axis=0)
-
-    dimension = (density.size - density.num_eigenvalues).astype(values.dtype)
-    mass = jnp.sum(density.weights)
-    weights = density.weights / jnp.where(mass == 0, 1, mass)
-    sampled = function(density.nodes)
-    mean = jnp.tensordot(weights, sampled, axes=2)
-    variance = jnp.tensordot(weights, jnp.square(sampled - mean), axes=2)
-    num_probes = jnp.sum(jnp.any(density.weights > 0, axis=1)).astype(values.dtype)
-    error = dimension * jnp.sqrt(2 * variance / ((dimension + 2) * jnp.maximum(num_probes, 1)))
-    return SpectralSum(exact + dimension * mean, error)
-
-
-def effective_dimension(density: DensityResult, c: Any) -> SpectralSum:
-    """The number of directions that count at scale c: the sum of max(l, 0) / (max(l, 0) + c).
-
-    Args:
-      density: from `spectral_density`.
-      c: positive scale, in the units of the eigenvalues: prior precision over number of examples,
-        or weight decay.
-
-    Returns:
-      A `SpectralSum`, between 0 and n.
-
-    Raises:
-      ValueError: `c` is not positive.
-
-    References:
-      D. MacKay (1992), Bayesian model comparison and backprop nets, NeurIPS 4 (the number of
-      well-determined parameters); negative eigenvalues count as zero here.
-    """
-    _checks.positive("c", c)
-
-    def share(values: jax.Array) -> jax.Array:
-        return jnp.maximum(values, 0) / (jnp.maximum(values, 0) + c)
-
-    return spectral_sum(density, share)
-
-
 def _deflation_step(operator: Operator, state: DensityState) -> DensityState:
-    assert state.deflation is not None
-    krylov = expand(state.deflation, product(operator, state.deflation.direction))
+    krylov = cast(Krylov, state.deflation)
+    krylov = expand(krylov, product(operator, krylov.direction))
     return dataclasses.replace(state, deflation=krylov, num_matvecs=state.num_matvecs + 1)
 
 
-def _lock(state: DensityState, num_steps: int) -> DensityState:
+def _lock(state: DensityState) -> DensityState:
     """Takes the converged Ritz pairs out and starts the probes in their complement."""
-    del num_steps
     return _new_probes(dataclasses.replace(_locked(state), deflation=None))
 
 
 @jax.jit
 def _locked(state: DensityState) -> DensityState:
-    krylov, num_rows = state.deflation, state.locked.shape[0]
+    krylov, num_rows = cast(Krylov, state.deflation), state.locked.shape[0]
     basis, projected = krylov.basis[:num_rows], krylov.projected[:num_rows, :num_rows]
     values, vectors = jnp.linalg.eigh(projected)
     values, vectors = values[::-1], vectors[:, ::-1]
     bounds = jnp.abs(krylov.beta * vectors[-1]) + krylov.lost[:num_rows] @ jnp.abs(vectors)
     take = bounds <= _DEFLATION_TOLERANCE * jnp.max(jnp.abs(values))
     # A run cut short by Ctrl-C has empty rows, whose pairs are nobody's.
-    take &= krylov.index == num_rows
+    take &= krylov.filled == num_rows
     order = jnp.argsort(~take, stable=True)
     count = jnp.sum(take, dtype=jnp.int32)
     inside = jnp.arange(num_rows) < count
@@ -342,9 +243,12 @@ def _new_probes(state: DensityState) -> DensityState:
 
 
 def _probe_step(operator: Operator, state: DensityState) -> DensityState:
-    assert state.probes is not None
-    state = _absorb_probes(state, block_product(operator, state.probes.direction))
-    return _loops.branch(state.probes.index[0] == state.num_steps, _collect, state)
+    state = _absorb_probes(state, block_product(operator, _probes(state).direction))
+    return _loops.branch(_probes(state).filled[0] == state.num_steps, _collect, state)
+
+
+def _probes(state: DensityState) -> Krylov:
+    return cast(Krylov, state.probes)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -354,7 +258,7 @@ def _absorb_probes(state: DensityState, images: jax.Array) -> DensityState:
         probes = jax.tree.map(lambda leaf: leaf[0], state.probes)
         probes = jax.tree.map(lambda leaf: leaf[None], absorb(probes, images[0]))
     else:
-        probes = jax.vmap(absorb)(state.probes, images)
+        probes = jax.vmap(absorb)(_probes(state), images)
     num_matvecs = state.num_matvecs + state.block
     return dataclasses.replace(state, probes=probes, num_matvecs=num_matvecs)
 
@@ -363,7 +267,7 @@ def _absorb_probes(state: DensityState, images: jax.Array) -> DensityState:
 def _collect(state: DensityState) -> DensityState:
     """Stores the quadrature of the finished probes and starts the next ones."""
     num_steps = state.num_steps
-    values, vectors = jnp.linalg.eigh(state.probes.projected[:, :num_steps, :num_steps])
+    values, vectors = jnp.linalg.eigh(_probes(state).projected[:, :num_steps, :num_steps])
     start = (state.num_finished, jnp.int32(0))
     state = dataclasses.replace(
         state,

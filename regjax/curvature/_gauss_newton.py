@@ -199,7 +199,9 @@ def _sampled_categorical(outputs: jax.Array, keys: jax.Array, tangent: jax.Array
 
 
 def _sampled_normal(outputs: jax.Array, keys: jax.Array, tangent: jax.Array) -> jax.Array:
-    sample = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, outputs.shape[1:], outputs.dtype)))
+    sample = jax.vmap(
+        jax.vmap(lambda key: jax.random.normal(key, outputs.shape[1:], outputs.dtype))
+    )
     return _score_products(sample(keys), tangent)
 
 

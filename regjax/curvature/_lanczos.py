@@ -28,13 +28,13 @@ class Krylov(NamedTuple):
     """An orthonormal basis Q that grows by one row a product, with Q A Q'.
 
     Attributes:
-      basis: (rows, n), the first `index` rows filled.
-      projected: (rows, rows), Q A Q' as measured by the inner products, zero beyond `index`.
+      basis: (rows, n), the first `filled` rows hold it.
+      projected: (rows, rows), Q A Q' as measured by the inner products, zero beyond `filled`.
       lost: (rows,), for each row the norm of the part of A q outside of the basis that was
         dropped when a fresh direction was taken.
       direction: (n,), the next row, of unit norm, or zero if the basis spans the whole space.
       beta: (), norm of the part of the last A q outside of the basis, along `direction`.
-      index: (), int32, number of filled rows.
+      filled: (), int32, number of filled rows.
       broke_down: (), bool, whether the last `beta` was at rounding level.
       key: typed key of the fresh directions.
     """
@@ -44,7 +44,7 @@ class Krylov(NamedTuple):
     lost: jax.Array
     direction: jax.Array
     beta: jax.Array
-    index: jax.Array
+    filled: jax.Array
     broke_down: jax.Array
     key: jax.Array
 
@@ -107,7 +107,7 @@ def lanczos(
         lanczos_step,
         lanczos_init(operator, start, num_steps, key=key),
         operands=operator,
-        done=lambda state: (state.index >= num_steps) | (stops & state.broke_down),
+        done=lambda state: (state.filled >= num_steps) | (stops & state.broke_down),
         max_steps=num_steps,
         result=result,
         callback=callback,
@@ -139,7 +139,7 @@ def lanczos_result(state: Krylov, num_steps: int) -> LanczosResult:
         alphas=jnp.diagonal(projected),
         betas=jnp.diagonal(projected, 1),
         basis=state.basis[:num_steps],
-        num_steps=state.index,
+        num_steps=state.filled,
         residual=state.direction * state.beta,
     )
 
@@ -154,7 +154,7 @@ def empty(direction: jax.Array, num_rows: int, key: jax.Array) -> Krylov:
         lost=jnp.zeros(rows, direction.dtype),
         direction=_unit(direction, jnp.linalg.norm(direction)),
         beta=zero,
-        index=jnp.int32(0),
+        filled=jnp.int32(0),
         broke_down=jnp.bool_(False),
         # The steps donate their state: it must not hold the caller's own key.
         key=jax.random.fold_in(key, 0),
@@ -169,17 +169,17 @@ def block_rows(num_rows: int, size: int, dtype: Any) -> int:
 
 def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     """The basis with `direction` as a new row, given `image` = A direction."""
-    index = krylov.index
-    basis = lax.dynamic_update_index_in_dim(krylov.basis, krylov.direction, index, 0)
-    residual, coefficients, beta = _orthogonal_part(basis, index + 1, image)
-    projected = krylov.projected.at[:, index].set(coefficients).at[index, :].set(coefficients)
+    filled = krylov.filled
+    basis = lax.dynamic_update_index_in_dim(krylov.basis, krylov.direction, filled, 0)
+    residual, coefficients, beta = _orthogonal_part(basis, filled + 1, image)
+    projected = krylov.projected.at[:, filled].set(coefficients).at[filled, :].set(coefficients)
     rounding = _BREAKDOWN * jnp.finfo(beta.dtype).eps * jnp.max(jnp.abs(projected))
     krylov = krylov._replace(
         basis=basis,
         projected=projected,
         direction=_unit(residual, beta),
         beta=beta,
-        index=index + 1,
+        filled=filled + 1,
         broke_down=beta <= rounding,
     )
     return redirect(krylov, krylov.broke_down)
@@ -190,15 +190,15 @@ expand = jax.jit(absorb, donate_argnums=0)
 
 def redirect(krylov: Krylov, condition: jax.Array) -> Krylov:
     """Where `condition` holds, drops the residual and takes a random direction instead."""
-    exhausted = krylov.index >= krylov.direction.size
+    exhausted = krylov.filled >= krylov.direction.size
 
     def fresh(_: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         key, subkey = jax.random.split(krylov.key)
         noise = jax.random.normal(subkey, krylov.direction.shape, krylov.direction.dtype)
         noise = noise / jnp.linalg.norm(noise)
-        noise, _, norm = _orthogonal_part(krylov.basis, krylov.index, noise)
+        noise, _, norm = _orthogonal_part(krylov.basis, krylov.filled, noise)
         direction = jnp.where(exhausted, jnp.zeros_like(noise), _unit(noise, norm))
-        lost = krylov.lost.at[krylov.index - 1].add(krylov.beta)
+        lost = krylov.lost.at[krylov.filled - 1].add(krylov.beta)
         return direction, lost, jnp.zeros_like(krylov.beta), key
 
     kept = (krylov.direction, krylov.lost, krylov.beta, krylov.key)
@@ -232,7 +232,7 @@ def _orthogonal_part(
 
 def _pass(basis: jax.Array, num_rows: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One pass of block Gram-Schmidt over the filled rows."""
-    rows = block_rows(*basis.shape, basis.dtype)
+    rows = block_rows(basis.shape[0], basis.shape[1], basis.dtype)
 
     def subtract(block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> Any:
         vector, coefficients = carry

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ class Operator:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """dtype of the flat vectors: the widest of the parameters, float32 at least."""
+        """Type of the flat vectors: the widest of the parameters, float32 at least."""
         return _tree.vector_dtype(self.params)
 
     def matvec(self, vector: Any) -> Any:
@@ -125,9 +125,7 @@ def product(operator: Operator, vector: jax.Array) -> jax.Array:
         return _whole_product(operator, vector)
     length = _checks.num_examples(operator.batch)
     num_chunks, ragged = divmod(length, operator.chunk_size)
-    total = _loops.fold(
-        _add_chunk, jnp.zeros_like(vector), num_chunks, operands=(operator, vector)
-    )
+    total = _loops.fold(_add_chunk, jnp.zeros_like(vector), num_chunks, operands=(operator, vector))
     return _add_ragged(operator, vector, total) if ragged else total
 
 
@@ -233,7 +231,7 @@ def build(
     return Operator(rule, function, params, batch, linear_map, chunk_size)
 
 
-def _linearize_gradient(loss_fn: Callable[..., Any], params: Any, *batch: Any) -> Partial:
+def _linearize_gradient(loss_fn: Callable[..., Any], params: Any, *batch: Any) -> Any:
     return jax.linearize(jax.grad(lambda p: loss_fn(p, *batch)), params)[1]
 
 
@@ -257,8 +255,8 @@ def _whole_product(operator: Operator, vector: jax.Array) -> jax.Array:
         if operator.linear_map is not None:
             image = operator.linear_map(tree)
         else:
-            assert operator.rule is not None
-            image = operator.rule.multiply(operator.function, params, tree, *operator.batch)
+            rule = cast(Rule, operator.rule)
+            image = rule.multiply(operator.function, params, tree, *operator.batch)
     _checks.same_tree("matvec(vector)", image, params)
     return _tree.ravel(image, vector.dtype)
 
@@ -271,7 +269,7 @@ def _add_chunk(operands: Any, total: jax.Array, i: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, donate_argnums=2)
 def _add_ragged(operator: Operator, vector: jax.Array, total: jax.Array) -> jax.Array:
     length = _checks.num_examples(operator.batch)
-    ragged = length % operator.chunk_size
+    ragged = length % cast(int, operator.chunk_size)
     return total + _slice_product(operator, vector, length - ragged, ragged)
 
 
@@ -291,15 +289,16 @@ def _set_row(operands: Any, rows: jax.Array, i: jax.Array) -> jax.Array:
 
 def _precision() -> contextlib.AbstractContextManager[Any]:
     """Full float32 products unless the caller says otherwise: TF32 visibly perturbs Lanczos."""
-    if jax.config.jax_default_matmul_precision is not None:
+    if getattr(jax.config, "jax_default_matmul_precision") is not None:  # noqa: B009
         return contextlib.nullcontext()
     return jax.default_matmul_precision("highest")
 
 
 def as_partial(function: Callable[..., Any]) -> Any:
     """`function` as a pytree: as it is if it is one already, else a static function."""
-    is_leaf = jax.tree.structure(function) == jax.tree.structure(0)
-    return Partial(function) if is_leaf else function
+    leaves = jax.tree.leaves(function)
+    is_plain = len(leaves) == 1 and leaves[0] is function
+    return Partial(function) if is_plain else function
 
 
 def _check_loss(loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]) -> None:

@@ -18,12 +18,10 @@ class TrainSettings:
     """Train a network on images and write a checkpoint."""
 
     data: str = "digits"
-    """Data set: digits, fashion_mnist, mnist, or any image classification set of
-    tensorflow-datasets by its name there."""
+    """digits, fashion_mnist, mnist, or an image classification set of tensorflow-datasets."""
 
     data_dir: Path | None = None
-    """Folder of the data's files. None: the environment variable REGJAX_DATA, then the usual
-    places."""
+    """Folder of the data. None: the environment variable REGJAX_DATA, or the usual places."""
 
     num_train: int | None = None
     """Number of training examples. None: all."""
@@ -35,11 +33,10 @@ class TrainSettings:
     """Network."""
 
     width: int | None = None
-    """Units of each hidden layer, or channels of the first convolution. None: 64 (mlp), 16."""
+    """Units of a hidden layer, channels of the first convolution. None: 64 (mlp), 16."""
 
     depth: int | None = None
-    """Number of hidden layers, of convolutions (convnet) or of blocks (resnet). None: 2 (4 for
-    resnet)."""
+    """Hidden layers, convolutions, or blocks of a resnet. None: 2, of a resnet 4."""
 
     normalization: Literal["none", "batch", "layer", "group"] = "none"
     """Normalization behind each hidden layer."""
@@ -54,17 +51,16 @@ class TrainSettings:
     """Momentum of sgd, at least 0 and below 1."""
 
     weight_decay: float = 0.0
-    """Multiple of the parameters added to the gradient (sgd), or to the update (adam, as AdamW)."""
+    """Multiple of the parameters added to the gradient (sgd) or the update (adam)."""
 
     transformation: Literal["plain"] = "plain"
     """What changes where or how the gradient is taken."""
 
     epochs: int = 30
-    """Number of passes over the training examples; 0 leaves the initial network."""
+    """Passes over the training examples, in an order drawn anew each time; 0: none."""
 
     batch_size: int = 64
-    """Examples per step. The last, smaller batch of an epoch is left out; the order is drawn anew
-    each epoch."""
+    """Examples per step. The smaller last batch of an epoch is left out."""
 
     seed: int = 0
     """Seed of the initial parameters, of the order of the examples and of the probes."""
@@ -73,18 +69,16 @@ class TrainSettings:
     """Type of the parameters, of training and of the curvature."""
 
     device_bytes: int = 2**30
-    """Training images up to this many bytes stay on the device; larger sets are streamed from the
-    host, with the same result."""
+    """Training images of more bytes than this are streamed from the host."""
 
     checkpoint_seconds: float = 5.0
-    """Least time between two checkpoints, which are written at the end of an epoch; 0: after each.
-    The last one is always written, after Ctrl-C too."""
+    """Least time between two checkpoints; 0: one each epoch. The last is always written."""
 
     resume: bool = False
     """Go on from the checkpoint in --out."""
 
     out: Path | None = None
-    """Folder of the results. None: runs/DATA-MODEL, or the checkpoint's."""
+    """Folder of the results. None: runs/DATA-MODEL, or the folder of --checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,48 +86,43 @@ class SpectrumSettings(TrainSettings):
     """Train a network on images, then print and draw its curvature spectrum with error bounds."""
 
     compare: tuple[str, ...] = ()
-    """Settings to run side by side. Each is a comma-separated list of option=value; a bare word is
-    a value that only one option takes: --compare sgd adam, or
-    --compare optimizer=sgd,learning_rate=0.5 batch."""
+    """Settings to run side by side, such as: sgd adam, or optimizer=sgd,momentum=0 batch."""
 
     checkpoint: Path | None = None
-    """Analyse this checkpoint (or the one in this folder) instead of training; data, model and
-    training options come from it."""
+    """Analyse this checkpoint, or the one in this folder, with its training options."""
 
     matrix: Literal["hessian", "gauss_newton", "fisher", "empirical_fisher"] = "hessian"
     """Curvature matrix of the mean training loss."""
 
     fisher_samples: int = 0
-    """Labels drawn per example for --matrix fisher. 0: the exact expectation over the classes."""
+    """Labels drawn per example for the fisher matrix. 0: the exact expectation."""
 
     curvature_examples: int | None = None
     """Number of training examples in the matrix, the first ones. None: all."""
 
     batch_norm_mode: Literal["evaluation", "train", "train_per_chunk"] = "evaluation"
-    """Batch statistics in the matrix: the stored ones, those of all its examples, or those of each
-    chunk (another matrix for each chunk size)."""
+    """Batch statistics in the matrix: the stored ones, of all examples, or of each chunk."""
 
     num_eigenvalues: int = 10
     """Number of largest eigenvalues."""
 
     tolerance: float = 1e-3
-    """An eigenvalue has converged when its residual norm is below this share of the largest."""
+    """An eigenvalue's residual norm relative to the largest eigenvalue, when converged."""
 
     num_probes: int = 2
     """Random probes of the density."""
 
     num_steps: int = 40
-    """Lanczos steps of each probe; twice as many go into taking out extreme eigenvalues first."""
+    """Lanczos steps of a probe; twice as many first take out extreme eigenvalues."""
 
     blocks: Literal["whole", "layers"] = "whole"
     """The whole network, or each layer as well."""
 
     chunk_size: int = 2048
-    """Examples per pass; more of them are gone over in chunks of this size, in bounded memory."""
+    """Examples per pass. More of them are gone over in chunks, in bounded memory."""
 
     effective_dimension_scale: float = 0.01
-    """The c of the effective dimension, the sum of max(l, 0) / (max(l, 0) + c) over the
-    eigenvalues l."""
+    """The c in the sum over the eigenvalues l of max(l, 0) / (max(l, 0) + c)."""
 
 
 # Options that say where and how a run works, and not what comes out.

@@ -17,9 +17,7 @@ def test_blocks_are_the_principal_submatrices(chunk_size):
     blocks = curvature.by_block(operator)
     assert list(blocks) == ["first", "second"]
     for name, place in {"first": slice(0, 36), "second": slice(36, 57)}.items():
-        np.testing.assert_allclose(
-            blocks[name].dense(), dense[place, place], rtol=1e-4, atol=1e-6
-        )
+        np.testing.assert_allclose(blocks[name].dense(), dense[place, place], rtol=1e-4, atol=1e-6)
 
 
 def test_depth_two_separates_kernels_from_biases():
@@ -38,7 +36,9 @@ def test_depth_two_separates_kernels_from_biases():
 def test_vectors_have_none_outside_of_the_block():
     problem = oracles.problem()
     operator = curvature.hessian(oracles.loss_fn, problem.params, *problem.batch)
-    result = curvature.top_eigenpairs(curvature.by_block(operator)["second"], 1, key=jax.random.key(0))
+    result = curvature.top_eigenpairs(
+        curvature.by_block(operator)["second"], 1, key=jax.random.key(0)
+    )
     assert result.vectors["first"] == {"kernel": None, "bias": None}
     assert result.vectors["second"]["kernel"].shape == (1, 6, 3)
 

@@ -41,7 +41,9 @@ def test_wanted_pairs_with_true_residuals(which, max_basis):
     expected = np.sort(wanted(eigenvalues, 5, which))
     np.testing.assert_allclose(np.sort(result.values), expected, atol=1e-3 * scale)
     vectors = np.asarray(result.vectors, np.float64)
-    residuals = np.linalg.norm(vectors @ matrix - np.asarray(result.values)[:, None] * vectors, axis=1)
+    residuals = np.linalg.norm(
+        vectors @ matrix - np.asarray(result.values)[:, None] * vectors, axis=1
+    )
     # The bound is a bound, and not an idle one.
     assert np.all(residuals <= result.residual_norms)
     assert np.all(result.residual_norms <= 1e-3 * scale)
@@ -186,7 +188,7 @@ def test_error_texts():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="`k` must be between 1 and 5, got 6"):
         curvature.top_eigenpairs(operator, 6, key=key)
-    with pytest.raises(ValueError, match="`tol` must be non-negative, got -0.1"):
+    with pytest.raises(ValueError, match=r"`tol` must be non-negative, got -0.1"):
         curvature.top_eigenpairs(operator, 1, key=key, tol=-0.1)
     with pytest.raises(ValueError, match="`which` must be one of LA, SA, LM, BE, got 'top'"):
         curvature.top_eigenpairs(operator, 1, key=key, which="top")

@@ -34,7 +34,9 @@ def test_diagonal_is_unbiased_and_its_standard_error_holds(method):
         result = curvature.diagonal(
             operator(), key=jax.random.key(seed), num_probes=45, method=method
         )
-        scores.append((np.asarray(result.value) - np.diag(MATRIX)) / np.asarray(result.standard_error))
+        scores.append(
+            (np.asarray(result.value) - np.diag(MATRIX)) / np.asarray(result.standard_error)
+        )
     assert abs(np.mean(scores)) < 5 / np.sqrt(np.size(scores) / 10)
     assert 0.8 < np.std(scores) < 1.3
 
@@ -42,7 +44,11 @@ def test_diagonal_is_unbiased_and_its_standard_error_holds(method):
 def test_hutch_plus_plus_gains_where_few_eigenvalues_dominate():
     def error(method):
         values = [
-            float(curvature.trace(operator(), key=jax.random.key(s), num_probes=45, method=method).value)
+            float(
+                curvature.trace(
+                    operator(), key=jax.random.key(s), num_probes=45, method=method
+                ).value
+            )
             for s in range(20)
         ]
         return np.sqrt(np.mean((np.array(values) - np.trace(MATRIX)) ** 2))

@@ -57,9 +57,7 @@ def test_exact_fisher_is_gauss_newton_of_its_loss(likelihood):
         oracles.model_fn, problem.params, problem.inputs, key=None, num_samples=None,
         likelihood=likelihood,
     )  # fmt: skip
-    gauss_newton = curvature.gauss_newton(
-        oracles.model_fn, loss, problem.params, *problem.batch
-    )
+    gauss_newton = curvature.gauss_newton(oracles.model_fn, loss, problem.params, *problem.batch)
     np.testing.assert_allclose(fisher.dense(), gauss_newton.dense(), rtol=1e-4, atol=1e-6)
 
 
@@ -111,6 +109,4 @@ def test_error_texts():
     with pytest.raises(TypeError, match="`key` must be a typed key"):
         curvature.fisher(oracles.model_fn, problem.params, problem.inputs, key=None)
     with pytest.raises(ValueError, match=r"`output_loss_fn` must return a scalar.*\(23, 3\)"):
-        curvature.gauss_newton(
-            oracles.model_fn, lambda o, y: o, problem.params, *problem.batch
-        )
+        curvature.gauss_newton(oracles.model_fn, lambda o, y: o, problem.params, *problem.batch)

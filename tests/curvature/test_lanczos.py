@@ -78,7 +78,9 @@ def test_starts_and_states_are_trees_and_the_callers_arrays_survive():
 
 def test_callback_counts_steps():
     calls = []
-    curvature.lanczos(lambda v: v * jnp.arange(9.0), start(9), 4, callback=lambda *c: calls.append(c))
+    curvature.lanczos(
+        lambda v: v * jnp.arange(9.0), start(9), 4, callback=lambda *c: calls.append(c)
+    )
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 

@@ -122,7 +122,8 @@ def test_from_matvec_takes_trees_and_arrays():
     operator = curvature.from_matvec(oracles.matvec_of(matrix), jnp.zeros(3))
     np.testing.assert_allclose(operator.dense(), matrix, atol=1e-6)
     doubled = curvature.from_matvec(
-        lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree), {"a": jnp.zeros(2), "b": jnp.zeros(())}
+        lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree),
+        {"a": jnp.zeros(2), "b": jnp.zeros(())},
     )
     np.testing.assert_array_equal(doubled.dense(), 2 * np.eye(3))
 
@@ -136,7 +137,7 @@ def test_error_texts():
         curvature.hessian(lambda p: jnp.sum(p["w"]), {"w": jnp.arange(3)})
     with pytest.raises(ValueError, match="`chunk_size` must be at least 1, got 0"):
         curvature.hessian(oracles.loss_fn, params, *batch, chunk_size=0)
-    with pytest.raises(TypeError, match="`chunk_size` must be a Python integer, got 2.5"):
+    with pytest.raises(TypeError, match=r"`chunk_size` must be a Python integer, got 2.5"):
         curvature.hessian(oracles.loss_fn, params, *batch, chunk_size=2.5)
     operator = curvature.hessian(oracles.loss_fn, params, *batch)
     with pytest.raises(ValueError, match="`vector` must have the tree structure"):

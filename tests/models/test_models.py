@@ -20,7 +20,7 @@ def make(network, shape=SHAPE, **options):
 
 
 def num_convolutions(model, shape=SHAPE):
-    forward = lambda params, inputs: model.apply(params, model.state, inputs, train=False)[0]  # noqa: E731
+    forward = lambda params, inputs: model.apply(params, model.state, inputs, train=False)[0]
     text = str(jax.make_jaxpr(forward)(model.params, jnp.ones((1, *shape))))
     return text.count("conv_general_dilated[")
 
@@ -53,21 +53,33 @@ def test_an_mlp_without_hidden_layers_is_linear():
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_residual_block_is_relu_of_residual_plus_shortcut():
-    # With zero second convolutions the blocks of equal width pass relu(stem) on unchanged.
-    model = make(ResNet, (4, 4, 2), widths=(3, 3))
-    params = model.params
-    for name in ("block_0", "block_1"):
-        second = jax.tree.map(jnp.zeros_like, params[name]["second"])
-        params = {**params, name: {**params[name], "second": second}}
-    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4, 4, 2)), jnp.float32)
-    outputs, _ = model.apply(params, model.state, inputs, train=False)
-    stem = jax.lax.conv_general_dilated(
-        inputs, params["stem"]["layer"]["kernel"], (1, 1), "SAME",
+def convolve(inputs, layer, stride=1):
+    return jax.lax.conv_general_dilated(
+        inputs,
+        layer["layer"]["kernel"],
+        (stride, stride),
+        "SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
-    pooled = jnp.maximum(stem, 0).mean(axis=(1, 2))
-    np.testing.assert_allclose(outputs, pooled @ params["head"]["kernel"], rtol=1e-4, atol=1e-5)
+    )
+
+
+def test_the_residual_network_is_the_one_written_out():
+    model = make(ResNet, (6, 6, 2), widths=(3, 3, 4))
+    params = model.params
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 6, 2)), jnp.float32)
+    outputs, _ = model.apply(params, model.state, inputs, train=False)
+    features = jax.nn.relu(convolve(inputs, params["stem"]))
+    for name, stride in (("block_0", 1), ("block_1", 1), ("block_2", 2)):
+        block = params[name]
+        residual = convolve(
+            jax.nn.relu(convolve(features, block["first"], stride)), block["second"]
+        )
+        if "shortcut" in block:
+            features = convolve(features, block["shortcut"], stride)
+        features = jax.nn.relu(residual + features)
+    assert features.shape == (5, 3, 3, 4)
+    expected = features.mean(axis=(1, 2)) @ params["head"]["kernel"]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("network", [MLP, ConvNet, ResNet])

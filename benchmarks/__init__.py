@@ -1,0 +1,1 @@
+"""What the library costs (`speed`), measured on this machine."""

@@ -1,0 +1,99 @@
+"""The command line: `python -m benchmarks speed --preset smoke|cpu|gpu`."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import tyro
+
+from benchmarks import _timing, speed
+
+_RESULTS = pathlib.Path(__file__).parent / "results"
+# The bars of the project were measured with two; a wider machine must not change who wins.
+_NUM_CORES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Time the library against itself and other tools; answers are checked first."""
+
+    preset: Literal["smoke", "cpu", "gpu"] = "smoke"
+    """smoke: tiny, seconds, writes nothing by itself. cpu: two cores. gpu: needs an accelerator."""
+    only: str | None = None
+    """Run only the cases with this in their name, such as `curvature/hvp`."""
+    out: pathlib.Path | None = None
+    """Folder of speed_<preset>.jsonl. Default: benchmarks/results, for smoke nowhere."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 1 if an answer was wrong, 2 if nothing ran."""
+    return run_speed(tyro.extras.subcommand_cli_from_dict({"speed": Speed}, args=arguments))
+
+
+def run_speed(command: Speed) -> int:
+    """Runs the cases of every `bench_*.py`, one at a time; a refused one does not stop the rest."""
+    if command.preset == "cpu":
+        _timing.use_cores(_NUM_CORES)
+    if command.preset == "gpu" and jax.default_backend() == "cpu":
+        return _fail("`--preset` must be smoke or cpu without an accelerator, got gpu.")
+    cases = find_cases(command.preset)
+    chosen = {name: case for name, case in cases.items() if (command.only or "") in name}
+    if not chosen:
+        return _fail(f"`--only` must be part of one of {sorted(cases)}, got {command.only!r}.")
+    out = command.out
+    if out is None and command.preset != "smoke":
+        out = _RESULTS
+    status = 0
+    for name, build in chosen.items():
+        try:
+            result = _measure(name, build(), command.preset)
+        except _timing.WrongAnswer as error:
+            print(f"REFUSED {error}", file=sys.stderr, flush=True)
+            status = 1
+            continue
+        print(_timing.summary(result), flush=True)
+        if out is not None:
+            record(out / f"speed_{command.preset}.jsonl", _timing.json_line(result))
+    return status
+
+
+def find_cases(preset: str) -> dict[str, Callable[[], _timing.Case]]:
+    """The cases of all `bench_*.py`, named "<file>/<case>"."""
+    names = sorted(module.name for module in pkgutil.iter_modules(speed.__path__))
+    found = {}
+    for name in names:
+        if name.startswith("bench_"):
+            module = importlib.import_module(f"{speed.__name__}.{name}")
+            for case, build in module.cases(preset).items():
+                found[f"{name.removeprefix('bench_')}/{case}"] = build
+    return found
+
+
+def record(path: pathlib.Path, line: str) -> None:
+    """Puts the line into the file in place of an older one of the same case."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if path.exists() else []
+    case = json.loads(line)["case"]
+    kept = [old for old in lines if json.loads(old)["case"] != case]
+    path.write_text("\n".join([*kept, line]) + "\n")
+
+
+def _measure(name: str, case: _timing.Case, preset: str) -> _timing.Result:
+    if preset == "smoke":
+        return _timing.measure(name, case, budget=0.0, min_rounds=2)
+    return _timing.measure(name, case)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Speed: every `bench_*.py` here gives `cases(preset) -> {name: function that builds a Case}`."""

@@ -1,0 +1,171 @@
+"""The command line: `python -m regjax spectrum` and `python -m regjax train`."""
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from regjax.experiments._settings import (
+    SpectrumSettings,
+    TrainSettings,
+    UsageError,
+    checkpoint_path,
+    out_dir,
+    with_training_options,
+)
+
+_COMMANDS = {"spectrum": SpectrumSettings, "train": TrainSettings}
+_PROGRAM = "python -m regjax"
+_DESCRIPTION = "Train networks and see the curvature of their loss."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      arguments: the words of the command line; None takes those of the process.
+
+    Returns:
+      The exit status: 0; 2 after a line on stderr that says what was wrong; 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with _Bar() as bar:
+            _run(words, bar)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was computed is on disk, --resume goes on from it", 130)
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        return _fail(str(error), 2)
+    return 0
+
+
+def _run(words: list[str], bar: "_Bar") -> None:
+    settings = _parse(words)
+    settings = _from_checkpoint(words, settings)
+    # Here and not above: a word of help need not wait for them.
+    from regjax.experiments import _compare, _report, _spectrum_run
+
+    if not isinstance(settings, SpectrumSettings):
+        record = _spectrum_run.run_train(settings, bar)
+        text = _report.training_text(record)
+    elif settings.compare:
+        text = _report.comparison_text(_compare.run_compare(settings, bar))
+    else:
+        record = _spectrum_run.run_spectrum(settings, bar)
+        text = "\n\n".join([_report.training_text(record), _report.spectrum_text(record)])
+    bar.close()
+    print(f"{text}\n\nResults are in {out_dir(settings)}.")
+
+
+def _parse(words: list[str], default: Any = None) -> TrainSettings:
+    """The options in `words`, with one line instead of tyro's box if they are wrong."""
+    import tyro
+
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            command = words[0] if words else ""
+            if command not in _COMMANDS:
+                return tyro.extras.subcommand_cli_from_dict(
+                    _COMMANDS, prog=_PROGRAM, description=_DESCRIPTION, args=words
+                )
+            return tyro.cli(
+                _COMMANDS[command],
+                prog=f"{_PROGRAM} {command}",
+                args=words[1:],
+                default=_COMMANDS[command]() if default is None else default,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_first_sentence(told.getvalue())) from None
+
+
+def _from_checkpoint(words: list[str], settings: TrainSettings) -> TrainSettings:
+    """The settings with the training options of the checkpoint that they start from.
+
+    Parsed again with these for defaults, an option keeps a value of its own only if it was given:
+    `restore` then finds the conflict.
+    """
+    is_spectrum = isinstance(settings, SpectrumSettings)
+    if is_spectrum and settings.checkpoint is not None:
+        path = checkpoint_path(settings.checkpoint)
+    elif settings.resume and not (is_spectrum and settings.compare):
+        path = out_dir(settings) / "checkpoint.npz"
+    else:
+        return settings
+    from regjax.experiments._training import read_run
+
+    stored, _, _ = read_run(path)
+    defaults = dataclasses.replace(_COMMANDS[words[0]](), out=out_dir(settings))
+    return _parse(words, with_training_options(defaults, stored))
+
+
+def _first_sentence(box: str) -> str:
+    """What a box of tyro's says before its rule, title and frame left out, on one line."""
+    inside = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    paragraph: list[str] = []
+    for line in inside:
+        if not line or set(line) == {"─"}:
+            break
+        paragraph.append(line)
+    sentence = re.sub(r"\s+([.,])", r"\1", " ".join(paragraph)).rstrip(".")
+    return f"{sentence}; see {_PROGRAM} --help."
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the user can mend it: our own errors, and files that cannot be read or written."""
+    from regjax.experiments._checkpoint import CheckpointError
+    from regjax.experiments._data import DataError
+    from regjax.experiments._training import TrainingError
+
+    return isinstance(error, (UsageError, DataError, CheckpointError, TrainingError, OSError))
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"regjax: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+class _Bar:
+    """A progress bar on stderr, a line for each stage."""
+
+    def __init__(self) -> None:
+        self._stage: str | None = None
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """Shows that `done` steps of `total` of a stage are over."""
+        if stage != self._stage:
+            from tqdm import tqdm
+
+            self.close()
+            self._stage, self._bar = stage, tqdm(desc=stage, total=total, mininterval=0.5)
+        if self._bar is None:
+            return
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the line of the stage."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""A spectrum as a discrete measure, and sums over it with their standard errors."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks
+
+
+class DensityResult(NamedTuple):
+    """A discrete measure of mass 1 on the eigenvalues; P probes, m steps, n the order.
+
+    Attributes:
+      nodes: (P, m), quadrature nodes of the complement, in the units of the matrix.
+      weights: (P, m), their mass; sums to (n - num_eigenvalues) / n.
+      eigenvalues: (r,), the eigenvalues taken out, descending, NaN beyond `num_eigenvalues`.
+      eigenvalue_weights: (r,), 1/n each, 0 beyond `num_eigenvalues`.
+      residual_norms: (r,), ||A v - value v|| of the pairs taken out, NaN beyond.
+      num_eigenvalues: (), int32, number of eigenvalues taken out.
+      trace: (), sum of the eigenvalues.
+      standard_error: (), of `trace`, over the draw of the probes.
+      num_matvecs: (), int32, products used.
+      size: (), int32, n.
+    """
+
+    nodes: jax.Array
+    weights: jax.Array
+    eigenvalues: jax.Array
+    eigenvalue_weights: jax.Array
+    residual_norms: jax.Array
+    num_eigenvalues: jax.Array
+    trace: jax.Array
+    standard_error: jax.Array
+    num_matvecs: jax.Array
+    size: jax.Array
+
+
+class SpectralSum(NamedTuple):
+    """A sum over the eigenvalues.
+
+    Attributes:
+      value: (...), sum over i of f(lambda_i).
+      standard_error: (...), over the draw of the probes.
+    """
+
+    value: jax.Array
+    standard_error: jax.Array
+
+
+def spectral_sum(density: DensityResult, function: Callable[[jax.Array], jax.Array]) -> SpectralSum:
+    """The sum over the eigenvalues of `function`, with the standard error of the probes.
+
+    For a probe v uniform on the unit sphere of d dimensions, v' B v has the variance
+    2 / (d + 2) (tr(B B)/d - (tr B/d)^2). Both traces are moments of the density itself, so that
+    one probe is enough for an error.
+
+    Args:
+      density: from `spectral_density`.
+      function: elementwise, real eigenvalues (...,) -> values (..., *shape).
+
+    Returns:
+      A `SpectralSum` of arrays of `shape`. The error leaves out what quadrature (m steps) does not
+      resolve of `function`: nothing for polynomials of degree below 2 m.
+    """
+    inside = density.eigenvalue_weights > 0
+    values = function(jnp.where(inside, density.eigenvalues, 0.0))
+    inside = inside.reshape(inside.shape + (1,) * (values.ndim - 1))
+    exact = jnp.sum(jnp.where(inside, values, 0.0), axis=0)
+
+    dimension = (density.size - density.num_eigenvalues).astype(values.dtype)
+    mass = jnp.sum(density.weights)
+    weights = density.weights / jnp.where(mass == 0, 1, mass)
+    sampled = function(density.nodes)
+    mean = jnp.tensordot(weights, sampled, axes=2)
+    variance = jnp.tensordot(weights, jnp.square(sampled - mean), axes=2)
+    num_probes = jnp.sum(jnp.any(density.weights > 0, axis=1)).astype(values.dtype)
+    error = dimension * jnp.sqrt(2 * variance / ((dimension + 2) * jnp.maximum(num_probes, 1)))
+    return SpectralSum(exact + dimension * mean, error)
+
+
+def effective_dimension(density: DensityResult, c: Any) -> SpectralSum:
+    """The number of directions that count at scale c: the sum of max(l, 0) / (max(l, 0) + c).
+
+    Args:
+      density: from `spectral_density`.
+      c: positive scale, in the units of the eigenvalues: prior precision over number of examples,
+        or weight decay.
+
+    Returns:
+      A `SpectralSum`, between 0 and n.
+
+    Raises:
+      ValueError: `c` is not positive.
+
+    References:
+      D. MacKay (1992), Bayesian model comparison and backprop nets, NeurIPS 4 (the number of
+      well-determined parameters); negative eigenvalues count as zero here.
+    """
+    _checks.positive("c", c)
+
+    def share(values: jax.Array) -> jax.Array:
+        return jnp.maximum(values, 0) / (jnp.maximum(values, 0) + c)
+
+    return spectral_sum(density, share)

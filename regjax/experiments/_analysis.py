@@ -1,0 +1,237 @@
+"""The curvature matrix that the options ask for, and what is computed of it, stage by stage."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from regjax import curvature
+from regjax._adapters import Model, check_separable, model_function, model_loss
+from regjax._loops import Interrupted
+from regjax.experiments._data import Dataset
+from regjax.experiments._network import Scaling, criterion, normalize
+from regjax.experiments._settings import SpectrumSettings, UsageError, option
+
+Record = dict[str, Any]
+
+# Enough examples to tell a mean from anything else.
+_SEPARABLE_EXAMPLES = 512
+# Shares of the largest eigenvalue that part outliers from the bulk, and the bulk from zero.
+_OUTLIER, _ZERO = 0.1, 1e-3
+
+
+class Subject(NamedTuple):
+    """What is analysed: a trained model, its data and the scaling of its inputs."""
+
+    model: Model
+    dataset: Dataset
+    scaling: Scaling
+
+
+def operators(subject: Subject, settings: SpectrumSettings) -> dict[str, curvature.Operator]:
+    """The matrix of the options: {"network": ...}, and its layers if they are asked for.
+
+    Raises:
+      UsageError: an option does not fit the model or the data, or the loss is no mean over
+        independent examples.
+    """
+    model, dataset, scaling = subject
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    _check_at_most(settings, "num_eigenvalues", num_parameters, "number of parameters")
+    _check_at_most(settings, "num_steps", num_parameters, "number of parameters")
+    num_examples = len(dataset.train_labels)
+    if settings.curvature_examples is not None:
+        _check_at_most(settings, "curvature_examples", num_examples, "number of training examples")
+        num_examples = settings.curvature_examples
+    inputs = normalize(jnp.asarray(dataset.train_images[:num_examples]), scaling)
+    targets = jnp.asarray(dataset.train_labels[:num_examples])
+    _check_examples(model, settings, inputs, targets)
+    whole = _operator(model, settings, inputs, targets)
+    layers = curvature.by_block(whole) if settings.blocks == "layers" else {}
+    return {"network": whole, **layers}
+
+
+def analyse(
+    operator: curvature.Operator,
+    settings: SpectrumSettings,
+    record: Record,
+    *,
+    key: jax.Array,
+    save: Callable[[], None],
+    progress: Callable[[str, int, int | None], None],
+) -> None:
+    """Computes the largest eigenvalues, then the density and what follows from it.
+
+    Args:
+      operator: the matrix.
+      settings: how many, how exact.
+      record: gains an entry for each stage.
+      key: typed key of the random starts.
+      save: called after each stage, after an interrupted one too.
+      progress: called as progress(stage, products, total or None).
+
+    Raises:
+      Interrupted: Ctrl-C; the partial result is in the record.
+    """
+    size = operator.shape[0]
+    record["num_parameters"] = size
+    eigen_key, density_key = jax.random.split(key)
+    result = _stage(
+        functools.partial(
+            curvature.top_eigenpairs,
+            operator,
+            min(settings.num_eigenvalues, size),
+            key=eigen_key,
+            tol=settings.tolerance,
+            # How many products it will take is not known.
+            callback=lambda done, _: progress("eigenvalues", done, None),
+        ),
+        _describe_eigenvalues,
+        functools.partial(_keep, record, "eigenvalues", save),
+    )
+    _stage(
+        functools.partial(
+            curvature.spectral_density,
+            operator,
+            key=density_key,
+            num_steps=min(settings.num_steps, size),
+            num_probes=settings.num_probes,
+            callback=functools.partial(progress, "density"),
+        ),
+        functools.partial(
+            _describe_density,
+            largest=abs(float(result.values[0])),
+            scale=settings.effective_dimension_scale,
+        ),
+        functools.partial(_keep, record, "density", save),
+    )
+
+
+def _stage(
+    compute: Callable[[], Any],
+    describe: Callable[[Any], Record],
+    keep: Callable[[Record], None],
+) -> Any:
+    start = time.monotonic()
+    try:
+        result = jax.block_until_ready(compute())
+    except Interrupted as interrupted:
+        keep({**describe(interrupted.result), "interrupted": True})
+        raise
+    keep({**describe(result), "seconds": time.monotonic() - start})
+    return result
+
+
+def _keep(record: Record, name: str, save: Callable[[], None], entry: Record) -> None:
+    record[name] = entry
+    save()
+
+
+def _describe_eigenvalues(result: curvature.EigenResult) -> Record:
+    return {
+        "values": result.values.tolist(),
+        "residual_norms": result.residual_norms.tolist(),
+        "converged": result.converged.tolist(),
+        "complete": bool(result.complete),
+        "num_matvecs": int(result.num_matvecs),
+    }
+
+
+def _describe_density(density: curvature.DensityResult, *, largest: float, scale: float) -> Record:
+    def count(low: float, high: float) -> Record:
+        def inside(values: jax.Array) -> jax.Array:
+            return ((values > low) & (values <= high)).astype(values.dtype)
+
+        return _estimate(curvature.spectral_sum(density, inside))
+
+    grid = curvature.density_grid(density, scale="symlog")
+    curve = curvature.evaluate_density(density, grid, scale="symlog")
+    num_taken = int(density.num_eigenvalues)
+    ritz_values = np.concatenate([np.ravel(density.nodes), density.eigenvalues[:num_taken]])
+    outlier, zero = _OUTLIER * largest, _ZERO * largest
+    return {
+        "nodes": density.nodes.tolist(),
+        "weights": density.weights.tolist(),
+        "eigenvalues": density.eigenvalues[:num_taken].tolist(),
+        "residual_norms": density.residual_norms[:num_taken].tolist(),
+        "num_matvecs": int(density.num_matvecs),
+        "trace": {"value": float(density.trace), "standard_error": float(density.standard_error)},
+        "smallest_ritz_value": float(np.min(ritz_values)),
+        "effective_dimension": {
+            "scale": scale,
+            **_estimate(curvature.effective_dimension(density, scale)),
+        },
+        "counts": {
+            "outlier_threshold": outlier,
+            "zero_threshold": zero,
+            "outliers": count(outlier, np.inf),
+            "bulk": count(zero, outlier),
+            "near_zero": count(-zero, zero),
+            "negative": count(-np.inf, -zero),
+        },
+        "curve": {name: array.tolist() for name, array in curve._asdict().items()},
+    }
+
+
+def _estimate(total: curvature.SpectralSum) -> Record:
+    return {"value": float(total.value), "standard_error": float(total.standard_error)}
+
+
+def _operator(
+    model: Model, settings: SpectrumSettings, inputs: jax.Array, targets: jax.Array
+) -> curvature.Operator:
+    mode = settings.batch_norm_mode
+    # A whole batch keeps its linearisation.
+    chunk_size = settings.chunk_size if settings.chunk_size < len(targets) else None
+    if settings.matrix == "hessian":
+        loss = model_loss(model, criterion, mode=mode)
+        return curvature.hessian(loss, model.params, inputs, targets, chunk_size=chunk_size)
+    function = model_function(model, mode=mode)
+    if settings.matrix == "fisher":
+        return curvature.fisher(
+            function,
+            model.params,
+            inputs,
+            key=jax.random.key(settings.seed) if settings.fisher_samples else None,
+            num_samples=settings.fisher_samples or None,
+            chunk_size=chunk_size,
+        )
+    is_observed = settings.matrix == "empirical_fisher"
+    make = curvature.empirical_fisher if is_observed else curvature.gauss_newton
+    return make(function, criterion, model.params, inputs, targets, chunk_size=chunk_size)
+
+
+def _check_at_most(settings: SpectrumSettings, name: str, limit: int, what: str) -> None:
+    value = getattr(settings, name)
+    if value > limit:
+        raise UsageError(f"{option(name)} must be at most the {what}, {limit}, got {value}.")
+
+
+def _check_examples(
+    model: Model, settings: SpectrumSettings, inputs: jax.Array, targets: jax.Array
+) -> None:
+    """Only batch norm in train mode may couple the examples, and only as it was asked for."""
+    mode = settings.batch_norm_mode
+    if mode != "evaluation" and model.has_batch_statistics:
+        if mode == "train" and settings.chunk_size < len(targets):
+            raise UsageError(
+                f"--chunk-size must be at least the number of examples, {len(targets)}, with "
+                f"--batch-norm-mode train, got {settings.chunk_size}; or use train_per_chunk."
+            )
+        return
+    some = slice(min(_SEPARABLE_EXAMPLES, len(targets)))
+    try:
+        loss = Partial(_evaluate, model_loss(model, criterion, mode=mode))
+        check_separable(loss, model.params, inputs[some], targets[some])
+    except ValueError as error:
+        raise UsageError(f"The matrix must be a mean over the examples: {error}") from None
+
+
+@jax.jit
+def _evaluate(loss: Any, params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+    return loss(params, inputs, targets)

@@ -1,0 +1,121 @@
+"""Image classification data by name, offline: `load`."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from regjax import _checks
+from regjax.experiments import _idx, _tfds
+from regjax.experiments._dataset import DataError as DataError
+from regjax.experiments._dataset import Dataset as Dataset
+from regjax.experiments._dataset import Source, Split, in_memory
+
+_DIGITS_NUM_TEST = 300
+_DIGITS_FACTOR = 15  # the largest that keeps 16 levels above zero within uint8
+_DIGITS_SEED = 0
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Loads images and their classes; nothing is downloaded.
+
+    - `digits`: scikit-learn's, 8 x 8, 1497 to train and 300 to test in a stratified split that is
+      always the same. Its grey levels 0 to 16 are multiplied by 15, which keeps them exact.
+    - `fashion_mnist`, `mnist`: IDX files (plain or .gz) in `data_dir`, else in the folder that
+      REGJAX_DATA names, else, for fashion_mnist, in /usr/share/datasets/fashion-mnist of Debian's
+      package dataset-fashion-mnist; each of these holds the files itself or in a subfolder with
+      the data set's name. The SHA-256 of every uncompressed file is compared.
+    - any other name: tensorflow-datasets, `name[/config][:version]`, with the splits `train` and
+      `test` and the features `image` and `label`, prepared beforehand as ArrayRecord in
+      `data_dir`, else in the folder that REGJAX_DATA names, else where tensorflow-datasets
+      looks by itself.
+
+    Args:
+      name: of the data set.
+      data_dir: folder of its files (not used by digits).
+      num_train: take only the first so many training examples. None: all.
+      num_test: take only the first so many test examples. None: all.
+      seed: order of the examples; 0 leaves them as the source has them, any other shuffles both
+        splits before the first are taken.
+
+    Returns:
+      A `Dataset` of numpy arrays.
+
+    Raises:
+      DataError: the name is unknown; files are missing, damaged or of another shape; or there are
+        fewer examples than asked for.
+    """
+    for argument, value in (("num_train", num_train), ("num_test", num_test)):
+        if value is not None:
+            _checks.integer(argument, value)
+    _checks.integer("seed", seed, minimum=0)
+    source = _source(name, data_dir)
+    train_images, train_labels = _take("num_train", num_train, name, source.train, seed)
+    test_images, test_labels = _take("num_test", num_test, name, source.test, seed)
+    digest = hashlib.sha256()
+    for array in (train_images, train_labels, test_images, test_labels):
+        digest.update(array.data)
+    return Dataset(
+        name,
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+        num_classes=source.num_classes,
+        source=source.source,
+        sha256=digest.hexdigest(),
+    )
+
+
+def _take(
+    argument: str, count: int | None, name: str, split: Split, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    available = split.num_examples
+    if count is not None and count > available:
+        raise DataError(f"`{argument}` must be at most {available} for {name}, got {count}.")
+    order = np.random.default_rng(seed).permutation(available) if seed else np.arange(available)
+    images, labels = split.read(order[:count])
+    return np.ascontiguousarray(images), labels.astype(np.int32)
+
+
+def _source(name: str, data_dir: str | os.PathLike[str] | None) -> Source:
+    if name == "digits":
+        return _digits()
+    named = [place for place in (data_dir, os.environ.get("REGJAX_DATA")) if place]
+    folders = [Path(place).expanduser() for place in named]
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder: --data-dir or REGJAX_DATA must name one.")
+    if name in _idx.NAMES:
+        return _idx.read(name, folders)
+    return _tfds.read(name, folders[0] if folders else None, others=("digits", *_idx.NAMES))
+
+
+def _digits() -> Source:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError("digits needs scikit-learn: pip install 'regjax[run]'.") from error
+    images, labels = load_digits(return_X_y=True)
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        (images.reshape(-1, 8, 8, 1) * _DIGITS_FACTOR).astype(np.uint8),
+        labels,
+        test_size=_DIGITS_NUM_TEST,
+        random_state=_DIGITS_SEED,
+        stratify=labels,
+    )
+    return Source(
+        in_memory(train_images, train_labels),
+        in_memory(test_images, test_labels),
+        num_classes=10,
+        source="scikit-learn",
+    )

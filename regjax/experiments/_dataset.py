@@ -1,0 +1,61 @@
+"""What a data set is: the arrays a run gets, and what a source of them hands over."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """Data that are missing or damaged, in one line: which file, and what to do."""
+
+
+class Dataset(NamedTuple):
+    """Images and their classes, on the host.
+
+    Attributes:
+      name: as given to `load`.
+      train_images: uint8 (num_train, height, width, channels).
+      train_labels: int32 (num_train,), from 0 to `num_classes` - 1.
+      test_images: uint8 (num_test, height, width, channels).
+      test_labels: int32 (num_test,).
+      num_classes: number of classes.
+      source: where the data came from.
+      sha256: of the bytes of the four arrays above, one after the other in this order.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    num_classes: int
+    source: str
+    sha256: str
+
+
+class Split(NamedTuple):
+    """The training or the test examples of a source, read when asked for.
+
+    Attributes:
+      num_examples: how many there are.
+      read: from int64 indices (n,) to uint8 images (n, height, width, channels) and their labels
+        (n,), of any integer type.
+    """
+
+    num_examples: int
+    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class Source(NamedTuple):
+    """A data set before the choice of examples; attributes as in `Dataset`."""
+
+    train: Split
+    test: Split
+    num_classes: int
+    source: str
+
+
+def in_memory(images: np.ndarray, labels: np.ndarray) -> Split:
+    """The split of `images` (n, height, width, channels) and `labels` (n,) as they stand."""
+    return Split(len(labels), lambda indices: (images[indices], labels[indices]))

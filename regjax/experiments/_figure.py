@@ -1,0 +1,3 @@
+"""Figures of records."""
+def draw(path, records):
+    pass

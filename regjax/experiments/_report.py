@@ -1,0 +1,129 @@
+"""What the command line prints of records."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def training_text(record: Record) -> str:
+    """The data, the network, and how well it does on both parts of the data."""
+    options, data, numbers = record["settings"], record["data"], record["generalization"]
+    header = (
+        f"{data['name']}, {data['num_train']} training and {data['num_test']} test examples; "
+        f"{options['model']}, {record['num_parameters']:,} parameters; "
+        f"{options['optimizer']}, {record['training']['num_epochs']} epochs in "
+        f"{record['training']['seconds']:.1f} s"
+    )
+    names = ("train", "test")
+    loss = [f"{numbers[f'{name}_loss']:.4f}" for name in names]
+    accuracy = [f"{numbers[f'{name}_accuracy']:.2%}" for name in names]
+    rows = [
+        ["", *names, "gap"],
+        ["loss", *loss, f"{numbers['loss_gap']:.4f}"],
+        ["accuracy", *accuracy, f"{numbers['accuracy_gap']:.2%}"],
+    ]
+    return f"{header}\n\n{_table(rows)}"
+
+
+def spectrum_text(record: Record) -> str:
+    """The eigenvalues with their bounds and the summary of the density, block by block."""
+    matrix = record["settings"]["matrix"].replace("_", "-")
+    title = f"{matrix} of the mean loss over {record['num_curvature_examples']} training examples"
+    blocks = [_block_text(title, name, block) for name, block in record["blocks"].items()]
+    return "\n\n".join([*blocks, _LEGEND])
+
+
+def comparison_text(records: dict[str, Record]) -> str:
+    """One column for each record."""
+    rows = [["", *records]]
+    for name, text in _COMPARED.items():
+        rows.append([name, *(text(record) for record in records.values())])
+    return f"{_table(rows)}\n\n{_LEGEND}"
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """`value` to the second digit of its error (seven digits at most), and the error."""
+    if value is None or error is None:
+        return "not known"
+    digits = 7
+    if value and error:
+        digits = math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 2
+    return f"{value:.{min(max(digits, 1), 7)}g} ± {error:.2g}"
+
+
+def _block_text(title: str, name: str, block: Record) -> str:
+    eigenvalues, density = block["eigenvalues"], block["density"]
+    products = eigenvalues["num_matvecs"] + density["num_matvecs"]
+    header = (
+        f"{title}, {name}: {block['num_parameters']:,} parameters, {products} products in "
+        f"{eigenvalues['seconds'] + density['seconds']:.1f} s"
+    )
+    rows = [
+        [f"eigenvalue {rank}", with_error(value, bound) + ("" if converged else " not converged")]
+        for rank, (value, bound, converged) in enumerate(zip(*_columns(eigenvalues)), start=1)
+    ]
+    size, trace, counts = block["num_parameters"], density["trace"], density["counts"]
+    dimension = density["effective_dimension"]
+    outlier, zero = counts["outlier_threshold"], counts["zero_threshold"]
+    rows += [
+        ["smallest eigenvalue", f"{density['smallest_ritz_value']:.4g} or less"],
+        ["trace", _estimate(trace)],
+        ["mean eigenvalue", with_error(trace["value"] / size, trace["standard_error"] / size)],
+        [f"effective dimension at c = {dimension['scale']:g}", _estimate(dimension)],
+        [f"eigenvalues above {outlier:.3g}", _estimate(counts["outliers"])],
+        [f"eigenvalues from {zero:.3g} to {outlier:.3g}", _estimate(counts["bulk"])],
+        [f"eigenvalues within ±{zero:.3g}", _estimate(counts["near_zero"])],
+        [f"eigenvalues below -{zero:.3g}", _estimate(counts["negative"])],
+    ]
+    return f"{header}\n\n{_table(rows)}"
+
+
+def _columns(eigenvalues: Record) -> tuple[list[Any], ...]:
+    return tuple(eigenvalues[name] for name in ("values", "residual_norms", "converged"))
+
+
+def _estimate(entry: Record) -> str:
+    return with_error(entry["value"], entry["standard_error"])
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Rows in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  " + "  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def _number(name: str, form: str) -> Callable[[Record], str]:
+    return lambda record: format(record["generalization"][name], form)
+
+
+def _of_density(name: str) -> Callable[[Record], str]:
+    return lambda record: _estimate(record["blocks"]["network"]["density"][name])
+
+
+def _largest(record: Record) -> str:
+    values, bounds, _ = _columns(record["blocks"]["network"]["eigenvalues"])
+    return with_error(values[0], bounds[0])
+
+
+_LEGEND = (
+    "± behind an eigenvalue bounds its distance to the spectrum; elsewhere it is one standard "
+    "error\nover the random probes."
+)
+_COMPARED: dict[str, Callable[[Record], str]] = {
+    "parameters": lambda record: f"{record['num_parameters']:,}",
+    "train loss": _number("train_loss", ".4f"),
+    "test loss": _number("test_loss", ".4f"),
+    "loss gap": _number("loss_gap", ".4f"),
+    "train accuracy": _number("train_accuracy", ".2%"),
+    "test accuracy": _number("test_accuracy", ".2%"),
+    "accuracy gap": _number("accuracy_gap", ".2%"),
+    "largest eigenvalue": _largest,
+    "trace": _of_density("trace"),
+    "effective dimension": _of_density("effective_dimension"),
+}

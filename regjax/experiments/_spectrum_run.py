@@ -1,0 +1,154 @@
+"""From options to a trained network and its curvature spectrum, saved stage by stage."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from regjax.experiments import _figure, _record
+from regjax.experiments._analysis import Subject, analyse, operators
+from regjax.experiments._data import load
+from regjax.experiments._network import build_model, evaluate, measure_scaling
+from regjax.experiments._settings import (
+    SpectrumSettings,
+    TrainSettings,
+    checkpoint_path,
+    out_dir,
+    training_options,
+    validate,
+)
+from regjax.experiments._training import TrainingResult, restore, train
+
+Record = dict[str, Any]
+
+Progress = Callable[[str, int, int | None], None]
+"""Called as progress(stage, done, total or None)."""
+
+
+def run_train(settings: TrainSettings, progress: Progress) -> Record:
+    """Trains, evaluates, and leaves `checkpoint.npz` and `training.json` behind.
+
+    Args:
+      settings: the options.
+      progress: called after each block of batches.
+
+    Returns:
+      What `training.json` holds: settings, versions, data, training and generalization.
+
+    Raises:
+      UsageError: an option cannot be followed.
+      DataError: the data are missing or damaged.
+      CheckpointError: the checkpoint to resume from is missing, damaged or of another model.
+      TrainingError: the loss is not finite.
+    """
+    validate(settings)
+    with _precision(settings):
+        _, record = _trained(settings, progress)
+    _record.write(out_dir(settings) / "training.json", record)
+    return record
+
+
+def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
+    """Trains or reads a checkpoint, then analyses the curvature.
+
+    `spectrum.json` is written after each stage, so that an interruption loses one stage at most;
+    `spectrum.png` at the end.
+
+    Args:
+      settings: the options.
+      progress: called after each block of batches and each product.
+
+    Returns:
+      What `spectrum.json` holds: as `run_train`, and `blocks`, {"network": ..., layer: ...}, each
+      with its eigenvalues and its density.
+
+    Raises:
+      UsageError: an option cannot be followed.
+      DataError: the data are missing or damaged.
+      CheckpointError: the checkpoint is missing, damaged or of another model.
+      TrainingError: the loss is not finite.
+      Interrupted: Ctrl-C; what was computed is in `spectrum.json`.
+    """
+    validate(settings)
+    path = out_dir(settings) / "spectrum.json"
+    with _precision(settings):
+        subject, record = _trained(settings, progress)
+        record["num_curvature_examples"] = settings.curvature_examples or record["data"]["num_train"]
+        record["blocks"] = {}
+        save = functools.partial(_record.write, path, record)
+        save()
+        for number, (name, operator) in enumerate(operators(subject, settings).items()):
+            analyse(
+                operator,
+                settings,
+                record["blocks"].setdefault(name, {}),
+                key=jax.random.fold_in(jax.random.key(settings.seed), number),
+                save=save,
+                progress=functools.partial(_of_block, progress, name),
+            )
+    _figure.draw(path.with_suffix(".png"), {"": record})
+    return record
+
+
+def _of_block(progress: Progress, block: str, stage: str, done: int, total: int | None) -> None:
+    progress(stage if block == "network" else f"{stage}, {block}", done, total)
+
+
+def _trained(settings: TrainSettings, progress: Progress) -> tuple[Subject, Record]:
+    start = time.monotonic()
+    dataset = load(
+        settings.data,
+        data_dir=settings.data_dir,
+        num_train=settings.num_train,
+        num_test=settings.num_test,
+    )
+    if isinstance(settings, SpectrumSettings) and settings.checkpoint is not None:
+        path = checkpoint_path(settings.checkpoint)
+        model = build_model(settings, dataset)
+        state, losses = restore(path, settings, dataset, model)
+        weights = state.weights
+        model = model._replace(params=weights.params, state=weights.model_state)
+        result = TrainingResult(model, losses, time.monotonic() - start)
+    else:
+        path = out_dir(settings) / "checkpoint.npz"
+        report = functools.partial(progress, "training")
+        result = train(settings, dataset, path=path, callback=report)
+    subject = Subject(result.model, dataset, measure_scaling(dataset, settings.dtype))
+    return subject, {
+        "settings": {**dataclasses.asdict(settings), **training_options(settings)},
+        "versions": _record.versions(),
+        "device": jax.devices()[0].device_kind,
+        "data": _record.describe(dataset),
+        "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(result.model.params)),
+        "training": {
+            "checkpoint": path,
+            "num_epochs": len(result.losses),
+            "losses": result.losses,
+            "seconds": result.seconds,
+        },
+        "generalization": _generalization(subject),
+    }
+
+
+def _generalization(subject: Subject) -> Record:
+    model, data, scaling = subject
+    seen = evaluate(model, data.train_images, data.train_labels, scaling)
+    unseen = evaluate(model, data.test_images, data.test_labels, scaling)
+    return {
+        "train_loss": seen.loss,
+        "test_loss": unseen.loss,
+        "loss_gap": unseen.loss - seen.loss,
+        "train_accuracy": seen.accuracy,
+        "test_accuracy": unseen.accuracy,
+        "accuracy_gap": seen.accuracy - unseen.accuracy,
+    }
+
+
+def _precision(settings: TrainSettings) -> contextlib.AbstractContextManager[Any]:
+    is_double = settings.dtype == "float64"
+    return jax.enable_x64(True) if is_double else contextlib.nullcontext()
