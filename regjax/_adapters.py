@@ -159,7 +159,7 @@ class ModelFunction:
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["function"], meta_fields=["criterion"]
 )
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class ModelLoss:
     """(params, inputs, targets) -> mean loss of a model.
 

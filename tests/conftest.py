@@ -1,30 +1,48 @@
-"""One setting for all tests: CPU, quick compilation, strict promotion.
+"""One setting for all tests: CPU, quick compilation, no implicit promotion of dtypes or ranks.
 
-A fresh machine has no compilation cache; without XLA's optimisations the suite takes half as long.
-What is numerically delicate runs in a second session with REGJAX_TEST_OPTIMIZED=1, in which XLA
-rewrites as it does for users: the tests marked `optimized`, which the first session leaves out.
+A fresh machine has no compilation cache; without most of XLA's optimisations the suite takes half
+as long. Tests marked `optimized`, the numerically delicate ones, run last and compiled as for users.
 """
 
 import os
 
-_OPTIMIZED = os.environ.get("REGJAX_TEST_OPTIMIZED") == "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
-if not _OPTIMIZED:
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+_OPTION = "jax_disable_most_optimizations"
+_QUICK = jax.config.read(_OPTION)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "optimized: runs with XLA's optimisations, in session two")
+    config.addinivalue_line("markers", "optimized: compiled with all optimisations, as for users")
 
 
-def pytest_collection_modifyitems(config, items):
-    kept = [
-        item for item in items if (item.get_closest_marker("optimized") is not None) == _OPTIMIZED
-    ]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+def _is_optimized(item):
+    return item.get_closest_marker("optimized") is not None
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=_is_optimized)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    quick = _QUICK and not _is_optimized(item)
+    if jax.config.read(_OPTION) != quick:
+        jax.config.update(_OPTION, quick)
+        # The option is no part of the key under which jit remembers what it compiled.
+        jax.clear_caches()
+
+
+@pytest.fixture
+def default_promotion():
+    """JAX's own promotion, for code that is not ours: optax's adam and schedules, users' losses."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

@@ -23,8 +23,8 @@ class Problem(NamedTuple):
 
 def model_fn(params, inputs):
     """Logits (N, classes) of a tanh network with one hidden layer."""
-    hidden = jnp.tanh(inputs @ params["first"]["kernel"] + params["first"]["bias"])
-    return hidden @ params["second"]["kernel"] + params["second"]["bias"]
+    hidden = jnp.tanh(inputs @ params["first"]["kernel"] + params["first"]["bias"][None])
+    return hidden @ params["second"]["kernel"] + params["second"]["bias"][None]
 
 
 def cross_entropy(outputs, targets):
@@ -58,16 +58,30 @@ def problem(num_examples=23, num_inputs=5, width=6, num_classes=3, dtype=np.floa
     return Problem(params, normal(num_examples, num_inputs), targets)
 
 
+def in_double(tree):
+    """`tree` with its floating-point arrays in float64; all other leaves as they are."""
+
+    def convert(leaf):
+        is_floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return np.asarray(leaf, np.float64) if is_floating else leaf
+
+    return jax.tree.map(convert, tree)
+
+
 def dense_hessian(loss, params, *batch):
-    """The Hessian (n, n) by `jax.hessian` on the flat parameters."""
-    flat, unravel = ravel_pytree(params)
-    return np.asarray(jax.hessian(lambda vector: loss(unravel(vector), *batch))(flat))
+    """The Hessian (n, n) by `jax.hessian` on the flat parameters, all of it in float64."""
+    with jax.enable_x64(True):
+        loss, params, batch = in_double((loss, params, batch))
+        flat, unravel = ravel_pytree(params)
+        return np.asarray(jax.hessian(lambda vector: loss(unravel(vector), *batch))(flat))
 
 
 def dense_jacobian(model, params, inputs):
-    """The Jacobian (N, outputs, n) of the outputs."""
-    flat, unravel = ravel_pytree(params)
-    return np.asarray(jax.jacrev(lambda vector: model(unravel(vector), inputs))(flat))
+    """The Jacobian (N, outputs, n) of the outputs by `jax.jacrev`, all of it in float64."""
+    with jax.enable_x64(True):
+        model, params, inputs = in_double((model, params, inputs))
+        flat, unravel = ravel_pytree(params)
+        return np.asarray(jax.jacrev(lambda vector: model(unravel(vector), inputs))(flat))
 
 
 def symmetric(eigenvalues, seed=0):

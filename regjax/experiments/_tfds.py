@@ -15,7 +15,6 @@ from regjax.experiments._dataset import DataError, Source, Split
 
 # Without namespaces and keyword arguments: those ask the network or choose other code.
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", re.ASCII)
-_CHUNK = 1024
 
 
 def read(name: str, folder: Path | None, *, others: Sequence[str]) -> Source:
@@ -96,23 +95,22 @@ def _num_classes(name: str, features: Any) -> int:
 
 
 def _examples(data: Any, what: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, height, width, channels) and labels (n,), read in chunks of bounded size."""
+    """Images (n, height, width, channels) and labels (n,), converted one at a time."""
     num_classes = data.dataset_info.features["label"].num_classes
     labels = np.empty(len(indices), np.int32)
     images = np.empty(0, np.uint8)
     with _one_line_errors(what):
-        for first in range(0, len(indices), _CHUNK):
-            chunk = data.__getitems__(indices[first : first + _CHUNK].tolist())
-            for position, example in enumerate(chunk, first):
-                image = example["image"]
-                if position == 0:
-                    images = np.empty((len(indices), *image.shape), np.uint8)
-                if image.shape != images.shape[1:]:
-                    raise DataError(
-                        f"{what} must have images of one size, got {images.shape[1:]} and "
-                        f"{image.shape}. Choose another data set."
-                    )
-                images[position], labels[position] = image, example["label"]
+        for position, index in enumerate(indices.tolist()):
+            example = data[index]
+            image = example["image"]
+            if position == 0:
+                images = np.empty((len(indices), *image.shape), np.uint8)
+            if image.shape != images.shape[1:]:
+                raise DataError(
+                    f"{what} must have images of one size, got {images.shape[1:]} and "
+                    f"{image.shape}. Choose another data set."
+                )
+            images[position], labels[position] = image, example["label"]
     if not np.all((labels >= 0) & (labels < num_classes)):
         raise DataError(
             f"{what} must have labels from 0 to {num_classes - 1}, got {labels.min()} to "

@@ -1,8 +1,11 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 import regjax
 from regjax.models import MLP, ConvNet, ResNet
@@ -19,9 +22,17 @@ def make(network, shape=SHAPE, **options):
     return regjax.from_nnx(network(shape, 10, rngs=nnx.Rngs(0), **options))
 
 
+def random_params(model):
+    vector, unravel = ravel_pytree(model.params)
+    return unravel(jnp.asarray(np.random.default_rng(1).normal(size=vector.size), vector.dtype))
+
+
+def run(model, params, inputs):
+    return model.apply(params, model.state, inputs, train=False)[0]
+
+
 def num_convolutions(model, shape=SHAPE):
-    forward = lambda params, inputs: model.apply(params, model.state, inputs, train=False)[0]
-    text = str(jax.make_jaxpr(forward)(model.params, jnp.ones((1, *shape))))
+    text = str(jax.make_jaxpr(partial(run, model))(model.params, jnp.ones((1, *shape))))
     return text.count("conv_general_dilated[")
 
 
@@ -56,19 +67,33 @@ def test_an_mlp_without_hidden_layers_is_linear():
 def convolve(inputs, layer, stride=1):
     return jax.lax.conv_general_dilated(
         inputs,
-        layer["layer"]["kernel"],
+        layer["kernel"],
         (stride, stride),
         "SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
+@pytest.mark.parametrize("network", [MLP, ConvNet])
+def test_the_plain_networks_are_the_ones_written_out(network):
+    params = random_params(make(network, (6, 6, 2), width=3, depth=2))
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 6, 2)), jnp.float32)
+    outputs = run(make(network, (6, 6, 2), width=3, depth=2), params, inputs)
+    features = inputs.reshape(5, -1) if network is MLP else inputs
+    for name in ("layer_0", "layer_1"):
+        layer = params[name]["layer"]
+        linear = features @ layer["kernel"] if network is MLP else convolve(features, layer, 2)
+        features = jnp.maximum(linear + layer["bias"], 0)
+    expected = features.reshape(5, -1) @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_residual_network_is_the_one_written_out():
     model = make(ResNet, (6, 6, 2), widths=(3, 3, 4))
-    params = model.params
+    params = random_params(model)
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 6, 2)), jnp.float32)
-    outputs, _ = model.apply(params, model.state, inputs, train=False)
-    features = jax.nn.relu(convolve(inputs, params["stem"]))
+    outputs = run(model, params, inputs)
+    features = jax.nn.relu(convolve(inputs, params["stem"]["layer"]))
     for name, stride in (("block_0", 1), ("block_1", 1), ("block_2", 2)):
         block = params[name]
         residual = convolve(
@@ -78,8 +103,8 @@ def test_the_residual_network_is_the_one_written_out():
             features = convolve(features, block["shortcut"], stride)
         features = jax.nn.relu(residual + features)
     assert features.shape == (5, 3, 3, 4)
-    expected = features.mean(axis=(1, 2)) @ params["head"]["kernel"]
-    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+    expected = features.mean(axis=(1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("network", [MLP, ConvNet, ResNet])
