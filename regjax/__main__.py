@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from regjax.experiments import _compare, _report, _spectrum_run
+from regjax.experiments._checkpoint import CheckpointError
+from regjax.experiments._data import DataError
 from regjax.experiments._settings import (
     SpectrumSettings,
     TrainSettings,
@@ -16,6 +19,7 @@ from regjax.experiments._settings import (
     out_dir,
     with_training_options,
 )
+from regjax.experiments._training import TrainingError, read_run
 
 _COMMANDS = {"spectrum": SpectrumSettings, "train": TrainSettings}
 _PROGRAM = "python -m regjax"
@@ -37,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _run(words, bar)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        return _fail("interrupted; what was computed is on disk, --resume goes on from it", 130)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted.", 130)
     except Exception as error:
         if not _is_users(error):
             raise
@@ -49,19 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str], bar: "_Bar") -> None:
     settings = _parse(words)
     settings = _from_checkpoint(words, settings)
-    # Here and not above: a word of help need not wait for them.
-    from regjax.experiments import _compare, _report, _spectrum_run
-
-    if not isinstance(settings, SpectrumSettings):
-        record = _spectrum_run.run_train(settings, bar)
-        text = _report.training_text(record)
-    elif settings.compare:
-        text = _report.comparison_text(_compare.run_compare(settings, bar))
-    else:
-        record = _spectrum_run.run_spectrum(settings, bar)
-        text = "\n\n".join([_report.training_text(record), _report.spectrum_text(record)])
+    try:
+        text = _text_of(settings, bar)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {out_dir(settings)} holds what was computed, --resume goes on."
+        ) from None
     bar.close()
     print(f"{text}\n\nResults are in {out_dir(settings)}.")
+
+
+def _text_of(settings: TrainSettings, bar: "_Bar") -> str:
+    """Runs what `settings` describe and returns what is to be printed."""
+    if not isinstance(settings, SpectrumSettings):
+        return _report.training_text(_spectrum_run.run_train(settings, bar))
+    if settings.compare:
+        return _report.comparison_text(_compare.run_compare(settings, bar))
+    record = _spectrum_run.run_spectrum(settings, bar)
+    return "\n\n".join([_report.training_text(record), _report.spectrum_text(record)])
 
 
 def _parse(words: list[str], default: Any = None) -> TrainSettings:
@@ -101,8 +110,6 @@ def _from_checkpoint(words: list[str], settings: TrainSettings) -> TrainSettings
         path = out_dir(settings) / "checkpoint.npz"
     else:
         return settings
-    from regjax.experiments._training import read_run
-
     stored, _, _ = read_run(path)
     defaults = dataclasses.replace(_COMMANDS[words[0]](), out=out_dir(settings))
     return _parse(words, with_training_options(defaults, stored))
@@ -122,10 +129,6 @@ def _first_sentence(box: str) -> str:
 
 def _is_users(error: Exception) -> bool:
     """Whether the user can mend it: our own errors, and files that cannot be read or written."""
-    from regjax.experiments._checkpoint import CheckpointError
-    from regjax.experiments._data import DataError
-    from regjax.experiments._training import TrainingError
-
     return isinstance(error, (UsageError, DataError, CheckpointError, TrainingError, OSError))
 
 

@@ -1,7 +1,7 @@
 """One setting for all tests: CPU, quick compilation, no implicit promotion of dtypes or ranks.
 
 A fresh machine has no compilation cache; without most of XLA's optimisations the suite takes half
-as long. Tests marked `optimized`, the numerically delicate ones, run last and compiled as for users.
+as long. Numerically delicate tests, marked `optimized`, run last and are compiled as for users.
 """
 
 import os
@@ -10,8 +10,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 _OPTION = "jax_disable_most_optimizations"
 _QUICK = jax.config.read(_OPTION)

@@ -26,15 +26,14 @@ LAYERS = {
     "plots": 2,
     "experiments": 3,
 }
-FACES = {"regjax", "regjax.__main__"}
 ROOMS = sorted(room for room in LAYERS if (PACKAGE / room / "__init__.py").exists())
 
 # Everywhere else a loop goes through `_loops.py`, which knows about slow convolutions. These bodies
 # hold dense linear algebra on the basis alone, never a product or a gradient.
 LOOPS = {
     "regjax._loops": {"scan", "while_loop", "cond"},
-    "regjax.curvature._lanczos": {"fori_loop", "cond"},  # row blocks; a second pass, a new direction
-    "regjax.curvature._eigen": {"fori_loop"},  # the restart recombines the basis in column blocks
+    "regjax.curvature._lanczos": {"fori_loop", "cond"},  # row blocks; a second pass
+    "regjax.curvature._ritz": {"fori_loop"},  # a restart recombines the basis in column blocks
 }
 CONTROL_FLOW = {"scan", "while_loop", "fori_loop", "map", "cond", "switch", "associative_scan"}
 
@@ -62,6 +61,9 @@ def imports(source, module, known):
 
 
 def room_of(module):
+    """The room of `module`; the command line is the front of `experiments`, None is layer 0."""
+    if module == "regjax.__main__":
+        return "experiments"
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in LAYERS else None
 
@@ -69,23 +71,19 @@ def room_of(module):
 def wrong_arrow(module, target):
     """Why `module` may not import `target`, or None if it may."""
     here, there = room_of(module), room_of(target)
-    if target in FACES:
-        return "import the room or the file, not the face"
+    if target == "regjax.__main__":
+        return "nothing imports the command line"
+    if target == "regjax":
+        return None if LAYERS.get(here) == 3 else "import the room or the file, not the package"
     if there is None:
         return None
-    if module in FACES:
-        return None if target == f"regjax.{there}" else "across rooms import the room"
-    if here is None:
-        return "layer 0 imports no room"
     if here == there:
-        own_face = f"regjax.{here}"
-        if module != own_face and target == own_face:
-            return "inside a room import the file"
-        return None
+        is_file_to_face = target == f"regjax.{there}" and module != target
+        return "inside a room import the file" if is_file_to_face else None
     if target != f"regjax.{there}":
         return "across rooms import the room"
-    if LAYERS[here] <= LAYERS[there]:
-        return f"layer {LAYERS[here]} imports layer {LAYERS[there]}"
+    if module != "regjax" and LAYERS.get(here, 0) <= LAYERS[there]:
+        return f"layer {LAYERS.get(here, 0)} imports layer {LAYERS[there]}"
     return None
 
 
@@ -117,6 +115,7 @@ def control_flow(source):
         ("regjax.curvature._eigen", "regjax.curvature._lanczos", True),
         ("regjax.experiments._training", "regjax.models", True),
         ("regjax", "regjax.curvature", True),
+        ("regjax.__main__", "regjax.experiments._settings", True),
         ("regjax", "regjax.curvature._eigen", False),
         ("regjax.curvature._eigen", "regjax.curvature", False),
         ("regjax.curvature._eigen", "regjax.models", False),
@@ -185,15 +184,19 @@ def public_methods(cls):
 
 
 def missing_sections(function):
-    """What the docstring of `function` lacks: itself, `Args`, an argument's name, or `Returns`."""
+    """What the docstring of `function` lacks: itself, `Args`, an argument's name, or `Returns`.
+
+    The stages of a solver (init, step, result) say their arguments at the plain function.
+    """
     text = inspect.getdoc(function)
     if not text:
         return ["docstring"]
+    if re.search(r"_(init|step|result)$", function.__name__):
+        return []
     signature = inspect.signature(function)
     arguments = [name for name in signature.parameters if name != "self"]
     missing = ["Args:"] if arguments and "Args:" not in text else []
-    if "Args:" in text:
-        missing += [name for name in arguments if not re.search(rf"\b{name}\b", text)]
+    missing += [name for name in arguments if not re.search(rf"\b{name}\b", text)]
     returns = signature.return_annotation
     if returns not in (None, "None", inspect.Signature.empty) and "Returns:" not in text:
         missing.append("Returns:")

@@ -29,22 +29,22 @@ def cases(preset: str) -> dict[str, Callable[[], Case]]:
     num_examples = 4096
     return {
         "product_mlp": functools.partial(_product, "mlp", 512, {"recomputed": 1.80, "kept": 1.45}),
-        "product_convnet": functools.partial(
-            _product, "convnet", 512, {"recomputed": 2.70, "kept": 2.45}
+        "product_resnet": functools.partial(
+            _product, "resnet", 512, {"recomputed": 2.70, "kept": 2.45}
         ),
         "lanczos": functools.partial(_lanczos, 270_000, _NUM_STEPS),
         "rank_deficient": _rank_deficient,
         "top10_mlp": functools.partial(_top, "mlp", num_examples, None, 1.15),
-        "top10_convnet": functools.partial(_top, "convnet", 1024, 512, 1.25),
+        "top10_resnet": functools.partial(_top, "resnet", 1024, 512, 1.25),
         "density": _density,
     }
 
 
 def _product(name: str, num_examples: int, bars: Mapping[str, float]) -> Case:
     """Hessian product over gradient of the same loss; times beside operation counts."""
-    problem = _problems.trained(name)
+    problem = _problems.trained(name, max(num_examples, 512))
     loss_fn, params = problem.loss_fn, problem.params
-    batch = problem.inputs[:num_examples], problem.targets[:num_examples]
+    batch = problem.x[:num_examples], problem.y[:num_examples]
     vector = _random_like(params)
     operator = curvature.hessian(loss_fn, params, *batch)
     flat = jax.flatten_util.ravel_pytree(vector)[0]
@@ -127,16 +127,14 @@ def _rank_deficient() -> Case:
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(2000, 20)))[0]
     matrix = jnp.asarray((basis * np.arange(1, 21)) @ basis.T, jnp.float32)
     start = jax.random.normal(jax.random.key(1), (2000,))
-    key = jax.random.key(2)
+    operator, key = curvature.from_matvec(Partial(jnp.matmul, matrix), start), jax.random.key(2)
 
     def eigenvalues(result: curvature.LanczosResult) -> np.ndarray:
         betas = np.diag(np.asarray(result.betas), 1)
         return np.linalg.eigvalsh(np.diag(np.asarray(result.alphas)) + betas + betas.T)
 
     return Case(
-        candidates={
-            "lanczos": lambda: curvature.lanczos(Partial(jnp.matmul, matrix), start, 40, key=key)
-        },
+        candidates={"lanczos": lambda: curvature.lanczos(operator, start, 40, key=key)},
         error=lambda label, answer: abs(int(np.sum(eigenvalues(answer) > 0.5)) - 20),
         tolerance=0,
         sizes={"size": 2000, "rank": 20, "steps": 40, "dtype": "float32"},
@@ -149,7 +147,7 @@ def _rank_deficient() -> Case:
 def _top(name: str, num_examples: int, chunk_size: int | None, bar: float) -> Case:
     """The ten largest eigenvalues over the bare products that they took, and over other tools."""
     problem = _problems.trained(name)
-    batch = problem.inputs[:num_examples], problem.targets[:num_examples]
+    batch = problem.x[:num_examples], problem.y[:num_examples]
 
     def solve(tol: float = 1e-3) -> curvature.EigenResult:
         operator = curvature.hessian(problem.loss_fn, problem.params, *batch, chunk_size=chunk_size)
@@ -197,7 +195,7 @@ def _top(name: str, num_examples: int, chunk_size: int | None, bar: float) -> Ca
 
 def _density() -> Case:
     """160 products deflated against 160 plain, medians of 20 seeds, against the dense spectrum."""
-    problem = _problems.digits_mlp()
+    problem = _problems.trained("small_mlp", 1000)
     operator = curvature.hessian(problem.loss_fn, problem.params, problem.inputs, problem.targets)
     exact = np.asarray(curvature.exact_spectrum(operator), np.float64)
 

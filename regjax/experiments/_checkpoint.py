@@ -21,16 +21,15 @@ import numpy as np
 _SCHEMA = "regjax.checkpoint"
 _VERSION = 1
 _PYTHON_TYPES = {bool: np.dtype(np.bool_), int: np.dtype(np.int64), float: np.dtype(np.float64)}
-# What reading a damaged zip raises, found by flipping every bit of one.
+# What reading a damaged zip raises; most of it found by flipping every bit of one.
 _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
     EOFError,
     KeyError,
-    NotImplementedError,  # a flag or a method that zipfile does not know
     OSError,  # an offset before the start
-    RuntimeError,  # the flag of an encrypted member
-    ValueError,
+    RuntimeError,  # a flag or a method that zipfile does not know
+    ValueError,  # no array, or one of objects, in a file of others
 )
 
 
@@ -57,7 +56,8 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any]) -
       CheckpointError: the file cannot be written.
     """
     path = Path(path)
-    arrays, table = {}, []
+    arrays: dict[str, Any] = {}
+    table = []
     for name, leaf in _named_leaves(tree):
         if name in arrays:
             raise ValueError(f"`tree` must have leaves of different paths, got {name} twice.")
@@ -185,7 +185,7 @@ def _decode(path: Path, name: str, leaf: Any, entry: dict[str, Any], stored: np.
     if type(leaf) in _PYTHON_TYPES:
         return stored.item()
     if _is_key(leaf):
-        return jax.random.wrap_key_data(stored, impl=entry["key_impl"])
+        return jax.random.wrap_key_data(jnp.asarray(stored), impl=entry["key_impl"])
     array = stored.view(leaf.dtype)
     if isinstance(leaf, np.ndarray | np.generic):
         return array if isinstance(leaf, np.ndarray) else array[()]
@@ -193,7 +193,7 @@ def _decode(path: Path, name: str, leaf: Any, entry: dict[str, Any], stored: np.
         raise CheckpointError(
             f"{path} must be loaded with jax_enable_x64: the leaf {name} has dtype {array.dtype}."
         )
-    return jnp.array(array)  # a copy: an alias of NumPy's memory cannot be donated
+    return jnp.asarray(array)
 
 
 def _check_table(path: Path, table: dict[str, Any], named: list[tuple[str, Any]]) -> None:

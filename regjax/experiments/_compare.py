@@ -79,7 +79,7 @@ def run_compare(settings: SpectrumSettings, progress: Progress) -> dict[str, Rec
     for item, own in compared_settings(settings).items():
         records[item] = run_spectrum(own, functools.partial(_of_item, progress, item))
         _record.write(out_dir(settings) / "compare.json", records)
-        _figure.draw(out_dir(settings) / "compare.png", records)
+        _figure.draw_comparison(out_dir(settings) / "compare.png", records)
     return records
 
 

@@ -22,14 +22,19 @@ def write(path: Path, record: Record) -> None:
     """Writes `record` as JSON in one go: readers see the old file or the new one.
 
     Args:
-      path: the file; its folder is made if need be.
+      path: the file.
       record: numbers that are not finite become null.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file in one go, its folder too if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -53,6 +58,11 @@ def describe(dataset: Dataset) -> Record:
         "image_shape": list(dataset.train_images.shape[1:]),
         "num_classes": int(dataset.num_classes),
     }
+
+
+def title(matrix: str) -> str:
+    """The name of a matrix among the options as one reads it."""
+    return matrix.replace("_", " ").title()
 
 
 def _plain(value: Any) -> Any:

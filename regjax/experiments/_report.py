@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from regjax.experiments._record import title
+
 Record = dict[str, Any]
 
 
@@ -29,9 +31,9 @@ def training_text(record: Record) -> str:
 
 def spectrum_text(record: Record) -> str:
     """The eigenvalues with their bounds and the summary of the density, block by block."""
-    matrix = record["settings"]["matrix"].replace("_", "-")
-    title = f"{matrix} of the mean loss over {record['num_curvature_examples']} training examples"
-    blocks = [_block_text(title, name, block) for name, block in record["blocks"].items()]
+    matrix = title(record["settings"]["matrix"])
+    what = f"{matrix} of the mean loss over {record['num_curvature_examples']} training examples"
+    blocks = [_block_text(what, name, block) for name, block in record["blocks"].items()]
     return "\n\n".join([*blocks, _LEGEND])
 
 
@@ -53,11 +55,11 @@ def with_error(value: float | None, error: float | None) -> str:
     return f"{value:.{min(max(digits, 1), 7)}g} ± {error:.2g}"
 
 
-def _block_text(title: str, name: str, block: Record) -> str:
+def _block_text(what: str, name: str, block: Record) -> str:
     eigenvalues, density = block["eigenvalues"], block["density"]
     products = eigenvalues["num_matvecs"] + density["num_matvecs"]
     header = (
-        f"{title}, {name}: {block['num_parameters']:,} parameters, {products} products in "
+        f"{what}, {name}: {block['num_parameters']:,} parameters, {products} products in "
         f"{eigenvalues['seconds'] + density['seconds']:.1f} s"
     )
     rows = [

@@ -91,7 +91,7 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
                 save=save,
                 progress=functools.partial(_of_block, progress, name),
             )
-    _figure.draw(path.with_suffix(".png"), {"": record})
+    _figure.draw_spectrum(path.with_suffix(".png"), record)
     return record
 
 

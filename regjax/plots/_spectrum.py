@@ -1,148 +1,268 @@
-"""Spectral densities with their outliers, legible at the width of a paper's column."""
+"""Spectral densities and their top eigenvalues, one setting or several for comparison."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-# Okabe and Ito's palette, distinguishable without colour vision.
+from regjax import _checks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from regjax.curvature import DensityCurve
+
+_SCALES = ("linear", "symlog")
+# Okabe and Ito (2008), distinguishable with all common kinds of colour blindness, dark ones first.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_COLUMN_WIDTH = 3.3  # inches
-# Decades below the peak that are drawn: one eigenvalue among a million still shows.
-_DECADES = 7
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LABEL_SIZE, _TICK_SIZE = 8, 7  # points, readable in a column of 3.3 inches
+# Bumps this far below the peak are rounding: less than one eigenvalue in a network of 1e12.
+_LEAST_BUMP = 1e-12
+_CURVE = "density"  # by this mark a second call on the same axes finds the first
 
 
-class Panel(NamedTuple):
-    """What is drawn of one setting.
+class SpectrumPanel(NamedTuple):
+    """What `spectrum_figure` shows of one setting.
 
     Attributes:
-      curve: (grid, density, standard_error, ...), arrays (num_points,), as `DensityCurve` has them.
-      eigenvalues: (k,), the largest ones.
-      residual_norms: (k,), their error bounds.
+      label: name of the setting.
+      curve: its spectral density.
+      eigenvalues: (k,), in the order in which they are numbered, or None.
+      residual_norms: (k,), error bounds of the eigenvalues, or None.
     """
 
-    curve: Any
-    eigenvalues: Any
-    residual_norms: Any
+    label: str
+    curve: "DensityCurve"
+    eigenvalues: Any = None
+    residual_norms: Any = None
 
 
 def spectrum(
-    curve: Any,
+    curve: "DensityCurve",
     eigenvalues: Any = None,
     residual_norms: Any = None,
     *,
-    axes: Any,
+    axes: "Axes",
     label: str | None = None,
-    color: str | None = None,
+    color: Any = None,
     scale: str = "linear",
-    linthresh: float = 1e-3,
-) -> Any:
-    """Draws a spectral density, logarithmic upwards, with the top eigenvalues marked.
+    linthresh: float | None = None,
+    matrix: str = "Hessian",
+) -> "Axes":
+    """Draws a spectral density on a logarithmic axis, with its error and the top eigenvalues.
+
+    The band is the density plus and minus one standard error. Eigenvalues are ticks at the bottom,
+    each with a horizontal bar of its residual norm on both sides. Densities that are zero leave a
+    gap, and the axis ends below the lowest bump of the curve: farther down are only tails of the
+    Gaussian that draws it. A second call on the same axes adds a second curve.
 
     Args:
-      curve: (grid, density, standard_error, ...), arrays (num_points,), as `DensityCurve` has them.
-      eigenvalues: (k,) to mark, or None.
-      residual_norms: (k,), error bounds of the marks, or None.
-      axes: matplotlib axes.
-      label: entry of the legend.
-      color: matplotlib colour; None takes the first of the palette.
-      scale: "linear" or "symlog" for the eigenvalues.
-      linthresh: where the symmetric-log scale turns linear, in units of the eigenvalue.
+      curve: arrays (num_points,): `grid` in units of the eigenvalue, `density` and
+        `standard_error` as mass per unit of the eigenvalue.
+      eigenvalues: (k,), or None.
+      residual_norms: (k,), in units of the eigenvalue, or None.
+      axes: to draw on.
+      label: name of the curve in a legend, or None.
+      color: any colour of matplotlib; None takes the next of a palette for colour-blind readers.
+      scale: of the eigenvalue: "linear", or "symlog", logarithmic on both sides of zero.
+      linthresh: where the symmetric-log axis turns linear, positive, in units of the eigenvalue.
+        None takes 1e-3 of the largest magnitude in `curve.grid`. Unused on a linear axis.
+      matrix: name of the matrix on the axis.
 
     Returns:
       `axes`.
 
     Raises:
-      ValueError: `scale` is unknown, or the density is nowhere positive.
+      ValueError: shapes differ, no density is positive, or an option is out of its range.
     """
-    if scale not in ("linear", "symlog"):
-        raise ValueError(f"`scale` must be one of linear, symlog, got {scale!r}.")
-    color = _COLORS[0] if color is None else color
-    grid, density, error = (np.asarray(array, float) for array in tuple(curve)[:3])
-    peak = np.max(density, initial=0.0)
-    if not peak > 0:
-        raise ValueError(f"`curve` must have a positive density somewhere, got at most {peak}.")
-    floor = peak * 10.0**-_DECADES
-    axes.plot(grid, np.maximum(density, floor), color=color, label=label, linewidth=1)
-    low, high = np.maximum(density - error, floor), np.maximum(density + error, floor)
-    axes.fill_between(grid, low, high, color=color, alpha=0.25, linewidth=0)
-    if eigenvalues is not None:
-        _mark(axes, eigenvalues, residual_norms, floor, color)
+    grid, density, error = _curve_arrays(curve)
+    values, bounds = _eigenvalue_arrays(eigenvalues, residual_norms)
+    threshold = _threshold(scale, linthresh, [curve])
+    num_before = sum(line.get_gid() == _CURVE for line in axes.lines)
+    color = _COLORS[num_before % len(_COLORS)] if color is None else color
+    floor, top = _limits(density, error)
+    if num_before:
+        floor, top = min(floor, axes.get_ylim()[0]), max(top, axes.get_ylim()[1])
+
+    _set_scale(axes.set_xscale, threshold)
     axes.set_yscale("log")
-    axes.set_ylim(floor, 3 * peak)
-    if scale == "symlog":
-        axes.set_xscale("symlog", linthresh=linthresh)
-    axes.set_xlabel("eigenvalue")
-    axes.set_ylabel("density")
+    lower, upper = np.maximum(density - error, 0.1 * floor), np.maximum(density + error, 0.1 * floor)
+    axes.fill_between(grid, lower, upper, color=color, alpha=0.3, linewidth=0)
+    positive = np.where(density > 0, density, np.nan)
+    axes.plot(grid, positive, color=color, linewidth=1.0, label=label, gid=_CURVE)
+    if values.size:
+        height = np.full(values.shape, 0.04 + 0.06 * num_before)
+        style = {"markersize": 5, "markeredgewidth": 0.8, "elinewidth": 1.0, "color": color}
+        transform = axes.get_xaxis_transform()  # the height as a share of the axes
+        axes.errorbar(values, height, xerr=bounds, fmt="|", transform=transform, **style)
+    axes.set_ylim(floor, top)
+    _label(axes, f"eigenvalue of the {matrix}", "density")
+    if label is not None:
+        axes.legend(frameon=False, fontsize=_TICK_SIZE)
     return axes
 
 
 def spectrum_figure(
-    panels: Mapping[str, Panel],
+    panels: Sequence[SpectrumPanel],
     *,
-    scale: str = "symlog",
-    linthresh: float = 1e-3,
+    scale: str = "linear",
+    linthresh: float | None = None,
     matrix: str = "Hessian",
-) -> Any:
-    """A figure of one to six settings: their densities, and their top eigenvalues by rank.
+    width: float = 3.3,
+) -> "Figure":
+    """Draws the spectra of several settings one below the other, on the same axes.
+
+    A last panel has the eigenvalues of all settings against their index, with their residual norms
+    as error bars; slightly apart, so that equal ones can be told. It stands below the densities,
+    or on their right in a figure at least 5 inches wide, and is left out without eigenvalues.
 
     Args:
-      panels: label -> `Panel`.
-      scale: "linear" or "symlog" for the eigenvalues of the densities.
-      linthresh: where the symmetric-log scale turns linear.
-      matrix: name of the matrix, for the labels.
+      panels: one `SpectrumPanel` for each setting; six are told apart by colour alone.
+      scale: of the eigenvalues, as in `spectrum`.
+      linthresh: as in `spectrum`; None takes 1e-3 of the largest magnitude in all grids.
+      matrix: name of the matrix on the axes.
+      width: of the figure, in inches: 3.3 is a column, 6.8 a page.
 
     Returns:
-      A `matplotlib.figure.Figure`, belonging to no window.
+      A figure that pyplot does not know; `figure.savefig(path)` writes it.
 
     Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: there are no panels, or more than six.
+      ImportError: matplotlib is missing.
+      ValueError: `panels` is empty, or an argument of `spectrum` is wrong.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'regjax[run]'.") from error
-    if not 1 <= len(panels) <= len(_COLORS):
-        raise ValueError(f"`panels` must have 1 to {len(_COLORS)} entries, got {len(panels)}.")
-    figure = Figure(figsize=(2 * _COLUMN_WIDTH, 0.8 * _COLUMN_WIDTH), dpi=200, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (label, panel), color in zip(panels.items(), _COLORS, strict=False):
+    if not panels:
+        raise ValueError("`panels` must have at least one SpectrumPanel, got none.")
+    _checks.positive("width", width)
+    threshold = _threshold(scale, linthresh, [panel.curve for panel in panels])
+    has_eigenvalues = any(panel.eigenvalues is not None for panel in panels)
+    figure, rows, last = _layout(len(panels), width, has_eigenvalues)
+    for index, (panel, axes) in enumerate(zip(panels, rows, strict=True)):
+        color = _COLORS[index % len(_COLORS)]
         spectrum(
-            *panel, axes=left, label=label, color=color, scale=scale, linthresh=linthresh
+            *panel[1:], axes=axes, color=color, scale=scale, linthresh=threshold, matrix=matrix
         )
-        _rank(right, panel, label, color)
-    left.set_xlabel(f"eigenvalue of the {matrix}")
-    right.set_xlabel("rank")
-    right.set_ylabel("eigenvalue")
-    for axes in (left, right):
-        axes.tick_params(labelsize=7)
-        axes.xaxis.label.set_size(8)
-        axes.yaxis.label.set_size(8)
-        axes.spines[["top", "right"]].set_visible(False)
-    if len(panels) > 1:
-        right.legend(fontsize=7, frameon=False)
+        axes.set_title(panel.label, loc="left", fontsize=_LABEL_SIZE, color=color, pad=3)
+        axes.label_outer()
+    limits = [axes.get_ylim() for axes in rows]
+    rows[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    if last is not None:
+        _eigenvalues_by_index(panels, last, threshold)
     return figure
 
 
-def _mark(axes: Any, eigenvalues: Any, residual_norms: Any, floor: float, color: str) -> None:
-    values = np.asarray(eigenvalues, float)
-    errors = None if residual_norms is None else np.asarray(residual_norms, float)
-    axes.errorbar(
-        values, np.full(values.shape, 3 * floor), xerr=errors, fmt="|", markersize=7,
-        color=color, elinewidth=1,
-    )  # fmt: skip
-
-
-def _rank(axes: Any, panel: Panel, label: str, color: str) -> None:
-    values = np.sort(np.asarray(panel.eigenvalues, float))[::-1]
-    order = np.argsort(np.asarray(panel.eigenvalues, float))[::-1]
-    errors = np.asarray(panel.residual_norms, float)[order]
-    ranks = np.arange(1, values.size + 1)
-    axes.errorbar(
-        ranks, values, yerr=errors, fmt="o-", markersize=3, linewidth=0.8, color=color,
-        label=label, capsize=1.5,
-    )  # fmt: skip
+def _eigenvalues_by_index(
+    panels: Sequence[SpectrumPanel], axes: "Axes", threshold: float | None
+) -> None:
+    for index, panel in enumerate(panels):
+        values, bounds = _eigenvalue_arrays(panel.eigenvalues, panel.residual_norms)
+        shift = 0.08 * (index - 0.5 * (len(panels) - 1))
+        axes.errorbar(
+            1 + np.arange(values.size) + shift,
+            values,
+            yerr=bounds,
+            color=_COLORS[index % len(_COLORS)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=3,
+            linewidth=0.5,
+            elinewidth=1.0,
+            label=panel.label,
+        )
+    _set_scale(axes.set_yscale, threshold)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if np.all(values > 0) and axes.get_yscale() == "linear" and values[0] > 20 * values[-1]:
-        axes.set_yscale("log")
+    _label(axes, "index", "eigenvalue")
+    if len(panels) > 1:
+        axes.legend(frameon=False, fontsize=_TICK_SIZE, labelspacing=0.2)
+
+
+def _layout(
+    num_rows: int, width: float, has_eigenvalues: bool
+) -> "tuple[Figure, list[Axes], Axes | None]":
+    """The figure, one axes for each density, sharing both scales, and one for the eigenvalues."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "`spectrum_figure` needs matplotlib: pip install 'regjax[run]'."
+        ) from error
+    row_height = 1.6 if num_rows == 1 else 1.1
+    densities, beside = row_height * num_rows + 0.4, has_eigenvalues and width >= 5
+    if beside:
+        heights, columns = [1.0] * num_rows, 2
+        height = max(densities, 2.2)
+    else:
+        below = 1.8 if has_eigenvalues else 0.0
+        heights, columns = [row_height] * num_rows + [below] * has_eigenvalues, 1
+        height = densities + below
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    rows: list[Axes] = []
+    for row in range(num_rows):
+        first = rows[0] if rows else None
+        rows.append(figure.add_subplot(grid[row, 0], sharex=first, sharey=first))
+    if not has_eigenvalues:
+        return figure, rows, None
+    return figure, rows, figure.add_subplot(grid[:, 1] if beside else grid[num_rows, 0])
+
+
+def _label(axes: "Axes", horizontal: str, vertical: str) -> None:
+    axes.set_xlabel(horizontal, fontsize=_LABEL_SIZE)
+    axes.set_ylabel(vertical, fontsize=_LABEL_SIZE)
+    axes.tick_params(which="both", labelsize=_TICK_SIZE)
+
+
+def _set_scale(setter: Any, threshold: float | None) -> None:
+    if threshold is None:
+        setter("linear")
+    else:
+        setter("symlog", linthresh=threshold)
+
+
+def _threshold(
+    scale: str, linthresh: float | None, curves: "Sequence[DensityCurve]"
+) -> float | None:
+    """None on a linear scale, else where the symmetric-log scale turns linear."""
+    if _checks.choice("scale", scale, _SCALES) == "linear":
+        return None
+    if linthresh is not None:
+        return _checks.positive("linthresh", linthresh)
+    return 1e-3 * max(float(np.max(np.abs(np.asarray(curve.grid)))) for curve in curves)
+
+
+def _limits(density: np.ndarray, error: np.ndarray) -> tuple[float, float]:
+    """From below the lowest bump of the curve to above its error band."""
+    peak = np.max(density)
+    sides = np.concatenate([[0.0], density, [0.0]])
+    is_bump = (density >= sides[:-2]) & (density >= sides[2:]) & (density > _LEAST_BUMP * peak)
+    return 0.1 * np.min(density[is_bump]), 3 * np.max(density + error)
+
+
+def _curve_arrays(curve: "DensityCurve") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    arrays = [np.asarray(array, np.float64) for array in curve[:3]]
+    for name, array in zip(curve._fields, arrays, strict=False):
+        if array.ndim != 1 or array.shape != arrays[0].shape:
+            raise ValueError(
+                f"`curve.{name}` must have the shape (num_points,) of `curve.grid`, "
+                f"got {array.shape}."
+            )
+    if not np.any(arrays[1] > 0):
+        raise ValueError("`curve.density` must be positive somewhere, got none that is.")
+    return arrays[0], arrays[1], arrays[2]
+
+
+def _eigenvalue_arrays(
+    eigenvalues: Any, residual_norms: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
+    values = np.asarray([] if eigenvalues is None else eigenvalues, np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"`eigenvalues` must have shape (k,), got {values.shape}.")
+    if residual_norms is None:
+        return values, None
+    bounds = np.asarray(residual_norms, np.float64)
+    if bounds.shape != values.shape:
+        raise ValueError(
+            f"`residual_norms` must have the shape of `eigenvalues`, {values.shape}, "
+            f"got {bounds.shape}."
+        )
+    return values, bounds

@@ -64,6 +64,10 @@ def test_an_mlp_without_hidden_layers_is_linear():
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
+def head(params, features):
+    return np.asarray(features @ params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
+
+
 def convolve(inputs, layer, stride=1):
     return jax.lax.conv_general_dilated(
         inputs,
@@ -76,15 +80,16 @@ def convolve(inputs, layer, stride=1):
 
 @pytest.mark.parametrize("network", [MLP, ConvNet])
 def test_the_plain_networks_are_the_ones_written_out(network):
-    params = random_params(make(network, (6, 6, 2), width=3, depth=2))
+    model = make(network, (6, 6, 2), width=3, depth=2)
+    params = random_params(model)
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 6, 2)), jnp.float32)
-    outputs = run(make(network, (6, 6, 2), width=3, depth=2), params, inputs)
+    outputs = run(model, params, inputs)
     features = inputs.reshape(5, -1) if network is MLP else inputs
     for name in ("layer_0", "layer_1"):
         layer = params[name]["layer"]
         linear = features @ layer["kernel"] if network is MLP else convolve(features, layer, 2)
-        features = jnp.maximum(linear + layer["bias"], 0)
-    expected = features.reshape(5, -1) @ params["head"]["kernel"] + params["head"]["bias"]
+        features = np.maximum(np.asarray(linear) + np.asarray(layer["bias"]), 0)
+    expected = head(params, features.reshape(5, -1))
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -95,15 +100,14 @@ def test_the_residual_network_is_the_one_written_out():
     outputs = run(model, params, inputs)
     features = jax.nn.relu(convolve(inputs, params["stem"]["layer"]))
     for name, stride in (("block_0", 1), ("block_1", 1), ("block_2", 2)):
-        block = params[name]
-        residual = convolve(
-            jax.nn.relu(convolve(features, block["first"], stride)), block["second"]
-        )
+        block = {part: layer["layer"] for part, layer in params[name].items()}
+        hidden = jax.nn.relu(convolve(features, block["first"], stride))
+        residual = convolve(hidden, block["second"])
         if "shortcut" in block:
             features = convolve(features, block["shortcut"], stride)
         features = jax.nn.relu(residual + features)
     assert features.shape == (5, 3, 3, 4)
-    expected = features.mean(axis=(1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+    expected = head(params, features.mean(axis=(1, 2)))
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-3)
 
 
