@@ -98,11 +98,16 @@ def evaluate_density(
     _checks.positive("width", width)
     grid = jnp.asarray(grid, density.nodes.dtype)
     points = _transform(grid, threshold)
-    slope = 1.0 if threshold is None else 1.0 / jnp.sqrt(jnp.square(grid) + threshold**2)
+    slope = jnp.ones_like(grid)
+    if threshold is not None:
+        slope = 1 / jnp.sqrt(jnp.square(grid) + threshold**2)
 
     def kernel(values: jax.Array) -> jax.Array:
-        distance = (points - _transform(values, threshold)[..., None]) / width
-        return jnp.exp(-0.5 * jnp.square(distance)) * slope / (width * jnp.sqrt(2 * jnp.pi))
+        places = jnp.expand_dims(_transform(values, threshold), -1)
+        one_each = (1,) * values.ndim + (-1,)
+        distance = (points.reshape(one_each) - places) / width
+        height = slope.reshape(one_each) / (width * np.sqrt(2 * np.pi))
+        return height * jnp.exp(-0.5 * jnp.square(distance))
 
     total, size = spectral_sum(density, kernel), density.size.astype(grid.dtype)
     return DensityCurve(

@@ -74,7 +74,7 @@ def spectral_sum(density: DensityResult, function: Callable[[jax.Array], jax.Arr
     weights = density.weights / jnp.where(mass == 0, 1, mass)
     sampled = function(density.nodes)
     mean = jnp.tensordot(weights, sampled, axes=2)
-    variance = jnp.tensordot(weights, jnp.square(sampled - mean), axes=2)
+    variance = jnp.tensordot(weights, jnp.square(sampled - mean[None, None]), axes=2)
     num_probes = jnp.sum(jnp.any(density.weights > 0, axis=1)).astype(values.dtype)
     error = dimension * jnp.sqrt(2 * variance / ((dimension + 2) * jnp.maximum(num_probes, 1)))
     return SpectralSum(exact + dimension * mean, error)

@@ -169,7 +169,10 @@ def _eigenvalues_by_index(
             elinewidth=1.0,
             label=panel.label,
         )
-    _set_scale(axes.set_yscale, threshold)
+    magnitudes = np.abs(np.concatenate([np.ravel(panel.eigenvalues) for panel in panels]))
+    # Within two decades a logarithmic axis has too few labelled ticks to be read.
+    if np.max(magnitudes) > 100 * np.min(magnitudes):
+        _set_scale(axes.set_yscale, threshold)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _label(axes, "index", "eigenvalue")
     if len(panels) > 1:
