@@ -147,7 +147,7 @@ def json_line(result: Result) -> str:
     record |= {
         "backend": jax.default_backend(),
         "device": device.device_kind,
-        "cores": _num_cores(),
+        "cores": num_cores(),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **_versions()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -180,6 +180,13 @@ def use_cores(count: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     answer = jax.block_until_ready(run())
@@ -209,10 +216,6 @@ def _versions() -> dict[str, str]:
         for package in _PACKAGES
         if modules.get(package, package) in sys.modules
     }
-
-
-def _num_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _duration(seconds: float) -> str:

@@ -116,13 +116,15 @@ def _from_checkpoint(words: list[str], settings: TrainSettings) -> TrainSettings
 
 
 def _first_sentence(box: str) -> str:
-    """What a box of tyro's says before its rule, title and frame left out, on one line."""
-    inside = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    """What tyro says between its title and its next rule, on one line, whatever the frame."""
+    lines = [line.strip(" │") for line in box.splitlines()[1:]]
     paragraph: list[str] = []
-    for line in inside:
-        if not line or set(line) == {"─"}:
+    for line in lines:
+        is_rule = set(line) <= set("─-")
+        if is_rule and paragraph:
             break
-        paragraph.append(line)
+        if not is_rule:
+            paragraph.append(line)
     sentence = re.sub(r"\s+([.,])", r"\1", " ".join(paragraph)).rstrip(".")
     return f"{sentence}; see {_PROGRAM} --help."
 

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 import regjax
-from regjax.experiments._data import load
+from regjax.experiments import load
 from regjax.models import MLP, ResNet
 
 NETWORKS = ("mlp", "resnet", "small_mlp")

@@ -88,7 +88,10 @@ def spectrum(
 
     _set_scale(axes.set_xscale, threshold)
     axes.set_yscale("log")
-    lower, upper = np.maximum(density - error, 0.1 * floor), np.maximum(density + error, 0.1 * floor)
+    lower, upper = (
+        np.maximum(density - error, 0.1 * floor),
+        np.maximum(density + error, 0.1 * floor),
+    )
     axes.fill_between(grid, lower, upper, color=color, alpha=0.3, linewidth=0)
     positive = np.where(density > 0, density, np.nan)
     axes.plot(grid, positive, color=color, linewidth=1.0, label=label, gid=_CURVE)
@@ -169,7 +172,11 @@ def _eigenvalues_by_index(
             elinewidth=1.0,
             label=panel.label,
         )
-    magnitudes = np.abs(np.concatenate([np.ravel(panel.eigenvalues) for panel in panels]))
+    magnitudes = np.abs(
+        np.concatenate(
+            [np.ravel(panel.eigenvalues) for panel in panels if panel.eigenvalues is not None]
+        )
+    )
     # Within two decades a logarithmic axis has too few labelled ticks to be read.
     if np.max(magnitudes) > 100 * np.min(magnitudes):
         _set_scale(axes.set_yscale, threshold)
