@@ -41,7 +41,7 @@ class Case(NamedTuple):
       tolerance: largest error that is timed at all.
       sizes: what the numbers depend on (parameters, examples, dtype, ...).
       facts: (answers, medians in seconds), both by label -> further numbers by name.
-      bars: ratio (by label) or fact (by name) -> the most that it should be. Reported, not enforced.
+      bars: ratio (by label) or fact (by name) -> the most that it should be; reported only.
     """
 
     candidates: Mapping[str, Callable[[], Any]]
@@ -219,9 +219,10 @@ def _versions() -> dict[str, str]:
 
 
 def _duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * scale >= 1:
-            break
+    unit, scale = next(
+        ((unit, scale) for unit, scale in (("s", 1.0), ("ms", 1e3)) if seconds * scale >= 1),
+        ("us", 1e6),
+    )
     return f"{seconds * scale:.3g} {unit}"
 
 

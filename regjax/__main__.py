@@ -21,7 +21,7 @@ from regjax.experiments._settings import (
 )
 from regjax.experiments._training import TrainingError, read_run
 
-_COMMANDS = {"spectrum": SpectrumSettings, "train": TrainSettings}
+_COMMANDS: dict[str, Any] = {"spectrum": SpectrumSettings, "train": TrainSettings}
 _PROGRAM = "python -m regjax"
 _DESCRIPTION = "Train networks and see the curvature of their loss."
 
@@ -103,10 +103,10 @@ def _from_checkpoint(words: list[str], settings: TrainSettings) -> TrainSettings
     Parsed again with these for defaults, an option keeps a value of its own only if it was given:
     `restore` then finds the conflict.
     """
-    is_spectrum = isinstance(settings, SpectrumSettings)
-    if is_spectrum and settings.checkpoint is not None:
-        path = checkpoint_path(settings.checkpoint)
-    elif settings.resume and not (is_spectrum and settings.compare):
+    checkpoint = getattr(settings, "checkpoint", None)
+    if checkpoint is not None:
+        path = checkpoint_path(checkpoint)
+    elif settings.resume and not getattr(settings, "compare", None):
         path = out_dir(settings) / "checkpoint.npz"
     else:
         return settings

@@ -154,8 +154,8 @@ def _curvlinops(problem: Problem) -> Solve:
     """ARPACK (implicitly restarted Lanczos) on curvlinops' Hessian.
 
     Of ncv 21, 26, 32, 36, 40 and tol 0.1, 0.01, with three starts each, this takes the fewest
-    products (35, 43, 35); tol=0.1 misses eigenvalues, by up to 13 %. `check_deterministic=False` saves
-    the default's trial products at construction.
+    products (35, 43, 35); tol=0.1 misses eigenvalues, by up to 13 %.
+    `check_deterministic=False` saves the default's trial products at construction.
     """
     from curvlinops import HessianLinearOperator
     from scipy.sparse.linalg import eigsh

@@ -86,8 +86,9 @@ def _product(name: str, num_examples: int, bars: Mapping[str, float]) -> Case:
 
 
 def _lanczos(size: int, num_steps: int) -> Case:
-    """All steps, their (diagonal) products included, over as many orthogonalisations by classical
-    Gram-Schmidt twice over all rows of the same basis.
+    """All steps, their (diagonal) products included, over as many two-pass orthogonalisations.
+
+    The baseline is classical Gram-Schmidt twice over all rows of the same basis.
     """
     diagonal = jnp.linspace(0, 1, size) ** 8 * 10
     operator = curvature.from_matvec(Partial(jnp.multiply, diagonal), diagonal)
@@ -140,7 +141,7 @@ def _rank_deficient() -> Case:
         tolerance=0,
         sizes={"size": 2000, "rank": 20, "steps": 40, "dtype": "float32"},
         facts=lambda answers, seconds: {
-            "eigenvalues above 0.5": np.sum(eigenvalues(answers["lanczos"]) > 0.5)
+            "eigenvalues above 0.5": float(np.sum(eigenvalues(answers["lanczos"]) > 0.5))
         },
     )
 
@@ -196,7 +197,7 @@ def _top(name: str, num_examples: int, chunk_size: int | None, bar: float) -> Ca
 def _density() -> Case:
     """160 products deflated against 160 plain, medians of 20 seeds, against the dense spectrum."""
     problem = _problems.trained("small_mlp", 1000)
-    operator = curvature.hessian(problem.loss_fn, problem.params, problem.inputs, problem.targets)
+    operator = curvature.hessian(problem.loss_fn, problem.params, problem.x, problem.y)
     exact = np.asarray(curvature.exact_spectrum(operator), np.float64)
 
     def solve(deflate: int, num_probes: int) -> list[curvature.DensityResult]:
@@ -282,5 +283,5 @@ def _reverse_over_reverse(loss_fn: Any, params: Any, vector: Any, *batch: Any) -
 
 
 def _operations(function: Any, *arguments: Any) -> float:
-    compiled = jax.jit(function).lower(*arguments).compile()
-    return float(compiled.cost_analysis()["flops"])
+    analysis: Any = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    return float(analysis["flops"])

@@ -6,12 +6,12 @@ from regjax.experiments._compare import run_compare as run_compare
 from regjax.experiments._data import DataError as DataError
 from regjax.experiments._data import Dataset as Dataset
 from regjax.experiments._data import load as load
-from regjax.experiments._settings import optimizer as optimizer
 from regjax.experiments._settings import SpectrumSettings as SpectrumSettings
 from regjax.experiments._settings import TrainSettings as TrainSettings
 from regjax.experiments._settings import UsageError as UsageError
+from regjax.experiments._settings import optimizer as optimizer
 from regjax.experiments._spectrum_run import run_spectrum as run_spectrum
 from regjax.experiments._spectrum_run import run_train as run_train
-from regjax.experiments._training import train as train
 from regjax.experiments._training import TrainingError as TrainingError
 from regjax.experiments._training import TrainingResult as TrainingResult
+from regjax.experiments._training import train as train

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from regjax import curvature, plots
@@ -45,5 +46,5 @@ def _draw(path: Path, blocks: dict[str, Any], matrix: str) -> None:
 
 def _panel(name: str, block: _record.Record) -> plots.SpectrumPanel:
     eigenvalues, arrays = block["eigenvalues"], block["density"]["curve"]
-    curve = curvature.DensityCurve(**{field: np.asarray(arrays[field]) for field in arrays})
+    curve = curvature.DensityCurve(**{field: jnp.asarray(arrays[field]) for field in arrays})
     return plots.SpectrumPanel(name, curve, eigenvalues["values"], eigenvalues["residual_norms"])

@@ -63,8 +63,10 @@ def _block_text(what: str, name: str, block: Record) -> str:
         f"{eigenvalues['seconds'] + density['seconds']:.1f} s"
     )
     rows = [
-        [f"eigenvalue {rank}", with_error(value, bound) + ("" if converged else " not converged")]
-        for rank, (value, bound, converged) in enumerate(zip(*_columns(eigenvalues)), start=1)
+        [f"eigenvalue {rank}", ("" if converged else "not converged ") + with_error(value, bound)]
+        for rank, (value, bound, converged) in enumerate(
+            zip(*_columns(eigenvalues), strict=True), start=1
+        )
     ]
     size, trace, counts = block["num_parameters"], density["trace"], density["counts"]
     dimension = density["effective_dimension"]

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -78,7 +77,8 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
     path = out_dir(settings) / "spectrum.json"
     with _precision(settings):
         subject, record = _trained(settings, progress)
-        record["num_curvature_examples"] = settings.curvature_examples or record["data"]["num_train"]
+        num_examples = settings.curvature_examples or record["data"]["num_train"]
+        record["num_curvature_examples"] = num_examples
         record["blocks"] = {}
         save = functools.partial(_record.write, path, record)
         save()

@@ -86,7 +86,7 @@ def train(
             f"got {settings.batch_size}."
         )
     model, start = build_model(settings, dataset), time.monotonic()
-    state, losses = _initial(settings, model), []
+    state, losses = _initial(settings, model), list[float]()
     if settings.resume:
         state, losses = restore(path, settings, dataset, model)
     epochs = Epochs(settings, dataset, Step(model.apply, optimizer(settings)))

@@ -180,7 +180,7 @@ def _eigenvalues_by_index(
     # Within two decades a logarithmic axis has too few labelled ticks to be read.
     if np.max(magnitudes) > 100 * np.min(magnitudes):
         _set_scale(axes.set_yscale, threshold)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     _label(axes, "index", "eigenvalue")
     if len(panels) > 1:
         axes.legend(frameon=False, fontsize=_TICK_SIZE, labelspacing=0.2)

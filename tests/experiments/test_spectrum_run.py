@@ -11,12 +11,16 @@ import regjax
 from regjax.experiments import (
     SpectrumSettings,
     UsageError,
+    _network,
+    _report,
+    _settings,
+    _spectrum_run,
+    _training,
     compared_settings,
     run_compare,
     run_spectrum,
     run_train,
 )
-from regjax.experiments import _network, _report, _settings, _spectrum_run, _training
 from tests import oracles
 from tests.experiments.test_training import make_dataset
 
@@ -148,8 +152,9 @@ def test_checkpoint_gives_the_spectrum_of_the_run(tmp_path):
     again = dataclasses.replace(settings, checkpoint=tmp_path / "trained", out=None)
     second = run_spectrum(again, silent)
     for name in ("values", "residual_norms"):
-        assert second["blocks"]["network"]["eigenvalues"][name] == (
-            first["blocks"]["network"]["eigenvalues"][name]
+        assert (
+            second["blocks"]["network"]["eigenvalues"][name]
+            == (first["blocks"]["network"]["eigenvalues"][name])
         )
     assert second["training"]["losses"] == first["training"]["losses"]
     assert (tmp_path / "trained" / "spectrum.json").exists()

@@ -12,11 +12,13 @@ from regjax.experiments import (
     TrainingError,
     TrainSettings,
     UsageError,
+    _epochs,
+    _network,
+    _training,
     load,
     optimizer,
     train,
 )
-from regjax.experiments import _epochs, _network, _training
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +157,13 @@ def test_streamed_run_equals_resident_one(options, tmp_path, monkeypatch):
     monkeypatch.setattr(_epochs, "_BLOCK_BATCHES", 3)
     dataset, settings = make_dataset(), make_settings(**options)
     resident = train(settings, dataset, path=tmp_path / "a.npz")
-    sent = []
-    put = jnp.asarray
-    monkeypatch.setattr(_epochs.jnp, "asarray", lambda x, *a: sent.append(np.shape(x)) or put(x, *a))
+    sent, put = [], jnp.asarray
+
+    def record(array, *arguments):
+        sent.append(np.shape(array))
+        return put(array, *arguments)
+
+    monkeypatch.setattr(_epochs.jnp, "asarray", record)
     streamed = train(
         dataclasses.replace(settings, device_bytes=1), dataset, path=tmp_path / "b.npz"
     )
@@ -227,7 +233,7 @@ def test_resuming_nothing_is_refused(tmp_path):
 
 
 def test_batch_larger_than_the_data_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="--batch-size must be at most .* 23, got 24"):
+    with pytest.raises(UsageError, match=r"--batch-size must be at most .* 23, got 24"):
         train(make_settings(batch_size=24), make_dataset(), path=tmp_path / "checkpoint.npz")
 
 
@@ -259,9 +265,7 @@ def test_evaluation_in_chunks_matches_numpy(monkeypatch):
     head = model.params["head"]
     kernel, bias = np.float64(head["kernel"]), np.float64(head["bias"])
     inputs, labels = numpy_inputs(dataset), dataset.train_labels
-    assert math.isclose(
-        found.loss, numpy_gradient(kernel, bias, inputs, labels)[2], rel_tol=1e-5
-    )
+    assert math.isclose(found.loss, numpy_gradient(kernel, bias, inputs, labels)[2], rel_tol=1e-5)
     assert found.accuracy == np.mean(np.argmax(inputs @ kernel + bias, axis=1) == labels)
 
 
