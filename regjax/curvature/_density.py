@@ -179,9 +179,9 @@ def spectral_density_result(state: DensityState) -> DensityResult:
     """The measure of the probes finished so far; NaN weights before the first one."""
     size, dtype = state.locked.shape[1], state.nodes.dtype
     rest = (size - state.num_locked).astype(dtype) / size
-    finished = jnp.arange(state.nodes.shape[0]) < state.num_finished
+    finished = jnp.arange(state.nodes.shape[0], dtype=jnp.int32) < state.num_finished
     share = jnp.where(state.num_finished > 0, rest / state.num_finished.astype(dtype), jnp.nan)
-    inside = jnp.arange(state.eigenvalues.size) < state.num_locked
+    inside = jnp.arange(state.eigenvalues.size, dtype=jnp.int32) < state.num_locked
     result = DensityResult(
         nodes=state.nodes,
         weights=jnp.where(finished[:, None], state.weights * share, 0),
@@ -221,7 +221,7 @@ def _locked(state: DensityState) -> DensityState:
     take &= krylov.filled == num_rows
     order = jnp.argsort(~take, stable=True)
     count = jnp.sum(take, dtype=jnp.int32)
-    inside = jnp.arange(num_rows) < count
+    inside = jnp.arange(num_rows, dtype=jnp.int32) < count
     return dataclasses.replace(
         state,
         locked=jnp.where(inside[None], vectors[:, order], 0).T @ basis,
