@@ -99,7 +99,7 @@ def _within(estimate, exact, slack):
     return abs(estimate["value"] - exact) <= 5 * estimate["standard_error"] + slack
 
 
-def test_double_precision_reaches_the_curvature(tmp_path):
+def test_double_precision_reaches_the_curvature(tmp_path, default_promotion):
     settings = make_settings(tmp_path, dtype="float64", tolerance=1e-12)
     bounds = run_spectrum(settings, silent)["blocks"]["network"]["eigenvalues"]["residual_norms"]
     assert max(bounds) < 1e-10
