@@ -32,8 +32,8 @@ ROOMS = sorted(room for room in LAYERS if (PACKAGE / room / "__init__.py").exist
 # hold dense linear algebra on the basis alone, never a product or a gradient.
 LOOPS = {
     "regjax._loops": {"scan", "while_loop", "cond"},
-    "regjax.curvature._lanczos": {"fori_loop", "cond"},  # row blocks; a second pass
-    "regjax.curvature._ritz": {"fori_loop"},  # a restart recombines the basis in column blocks
+    "regjax.curvature._basis": {"fori_loop", "cond"},  # filled blocks only; slabs of columns
+    "regjax.curvature._lanczos": {"cond"},  # a second pass
 }
 CONTROL_FLOW = {"scan", "while_loop", "fori_loop", "map", "cond", "switch", "associative_scan"}
 

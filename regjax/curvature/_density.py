@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops
+from regjax.curvature import _basis
 from regjax.curvature._lanczos import Krylov, absorb, empty, expand
 from regjax.curvature._measure import DensityResult, spectral_sum
 from regjax.curvature._operators import Operator, block_product, product
@@ -212,8 +213,7 @@ def _lock(state: DensityState) -> DensityState:
 @jax.jit
 def _locked(state: DensityState) -> DensityState:
     krylov, num_rows = cast(Krylov, state.deflation), state.locked.shape[0]
-    basis, projected = krylov.basis[:num_rows], krylov.projected[:num_rows, :num_rows]
-    values, vectors = jnp.linalg.eigh(projected)
+    values, vectors = jnp.linalg.eigh(krylov.projected[:num_rows, :num_rows])
     values, vectors = values[::-1], vectors[:, ::-1]
     bounds = jnp.abs(krylov.beta * vectors[-1]) + krylov.lost[:num_rows] @ jnp.abs(vectors)
     take = bounds <= _DEFLATION_TOLERANCE * jnp.max(jnp.abs(values))
@@ -222,9 +222,11 @@ def _locked(state: DensityState) -> DensityState:
     order = jnp.argsort(~take, stable=True)
     count = jnp.sum(take, dtype=jnp.int32)
     inside = jnp.arange(num_rows, dtype=jnp.int32) < count
+    weights = jnp.zeros((krylov.basis.num_rows, num_rows), values.dtype)
+    weights = weights.at[:num_rows].set(jnp.where(inside[None], vectors[:, order], 0))
     return dataclasses.replace(
         state,
-        locked=jnp.where(inside[None], vectors[:, order], 0).T @ basis,
+        locked=_basis.combine(krylov.basis, weights),
         eigenvalues=jnp.where(inside, values[order], jnp.nan),
         residual_norms=jnp.where(inside, bounds[order], jnp.nan),
         num_locked=count,

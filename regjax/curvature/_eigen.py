@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops, _tree
+from regjax.curvature import _basis, _search
 from regjax.curvature._lanczos import absorb, empty
 from regjax.curvature._operators import Operator, product
-from regjax.curvature._ritz import EigenState, assess, restart, rounding
+from regjax.curvature._ritz import EigenState, assess, begin_search, restart, rounding
 
 _ENDS = ("LA", "SA", "LM", "BE")
 
@@ -37,6 +38,10 @@ class EigenResult(NamedTuple):
         |Ritz value|.
       complete: (), bool: all have converged, and the search (if asked for) ended without finding
         an eigenvalue that was passed over.
+      miss_probability: (), bound on the probability, over the random starts, that an eigenvector
+        orthogonal to what the search began with and with an eigenvalue at or beyond the k-th value
+        was passed over; 1 without a search. Typically up to 0.01; more if the search ended
+        because the next eigenvalue had converged.
     """
 
     values: jax.Array
@@ -45,6 +50,7 @@ class EigenResult(NamedTuple):
     num_matvecs: jax.Array
     converged: jax.Array
     complete: jax.Array
+    miss_probability: jax.Array
 
 
 def top_eigenpairs(
@@ -73,11 +79,11 @@ def top_eigenpairs(
       which: "LA" algebraically largest, "SA" smallest, "LM" largest magnitude, "BE" from both ends
         (the larger half from above).
       max_basis: number of vectors (n,) in memory; at this size the basis is compressed to the best
-        Ritz vectors (thick restart). Default: min(n, max(40, 2 k + 20)).
+        Ritz vectors (thick restart). Default: min(n, max(48, 2 k + 20)).
       max_matvecs: limit of the number of products. Default: 20 times `max_basis`.
-      search: whether to look for missed copies of multiple eigenvalues after convergence, at about
-        ten products; an eigenvalue beyond the k-th one by a gap g is overlooked with probability
-        below 1e-3 (converging where the next one is closer).
+      search: whether to look for missed copies of multiple eigenvalues after convergence, at half
+        as many products more: it ends when one is there with a probability below 0.01, or within
+        the tolerance of a found one.
       callback: called as callback(products, max_matvecs) after each product when the host drives.
 
     Returns:
@@ -89,9 +95,10 @@ def top_eigenpairs(
 
     References:
       K. Wu, H. Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems,
-      SIAM J. Matrix Anal. Appl. 22(2). J. Kuczynski, H. Wozniakowski (1992), Estimating the
-      largest eigenvalue by the power and Lanczos algorithms with a random start, SIAM J. Matrix
-      Anal. Appl. 13(4), for the length of the search; the search itself is ours.
+      SIAM J. Matrix Anal. Appl. 22(2). The search for missed
+      copies is ours (`_search.py`); its shortest length is from J. Kuczynski, H. Wozniakowski
+      (1992), Estimating the largest eigenvalue by the power and Lanczos algorithms with a random
+      start, SIAM J. Matrix Anal. Appl. 13(4).
     """
     state = top_eigenpairs_init(
         operator, k, key=key, tol=tol, which=which, max_basis=max_basis, search=search
@@ -126,64 +133,68 @@ def top_eigenpairs_init(
     _checks.non_negative("tol", tol)
     _checks.choice("which", which, _ENDS)
     # Two rows beyond the kept ones: one for the residual's direction, one to make progress.
-    num_rows = min(size, max(40, 2 * k + 20)) if max_basis is None else max_basis
+    num_rows = min(size, max(48, 2 * k + 20)) if max_basis is None else max_basis
     _checks.integer("max_basis", num_rows, minimum=min(k + 2, size), maximum=size)
     key, subkey = jax.random.split(_checks.key("key", key))
     krylov = empty(jax.random.normal(subkey, (size,), operator.dtype), num_rows, key)
-    rows, dtype = krylov.basis.shape[0], operator.dtype
+    rows, dtype = krylov.basis.num_rows, operator.dtype
     return EigenState(
         krylov=krylov,
+        search=_search.begin(jnp.zeros(2, dtype), rows, filled=0, active=False),
         tol=jnp.asarray(tol, dtype),
         num_matvecs=jnp.int32(0),
-        search_start=jnp.int32(0),
-        search_steps=jnp.int32(0),
-        searching=jnp.bool_(False),
         weights=jnp.zeros((rows, rows), dtype),
         values=jnp.full(rows, jnp.nan, dtype),
         bounds=jnp.full(rows, jnp.inf, dtype),
         small=jnp.zeros(rows, bool),
         in_search=jnp.zeros(rows, bool),
+        wants_restart=jnp.bool_(False),
         wants_search=jnp.bool_(False),
         done=jnp.bool_(False),
         k=k,
         which=which,
         num_rows=num_rows,
-        search=search,
+        searches=search,
     )
 
 
 def top_eigenpairs_step(operator: Operator, state: EigenState) -> EigenState:
     """One product, then the assessment; `state` is donated when called from Python."""
     state = _advance(state, product(operator, state.krylov.direction))
-    full = state.krylov.filled >= state.num_rows
-    return _loops.branch((state.wants_search | full) & ~state.done, restart, state)
+    state = _loops.branch(state.wants_restart, restart, state)
+    return _loops.branch(state.wants_search, begin_search, state)
 
 
 def top_eigenpairs_result(operator: Operator, state: EigenState) -> EigenResult:
     """The wanted pairs as they stand, converged or not."""
-    vectors, floor = _wanted_vectors(state)
-    return EigenResult(
-        values=state.values[: state.k],
-        vectors=jax.vmap(lambda flat: _tree.unravel(flat, operator.params))(vectors),
-        residual_norms=jnp.maximum(state.bounds[: state.k], floor),
-        num_matvecs=state.num_matvecs,
-        converged=state.small[: state.k],
-        complete=jnp.all(state.small[: state.k]) & state.done,
-    )
+    return _result(state, operator.params)
 
 
 @jax.jit
-def _wanted_vectors(state: EigenState) -> tuple[jax.Array, jax.Array]:
-    vectors = state.weights[:, : state.k].T @ state.krylov.basis
-    return vectors, rounding(state.values, jnp.isfinite(state.values))
+def _result(state: EigenState, like: Any) -> EigenResult:
+    k = state.k
+    vectors = _basis.combine(state.krylov.basis, state.weights[:, :k])
+    floor = rounding(state.values, jnp.isfinite(state.values))
+    size = state.krylov.direction.size
+    return EigenResult(
+        values=state.values[:k],
+        vectors=jax.vmap(lambda flat: _tree.unravel(flat, like))(vectors),
+        residual_norms=jnp.maximum(state.bounds[:k], floor),
+        num_matvecs=state.num_matvecs,
+        converged=state.small[:k],
+        complete=jnp.all(state.small[:k]) & state.done,
+        miss_probability=_search.miss_probability(state.search, k=k, which=state.which, size=size),
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _advance(state: EigenState, image: jax.Array) -> EigenState:
-    state = dataclasses.replace(
-        state,
-        krylov=absorb(state.krylov, image),
-        num_matvecs=state.num_matvecs + 1,
-        search_steps=state.search_steps + 1,
+    krylov = absorb(state.krylov, image)
+    return assess(
+        dataclasses.replace(
+            state,
+            krylov=krylov,
+            search=_search.follow(state.search, krylov),
+            num_matvecs=state.num_matvecs + 1,
+        )
     )
-    return assess(state)

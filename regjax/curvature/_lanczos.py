@@ -1,10 +1,8 @@
 """The Lanczos recurrence with full re-orthogonalisation, at about the cost of one pass.
 
-The basis is stored as rows (rows, n). Each new direction is made orthogonal to the filled rows
-only, in blocks of rows that stay in the cache between the two uses of a block (inner products,
-then subtraction), and once more where the norm dropped by more than 1/sqrt(2), which is when
-rounding can have spoilt the first pass (Daniel, Gragg, Kaufman, Stewart 1976). Without this even
-float64 invents copies of eigenvalues.
+Each new direction is made orthogonal to the filled blocks of rows only, and once more where the
+norm dropped by more than 1/sqrt(2), which is when rounding can have spoilt the first pass (Daniel,
+Gragg, Kaufman, Stewart 1976). Without this even float64 invents copies of eigenvalues.
 """
 
 from collections.abc import Callable
@@ -15,11 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from regjax import _checks, _loops, _tree
+from regjax.curvature import _basis
 from regjax.curvature._operators import Operator, from_matvec, product
 
-# A block of rows is read twice; this many bytes of it stay near the core (8 rows at n = 270k).
-_BLOCK_BYTES = 2**23
-_MAX_BLOCK_ROWS = 64
 # A norm below this many units of rounding of the matrix is rounding itself: the space is invariant.
 _BREAKDOWN = 8
 
@@ -28,10 +24,11 @@ class Krylov(NamedTuple):
     """An orthonormal basis Q that grows by one row a product, with Q A Q'.
 
     Attributes:
-      basis: (rows, n), the first `filled` rows hold it.
+      basis: rows (rows, n), the first `filled` of which hold it.
       projected: (rows, rows), Q A Q' as measured by the inner products, zero beyond `filled`.
       lost: (rows,), for each row the norm of the part of A q outside of the basis that was
         dropped when a fresh direction was taken.
+      newest: (n,), the last row, or zeros after a change of basis.
       direction: (n,), the next row, of unit norm, or zero if the basis spans the whole space.
       beta: (), norm of the part of the last A q outside of the basis, along `direction`.
       filled: (), int32, number of filled rows.
@@ -39,9 +36,10 @@ class Krylov(NamedTuple):
       key: typed key of the fresh directions.
     """
 
-    basis: jax.Array
+    basis: _basis.Basis
     projected: jax.Array
     lost: jax.Array
+    newest: jax.Array
     direction: jax.Array
     beta: jax.Array
     filled: jax.Array
@@ -138,7 +136,7 @@ def lanczos_result(state: Krylov, num_steps: int) -> LanczosResult:
     return LanczosResult(
         alphas=jnp.diagonal(projected),
         betas=jnp.diagonal(projected, 1),
-        basis=state.basis[:num_steps],
+        basis=_basis.to_array(state.basis, num_steps),
         num_steps=state.filled,
         residual=state.direction * state.beta,
     )
@@ -146,12 +144,13 @@ def lanczos_result(state: Krylov, num_steps: int) -> LanczosResult:
 
 def empty(direction: jax.Array, num_rows: int, key: jax.Array) -> Krylov:
     """A basis without rows whose first one will be `direction`, made of unit norm."""
-    rows = _padded(num_rows, block_rows(num_rows, direction.size, direction.dtype))
-    zero = jnp.zeros((), direction.dtype)
+    basis = _basis.zeros(num_rows, direction.size, direction.dtype)
+    rows, zero = basis.num_rows, jnp.zeros((), direction.dtype)
     return Krylov(
-        basis=jnp.zeros((rows, direction.size), direction.dtype),
+        basis=basis,
         projected=jnp.zeros((rows, rows), direction.dtype),
         lost=jnp.zeros(rows, direction.dtype),
+        newest=jnp.zeros_like(direction),
         direction=_unit(direction, jnp.linalg.norm(direction)),
         beta=zero,
         filled=jnp.int32(0),
@@ -161,106 +160,81 @@ def empty(direction: jax.Array, num_rows: int, key: jax.Array) -> Krylov:
     )
 
 
-def block_rows(num_rows: int, size: int, dtype: Any) -> int:
-    """Rows that one block of the re-orthogonalisation takes."""
-    fitting = _BLOCK_BYTES // (size * jnp.dtype(dtype).itemsize)
-    return max(1, min(num_rows, fitting, _MAX_BLOCK_ROWS))
-
-
 def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     """The basis with `direction` as a new row, given `image` = A direction."""
-    filled = krylov.filled
-    basis = lax.dynamic_update_index_in_dim(krylov.basis, krylov.direction, filled, 0)
-    residual, coefficients, beta = _orthogonal_part(basis, filled + 1, image)
-    projected = krylov.projected.at[:, filled].set(coefficients).at[filled, :].set(coefficients)
-    rounding = _BREAKDOWN * jnp.finfo(beta.dtype).eps * jnp.max(jnp.abs(projected))
-    krylov = krylov._replace(
-        basis=basis,
-        projected=projected,
-        direction=_unit(residual, beta),
-        beta=beta,
-        filled=filled + 1,
-        broke_down=beta <= rounding,
+    last, row = krylov.filled, krylov.direction
+    # The two newest rows hold nearly all of A q. They go first, so that the coefficients of the
+    # pass over all rows measure what orthogonality was lost and nothing else.
+    before, here = jnp.vdot(krylov.newest, image), jnp.vdot(row, image)
+    image = image - before * krylov.newest - here * row
+    basis = _basis.put(krylov.basis, last, row)
+    residual, coefficients = _basis.outside(basis, last + 1, image)
+    beta = jnp.linalg.norm(residual)
+    spoilt = beta < jnp.linalg.norm(coefficients)  # the norm dropped by more than 1/sqrt(2)
+    coefficients = coefficients.at[last].add(here)
+    coefficients = coefficients.at[last - 1].add(jnp.where(last > 0, before, 0))
+    largest = jnp.maximum(jnp.max(jnp.abs(krylov.projected)), jnp.max(jnp.abs(coefficients)))
+    rounding = _BREAKDOWN * jnp.finfo(beta.dtype).eps * largest
+
+    def again(_: Any) -> tuple[jax.Array, ...]:
+        twice, second = _basis.outside(basis, last + 1, residual)
+        beta = jnp.linalg.norm(twice)
+        broke_down = beta <= rounding
+        direction, key = lax.cond(
+            broke_down,
+            lambda _: _fresh(basis, last + 1, krylov.key),
+            lambda _: (_unit(twice, beta), krylov.key),
+            None,
+        )
+        return direction, coefficients + second, beta, broke_down, key
+
+    def at_once(_: Any) -> tuple[jax.Array, ...]:
+        return _unit(residual, beta), coefficients, beta, jnp.bool_(False), krylov.key
+
+    # One branch for all that is rare; what a branch hands through, it copies.
+    direction, coefficients, beta, broke_down, key = lax.cond(
+        spoilt | (beta <= rounding), again, at_once, None
     )
-    return redirect(krylov, krylov.broke_down)
+    return Krylov(
+        basis=basis,
+        projected=krylov.projected.at[:, last].set(coefficients).at[last, :].set(coefficients),
+        lost=krylov.lost.at[last].add(jnp.where(broke_down, beta, 0)),
+        newest=row,
+        direction=direction,
+        beta=jnp.where(broke_down, 0, beta),
+        filled=last + 1,
+        broke_down=broke_down,
+        key=key,
+    )
 
 
 expand = jax.jit(absorb, donate_argnums=0)
 
 
-def redirect(krylov: Krylov, condition: jax.Array) -> Krylov:
-    """Where `condition` holds, drops the residual and takes a random direction instead."""
-    exhausted = krylov.filled >= krylov.direction.size
-
-    def fresh(_: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        key, subkey = jax.random.split(krylov.key)
-        noise = jax.random.normal(subkey, krylov.direction.shape, krylov.direction.dtype)
-        noise = noise / jnp.linalg.norm(noise)
-        noise, _, norm = _orthogonal_part(krylov.basis, krylov.filled, noise)
-        direction = jnp.where(exhausted, jnp.zeros_like(noise), _unit(noise, norm))
-        lost = krylov.lost.at[krylov.filled - 1].add(krylov.beta)
-        return direction, lost, jnp.zeros_like(krylov.beta), key
-
-    kept = (krylov.direction, krylov.lost, krylov.beta, krylov.key)
-    # The basis stays out of the branches: a branch that returns it copies it.
-    direction, lost, beta, key = lax.cond(condition, fresh, lambda _: kept, None)
-    return krylov._replace(direction=direction, lost=lost, beta=beta, key=key)
-
-
-def _orthogonal_part(
-    basis: jax.Array, num_rows: jax.Array, vector: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`vector` less its part in the filled rows; its coefficients (rows,); its norm."""
-    # The two newest rows hold nearly all of A q. They go first, so that the norm's drop in the
-    # pass over all rows measures what orthogonality was lost and nothing else.
-    vector, recent = _subtract_rows(basis, jnp.maximum(num_rows - 2, 0), 2, num_rows, vector)
-    norm = jnp.linalg.norm(vector)
-    vector, first = _pass(basis, num_rows, vector)
-    reduced = jnp.linalg.norm(vector)
-
-    def again(_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        twice, second = _pass(basis, num_rows, vector)
-        return twice, recent + first + second, jnp.linalg.norm(twice)
-
-    return lax.cond(
-        reduced < norm / jnp.sqrt(jnp.asarray(2, norm.dtype)),
-        again,
-        lambda _: (vector, recent + first, reduced),
-        None,
+def redirect(krylov: Krylov) -> Krylov:
+    """Drops the residual, charged to `lost`, and takes a random direction instead."""
+    direction, key = _fresh(krylov.basis, krylov.filled, krylov.key)
+    return krylov._replace(
+        direction=direction,
+        lost=krylov.lost.at[krylov.filled - 1].add(krylov.beta),
+        beta=jnp.zeros_like(krylov.beta),
+        key=key,
     )
 
 
-def _pass(basis: jax.Array, num_rows: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One pass of block Gram-Schmidt over the filled rows."""
-    rows = block_rows(basis.shape[0], basis.shape[1], basis.dtype)
-
-    def subtract(block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> Any:
-        vector, coefficients = carry
-        vector, part = _subtract_rows(basis, block * rows, rows, num_rows, vector)
-        return vector, coefficients + part
-
-    zeros = jnp.zeros(basis.shape[0], basis.dtype)
-    return lax.fori_loop(0, (num_rows + rows - 1) // rows, subtract, (vector, zeros))
-
-
-def _subtract_rows(
-    basis: jax.Array, start: jax.Array, length: int, num_rows: jax.Array, vector: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    length = min(length, basis.shape[0])
-    rows = lax.dynamic_slice_in_dim(basis, start, length)
-    filled = start + jnp.arange(length, dtype=start.dtype) < num_rows
-    part = jnp.where(filled, rows @ vector, 0)
-    coefficients = lax.dynamic_update_slice_in_dim(
-        jnp.zeros(basis.shape[0], basis.dtype), part, start, 0
-    )
-    return vector - part @ rows, coefficients
+def _fresh(basis: _basis.Basis, filled: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A random direction orthogonal to the filled rows, zero if there is none; the next key."""
+    key, subkey = jax.random.split(key)
+    block = basis.blocks[0]
+    noise = jax.random.normal(subkey, block.shape[1:], block.dtype)
+    for _ in range(2):
+        noise, _ = _basis.outside(basis, filled, noise / jnp.linalg.norm(noise))
+    exhausted = filled >= block.shape[1]
+    noise = jnp.where(exhausted, jnp.zeros_like(noise), noise)
+    return _unit(noise, jnp.linalg.norm(noise)), key
 
 
 def _unit(vector: jax.Array, norm: jax.Array) -> jax.Array:
     """`vector` / `norm`, or zeros where the norm is zero."""
     safe = jnp.where(norm > 0, norm, 1)
     return jnp.where(norm > 0, vector / safe, jnp.zeros_like(vector))
-
-
-def _padded(num_rows: int, block: int) -> int:
-    return -(-num_rows // block) * block

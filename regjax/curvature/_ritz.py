@@ -7,29 +7,28 @@ compressed when it is full.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from regjax.curvature import _basis, _search
 from regjax.curvature._lanczos import Krylov, redirect
 
 # Rounding of the recurrence: no residual is claimed below this many units of it.
 _FLOOR = 8
-# Probability that the search overlooks an eigenvalue beyond the k-th one (see `_search_steps`).
-_MISS = 1e-3
-# Column width in which a restart recombines the basis in place, in scalars.
-_RESTART_WIDTH = 2**14
+# With so many rows left, the first search keeps the whole basis: what is known of the unwanted
+# eigenvalues makes it shorter.
+_ROOM = 10
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "krylov", "tol", "num_matvecs", "search_start", "search_steps", "searching",
-        "weights", "values", "bounds", "small", "in_search", "wants_search", "done",
+        "krylov", "search", "tol", "num_matvecs",
+        "weights", "values", "bounds", "small", "in_search",
+        "wants_restart", "wants_search", "done",
     ],
-    meta_fields=["k", "which", "num_rows", "search"],
+    meta_fields=["k", "which", "num_rows", "searches"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class EigenState:
@@ -37,45 +36,43 @@ class EigenState:
 
     Attributes:
       krylov: the basis with Q A Q'.
+      search: the search for missed eigenvalues.
       tol: (), relative tolerance.
       num_matvecs: (), int32, products so far.
-      search_start: (), int32, first row of the search's own directions.
-      search_steps: (), int32, products since the search began.
-      searching: (), bool, whether a search for missed eigenvalues is under way.
       weights: (rows, rows), columns: the small eigenvectors, wanted ones first.
       values: (rows,), Ritz values in the same order.
       bounds: (rows,), their residual norms.
       small: (rows,), bool, which of them meet the tolerance.
       in_search: (rows,), bool, whether they live in the search's own directions.
+      wants_restart: (), bool, whether the basis must be compressed first.
       wants_search: (), bool, whether it is time for a (further) search.
       done: (), bool, whether nothing more is to be gained.
       k: number of wanted pairs. which: end of the spectrum. num_rows: rows in use at most.
-      search: whether missed copies are looked for.
+      searches: whether missed copies are looked for.
     """
 
     krylov: Krylov
+    search: _search.Search
     tol: jax.Array
     num_matvecs: jax.Array
-    search_start: jax.Array
-    search_steps: jax.Array
-    searching: jax.Array
     weights: jax.Array
     values: jax.Array
     bounds: jax.Array
     small: jax.Array
     in_search: jax.Array
+    wants_restart: jax.Array
     wants_search: jax.Array
     done: jax.Array
     k: int
     which: str
     num_rows: int
-    search: bool
+    searches: bool
 
 
 def assess(state: EigenState) -> EigenState:
     """Ritz pairs with bounds, wanted first; then whether to search or to stop."""
     krylov, k = state.krylov, state.k
-    rows = jnp.arange(krylov.basis.shape[0], dtype=jnp.int32)
+    rows = jnp.arange(krylov.basis.num_rows, dtype=jnp.int32)
     active = rows < krylov.filled
     # Unfilled rows get an eigenvalue below all others, so that they mix with none.
     norm = jnp.linalg.norm(krylov.projected)
@@ -86,27 +83,36 @@ def assess(state: EigenState) -> EigenState:
     order = jnp.argsort(_preference(jnp.where(valid, values, jnp.nan), state.which))
     values, weights, valid = values[order], weights[:, order], valid[order]
 
-    bounds = jnp.abs(krylov.beta * weights[krylov.filled - 1]) + krylov.lost @ jnp.abs(weights)
-    bounds = jnp.where(valid, bounds, jnp.inf)
+    outside = jnp.abs(krylov.beta * weights[krylov.filled - 1])
+    bounds = jnp.where(valid, outside + krylov.lost @ jnp.abs(weights), jnp.inf)
     scale = jnp.max(jnp.where(valid, jnp.abs(values), 0))
     threshold = jnp.maximum(state.tol * scale, rounding(values, valid))
     small = bounds <= threshold
 
-    in_search = jnp.sum(jnp.where((rows >= state.search_start)[:, None], weights**2, 0), 0) > 0.5
-    in_search &= valid & state.searching
+    search = state.search
+    in_search = jnp.sum(jnp.where((rows >= search.first_row)[:, None], weights**2, 0), 0) > 0.5
+    in_search &= valid & search.active
     found_new = jnp.any(in_search[:k])
     met = jnp.all(small[:k])
-    # Searching drops the residuals of the kept pairs for good: they go in with room to spare.
-    ready = jnp.all(bounds[:k] <= threshold / 2)
+    # Searching drops the residuals of the kept pairs for good: they go in with room to spare, or
+    # with nothing to gain.
+    ready = met & jnp.all((bounds[:k] <= threshold / 2) | (outside[:k] <= threshold / 16))
+    # What the residual of the first space keeps from converging has to be found anew.
+    stuck = search.is_first & jnp.any(~small[:k] & (outside[:k] <= threshold / 2))
     exhausted = krylov.filled >= krylov.direction.size
     broken = ~jnp.isfinite(krylov.beta)
-    if state.search:
-        cleared = _search_is_over(state, values, small, in_search, valid)
-        done = exhausted | broken | (state.searching & met & ~found_new & cleared)
-        wants_search = ready & ~done & (found_new | ~state.searching)
+    if state.searches:
+        over = _search.is_over(
+            search, values, small, in_search, k=k, which=state.which, size=krylov.direction.size
+        )
+        done = exhausted | broken | (search.active & met & ~found_new & over)
+        wants_search = ~done & ((ready & (found_new | ~search.active)) | stuck)
     else:
         done = exhausted | broken | met
         wants_search = jnp.zeros_like(met)
+    # The first search keeps the whole basis, later ones what has converged.
+    cramped = search.active | (krylov.filled + _ROOM > state.num_rows)
+    full = krylov.filled >= state.num_rows
     return dataclasses.replace(
         state,
         values=jnp.where(valid & ~broken, values, jnp.nan),
@@ -114,6 +120,7 @@ def assess(state: EigenState) -> EigenState:
         bounds=bounds,
         small=small,
         in_search=in_search,
+        wants_restart=jnp.where(wants_search, cramped, full) & ~done,
         wants_search=wants_search,
         done=done,
     )
@@ -135,106 +142,60 @@ def _preference(values: jax.Array, which: str) -> jax.Array:
     return jnp.where(jnp.isnan(values), jnp.inf, turn.astype(values.dtype))
 
 
-def _search_is_over(
-    state: EigenState, values: jax.Array, small: jax.Array, in_search: jax.Array, valid: jax.Array
-) -> jax.Array:
-    """Whether a wanted eigenvalue in the complement would have shown itself by now."""
-    wanted = values[: state.k]
-    lowest = jnp.min(jnp.where(valid, values, jnp.inf))
-    highest = jnp.max(jnp.where(valid, values, -jnp.inf))
-    searched_high = jnp.max(jnp.where(in_search, values, -jnp.inf))
-    searched_low = jnp.min(jnp.where(in_search, values, jnp.inf))
-    high_met = jnp.any(small & in_search & (values == searched_high))
-    low_met = jnp.any(small & in_search & (values == searched_low))
-    if state.which == "LM":
-        above = jnp.min(jnp.abs(wanted))
-        below = -above
-    elif state.which == "BE":
-        num_high = (state.k + 1) // 2
-        ranked = jnp.sort(wanted)
-        above = ranked[-num_high]
-        below = ranked[max(state.k - num_high - 1, 0)]
-    else:
-        above = below = wanted[state.k - 1]
-
-    def clear(gap: jax.Array, spread: jax.Array, met: jax.Array) -> jax.Array:
-        relative = jnp.clip(gap / jnp.where(spread > 0, spread, 1), 0, 1)
-        return _enough_steps(state, relative) | (met & _enough_steps(state, jnp.ones_like(gap)))
-
-    high = clear(above - searched_high, above - lowest, high_met)
-    low = clear(searched_low - below, highest - below, low_met)
-    if state.which == "LA" or (state.which == "BE" and state.k == 1):
-        return high
-    return low if state.which == "SA" else high & low
-
-
-def _enough_steps(state: EigenState, relative_gap: jax.Array) -> jax.Array:
-    """Whether an eigenvalue beyond the gap would have shown itself by now.
-
-    Kuczynski & Wozniakowski (1992): after j steps from a random start in n dimensions the largest
-    Ritz value misses the largest eigenvalue by more than a share e of the spread with probability
-    at most 1.648 sqrt(n) exp(-sqrt(e) (2 j - 1)).
-    """
-    needed = math.log(1.648 * math.sqrt(state.krylov.direction.size) / _MISS)
-    odd = (2 * state.search_steps - 1).astype(relative_gap.dtype)
-    return jnp.sqrt(relative_gap) * odd >= needed
-
-
 def rounding(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """Residual norm below which nothing is claimed."""
     scale = jnp.max(jnp.where(valid, jnp.abs(values), 0))
     return _FLOOR * jnp.finfo(values.dtype).eps * scale
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def restart(state: EigenState) -> EigenState:
-    """Compresses the basis to Ritz vectors; for a search, goes on from a fresh direction."""
-    krylov, k = state.krylov, state.k
-    rows = jnp.arange(krylov.basis.shape[0], dtype=jnp.int32)
-    most = min(k + max(1, (state.num_rows - k) // 2), state.num_rows - 1)
-    # Into a search go the wanted and the other converged pairs: nearly invariant, so that the
-    # complement has the rest of the spectrum for its own.
-    nearly_invariant = (rows < k) | state.small
-    kept = jnp.where(state.wants_search, nearly_invariant, True) & (rows < krylov.filled)
-    kept &= jnp.cumsum(kept) <= most
-    # Kept rows of an earlier search stay behind the others, where `search_start` finds them.
-    order = jnp.argsort(jnp.where(kept, jnp.where(state.in_search, 1, 0), 2), stable=True)
-    count = jnp.sum(kept, dtype=jnp.int32)
-    num_before = jnp.sum(kept & ~state.in_search, dtype=jnp.int32)
-    inside = rows < count
-    weights = jnp.where(inside[None], state.weights[:, order], 0)
-
-    lost = krylov.lost.at[krylov.filled - 1].add(jnp.where(state.wants_search, krylov.beta, 0))
-    valid = jnp.isfinite(state.values)
-    krylov = krylov._replace(
-        basis=_recombine(krylov.basis, weights),
-        projected=jnp.diag(jnp.where(inside, state.values[order], 0)),
-        # Every recombination of the rows rounds them once more.
-        lost=lost @ jnp.abs(weights) + rounding(state.values, valid) / _FLOOR,
-        # The residual is charged to `lost` if a fresh direction is to follow.
-        beta=jnp.where(state.wants_search, 0, krylov.beta),
-        filled=count,
-    )
+def begin_search(state: EigenState) -> EigenState:
+    """Goes on from a fresh direction; the residual of the rows so far is dropped and charged."""
+    targets = _search.targets_of(state.values, state.k, state.which)
     return dataclasses.replace(
         state,
-        krylov=redirect(krylov, state.wants_search),
-        searching=state.searching | state.wants_search,
-        search_start=jnp.where(state.wants_search, count, num_before),
-        search_steps=jnp.where(state.wants_search, 0, state.search_steps),
+        krylov=redirect(state.krylov),
+        search=_search.begin(
+            targets,
+            num_rows=state.values.size,
+            filled=state.krylov.filled,
+            active=True,
+            is_first=~state.search.active,
+        ),
         wants_search=jnp.zeros_like(state.wants_search),
     )
 
 
-def _recombine(basis: jax.Array, weights: jax.Array) -> jax.Array:
-    """The rows recombined, weights' basis, in place, a slab of columns at a time."""
-    rows, size = basis.shape
-    width = min(size, _RESTART_WIDTH)
-
-    def recombine(slab: jax.Array, basis: jax.Array) -> jax.Array:
-        # The last slab reaches back; its overlap must not be recombined twice.
-        start = jnp.minimum(slab * width, size - width)
-        columns = lax.dynamic_slice(basis, (0, start), (rows, width))
-        fresh = start + jnp.arange(width, dtype=start.dtype) >= slab * width
-        columns = jnp.where(fresh[None], weights.T @ columns, columns)
-        return lax.dynamic_update_slice(basis, columns, (0, start))
-
-    return lax.fori_loop(0, -(-size // width), recombine, basis)
+@functools.partial(jax.jit, donate_argnums=0)
+def restart(state: EigenState) -> EigenState:
+    """Compresses the basis to Ritz vectors."""
+    krylov, k, search = state.krylov, state.k, state.search
+    rows = jnp.arange(krylov.basis.num_rows, dtype=jnp.int32)
+    valid = jnp.isfinite(state.values)
+    most = min(k + max(1, (state.num_rows - k) // 2), state.num_rows - 1)
+    # If a search follows, the residual is lost: what has not converged can no longer.
+    dropped = jnp.where(state.wants_search, krylov.beta, 0)
+    lost = krylov.lost.at[krylov.filled - 1].add(dropped) @ jnp.abs(state.weights)
+    kept = valid & (state.small | ~state.wants_search)
+    kept &= jnp.cumsum(kept) <= most
+    # Kept rows of the search stay behind the others, where `first_row` finds them.
+    order = jnp.argsort(jnp.where(kept, jnp.where(state.in_search, 1, 0), 2), stable=True)
+    inside = rows < jnp.sum(kept)
+    weights = jnp.where(inside[None], state.weights[:, order], 0)
+    # Every recombination of the rows rounds them once more.
+    lost = lost[order] + rounding(state.values, valid) / _FLOOR
+    krylov = krylov._replace(
+        basis=_basis.recombine(krylov.basis, weights),
+        newest=jnp.zeros_like(krylov.newest),
+        projected=jnp.diag(jnp.where(inside, state.values[order], 0)),
+        lost=jnp.where(inside, lost, 0),
+        beta=krylov.beta - dropped,
+        filled=jnp.sum(kept, dtype=jnp.int32),
+    )
+    search = search._replace(
+        first_row=jnp.sum(kept & ~state.in_search, dtype=jnp.int32),
+        overlaps=search.overlaps @ weights,
+    )
+    return dataclasses.replace(
+        state, krylov=krylov, search=search, wants_restart=jnp.zeros_like(state.wants_restart)
+    )

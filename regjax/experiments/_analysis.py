@@ -138,6 +138,7 @@ def _describe_eigenvalues(result: curvature.EigenResult) -> Record:
         "residual_norms": result.residual_norms.tolist(),
         "converged": result.converged.tolist(),
         "complete": bool(result.complete),
+        "miss_probability": float(result.miss_probability),
         "num_matvecs": int(result.num_matvecs),
     }
 

@@ -1,0 +1,113 @@
+"""Rows of an orthonormal basis, kept in a few blocks so that no operation copies a part of it.
+
+XLA materialises a slice of a large array before it multiplies with it, which costs more than the
+product. So the rows live in up to eight arrays; each is used whole or not at all, and one pass
+costs what reading the filled blocks costs.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Rows of a block, unless there would be too many blocks: each makes the program longer.
+_BLOCK_ROWS = 16
+_MOST_BLOCKS = 8
+# Products with a block are fastest if its rows are a multiple of this.
+_ROUND_ROWS = 8
+# Column width in which the rows are recombined in place, in scalars.
+_RECOMBINED_WIDTH = 2**14
+
+
+class Basis(NamedTuple):
+    """Rows in order; those not yet filled are zero.
+
+    Attributes:
+      blocks: arrays (rows of a block, n), all of the same shape.
+    """
+
+    blocks: tuple[jax.Array, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """All rows, filled or not."""
+        return sum(block.shape[0] for block in self.blocks)
+
+
+def zeros(num_rows: int, size: int, dtype: Any) -> Basis:
+    """At least `num_rows` empty rows."""
+    rows = max(_BLOCK_ROWS, -(-num_rows // _MOST_BLOCKS))
+    rows = -(-rows // _ROUND_ROWS) * _ROUND_ROWS
+    count = -(-num_rows // rows)
+    return Basis(tuple(jnp.zeros((rows, size), dtype) for _ in range(count)))
+
+
+def put(basis: Basis, row: jax.Array, vector: jax.Array) -> Basis:
+    """`vector` as row number `row`."""
+
+    def in_block(start: int, block: jax.Array) -> jax.Array:
+        holds = (row >= start) & (row < start + block.shape[0])
+        place = jnp.clip(row - start, 0, block.shape[0] - 1)
+        # A loop of one or no turn: unlike a branch it changes the block in place.
+        write = lambda _, block: lax.dynamic_update_index_in_dim(block, vector, place, 0)
+        return lax.fori_loop(0, jnp.where(holds, 1, 0), write, block)
+
+    return Basis(tuple(in_block(start, block) for start, block in _placed(basis)))
+
+
+def outside(basis: Basis, filled: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`vector` less its part in the rows, and its coefficients (rows,): one pass over them."""
+    coefficients = []
+    for start, block in _placed(basis):
+        vector, part = lax.cond(start < filled, _remove, _leave, block, vector)
+        coefficients.append(part)
+    return vector, jnp.concatenate(coefficients)
+
+
+def _remove(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+    part = block @ vector
+    return vector - part @ block, part
+
+
+def _leave(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return vector, jnp.zeros(block.shape[0], block.dtype)
+
+
+def combine(basis: Basis, weights: jax.Array) -> jax.Array:
+    """The rows of weights' Q, (k, n), from weights (rows, k)."""
+    parts = [weights[start : start + block.shape[0]].T @ block for start, block in _placed(basis)]
+    return sum(parts[1:], start=parts[0])
+
+
+def recombine(basis: Basis, weights: jax.Array) -> Basis:
+    """The rows of weights' Q in place of Q, weights (rows, rows), a slab of columns at a time."""
+    size = basis.blocks[0].shape[1]
+    width = min(size, _RECOMBINED_WIDTH)
+    cuts = [start for start, _ in _placed(basis)][1:]
+
+    def recombine_slab(slab: jax.Array, blocks: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        # The last slab reaches back; its overlap must not be recombined twice.
+        start = jnp.minimum(slab * width, size - width)
+        columns = jnp.concatenate(
+            [lax.dynamic_slice_in_dim(block, start, width, 1) for block in blocks]
+        )
+        fresh = start + jnp.arange(width, dtype=start.dtype) >= slab * width
+        columns = jnp.where(fresh[None], weights.T @ columns, columns)
+        return tuple(
+            lax.dynamic_update_slice_in_dim(block, part, start, 1)
+            for block, part in zip(blocks, jnp.split(columns, cuts), strict=True)
+        )
+
+    return Basis(lax.fori_loop(0, -(-size // width), recombine_slab, basis.blocks))
+
+
+def to_array(basis: Basis, num_rows: int) -> jax.Array:
+    """The first rows as one array (num_rows, n)."""
+    return jnp.concatenate(basis.blocks)[:num_rows]
+
+
+def _placed(basis: Basis) -> list[tuple[int, jax.Array]]:
+    """Each block with the number of its first row."""
+    rows = basis.blocks[0].shape[0]
+    return [(i * rows, block) for i, block in enumerate(basis.blocks)]

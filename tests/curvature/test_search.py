@@ -1,0 +1,97 @@
+"""The search for passed-over eigenvalues: its overlaps against the true ones."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from regjax import curvature
+from regjax.curvature import _lanczos, _ritz, _search
+
+# The third eigenvalue is double: the first Krylov space holds one combination of its vectors.
+DIAGONAL = np.concatenate([[3.0, 2.5, 2.0, 2.0, 1.0], np.linspace(0.3, 0, 195)])
+OPERATOR = curvature.from_matvec(lambda v: v * jnp.asarray(DIAGONAL, v.dtype), jnp.zeros(200))
+
+
+def grow(krylov, steps):
+    for _ in range(steps):
+        krylov = _lanczos.expand(krylov, OPERATOR.matvec(krylov.direction))
+    return krylov
+
+
+def first_space():
+    start = jax.random.normal(jax.random.key(0), (200,))
+    # The part of the double eigenvalue's space that the start does not see.
+    missed = np.zeros(200)
+    missed[2:4] = [-start[3], start[2]]
+    return grow(_lanczos.empty(start, 30, jax.random.key(1)), 6), missed / np.linalg.norm(missed)
+
+
+def test_overlaps_are_those_of_the_missed_eigenvector():
+    krylov, missed = first_space()
+    krylov = _lanczos.redirect(krylov)
+    targets = jnp.asarray([2.0, -1.0])
+    search = _search.begin(targets, krylov.basis.num_rows, int(krylov.filled), active=True)
+    share = float(missed @ np.asarray(krylov.direction))
+    assert abs(share) > 1e-3
+    for _ in range(5):
+        krylov = grow(krylov, 1)
+        search = _search.follow(search, krylov)
+        rows = np.concatenate(krylov.basis.blocks)
+        np.testing.assert_allclose(share * np.asarray(search.overlaps[0]), rows @ missed, atol=1e-3)
+        ahead = missed @ np.asarray(krylov.direction)
+        assert share * float(search.next_overlap[0]) == pytest.approx(ahead, abs=1e-3)
+        # The bound: the overlap is at most what the evidence leaves.
+        assert abs(share) <= (1 + 1e-3) / np.sqrt(float(search.evidence[0]))
+    # Five steps are enough to know: the rest of the spectrum lies below 1.
+    assert float(search.evidence[0]) > 1e3
+
+
+def test_an_invariant_space_leaves_nothing_to_search():
+    identity = curvature.from_matvec(lambda v: v, jnp.zeros(50))
+    result = curvature.top_eigenpairs(identity, 2, key=jax.random.key(0))
+    assert bool(result.complete)
+    assert float(result.miss_probability) == 0
+
+
+def test_miss_probability_is_reported_and_holds():
+    result = curvature.top_eigenpairs(OPERATOR, 4, key=jax.random.key(0))
+    assert float(result.miss_probability) <= 0.01
+    alone = curvature.top_eigenpairs(OPERATOR, 4, key=jax.random.key(0), search=False)
+    assert float(alone.miss_probability) == 1
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+def test_copies_are_missed_as_rarely_as_claimed(which):
+    sign = -1 if which == "SA" else 1
+    diagonal = jnp.asarray(sign * DIAGONAL, jnp.float32)
+    operator = curvature.from_matvec(lambda v: v * diagonal, diagonal)
+    solve = jax.jit(lambda key: curvature.top_eigenpairs(operator, 4, key=key, which=which))
+    ascending = np.sort(sign * DIAGONAL)
+    # From both ends: 3, 2.5 and two zeros.
+    wanted = {"LA": ascending[-4:], "SA": ascending[:4], "LM": ascending[-4:]}
+    expected = wanted.get(which, np.concatenate([ascending[:2], ascending[-2:]]))
+    missed = 0
+    for seed in range(40):
+        values = np.sort(solve(jax.random.key(seed)).values)
+        missed += bool(np.max(np.abs(values - expected)) > 0.01)
+    assert missed <= 2  # of 40 fixed starts, at 1 % each at most
+
+
+def test_overlaps_survive_a_restart():
+    krylov, missed = first_space()
+    krylov = _lanczos.redirect(krylov)
+    search = _search.begin(jnp.full(2, 2.0), krylov.basis.num_rows, int(krylov.filled), active=True)
+    share = missed @ np.asarray(krylov.direction)
+    for _ in range(4):
+        krylov = grow(krylov, 1)
+        search = _search.follow(search, krylov)
+    state = curvature.top_eigenpairs_init(OPERATOR, 4, key=jax.random.key(2), max_basis=30)
+    state = _ritz.assess(dataclasses.replace(state, krylov=krylov, search=search))
+    state = _ritz.restart(dataclasses.replace(state, wants_search=jnp.bool_(False)))
+    rows = np.concatenate(state.krylov.basis.blocks)
+    overlaps = share * np.asarray(state.search.overlaps[0])
+    assert np.max(np.abs(overlaps)) > 0.1
+    np.testing.assert_allclose(overlaps, rows @ missed, atol=1e-3)
