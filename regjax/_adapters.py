@@ -190,7 +190,7 @@ def model_function(
       model: from one of the adapters.
       mode: "evaluation", "train" or "train_per_chunk" (see the module's text).
       key: typed key of dropout in train mode: one mask for all products, as a symmetric Hessian
-        needs. None without dropout.
+        needs; it covers the whole batch, whose examples couple by that. None without dropout.
 
     Returns:
       A `ModelFunction`: a pytree, to be passed through `jax.jit` as an argument.
@@ -202,7 +202,8 @@ def model_function(
     _checks.choice("mode", mode, _MODES)
     if key is not None:
         _checks.key("key", key)
-    coupled = mode == "train" and model.has_batch_statistics
+    # A dropout mask is drawn for the whole batch: a chunk of it would get another one.
+    coupled = mode == "train" and (model.has_batch_statistics or key is not None)
     return ModelFunction(model.state, key, model.apply, mode, coupled)
 
 

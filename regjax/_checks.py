@@ -21,20 +21,22 @@ def integer(name: str, value: Any, *, minimum: int = 1, maximum: int | None = No
 
 def non_negative(name: str, value: Any) -> Any:
     """Returns `value`, a number that is not negative as far as can be seen at trace time."""
-    if isinstance(value, jax.Array):
-        return value
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a real number, got {value!r}.")
-    if not float(value) >= 0:
+    if not isinstance(value, jax.Array) and not _real(name, value) >= 0:
         raise ValueError(f"`{name}` must be non-negative, got {value}.")
     return value
 
 
 def positive(name: str, value: Any) -> Any:
     """Returns `value`, a number above zero as far as can be seen at trace time."""
-    if not isinstance(value, jax.Array) and non_negative(name, value) == 0:
+    if not isinstance(value, jax.Array) and not _real(name, value) > 0:
         raise ValueError(f"`{name}` must be positive, got {value}.")
     return value
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a real number, got {value!r}.")
+    return float(value)
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:

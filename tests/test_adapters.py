@@ -270,6 +270,15 @@ def test_modes_and_chunks(kind, data):
     np.testing.assert_allclose(chunked, expected, atol=2e-5 * np.abs(expected).max())
 
 
+def test_a_dropout_mask_belongs_to_the_whole_batch(data):
+    model = regjax.from_callable(oracles.model_fn, oracles.problem().params)
+    key = jax.random.key(0)
+    assert regjax.couples_examples(regjax.model_function(model, mode="train", key=key))
+    for mode in ("evaluation", "train_per_chunk"):
+        assert not regjax.couples_examples(regjax.model_function(model, mode=mode, key=key))
+    assert not regjax.couples_examples(regjax.model_function(model, mode="train"))
+
+
 def test_a_callable_becomes_a_model(data):
     problem = oracles.problem(num_examples=10)
     model = regjax.from_callable(oracles.model_fn, problem.params)

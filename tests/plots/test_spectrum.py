@@ -1,0 +1,110 @@
+"""What is drawn, read back from the axes."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+
+from regjax import curvature, plots
+
+GRID = np.linspace(-1.0, 5.0, 61)
+
+
+def curve(centre=0.0, height=2.0):
+    density = height * np.exp(-((GRID - centre) ** 2) / 0.1)
+    density[-5:] = 0.0
+    return curvature.DensityCurve(GRID, density, 0.1 * density, 0.1)
+
+
+def axes_of(figure=None):
+    return (Figure() if figure is None else figure).add_subplot()
+
+
+def test_density_band_and_eigenvalues_are_where_the_numbers_say():
+    ours = curve()
+    axes = plots.spectrum(ours, [4.0, 3.0], [0.5, 0.1], axes=axes_of())
+    line, ticks = axes.lines
+    np.testing.assert_array_equal(line.get_xdata(), GRID)
+    expected = np.where(ours.density > 0, ours.density, np.nan)
+    np.testing.assert_array_equal(line.get_ydata(), expected)  # zeros leave a gap
+    np.testing.assert_array_equal(ticks.get_xdata(), [4, 3])
+    band, bars = axes.collections
+    corners = band.get_paths()[0].vertices
+    assert corners[:, 1].max() == pytest.approx(1.1 * ours.density.max())
+    spans = [(segment[0][0], segment[1][0]) for segment in bars.get_segments()]
+    np.testing.assert_allclose(spans, [(3.5, 4.5), (2.9, 3.1)])
+    assert axes.get_yscale() == "log"
+    assert axes.get_xscale() == "linear"
+
+
+def test_the_axis_ends_below_the_lowest_bump_and_not_in_its_tails():
+    density = curve().density + 1e-6 * curve(3.0).density
+    axes = plots.spectrum(curvature.DensityCurve(GRID, density, 0 * density, 0.1), axes=axes_of())
+    floor, top = axes.get_ylim()
+    assert 1e-8 < floor < 2e-6
+    assert top > 2
+
+
+def test_a_second_curve_takes_the_next_colour_and_widens_the_axis():
+    axes = plots.spectrum(curve(), [4.0], axes=axes_of(), label="one")
+    floor = axes.get_ylim()[0]
+    plots.spectrum(curve(2.0, 20.0), [4.5], axes=axes, label="two")
+    lines = [line for line in axes.lines if line.get_gid() == "density"]
+    assert not same_color(lines[0].get_color(), lines[1].get_color())
+    assert axes.get_ylim()[0] <= floor
+    assert axes.get_ylim()[1] > 20
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
+    heights = [line.get_ydata()[0] for line in axes.lines if line.get_gid() != "density"]
+    assert heights[0] != heights[1]  # the eigenvalues of both can be told apart
+
+
+def test_figure_has_a_density_for_each_setting_and_the_eigenvalues_of_all():
+    panels = [
+        plots.SpectrumPanel("plain", curve(), [4.0, 0.01], [0.5, 0.001]),
+        plots.SpectrumPanel("sam", curve(1.0), [3.0, 0.02], [0.1, 0.001]),
+    ]
+    figure = plots.spectrum_figure(panels, scale="symlog", matrix="Gauss-Newton matrix", width=6.8)
+    first, second, last = figure.axes
+    assert [axes.get_title("left") for axes in (first, second)] == ["plain", "sam"]
+    assert first.get_ylim() == second.get_ylim()
+    assert first.get_xlim() == second.get_xlim()
+    assert second.get_xlabel() == "eigenvalue of the Gauss-Newton matrix"
+    assert last.get_yscale() == "symlog"  # they span more than two decades
+    values = [container.lines[0].get_ydata() for container in last.containers]
+    np.testing.assert_array_equal(values, [[4, 0.01], [3, 0.02]])
+    shifted = [container.lines[0].get_xdata() for container in last.containers]
+    assert np.all(shifted[0] < shifted[1])
+    assert [text.get_text() for text in last.get_legend().get_texts()] == ["plain", "sam"]
+    assert figure.get_size_inches()[0] == pytest.approx(6.8)
+
+
+@pytest.mark.parametrize("width", [3.3, 6.8])
+def test_text_stays_inside_of_a_column_and_a_page(width, tmp_path):
+    panel = plots.SpectrumPanel("network", curve(), [4.0, 3.0], [0.5, 0.1])
+    figure = plots.spectrum_figure([panel], width=width)
+    figure.savefig(tmp_path / "figure.png")
+    box = figure.get_tightbbox()
+    assert box.x0 >= -0.01
+    assert box.x1 <= width + 0.01
+    assert box.y0 >= -0.01
+    assert box.y1 <= figure.get_size_inches()[1] + 0.01
+
+
+def test_without_eigenvalues_there_is_no_panel_of_them():
+    figure = plots.spectrum_figure([plots.SpectrumPanel("network", curve())])
+    assert len(figure.axes) == 1
+
+
+def test_error_texts():
+    with pytest.raises(ValueError, match="`panels` must have at least one SpectrumPanel, got none"):
+        plots.spectrum_figure([])
+    with pytest.raises(ValueError, match="`width` must be positive, got -1"):
+        plots.spectrum_figure([plots.SpectrumPanel("a", curve())], width=-1)
+    with pytest.raises(ValueError, match="`scale` must be one of linear, symlog, got 'log'"):
+        plots.spectrum(curve(), axes=axes_of(), scale="log")
+    with pytest.raises(ValueError, match=r"`residual_norms` must have the shape .* \(2,\), got"):
+        plots.spectrum(curve(), [1.0, 2.0], [1.0], axes=axes_of())
+    with pytest.raises(ValueError, match=r"`curve.density` must have the shape .* got \(3,\)"):
+        plots.spectrum(curve()._replace(density=np.ones(3)), axes=axes_of())
+    with pytest.raises(ValueError, match=r"`curve.density` must be positive somewhere"):
+        plots.spectrum(curve(height=0.0), axes=axes_of())
