@@ -161,7 +161,7 @@ def test_error_texts():
         curvature.effective_dimension(density, 0)
     with pytest.raises(ValueError, match="`scale` must be one of linear, symlog, got 'log'"):
         curvature.density_grid(density, scale="log")
-    with pytest.raises(ValueError, match=r"`width` must be non-negative, got -1\.0"):
+    with pytest.raises(ValueError, match=r"`width` must be positive, got -1\.0"):
         curvature.evaluate_density(density, [0.0], width=-1.0)
 
 
