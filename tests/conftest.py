@@ -5,6 +5,7 @@ as long. Numerically delicate tests, marked `optimized`, run last and are compil
 """
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -21,6 +22,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
+    # A shell starts background jobs with Ctrl-C ignored, and Python keeps it so: CI is often one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "optimized: compiled with all optimisations, as for users")
 
 
