@@ -183,7 +183,8 @@ def _eigenvalues_by_index(
     axes.locator_params(axis="x", integer=True)
     _label(axes, "index", "eigenvalue")
     if len(panels) > 1:
-        axes.legend(frameon=False, fontsize=_TICK_SIZE, labelspacing=0.2)
+        # Largest first, so that this corner is empty.
+        axes.legend(frameon=False, fontsize=_TICK_SIZE, labelspacing=0.2, loc="upper right")
 
 
 def _layout(
