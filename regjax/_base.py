@@ -19,8 +19,8 @@ Params: TypeAlias = Any
 Batch: TypeAlias = tuple[Any, ...]
 """Trees of arrays that share one leading axis, the examples: often (inputs, targets)."""
 
-GradFn: TypeAlias = Callable[[Params], Params]
-"""The gradient of a loss at other parameters, on the batch of the step."""
+GradFn: TypeAlias = Callable[[Params, Any], Params]
+"""(params, i) -> gradient at other parameters, on inner batch or shard i (int32) of the step."""
 
 MatVec: TypeAlias = Callable[[Any], Any]
 """A symmetric linear map from trees (or flat vectors) to trees of the same structure."""

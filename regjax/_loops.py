@@ -75,6 +75,25 @@ def fold(body: Body, carry: Any, length: int, *, operands: Any) -> Any:
     return _loop(body, carry, length, operands)
 
 
+def fold_captured(body: Callable[[Any, jax.Array], Any], carry: Any, length: int) -> Any:
+    """As `fold`, for a body(carry, i) that captures what it reads, tracers perhaps.
+
+    Nothing remembers such a body: with a concrete carry the host calls it, turn by turn.
+    """
+    if is_concrete(carry):
+        for i in range(length):
+            carry = body(carry, jnp.int32(i))
+        return carry
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    if jax.default_backend() == "cpu" and _has_convolution(body, carry, index):
+        if length <= _MAX_UNROLL:
+            for i in range(length):
+                carry = body(carry, jnp.int32(i))
+            return carry
+        _warn_slow(length)
+    return _loop(lambda _, carry, i: body(carry, i), carry, length, None)
+
+
 def repeat_until(
     step: Callable[[Any, Any], Any],
     state: Any,

@@ -6,10 +6,10 @@ from regjax.experiments._compare import run_compare as run_compare
 from regjax.experiments._data import DataError as DataError
 from regjax.experiments._data import Dataset as Dataset
 from regjax.experiments._data import load as load
+from regjax.experiments._optimizer import optimizer as optimizer
 from regjax.experiments._settings import SpectrumSettings as SpectrumSettings
 from regjax.experiments._settings import TrainSettings as TrainSettings
 from regjax.experiments._settings import UsageError as UsageError
-from regjax.experiments._settings import optimizer as optimizer
 from regjax.experiments._spectrum_run import run_spectrum as run_spectrum
 from regjax.experiments._spectrum_run import run_train as run_train
 from regjax.experiments._training import TrainingError as TrainingError

@@ -14,11 +14,13 @@ from regjax.experiments._settings import (
     SpectrumSettings,
     UsageError,
     option,
+    option_types,
     out_dir,
+    replace,
     training_options,
-    validate,
 )
 from regjax.experiments._spectrum_run import Progress, run_spectrum
+from regjax.experiments._validation import validate
 
 Record = dict[str, Any]
 
@@ -29,9 +31,9 @@ _COMMON = ("compare", "checkpoint", "resume", "out")
 def compared_settings(settings: SpectrumSettings) -> dict[str, SpectrumSettings]:
     """The settings of each item of `compare`, by the item.
 
-    An item is a comma-separated list of option=value. A bare word stands for option=word, if it is
-    one of the choices of exactly one option. Each item has its own folder in `out`; what is trained
-    alike is trained once.
+    An item is a comma-separated list of option=value, such as sam,rho=0.1. A bare word stands for
+    option=word, if it is one of the choices of exactly one option. Each item has its own folder in
+    `out`; what is trained alike is trained once.
 
     Args:
       settings: the common options and `compare`.
@@ -49,7 +51,7 @@ def compared_settings(settings: SpectrumSettings) -> dict[str, SpectrumSettings]
         out = folder / re.sub(r"[^\w.=-]+", "_", item)
         if out in [other.out for other in result.values()]:
             raise UsageError(f"--compare must name different settings, got {item!r} twice.")
-        own = dataclasses.replace(settings, **_overrides(item, settings), compare=(), out=out)
+        own = replace(settings, {**_overrides(item, settings), "compare": (), "out": out})
         validate(own)
         trained_alike = repr(training_options(own))
         if settings.checkpoint is None and trained_alike in folders:
@@ -88,11 +90,15 @@ def _of_item(progress: Progress, item: str, stage: str, done: int, total: int | 
 
 
 def _overrides(item: str, settings: SpectrumSettings) -> dict[str, Any]:
-    overrides = {}
+    overrides: dict[str, Any] = {}
     for part in item.split(","):
         word, separator, text = part.strip().partition("=")
         name = word.replace("-", "_") if separator else _option_of(word)
-        allowed = [f.name for f in dataclasses.fields(settings) if f.name not in _COMMON]
+        allowed = [name for name in option_types(type(settings)) if name not in _COMMON]
+        # Of the chosen transformation's own options the last part is enough.
+        used = overrides.get("transformation", settings.transformation)
+        if name not in allowed and f"{used}.{name}" in allowed:
+            name = f"{used}.{name}"
         if name not in allowed:
             raise UsageError(
                 f"--compare must set one of {', '.join(allowed)}, got {name!r} in {item!r}."
@@ -115,10 +121,9 @@ def _option_of(word: str) -> str:
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
-    hints = typing.get_type_hints(SpectrumSettings)
     return {
         name: typing.get_args(hint)
-        for name, hint in hints.items()
+        for name, hint in option_types(SpectrumSettings).items()
         if typing.get_origin(hint) is Literal
     }
 
@@ -127,7 +132,7 @@ def _parse(name: str, text: str, settings: SpectrumSettings) -> Any:
     """`text` as the command line reads it for the option `name`."""
     import tyro
 
-    hint = typing.get_type_hints(type(settings))[name]
+    hint = option_types(type(settings))[name]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             return tyro.cli(hint, args=[text])

@@ -59,35 +59,49 @@ class Step:
     Attributes:
       apply: the model's.
       optimizer: its update is given `grad_fn`, as the transformations of this library read it.
+      num_shards: equal parts of a batch, which `grad_fn` tells apart by its index. With one part
+        the index counts the batches that follow in the block, those of an inner loop.
     """
 
     apply: Callable[..., tuple[Any, Any]]
     optimizer: optax.GradientTransformationExtraArgs
+    num_shards: int = 1
 
     def __call__(
         self, block: Block, carry: tuple[Weights, jax.Array], i: jax.Array
     ) -> tuple[Weights, jax.Array]:
         """The carry after batch `i` of `block`."""
         weights, total = carry
-        inputs, targets = normalize(block.images[i], block.scaling), block.labels[i]
         key = jax.random.fold_in(block.key, block.first_step + i)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+        def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+            inputs = normalize(images, block.scaling)
             outputs, model_state = self.apply(
                 params, weights.model_state, inputs, train=True, key=key
             )
-            return criterion(outputs, targets), model_state
+            return criterion(outputs, labels), model_state
 
         def grad_fn(params: Any, index: Any) -> Any:
-            del index
-            return jax.grad(loss_fn, has_aux=True)(params)[0]
+            batch = self._inner_batch(block, i, index)
+            return jax.grad(loss_fn, has_aux=True)(params, *batch)[0]
 
-        (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(weights.params)
+        evaluate = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, model_state), grads = evaluate(weights.params, block.images[i], block.labels[i])
         updates, optimizer_state = self.optimizer.update(
             grads, weights.optimizer_state, weights.params, grad_fn=grad_fn
         )
         params = optax.apply_updates(weights.params, updates)
         return Weights(params, model_state, optimizer_state), total + loss
+
+    def _inner_batch(self, block: Block, i: jax.Array, index: Any) -> tuple[jax.Array, jax.Array]:
+        if self.num_shards == 1:
+            following = (i + jnp.asarray(index, i.dtype)) % block.labels.shape[0]
+            return block.images[following], block.labels[following]
+        images, labels = (
+            batch[i].reshape(self.num_shards, -1, *batch.shape[2:])
+            for batch in (block.images, block.labels)
+        )
+        return images[index], labels[index]
 
 
 class Epochs:

@@ -1,12 +1,12 @@
-"""The options of a run, and the optimiser that follows from them."""
+"""The options of a run."""
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    import optax
+from regjax.experiments import _transformations
 
 
 class UsageError(ValueError):
@@ -45,16 +45,16 @@ class TrainSettings:
     """Optimiser."""
 
     learning_rate: float | None = None
-    """Constant learning rate. None: 0.05 (sgd), 0.001 (adam)."""
+    """Constant learning rate. None: 0.05 (sgd), 0.001 (adam), 1 (sgd behind entropy_sgd)."""
 
-    momentum: float = 0.9
-    """Momentum of sgd, at least 0 and below 1."""
+    momentum: float | None = None
+    """Momentum of sgd, at least 0 and below 1. None: 0.9, behind entropy_sgd 0."""
 
     weight_decay: float = 0.0
     """Multiple of the parameters added to the gradient (sgd) or the update (adam)."""
 
-    transformation: Literal["plain"] = "plain"
-    """What changes where or how the gradient is taken."""
+    transformation: _transformations.Name = "plain"
+    """What changes where or how the gradient is taken; its own options are below."""
 
     epochs: int = 30
     """Passes over the training examples, in an order drawn anew each time; 0: none."""
@@ -80,13 +80,34 @@ class TrainSettings:
     out: Path | None = None
     """Folder of the results. None: runs/DATA-MODEL, or the folder of --checkpoint."""
 
+    sam: _transformations.Sam = dataclasses.field(default_factory=_transformations.Sam)
+    gsam: _transformations.Gsam = dataclasses.field(default_factory=_transformations.Gsam)
+    perturbed_gradient: _transformations.PerturbedGradient = dataclasses.field(
+        default_factory=_transformations.PerturbedGradient
+    )
+    anticorrelated_noise: _transformations.AnticorrelatedNoise = dataclasses.field(
+        default_factory=_transformations.AnticorrelatedNoise
+    )
+    entropy_sgd: _transformations.EntropySgd = dataclasses.field(
+        default_factory=_transformations.EntropySgd
+    )
+    rescale_weights: _transformations.RescaleWeights = dataclasses.field(
+        default_factory=_transformations.RescaleWeights
+    )
+    coherent_regularization: _transformations.CoherentRegularization = dataclasses.field(
+        default_factory=_transformations.CoherentRegularization
+    )
+    soft_threshold: _transformations.SoftThreshold = dataclasses.field(
+        default_factory=_transformations.SoftThreshold
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class SpectrumSettings(TrainSettings):
     """Train a network on images, then print and draw its curvature spectrum with error bounds."""
 
     compare: tuple[str, ...] = ()
-    """Settings to run side by side, such as: sgd adam, or optimizer=sgd,momentum=0 batch."""
+    """Settings to run side by side, such as: sgd sam entropy_sgd, or sam,rho=0.1 batch."""
 
     checkpoint: Path | None = None
     """Analyse this checkpoint, or the one in this folder, with its training options."""
@@ -132,31 +153,6 @@ _WIDTHS = {"mlp": 64, "convnet": 16, "resnet": 16}
 _DEPTHS = {"mlp": 2, "convnet": 2, "resnet": 4}
 
 
-def validate(settings: TrainSettings) -> None:
-    """Checks all that can be said without data.
-
-    Raises:
-      UsageError: an option is out of its range.
-    """
-    positive = ["width", "depth", "num_train", "num_test", "batch_size", "device_bytes"]
-    non_negative = ["epochs", "seed", "weight_decay", "checkpoint_seconds"]
-    if settings.model == "mlp":
-        positive.remove("depth")
-        non_negative.append("depth")
-    if isinstance(settings, SpectrumSettings):
-        positive += ["curvature_examples", "num_eigenvalues", "num_probes", "num_steps"]
-        positive += ["chunk_size", "effective_dimension_scale"]
-        non_negative += ["tolerance", "fisher_samples"]
-    for name in [*positive, "learning_rate", *non_negative]:
-        value = getattr(settings, name)
-        # NaN is neither.
-        if value is not None and not (value >= 0 if name in non_negative else value > 0):
-            rule = "at least 0" if name in non_negative else "above 0"
-            raise UsageError(f"{option(name)} must be {rule}, got {value}.")
-    if not 0 <= settings.momentum < 1:
-        raise UsageError(f"--momentum must be at least 0 and below 1, got {settings.momentum}.")
-
-
 def option(name: str) -> str:
     """The name of a setting on the command line."""
     return "--" + name.replace("_", "-")
@@ -174,8 +170,37 @@ def depth(settings: TrainSettings) -> int:
 
 def learning_rate(settings: TrainSettings) -> float:
     """The learning rate, the optimiser's usual one where none is given."""
-    given = settings.learning_rate
-    return _LEARNING_RATES[settings.optimizer] if given is None else given
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    return 1.0 if _is_entropy_descent(settings) else _LEARNING_RATES[settings.optimizer]
+
+
+def momentum(settings: TrainSettings) -> float:
+    """The momentum of sgd, the usual one where none is given."""
+    if settings.momentum is not None:
+        return settings.momentum
+    return 0.0 if _is_entropy_descent(settings) else 0.9
+
+
+def _is_entropy_descent(settings: TrainSettings) -> bool:
+    """Whether plain descent follows entropy_sgd: rate 1 moves to the mean of its walk."""
+    return settings.transformation == "entropy_sgd" and settings.optimizer == "sgd"
+
+
+def num_shards(settings: TrainSettings) -> int:
+    """The number of shards of a batch."""
+    return settings.sam.num_shards if settings.transformation == "sam" else 1
+
+
+def option_types(settings_type: type) -> dict[str, Any]:
+    """The type of each option by name; "sam.rho" is `rho` of the field `sam`."""
+    types: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(settings_type).items():
+        if dataclasses.is_dataclass(hint):
+            types |= {f"{name}.{k}": t for k, t in typing.get_type_hints(hint).items()}
+        else:
+            types[name] = hint
+    return types
 
 
 def out_dir(settings: TrainSettings) -> Path:
@@ -194,14 +219,31 @@ def checkpoint_path(path: Path) -> Path:
 
 def training_options(settings: TrainSettings) -> dict[str, Any]:
     """The options that decide which network comes out, as JSON has them, defaults filled in."""
-    names = (field.name for field in dataclasses.fields(TrainSettings))
-    options = {name: getattr(settings, name) for name in names if name not in _INCIDENTAL}
+    values = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(TrainSettings)
+        if field.name not in _INCIDENTAL
+    }
+    options = {name: value for name, value in values.items() if not dataclasses.is_dataclass(value)}
     usual = {
         "width": width(settings),
         "depth": depth(settings),
         "learning_rate": learning_rate(settings),
+        "momentum": momentum(settings),
     }
-    return {**options, **usual}
+    # Of the transformations' own options only those of the one that is used matter.
+    chosen = values.get(settings.transformation)
+    own = {} if chosen is None else dataclasses.asdict(chosen)
+    return {**options, **usual, **{f"{settings.transformation}.{k}": v for k, v in own.items()}}
+
+
+def replace(settings: Any, changes: dict[str, Any]) -> Any:
+    """`settings` with other values; "sam.rho" is `rho` of the field `sam`."""
+    for name, value in changes.items():
+        outer, _, inner = name.partition(".")
+        new = dataclasses.replace(getattr(settings, outer), **{inner: value}) if inner else value
+        settings = dataclasses.replace(settings, **{outer: new})
+    return settings
 
 
 def with_training_options(settings: TrainSettings, stored: dict[str, Any]) -> Any:
@@ -210,10 +252,14 @@ def with_training_options(settings: TrainSettings, stored: dict[str, Any]) -> An
     Raises:
       UsageError: the checkpoint holds an option that this version does not have.
     """
-    unknown = sorted(set(stored) - set(training_options(settings)))
-    if unknown:
-        raise UsageError(f"The checkpoint has the unknown option {unknown[0]}: another version's.")
-    return dataclasses.replace(settings, **stored)
+    try:
+        return replace(settings, stored)
+    except (AttributeError, TypeError):
+        known = set(option_types(type(settings)))
+        unknown = sorted(set(stored) - known)[0]
+        raise UsageError(
+            f"The checkpoint has the unknown option {unknown}: another version's."
+        ) from None
 
 
 def check_same_training(
@@ -230,25 +276,3 @@ def check_same_training(
             raise UsageError(
                 f"{option(name)} must be {expected} as in the checkpoint {path}, got {value}."
             )
-
-
-def optimizer(settings: TrainSettings) -> "optax.GradientTransformationExtraArgs":
-    """The chain of optax transformations that the options describe; the one place to extend.
-
-    Gradient-replacing transformations go in front of `descent`, corrections of the update behind.
-
-    Args:
-      settings: `optimizer`, its options, and `transformation`.
-
-    Returns:
-      A transformation whose update takes extra arguments, `grad_fn` among them.
-    """
-    import optax
-
-    rate = learning_rate(settings)
-    decay = optax.add_decayed_weights(settings.weight_decay)
-    if settings.optimizer == "sgd":
-        descent = optax.chain(decay, optax.sgd(rate, momentum=settings.momentum))
-    else:
-        descent = optax.chain(optax.scale_by_adam(), decay, optax.scale_by_learning_rate(rate))
-    return optax.chain(descent)

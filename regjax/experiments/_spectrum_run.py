@@ -19,9 +19,9 @@ from regjax.experiments._settings import (
     checkpoint_path,
     out_dir,
     training_options,
-    validate,
 )
 from regjax.experiments._training import TrainingResult, restore, train
+from regjax.experiments._validation import validate
 
 Record = dict[str, Any]
 

@@ -13,12 +13,13 @@ from regjax.experiments import _checkpoint
 from regjax.experiments._data import Dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
 from regjax.experiments._network import build_model
+from regjax.experiments._optimizer import optimizer
 from regjax.experiments._settings import (
     TrainSettings,
     UsageError,
     check_same_training,
     learning_rate,
-    optimizer,
+    num_shards,
     training_options,
 )
 
@@ -89,7 +90,7 @@ def train(
     state, losses = _initial(settings, model), list[float]()
     if settings.resume:
         state, losses = restore(path, settings, dataset, model)
-    epochs = Epochs(settings, dataset, Step(model.apply, optimizer(settings)))
+    epochs = Epochs(settings, dataset, Step(model.apply, optimizer(settings), num_shards(settings)))
     num_saved, saved_at = len(losses) if settings.resume else -1, start
 
     def report(num_batches: int) -> None:

@@ -1,0 +1,34 @@
+"""The learning rate at which rescaled weights turn as fast as decayed ones."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from regjax import _checks
+
+
+def matched_learning_rate(learning_rate: Any, weight_decay: Any, gradient_norm: Any) -> Any:
+    """sqrt(2 eta lambda) / |g|, the rate on the unit sphere that matches decay in equilibrium.
+
+    Scale-invariant weights under decay settle at |w|^4 = eta |g|^2 / (2 lambda) and turn by
+    sqrt(2 eta lambda) a step; weights that are rescaled to unit norm turn by arctan(rate |g|).
+    To leading order in the angle.
+
+    Args:
+      learning_rate: eta, of the run with decay.
+      weight_decay: lambda, of the run with decay.
+      gradient_norm: |g|, norm of the gradient at unit weight norm, in units of the loss.
+
+    Returns:
+      The rate for `rescale_weights`, of the shape of the arguments.
+
+    Raises:
+      ValueError: a number is not positive.
+    """
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("weight_decay", weight_decay),
+        ("gradient_norm", gradient_norm),
+    ):
+        _checks.positive(name, value)
+    return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay) / gradient_norm

@@ -1,0 +1,300 @@
+"""Strong L1 or L2 regularisation that waits: the penalty is on while a gate says so."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from regjax import _checks
+from regjax._base import Params
+from regjax.transforms import _extra_args
+from regjax.transforms._extra_args import Mask
+
+Leaves = list[jax.Array]
+
+
+class Gate(NamedTuple):
+    """A rule that decides at each step whether the penalty is on, for the whole network at once.
+
+    Attributes:
+      init: () -> state of the gate, a tree of arrays.
+      decide: (loss gradients, penalty gradients, state, count) -> (on, state). The gradients are
+        lists of the masked leaves; on is a bool array ().
+    """
+
+    init: Callable[[], Any]
+    decide: Callable[[Leaves, Leaves, Any, jax.Array], tuple[jax.Array, Any]]
+
+
+class CoherentRegularizationState(NamedTuple):
+    """State of `coherent_regularization`.
+
+    Attributes:
+      num_updates: (), int32, updates so far.
+      gate: state of the gate.
+      on: (), bool, whether the penalty was on in the last update.
+      num_on: (), int32, updates with the penalty on.
+    """
+
+    num_updates: jax.Array
+    gate: Any
+    on: jax.Array
+    num_on: jax.Array
+
+
+def coherent_regularization(
+    strength: Any,
+    *,
+    gate: Gate,
+    penalty_gradient: Callable[[jax.Array], jax.Array] | None = None,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds strength * penalty_gradient(w) to the gradient while the gate is open.
+
+        r = strength penalty_gradient(w);   on = gate(g, r);   updates = g + r where on, else g
+
+    Beyond some strength the penalty of a deep network wins before the loss has anything to say, and
+    the loss gradient vanishes for good. A gate keeps the penalty out until the gradients agree.
+    Stands before momentum and preconditioning: the penalty is part of the objective. `strength=0`
+    and a closed gate pass the gradient through bit for bit.
+
+    The coherence statistic of the paper is not known to us: `cosine_gate` is our reading.
+
+    Args:
+      strength: lambda of lambda |w|_1 or (lambda / 2) |w|^2, in units of the loss per parameter (or
+        per parameter squared), or a schedule of the update count.
+      gate: `always_gate`, `delayed_gate`, `cosine_gate`, `ratio_gate`, or one of your own.
+      penalty_gradient: leaf -> leaf; None is `l2_gradient`.
+      mask: leaves that are penalised; better not biases and norm parameters.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Raises:
+      ValueError: `strength` is negative, or `params` is missing in `update`.
+
+    References:
+      D. Park, D. Ho, X. Chang, B. Zhang (2018), arXiv:1811.08056, of which only the abstract was
+      read.
+    """
+    _extra_args.check_size("strength", strength)
+    penalty = l2_gradient if penalty_gradient is None else penalty_gradient
+
+    def init(params: Params) -> CoherentRegularizationState:
+        _extra_args.mask_leaves(mask, params)
+        return CoherentRegularizationState(
+            jnp.int32(0), gate.init(), jnp.bool_(False), jnp.int32(0)
+        )
+
+    def update(
+        updates: Any, state: CoherentRegularizationState, params: Any = None, **extra: Any
+    ) -> tuple[Any, CoherentRegularizationState]:
+        del extra
+        if params is None:
+            raise ValueError("`params` must be given: call update(grads, state, params).")
+        leaves, treedef = jax.tree.flatten(updates)
+        chosen = _extra_args.mask_leaves(mask, params)
+        weight = _extra_args.value_at(strength, state.num_updates)
+        if _extra_args.is_zero(weight):
+            return updates, state._replace(num_updates=state.num_updates + 1)
+        places = [i for i, choose in enumerate(chosen) if choose]
+        weights = jax.tree.leaves(params)
+        grads = [leaves[i] for i in places]
+        added = [jnp.asarray(weight, leaf.dtype) * penalty(weights[i]).astype(leaf.dtype)
+                 for i, leaf in zip(places, grads, strict=True)]  # fmt: skip
+        on, gate_state = gate.decide(grads, added, state.gate, state.num_updates)
+        for i, grad, extra_grad in zip(places, grads, added, strict=True):
+            leaves[i] = jnp.where(on, grad + extra_grad, grad)
+        num_on = state.num_on + on.astype(jnp.int32)
+        state = CoherentRegularizationState(state.num_updates + 1, gate_state, on, num_on)
+        return jax.tree.unflatten(treedef, leaves), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+coherent_regularization.static_args = (  # type: ignore[attr-defined]
+    "gate", "penalty_gradient", "mask",
+)  # fmt: skip
+
+
+def l2_gradient(weights: jax.Array) -> jax.Array:
+    """Gradient of |w|^2 / 2.
+
+    Args:
+      weights: a leaf.
+
+    Returns:
+      The weights.
+    """
+    return weights
+
+
+def l1_gradient(weights: jax.Array) -> jax.Array:
+    """Subgradient of |w|_1. Descent along it never reaches zero; `soft_threshold` does.
+
+    Args:
+      weights: a leaf.
+
+    Returns:
+      The signs, 0 at 0.
+    """
+    return jnp.sign(weights)
+
+
+def always_gate() -> Gate:
+    """A gate that is open from the first step: an ordinary penalty.
+
+    Returns:
+      A `Gate` without state.
+    """
+    return Gate(lambda: (), lambda grads, added, state, count: (jnp.bool_(True), state))
+
+
+def delayed_gate(num_steps: int) -> Gate:
+    """A gate that opens for good at step `num_steps`, counted from 0.
+
+    Args:
+      num_steps: the delay; five epochs is a start.
+
+    Returns:
+      A `Gate` without state.
+
+    Raises:
+      ValueError: `num_steps` is negative.
+    """
+    _extra_args.check_static("num_steps", num_steps, 0)
+    return Gate(lambda: (), lambda grads, added, state, count: (count >= num_steps, state))
+
+
+def cosine_gate(threshold: float = 0.5, hold: int | None = None) -> Gate:
+    """Open while the cosine between g and g + r exceeds `threshold`.
+
+    Norms go over all masked leaves together. At a stationary point of the penalised loss g = -r, so
+    the cosine falls off where training ends, and the gate would close: give `hold`.
+
+    Args:
+      threshold: between 0 and 1. 0.5 is our choice; 0.8 protects more and regularises less.
+      hold: after so many consecutive open steps the gate stays open for good; None is never. One
+        epoch of steps does well.
+
+    Returns:
+      A `Gate`.
+
+    Raises:
+      ValueError: an argument is out of its range.
+    """
+    _checks.non_negative("threshold", threshold)
+
+    def is_coherent(grads: Leaves, added: Leaves) -> jax.Array:
+        total = [grad + extra for grad, extra in zip(grads, added, strict=True)]
+        product = _extra_args.inner(grads, total)
+        square = _extra_args.inner(grads, grads) * _extra_args.inner(total, total)
+        return product > threshold * jnp.sqrt(square)
+
+    return _held(is_coherent, hold)
+
+
+def ratio_gate(threshold: float = 1.0, hold: int | None = None) -> Gate:
+    """A gate that is open while |g| > threshold |r|, norms over all masked leaves together.
+
+    Args:
+      threshold: at least 0.
+      hold: as in `cosine_gate`.
+
+    Returns:
+      A `Gate`.
+
+    Raises:
+      ValueError: an argument is out of its range.
+    """
+    _checks.non_negative("threshold", threshold)
+
+    def is_stronger(grads: Leaves, added: Leaves) -> jax.Array:
+        penalty = jnp.sqrt(_extra_args.inner(added, added))
+        return jnp.sqrt(_extra_args.inner(grads, grads)) > threshold * penalty
+
+    return _held(is_stronger, hold)
+
+
+def _held(is_open: Callable[[Leaves, Leaves], jax.Array], hold: int | None) -> Gate:
+    """Open where `is_open`, and for good after `hold` open steps in a row."""
+    if hold is not None:
+        _extra_args.check_static("hold", hold, 1)
+
+    def decide(
+        grads: Leaves, added: Leaves, state: jax.Array, count: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        del count
+        on = is_open(grads, added)
+        if hold is None:
+            return on, state
+        latched = state >= hold
+        streak = jnp.where(latched, state, jnp.where(on, state + 1, 0))
+        return on | latched, streak
+
+    return Gate(lambda: jnp.int32(0), decide)
+
+
+class SoftThresholdState(NamedTuple):
+    """State of `soft_threshold`.
+
+    Attributes:
+      num_updates: (), int32, updates so far.
+    """
+
+    num_updates: jax.Array
+
+
+def soft_threshold(threshold: Any, *, mask: Mask = None) -> optax.GradientTransformationExtraArgs:
+    """L1 by its proximal step, last in the chain: exact zeros.
+
+        updates = sign(q) max(|q| - threshold, 0) - w,   q = w + updates
+
+    Args:
+      threshold: learning rate times strength, in units of the parameters, or a schedule of the
+        update count. It cannot see the loss gradient: always on, or delayed by the schedule.
+      mask: leaves that are thresholded.
+
+    Returns:
+      A transformation whose `update` needs `params`. `threshold=0` passes updates through.
+
+    Raises:
+      ValueError: `threshold` is negative, or `params` is missing in `update`.
+    """
+    _extra_args.check_size("threshold", threshold)
+
+    def init(params: Params) -> SoftThresholdState:
+        _extra_args.mask_leaves(mask, params)
+        return SoftThresholdState(jnp.int32(0))
+
+    def update(
+        updates: Any, state: SoftThresholdState, params: Any = None, **extra: Any
+    ) -> tuple[Any, SoftThresholdState]:
+        del extra
+        if params is None:
+            raise ValueError("`params` must be given: call update(updates, state, params).")
+        cut = _extra_args.value_at(threshold, state.num_updates)
+        state = SoftThresholdState(state.num_updates + 1)
+        if _extra_args.is_zero(cut):
+            return updates, state
+        leaves, treedef = jax.tree.flatten(updates)
+
+        def shrink(leaf: Any, param: Any, choose: bool) -> Any:
+            if not choose:
+                return leaf
+            q = param + leaf.astype(jnp.result_type(param))
+            small = jnp.maximum(jnp.abs(q) - jnp.asarray(cut, q.dtype), 0)
+            # -w where the weight becomes zero, so that w + update is zero exactly.
+            return (jnp.sign(q) * small - param).astype(leaf.dtype)
+
+        chosen = _extra_args.mask_leaves(mask, params)
+        return jax.tree.unflatten(
+            treedef, map(shrink, leaves, jax.tree.leaves(params), chosen)
+        ), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+soft_threshold.static_args = ("mask",)  # type: ignore[attr-defined]

@@ -1,0 +1,52 @@
+"""One step of Langevin dynamics in a quadratic well around an anchor."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from regjax.transforms import _extra_args
+
+
+def langevin_step(
+    position: Any,
+    grads: Any,
+    key: jax.Array,
+    *,
+    anchor: Any,
+    gamma: Any,
+    step_size: Any,
+    noise_scale: Any,
+) -> Any:
+    """X' - step_size (g - gamma (x - x')) + sqrt(step_size) noise_scale N(0, I).
+
+    Args:
+      position: tree, the point x'.
+      grads: tree like it, the gradient g at x' (or what momentum made of it).
+      key: typed key of this step's noise.
+      anchor: tree like it, the centre x of the well.
+      gamma: stiffness of the well, in units of the loss over the parameter squared.
+      step_size: inner learning rate.
+      noise_scale: standard deviation of the noise per square root of the step size, in units of the
+        parameters. sqrt(2) is temperature 1. A Python zero draws nothing.
+
+    Returns:
+      The next position, of the same dtypes.
+
+    References:
+      P. Chaudhari et al. (2017), arXiv:1611.01838, the inner loop.
+    """
+    leaves, treedef = jax.tree.flatten(position)
+    moved = []
+    for i, (leaf, grad, centre) in enumerate(
+        zip(leaves, jax.tree.leaves(grads), jax.tree.leaves(anchor), strict=True)
+    ):
+        x, g = _extra_args.wide(leaf), _extra_args.wide(grad)
+        pull = jnp.asarray(gamma, x.dtype) * (_extra_args.wide(centre) - x)
+        step = jnp.asarray(step_size, x.dtype)
+        x = x - step * (g - pull)
+        if not _extra_args.is_zero(noise_scale):
+            noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+            x = x + jnp.sqrt(step) * jnp.asarray(noise_scale, x.dtype) * noise
+        moved.append(x.astype(jnp.result_type(leaf)))
+    return jax.tree.unflatten(treedef, moved)

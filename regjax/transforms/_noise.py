@@ -1,0 +1,250 @@
+"""Gaussian noise in the weights before the gradient, and its mirror image in the update."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from regjax import _checks
+from regjax._base import Params
+from regjax.transforms import _extra_args
+from regjax.transforms._extra_args import Mask
+
+
+class PerturbedGradientState(NamedTuple):
+    """State of `perturbed_gradient`.
+
+    Attributes:
+      num_updates: (), int32, updates so far.
+      key: typed key of the noise to come.
+    """
+
+    num_updates: jax.Array
+    key: jax.Array
+
+
+def perturbed_gradient(
+    scale: Any,
+    *,
+    key: jax.Array,
+    layerwise: bool = True,
+    cyclic: bool = True,
+    groups: Any = None,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the gradient by the one at weights with Gaussian noise: grad_fn(w + sigma eps).
+
+    In expectation this descends L + (sigma^2 / 2) tr Hess L + O(sigma^4). The weights themselves
+    stay clean, and the incoming gradient is not read. Noise in all layers at once blows up with
+    the width; one group of leaves at a time does not. `scale=0` gives grad_fn(w, 0) bit for bit.
+
+    Running batch statistics are the caller's: this method has no clean pass
+    (`regjax.updated_statistics` makes one). The sum w + sigma eps is formed in float32 at least
+    and rounded to the parameters' dtype: in bfloat16 small noise is lost, keep float32 weights.
+
+    Args:
+      scale: standard deviation sigma, in units of the parameters, or a schedule of the update
+        count. Used: 0.03 (ResNet-18, CIFAR-10).
+      key: typed key.
+      layerwise: True: one group a step, with `scale`. False: every group, with
+        scale / sqrt(number of groups), which has the same regulariser to first order.
+      cyclic: group = count modulo number of groups. False: drawn uniformly.
+      groups: tree of ints, the group of each leaf; None is one for each leaf, as in the official
+        code. Better: kernel and bias of a layer together.
+      mask: leaves that may be perturbed; groups outside of it do not count.
+
+    Returns:
+      A transformation whose `update` needs `params` and `grad_fn`.
+
+    Raises:
+      ValueError: an argument is out of its range; `params` or `grad_fn` is missing in `update`.
+      TypeError: an argument has the wrong type.
+
+    References:
+      A. Orvieto, A. Raj, H. Kersting, F. Bach (2023), arXiv:2206.04613; the cyclic order and the
+      division by sqrt(number of groups) are the official code's.
+    """
+    _extra_args.check_size("scale", scale)
+    _checks.key("key", key)
+
+    def init(params: Params) -> PerturbedGradientState:
+        _checks.floating_tree("params", params)
+        _group_numbers(groups, params, mask)
+        # A copy: states are donated, the caller's key is not.
+        return PerturbedGradientState(jnp.int32(0), jax.random.clone(key))
+
+    def update(
+        updates: Any,
+        state: PerturbedGradientState,
+        params: Any = None,
+        *,
+        grad_fn: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, PerturbedGradientState]:
+        del extra
+        params, grad_fn = _extra_args.check_params(params), _extra_args.check_grad_fn(grad_fn)
+        sigma = _extra_args.value_at(scale, state.num_updates)
+        next_key, noise_key, group_key = jax.random.split(state.key, 3)
+        if not _extra_args.is_zero(sigma):
+            numbers = _group_numbers(groups, params, mask)
+            num_groups = 1 + max((n for n in numbers if n is not None), default=0)
+            chosen = None
+            if layerwise and cyclic:
+                chosen = state.num_updates % num_groups
+            elif layerwise:
+                chosen = jax.random.randint(group_key, (), 0, num_groups, jnp.int32)
+            else:
+                sigma = sigma / math.sqrt(num_groups)
+            params = _perturb(params, numbers, chosen, sigma, noise_key)
+        grads = _extra_args.like(grad_fn(params, 0), updates)
+        return grads, PerturbedGradientState(state.num_updates + 1, next_key)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+perturbed_gradient.static_args = (  # type: ignore[attr-defined]
+    "key", "layerwise", "cyclic", "groups", "mask",
+)  # fmt: skip
+
+
+class AnticorrelatedNoiseState(NamedTuple):
+    """State of `anticorrelated_noise`.
+
+    Attributes:
+      num_updates: (), int32, updates so far.
+      key: typed key of the noise to come.
+      noise: for each leaf of the parameters the noise xi that it carries, MaskedNode where it
+        carries none.
+    """
+
+    num_updates: jax.Array
+    key: jax.Array
+    noise: tuple[Any, ...]
+
+
+def anticorrelated_noise(
+    scale: Any, *, key: jax.Array, mask: Mask = None
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the difference of two successive noises to the update: u + xi_{t+1} - xi_t.
+
+    The weights are z + xi with fresh noise each step, and z_t = w_t - xi_t follows
+    z_{t+1} = z_t - lr grad L(z_t + xi_t) exactly: noise before the gradient, shifted, whatever
+    optimiser comes before, if its update reads only gradients. Last in the chain. Evaluate,
+    checkpoint and decay z, which `denoise_params` gives. `scale=0` passes updates through.
+
+    Args:
+      scale: standard deviation of xi, in units of the parameters, or a schedule of the update
+        count.
+      key: typed key.
+      mask: leaves that carry noise.
+
+    Returns:
+      A transformation that keeps one copy of the masked parameters.
+
+    Raises:
+      ValueError: `scale` is negative.
+      TypeError: an argument has the wrong type.
+
+    References:
+      A. Orvieto, H. Kersting, F. Proske, F. Bach, A. Lucchi (2022), arXiv:2202.02831.
+    """
+    _extra_args.check_size("scale", scale)
+    _checks.key("key", key)
+
+    def init(params: Params) -> AnticorrelatedNoiseState:
+        leaves, chosen = jax.tree.leaves(params), _extra_args.mask_leaves(mask, params)
+        noise = [
+            jnp.zeros_like(leaf) if choose else optax.MaskedNode()
+            for leaf, choose in zip(leaves, chosen, strict=True)
+        ]
+        return AnticorrelatedNoiseState(jnp.int32(0), jax.random.clone(key), tuple(noise))
+
+    def update(
+        updates: Any, state: AnticorrelatedNoiseState, params: Any = None, **extra: Any
+    ) -> tuple[Any, AnticorrelatedNoiseState]:
+        del params, extra
+        next_key, noise_key = jax.random.split(state.key)
+        sigma, count = _extra_args.value_at(scale, state.num_updates), state.num_updates + 1
+        if _extra_args.is_zero(sigma):
+            return updates, AnticorrelatedNoiseState(count, next_key, state.noise)
+        leaves, treedef = jax.tree.flatten(updates)
+        old = state.noise
+        new = [
+            xi
+            if isinstance(xi, optax.MaskedNode)
+            else _draw(sigma, noise_key, i, xi).astype(xi.dtype)
+            for i, xi in enumerate(old)
+        ]
+        moved = [
+            leaf if isinstance(xi, optax.MaskedNode) else leaf + (fresh - xi).astype(leaf.dtype)
+            for leaf, fresh, xi in zip(leaves, new, old, strict=True)
+        ]
+        state = AnticorrelatedNoiseState(count, next_key, tuple(new))
+        return jax.tree.unflatten(treedef, moved), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+anticorrelated_noise.static_args = ("key", "mask")  # type: ignore[attr-defined]
+
+
+def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
+    """The weights z = w - xi that `anticorrelated_noise` trains, without the noise they carry.
+
+    Args:
+      params: tree of the weights w.
+      state: of `anticorrelated_noise`; in a chain, its last state.
+
+    Returns:
+      A tree like `params`.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    carried = state.noise
+    clean = [
+        leaf if isinstance(xi, optax.MaskedNode) else leaf - xi
+        for leaf, xi in zip(leaves, carried, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, clean)
+
+
+def _perturb(
+    params: Params, numbers: list[int | None], chosen: Any, sigma: Any, key: jax.Array
+) -> Params:
+    """Noise on the leaves of group `chosen`, or of all groups if it is None."""
+    leaves, treedef = jax.tree.flatten(params)
+
+    def perturb(i: int, leaf: Any, number: int | None) -> Any:
+        if number is None:
+            return leaf
+        noisy = (_extra_args.wide(leaf) + _draw(sigma, key, i, leaf)).astype(jnp.result_type(leaf))
+        return noisy if chosen is None else jnp.where(chosen == number, noisy, leaf)
+
+    return jax.tree.unflatten(treedef, map(perturb, range(len(leaves)), leaves, numbers))
+
+
+def _draw(sigma: Any, key: jax.Array, index: int, like: Any) -> jax.Array:
+    dtype = _extra_args.wide_dtype(like)
+    noise = jax.random.normal(jax.random.fold_in(key, index), jnp.shape(like), dtype)
+    return jnp.asarray(sigma, dtype) * noise
+
+
+def _group_numbers(groups: Any, params: Params, mask: Mask) -> list[int | None]:
+    """For each leaf its group, counted from 0 among the masked ones; None outside of the mask."""
+    chosen = _extra_args.mask_leaves(mask, params)
+    if groups is None:
+        given: list[Any] = list(range(len(chosen)))
+    else:
+        _check_groups(groups, params)
+        given = jax.tree.leaves(groups)
+    order = sorted({group for group, choose in zip(given, chosen, strict=True) if choose})
+    return [
+        order.index(group) if choose else None for group, choose in zip(given, chosen, strict=True)
+    ]
+
+
+def _check_groups(groups: Any, params: Params) -> None:
+    _extra_args.check_structure("groups", groups, params)
+    for group in jax.tree.leaves(groups):
+        _checks.integer("groups", group, minimum=0)

@@ -1,0 +1,189 @@
+"""Unit-norm filters: weights that feed a normalisation have no scale, only a direction."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from regjax import _checks
+from regjax._base import Params
+from regjax.transforms import _extra_args
+from regjax.transforms._extra_args import Mask
+
+
+class RescaleWeightsState(NamedTuple):
+    """State of `rescale_weights`.
+
+    Attributes:
+      num_updates: (), int32, updates so far.
+    """
+
+    num_updates: jax.Array
+
+
+def rescale_weights(
+    *, mask: Mask, target: Any = 1.0, per_filter: bool = True, every: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """Corrects the update so that the masked weights end with the norm `target`, group by group.
+
+        q = params + updates;   where masked, every so many steps:  q_r = target q_r / |q_r|
+
+    Last in the chain. For weights whose scale does not change the loss (they feed a batch norm),
+    the norm only sets the effective learning rate, eta / |w|^2; weight decay belongs on the other
+    leaves. Unmasked leaves and steps in between pass through bit for bit; a zero group is left
+    alone. Momentum is left alone too: with `every=1` it stays right to first order in the step;
+    after a single large rescale use `rescale_velocity`, and multiply running batch statistics by
+    the factor (mean) and its square (variance).
+
+    Args:
+      mask: leaves to rescale; only scale-invariant ones are legitimate
+        (`diagnostics.scale_invariant_mask` finds them).
+      target: norm after the step, in units of the parameters.
+      per_filter: one norm for each output channel (all axes but the last), else for each leaf.
+      every: rescale after each so many steps.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Raises:
+      ValueError: an argument is out of its range, a masked leaf has no input axes, or `params` is
+        missing in `update`.
+      TypeError: an argument has the wrong type.
+
+    References:
+      Z. Liu, Y. Cui, J. Wan, Y. Mao, A. Chan (2021), arXiv:2102.03497, of which only the abstract
+      was read: granularity, period, and the treatment of momentum are our choices.
+    """
+    _checks.positive("target", target)
+    _extra_args.check_static("every", every, 1)
+
+    def init(params: Params) -> RescaleWeightsState:
+        chosen = _extra_args.mask_leaves(mask, params)
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        for (path, leaf), choose in zip(paths, chosen, strict=True):
+            if choose and per_filter and jnp.ndim(leaf) < 2:
+                raise ValueError(
+                    f"`mask` must leave out leaves without input axes, got "
+                    f"{jax.tree_util.keystr(path)} of shape {jnp.shape(leaf)}."
+                )
+        return RescaleWeightsState(jnp.int32(0))
+
+    def update(
+        updates: Any, state: RescaleWeightsState, params: Any = None, **extra: Any
+    ) -> tuple[Any, RescaleWeightsState]:
+        del extra
+        if params is None:
+            raise ValueError("`params` must be given: call update(updates, state, params).")
+        count = state.num_updates + 1
+        leaves, treedef = jax.tree.flatten(updates)
+
+        def correct(leaf: Any, param: Any, choose: bool) -> Any:
+            if not choose:
+                return leaf
+            moved = _extra_args.wide(param) + _extra_args.wide(leaf)
+            rescaled = _with_norm(moved, target, per_filter)
+            corrected = (rescaled - _extra_args.wide(param)).astype(leaf.dtype)
+            return corrected if every == 1 else jnp.where(count % every == 0, corrected, leaf)
+
+        chosen = _extra_args.mask_leaves(mask, params)
+        corrected = map(correct, leaves, jax.tree.leaves(params), chosen)
+        return jax.tree.unflatten(treedef, corrected), RescaleWeightsState(count)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+rescale_weights.static_args = ("mask", "per_filter", "every")  # type: ignore[attr-defined]
+
+
+def rescale_velocity(velocity: Any, factor: Any) -> Any:
+    """Momentum after weights w -> factor w of a scale-invariant loss: velocity / factor.
+
+    The gradient scales by 1 / factor, so the same trajectory needs this buffer and the learning
+    rate times factor squared.
+
+    Args:
+      velocity: tree of momentum buffers.
+      factor: number, or a tree like `velocity` of arrays that broadcast over the leaves' last axis.
+
+    Returns:
+      The new buffers.
+    """
+    if isinstance(factor, (int, float, jax.Array)):
+        return jax.tree.map(lambda leaf: leaf / jnp.asarray(factor, leaf.dtype), velocity)
+    return jax.tree.map(lambda leaf, f: leaf / jnp.asarray(f, leaf.dtype), velocity, factor)
+
+
+def remove_radial(*, mask: Mask, delta: float = 0.1) -> optax.GradientTransformationExtraArgs:
+    """Takes the part along the weights out of an update that is nearly orthogonal to them.
+
+    For each masked leaf, first per output channel (all axes but the last), then as a whole: where
+    all cosines between update and weights are below delta / sqrt(number of weights in a group), the
+    update is projected off the weights; the first view that passes is taken.
+
+    Deviation: the official code tests the cosine of the raw gradient; an optax transformation sees
+    the update made of it. The reduced weight decay of AdamP is the caller's.
+
+    Args:
+      mask: leaves to look at.
+      delta: threshold of the cosine, 0.1 in the official code.
+
+    Returns:
+      A transformation without state whose `update` needs `params`. Last in the chain.
+
+    Raises:
+      ValueError: `delta` is negative, or `params` is missing in `update`.
+
+    References:
+      B. Heo et al. (2021), arXiv:2006.08217, AdamP.
+    """
+    _checks.non_negative("delta", delta)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        del extra
+        if params is None:
+            raise ValueError("`params` must be given: call update(updates, state, params).")
+        leaves, treedef = jax.tree.flatten(updates)
+        chosen = _extra_args.mask_leaves(mask, params)
+
+        def project(leaf: Any, param: Any, choose: bool) -> Any:
+            if not choose or jnp.ndim(leaf) < 2:
+                return leaf
+            u, w = _extra_args.wide(leaf), _extra_args.wide(param)
+            per_channel, small_channel = _off(u, w, delta, per_filter=True)
+            per_layer, small_layer = _off(u, w, delta, per_filter=False)
+            projected = jnp.where(small_channel, per_channel, jnp.where(small_layer, per_layer, u))
+            return projected.astype(leaf.dtype)
+
+        return jax.tree.unflatten(
+            treedef, map(project, leaves, jax.tree.leaves(params), chosen)
+        ), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+remove_radial.static_args = ("mask",)  # type: ignore[attr-defined]
+
+
+def _off(
+    u: jax.Array, w: jax.Array, delta: Any, *, per_filter: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`u` less its part along `w` in each group; whether all cosines are small."""
+    axes = _axes(w, per_filter)
+    along = jnp.sum(u * w, axes, keepdims=True)
+    square = jnp.sum(w * w, axes, keepdims=True)
+    length = jnp.sqrt(square * jnp.sum(u * u, axes, keepdims=True))
+    cosine = jnp.where(length > 0, jnp.abs(along) / jnp.where(length > 0, length, 1), 0)
+    size = w.size // along.size
+    radial = jnp.where(square > 0, along / jnp.where(square > 0, square, 1), 0)
+    return u - jnp.broadcast_to(radial, w.shape) * w, jnp.max(cosine) < delta / size**0.5
+
+
+def _with_norm(weights: jax.Array, target: Any, per_filter: bool) -> jax.Array:
+    norm = jnp.sqrt(jnp.sum(weights**2, _axes(weights, per_filter), keepdims=True))
+    factor = jnp.asarray(target, norm.dtype) / jnp.where(norm > 0, norm, 1)
+    return weights * jnp.broadcast_to(jnp.where(norm > 0, factor, 1), weights.shape)
+
+
+def _axes(weights: jax.Array, per_filter: bool) -> tuple[int, ...]:
+    return tuple(range(weights.ndim - 1 if per_filter else weights.ndim))

@@ -1,0 +1,138 @@
+"""One row for each transformation; `test_transform_contract.py` puts every row through all checks.
+
+A row names what a check needs to know and, with a reason, the checks that do not apply.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from regjax import transforms
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Row(NamedTuple):
+    """How to make a transformation, and what is true of it.
+
+    Attributes:
+      factory: the public function.
+      numbers: its numeric arguments, which may be traced.
+      static: its other arguments but the key.
+      neutral: numbers that give the plain update bit for bit, or None.
+      has_key: whether it takes a key.
+      needs_grad_fn: whether `update` needs `grad_fn`.
+      is_last: whether it corrects the final update, behind the optimiser.
+      traced: an integer argument that must not be traced, or None.
+      skipped: check -> the reason why it does not apply.
+    """
+
+    factory: Callable[..., Any]
+    numbers: Mapping[str, Any]
+    static: Mapping[str, Any] = _NONE
+    neutral: Mapping[str, Any] | None = None
+    has_key: bool = False
+    needs_grad_fn: bool = False
+    is_last: bool = False
+    traced: str | None = None
+    skipped: Mapping[str, str] = _NONE
+
+    def make(self, key=None, **changes):
+        """The transformation, with other arguments where given."""
+        arguments = {**self.numbers, **self.static, **changes}
+        if self.has_key:
+            arguments["key"] = jax.random.key(0) if key is None else key
+        return self.factory(**arguments)
+
+
+def matrices(params):
+    """Mask of the leaves with at least two axes."""
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
+
+
+_NO_NEUTRAL = {"neutral": "no setting leaves the update as it is"}
+
+ROWS = {
+    "sam": Row(
+        transforms.sam, {"rho": 0.1}, neutral={"rho": 0.0}, needs_grad_fn=True, traced="num_shards"
+    ),
+    "asam": Row(
+        transforms.sam,
+        {"rho": 0.5, "eta": 0.01},
+        static={"adaptive": True},
+        neutral={"rho": 0},
+        needs_grad_fn=True,
+    ),
+    "m_sharpness": Row(
+        transforms.sam,
+        {"rho": 0.1},
+        static={"num_shards": 2},
+        neutral={"rho": 0.0},
+        needs_grad_fn=True,
+        traced="num_shards",
+    ),
+    "gsam": Row(
+        transforms.gsam,
+        {"rho": 0.1, "alpha": 0.4},
+        neutral={"rho": 0.0, "alpha": 0.0},
+        needs_grad_fn=True,
+    ),
+    "perturbed_gradient": Row(
+        transforms.perturbed_gradient,
+        {"scale": 0.1},
+        neutral={"scale": 0.0},
+        has_key=True,
+        needs_grad_fn=True,
+    ),
+    "perturbed_gradient_everywhere": Row(
+        transforms.perturbed_gradient,
+        {"scale": 0.1},
+        static={"layerwise": False},
+        neutral={"scale": 0.0},
+        has_key=True,
+        needs_grad_fn=True,
+    ),
+    "anticorrelated_noise": Row(
+        transforms.anticorrelated_noise,
+        {"scale": 0.1},
+        neutral={"scale": 0.0},
+        has_key=True,
+        is_last=True,
+    ),
+    "entropy_sgd": Row(
+        transforms.entropy_sgd,
+        {"gamma": 0.1, "step_size": 0.1, "noise_scale": 0.1},
+        static={"num_steps": 3},
+        neutral={"num_steps": 0},
+        has_key=True,
+        needs_grad_fn=True,
+        traced="num_steps",
+    ),
+    "rescale_weights": Row(
+        transforms.rescale_weights,
+        {"target": 1.0},
+        static={"mask": matrices},
+        is_last=True,
+        traced="every",
+        skipped=_NO_NEUTRAL,
+    ),
+    "remove_radial": Row(
+        transforms.remove_radial,
+        {"delta": 10.0},
+        static={"mask": matrices},
+        neutral={"delta": 0.0},
+        is_last=True,
+    ),
+    "coherent_regularization": Row(
+        transforms.coherent_regularization,
+        {"strength": 0.1},
+        static={"gate": transforms.cosine_gate(0.1, hold=3)},
+        neutral={"strength": 0.0},
+    ),
+    "soft_threshold": Row(
+        transforms.soft_threshold, {"threshold": 0.01}, neutral={"threshold": 0.0}, is_last=True
+    ),
+}
