@@ -5,12 +5,15 @@ update: `tx.update(grads, state, params, grad_fn=grad_fn)`, grad_fn(params, i) -
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from regjax import _checks, _tree
 from regjax._base import GradFn, Params
@@ -115,6 +118,26 @@ def inner(one: list[jax.Array], other: list[jax.Array]) -> jax.Array:
     dtype = _tree.vector_dtype(one)
     products = [jnp.sum(wide(a) * wide(b)).astype(dtype) for a, b in zip(one, other, strict=True)]
     return functools.reduce(jnp.add, products, jnp.zeros((), dtype))
+
+
+def normal_like(key: jax.Array, leaves: list[Any]) -> list[jax.Array]:
+    """Standard normal arrays of the shapes of `leaves`, in float32 at least.
+
+    Drawn as one vector: XLA on CPU takes a quarter longer for a draw of each leaf.
+    """
+    sizes = [math.prod(jnp.shape(leaf)) for leaf in leaves]
+    drawn = jax.random.normal(key, (sum(sizes),), _tree.vector_dtype(leaves))
+    # Or each use of the noise would compute it again.
+    drawn = lax.optimization_barrier(drawn)
+    return [
+        part.reshape(jnp.shape(leaf)).astype(wide_dtype(leaf))
+        for part, leaf in zip(_split(drawn, sizes), leaves, strict=True)
+    ]
+
+
+def _split(vector: jax.Array, sizes: list[int]) -> list[jax.Array]:
+    ends = list(itertools.accumulate(sizes))
+    return [vector[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def only_extra(

@@ -188,6 +188,8 @@ def cosine_gate(threshold: float = 0.5, hold: int | None = None) -> Gate:
     _checks.non_negative("threshold", threshold)
 
     def is_coherent(grads: Leaves, added: Leaves) -> jax.Array:
+        # The sum is formed: from the inner products of its parts it would be rounding where they
+        # cancel, and that is where the gate decides.
         total = [grad + extra for grad, extra in zip(grads, added, strict=True)]
         product = _extra_args.inner(grads, total)
         square = _extra_args.inner(grads, grads) * _extra_args.inner(total, total)

@@ -37,16 +37,16 @@ def langevin_step(
       P. Chaudhari et al. (2017), arXiv:1611.01838, the inner loop.
     """
     leaves, treedef = jax.tree.flatten(position)
-    moved = []
-    for i, (leaf, grad, centre) in enumerate(
-        zip(leaves, jax.tree.leaves(grads), jax.tree.leaves(anchor), strict=True)
+    moved, is_quiet = [], _extra_args.is_zero(noise_scale)
+    drawn = [None] * len(leaves) if is_quiet else _extra_args.normal_like(key, leaves)
+    for leaf, grad, centre, noise in zip(
+        leaves, jax.tree.leaves(grads), jax.tree.leaves(anchor), drawn, strict=True
     ):
         x, g = _extra_args.wide(leaf), _extra_args.wide(grad)
         pull = jnp.asarray(gamma, x.dtype) * (_extra_args.wide(centre) - x)
         step = jnp.asarray(step_size, x.dtype)
         x = x - step * (g - pull)
-        if not _extra_args.is_zero(noise_scale):
-            noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        if noise is not None:
             x = x + jnp.sqrt(step) * jnp.asarray(noise_scale, x.dtype) * noise
         moved.append(x.astype(jnp.result_type(leaf)))
     return jax.tree.unflatten(treedef, moved)

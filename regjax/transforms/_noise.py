@@ -170,19 +170,15 @@ def anticorrelated_noise(
         if _extra_args.is_zero(sigma):
             return updates, AnticorrelatedNoiseState(count, next_key, state.noise)
         leaves, treedef = jax.tree.flatten(updates)
-        old = state.noise
-        new = [
-            xi
-            if isinstance(xi, optax.MaskedNode)
-            else _draw(sigma, noise_key, i, xi).astype(xi.dtype)
-            for i, xi in enumerate(old)
-        ]
-        moved = [
-            leaf if isinstance(xi, optax.MaskedNode) else leaf + (fresh - xi).astype(leaf.dtype)
-            for leaf, fresh, xi in zip(leaves, new, old, strict=True)
-        ]
+        new = list(state.noise)
+        places = [i for i, xi in enumerate(new) if not isinstance(xi, optax.MaskedNode)]
+        drawn = _extra_args.normal_like(noise_key, [new[i] for i in places])
+        for i, noise in zip(places, drawn, strict=True):
+            old = new[i]
+            new[i] = (jnp.asarray(sigma, noise.dtype) * noise).astype(old.dtype)
+            leaves[i] = leaves[i] + (new[i] - old).astype(leaves[i].dtype)
         state = AnticorrelatedNoiseState(count, next_key, tuple(new))
-        return jax.tree.unflatten(treedef, moved), state
+        return jax.tree.unflatten(treedef, leaves), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -214,20 +210,13 @@ def _perturb(
 ) -> Params:
     """Noise on the leaves of group `chosen`, or of all groups if it is None."""
     leaves, treedef = jax.tree.flatten(params)
-
-    def perturb(i: int, leaf: Any, number: int | None) -> Any:
-        if number is None:
-            return leaf
-        noisy = (_extra_args.wide(leaf) + _draw(sigma, key, i, leaf)).astype(jnp.result_type(leaf))
-        return noisy if chosen is None else jnp.where(chosen == number, noisy, leaf)
-
-    return jax.tree.unflatten(treedef, map(perturb, range(len(leaves)), leaves, numbers))
-
-
-def _draw(sigma: Any, key: jax.Array, index: int, like: Any) -> jax.Array:
-    dtype = _extra_args.wide_dtype(like)
-    noise = jax.random.normal(jax.random.fold_in(key, index), jnp.shape(like), dtype)
-    return jnp.asarray(sigma, dtype) * noise
+    places = [i for i, number in enumerate(numbers) if number is not None]
+    noise = _extra_args.normal_like(key, [leaves[i] for i in places])
+    for i, drawn in zip(places, noise, strict=True):
+        noisy = _extra_args.wide(leaves[i]) + jnp.asarray(sigma, drawn.dtype) * drawn
+        noisy = noisy.astype(jnp.result_type(leaves[i]))
+        leaves[i] = noisy if chosen is None else jnp.where(chosen == numbers[i], noisy, leaves[i])
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _group_numbers(groups: Any, params: Params, mask: Mask) -> list[int | None]:

@@ -1,0 +1,240 @@
+"""One step with each transformation over the same plain optimiser step."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from benchmarks._timing import Case
+from benchmarks.speed import _problems
+from regjax import transforms
+
+_RATE, _MOMENTUM, _RHO, _ETA, _ALPHA = 0.1, 0.9, 0.05, 0.01, 0.4
+_SCALE, _STEPS, _INNER_RATE, _STRENGTH = 1e-3, 5, 0.1, 1e-3
+# Of the random methods the noise must be seen, and be small beside the update.
+_LEAST_NOISE, _MOST_NOISE = 1e-7, 0.5
+
+
+def cases(preset: str) -> dict[str, Callable[[], Case]]:
+    """The cases of a preset by name."""
+    sizes = (("mlp", 32),) if preset == "smoke" else _sizes()
+    return {
+        f"steps_{name}_{batch}": functools.partial(_steps, name, batch, preset != "smoke")
+        for name, batch in sizes
+    }
+
+
+def _sizes() -> tuple[tuple[str, int], ...]:
+    return tuple((name, batch) for name in ("mlp", "resnet") for batch in (32, 128))
+
+
+def _transformations(batch_size: int) -> dict[str, Any]:
+    key = jax.random.key(0)
+    kernels = lambda params: jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
+    found = {
+        "sam": transforms.sam(_RHO),
+        "asam": transforms.sam(_RHO, adaptive=True, eta=_ETA),
+        "gsam": transforms.gsam(_RHO, alpha=_ALPHA),
+        "perturbed_gradient": transforms.perturbed_gradient(_SCALE, key=key),
+        "anticorrelated_noise": transforms.anticorrelated_noise(_SCALE, key=key),
+        "entropy_sgd": transforms.entropy_sgd(
+            1e-4,
+            key=key,
+            num_steps=_STEPS,
+            step_size=_INNER_RATE,
+            noise_scale=1e-7,  # it costs what any noise costs, and the answer can be checked
+            momentum=0.0,
+        ),
+        "rescale_weights": transforms.rescale_weights(mask=kernels),
+        "coherent_regularization": transforms.coherent_regularization(
+            _STRENGTH, gate=transforms.cosine_gate(0.5, hold=50), mask=kernels
+        ),
+    }
+    if batch_size >= 128:
+        found["sam, 4 shards"] = transforms.sam(_RHO, num_shards=4)
+    return found
+
+
+_LAST = ("anticorrelated_noise", "rescale_weights")
+
+
+def _steps(name: str, batch_size: int, has_bars: bool) -> Case:
+    problem = _problems.trained(name, 512)
+    loss_fn, params = problem.loss_fn, problem.params
+    x, y = problem.x[:batch_size], problem.y[:batch_size]
+    size = ravel_pytree(params)[0].size
+    descent = optax.sgd(_RATE, momentum=_MOMENTUM)
+    found = _transformations(batch_size)
+    chains = {"plain": optax.chain(descent)}
+    for label, tx in found.items():
+        chains[label] = optax.chain(descent, tx) if label in _LAST else optax.chain(tx, descent)
+    draw = jax.jit(lambda key: jax.random.normal(key, (size,)))
+    candidates: dict[str, Callable[[], Any]] = {
+        label: functools.partial(
+            _step(tx, _num_shards(label)), loss_fn, params, tx.init(params), x, y
+        )
+        for label, tx in chains.items()
+    }
+    candidates["one normal draw"] = lambda: draw(jax.random.key(0))
+    expected = _Expected(loss_fn, params, x, y)
+
+    def facts(answers: Any, seconds: Mapping[str, float]) -> dict[str, float]:
+        del answers
+        ratio = {label: value / seconds["plain"] for label, value in seconds.items()}
+        noise = ratio["one normal draw"]
+        rest = {
+            f"{label} less {count} draws": ratio[label] - count * noise
+            for label, count in _DRAWS.items()
+        }
+        copies = {
+            f"copies of the parameters kept by {label}": _num_scalars(tx.init(params)) / size
+            for label, tx in found.items()
+        }
+        return {**rest, **{name: round(value, 3) for name, value in copies.items()}}
+
+    return Case(
+        candidates=candidates,
+        error=expected.error,
+        tolerance=1e-2,
+        sizes={"parameters": size, "batch": batch_size, "dtype": "float32"},
+        facts=facts,
+        bars=_bars(name) if has_bars else {},
+    )
+
+
+_DRAWS = {"perturbed_gradient": 1, "anticorrelated_noise": 1, "entropy_sgd": _STEPS}
+
+
+def _bars(name: str) -> dict[str, float]:
+    sam = 1.95 if name == "mlp" else 2.08
+    return {
+        "sam": sam,
+        "asam": 1.05 * sam,
+        "sam, 4 shards": 2.15,
+        "gsam": 2.15,
+        "perturbed_gradient less 1 draws": 1.05,
+        "anticorrelated_noise less 1 draws": 1.05,
+        "rescale_weights": 1.05,
+        "coherent_regularization": 1.15,
+        f"entropy_sgd less {_STEPS} draws": 5.3,
+    }
+
+
+def _num_shards(label: str) -> int:
+    return 4 if "shards" in label else 1
+
+
+def _step(tx: Any, num_shards: int) -> Callable[..., Any]:
+    """The training step of a user: gradient, update, new parameters."""
+
+    @jax.jit
+    def step(loss_fn: Any, params: Any, state: Any, x: Any, y: Any) -> Any:
+        shards = [part.reshape(num_shards, -1, *part.shape[1:]) for part in (x, y)]
+
+        def grad_fn(params: Any, i: Any) -> Any:
+            batch = (x, y) if num_shards == 1 else [part[i] for part in shards]
+            return jax.grad(loss_fn)(params, *batch)
+
+        grads = jax.grad(loss_fn)(params, x, y)
+        updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+class _Expected:
+    """What each step should do, written out by hand, as flat vectors."""
+
+    def __init__(self, loss_fn: Any, params: Any, x: jax.Array, y: jax.Array):
+        self.flat, self._unravel = ravel_pytree(params)
+        self._gradient = jax.jit(
+            lambda flat, x, y: ravel_pytree(jax.grad(loss_fn)(self._unravel(flat), x, y))[0]
+        )
+        self._params, self._x, self._y = params, x, y
+        self._plain = -_RATE * self._at(self.flat)
+
+    def _at(self, flat: jax.Array) -> jax.Array:
+        return self._gradient(flat, self._x, self._y)
+
+    def error(self, label: str, answer: Any) -> float:
+        """Relative error of the update; for a random one whether its noise is there and small."""
+        if label == "one normal draw":
+            return abs(float(answer.std()) - 1)
+        params, state = answer
+        update = ravel_pytree(params)[0] - self.flat
+        if label == "perturbed_gradient":
+            noise = _relative(update, self._plain)
+            return 0.0 if _LEAST_NOISE < noise < _MOST_NOISE else 1.0
+        if label == "anticorrelated_noise":
+            params = transforms.denoise_params(params, state[1])
+            return _relative(ravel_pytree(params)[0] - self.flat, self._plain)
+        return _relative(update, self._update(label))
+
+    def _update(self, label: str) -> jax.Array:
+        flat, g = self.flat, self._at(self.flat)
+        if label == "plain":
+            return self._plain
+        if label == "asam":
+            scale = jnp.abs(flat) + _ETA
+            climb = _RHO * scale**2 * g / jnp.linalg.norm(scale * g)
+            return -_RATE * self._at(flat + climb)
+        if label == "sam, 4 shards":
+            parts = [self._sharded(flat, i) for i in range(4)]
+            return -_RATE * sum(parts[1:], start=parts[0]) / 4
+        if label == "entropy_sgd":
+            position, mean = flat, flat
+            for _ in range(_STEPS):
+                pull = 1e-4 * (flat - position)
+                position = position - _INNER_RATE * (self._at(position) - pull)
+                mean = 0.75 * mean + 0.25 * position
+            return -_RATE * (flat - mean)
+        if label in ("rescale_weights", "coherent_regularization"):
+            return self._by_leaf(label, g)
+        above = self._at(flat + _RHO * g / jnp.linalg.norm(g))
+        if label == "gsam":
+            unit = above / jnp.linalg.norm(above)
+            above = above - _ALPHA * (g - (g @ unit) * unit)
+        return -_RATE * above
+
+    def _sharded(self, flat: jax.Array, i: int) -> jax.Array:
+        part = slice(i * len(self._y) // 4, (i + 1) * len(self._y) // 4)
+        g = self._gradient(flat, self._x[part], self._y[part])
+        climb = _RHO * g / jnp.linalg.norm(g)
+        return self._gradient(flat + climb, self._x[part], self._y[part])
+
+    def _by_leaf(self, label: str, g: jax.Array) -> jax.Array:
+        grads = self._unravel(g)
+        if label == "rescale_weights":
+
+            def rescale(w: jax.Array, d: jax.Array) -> jax.Array:
+                if w.ndim < 2:
+                    return -_RATE * d
+                q = w - _RATE * d
+                return q / jnp.linalg.norm(q.reshape(-1, q.shape[-1]), axis=0) - w
+
+            return ravel_pytree(jax.tree.map(rescale, self._params, grads))[0]
+        kernels = [leaf.ndim >= 2 for leaf in jax.tree.leaves(self._params)]
+        pairs = zip(jax.tree.leaves(self._params), jax.tree.leaves(grads), kernels, strict=True)
+        chosen = [(w, d) for w, d, is_kernel in pairs if is_kernel]
+        clean = jnp.concatenate([jnp.ravel(d) for _, d in chosen])
+        total = jnp.concatenate([jnp.ravel(d + _STRENGTH * w) for w, d in chosen])
+        is_on = clean @ total > 0.5 * jnp.linalg.norm(clean) * jnp.linalg.norm(total)
+
+        def penalise(w: jax.Array, d: jax.Array) -> jax.Array:
+            return -_RATE * (d + _STRENGTH * w if w.ndim >= 2 and is_on else d)
+
+        return ravel_pytree(jax.tree.map(penalise, self._params, grads))[0]
+
+
+def _relative(vector: jax.Array, reference: jax.Array) -> float:
+    return float(jnp.linalg.norm(vector - reference) / jnp.linalg.norm(reference))
+
+
+def _num_scalars(state: Any) -> int:
+    return sum(
+        leaf.size for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
