@@ -1,6 +1,7 @@
 """regjax: regularisation, normalization and the loss landscape in JAX."""
 
 from regjax import curvature as curvature
+from regjax import diagnostics as diagnostics
 from regjax import schedules as schedules
 from regjax import transforms as transforms
 from regjax._adapters import Model as Model

@@ -14,7 +14,7 @@ from benchmarks.speed import _problems
 from regjax import transforms
 
 _RATE, _MOMENTUM, _RHO, _ETA, _ALPHA = 0.1, 0.9, 0.05, 0.01, 0.4
-_SCALE, _STEPS, _INNER_RATE, _STRENGTH = 1e-3, 5, 0.1, 1e-3
+_SCALE, _STEPS, _INNER_RATE, _STRENGTH = 1e-3, 5, 0.01, 1e-3
 # Of the random methods the noise must be seen, and be small beside the update.
 _LEAST_NOISE, _MOST_NOISE = 1e-7, 0.5
 

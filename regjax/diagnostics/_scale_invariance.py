@@ -1,0 +1,142 @@
+"""Which weights have no scale: those that a normalization divides out again."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks
+
+# A gradient this small beside the largest one of any leaf is rounding (a bias before a batch norm).
+_INSENSITIVE = 1e-5
+
+
+class ScaleInvarianceReport(NamedTuple):
+    """What was found of each leaf; trees like the parameters.
+
+    Attributes:
+      mask: Python bools: whether the outputs do not depend on the scale of any of its groups, but
+        on their directions.
+      radial_fraction: (), |<w, g>| / (|w| |g|), the largest over the groups and two functionals g.
+      function_change: (), |f(rescaled) - f| / |f| with each group multiplied by its own factor.
+      gradient_norm: (), the smallest |g| over the groups, over the largest of any leaf. Zero means
+        that the outputs do not depend on a group at all, which is not invariance to its scale.
+    """
+
+    mask: Any
+    radial_fraction: Any
+    function_change: Any
+    gradient_norm: Any
+
+
+def scale_invariant_mask(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    *batch: Any,
+    key: jax.Array,
+    per_filter: bool = True,
+    tolerance: float = 1e-3,
+) -> ScaleInvarianceReport:
+    """Finds the leaves whose scale, group by group, the outputs do not depend on.
+
+    A leaf passes if the gradient of a random linear functional of the outputs is orthogonal to
+    every group of weights (not of the loss, whose gradient may vanish), if the outputs stay when
+    each group is multiplied by a factor of its own between 1/2 and 2, and if they do depend on
+    every group. Costs two gradients and one forward pass for each leaf.
+
+    Args:
+      apply_fn: (params, *batch) -> outputs in train mode, as
+        `regjax.model_function(model, mode="train")` gives it: with stored statistics no weight is
+        scale-invariant.
+      params: tree of parameters.
+      *batch: inputs.
+      key: typed key of the functionals and the factors.
+      per_filter: groups are output channels (all axes but the last); else each leaf is one group,
+        as are leaves with one axis in any case.
+      tolerance: of the radial fraction and of the relative change of the outputs.
+
+    Returns:
+      A `ScaleInvarianceReport`; its mask is what `transforms.rescale_weights` takes.
+
+    Raises:
+      ValueError: `tolerance` is negative.
+      TypeError: a parameter is not real floating point, or `key` is not a typed key.
+    """
+    _checks.floating_tree("params", params)
+    _checks.non_negative("tolerance", tolerance)
+    functional_key, factor_key = jax.random.split(_checks.key("key", key))
+    outputs, pull_back = jax.vjp(lambda p: apply_fn(p, *batch), params)
+    gradients = [
+        jax.tree.leaves(pull_back(_random_like(outputs, k))[0])
+        for k in jax.random.split(functional_key)
+    ]
+    leaves, treedef = jax.tree.flatten(params)
+    largest = jnp.max(jnp.stack([_norm(g) for g in gradients[0]]))
+    fractions, changes, sizes, mask = [], [], [], []
+    for i, leaf in enumerate(leaves):
+        fraction, size = _radial([gradient[i] for gradient in gradients], leaf, per_filter)
+        factors = _factors(jax.random.fold_in(factor_key, i), leaf, per_filter)
+        moved = jax.tree.unflatten(treedef, [*leaves[:i], factors * leaf, *leaves[i + 1 :]])
+        change = _distance(apply_fn(moved, *batch), outputs)
+        size = jnp.where(largest > 0, size / jnp.where(largest > 0, largest, 1), 0)
+        invariant = (fraction < tolerance) & (change < tolerance) & (size > _INSENSITIVE)
+        fractions.append(fraction)
+        changes.append(change)
+        sizes.append(size)
+        mask.append(bool(invariant))
+    return ScaleInvarianceReport(
+        *(jax.tree.unflatten(treedef, found) for found in (mask, fractions, changes, sizes))
+    )
+
+
+def _radial(
+    gradients: list[jax.Array], leaf: jax.Array, per_filter: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Largest radial fraction, and smallest gradient norm, over the groups."""
+    axes = _axes(leaf, per_filter)
+    fractions, norms = [], []
+    for gradient in gradients:
+        along = jnp.abs(jnp.sum(leaf * gradient, axes))
+        norm = jnp.sqrt(jnp.sum(gradient**2, axes))
+        length = jnp.sqrt(jnp.sum(leaf**2, axes)) * norm
+        fractions.append(
+            jnp.max(jnp.where(length > 0, along / jnp.where(length > 0, length, 1), 0))
+        )
+        # Weights that are zero have no direction to depend on.
+        norms.append(jnp.min(jnp.where(jnp.sum(leaf**2, axes) > 0, norm, 0)))
+    return jnp.maximum(*fractions), jnp.maximum(*norms)
+
+
+def _factors(key: jax.Array, leaf: jax.Array, per_filter: bool) -> jax.Array:
+    """A factor for each group, in [1/2, 2] and not near 1, of the shape of the leaf."""
+    shape = jnp.sum(leaf, _axes(leaf, per_filter), keepdims=True).shape
+    sign_key, size_key = jax.random.split(key)
+    size = jax.random.uniform(size_key, shape, leaf.dtype, math.log(2) / 2, math.log(2))
+    factors = jnp.exp(jax.random.rademacher(sign_key, shape, leaf.dtype) * size)
+    return jnp.broadcast_to(factors, leaf.shape)
+
+
+def _axes(leaf: jax.Array, per_filter: bool) -> tuple[int, ...]:
+    is_grouped = per_filter and leaf.ndim > 1
+    return tuple(range(leaf.ndim - 1 if is_grouped else leaf.ndim))
+
+
+def _random_like(tree: Any, key: jax.Array) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    drawn = [
+        jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def _distance(one: Any, other: Any) -> jax.Array:
+    difference = _norm(jax.tree.map(jnp.subtract, one, other))
+    norm = _norm(other)
+    return jnp.where(norm > 0, difference / jnp.where(norm > 0, norm, 1), difference)
+
+
+def _norm(tree: Any) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
