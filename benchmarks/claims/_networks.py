@@ -1,0 +1,150 @@
+"""Data, network and training that the claims share: small, plain, and the same for everybody."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from regjax import curvature
+from regjax.experiments import load
+
+
+class Split(NamedTuple):
+    """Images (N, pixels) in float32 and labels (N,) of both parts.
+
+    Attributes:
+      x: training images. y: their labels. x_test: test images. y_test: their labels.
+    """
+
+    x: jax.Array
+    y: jax.Array
+    x_test: jax.Array
+    y_test: jax.Array
+
+
+class Trained(NamedTuple):
+    """The end of a training run.
+
+    Attributes:
+      params: list of layers. loss: mean training loss. num_steps: updates done.
+      state: of the optimiser.
+    """
+
+    params: Any
+    loss: float
+    num_steps: int
+    state: Any
+
+
+@functools.cache
+def digits(num_train: int = 300) -> Split:
+    """scikit-learn's digits, divided once and for all seeds: 300 training and 1497 test images."""
+    data = load("digits")
+    images = np.concatenate([data.train_images, data.test_images])
+    labels = np.concatenate([data.train_labels, data.test_labels])
+    order = np.random.default_rng(0).permutation(len(labels))
+    return _split(images[order], labels[order], num_train)
+
+
+@functools.cache
+def fashion_mnist(num_train: int = 3000) -> Split:
+    """Fashion-MNIST: the first 3000 training images and all test images."""
+    data = load("fashion_mnist")
+    images = np.concatenate([data.train_images[:num_train], data.test_images])
+    labels = np.concatenate([data.train_labels[:num_train], data.test_labels])
+    return _split(images, labels, num_train)
+
+
+def _split(images: np.ndarray, labels: np.ndarray, num_train: int) -> Split:
+    x = jnp.asarray(images.reshape(len(images), -1), jnp.float32) / float(images.max())
+    y = jnp.asarray(labels, jnp.int32)
+    return Split(x[:num_train], y[:num_train], x[num_train:], y[num_train:])
+
+
+def he_network(sizes: tuple[int, ...], key: jax.Array) -> Any:
+    """Layers of a ReLU perceptron, weights N(0, 2 / inputs), biases zero."""
+    keys = jax.random.split(key, len(sizes) - 1)
+    return [
+        {
+            "kernel": jnp.sqrt(2 / n) * jax.random.normal(k, (n, m)),
+            "bias": jnp.zeros(m),
+        }
+        for n, m, k in zip(sizes[:-1], sizes[1:], keys, strict=True)
+    ]
+
+
+def outputs(params: Any, x: jax.Array) -> jax.Array:
+    """Logits of the perceptron."""
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+    return x @ params[-1]["kernel"] + params[-1]["bias"]
+
+
+def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Mean cross-entropy."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs(params, x), y))
+
+
+def train(
+    params: Any,
+    tx: optax.GradientTransformationExtraArgs,
+    split: Split,
+    *,
+    batch_size: int,
+    num_steps: int,
+    seed: int,
+    stop_below: float = 0.0,
+) -> Trained:
+    """Steps on batches of a new order each epoch, until the full training loss is small.
+
+    `grad_fn(params, i)` is given the i-th batch from the current one on, for inner loops; a step
+    moves on by one batch. The loss is looked at after each epoch.
+    """
+    state, done = tx.init(params), 0
+    loss = float(loss_fn(params, split.x, split.y))
+    for order in _epochs(len(split.y), batch_size, seed):
+        if done >= num_steps or not loss >= stop_below:
+            break
+        order = order[: num_steps - done]
+        params, state, last = _epoch(tx.update, params, state, split.x, split.y, order)
+        done, loss = done + len(order), float(last)
+    return Trained(params, loss, done, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _epoch(update: Callable[..., Any], params: Any, state: Any, x: Any, y: Any, order: Any) -> Any:
+    def step(carry: Any, i: jax.Array) -> Any:
+        params, state = carry
+
+        def grad_fn(params: Any, j: Any) -> Any:
+            batch = order[(i + j) % len(order)]
+            return jax.grad(loss_fn)(params, x[batch], y[batch])
+
+        updates, state = update(grad_fn(params, 0), state, params, grad_fn=grad_fn)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.lax.scan(step, (params, state), jnp.arange(len(order)))
+    return params, state, loss_fn(params, x, y)
+
+
+def _epochs(num_examples: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    random = np.random.default_rng(seed)
+    while True:
+        order = random.permutation(num_examples)
+        yield order[: num_examples - num_examples % batch_size].reshape(-1, batch_size)
+
+
+def accuracy(params: Any, split: Split) -> float:
+    """Share of the test images with the right label."""
+    return float(jnp.mean(jnp.argmax(outputs(params, split.x_test), 1) == split.y_test))
+
+
+def sharpness(params: Any, split: Split, seed: int) -> tuple[float, float]:
+    """The largest Hessian eigenvalue of the training loss, and its residual norm."""
+    hessian = curvature.hessian(loss_fn, params, split.x, split.y)
+    top = curvature.top_eigenpairs(hessian, 1, key=jax.random.key(seed), search=False)
+    return float(top.values[0]), float(top.residual_norms[0])
