@@ -1,0 +1,164 @@
+"""Noise in all layers at once fails where noise in one layer at a time still trains."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import _claims
+from benchmarks._claims import Record, Settings, Verdict
+from benchmarks.claims import _networks
+from regjax import curvature, transforms
+
+_MODES = ("none", "layerwise", "all")
+_STEPS, _BATCH, _RATE, _QUIET = 3_000, 30, 0.05, 0.9  # the share of the steps with noise
+_PROBES = 20
+# Widths, scales of the noise, seeds.
+_DATA: dict[str, tuple[Callable[[], _networks.Split], Sequence[int], Sequence[float], int]] = {
+    "digits": (_networks.digits, (64, 256, 1024), (0.1, 0.5, 1.0), 5),
+    "fashion_mnist": (_networks.fashion_mnist, (64, 256), (0.1, 1.0), 3),
+}
+
+
+def _settings(preset: str) -> Sequence[Settings]:
+    if preset == "smoke":
+        return [
+            {"data": "digits", "width": 16, "mode": mode, "scale": 0.1, "seed": seed, "steps": 20}
+            for mode in _MODES
+            for seed in (0, 1)
+        ]
+    return [
+        {
+            "data": data,
+            "width": width,
+            "mode": mode,
+            "scale": scale,
+            "seed": seed,
+            "steps": _STEPS,
+        }
+        for data, (_, widths, scales, num_seeds) in _DATA.items()
+        for width in widths
+        for mode in _MODES
+        for scale in (scales if mode != "none" else (0.0,))
+        for seed in range(num_seeds)
+    ]
+
+
+def _run(settings: Settings) -> dict[str, float]:
+    split, seed = _DATA[settings["data"]][0](), settings["seed"]
+    sizes = (split.x.shape[1], settings["width"], settings["width"], 10)
+    trained = _networks.train(
+        _networks.he_network(sizes, jax.random.key(seed)),
+        _chain(settings["mode"], settings["scale"], settings["steps"], seed),
+        split,
+        batch_size=_BATCH,
+        num_steps=settings["steps"],
+        seed=seed,
+    )
+    hessian = curvature.hessian(_networks.loss_fn, trained.params, split.x, split.y)
+    trace = curvature.trace(hessian, key=jax.random.key(seed), num_probes=_PROBES)
+    return {
+        "accuracy": _networks.accuracy(trained.params, split),
+        "loss": trained.loss,
+        "trace": float(trace.value),
+        "trace_error": float(trace.standard_error),
+    }
+
+
+def _chain(mode: str, scale: float, num_steps: int, seed: int) -> Any:
+    if mode == "none":
+        return optax.chain(optax.sgd(_RATE))
+    noise = transforms.perturbed_gradient(
+        lambda count: jnp.where(count < _QUIET * num_steps, scale, 0.0),
+        key=jax.random.key(seed),
+        layerwise=mode == "layerwise",
+    )
+    return optax.chain(noise, optax.sgd(_RATE))
+
+
+def _judge(records: Sequence[Record]) -> list[Verdict]:
+    verdicts = []
+    for data in dict.fromkeys(record["data"] for record in records):
+        own = _claims.select(records, data=data)
+        largest = max(record["scale"] for record in own)
+        survives, texts, falls, traces = [], [], [], []
+        for width in sorted({record["width"] for record in own}):
+            layerwise, everywhere = (
+                _claims.select(own, width=width, mode=mode, scale=largest)
+                for mode in ("layerwise", "all")
+            )
+            pair = _claims.numbers(layerwise, "accuracy"), _claims.numbers(everywhere, "accuracy")
+            gain, error = _claims.mean_and_error(pair[0] - pair[1])
+            survives.append(gain > 2 * error)
+            texts.append(
+                f"width {width}: {pair[0].mean():.3f} against {pair[1].mean():.3f}, "
+                f"{gain:+.3f} ± {error:.3f}"
+            )
+            smallest = min(record["scale"] for record in own if record["scale"])
+            noisy = _claims.select(own, width=width, mode="layerwise", scale=smallest)
+            plain = _claims.select(own, width=width, mode="none")
+            ends = [_claims.numbers(part, "trace").mean() for part in (plain, noisy)]
+            falls.append(ends[1] < ends[0])
+            traces.append(f"width {width}: {ends[0]:.3g} to {ends[1]:.3g}")
+        verdicts.append(
+            Verdict(
+                f"{'reproduced' if all(survives) else 'not reproduced'} ({data}): layerwise noise "
+                "survives where noise in all layers does not",
+                f"test accuracy, layerwise against all, noise {largest:g}: {'; '.join(texts)}",
+            )
+        )
+        verdicts.append(
+            Verdict(
+                f"{'reproduced' if all(falls) else 'not reproduced'} ({data}): small noise lowers "
+                "the trace of the Hessian",
+                f"none to layerwise, noise {smallest:g}: {'; '.join(traces)}",
+            )
+        )
+    return verdicts
+
+
+def _draw(records: Sequence[Record], figure: Any) -> None:
+    panels = figure.subplots(1, 2)
+    colors = {16: "#CC79A7", 64: "#0072B2", 256: "#D55E00", 1024: "#009E73"}
+    for axes, name in zip(panels, ("accuracy", "trace"), strict=True):
+        own = [record for record in records if record["data"] == "digits"]
+        for width in sorted({record["width"] for record in own}):
+            for mode, line in (("layerwise", "-"), ("all", "--")):
+                scales = sorted({record["scale"] for record in own if record["mode"] == mode})
+                values = [
+                    _claims.numbers(_claims.select(own, width=width, mode=mode, scale=s), name)
+                    for s in scales
+                ]
+                axes.errorbar(
+                    scales,
+                    [value.mean() for value in values],
+                    yerr=[value.std(ddof=1) for value in values],
+                    color=colors[width],
+                    linestyle=line,
+                    linewidth=1,
+                    marker="o",
+                    markersize=3,
+                    label=f"{mode}, {width}",
+                )
+            plain = _claims.numbers(_claims.select(own, width=width, mode="none"), name)
+            axes.axhline(plain.mean(), color=colors[width], linewidth=0.6, linestyle=":")
+        axes.set_xscale("log")
+        axes.set_xlabel("noise (digits; dotted: none)", fontsize=8)
+        axes.set_ylabel({"accuracy": "test accuracy", "trace": "trace"}[name], fontsize=8)
+        axes.tick_params(labelsize=7)
+    panels[1].set_yscale("symlog", linthresh=0.1)
+    panels[0].legend(frameon=False, fontsize=6)
+
+
+CLAIM = _claims.Claim(
+    name="weight_noise",
+    paper="Orvieto et al. 2023 (arXiv:2206.04613)",
+    statement="small weight noise regularises; layer by layer it survives width",
+    printed="the abstract states the variance explosion and its remedy; no table was available",
+    settings=_settings,
+    run=_run,
+    judge=_judge,
+    draw=_draw,
+)
