@@ -38,6 +38,13 @@ def optimizer(settings: TrainSettings) -> optax.GradientTransformationExtraArgs:
     return _wrap(name, options, descent, key, _masks)
 
 
+def denoised(settings: TrainSettings, params: Any, state: Any) -> Any:
+    """The parameters to evaluate: without the noise that `anticorrelated_noise` keeps on them."""
+    if settings.transformation != "anticorrelated_noise":
+        return params
+    return transforms.denoise_params(params, state[-1])
+
+
 def _masks(params: Any) -> tuple[Any, Any]:
     """Masks of the kernels, and of those with a normalization behind them."""
 

@@ -20,7 +20,7 @@ from regjax.experiments._settings import (
     out_dir,
     training_options,
 )
-from regjax.experiments._training import TrainingResult, restore, train
+from regjax.experiments._training import TrainingResult, restore, train, trained_model
 from regjax.experiments._validation import validate
 
 Record = dict[str, Any]
@@ -112,7 +112,7 @@ def _trained(settings: TrainSettings, progress: Progress) -> tuple[Subject, Reco
         model = build_model(settings, dataset)
         state, losses = restore(path, settings, dataset, model)
         weights = state.weights
-        model = model._replace(params=weights.params, state=weights.model_state)
+        model = trained_model(settings, model, weights)
         result = TrainingResult(model, losses, time.monotonic() - start)
     else:
         path = out_dir(settings) / "checkpoint.npz"

@@ -13,7 +13,7 @@ from regjax.experiments import _checkpoint
 from regjax.experiments._data import Dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
 from regjax.experiments._network import build_model
-from regjax.experiments._optimizer import optimizer
+from regjax.experiments._optimizer import denoised, optimizer
 from regjax.experiments._settings import (
     TrainSettings,
     UsageError,
@@ -111,8 +111,14 @@ def train(
     finally:
         if num_saved < len(losses):
             save(path, settings, dataset, state, losses)
-    trained = model._replace(params=state.weights.params, state=state.weights.model_state)
+    trained = trained_model(settings, model, state.weights)
     return TrainingResult(trained, losses, time.monotonic() - start)
+
+
+def trained_model(settings: TrainSettings, model: Model, weights: Weights) -> Model:
+    """The model with trained weights, without the noise that a transformation left on them."""
+    params = denoised(settings, weights.params, weights.optimizer_state)
+    return model._replace(params=params, state=weights.model_state)
 
 
 def save(

@@ -77,7 +77,7 @@ class AnticorrelatedNoise:
 
 @dataclasses.dataclass(frozen=True)
 class EntropySgd:
-    """Gradient of the local entropy, by a Langevin walk on the batch of the step."""
+    """Gradient of the local entropy, by a Langevin walk over the batches that follow."""
 
     gamma: float = 1e-4
     """Stiffness of the well, in units of the loss over the parameter squared."""

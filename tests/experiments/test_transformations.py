@@ -94,6 +94,18 @@ def test_inner_steps_see_the_batches_that_follow_and_shards_their_parts():
     assert inner_batches(settings_of("sam"), 2, [0, 1]) == [[4, 5], [6, 7]]
 
 
+def test_what_is_evaluated_carries_no_noise(tmp_path):
+    settings, dataset = settings_of("anticorrelated_noise", epochs=1), make_dataset()
+    result = train(settings, dataset, path=tmp_path / "checkpoint.npz")
+    weights = state_in(tmp_path / "checkpoint.npz", settings, dataset).weights
+    noise = weights.optimizer_state[-1].noise
+    for ours, noisy, xi in zip(
+        jax.tree.leaves(result.model.params), jax.tree.leaves(weights.params), noise, strict=True
+    ):
+        np.testing.assert_array_equal(ours, noisy - xi)
+        assert jnp.abs(xi).max() > 1e-3
+
+
 def test_masks_are_kernels_and_those_before_a_normalization():
     settings = make_settings(model="convnet", normalization="batch", depth=2)
     params = _network.build_model(settings, make_dataset(shape=(8, 8, 1))).params
