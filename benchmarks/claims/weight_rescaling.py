@@ -1,0 +1,278 @@
+"""Unit-norm filters keep the effective learning rate that weight decay only settles at."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import _claims
+from benchmarks._claims import Record, Settings, Verdict
+from benchmarks.claims import _networks
+from regjax import schedules, transforms
+
+_DATA: dict[str, tuple[Callable[[], _networks.Split], int]] = {
+    "digits": (_networks.digits, 5),
+    "fashion_mnist": (_networks.fashion_mnist, 3),
+}
+_WIDTH, _BATCH, _STEPS, _RATE, _DECAY = 128, 50, 3_000, 0.1, 5e-3
+_LAYERS = ("first", "second")  # those with a batch norm
+_METHODS = ("none", "decay", "rescaled", "decay, then rescaled at the matched rate")
+_AFTER = 300  # steps over which the two ways to go on from the decayed run are compared
+
+
+class _Motion(NamedTuple):
+    """Of each step, means over the filters of both layers.
+
+    Attributes:
+      angle: (steps,), by which the filters turned.
+      predicted: (steps,), rate |g| / |w|, whose arctangent that is for a plain or rescaled step.
+      gradient: (steps,), |g| |w|, the gradient at unit norm.
+      norm: (steps,), |w|.
+    """
+
+    angle: jax.Array
+    predicted: jax.Array
+    gradient: jax.Array
+    norm: jax.Array
+
+
+def _settings(preset: str) -> Sequence[Settings]:
+    data = {"digits": (_networks.digits, 2)} if preset == "smoke" else _DATA
+    return [
+        {
+            "data": name,
+            "method": method,
+            "seed": seed,
+            "steps": 60 if preset == "smoke" else _STEPS,
+        }
+        for name, (_, num_seeds) in data.items()
+        for method in _METHODS
+        for seed in range(num_seeds)
+    ]
+
+
+def _run(settings: Settings) -> Mapping[str, float]:
+    split, seed, steps = _DATA[settings["data"]][0](), settings["seed"], settings["steps"]
+    params, method = _initial(split.x.shape[1], seed), settings["method"]
+    if method == _METHODS[-1]:
+        return _matched(params, split, seed, steps)
+    rescales = method == "rescaled"
+    tx = _chain(_DECAY if method == "decay" else 0.0, rescales, _RATE)
+    start = _unit(params, rescales)
+    end, motion = _train(tx, start, split, seed, steps)
+    return {**_measured(end, split), **_summary(motion), "rate": _RATE, "decayed_angle": 0.0}
+
+
+def _matched(params: Any, split: _networks.Split, seed: int, steps: int) -> Mapping[str, float]:
+    """From the end of the decayed run: on with decay, or rescaled at the matched rate."""
+    decay = _chain(_DECAY, False, _RATE)
+    params, motion = _train(decay, params, split, seed, steps)
+    gradient = float(motion.gradient[-_AFTER:].mean())
+    rate = float(schedules.matched_learning_rate(_RATE, _DECAY, gradient))
+    _, decayed = _train(decay, params, split, seed + 1000, _AFTER)
+    rescaled = _chain(0.0, True, rate)
+    end, motion = _train(rescaled, _unit(params, True), split, seed + 1000, _AFTER)
+    angle = float(decayed.angle.mean())
+    return {**_measured(end, split), **_summary(motion), "rate": rate, "decayed_angle": angle}
+
+
+def _measured(params: Any, split: _networks.Split) -> Mapping[str, float]:
+    """Loss, and accuracy with the batch statistics of the test images."""
+    right = jnp.argmax(_outputs(params, split.x_test), 1) == split.y_test
+    return {
+        "loss": float(_loss(params, split.x, split.y)),
+        "accuracy": float(jnp.mean(right)),
+    }
+
+
+def _summary(motion: _Motion) -> Mapping[str, float]:
+    return {
+        "first_norm": float(motion.norm[0]),
+        "norm": float(motion.norm[-1]),
+        "angle": float(motion.angle[-_AFTER:].mean()),
+        "predicted": float(jnp.arctan(motion.predicted[-_AFTER:]).mean()),
+    }
+
+
+def _initial(num_inputs: int, seed: int) -> Any:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    sizes = (num_inputs, _WIDTH, _WIDTH, 10)
+    kernels = [
+        jnp.sqrt(2 / n) * jax.random.normal(key, (n, m))
+        for n, m, key in zip(sizes[:-1], sizes[1:], keys, strict=True)
+    ]
+    layers: Any = {
+        name: {"kernel": kernel, "scale": jnp.ones(_WIDTH), "bias": jnp.zeros(_WIDTH)}
+        for name, kernel in zip(_LAYERS, kernels, strict=False)
+    }
+    return {**layers, "head": {"kernel": kernels[-1], "bias": jnp.zeros(10)}}
+
+
+def _outputs(params: Any, x: jax.Array) -> jax.Array:
+    """Dense, batch norm with the statistics of `x`, ReLU, twice; then dense."""
+    for name in _LAYERS:
+        hidden = x @ params[name]["kernel"]
+        hidden = (hidden - hidden.mean(0)) / jnp.sqrt(hidden.var(0) + 1e-5)
+        x = jax.nn.relu(params[name]["scale"] * hidden + params[name]["bias"])
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def _loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    logits = _outputs(params, x)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+
+
+def _mask(params: Any) -> Any:
+    """The kernels that a batch norm follows."""
+    return {
+        name: {leaf: leaf == "kernel" and name in _LAYERS for leaf in layer}
+        for name, layer in params.items()
+    }
+
+
+def _unit(params: Any, rescales: bool) -> Any:
+    """The weights with unit filters, the same network, where they will be kept so."""
+    if not rescales:
+        return params
+    tx = transforms.rescale_weights(mask=_mask)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    return optax.apply_updates(params, tx.update(zero, tx.init(params), params)[0])
+
+
+@functools.cache
+def _chain(decay: float, rescales: bool, rate: float) -> Any:
+    """Descent without momentum, so that the identities hold of each step; other leaves at 0.1."""
+    members = [
+        optax.masked(optax.add_decayed_weights(decay), _mask),
+        optax.sgd(_RATE),
+        optax.masked(optax.scale(rate / _RATE), _mask),
+    ]
+    return optax.chain(*members, *([transforms.rescale_weights(mask=_mask)] if rescales else []))
+
+
+def _train(
+    tx: Any, params: Any, split: _networks.Split, seed: int, num_steps: int
+) -> tuple[Any, _Motion]:
+    random = np.random.default_rng(seed)
+    order = [random.choice(len(split.y), _BATCH, replace=False) for _ in range(num_steps)]
+    batches = jnp.asarray(np.stack(order), jnp.int32)
+    return _scan(tx.update, tx.init(params), params, split.x, split.y, batches)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scan(update: Any, state: Any, params: Any, x: Any, y: Any, batches: Any) -> Any:
+    def step(carry: Any, batch: jax.Array) -> tuple[Any, _Motion]:
+        params, state = carry
+        grads = jax.grad(_loss)(params, x[batch], y[batch])
+        updates, state = update(grads, state, params)
+        new = optax.apply_updates(params, updates)
+        return (new, state), _motion(params, new, grads)
+
+    (end, _), motion = jax.lax.scan(step, (params, state), batches)
+    return end, motion
+
+
+def _motion(params: Any, new: Any, grads: Any) -> _Motion:
+    angles, ratios, gradients, norms = [], [], [], []
+    for name in _LAYERS:
+        w, v, g = (tree[name]["kernel"] for tree in (params, new, grads))
+        norm, slope = jnp.linalg.norm(w, axis=0), jnp.linalg.norm(g, axis=0)
+        along = jnp.sum(v * w, 0) / norm
+        # From the part across the weights: an arccosine of nearly one would be rounding.
+        across = jnp.linalg.norm(v - w * along / norm, axis=0)
+        angles.append(jnp.arctan2(across, along))
+        ratios.append(slope / norm)
+        gradients.append(slope * norm)
+        norms.append(norm)
+    means = [jnp.mean(jnp.stack(values)) for values in (angles, ratios, gradients, norms)]
+    return _Motion(means[0], _RATE * means[1], means[2], means[3])
+
+
+def _judge(records: Sequence[Record]) -> list[Verdict]:
+    verdicts = []
+    for data in dict.fromkeys(record["data"] for record in records):
+        none, decay, rescaled, matched = (
+            _claims.select(records, data=data, method=method) for method in _METHODS
+        )
+        norms = [_claims.numbers(part, "norm") for part in (none, decay, rescaled)]
+        kept = bool(np.all(np.abs(norms[2] - 1) < 1e-4))
+        verdicts.append(
+            Verdict(
+                f"{_word(kept)} ({data}): the norm stays where it is put",
+                f"mean norm of a filter from {_claims.numbers(none, 'first_norm').mean():.2f} to "
+                f"{norms[0].mean():.2f} without, {norms[1].mean():.2f} with decay; rescaled "
+                f"{norms[2].mean():.4f}",
+            )
+        )
+        angle, predicted = (_claims.numbers(rescaled, name) for name in ("angle", "predicted"))
+        worst = float(np.max(np.abs(angle / predicted - 1)))
+        verdicts.append(
+            Verdict(
+                f"{_word(worst < 0.01)} ({data}): a rescaled step turns a filter by "
+                "arctan(rate |g|)",
+                f"{angle.mean():.3g} rad a step, off by {worst:.1%} at most in {len(angle)} seeds",
+            )
+        )
+        ratio = _claims.numbers(matched, "angle") / _claims.numbers(matched, "decayed_angle")
+        mean, error = _claims.mean_and_error(ratio)
+        verdicts.append(
+            Verdict(
+                f"{_word(bool(np.all(np.abs(ratio - 1) < 0.1)))} ({data}): at the matched rate "
+                "rescaled filters turn as fast as decayed ones",
+                f"angles from the same weights, rescaled over decayed: {mean:.2f} ± {error:.2f}",
+            )
+        )
+        gain, error = _claims.mean_and_error(
+            _claims.numbers(rescaled, "accuracy") - _claims.numbers(decay, "accuracy")
+        )
+        verdicts.append(
+            Verdict(
+                f"not testable at this size ({data}): accuracy like that of decay",
+                f"rescaled less decayed: {gain:+.4f} ± {error:.4f}",
+            )
+        )
+    return verdicts
+
+
+def _word(holds: bool) -> str:
+    return "reproduced" if holds else "not reproduced"
+
+
+def _draw(records: Sequence[Record], figure: Any) -> None:
+    panels = figure.subplots(1, 3)
+    labels = ("none", "decay", "rescaled", "matched")
+    names = (("norm", "norm of a filter"), ("angle", "angle a step"), ("accuracy", "test accuracy"))
+    for axes, (name, text) in zip(panels, names, strict=True):
+        for shift, data in enumerate(dict.fromkeys(record["data"] for record in records)):
+            for place, method in enumerate(_METHODS):
+                values = _claims.numbers(_claims.select(records, data=data, method=method), name)
+                axes.plot(
+                    np.full(len(values), place + 0.2 * shift),
+                    values,
+                    ("o", "s")[shift],
+                    color=("#0072B2", "#D55E00")[shift],
+                    markersize=3,
+                    alpha=0.6,
+                    label=data if place == 0 else None,
+                )
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_ylabel(text, fontsize=8)
+        axes.tick_params(labelsize=6)
+    panels[1].set_yscale("log")
+    panels[0].legend(frameon=False, fontsize=7)
+
+
+CLAIM = _claims.Claim(
+    name="weight_rescaling",
+    paper="Liu et al. 2021 (arXiv:2102.03497)",
+    statement="unit-norm filters keep the effective learning rate where decay lets it settle",
+    printed="only the abstract was read; no number may be quoted",
+    settings=_settings,
+    run=_run,
+    judge=_judge,
+    draw=_draw,
+)
