@@ -109,9 +109,10 @@ def table(entries: Mapping[str, Record]) -> str:
     """All verdicts as a table in Markdown."""
     lines = ["| claim | verdict | evidence |", "|---|---|---|"]
     for name, entry in entries.items():
+        first = f"[{name}](results/claim_{name}.png), {entry['paper']}: {entry['statement']}"
         for verdict in entry["verdicts"]:
-            first = f"[{name}](results/claim_{name}.png), {entry['paper']}: {entry['statement']}"
             lines.append(f"| {first} | {verdict['verdict']} | {verdict['evidence']} |")
+            first = ""
     return "\n".join(lines)
 
 

@@ -109,14 +109,16 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
                     f"{wider[-1]} of {len(ours)} seeds"
                 )
             is_wider = min(wider) >= _SHARE * len(ours)
+            word = "reproduced" if is_wider else "not reproduced"
+            if any(record["loss"] >= record["stop"] for record in (*ours, *plain)):
+                word = "not testable at this size, the loss was not reached in every seed"
             accuracy = _claims.numbers(ours, "accuracy") - _claims.numbers(plain, "accuracy")
             gain, error = _claims.mean_and_error(accuracy)
             no_worse = "and no worse" if gain > -2 * error else "but worse"
             loss = [_claims.numbers(part, "loss").mean() for part in (ours, plain)]
             verdicts.append(
                 Verdict(
-                    f"{'reproduced' if is_wider else 'not reproduced'} ({data}, {method}): wider, "
-                    f"{no_worse}",
+                    f"{word} ({data}, {method}): wider, {no_worse}",
                     f"{'; '.join(texts)}; accuracy {gain:+.4f} ± {error:.4f}; training loss "
                     f"{loss[0]:.2g} against {loss[1]:.2g}",
                 )
@@ -143,7 +145,7 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
         methods = list(dict.fromkeys(record["method"] for record in records))
         axes.set_xticks(range(len(methods)), [m.replace("entropy, ", "") for m in methods])
         axes.set_ylabel(text, fontsize=8)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
         if name != "accuracy":
             axes.set_yscale("log")
     panels[0].legend(frameon=False, fontsize=7)

@@ -151,7 +151,7 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
     for axes, name in zip(panels, ("test accuracy", "share of |w| < 0.001"), strict=True):
         axes.set_xlabel("strength", fontsize=8)
         axes.set_ylabel(name, fontsize=8)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
     panels[1].legend(frameon=False, fontsize=6)
 
 

@@ -147,7 +147,7 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
         axes.set_xscale("log")
         axes.set_xlabel("noise (digits; dotted: none)", fontsize=8)
         axes.set_ylabel({"accuracy": "test accuracy", "trace": "trace"}[name], fontsize=8)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
     panels[1].set_yscale("symlog", linthresh=0.1)
     panels[0].legend(frameon=False, fontsize=6)
 
