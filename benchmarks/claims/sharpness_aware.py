@@ -70,7 +70,8 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     for data in dict.fromkeys(record["data"] for record in records):
         own = _claims.select(records, data=data)
         batches = sorted({record["batch"] for record in own})
-        falls, runs, ends, reached = 0, 0, [], {}
+        falls, runs, ends = 0, 0, []
+        reached: dict[int, list[float]] = {}
         for batch in batches:
             rhos = reached[batch] = _reached(_claims.select(own, batch=batch))
             seeds = sorted({r["seed"] for r in _claims.select(own, batch=batch)})
@@ -83,8 +84,9 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
                 for rho in (rhos[0], rhos[-1])
             ]
             ends.append(f"{means[0]:.2f} to {means[1]:.2f} at rho = {rhos[-1]:g}, batch {batch}")
-        short = {record["rho"] for record in own} - set.intersection(*map(set, reached.values()))
-        left_out = f" (beyond, {_LIMIT} steps did not always reach the loss)" if short else ""
+        num_radii = len({record["rho"] for record in own})
+        is_short = any(len(rhos) < num_radii for rhos in reached.values())
+        left_out = f" (beyond, {_LIMIT} steps did not always reach the loss)" if is_short else ""
         flat = "reproduced" if falls == runs else "not reproduced"
         verdicts.append(
             Verdict(
