@@ -65,18 +65,17 @@ def find_claims() -> dict[str, Claim]:
 
 
 def collect(
-    claim: Claim, preset: str, path: pathlib.Path | None, report: Callable[[int, int], None]
+    claim: Claim, preset: str, path: pathlib.Path, report: Callable[[int, int], None]
 ) -> list[Record]:
     """The records of all runs of a preset; what `path` holds already is not run again."""
-    known = {} if path is None else _read(path)
+    known = _read(path)
     records, wanted = [], claim.settings(preset)
     for i, settings in enumerate(wanted):
         report(i, len(wanted))
         key = json.dumps([claim.name, preset, dict(settings)], sort_keys=True)
         if key not in known:
             known[key] = {**settings, **claim.run(settings)}
-            if path is not None:
-                _append(path, {"key": key, "record": known[key]})
+            _append(path, {"key": key, "record": known[key]})
         records.append(known[key])
     report(len(wanted), len(wanted))
     return records
@@ -126,6 +125,17 @@ def update_readme(path: pathlib.Path, entries: Mapping[str, Record]) -> None:
 def select(records: Sequence[Record], **values: Any) -> list[Record]:
     """The records with these values."""
     return [r for r in records if all(r[name] == value for name, value in values.items())]
+
+
+def groups(records: Sequence[Record], name: str) -> dict[Any, list[Record]]:
+    """The records for each value of `name`, in the order in which the values come."""
+    values = dict.fromkeys(record[name] for record in records)
+    return {value: select(records, **{name: value}) for value in values}
+
+
+def word(holds: Any) -> str:
+    """The verdict on what could be tested."""
+    return "reproduced" if holds else "not reproduced"
 
 
 def numbers(records: Sequence[Record], name: str) -> np.ndarray:

@@ -70,14 +70,20 @@ def floating_tree(name: str, tree: Any) -> Any:
     return tree
 
 
-def same_tree(name: str, tree: Any, like: Any, *, leading: tuple[int, ...] = ()) -> Any:
-    """Returns `tree` if it has the structure of `like` and shapes `leading + like's shapes`."""
+def same_structure(name: str, tree: Any, like: Any) -> Any:
+    """Returns `tree` if it has the structure of `like`, a tree of parameters."""
     structure: Any = jax.tree.structure(tree)
     expected: Any = jax.tree.structure(like)
     if structure != expected:
         raise ValueError(
             f"`{name}` must have the tree structure of the parameters, {expected}, got {structure}."
         )
+    return tree
+
+
+def same_tree(name: str, tree: Any, like: Any, *, leading: tuple[int, ...] = ()) -> Any:
+    """Returns `tree` if it has the structure of `like` and shapes `leading + like's shapes`."""
+    same_structure(name, tree, like)
     for (path, leaf), reference in zip(
         jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True
     ):

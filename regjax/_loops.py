@@ -83,13 +83,14 @@ def fold_captured(body: Callable[[Any, jax.Array], Any], carry: Any, length: int
 
     Nothing remembers such a body: with a concrete carry the host calls it, turn by turn.
     """
-    if is_concrete(carry):
-        for i in range(length):
-            carry = body(carry, jnp.int32(i))
-        return carry
-    on_cpu = jax.default_backend() == "cpu"
-    has_convolution = on_cpu and _has_convolution(body, carry, jax.ShapeDtypeStruct((), jnp.int32))
-    if on_cpu and length <= (_MAX_UNROLL if has_convolution else _SHORT_LOOP):
+    host_loops, on_cpu = is_concrete(carry), jax.default_backend() == "cpu"
+    has_convolution = (
+        on_cpu
+        and not host_loops
+        and _has_convolution(body, carry, jax.ShapeDtypeStruct((), jnp.int32))
+    )
+    limit = _MAX_UNROLL if has_convolution else _SHORT_LOOP
+    if host_loops or (on_cpu and length <= limit):
         for i in range(length):
             carry = body(carry, jnp.int32(i))
         return carry

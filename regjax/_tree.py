@@ -18,6 +18,12 @@ def vector_dtype(tree: Any) -> jnp.dtype:
     return max([jnp.dtype(jnp.float32), *dtypes], key=lambda dtype: jnp.finfo(dtype).bits)
 
 
+def group_axes(weights: Any, per_filter: bool) -> tuple[int, ...]:
+    """The axes of one group of weights: all but the last of a kernel `per_filter`, else all."""
+    ndim = jnp.ndim(weights)
+    return tuple(range(ndim - 1 if per_filter and ndim > 1 else ndim))
+
+
 def ravel(tree: Any, dtype: Any) -> jax.Array:
     """The leaves of `tree` as one vector (n,) of `dtype`, in the order of `jax.tree.leaves`."""
     vector, start = jnp.zeros(size(tree), dtype), 0

@@ -46,7 +46,7 @@ def test_runs_are_kept_and_go_on_where_they_stopped(tmp_path):
 
 def test_the_verdict_reaches_the_table_and_the_readme(tmp_path):
     claim = make_claim([])
-    records = _claims.collect(claim, "cpu", None, lambda *done: None)
+    records = _claims.collect(claim, "cpu", tmp_path / "runs.jsonl", lambda *done: None)
     entry = _claims.conclude(claim, "cpu", records, tmp_path)
     assert entry["verdicts"] == [{"verdict": "reproduced", "evidence": "4 runs"}]
     assert (tmp_path / "claim_made_up.png").stat().st_size > 1000

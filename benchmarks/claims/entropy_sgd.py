@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from benchmarks import _claims
 from benchmarks._claims import Record, Settings, Verdict
-from benchmarks.claims import _networks
+from benchmarks.claims import _figures, _networks
 from regjax import schedules, transforms
 
 _METHODS = ("sgd", "entropy, L = 5", "entropy, L = 20")
@@ -95,8 +95,7 @@ def _noisy_loss(params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.
 
 def _judge(records: Sequence[Record]) -> list[Verdict]:
     verdicts = []
-    for data in dict.fromkeys(record["data"] for record in records):
-        own = _claims.select(records, data=data)
+    for data, own in _claims.groups(records, "data").items():
         plain = _claims.select(own, method="sgd")
         for method in dict.fromkeys(record["method"] for record in own if record not in plain):
             ours = _claims.select(own, method=method)
@@ -108,8 +107,7 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
                     f"{text} {pair[0].mean():.3g} against {pair[1].mean():.3g}, lower in "
                     f"{wider[-1]} of {len(ours)} seeds"
                 )
-            is_wider = min(wider) >= _SHARE * len(ours)
-            word = "reproduced" if is_wider else "not reproduced"
+            word = _claims.word(min(wider) >= _SHARE * len(ours))
             if any(record["loss"] >= record["stop"] for record in (*ours, *plain)):
                 word = "not testable at this size, the loss was not reached in every seed"
             accuracy = _claims.numbers(ours, "accuracy") - _claims.numbers(plain, "accuracy")
@@ -128,24 +126,11 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
 
 def _draw(records: Sequence[Record], figure: Any) -> None:
     panels = figure.subplots(1, 3)
+    methods = [method.replace("entropy, ", "") for method in _claims.groups(records, "method")]
     names = (("sharpness", "largest eigenvalue"), ("noisy_loss", "noisy loss"))
     for axes, (name, text) in zip(panels, (*names, ("accuracy", "test accuracy")), strict=True):
-        for shift, data in enumerate(dict.fromkeys(record["data"] for record in records)):
-            for place, method in enumerate(dict.fromkeys(r["method"] for r in records)):
-                values = _claims.numbers(_claims.select(records, data=data, method=method), name)
-                axes.plot(
-                    np.full(len(values), place + 0.15 * shift),
-                    values,
-                    ("o", "s")[shift],
-                    color=("#0072B2", "#D55E00")[shift],
-                    markersize=3,
-                    alpha=0.6,
-                    label=data if place == 0 else None,
-                )
-        methods = list(dict.fromkeys(record["method"] for record in records))
-        axes.set_xticks(range(len(methods)), [m.replace("entropy, ", "") for m in methods])
-        axes.set_ylabel(text, fontsize=8)
-        axes.tick_params(which="both", labelsize=7)
+        _figures.dots(axes, records, "method", name, methods)
+        _figures.label(axes, y=text)
         if name != "accuracy":
             axes.set_yscale("log")
     panels[0].legend(frameon=False, fontsize=7)

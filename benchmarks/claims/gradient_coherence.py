@@ -11,7 +11,7 @@ import optax
 
 from benchmarks import _claims
 from benchmarks._claims import Record, Settings, Verdict
-from benchmarks.claims import _networks
+from benchmarks.claims import _figures, _networks
 from regjax import transforms
 
 _STRENGTHS = (0.0, 0.06, 0.1, 0.15)
@@ -75,8 +75,7 @@ def _chain(gate: str, strength: float, per_epoch: int) -> Any:
 
 def _judge(records: Sequence[Record]) -> list[Verdict]:
     verdicts = []
-    for data in dict.fromkeys(record["data"] for record in records):
-        own = _claims.select(records, data=data)
+    for data, own in _claims.groups(records, "data").items():
         plain = _claims.numbers(_claims.select(own, strength=0.0), "sparsity").mean()
         strengths = sorted({record["strength"] for record in own} - {0.0})
         dead, helped, texts = [], [], []
@@ -104,15 +103,14 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
         killed = f"at {', '.join(f'{s:g}' for s in dead)}" if dead else "at none of the strengths"
         verdicts.append(
             Verdict(
-                f"{'reproduced' if dead else 'not reproduced'} ({data}): beyond a tolerance L2 "
-                f"kills most nets, {killed}",
+                f"{_claims.word(dead)} ({data}): beyond a tolerance L2 kills most nets, {killed}",
                 evidence,
             )
         )
         if dead:
             verdicts.append(
                 Verdict(
-                    f"{'reproduced' if helped else 'not reproduced'} ({data}): there a coherence "
+                    f"{_claims.word(helped)} ({data}): there a coherence "
                     "gate keeps them alive and still regularises",
                     evidence,
                 )
@@ -122,36 +120,22 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
 
 def _draw(records: Sequence[Record], figure: Any) -> None:
     panels = figure.subplots(1, 2)
-    styles = {"always": ("#0072B2", "o"), "delayed": ("#E69F00", "^"), "cosine": ("#009E73", "s")}
-    for data in dict.fromkeys(record["data"] for record in records):
-        own = _claims.select(records, data=data)
-        for gate in dict.fromkeys(record["gate"] for record in own):
-            color, marker = styles[gate]
-            strengths = sorted(
-                {r["strength"] for r in own if r["gate"] == gate or not r["strength"]}
-            )
-            for axes, name in zip(panels, ("accuracy", "sparsity"), strict=True):
-                values = [
-                    _claims.numbers(
-                        _claims.select(own, strength=s, **({"gate": gate} if s else {})), name
-                    )
-                    for s in strengths
-                ]
-                axes.errorbar(
-                    strengths,
-                    [value.mean() for value in values],
-                    yerr=[value.std(ddof=1) for value in values],
+    names = (("accuracy", "test accuracy"), ("sparsity", f"share of |w| < {_SMALL:g}"))
+    for axes, (name, text) in zip(panels, names, strict=True):
+        for data, own in _claims.groups(records, "data").items():
+            for color, gate in zip(_figures.COLORS, _claims.groups(own, "gate"), strict=False):
+                # A strength of zero is the same with every gate.
+                part = [r for r in own if r["gate"] == gate or not r["strength"]]
+                _figures.line(
+                    axes,
+                    part,
+                    "strength",
+                    name,
                     color=color,
-                    marker=marker,
-                    markersize=3,
-                    linewidth=1,
-                    linestyle="-" if data == "digits" else "--",
+                    linestyle=_figures.LINES[data],
                     label=f"{gate}, {data}",
                 )
-    for axes, name in zip(panels, ("test accuracy", "share of |w| < 0.001"), strict=True):
-        axes.set_xlabel("strength", fontsize=8)
-        axes.set_ylabel(name, fontsize=8)
-        axes.tick_params(which="both", labelsize=7)
+        _figures.label(axes, x="strength", y=text)
     panels[1].legend(frameon=False, fontsize=6)
 
 

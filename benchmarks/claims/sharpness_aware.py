@@ -1,5 +1,6 @@
 """SAM: climbing before the gradient flattens the minimum, and helps most at small batches."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import optax
 
 from benchmarks import _claims
 from benchmarks._claims import Record, Settings, Verdict
-from benchmarks.claims import _networks
+from benchmarks.claims import _figures, _networks
 from regjax import transforms
 
 _RHOS = (0.0, 0.05, 0.1, 0.2, 0.4)
@@ -57,18 +58,14 @@ def _run(settings: Settings) -> dict[str, float]:
     }
 
 
-_CHAINS: dict[float, Any] = {}
-
-
+@functools.cache
 def _chain(rho: float) -> Any:
-    # The same object again compiles nothing again.
-    return _CHAINS.setdefault(rho, optax.chain(transforms.sam(rho), optax.sgd(0.1)))
+    return optax.chain(transforms.sam(rho), optax.sgd(0.1))
 
 
 def _judge(records: Sequence[Record]) -> list[Verdict]:
     verdicts = []
-    for data in dict.fromkeys(record["data"] for record in records):
-        own = _claims.select(records, data=data)
+    for data, own in _claims.groups(records, "data").items():
         batches = sorted({record["batch"] for record in own})
         falls, runs, ends = 0, 0, []
         reached: dict[int, list[float]] = {}
@@ -87,10 +84,9 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
         num_radii = len({record["rho"] for record in own})
         is_short = any(len(rhos) < num_radii for rhos in reached.values())
         left_out = f" (beyond, {_LIMIT} steps did not always reach the loss)" if is_short else ""
-        flat = "reproduced" if falls == runs else "not reproduced"
         verdicts.append(
             Verdict(
-                f"{flat} ({data}): the largest eigenvalue falls with rho",
+                f"{_claims.word(falls == runs)} ({data}): the largest eigenvalue falls with rho",
                 f"in {falls} of {runs} seeds and batches from each radius to the next; mean "
                 f"{', '.join(ends)}{left_out}",
             )
@@ -100,14 +96,13 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
             for batch, rhos in reached.items()
         }
         _, gain, error = gains[batches[0]]
-        accurate = "reproduced" if gain > 2 * error else "not reproduced"
         text = "; ".join(
             f"{g:+.4f} ± {e:.4f} at rho = {rho:g}, batch {batch}"
             for batch, (rho, g, e) in gains.items()
         )
         verdicts.append(
             Verdict(
-                f"{accurate} ({data}): accuracy gains at small batches",
+                f"{_claims.word(gain > 2 * error)} ({data}): accuracy gains at small batches",
                 f"gain over rho = 0: {text} (mean over seeds, one standard error)",
             )
         )
@@ -131,36 +126,29 @@ def _gain(records: Sequence[Record], batch: int, low: float, high: float) -> tup
 
 def _draw(records: Sequence[Record], figure: Any) -> None:
     panels = figure.subplots(1, 2)
-    styles = {30: ("#0072B2", "o"), 300: ("#D55E00", "s")}
-    for data in dict.fromkeys(record["data"] for record in records):
-        for batch in sorted({record["batch"] for record in records}):
-            own = _claims.select(records, data=data, batch=batch)
-            rhos = sorted({record["rho"] for record in own})
-            color, marker = styles[batch]
-            for axes, name in zip(panels, ("sharpness", "accuracy"), strict=True):
-                values = [_claims.numbers(_claims.select(own, rho=rho), name) for rho in rhos]
-                axes.errorbar(
-                    rhos,
-                    [value.mean() for value in values],
-                    yerr=[value.std(ddof=1) for value in values],
+    names = (("sharpness", "largest eigenvalue"), ("accuracy", "test accuracy"))
+    for axes, (name, text) in zip(panels, names, strict=True):
+        for data, own in _claims.groups(records, "data").items():
+            for color, (batch, part) in zip(
+                _figures.COLORS, _claims.groups(own, "batch").items(), strict=False
+            ):
+                _figures.line(
+                    axes,
+                    part,
+                    "rho",
+                    name,
                     color=color,
-                    marker=marker,
-                    markersize=3,
-                    linewidth=1,
-                    linestyle="-" if data == "digits" else "--",
+                    linestyle=_figures.LINES[data],
                     label=f"{data}, batch {batch}",
                 )
-    for axes, name in zip(panels, ("largest eigenvalue", "test accuracy"), strict=True):
-        axes.set_xlabel("rho", fontsize=8)
-        axes.set_ylabel(name, fontsize=8)
-        axes.tick_params(which="both", labelsize=7)
+        _figures.label(axes, x="rho", y=text)
     panels[0].set_yscale("log")
     panels[0].legend(frameon=False, fontsize=7)
 
 
 CLAIM = _claims.Claim(
     name="sharpness_aware",
-    paper="Foret et al. 2021, Kaur et al. (arXiv:2010.01412)",
+    paper="Foret et al. 2021 (arXiv:2010.01412); Kaur et al. 2023 (arXiv:2206.10654)",
     statement="climbing before the gradient flattens the minimum, and helps most at small batch",
     printed="tables of the papers were not checked; none is quoted",
     settings=_settings,

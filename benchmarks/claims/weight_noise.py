@@ -9,7 +9,7 @@ import optax
 
 from benchmarks import _claims
 from benchmarks._claims import Record, Settings, Verdict
-from benchmarks.claims import _networks
+from benchmarks.claims import _figures, _networks
 from regjax import curvature, transforms
 
 _MODES = ("none", "layerwise", "all")
@@ -80,8 +80,7 @@ def _chain(mode: str, scale: float, num_steps: int, seed: int) -> Any:
 
 def _judge(records: Sequence[Record]) -> list[Verdict]:
     verdicts = []
-    for data in dict.fromkeys(record["data"] for record in records):
-        own = _claims.select(records, data=data)
+    for data, own in _claims.groups(records, "data").items():
         largest = max(record["scale"] for record in own)
         survives, texts, falls, traces = [], [], [], []
         for width in sorted({record["width"] for record in own}):
@@ -104,15 +103,14 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
             traces.append(f"width {width}: {ends[0]:.3g} to {ends[1]:.3g}")
         verdicts.append(
             Verdict(
-                f"{'reproduced' if all(survives) else 'not reproduced'} ({data}): layerwise noise "
+                f"{_claims.word(all(survives))} ({data}): layerwise noise "
                 "survives where noise in all layers does not",
                 f"test accuracy, layerwise against all, noise {largest:g}: {'; '.join(texts)}",
             )
         )
         verdicts.append(
             Verdict(
-                f"{'reproduced' if all(falls) else 'not reproduced'} ({data}): small noise lowers "
-                "the trace of the Hessian",
+                f"{_claims.word(all(falls))} ({data}): small noise lowers the trace of the Hessian",
                 f"none to layerwise, noise {smallest:g}: {'; '.join(traces)}",
             )
         )
@@ -121,34 +119,28 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
 
 def _draw(records: Sequence[Record], figure: Any) -> None:
     panels = figure.subplots(1, 2)
-    colors = {16: "#CC79A7", 64: "#0072B2", 256: "#D55E00", 1024: "#009E73"}
-    for axes, name in zip(panels, ("accuracy", "trace"), strict=True):
-        own = [record for record in records if record["data"] == "digits"]
-        for width in sorted({record["width"] for record in own}):
-            for mode, line in (("layerwise", "-"), ("all", "--")):
-                scales = sorted({record["scale"] for record in own if record["mode"] == mode})
-                values = [
-                    _claims.numbers(_claims.select(own, width=width, mode=mode, scale=s), name)
-                    for s in scales
-                ]
-                axes.errorbar(
-                    scales,
-                    [value.mean() for value in values],
-                    yerr=[value.std(ddof=1) for value in values],
-                    color=colors[width],
-                    linestyle=line,
-                    linewidth=1,
-                    marker="o",
-                    markersize=3,
-                    label=f"{mode}, {width}",
+    own = _claims.select(records, data="digits")
+    for axes, (name, text) in zip(
+        panels, (("accuracy", "test accuracy"), ("trace", "trace of the Hessian")), strict=True
+    ):
+        for color, (width, part) in zip(
+            _figures.COLORS, _claims.groups(own, "width").items(), strict=False
+        ):
+            for mode, style in (("layerwise", "-"), ("all", "--")):
+                _figures.line(
+                    axes,
+                    _claims.select(part, mode=mode),
+                    "scale",
+                    name,
+                    color=color,
+                    linestyle=style,
+                    label=f"{mode}, width {width}",
                 )
-            plain = _claims.numbers(_claims.select(own, width=width, mode="none"), name)
-            axes.axhline(plain.mean(), color=colors[width], linewidth=0.6, linestyle=":")
+            plain = _claims.numbers(_claims.select(part, mode="none"), name)
+            axes.axhline(plain.mean(), color=color, linewidth=0.6, linestyle=":")
         axes.set_xscale("log")
-        axes.set_xlabel("noise (digits; dotted: none)", fontsize=8)
-        axes.set_ylabel({"accuracy": "test accuracy", "trace": "trace"}[name], fontsize=8)
-        axes.tick_params(which="both", labelsize=7)
-    panels[1].set_yscale("symlog", linthresh=0.1)
+        _figures.label(axes, x="noise (digits; dotted: none)", y=text)
+    panels[1].set_yscale("log")
     panels[0].legend(frameon=False, fontsize=6)
 
 

@@ -11,8 +11,8 @@ import optax
 
 from benchmarks import _claims
 from benchmarks._claims import Record, Settings, Verdict
-from benchmarks.claims import _networks
-from regjax import schedules, transforms
+from benchmarks.claims import _figures, _networks
+from regjax import normalization, schedules, transforms
 
 _DATA: dict[str, tuple[Callable[[], _networks.Split], int]] = {
     "digits": (_networks.digits, 5),
@@ -20,7 +20,9 @@ _DATA: dict[str, tuple[Callable[[], _networks.Split], int]] = {
 }
 _WIDTH, _BATCH, _STEPS, _RATE, _DECAY = 128, 50, 3_000, 0.1, 5e-3
 _LAYERS = ("first", "second")  # those with a batch norm
-_METHODS = ("none", "decay", "rescaled", "decay, then rescaled at the matched rate")
+_MATCHED = "decay, then rescaled at the matched rate"
+_BASELINES = ("none", "decay", "standardized", "radial removed")
+_METHODS = (*_BASELINES, "rescaled", _MATCHED)
 _SETTLED = 0.2  # decay is in equilibrium if its angle is the predicted one up to this share
 _AFTER = 300  # steps over which the two ways to go on from the decayed run are compared
 
@@ -59,33 +61,35 @@ def _settings(preset: str) -> Sequence[Settings]:
 def _run(settings: Settings) -> Mapping[str, float]:
     split, seed, steps = _DATA[settings["data"]][0](), settings["seed"], settings["steps"]
     params, method = _initial(split.x.shape[1], seed), settings["method"]
-    if method == _METHODS[-1]:
+    if method == _MATCHED:
         return _matched(params, split, seed, steps)
-    rescales = method == "rescaled"
-    tx = _chain(_DECAY if method == "decay" else 0.0, rescales, _RATE)
-    start = _unit(params, rescales)
-    end, motion = _train(tx, start, split, seed, steps)
-    return {**_measured(end, split), **_summary(motion), "rate": _RATE, "decayed_angle": 0.0}
+    standardizes = method == "standardized"
+    start = _unit(params, method == "rescaled")
+    end, motion = _train(_chain(method, _RATE), start, split, seed, steps, standardizes)
+    measured = _measured(end, split, standardizes)
+    return {**measured, **_summary(motion), "rate": _RATE, "decayed_angle": 0.0}
 
 
 def _matched(params: Any, split: _networks.Split, seed: int, steps: int) -> Mapping[str, float]:
     """From the end of the decayed run: on with decay, or rescaled at the matched rate."""
-    decay = _chain(_DECAY, False, _RATE)
+    decay = _chain("decay", _RATE)
     params, motion = _train(decay, params, split, seed, steps)
     gradient = float(motion.gradient[-_AFTER:].mean())
     rate = float(schedules.matched_learning_rate(_RATE, _DECAY, gradient))
     _, decayed = _train(decay, params, split, seed + 1000, _AFTER)
-    rescaled = _chain(0.0, True, rate)
+    rescaled = _chain("rescaled", rate)
     end, motion = _train(rescaled, _unit(params, True), split, seed + 1000, _AFTER)
     angle = float(decayed.angle.mean())
     return {**_measured(end, split), **_summary(motion), "rate": rate, "decayed_angle": angle}
 
 
-def _measured(params: Any, split: _networks.Split) -> Mapping[str, float]:
+def _measured(
+    params: Any, split: _networks.Split, standardizes: bool = False
+) -> Mapping[str, float]:
     """Loss, and accuracy with the batch statistics of the test images."""
-    right = jnp.argmax(_outputs(params, split.x_test), 1) == split.y_test
+    right = jnp.argmax(_outputs(params, split.x_test, standardizes), 1) == split.y_test
     return {
-        "loss": float(_loss(params, split.x, split.y)),
+        "loss": float(_loss(params, split.x, split.y, standardizes)),
         "accuracy": float(jnp.mean(right)),
     }
 
@@ -113,17 +117,18 @@ def _initial(num_inputs: int, seed: int) -> Any:
     return {**layers, "head": {"kernel": kernels[-1], "bias": jnp.zeros(10)}}
 
 
-def _outputs(params: Any, x: jax.Array) -> jax.Array:
+def _outputs(params: Any, x: jax.Array, standardizes: bool = False) -> jax.Array:
     """Dense, batch norm with the statistics of `x`, ReLU, twice; then dense."""
     for name in _LAYERS:
-        hidden = x @ params[name]["kernel"]
+        kernel = params[name]["kernel"]
+        hidden = x @ (normalization.standardize_weight(kernel) if standardizes else kernel)
         hidden = (hidden - hidden.mean(0)) / jnp.sqrt(hidden.var(0) + 1e-5)
         x = jax.nn.relu(params[name]["scale"] * hidden + params[name]["bias"])
     return x @ params["head"]["kernel"] + params["head"]["bias"]
 
 
-def _loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    logits = _outputs(params, x)
+def _loss(params: Any, x: jax.Array, y: jax.Array, standardizes: bool = False) -> jax.Array:
+    logits = _outputs(params, x, standardizes)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
 
@@ -145,30 +150,41 @@ def _unit(params: Any, rescales: bool) -> Any:
 
 
 @functools.cache
-def _chain(decay: float, rescales: bool, rate: float) -> Any:
+def _chain(method: str, rate: float) -> Any:
     """Descent without momentum, so that the identities hold of each step; other leaves at 0.1."""
-    members = [
-        optax.masked(optax.add_decayed_weights(decay), _mask),
+    corrections = {
+        "decay": optax.masked(optax.add_decayed_weights(-rate * _DECAY), _mask),
+        "rescaled": transforms.rescale_weights(mask=_mask),
+        "radial removed": transforms.remove_radial(mask=_mask),
+    }
+    return optax.chain(
         optax.sgd(_RATE),
         optax.masked(optax.scale(rate / _RATE), _mask),
-    ]
-    return optax.chain(*members, *([transforms.rescale_weights(mask=_mask)] if rescales else []))
+        corrections.get(method, optax.identity()),
+    )
 
 
 def _train(
-    tx: Any, params: Any, split: _networks.Split, seed: int, num_steps: int
+    tx: Any,
+    params: Any,
+    split: _networks.Split,
+    seed: int,
+    num_steps: int,
+    standardizes: bool = False,
 ) -> tuple[Any, _Motion]:
     random = np.random.default_rng(seed)
     order = [random.choice(len(split.y), _BATCH, replace=False) for _ in range(num_steps)]
     batches = jnp.asarray(np.stack(order), jnp.int32)
-    return _scan(tx.update, tx.init(params), params, split.x, split.y, batches)
+    return _scan(tx.update, standardizes, tx.init(params), params, split.x, split.y, batches)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _scan(update: Any, state: Any, params: Any, x: Any, y: Any, batches: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scan(
+    update: Any, standardizes: bool, state: Any, params: Any, x: Any, y: Any, batches: Any
+) -> Any:
     def step(carry: Any, batch: jax.Array) -> tuple[Any, _Motion]:
         params, state = carry
-        grads = jax.grad(_loss)(params, x[batch], y[batch])
+        grads = jax.grad(_loss)(params, x[batch], y[batch], standardizes)
         updates, state = update(grads, state, params)
         new = optax.apply_updates(params, updates)
         return (new, state), _motion(params, new, grads)
@@ -195,15 +211,15 @@ def _motion(params: Any, new: Any, grads: Any) -> _Motion:
 
 def _judge(records: Sequence[Record]) -> list[Verdict]:
     verdicts = []
-    for data in dict.fromkeys(record["data"] for record in records):
-        none, decay, rescaled, matched = (
-            _claims.select(records, data=data, method=method) for method in _METHODS
-        )
+    for data, own in _claims.groups(records, "data").items():
+        methods = _claims.groups(own, "method")
+        none, decay, rescaled = (methods[name] for name in ("none", "decay", "rescaled"))
+        matched = methods[_MATCHED]
         norms = [_claims.numbers(part, "norm") for part in (none, decay, rescaled)]
         kept = bool(np.all(np.abs(norms[2] - 1) < 1e-4))
         verdicts.append(
             Verdict(
-                f"{_word(kept)} ({data}): the norm stays where it is put",
+                f"{_claims.word(kept)} ({data}): the norm stays where it is put",
                 f"mean norm of a filter from {_claims.numbers(none, 'first_norm').mean():.2f} to "
                 f"{norms[0].mean():.2f} without, {norms[1].mean():.2f} with decay; rescaled "
                 f"{norms[2].mean():.4f}",
@@ -213,7 +229,7 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
         worst = float(np.max(np.abs(angle / predicted - 1)))
         verdicts.append(
             Verdict(
-                f"{_word(worst < 0.01)} ({data}): a rescaled step turns a filter by "
+                f"{_claims.word(worst < 0.01)} ({data}): a rescaled step turns a filter by "
                 "arctan(rate |g|)",
                 f"{angle.mean():.3g} rad a step, off by {worst:.1%} at most in {len(angle)} seeds",
             )
@@ -221,7 +237,7 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
         ratio = _claims.numbers(matched, "angle") / _claims.numbers(matched, "decayed_angle")
         mean, error = _claims.mean_and_error(ratio)
         settled, expected = _claims.numbers(matched, "decayed_angle"), np.sqrt(2 * _RATE * _DECAY)
-        word = _word(bool(np.all(np.abs(ratio - 1) < 0.1)))
+        word = _claims.word(bool(np.all(np.abs(ratio - 1) < 0.1)))
         if np.any(np.abs(settled / expected - 1) > _SETTLED):
             word = "not testable at this size, the gradient fades before decay comes to rest"
         verdicts.append(
@@ -233,42 +249,33 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
                 f"{error:.2g}",
             )
         )
-        gain, error = _claims.mean_and_error(
-            _claims.numbers(rescaled, "accuracy") - _claims.numbers(decay, "accuracy")
-        )
+        ours, gains = _claims.numbers(rescaled, "accuracy"), []
+        for method in _BASELINES:
+            gain = ours - _claims.numbers(methods[method], "accuracy")
+            gains.append("{}: {:+.4f} ± {:.4f}".format(method, *_claims.mean_and_error(gain)))
         verdicts.append(
             Verdict(
-                f"not testable at this size ({data}): accuracy like that of decay",
-                f"rescaled less decayed: {gain:+.4f} ± {error:.4f}",
+                f"not testable at this size ({data}): accuracy like that of the other methods",
+                f"test accuracy rescaled {ours.mean():.4f}; less that of {', '.join(gains)}",
             )
         )
     return verdicts
 
 
-def _word(holds: bool) -> str:
-    return "reproduced" if holds else "not reproduced"
-
-
 def _draw(records: Sequence[Record], figure: Any) -> None:
     panels = figure.subplots(1, 3)
-    labels = ("none", "decay", "rescaled", "matched")
-    names = (("norm", "norm of a filter"), ("angle", "angle a step"), ("accuracy", "test accuracy"))
-    for axes, (name, text) in zip(panels, names, strict=True):
-        for shift, data in enumerate(dict.fromkeys(record["data"] for record in records)):
-            for place, method in enumerate(_METHODS):
-                values = _claims.numbers(_claims.select(records, data=data, method=method), name)
-                axes.plot(
-                    np.full(len(values), place + 0.2 * shift),
-                    values,
-                    ("o", "s")[shift],
-                    color=("#0072B2", "#D55E00")[shift],
-                    markersize=3,
-                    alpha=0.6,
-                    label=data if place == 0 else None,
-                )
-        axes.set_xticks(range(len(labels)), labels)
-        axes.set_ylabel(text, fontsize=8)
-        axes.tick_params(which="both", labelsize=6)
+    own = [record for record in records if record["method"] != _MATCHED]
+    labels = {"none": "none", "decay": "decay", "standardized": "standard.", "rescaled": "rescaled"}
+    names = [labels.get(method, "no radial") for method in _claims.groups(own, "method")]
+    values = (
+        ("norm", "norm of a filter"),
+        ("angle", "angle a step"),
+        ("accuracy", "test accuracy"),
+    )
+    for axes, (name, text) in zip(panels, values, strict=True):
+        _figures.dots(axes, own, "method", name, names)
+        _figures.label(axes, y=text)
+        axes.tick_params(axis="x", rotation=30)
     panels[1].set_yscale("log")
     panels[0].legend(frameon=False, fontsize=7)
 

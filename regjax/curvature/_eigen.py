@@ -95,10 +95,10 @@ def top_eigenpairs(
 
     References:
       K. Wu, H. Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems,
-      SIAM J. Matrix Anal. Appl. 22(2). The search for missed
-      copies is ours (`_search.py`); its shortest length is from J. Kuczynski, H. Wozniakowski
-      (1992), Estimating the largest eigenvalue by the power and Lanczos algorithms with a random
-      start, SIAM J. Matrix Anal. Appl. 13(4).
+      SIAM J. Matrix Anal. Appl. 22(2). The search for missed copies is ours (`_search.py`); its
+      shortest length is from J. Kuczynski, H. Wozniakowski (1992), Estimating the largest
+      eigenvalue by the power and Lanczos algorithms with a random start, SIAM J. Matrix Anal.
+      Appl. 13(4).
     """
     state = top_eigenpairs_init(
         operator, k, key=key, tol=tol, which=which, max_basis=max_basis, search=search

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from regjax import _checks
+from regjax import _checks, _tree
 
 # A gradient this small beside the largest one of any leaf is rounding (a bias before a batch norm).
 _INSENSITIVE = 1e-5
@@ -69,7 +70,7 @@ def scale_invariant_mask(
     functional_key, factor_key = jax.random.split(_checks.key("key", key))
     outputs, pull_back = jax.vjp(lambda p: apply_fn(p, *batch), params)
     gradients = [
-        jax.tree.leaves(pull_back(_random_like(outputs, k))[0])
+        jax.tree.leaves(pull_back(optax.tree.random_like(k, outputs))[0])
         for k in jax.random.split(functional_key)
     ]
     leaves, treedef = jax.tree.flatten(params)
@@ -95,7 +96,7 @@ def _radial(
     gradients: list[jax.Array], leaf: jax.Array, per_filter: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Largest radial fraction, and smallest gradient norm, over the groups."""
-    axes = _axes(leaf, per_filter)
+    axes = _tree.group_axes(leaf, per_filter)
     fractions, norms = [], []
     for gradient in gradients:
         along = jnp.abs(jnp.sum(leaf * gradient, axes))
@@ -111,25 +112,11 @@ def _radial(
 
 def _factors(key: jax.Array, leaf: jax.Array, per_filter: bool) -> jax.Array:
     """A factor for each group, in [1/2, 2] and not near 1, of the shape of the leaf."""
-    shape = jnp.sum(leaf, _axes(leaf, per_filter), keepdims=True).shape
+    shape = jnp.sum(leaf, _tree.group_axes(leaf, per_filter), keepdims=True).shape
     sign_key, size_key = jax.random.split(key)
     size = jax.random.uniform(size_key, shape, leaf.dtype, math.log(2) / 2, math.log(2))
     factors = jnp.exp(jax.random.rademacher(sign_key, shape, leaf.dtype) * size)
     return jnp.broadcast_to(factors, leaf.shape)
-
-
-def _axes(leaf: jax.Array, per_filter: bool) -> tuple[int, ...]:
-    is_grouped = per_filter and leaf.ndim > 1
-    return tuple(range(leaf.ndim - 1 if is_grouped else leaf.ndim))
-
-
-def _random_like(tree: Any, key: jax.Array) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    drawn = [
-        jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
-        for i, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(treedef, drawn)
 
 
 def _distance(one: Any, other: Any) -> jax.Array:

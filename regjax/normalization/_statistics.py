@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks
+from regjax import _checks, _tree
 
 
 def rescale_statistics(mean: Any, variance: Any, factor: Any) -> tuple[Any, Any]:
@@ -51,7 +51,7 @@ def standardize_weight(kernel: jax.Array, *, epsilon: float = 1e-5) -> jax.Array
     _checks.non_negative("epsilon", epsilon)
     if kernel.ndim < 2:
         raise ValueError(f"`kernel` must have at least two axes, got shape {kernel.shape}.")
-    axes = tuple(range(kernel.ndim - 1))
+    axes = _tree.group_axes(kernel, per_filter=True)
     centred = kernel - jnp.mean(kernel, axes, keepdims=True)
     variance = jnp.mean(centred**2, axes, keepdims=True)
     return centred * jax.lax.rsqrt(variance + epsilon)

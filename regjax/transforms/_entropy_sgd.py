@@ -105,7 +105,7 @@ def entropy_sgd(
         next_state = EntropySgdState(state.num_updates + 1, next_key)
         if num_steps == 0:
             return updates, next_state
-        params, grad_fn = _extra_args.check_params(params), _extra_args.check_grad_fn(grad_fn)
+        params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
         stiffness = _extra_args.value_at(gamma, state.num_updates)
         inner_momentum = momentum
 

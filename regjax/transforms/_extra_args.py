@@ -5,9 +5,6 @@ update: `tx.update(grads, state, params, grad_fn=grad_fn)`, grad_fn(params, i) -
 """
 
 import functools
-import itertools
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -18,7 +15,6 @@ from jax import lax
 from regjax import _checks, _tree
 from regjax._base import GradFn, Params
 
-Schedule: TypeAlias = Callable[[jax.Array], Any]
 Mask: TypeAlias = Any
 """Tree of bools like the parameters, a function params -> such a tree, or None for all leaves."""
 
@@ -55,28 +51,23 @@ def mask_leaves(mask: Mask, params: Params) -> list[bool]:
         mask = mask(params)
     if mask is None:
         return [True] * len(jax.tree.leaves(params))
-    check_structure("mask", mask, params)
-    leaves = jax.tree.leaves(mask)
+    leaves = jax.tree.leaves(_checks.same_structure("mask", mask, params))
     for leaf in leaves:
         if not isinstance(leaf, bool):
             raise TypeError(f"`mask` must hold Python bools, got {leaf!r}.")
     return leaves
 
 
-def check_structure(name: str, tree: Any, params: Params) -> None:
-    """Checks that `tree` has the tree structure of the parameters."""
-    structure: Any = jax.tree.structure(tree)
-    expected: Any = jax.tree.structure(params)
-    if structure != expected:
-        raise ValueError(
-            f"`{name}` must have the tree structure of the parameters, {expected}, got {structure}."
-        )
-
-
 def check_params(params: Params | None) -> Params:
-    """`params`, or an error that says that `update` needs them whole."""
+    """`params`, or an error that says how to pass them."""
     if params is None:
-        raise ValueError("`params` must be given: call update(grads, state, params, ...).")
+        raise ValueError("`params` must be given: call update(updates, state, params, ...).")
+    return params
+
+
+def check_whole_params(params: Params | None) -> Params:
+    """`params`, or an error that says that `grad_fn` needs all of them."""
+    params = check_params(params)
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
         raise ValueError(
@@ -125,19 +116,10 @@ def normal_like(key: jax.Array, leaves: list[Any]) -> list[jax.Array]:
 
     Drawn as one vector: XLA on CPU takes a quarter longer for a draw of each leaf.
     """
-    sizes = [math.prod(jnp.shape(leaf)) for leaf in leaves]
-    drawn = jax.random.normal(key, (sum(sizes),), _tree.vector_dtype(leaves))
+    like = [jax.ShapeDtypeStruct(jnp.shape(leaf), wide_dtype(leaf)) for leaf in leaves]
+    drawn = jax.random.normal(key, (_tree.size(like),), _tree.vector_dtype(like))
     # Or each use of the noise would compute it again.
-    drawn = lax.optimization_barrier(drawn)
-    return [
-        part.reshape(jnp.shape(leaf)).astype(wide_dtype(leaf))
-        for part, leaf in zip(_split(drawn, sizes), leaves, strict=True)
-    ]
-
-
-def _split(vector: jax.Array, sizes: list[int]) -> list[jax.Array]:
-    ends = list(itertools.accumulate(sizes))
-    return [vector[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    return _tree.unravel(lax.optimization_barrier(drawn), like)
 
 
 def only_extra(

@@ -92,8 +92,7 @@ def coherent_regularization(
         updates: Any, state: CoherentRegularizationState, params: Any = None, **extra: Any
     ) -> tuple[Any, CoherentRegularizationState]:
         del extra
-        if params is None:
-            raise ValueError("`params` must be given: call update(grads, state, params).")
+        params = _extra_args.check_params(params)
         leaves, treedef = jax.tree.flatten(updates)
         chosen = _extra_args.mask_leaves(mask, params)
         weight = _extra_args.value_at(strength, state.num_updates)
@@ -275,8 +274,7 @@ def soft_threshold(threshold: Any, *, mask: Mask = None) -> optax.GradientTransf
         updates: Any, state: SoftThresholdState, params: Any = None, **extra: Any
     ) -> tuple[Any, SoftThresholdState]:
         del extra
-        if params is None:
-            raise ValueError("`params` must be given: call update(updates, state, params).")
+        params = _extra_args.check_params(params)
         cut = _extra_args.value_at(threshold, state.num_updates)
         state = SoftThresholdState(state.num_updates + 1)
         if _extra_args.is_zero(cut):

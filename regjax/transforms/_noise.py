@@ -84,7 +84,7 @@ def perturbed_gradient(
         **extra: Any,
     ) -> tuple[Any, PerturbedGradientState]:
         del extra
-        params, grad_fn = _extra_args.check_params(params), _extra_args.check_grad_fn(grad_fn)
+        params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
         sigma = _extra_args.value_at(scale, state.num_updates)
         next_key, noise_key, group_key = jax.random.split(state.key, 3)
         if not _extra_args.is_zero(sigma):
@@ -225,15 +225,10 @@ def _group_numbers(groups: Any, params: Params, mask: Mask) -> list[int | None]:
     if groups is None:
         given: list[Any] = list(range(len(chosen)))
     else:
-        _check_groups(groups, params)
-        given = jax.tree.leaves(groups)
+        given = jax.tree.leaves(_checks.same_structure("groups", groups, params))
+        for group in given:
+            _checks.integer("groups", group, minimum=0)
     order = sorted({group for group, choose in zip(given, chosen, strict=True) if choose})
     return [
         order.index(group) if choose else None for group, choose in zip(given, chosen, strict=True)
     ]
-
-
-def _check_groups(groups: Any, params: Params) -> None:
-    _extra_args.check_structure("groups", groups, params)
-    for group in jax.tree.leaves(groups):
-        _checks.integer("groups", group, minimum=0)

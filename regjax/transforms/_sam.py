@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from regjax import _checks, _loops
-from regjax._base import GradFn, Params
+from regjax._base import Params
 from regjax.transforms import _extra_args
 from regjax.transforms._extra_args import Mask
 
@@ -67,24 +67,21 @@ def sam(
     _check(rho, eta)
     _extra_args.check_static("num_shards", num_shards, 1)
 
-    def gradient_above(params: Params, grads: Params, radius: Any, at: Any, grad_fn: GradFn) -> Any:
-        return grad_fn(ascend(params, grads, radius, adaptive, eta, mask), at)
-
     def update(
         updates: Any, state: SamState, params: Any = None, *, grad_fn: Any = None, **extra: Any
     ) -> tuple[Any, SamState]:
         del extra
-        params, grad_fn = _extra_args.check_params(params), _extra_args.check_grad_fn(grad_fn)
+        params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
         radius = _extra_args.value_at(rho, state.num_updates)
         if num_shards == 1:
-            new = gradient_above(params, updates, radius, 0, grad_fn)
+            new = grad_fn(ascend(params, updates, radius, adaptive, eta, mask), 0)
         else:
 
             def add_shard(total: Params, i: jax.Array) -> Params:
-                # Without a radius there is nothing to climb with.
-                grads = params if _extra_args.is_zero(radius) else grad_fn(params, i)
-                shard = gradient_above(params, grads, radius, i, grad_fn)
-                return jax.tree.map(lambda a, b: a + _extra_args.wide(b), total, shard)
+                above = params
+                if not _extra_args.is_zero(radius):
+                    above = ascend(params, grad_fn(params, i), radius, adaptive, eta, mask)
+                return jax.tree.map(lambda a, b: a + _extra_args.wide(b), total, grad_fn(above, i))
 
             zeros = jax.tree.map(lambda leaf: jnp.zeros_like(_extra_args.wide(leaf)), params)
             total = _loops.fold_captured(add_shard, zeros, num_shards)
@@ -131,7 +128,7 @@ def gsam(
         updates: Any, state: SamState, params: Any = None, *, grad_fn: Any = None, **extra: Any
     ) -> tuple[Any, SamState]:
         del extra
-        params, grad_fn = _extra_args.check_params(params), _extra_args.check_grad_fn(grad_fn)
+        params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
         radius = _extra_args.value_at(rho, state.num_updates)
         above = grad_fn(ascend(params, updates, radius, adaptive, eta, mask), 0)
         weight = _extra_args.value_at(alpha, state.num_updates)

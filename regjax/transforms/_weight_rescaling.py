@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax import _checks
+from regjax import _checks, _tree
 from regjax._base import Params
 from regjax.transforms import _extra_args
 from regjax.transforms._extra_args import Mask
@@ -73,8 +73,7 @@ def rescale_weights(
         updates: Any, state: RescaleWeightsState, params: Any = None, **extra: Any
     ) -> tuple[Any, RescaleWeightsState]:
         del extra
-        if params is None:
-            raise ValueError("`params` must be given: call update(updates, state, params).")
+        params = _extra_args.check_params(params)
         count = state.num_updates + 1
         leaves, treedef = jax.tree.flatten(updates)
 
@@ -141,8 +140,7 @@ def remove_radial(*, mask: Mask, delta: float = 0.1) -> optax.GradientTransforma
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del extra
-        if params is None:
-            raise ValueError("`params` must be given: call update(updates, state, params).")
+        params = _extra_args.check_params(params)
         leaves, treedef = jax.tree.flatten(updates)
         chosen = _extra_args.mask_leaves(mask, params)
 
@@ -169,7 +167,7 @@ def _off(
     u: jax.Array, w: jax.Array, delta: Any, *, per_filter: bool
 ) -> tuple[jax.Array, jax.Array]:
     """`u` less its part along `w` in each group; whether all cosines are small."""
-    axes = _axes(w, per_filter)
+    axes = _tree.group_axes(w, per_filter)
     along = jnp.sum(u * w, axes, keepdims=True)
     square = jnp.sum(w * w, axes, keepdims=True)
     length = jnp.sqrt(square * jnp.sum(u * u, axes, keepdims=True))
@@ -180,10 +178,6 @@ def _off(
 
 
 def _with_norm(weights: jax.Array, target: Any, per_filter: bool) -> jax.Array:
-    norm = jnp.sqrt(jnp.sum(weights**2, _axes(weights, per_filter), keepdims=True))
+    norm = jnp.sqrt(jnp.sum(weights**2, _tree.group_axes(weights, per_filter), keepdims=True))
     factor = jnp.asarray(target, norm.dtype) / jnp.where(norm > 0, norm, 1)
     return weights * jnp.broadcast_to(jnp.where(norm > 0, factor, 1), weights.shape)
-
-
-def _axes(weights: jax.Array, per_filter: bool) -> tuple[int, ...]:
-    return tuple(range(weights.ndim - 1 if per_filter else weights.ndim))

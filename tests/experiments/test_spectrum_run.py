@@ -13,10 +13,8 @@ from regjax.experiments import (
     UsageError,
     _network,
     _report,
-    _settings,
     _spectrum_run,
     _training,
-    _validation,
     compared_settings,
     run_compare,
     run_spectrum,
@@ -314,48 +312,3 @@ def test_word_of_two_options_is_refused(tmp_path, monkeypatch):
 )
 def test_numbers_are_printed_to_their_error(value, error, text):
     assert _report.with_error(value, error) == text
-
-
-def test_every_option_is_validated_or_free():
-    """A new number among the options must be given its range."""
-    numbers = {
-        field.name
-        for field in dataclasses.fields(SpectrumSettings)
-        if isinstance(field.default, int | float) and not isinstance(field.default, bool)
-    }
-    for name in numbers:
-        with pytest.raises(UsageError, match=_settings.option(name)):
-            _validation.validate(dataclasses.replace(SpectrumSettings(), **{name: -1}))
-
-
-def test_every_number_of_a_transformation_is_validated():
-    for field in dataclasses.fields(SpectrumSettings):
-        own = getattr(SpectrumSettings(), field.name, None)
-        for inner in dataclasses.fields(own) if dataclasses.is_dataclass(own) else ():
-            if type(getattr(own, inner.name)) not in (int, float):
-                continue
-            changes = {"transformation": field.name, f"{field.name}.{inner.name}": -1}
-            if field.name == "rescale_weights":
-                changes["normalization"] = "batch"
-            if (field.name, inner.name) == ("coherent_regularization", "num_steps"):
-                changes["coherent_regularization.gate"] = "delayed"
-            option = _settings.option(f"{field.name}.{inner.name}")
-            with pytest.raises(UsageError, match=rf"{option} must be .*got -1"):
-                _validation.validate(_settings.replace(SpectrumSettings(), changes))
-
-
-def test_rescaling_needs_a_normalization_that_allows_it():
-    rescale = {"transformation": "rescale_weights"}
-    with pytest.raises(UsageError, match="must have a --normalization other than none"):
-        _validation.validate(_settings.replace(SpectrumSettings(), rescale))
-    grouped = {**rescale, "normalization": "group"}
-    with pytest.raises(UsageError, match=r"--rescale-weights\.per-filter must be off"):
-        _validation.validate(_settings.replace(SpectrumSettings(), grouped))
-    whole = {**grouped, "rescale_weights.per_filter": False}
-    _validation.validate(_settings.replace(SpectrumSettings(), whole))
-
-
-def test_shards_divide_the_batch():
-    sharded = {"transformation": "sam", "sam.num_shards": 3}
-    with pytest.raises(UsageError, match=r"--sam.num-shards must divide the batch size, 64, got 3"):
-        _validation.validate(_settings.replace(SpectrumSettings(), sharded))

@@ -1,7 +1,5 @@
 """SAM and its kin on quadratics and small networks, where the answer is known."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 
 from regjax import transforms
 from tests import oracles
+from tests.transforms import runs
 
 pytestmark = pytest.mark.usefixtures("default_promotion")
 
@@ -18,10 +17,6 @@ pytestmark = pytest.mark.usefixtures("default_promotion")
 def double():
     with jax.enable_x64(True):
         yield
-
-
-def update_of(tx, params, grad_fn):
-    return tx.update(grad_fn(params, 0), tx.init(params), params, grad_fn=grad_fn)[0]
 
 
 def norm(tree):
@@ -38,7 +33,7 @@ def test_quadratic(double):
     expected = matrix @ (point + 0.3 * gradient / np.linalg.norm(gradient))
     # One norm over all leaves: each leaf by itself would climb farther.
     np.testing.assert_allclose(
-        flat(update_of(transforms.sam(0.3), params, grad_fn)), expected, atol=1e-12
+        flat(runs.once(transforms.sam(0.3), params, grad_fn)), expected, atol=1e-12
     )
 
 
@@ -46,14 +41,7 @@ def test_two_cycle(double):
     h, rate, rho = 3.0, 0.2, 0.1
     tx = optax.chain(transforms.sam(rho), optax.sgd(rate))
     grad_fn = lambda w, i: h * w
-
-    def step(carry, _):
-        params, state = carry
-        updates, state = tx.update(grad_fn(params, 0), state, params, grad_fn=grad_fn)
-        return (optax.apply_updates(params, updates), state), None
-
-    start = jnp.float64(1.0)
-    (end, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=500)
+    end, _ = runs.scan(tx, jnp.float64(1.0), grad_fn, 500)
     assert abs(float(end)) == pytest.approx(rate * h * rho / (2 - rate * h), abs=1e-6)
 
 
@@ -65,8 +53,8 @@ def network(seed=0):
 
 def test_gsam_takes_off_the_part_orthogonal_to_the_perturbed_gradient(double):
     problem, grad_fn = network()
-    above = update_of(transforms.sam(0.3), problem.params, grad_fn)
-    ours = update_of(transforms.gsam(0.3, alpha=0.4), problem.params, grad_fn)
+    above = runs.once(transforms.sam(0.3), problem.params, grad_fn)
+    ours = runs.once(transforms.gsam(0.3, alpha=0.4), problem.params, grad_fn)
     clean, gp, new = (
         np.asarray(jax.flatten_util.ravel_pytree(tree)[0])
         for tree in (grad_fn(problem.params, 0), above, ours)
@@ -79,8 +67,8 @@ def test_gsam_takes_off_the_part_orthogonal_to_the_perturbed_gradient(double):
 
 def test_gsam_without_alpha_is_sam(double):
     problem, grad_fn = network()
-    one = update_of(transforms.gsam(0.3, alpha=0.0), problem.params, grad_fn)
-    other = update_of(transforms.sam(0.3), problem.params, grad_fn)
+    one = runs.once(transforms.gsam(0.3, alpha=0.0), problem.params, grad_fn)
+    other = runs.once(transforms.sam(0.3), problem.params, grad_fn)
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
@@ -130,16 +118,7 @@ def test_two_valleys():
         return -wide - jnp.exp(-(w[0] ** 2) - 100 * w[1] ** 2)
 
     grad_fn = lambda w, i: jax.grad(loss)(w)
-
-    @partial(jax.jit, static_argnums=0)
-    def end_of(tx, start):
-        def step(carry, _):
-            params, state = carry
-            updates, state = tx.update(grad_fn(params, 0), state, params, grad_fn=grad_fn)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (start, tx.init(start)), length=10_000)[0][0]
-
+    end_of = lambda tx, start: runs.scan(tx, start, grad_fn, 10_000)[0]
     start, descent = jnp.asarray([-0.4, -0.4]), optax.sgd(0.01)
     # The valleys pull at each other: their bottoms are near (0, 0) and (2, 0).
     sharp, wide = (end_of(descent, jnp.asarray([x, 0.0])) for x in (0.0, 2.0))
@@ -160,11 +139,11 @@ def test_shards():
     whole = lambda p, i: jax.tree.map(
         lambda *leaves: sum(leaves) / 4, *(on_shard(p, j) for j in range(4))
     )
-    same = update_of(transforms.sam(0.3, num_shards=4), params, whole)
-    one = update_of(transforms.sam(0.3), params, whole)
+    same = runs.once(transforms.sam(0.3, num_shards=4), params, whole)
+    one = runs.once(transforms.sam(0.3), params, whole)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), same, one)
 
-    ours = jax.jit(lambda p: update_of(transforms.sam(0.3, num_shards=4), p, on_shard))(params)
+    ours = jax.jit(lambda p: runs.once(transforms.sam(0.3, num_shards=4), p, on_shard))(params)
     each = []
     for i in range(4):
         g = on_shard(params, i)
