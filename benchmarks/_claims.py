@@ -110,7 +110,9 @@ def table(entries: Mapping[str, Record]) -> str:
     for name, entry in entries.items():
         first = f"[{name}](results/claim_{name}.png), {entry['paper']}: {entry['statement']}"
         for verdict in entry["verdicts"]:
-            lines.append(f"| {first} | {verdict['verdict']} | {verdict['evidence']} |")
+            # A bar would end the cell.
+            cells = (text.replace("|", r"\|") for text in (first, *verdict.values()))
+            lines.append(f"| {' | '.join(cells)} |")
             first = ""
     return "\n".join(lines)
 

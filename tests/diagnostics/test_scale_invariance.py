@@ -115,3 +115,18 @@ def test_error_texts():
         diagnostics.scale_invariant_mask(function, {"a": jnp.ones(2, jnp.int32)}, 1.0, key=KEY)
     with pytest.raises(TypeError, match="`key` must be a typed key"):
         diagnostics.scale_invariant_mask(function, {"a": jnp.ones(2)}, 1.0, key=0)
+
+
+def test_each_of_the_two_probes_is_needed():
+    w = jnp.asarray([0.6, 0.8], jnp.float32)
+    find = lambda f: diagnostics.scale_invariant_mask(f, {"w": w}, key=KEY)
+    direction = lambda p: p["w"] / jnp.linalg.norm(p["w"])
+    # At |w| = 1 the radial derivative vanishes, farther off the scale matters.
+    turning = find(lambda p: direction(p) + (jnp.sum(p["w"] ** 2) - 1) ** 2)
+    assert float(turning.radial_fraction["w"]) < 1e-5
+    assert not turning.mask["w"]
+    # A constant hides the change of the outputs, not the slope.
+    hidden = find(lambda p: 1e6 + p["w"])
+    assert float(hidden.function_change["w"]) < 1e-5
+    assert not hidden.mask["w"]
+    assert find(direction).mask["w"]

@@ -174,6 +174,8 @@ def test_soft_threshold_reaches_zero_exactly():
         updates, state = tx.update(zero, state, params)
         params = optax.apply_updates(params, updates)
         reached = np.where((np.asarray(params["w"]) == 0) & (reached == 0), step, reached)
+        if step == 1:
+            np.testing.assert_allclose(params["w"], [0.375, -0.205, 0, 1.875], atol=1e-6)
     np.testing.assert_array_equal(reached, [4, 3, 1, 0])
     assert float(params["w"][3]) == 1.25
     # The subgradient oscillates instead.
