@@ -1,4 +1,4 @@
-"""Trees as flat vectors: what `optax.tree` lacks."""
+"""Trees as flat vectors, wide sums, groups of weights: what `optax.tree` lacks."""
 
 import math
 from typing import Any
@@ -16,6 +16,18 @@ def vector_dtype(tree: Any) -> jnp.dtype:
     """Type of the flat vector of `tree`: the widest of its leaves, float32 at least."""
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
     return max([jnp.dtype(jnp.float32), *dtypes], key=lambda dtype: jnp.finfo(dtype).bits)
+
+
+def wide(array: Any) -> jax.Array:
+    """`array` in float32 at least, for sums, norms and perturbations."""
+    array = jnp.asarray(array)
+    return array.astype(wide_dtype(array))
+
+
+def wide_dtype(array: Any) -> Any:
+    """The dtype of `array`, float32 at least."""
+    dtype = jnp.result_type(array)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def group_axes(weights: Any, per_filter: bool) -> tuple[int, ...]:

@@ -1,57 +1,68 @@
-"""Statistics that follow the weights in front of them, and weights with statistics of their own."""
+"""Moments of a batch: one pass, in float32 at least, with one collective under a mapped axis."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from regjax import _checks, _tree
+from regjax import _tree
 
 
-def rescale_statistics(mean: Any, variance: Any, factor: Any) -> tuple[Any, Any]:
-    """Running statistics after the kernel in front of the normalization was multiplied.
+class Moments(NamedTuple):
+    """Mean and variance over some axes, which are kept with length one.
 
-    They are in units of the pre-activation: without this, a rescaled network in evaluation mode is
-    another network. A bias in front of the normalization has to be multiplied by `factor` too.
+    Attributes:
+      mean: the mean.
+      variance: the biased variance, the mean squared deviation.
+      num_values: Python integer, the number of values behind each, over all devices.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+    num_values: int
+
+
+def moments(inputs: jax.Array, axes: Sequence[int], *, axis_name: str | None = None) -> Moments:
+    """Mean and biased variance over `axes`, and over the devices of a mapped axis.
+
+        d = x - x_0;   mean = x_0 + E[d];   variance = E[d^2] - E[d]^2
+
+    x_0 is the first value along `axes`: the result does not depend on it, but rounding does. With
+    x_0 = 0 values far from zero would cancel. Over devices the means and variances are merged, so
+    that nothing cancels there either (T. Chan, G. Golub, R. LeVeque, 1983).
 
     Args:
-      mean: (channels,), running mean.
-      variance: (channels,), running variance.
-      factor: number or (channels,), what each output channel of the kernel was multiplied by.
+      inputs: floating point array.
+      axes: those to reduce.
+      axis_name: of a mapped axis (`shard_map`, `vmap`); None under plain `jit`, where sharded
+        inputs give the global moments by themselves.
 
     Returns:
-      (mean * factor, variance * factor^2), in the types of the arguments.
+      `Moments` in float32 at least.
     """
-    mean, variance = jnp.asarray(mean), jnp.asarray(variance)
-    return (
-        mean * jnp.asarray(factor, mean.dtype),
-        variance * jnp.asarray(factor, variance.dtype) ** 2,
-    )
+    inputs, axes = _tree.wide(inputs), tuple(axis % jnp.ndim(inputs) for axis in axes)
+    index = tuple(slice(0, 1) if i in axes else slice(None) for i in range(inputs.ndim))
+    first = lax.stop_gradient(inputs[index])
+    difference = inputs - first
+    shift = jnp.mean(difference, axes, keepdims=True)
+    variance = jnp.mean(difference**2, axes, keepdims=True) - shift**2
+    mean, variance = first + shift, jnp.maximum(variance, 0)
+    count = inputs.size // mean.size if mean.size else 0
+    if axis_name is None:
+        return Moments(mean, variance, count)
+    means, variances = gather(axis_name, mean, variance)
+    mean = jnp.mean(means, 0)
+    variance = jnp.mean(variances, 0) + jnp.mean((means - mean[None]) ** 2, 0)
+    return Moments(mean, variance, count * int(lax.psum(1, axis_name)))
 
 
-def standardize_weight(kernel: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
-    """(kernel - mean) / sqrt(variance + epsilon), for each output channel.
+def gather(axis_name: str, *arrays: jax.Array) -> jax.Array:
+    """The arrays of all devices along a new axis, behind one of the arrays: one collective."""
+    return jnp.moveaxis(lax.all_gather(jnp.stack(arrays), axis_name), 1, 0)
 
-    A baseline for weight rescaling, applied inside of the forward pass: the gradient goes through.
-    The form is the one in common use; the paper was not read.
 
-    Args:
-      kernel: (..., channels) with at least one input axis.
-      epsilon: added to the variance, in units of the kernel squared, at least 0.
-
-    Returns:
-      An array like `kernel`; the variance is the mean squared deviation.
-
-    Raises:
-      ValueError: `kernel` has no input axes, or `epsilon` is negative.
-
-    References:
-      S. Qiao et al. (2019), arXiv:1903.10520.
-    """
-    _checks.non_negative("epsilon", epsilon)
-    if kernel.ndim < 2:
-        raise ValueError(f"`kernel` must have at least two axes, got shape {kernel.shape}.")
-    axes = _tree.group_axes(kernel, per_filter=True)
-    centred = kernel - jnp.mean(kernel, axes, keepdims=True)
-    variance = jnp.mean(centred**2, axes, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + epsilon)
+def unbiased(variance: Any, count: int) -> Any:
+    """The variance times count / (count - 1); as it is where there is only one value."""
+    return variance * (count / (count - 1)) if count > 1 else variance

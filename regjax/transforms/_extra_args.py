@@ -14,6 +14,8 @@ from jax import lax
 
 from regjax import _checks, _tree
 from regjax._base import GradFn, Params
+from regjax._tree import wide as wide
+from regjax._tree import wide_dtype as wide_dtype
 
 Mask: TypeAlias = Any
 """Tree of bools like the parameters, a function params -> such a tree, or None for all leaves."""
@@ -85,18 +87,6 @@ def check_grad_fn(grad_fn: GradFn | None) -> GradFn:
             "update(grads, state, params, grad_fn=lambda params, i: gradient)."
         )
     return grad_fn
-
-
-def wide(array: Any) -> jax.Array:
-    """`array` in float32 at least, for sums, norms and perturbations."""
-    array = jnp.asarray(array)
-    return array.astype(wide_dtype(array))
-
-
-def wide_dtype(array: Any) -> Any:
-    """The dtype of `array`, float32 at least."""
-    dtype = jnp.result_type(array)
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def like(tree: Any, reference: Any) -> Any:

@@ -8,39 +8,70 @@ from regjax import normalization
 RANDOM = np.random.default_rng(0)
 
 
-def test_rescaled_weights_with_rescaled_statistics_are_the_same_network():
-    inputs, kernel = (jnp.asarray(RANDOM.normal(size=s), jnp.float32) for s in ((9, 4), (4, 3)))
-    mean, variance = jnp.asarray([0.1, -0.2, 0.3]), jnp.asarray([1.0, 0.5, 2.0])
-    factor = jnp.asarray([2.0, 0.5, 3.0])
-
-    def evaluate(kernel, mean, variance):
-        return (inputs @ kernel - mean[None]) / jnp.sqrt(variance)[None]
-
-    before = evaluate(kernel, mean, variance)
-    scaled = kernel * factor[None]
-    after = evaluate(scaled, *normalization.rescale_statistics(mean, variance, factor))
-    np.testing.assert_allclose(after, before, atol=1e-5)
-    assert jnp.abs(evaluate(scaled, mean, variance) - before).max() > 0.1
-    one = normalization.rescale_statistics(mean, variance, 2.0)
-    np.testing.assert_allclose(one[0], 2 * mean)
-    np.testing.assert_allclose(one[1], 4 * variance)
+@pytest.mark.parametrize("axes", [(0,), (0, 1), (0, -2), (1,)])
+def test_moments_are_those_of_numpy(axes):
+    x = RANDOM.normal(size=(5, 6, 4))
+    found = normalization.moments(jnp.asarray(x, jnp.float32), axes)
+    np.testing.assert_allclose(found.mean, x.mean(axes, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(found.variance, x.var(axes, keepdims=True), atol=1e-6)
+    assert found.num_values == x.size // found.mean.size
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (3, 3, 2, 4)])
-def test_standardized_weights_have_mean_zero_and_variance_one(shape):
-    kernel = jnp.asarray(3 + 2 * RANDOM.normal(size=shape), jnp.float32)
-    flat = np.asarray(normalization.standardize_weight(kernel)).reshape(-1, 4)
-    np.testing.assert_allclose(flat.mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(flat.var(0), 1, rtol=1e-4)
-    # A constant filter has no direction: finite, and so is its gradient.
-    constant = jnp.ones(shape)
-    assert jnp.all(normalization.standardize_weight(constant) == 0)
-    gradient = jax.grad(lambda k: jnp.sum(normalization.standardize_weight(k) ** 2))(constant)
-    assert jnp.all(jnp.isfinite(gradient))
+@pytest.mark.parametrize("offset", [1e3, 1e4])
+def test_far_values_do_not_cancel(offset):
+    x = jnp.asarray(RANDOM.normal(size=(64, 3)) + offset, jnp.float32)
+    exact = np.asarray(x, np.float64).var(0, keepdims=True)
+    np.testing.assert_allclose(normalization.moments(x, (0,)).variance, exact, rtol=1e-4)
+    # E[x^2] - E[x]^2 fails here.
+    naive = jnp.mean(x**2, 0) - jnp.mean(x, 0) ** 2
+    assert jnp.abs(naive / exact[0] - 1).max() > 1e-2
 
 
-def test_error_texts():
-    with pytest.raises(ValueError, match=r"`kernel` must have at least two axes, got shape \(3,\)"):
-        normalization.standardize_weight(jnp.ones(3))
-    with pytest.raises(ValueError, match="`epsilon` must be non-negative, got -1"):
-        normalization.standardize_weight(jnp.ones((2, 3)), epsilon=-1)
+def test_half_precision_is_reduced_in_float32():
+    x = jnp.asarray(RANDOM.normal(size=(4096, 2)) + 3, jnp.bfloat16)
+    found = normalization.moments(x, (0,))
+    assert found.mean.dtype == jnp.float32
+    np.testing.assert_allclose(found.mean[0], np.asarray(x, np.float64).mean(0), rtol=1e-5)
+
+
+def test_gradient_is_that_of_the_two_pass_form():
+    with jax.enable_x64(True):
+        x = jnp.asarray(RANDOM.normal(size=(7, 3)) + 2)
+        weight = jnp.asarray(RANDOM.normal(size=(2, 3)))
+
+        def one(x):
+            found = normalization.moments(x, (0,))
+            return jnp.sum(weight[:1] * found.mean + weight[1:] * found.variance)
+
+        def two(x):
+            mean = x.mean(0, keepdims=True)
+            variance = ((x - mean) ** 2).mean(0, keepdims=True)
+            return jnp.sum(weight[:1] * mean + weight[1:] * variance)
+
+        np.testing.assert_allclose(jax.grad(one)(x), jax.grad(two)(x), atol=1e-12)
+        hessians = [jax.hessian(f)(x) for f in (one, two)]
+        np.testing.assert_allclose(*hessians, atol=1e-12)
+
+
+def test_devices_of_a_mapped_axis_share_one_collective():
+    x = RANDOM.normal(size=(4, 6, 3)) + 50 * np.arange(4).reshape(4, 1, 1)
+    shards = jnp.asarray(x, jnp.float32)
+    parted = jax.vmap(lambda x: normalization.moments(x, (0,), axis_name="d"), axis_name="d")
+    mean, variance = jax.jit(lambda x: parted(x)[:2])(shards)
+    whole = x.reshape(24, 3)
+    for device in range(4):
+        np.testing.assert_allclose(mean[device, 0], whole.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(variance[device, 0], whole.var(0), rtol=1e-5)
+    seen = []
+    jax.vmap(
+        lambda x: seen.append(normalization.moments(x, (0,), axis_name="d").num_values) or x,
+        axis_name="d",
+    )(shards)
+    assert seen == [24]
+    jaxpr = str(
+        jax.make_jaxpr(
+            lambda x: normalization.moments(x, (0,), axis_name="d")[:2], axis_env=[("d", 4)]
+        )(shards[0])
+    )
+    assert jaxpr.count("all_gather[") == 1
+    assert "psum" not in jaxpr

@@ -1,0 +1,198 @@
+"""Batch normalization, and what it becomes with fewer examples, more noise, or the mean alone."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from regjax import _checks
+from regjax.normalization import _statistics
+from regjax.normalization._layer import Arrays, Layer, check_options, running_average
+from regjax.normalization._statistics import Moments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchNorm(Layer):
+    """Outputs (x - mean) / sqrt(variance + epsilon) * scale + bias, channel by channel.
+
+    Mean and biased variance go over all axes but the last one, and over the devices of `axis_name`;
+    in evaluation they are running averages. A batch of one value for each channel has variance zero
+    and gives the bias. A NaN in the batch gives NaN outputs and leaves the running averages.
+
+    Differs from flax in that running variances are unbiased (`unbiased_running_variance=False` is
+    flax's), and in that the variance does not cancel where the mean is large.
+
+    Attributes:
+      momentum: weight of the old running average, flax's default (torch's 0.1 is 0.9 here).
+      epsilon: added to the variance, in units of the inputs squared.
+      use_scale: whether there is a scale.
+      use_bias: whether there is a bias.
+      unbiased_running_variance: whether the running variance takes m / (m - 1) times that of the
+        batch, m values for each channel.
+      axis_name: of the mapped axis over which the batch is spread; None under plain `jit`.
+
+    Raises:
+      ValueError: an option is out of its range.
+
+    References:
+      S. Ioffe, C. Szegedy (2015), arXiv:1502.03167, algorithms 1 and 2.
+    """
+
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    use_scale: bool = True
+    use_bias: bool = True
+    unbiased_running_variance: bool = True
+    axis_name: str | None = None
+    initial_state: ClassVar = {"mean": 0.0, "var": 1.0}
+
+    def __post_init__(self) -> None:
+        check_options(self.momentum, self.epsilon)
+
+    def init_params(self, num_features: int) -> dict[str, jax.Array]:
+        """Scale one and bias zero, (channels,), as far as they are used."""
+        used = {"scale": self.use_scale, "bias": self.use_bias}
+        params = super().init_params(num_features)
+        return {name: value for name, value in params.items() if used[name]}
+
+    def _normalize(
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+    ) -> tuple[jax.Array, Arrays]:
+        if not train:
+            return self._standardize(x, state["mean"], state["var"]), state
+        found = _statistics.moments(x, range(x.ndim - 1), axis_name=self.axis_name)
+        return self._standardize(x, found.mean, found.variance), self._ticked(state, found)
+
+    def _standardize(self, x: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
+        factor = lax.rsqrt(variance.astype(x.dtype) + self.epsilon)
+        return (x - mean.astype(x.dtype)) * factor
+
+    def _ticked(self, state: Arrays, found: Moments) -> Arrays:
+        variance = found.variance
+        if self.unbiased_running_variance:
+            variance = _statistics.unbiased(variance, found.num_values)
+        return {
+            "mean": running_average(self.momentum, state["mean"], found.mean),
+            "var": running_average(self.momentum, state["var"], variance),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GhostBatchNorm(BatchNorm):
+    """Batch norm of each group of `ghost_size` consecutive examples by itself.
+
+    Keeps the noise of small batches in large ones. The running averages take the mean over the
+    groups, of the variances within them. Devices of `axis_name` share the running averages only.
+
+    Attributes:
+      ghost_size: examples of a group; it divides the batch on each device.
+
+    Raises:
+      ValueError: an option is out of its range, or `ghost_size` does not divide the batch.
+
+    References:
+      E. Hoffer, I. Hubara, D. Soudry (2017), arXiv:1705.08741. The paper lets the running averages
+      take one group after the other; the mean of all of them does not depend on their order.
+    """
+
+    ghost_size: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.integer("ghost_size", self.ghost_size)
+
+    def _normalize(
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+    ) -> tuple[jax.Array, Arrays]:
+        if not train:
+            return super()._normalize(x, params, state, train)
+        if x.shape[0] % self.ghost_size:
+            raise ValueError(
+                f"`ghost_size` must divide the batch, {x.shape[0]}, got {self.ghost_size}."
+            )
+        ghosts = x.reshape(-1, self.ghost_size, *x.shape[1:])
+        found = _statistics.moments(ghosts, range(1, ghosts.ndim - 1))
+        normalized = self._standardize(ghosts, found.mean, found.variance).reshape(x.shape)
+        means = jnp.stack([jnp.mean(found.mean, 0), jnp.mean(found.variance, 0)])
+        if self.axis_name is not None:
+            means = lax.pmean(means, self.axis_name)
+        return normalized, self._ticked(state, Moments(means[0], means[1], found.num_values))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoisyBatchNorm(BatchNorm):
+    """Batch norm, then in training s * outputs + m with random m and s: unstable on purpose.
+
+        mu ~ U(-mean_range, mean_range),  sigma ~ U(1, scale_range)      for each channel and step
+        m ~ U(mu - mean_jitter, mu + mean_jitter),  s ~ N(sigma, scale_jitter^2)      for each value
+
+    Attributes:
+      mean_range: bound of |mu|, 0.5 in the paper.
+      scale_range: upper end of sigma, 1.25 in the paper.
+      mean_jitter: half-width of m about mu, 0.1 in the paper.
+      scale_jitter: standard deviation of s about sigma, 0.1 in the paper.
+
+    Raises:
+      ValueError: an option is out of its range, or `key` is missing in training.
+
+    References:
+      S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, algorithm 1.
+    """
+
+    mean_range: float = 0.5
+    scale_range: float = 1.25
+    mean_jitter: float = 0.1
+    scale_jitter: float = 0.1
+    needs_key: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("mean_range", "mean_jitter", "scale_jitter"):
+            _checks.non_negative(name, getattr(self, name))
+        if not self.scale_range >= 1:
+            raise ValueError(f"`scale_range` must be at least 1, got {self.scale_range}.")
+
+    def _disturb(self, outputs: jax.Array, key: jax.Array) -> jax.Array:
+        keys, shape, dtype = jax.random.split(key, 4), outputs.shape, outputs.dtype
+        channels = (1,) * (len(shape) - 1) + shape[-1:]
+        mu = jax.random.uniform(keys[0], channels, dtype, -self.mean_range, self.mean_range)
+        sigma = jax.random.uniform(keys[1], channels, dtype, 1, self.scale_range)
+        m = mu + self.mean_jitter * jax.random.uniform(keys[2], shape, dtype, -1, 1)
+        s = sigma + self.scale_jitter * jax.random.normal(keys[3], shape, dtype)
+        return s * outputs + m
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanOnlyBatchNorm(Layer):
+    """Outputs x - mean + bias: batch norm without the variance, for weight-normalized layers.
+
+    Attributes:
+      momentum: weight of the old running mean, 0.9 in the official code.
+      axis_name: of the mapped axis over which the batch is spread.
+
+    Raises:
+      ValueError: an option is out of its range.
+
+    References:
+      T. Salimans, D. Kingma (2016), arXiv:1602.07868, section 4.
+    """
+
+    momentum: float = 0.9
+    axis_name: str | None = None
+    initial_params: ClassVar = {"bias": 0.0}
+    initial_state: ClassVar = {"mean": 0.0}
+
+    def __post_init__(self) -> None:
+        check_options(self.momentum, 0)
+
+    def _normalize(
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+    ) -> tuple[jax.Array, Arrays]:
+        if not train:
+            return x - state["mean"].astype(x.dtype), state
+        mean = jnp.mean(x, range(x.ndim - 1), keepdims=True)
+        if self.axis_name is not None:
+            mean = lax.pmean(mean, self.axis_name)
+        return x - mean, {"mean": running_average(self.momentum, state["mean"], mean)}

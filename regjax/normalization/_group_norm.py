@@ -1,0 +1,224 @@
+"""GroupNorm+: a learned mix of group normalization and a batch normalization of it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks, _tree
+from regjax.normalization import _statistics
+from regjax.normalization._layer import Arrays, Layer, check_options, running_average
+from regjax.normalization._statistics import Moments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupNormPlus(Layer):
+    """Outputs (s G(x) + (1 - s) B(G(x))) * scale + bias, s = sigmoid(mix_logit) learned.
+
+        G: (x - mean) / (std + epsilon) for each example and group, over positions and its channels
+        B: (x - mean) / (std + epsilon) over `batch_axes`
+
+    The defaults are the authors' code: B keeps the positions, and evaluation takes the statistics
+    of its own batch, so that an output depends on the other examples. The usable variant is
+    `batch_axes=None, track_running=True`: statistics of each channel, running ones in evaluation.
+    Where B has a single value to go by, G(x) alone is returned.
+
+    Attributes:
+      num_groups: groups of channels, 32 in the code; a group of one value is refused.
+      epsilon: added to the standard deviations, in units of the inputs.
+      mix_init: initial mix_logit; 1 gives the group part a weight of 0.731.
+      degrees_of_freedom: subtracted from the number of values in both variances.
+      batch_axes: axes of B; None is all but the channels.
+      track_running: whether B has running statistics for evaluation; needs `batch_axes=None`, or
+        all axes but the channels.
+      momentum: weight of the old running statistics.
+
+    Raises:
+      ValueError: an option is out of its range, `num_groups` does not divide the channels, or a
+        group holds one value.
+
+    References:
+      A. Gunawan, X. Yin, K. Zhang (2022), arXiv:2207.01972. The text was not available: this is the
+      layer of the official code.
+    """
+
+    num_groups: int = 32
+    epsilon: float = 1e-5
+    mix_init: float = 1.0
+    degrees_of_freedom: int = 1
+    batch_axes: tuple[int, ...] | None = (0,)
+    track_running: bool = False
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        _checks.integer("num_groups", self.num_groups)
+        _checks.integer("degrees_of_freedom", self.degrees_of_freedom, minimum=0)
+        check_options(self.momentum, self.epsilon)
+        if self.track_running and self.batch_axes == (0,):
+            raise ValueError("`batch_axes` must be None with `track_running`, got (0,).")
+
+    def init_params(self, num_features: int) -> dict[str, jax.Array]:
+        """Scale one, bias zero, (channels,), and mix_logit ()."""
+        _group_size(num_features, self.num_groups)
+        mix_logit = jnp.full((), self.mix_init, self.param_dtype)
+        return {**super().init_params(num_features), "mix_logit": mix_logit}
+
+    def init_state(self, num_features: int) -> dict[str, jax.Array]:
+        """Running mean zero and variance one of B, if it has such, (channels,)."""
+        if not self.track_running:
+            return {}
+        return {"mean": jnp.zeros(num_features), "var": jnp.ones(num_features)}
+
+    def _normalize(
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+    ) -> tuple[jax.Array, Arrays]:
+        group, batch, state = self._parts(x, state, train)
+        return mix(group, batch, params["mix_logit"]), state
+
+    def _parts(self, x: jax.Array, state: Arrays, train: bool) -> tuple[jax.Array, Any, Arrays]:
+        """The group part, the batch part or None, and the state."""
+        group = self._group(x)
+        return group, *self._batch(group, state, train)
+
+    def _group(self, x: jax.Array) -> jax.Array:
+        return group_normalize(
+            x, self.num_groups, self.epsilon, degrees_of_freedom=self.degrees_of_freedom
+        )
+
+    def _batch(self, x: jax.Array, state: Arrays, train: bool) -> tuple[Any, Arrays]:
+        if self.track_running and not train:
+            mean, variance = state["mean"].astype(x.dtype), state["var"].astype(x.dtype)
+            return (x - mean) / (jnp.sqrt(variance) + self.epsilon), state
+        axes = tuple(range(x.ndim - 1)) if self.batch_axes is None else self.batch_axes
+        normalized, found = _standardize(x, axes, self.epsilon, self.degrees_of_freedom)
+        if found.num_values <= self.degrees_of_freedom:
+            return None, state
+        if self.track_running:
+            if found.mean.size != x.shape[-1]:
+                raise ValueError(
+                    f"`batch_axes` must be all axes but the channels with `track_running`, "
+                    f"got {self.batch_axes} for inputs of shape {x.shape}."
+                )
+            state = {
+                "mean": running_average(self.momentum, state["mean"], found.mean),
+                "var": running_average(self.momentum, state["var"], found.variance),
+            }
+        return normalized, state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchNormGroupNorm(GroupNormPlus):
+    """The mix in the other order, for the ablation: b = B(x), a = G(b).
+
+    References:
+      A. Gunawan, X. Yin, K. Zhang (2022), arXiv:2207.01972.
+    """
+
+    def _parts(self, x: jax.Array, state: Arrays, train: bool) -> tuple[jax.Array, Any, Arrays]:
+        batch, state = self._batch(x, state, train)
+        return self._group(x if batch is None else batch), batch, state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelGroupBatchNorm(GroupNormPlus):
+    """The mix of both on the inputs, for the ablation: a = G(x), b = B(x).
+
+    References:
+      A. Gunawan, X. Yin, K. Zhang (2022), arXiv:2207.01972.
+    """
+
+    def _parts(self, x: jax.Array, state: Arrays, train: bool) -> tuple[jax.Array, Any, Arrays]:
+        return self._group(x), *self._batch(x, state, train)
+
+
+def group_normalize(
+    x: jax.Array, num_groups: int, epsilon: float, *, degrees_of_freedom: int = 1
+) -> jax.Array:
+    """(x - mean) / (std + epsilon) for each example and group of channels.
+
+    Args:
+      x: (batch, ..., channels); mean and std go over the axes between and the group's channels.
+      num_groups: it divides the channels.
+      epsilon: added to the standard deviation, in units of the inputs.
+      degrees_of_freedom: subtracted from the number of values in the variance.
+
+    Returns:
+      An array like `x`, in float32 at least.
+
+    Raises:
+      ValueError: `num_groups` does not divide the channels, or a group holds one value.
+    """
+    x = _tree.wide(x)
+    size = _group_size(x.shape[-1], num_groups)
+    grouped = x.reshape(*x.shape[:-1], num_groups, size)
+    axes = (*range(1, x.ndim - 1), x.ndim)
+    normalized, found = _standardize(grouped, axes, epsilon, degrees_of_freedom)
+    if found.num_values <= degrees_of_freedom:
+        raise ValueError(
+            f"`num_groups` must leave more than {degrees_of_freedom} values to a group, got "
+            f"{num_groups} for inputs of shape {x.shape}."
+        )
+    return normalized.reshape(x.shape)
+
+
+def batch_normalize_positions(
+    x: jax.Array, epsilon: float, *, degrees_of_freedom: int = 1
+) -> jax.Array:
+    """(x - mean) / (std + epsilon) over the examples, for each position and channel by itself.
+
+    Args:
+      x: (batch, ..., channels) with more examples than `degrees_of_freedom`.
+      epsilon: added to the standard deviation, in units of the inputs.
+      degrees_of_freedom: subtracted from the number of examples in the variance.
+
+    Returns:
+      An array like `x`, in float32 at least.
+
+    Raises:
+      ValueError: there are too few examples.
+    """
+    x = _tree.wide(x)
+    if x.shape[0] <= degrees_of_freedom:
+        raise ValueError(
+            f"`x` must hold more than {degrees_of_freedom} examples, got shape {x.shape}."
+        )
+    return _standardize(x, (0,), epsilon, degrees_of_freedom)[0]
+
+
+def mix(a: jax.Array, b: jax.Array | None, logit: jax.Array) -> jax.Array:
+    """S a + (1 - s) b, s = sigmoid(logit).
+
+    Args:
+      a: array.
+      b: array like it, or None: then a.
+      logit: ().
+
+    Returns:
+      An array like `a`.
+    """
+    if b is None:
+        return a
+    share = jax.nn.sigmoid(logit.astype(a.dtype))
+    return share * a + (1 - share) * b
+
+
+def _standardize(
+    x: jax.Array, axes: Sequence[int], epsilon: float, degrees_of_freedom: int
+) -> tuple[jax.Array, Moments]:
+    """(x - mean) / (std + epsilon), and the moments with the corrected variance."""
+    found = _statistics.moments(x, axes)
+    freedom = max(found.num_values - degrees_of_freedom, 1)  # the caller refuses fewer values
+    variance = found.variance * (found.num_values / freedom)
+    # The root has no derivative at zero.
+    std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
+    return (x - found.mean) / (std + epsilon), found._replace(variance=variance)
+
+
+def _group_size(num_features: int, num_groups: int) -> int:
+    if num_features % num_groups:
+        raise ValueError(
+            f"`num_groups` must divide the number of channels, {num_features}, got {num_groups}."
+        )
+    return num_features // num_groups

@@ -1,0 +1,111 @@
+"""What all normalization layers share: they are pure functions; a Flax module holds the arrays."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks, _tree
+
+Arrays: TypeAlias = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A normalization of inputs (batch, ..., channels), without arrays of its own.
+
+    `regjax.normalization.nnx` and `regjax.normalization.linen` hold the arrays and call `apply`.
+
+    Attributes:
+      dtype: of the outputs; None: that of the inputs and the parameters together.
+      param_dtype: of the parameters.
+      initial_params: value of each parameter (channels,) at the start.
+      initial_state: value of each running statistic (channels,) at the start.
+      needs_key: whether `apply` draws random numbers in training.
+    """
+
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    initial_params: ClassVar[Mapping[str, float]] = {"scale": 1.0, "bias": 0.0}
+    initial_state: ClassVar[Mapping[str, float]] = {}
+    needs_key: ClassVar[bool] = False
+
+    def init_params(self, num_features: int) -> dict[str, jax.Array]:
+        """Initial parameters, (channels,) each, by name."""
+        values = self.initial_params
+        return {name: jnp.full(num_features, v, self.param_dtype) for name, v in values.items()}
+
+    def init_state(self, num_features: int) -> dict[str, jax.Array]:
+        """Initial running statistics, (channels,) in float32 each, by name."""
+        values = self.initial_state
+        return {name: jnp.full(num_features, v, jnp.float32) for name, v in values.items()}
+
+    def apply(
+        self,
+        params: Arrays,
+        state: Arrays,
+        inputs: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Outputs and new running statistics.
+
+        Args:
+          params: as from `init_params`.
+          state: as from `init_state`.
+          inputs: (batch, ..., channels), floating point. Statistics are float32 at least.
+          train: whether the statistics are those of the batch.
+          key: typed key, for layers with `needs_key` in training.
+
+        Returns:
+          The outputs, of the shape of the inputs, and the state.
+
+        Raises:
+          ValueError: the inputs have another shape, or `key` is needed and missing.
+        """
+        if jnp.ndim(inputs) < 2:
+            raise ValueError(
+                f"`inputs` must have shape (batch, ..., channels), got {jnp.shape(inputs)}."
+            )
+        x = _tree.wide(inputs)
+        # Arrays of channels get the rank of the inputs, so that nothing is broadcast by accident.
+        lift = lambda array: array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
+        outputs, new = self._normalize(x, params, jax.tree.map(lift, dict(state)), train)
+        if "scale" in params:
+            outputs = outputs * lift(params["scale"]).astype(x.dtype)
+        if "bias" in params:
+            outputs = outputs + lift(params["bias"]).astype(x.dtype)
+        if train and self.needs_key:
+            if key is None:
+                raise ValueError("`key` must be given in training, got None.")
+            outputs = self._disturb(outputs, _checks.key("key", key))
+        dtype = jnp.result_type(inputs, *params.values()) if self.dtype is None else self.dtype
+        return outputs.astype(dtype), {name: new[name].reshape(state[name].shape) for name in state}
+
+    def _normalize(
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+    ) -> tuple[jax.Array, Arrays]:
+        """The normalized inputs and the new state; `_disturb` adds what is random."""
+        raise NotImplementedError
+
+    def _disturb(self, outputs: jax.Array, key: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+
+def running_average(momentum: float, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Momentum * old + (1 - momentum) * new; the old one where the new one is not finite.
+
+    A batch with a NaN spoils its own outputs, not the statistics of all later ones.
+    """
+    new = new.reshape(old.shape).astype(old.dtype)
+    return jnp.where(jnp.isfinite(new), momentum * old + (1 - momentum) * new, old)
+
+
+def check_options(momentum: float, epsilon: float) -> None:
+    """Checks what several layers have."""
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"`momentum` must be between 0 and 1, got {momentum}.")
+    _checks.non_negative("epsilon", epsilon)
