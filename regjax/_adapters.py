@@ -73,7 +73,7 @@ def from_linen(module: linen.Module, variables: Any) -> Model:
         raise ValueError(f"`variables` must hold 'params', got {sorted(variables)}.")
     state = core.unfreeze(variables)
     params = state.pop("params")
-    return _model(_RunLinen(module), params, state, "batch_stats" in state)
+    return _model(LinenRunner(module), params, state, "batch_stats" in state)
 
 
 def from_nnx(module: nnx.Module) -> Model:
@@ -97,7 +97,7 @@ def from_nnx(module: nnx.Module) -> Model:
     evaluation.eval()
     training.train()
     graph, params, state = nnx.split(evaluation, nnx.Param, ...)
-    run = _RunNnx(graph, nnx.graphdef(training))
+    run = NnxRunner(graph, nnx.graphdef(training))
     has_statistics = bool(jax.tree.leaves(nnx.state(module, nnx.BatchStat)))
     return _model(run, nnx.to_pure_dict(params), nnx.to_pure_dict(state), has_statistics)
 
@@ -119,7 +119,7 @@ def from_callable(function: Callable[..., Any], params: Params, state: Any = Non
     if not callable(function):
         raise TypeError(f"`function` must be callable, got {type(function).__name__}.")
     _checks.floating_tree("params", params)
-    return _model(_RunCallable(function), params, {} if state is None else state, False)
+    return _model(CallableRunner(function), params, {} if state is None else state, False)
 
 
 @functools.partial(
@@ -264,7 +264,7 @@ class _Apply:
 
 
 @dataclasses.dataclass(frozen=True)
-class _RunLinen:
+class LinenRunner:
     module: linen.Module
 
     def __call__(
@@ -296,7 +296,7 @@ def _mode_options(module_type: type, train: bool) -> dict[str, bool]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _RunNnx:
+class NnxRunner:
     evaluation: nnx.GraphDef
     training: nnx.GraphDef
 
@@ -320,7 +320,7 @@ def _reseed(module: nnx.Module, key: jax.Array) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _RunCallable:
+class CallableRunner:
     function: Callable[..., Any]
 
     def __call__(

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from regjax import _checks
 
@@ -88,6 +89,21 @@ def check_separable(loss_fn: LossFn, params: Params, *batch: Any, tolerance: flo
             f"{whole:.6g}, the size-weighted mean of {cut} and {length - cut} examples gives "
             f"{mean:.6g}. A sum does this, and batch norm or dropout in train mode."
         )
+
+
+def as_partial(function: Callable[..., Any]) -> Any:
+    """`function` as a pytree: as it is if it is one already, else a static function."""
+    leaves = jax.tree.leaves(function)
+    is_plain = len(leaves) == 1 and leaves[0] is function
+    return Partial(function) if is_plain else function
+
+
+def check_loss(loss_fn: Callable[..., Any], params: Params, batch: Batch) -> None:
+    """Checks, without evaluating it, that `loss_fn` gives a scalar."""
+    _checks.floating_tree("params", params)
+    shape = getattr(jax.eval_shape(as_partial(loss_fn), params, *batch), "shape", None)
+    if shape != ():
+        raise ValueError(f"`loss_fn` must return a scalar, the mean loss, got shape {shape}.")
 
 
 def _finite_scalar(loss: Any) -> float:

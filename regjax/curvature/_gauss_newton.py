@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks
-from regjax.curvature._operators import Operator, Rule, as_partial, build
+from regjax._base import as_partial
+from regjax.curvature._operators import Operator, Rule, build
 
 
 def gauss_newton(

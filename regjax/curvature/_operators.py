@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _loops, _tree
-from regjax._adapters import couples_examples
+from regjax._base import as_partial, check_loss, couples_examples
 
 # Residuals above this many bytes are recomputed in each product instead of kept: 8 KB an example
 # for a 269k-parameter MLP, 1 MB an example for a small convnet.
@@ -158,7 +158,7 @@ def hvp(loss_fn: Callable[..., Any], params: Any, vector: Any, *batch: Any) -> A
     References:
       B. Pearlmutter (1994), Fast exact multiplication by the Hessian, Neural Computation 6(1).
     """
-    _check_loss(loss_fn, params, batch)
+    check_loss(loss_fn, params, batch)
     _checks.same_tree("vector", vector, params)
     with _precision():
         return _differentiate_gradient(loss_fn, params, vector, *batch)
@@ -186,7 +186,7 @@ def hessian(
         not positive, or it splits a batch whose examples the loss couples (batch norm in train
         mode: ask for "train_per_chunk" by name).
     """
-    _check_loss(loss_fn, params, batch)
+    check_loss(loss_fn, params, batch)
     rule = Rule(Partial(_linearize_gradient), Partial(_differentiate_gradient))
     return build(rule, as_partial(loss_fn), params, batch, chunk_size)
 
@@ -292,17 +292,3 @@ def _precision() -> contextlib.AbstractContextManager[Any]:
     if getattr(jax.config, "jax_default_matmul_precision") is not None:  # noqa: B009
         return contextlib.nullcontext()
     return jax.default_matmul_precision("highest")
-
-
-def as_partial(function: Callable[..., Any]) -> Any:
-    """`function` as a pytree: as it is if it is one already, else a static function."""
-    leaves = jax.tree.leaves(function)
-    is_plain = len(leaves) == 1 and leaves[0] is function
-    return Partial(function) if is_plain else function
-
-
-def _check_loss(loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]) -> None:
-    _checks.floating_tree("params", params)
-    shape = getattr(jax.eval_shape(as_partial(loss_fn), params, *batch), "shape", None)
-    if shape != ():
-        raise ValueError(f"`loss_fn` must return a scalar, the mean loss, got shape {shape}.")

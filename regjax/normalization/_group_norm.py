@@ -212,7 +212,7 @@ def _standardize(
     freedom = max(found.num_values - degrees_of_freedom, 1)  # the caller refuses fewer values
     variance = found.variance * (found.num_values / freedom)
     # The root has no derivative at zero.
-    std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
+    std = jnp.where(variance == 0, 0, jnp.sqrt(jnp.where(variance == 0, 1, variance)))
     return (x - found.mean) / (std + epsilon), found._replace(variance=variance)
 
 

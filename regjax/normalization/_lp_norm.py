@@ -64,5 +64,4 @@ class LpNorm(Layer):
         if self.order != 2:
             return mean, reduced
         # The root has no derivative at zero.
-        root = jnp.sqrt(jnp.where(reduced > 0, reduced, 1))
-        return mean, jnp.where(reduced > 0, root, reduced)
+        return mean, jnp.where(reduced == 0, 0, jnp.sqrt(jnp.where(reduced == 0, 1, reduced)))

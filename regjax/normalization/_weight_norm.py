@@ -45,7 +45,7 @@ def weight_normalize(v: jax.Array, g: jax.Array, *, axis: int = -1) -> jax.Array
     wide, others = _tree.wide(v), _others(v, axis)
     square = jnp.sum(wide**2, others, keepdims=True)
     # The norm has no derivative at zero.
-    inverse = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+    inverse = jnp.where(square == 0, 0, jax.lax.rsqrt(jnp.where(square == 0, 1, square)))
     factor = jnp.expand_dims(_tree.wide(g), others) * inverse
     return (wide * jnp.broadcast_to(factor, v.shape)).astype(v.dtype)
 

@@ -132,7 +132,7 @@ class ParallelGroupBatchNorm(Normalization):
     layer_type = _group_norm.ParallelGroupBatchNorm
 
 
-class _Reparametrized(nnx.Module):
+class Reparametrized(nnx.Module):
     """A layer that runs with another kernel than the one that it stores, which is left alone."""
 
     def __init__(self, layer: Callable[[jax.Array], jax.Array], axis: int):
@@ -157,7 +157,7 @@ class _Reparametrized(nnx.Module):
         return layer(inputs)
 
 
-class WeightNorm(_Reparametrized):
+class WeightNorm(Reparametrized):
     """A layer with the kernel g v / |v|; v is the layer's own kernel, g the parameter `scale`.
 
     g starts at |v|, so that wrapping changes no function, until
@@ -184,7 +184,7 @@ class WeightNorm(_Reparametrized):
         return _weight_norm.weight_normalize(stored, self.scale[...], axis=self.axis)
 
 
-class WeightStandardized(_Reparametrized):
+class WeightStandardized(Reparametrized):
     """A layer with standardized kernel, `regjax.normalization.standardize_weight`.
 
     Args:

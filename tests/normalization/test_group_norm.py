@@ -119,7 +119,7 @@ def test_vectors_have_groups_of_channels():
 
 
 def test_error_texts():
-    with pytest.raises(ValueError, match="`num_groups` must divide .* channels, 16, got 5"):
+    with pytest.raises(ValueError, match=r"`num_groups` must divide .* channels, 16, got 5"):
         GroupNormPlus(num_groups=5).init_params(16)
     with pytest.raises(ValueError, match="must leave more than 1 values to a group, got 16"):
         normalization.group_normalize(X[:, 0, 0], 16, EPSILON)

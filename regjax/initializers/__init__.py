@@ -1,0 +1,7 @@
+"""Initial parameters that are made for a model and its data."""
+
+from regjax.initializers._data_dependent import data_dependent as data_dependent
+from regjax.initializers._gradinit import GradInitResult as GradInitResult
+from regjax.initializers._gradinit import adam_step as adam_step
+from regjax.initializers._gradinit import gradinit as gradinit
+from regjax.initializers._gradinit import sgd_step as sgd_step

@@ -1,0 +1,137 @@
+"""Data-dependent initialisation: on one batch, outputs of mean zero and a chosen deviation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from regjax import _checks, _loops, _tree
+from regjax._adapters import Model
+from regjax.initializers import _layers
+from regjax.initializers._layers import Path
+
+# What a layer is with, where it is looked at: outputs t = v x / |v| or w x.
+_PROBE = {"bias": 0, "scale": 1}
+
+
+def data_dependent(
+    model: Model,
+    params: Any,
+    state: Any,
+    inputs: Any,
+    *,
+    scale: float | Callable[[Path], float] = 1.0,
+    epsilon: float = 1e-10,
+    mask: Any = None,
+    key: jax.Array | None = None,
+) -> Any:
+    """Initial parameters with which each layer's outputs have mean 0 and deviation `scale`.
+
+        t = v x / |v|,   g = scale / sqrt(var[t] + epsilon),   b = -mean[t] g
+
+    unit by unit, over the batch and positions, layer by layer as they run: each layer sees what the
+    ones before it have become. A weight-normalized layer gets g; a plain one its kernel times the
+    same factor, t = w x. A layer without bias, as before a batch norm of the mean, gets g alone. A
+    unit whose outputs do not vary on the batch keeps its kernel. The model runs in train mode,
+    dropout off; the first run of a shared layer counts.
+
+    Args:
+      model: from `from_nnx` or `from_linen`, of Dense, Linear, Conv and ConvTranspose layers, plain
+        or weight-normalized, in any arrangement.
+      params: tree of its parameters.
+      state: its state. Running statistics are not changed: `updated_statistics` refreshes them.
+      inputs: of one batch, leading axis the examples; some hundred, the paper has 500.
+      scale: standard deviation s, in units of the outputs, or a function of the layer's path in the
+        parameters, such as ("block_0", "second", "layer"); the paper's code has 0.1 at the end of
+        residual branches.
+      epsilon: added to the variance. 1e-10 is the paper's code for dense layers.
+      mask: tree of bools like `params`, whose kernels (leaves of two axes or more) are to be
+        initialised; None is all of them.
+      key: typed key for noise in train mode other than dropout.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      TypeError: `model` has no layers that could be found (`from_callable`).
+      ValueError: a kernel belongs to no layer that ran, a unit has a single value on the batch, the
+        outputs of a layer are not finite, or an option is out of its range.
+
+    References:
+      T. Salimans, D. Kingma (2016), arXiv:1602.07868, section 3.
+    """
+    _checks.non_negative("epsilon", epsilon)
+    chosen = jax.tree.map(lambda leaf: True, params) if mask is None else mask
+    wanted = _kernels(params, _checks.same_structure("mask", chosen, params))
+
+    def visit(path: Path, layer: Any, axis: int, outputs: Callable[[Any], jax.Array]) -> Any:
+        if not any(kernel[: len(path)] == path for kernel in wanted):
+            return layer
+        size = scale(path) if callable(scale) else scale
+        return _initialized(path, layer, axis, outputs, _checks.positive("scale", size), epsilon)
+
+    found = _layers.run_layers(model, params, state, inputs, visit, key)
+    missing = [k for k in wanted if not any(k[: len(path)] == path for path in found)]
+    if missing:
+        names = ", ".join("/".join(map(str, path)) for path in missing)
+        raise ValueError(
+            "`mask` must leave out kernels that belong to no dense or convolutional layer, or to "
+            f"one that does not run, got {names}."
+        )
+    for path, layer in found.items():
+        params = _replaced(params, path, layer)
+    return params
+
+
+def _kernels(params: Any, chosen: Any) -> list[Path]:
+    flat, masks = (traverse_util.flatten_dict(tree) for tree in (params, chosen))
+    return [path for path, leaf in flat.items() if masks[path] and jnp.ndim(leaf) >= 2]
+
+
+def _initialized(
+    path: Path,
+    layer: Any,
+    axis: int,
+    outputs: Callable[[Any], jax.Array],
+    scale: float,
+    epsilon: float,
+) -> Any:
+    flat = traverse_util.flatten_dict(layer)
+    at = {leaf[-1]: leaf for leaf in flat}  # kernel, bias, scale
+    probe = {at[name]: jnp.full_like(flat[at[name]], v) for name, v in _PROBE.items() if name in at}
+    t = _tree.wide(outputs(traverse_util.unflatten_dict({**flat, **probe})))
+    _check_outputs(path, t)
+    axes = tuple(range(t.ndim - 1))
+    mean, variance = jnp.mean(t, axes), jnp.var(t, axes)
+    # A deviation this small beside the mean is rounding.
+    varies = variance > (16 * jnp.finfo(t.dtype).eps * mean) ** 2
+    factor = scale * jax.lax.rsqrt(jnp.where(varies, variance, 1) + epsilon)
+    new = {}
+    if "scale" in at:
+        factor = jnp.where(varies, factor, flat[at["scale"]].astype(t.dtype))
+        new[at["scale"]] = factor
+    else:
+        factor = jnp.where(varies, factor, 1)
+        kernel = flat[at["kernel"]]
+        others = tuple(i for i in range(kernel.ndim) if i != axis % kernel.ndim)
+        new[at["kernel"]] = kernel * jnp.broadcast_to(jnp.expand_dims(factor, others), kernel.shape)
+    if "bias" in at:
+        new[at["bias"]] = -mean * factor
+    cast = {leaf: value.astype(flat[leaf].dtype) for leaf, value in new.items()}
+    return traverse_util.unflatten_dict({**flat, **cast})
+
+
+def _check_outputs(path: Path, t: jax.Array) -> None:
+    name = "/".join(map(str, path))
+    if t.size // t.shape[-1] < 2:
+        raise ValueError(f"`inputs` must give each unit of {name} two values at least, got one.")
+    if _loops.is_concrete(t) and not jnp.all(jnp.isfinite(t)):
+        raise ValueError(f"`inputs` must give finite outputs of {name}, got NaN or infinity.")
+
+
+def _replaced(tree: Any, path: Path, new: Any) -> Any:
+    if not path:
+        return new
+    return {**tree, path[0]: _replaced(tree[path[0]], path[1:], new)}

@@ -1,0 +1,108 @@
+"""The layers of a flax model as they run, each handed to a visitor before it is used.
+
+What a visitor makes of a layer's parameters is what the layers behind it see.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen, nnx
+
+from regjax import normalization
+from regjax._adapters import LinenRunner, Model, NnxRunner
+
+Path = tuple[str | int, ...]
+# (path, parameters, channel axis of the kernel, parameters -> outputs on the layer's inputs)
+# -> new parameters
+Visit = Callable[[Path, Any, int, Callable[[Any], jax.Array]], Any]
+
+_LINEN = (linen.Dense, linen.Conv, linen.ConvTranspose)
+_NNX = (nnx.Linear, nnx.Conv, nnx.ConvTranspose, normalization.nnx.WeightNorm)
+# A factor of their kernels changes nothing.
+_STANDARDIZED = (
+    normalization.linen.WeightStandardizedDense,
+    normalization.linen.WeightStandardizedConv,
+)
+
+
+def run_layers(
+    model: Model, params: Any, state: Any, inputs: Any, visit: Visit, key: jax.Array | None
+) -> dict[Path, Any]:
+    """The new parameters of each dense and convolutional layer, by path, in the order they ran.
+
+    The model runs once, in train mode without dropout. A layer that runs twice is visited once.
+    """
+    runner = getattr(model.apply, "run", None)
+    if isinstance(runner, LinenRunner):
+        return _run_linen(model, params, state, inputs, visit, key)
+    if isinstance(runner, NnxRunner):
+        return _run_nnx(runner, params, state, inputs, visit)
+    raise TypeError("`model` must come from `from_linen` or `from_nnx`, whose layers are known.")
+
+
+def _run_linen(
+    model: Model, params: Any, state: Any, inputs: Any, visit: Visit, key: Any
+) -> dict[Path, Any]:
+    found: dict[Path, Any] = {}
+    is_inside = False
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        nonlocal is_inside
+        module = context.module
+        if isinstance(module, linen.Dropout):
+            return args[0]
+        is_layer = isinstance(module, _LINEN) and not isinstance(module, _STANDARDIZED)
+        if is_inside or context.method_name != "__call__" or not is_layer:
+            return call(*args, **kwargs)
+        alone = module.clone(parent=None, name=None)
+        outputs = lambda params: alone.apply({"params": params}, *args, **kwargs)
+        is_inside = True
+        try:
+            if module.path not in found:
+                layer = module.variables["params"]
+                found[module.path] = visit(module.path, layer, _channel_axis(module), outputs)
+            return outputs(found[module.path])
+        finally:
+            is_inside = False
+
+    with linen.intercept_methods(intercept):
+        model.apply(params, state, inputs, train=True, key=key)
+    return found
+
+
+def _run_nnx(
+    runner: NnxRunner, params: Any, state: Any, inputs: Any, visit: Visit
+) -> dict[Path, Any]:
+    module = nnx.merge(runner.training, params, state)
+    module.set_attributes(deterministic=True, raise_if_not_found=False)
+    found: dict[Path, Any] = {}
+    modules = dict(nnx.iter_modules(module))
+    wrappers = normalization.nnx.Reparametrized
+    wrapped = [path for path, node in modules.items() if isinstance(node, wrappers)]
+    for path, node in modules.items():
+        is_part = any(path[: len(outer)] == outer and path != outer for outer in wrapped)
+        if isinstance(node, _NNX) and not is_part:
+            _watch(node, path, visit, found)
+    module(inputs)
+    return found
+
+
+def _watch(layer: Any, path: Path, visit: Visit, found: dict[Path, Any]) -> None:
+    """Makes `layer` an object of a class of its own, with a call that visits it first."""
+    plain = type(layer)
+    graph, params = nnx.split(layer)
+    outputs = lambda params, inputs: plain.__call__(nnx.merge(graph, params), inputs)
+
+    def call(self: Any, inputs: Any) -> Any:
+        if path not in found:
+            pure = nnx.to_pure_dict(params)
+            axis = _channel_axis(self)
+            found[path] = visit(path, pure, axis, lambda params: outputs(params, inputs))
+        return outputs(found[path], inputs)
+
+    object.__setattr__(layer, "__class__", type(plain.__name__, (plain,), {"__call__": call}))
+
+
+def _channel_axis(layer: Any) -> int:
+    return -2 if getattr(layer, "transpose_kernel", False) else -1
