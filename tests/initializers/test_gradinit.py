@@ -139,6 +139,7 @@ def test_without_a_rate_nothing_moves_and_zero_arrays_stay():
     )
     jax.tree.map(np.testing.assert_array_equal, still.params, params)
     params["first"]["bias"] = jnp.zeros_like(params["first"]["bias"])
+    params["second"]["bias"] = -params["second"]["bias"]
     moved = initializers.gradinit(
         oracles.loss_fn, params, batches, gradient_norm_bound=0.0, learning_rate=5.0
     )
