@@ -13,6 +13,7 @@ from regjax.experiments import _figure, _record
 from regjax.experiments._settings import (
     SpectrumSettings,
     UsageError,
+    methods,
     option,
     option_types,
     out_dir,
@@ -95,10 +96,10 @@ def _overrides(item: str, settings: SpectrumSettings) -> dict[str, Any]:
         word, separator, text = part.strip().partition("=")
         name = word.replace("-", "_") if separator else _option_of(word)
         allowed = [name for name in option_types(type(settings)) if name not in _COMMON]
-        # Of the chosen transformation's own options the last part is enough.
-        used = overrides.get("transformation", settings.transformation)
-        if name not in allowed and f"{used}.{name}" in allowed:
-            name = f"{used}.{name}"
+        # Of the chosen methods' own options the last part is enough.
+        for used in methods(replace(settings, overrides)):
+            if name not in allowed and f"{used}.{name}" in allowed:
+                name = f"{used}.{name}"
         if name not in allowed:
             raise UsageError(
                 f"--compare must set one of {', '.join(allowed)}, got {name!r} in {item!r}."

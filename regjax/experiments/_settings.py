@@ -4,9 +4,11 @@ import dataclasses
 import re
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from regjax.experiments import _transformations
+import tyro
+
+from regjax.experiments import _initialization, _transformations
 
 
 class UsageError(ValueError):
@@ -38,8 +40,13 @@ class TrainSettings:
     depth: int | None = None
     """Hidden layers, convolutions, or blocks of a resnet. None: 2, of a resnet 4."""
 
-    normalization: Literal["none", "batch", "layer", "group"] = "none"
-    """Normalization behind each hidden layer."""
+    normalization: Annotated[_initialization.Normalization, tyro.conf.arg(aliases=["--norm"])] = (
+        "none"
+    )
+    """Normalization of each hidden layer."""
+
+    init: _initialization.Name = "default"
+    """What is done to the initial parameters; its own options are below."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimiser."""
@@ -100,6 +107,10 @@ class TrainSettings:
     soft_threshold: _transformations.SoftThreshold = dataclasses.field(
         default_factory=_transformations.SoftThreshold
     )
+    data_dependent: _initialization.DataDependent = dataclasses.field(
+        default_factory=_initialization.DataDependent
+    )
+    gradinit: _initialization.GradInit = dataclasses.field(default_factory=_initialization.GradInit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,10 +242,18 @@ def training_options(settings: TrainSettings) -> dict[str, Any]:
         "learning_rate": learning_rate(settings),
         "momentum": momentum(settings),
     }
-    # Of the transformations' own options only those of the one that is used matter.
-    chosen = values.get(settings.transformation)
-    own = {} if chosen is None else dataclasses.asdict(chosen)
-    return {**options, **usual, **{f"{settings.transformation}.{k}": v for k, v in own.items()}}
+    # Of the methods' own options only those of the ones that are used matter.
+    own = {
+        f"{name}.{field}": value
+        for name in methods(settings)
+        for field, value in dataclasses.asdict(values[name]).items()
+    }
+    return {**options, **usual, **own}
+
+
+def methods(settings: TrainSettings) -> list[str]:
+    """The chosen transformation and initialisation, as far as they have options of their own."""
+    return [name for name in (settings.transformation, settings.init) if hasattr(settings, name)]
 
 
 def replace(settings: Any, changes: dict[str, Any]) -> Any:

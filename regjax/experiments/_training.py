@@ -12,6 +12,7 @@ from regjax._adapters import Model
 from regjax.experiments import _checkpoint
 from regjax.experiments._data import Dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
+from regjax.experiments._initial import initialize
 from regjax.experiments._network import build_model
 from regjax.experiments._optimizer import denoised, optimizer
 from regjax.experiments._settings import (
@@ -87,9 +88,10 @@ def train(
             f"got {settings.batch_size}."
         )
     model, start = build_model(settings, dataset), time.monotonic()
-    state, losses = _initial(settings, model), list[float]()
     if settings.resume:
         state, losses = restore(path, settings, dataset, model)
+    else:
+        state, losses = _initial(settings, initialize(settings, model, dataset)), []
     epochs = Epochs(settings, dataset, Step(model.apply, optimizer(settings), num_shards(settings)))
     num_saved, saved_at = len(losses) if settings.resume else -1, start
 

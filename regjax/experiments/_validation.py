@@ -2,6 +2,7 @@
 
 import re
 
+from regjax.experiments._initialization import FILTER_FREE, GHOST_SIZE, KERNEL_FREE
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._settings import (
     SpectrumSettings,
@@ -37,16 +38,20 @@ def validate(settings: TrainSettings) -> None:
     if not 0 <= momentum(settings) < 1:
         raise UsageError(f"--momentum must be at least 0 and below 1, got {settings.momentum}.")
     _validate_transformation(settings)
+    _validate_initialization(settings)
+    if settings.normalization == "ghost":
+        _validate_ghosts(settings)
 
 
 def _validate_transformation(settings: TrainSettings) -> None:
     name = settings.transformation
     if name == "rescale_weights":
-        if settings.normalization == "none":
+        if settings.normalization not in KERNEL_FREE:
             raise UsageError(
-                "--transformation rescale_weights must have a --normalization other than none."
+                "--transformation rescale_weights must have a --normalization that divides the "
+                f"scale out, {', '.join(KERNEL_FREE)}, got {settings.normalization}."
             )
-        if settings.normalization != "batch" and settings.rescale_weights.per_filter:
+        if settings.normalization not in FILTER_FREE and settings.rescale_weights.per_filter:
             raise UsageError(
                 "--rescale-weights.per-filter must be off with --normalization "
                 f"{settings.normalization}, which makes only whole kernels scale-invariant."
@@ -64,3 +69,32 @@ def _validate_transformation(settings: TrainSettings) -> None:
         raise UsageError(
             re.sub(r"`(\w+)`", lambda m: f"{prefix}.{m[1].replace('_', '-')}", str(error))
         ) from None
+
+
+def _validate_initialization(settings: TrainSettings) -> None:
+    rules: dict[str, dict[str, tuple[str, ...]]] = {
+        "data_dependent": {"above 0": ("scale", "num_examples"), "at least 0": ("epsilon",)},
+        "gradinit": {
+            "above 0": ("num_iterations", "half_batch", "step_size"),
+            "at least 0": ("gradient_norm_bound", "learning_rate", "clip"),
+        },
+    }
+    for rule, names in rules.get(settings.init, {}).items():
+        for name in names:
+            value = getattr(getattr(settings, settings.init), name)
+            if not (value > 0 if rule == "above 0" else value >= 0):
+                full = option(f"{settings.init}.{name}")
+                raise UsageError(f"{full} must be {rule}, got {value}.")
+
+
+def _validate_ghosts(settings: TrainSettings) -> None:
+    sizes = {"--batch-size over the number of shards": settings.batch_size // num_shards(settings)}
+    if settings.init == "data_dependent":
+        sizes["--data-dependent.num-examples"] = settings.data_dependent.num_examples
+    if settings.init == "gradinit":
+        sizes["--gradinit.half-batch"] = settings.gradinit.half_batch
+    for name, size in sizes.items():
+        if size % GHOST_SIZE:
+            raise UsageError(
+                f"{name} must be a multiple of {GHOST_SIZE} with --normalization ghost, got {size}."
+            )

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from regjax import _checks
-from regjax.models._norm import Normalized, image_shape
+from regjax.models._norm import Normalized, image_shape, needs_bias
 
 
 class ConvNet(nnx.Module):
@@ -18,7 +18,7 @@ class ConvNet(nnx.Module):
       num_classes: number of outputs.
       width: channels of each convolution.
       depth: number of convolutions.
-      norm: "none", "batch", "layer" or "group".
+      norm: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and others.
       rngs: stream "params" (or the default one) of the initial parameters, float32.
 
     Raises:
@@ -42,7 +42,7 @@ class ConvNet(nnx.Module):
         height, breadth, channels = image_shape(input_shape)
         for i in range(depth):
             convolution = nnx.Conv(
-                channels, width, (3, 3), strides=2, use_bias=norm == "none", rngs=rngs
+                channels, width, (3, 3), strides=2, use_bias=needs_bias(norm), rngs=rngs
             )
             setattr(self, f"layer_{i}", Normalized(convolution, width, norm=norm, rngs=rngs))
             # "SAME" padding: half the positions, rounded up.

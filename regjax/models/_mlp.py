@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from regjax import _checks
-from regjax.models._norm import NORMS, Normalized, image_shape
+from regjax.models._norm import NORMS, Normalized, image_shape, needs_bias
 
 
 class MLP(nnx.Module):
@@ -20,7 +20,7 @@ class MLP(nnx.Module):
       num_classes: number of outputs.
       width: units of each hidden layer.
       depth: number of hidden layers; 0 is a linear classifier.
-      norm: "none", "batch", "layer" or "group".
+      norm: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and others.
       rngs: stream "params" (or the default one) of the initial parameters, float32.
 
     Raises:
@@ -44,7 +44,7 @@ class MLP(nnx.Module):
         _checks.choice("norm", norm, NORMS)
         num_inputs = math.prod(image_shape(input_shape))
         for i in range(depth):
-            linear = nnx.Linear(num_inputs, width, use_bias=norm == "none", rngs=rngs)
+            linear = nnx.Linear(num_inputs, width, use_bias=needs_bias(norm), rngs=rngs)
             setattr(self, f"layer_{i}", Normalized(linear, width, norm=norm, rngs=rngs))
             num_inputs = width
         self.head = nnx.Linear(num_inputs, num_classes, rngs=rngs)

@@ -1,14 +1,14 @@
 """A layer with its normalization behind it: what all networks here are built of."""
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
 
-from regjax import _checks
-
-NORMS = ("none", "batch", "layer", "group")
+from regjax import _checks, normalization
 
 # flax's 0.99 remembers the first hundred steps, longer than a small run takes to change its
 # features; 0.9 is the usual value elsewhere.
@@ -18,12 +18,51 @@ _MOMENTUM = 0.9
 _NUM_GROUPS = 8
 
 
+def _group_norm(num_features: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    return nnx.GroupNorm(num_features, math.gcd(num_features, _NUM_GROUPS), rngs=rngs)
+
+
+def _group_norm_plus(num_features: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The usable variant, with groups of two channels at least."""
+    num_groups = math.gcd(num_features, _NUM_GROUPS)
+    if num_groups == num_features:
+        num_groups = max(1, num_groups // 2)
+    return normalization.nnx.GroupNormPlus(
+        num_features, num_groups=num_groups, batch_axes=None, track_running=True, rngs=rngs
+    )
+
+
+def _ours(kind: Callable[..., nnx.Module], **options: Any) -> Callable[..., nnx.Module]:
+    return functools.partial(kind, momentum=_MOMENTUM, **options)
+
+
+_LAYERS: dict[str, Callable[..., nnx.Module]] = {
+    "batch": _ours(normalization.nnx.BatchNorm),
+    "layer": nnx.LayerNorm,
+    "group": _group_norm,
+    "ghost": _ours(normalization.nnx.GhostBatchNorm, ghost_size=16),
+    "noisy": _ours(normalization.nnx.NoisyBatchNorm),
+    "lp1": _ours(normalization.nnx.LpNorm, order=1),
+    "lp2": _ours(normalization.nnx.LpNorm, order=2),
+    "lpinf": _ours(normalization.nnx.LpNorm, order=math.inf),
+    "group_plus": _group_norm_plus,
+    "mean_only": _ours(normalization.nnx.MeanOnlyBatchNorm),
+}
+_KERNELS: dict[str, Callable[..., nnx.Module]] = {
+    "weight": normalization.nnx.WeightNorm,
+    "weight_standardized": normalization.nnx.WeightStandardized,
+}
+NORMS = ("none", *_LAYERS, *_KERNELS, "weight_mean_only")
+
+
 class Normalized(nnx.Module):
     """inputs -> norm(layer(inputs)), channels last.
 
-    The norms are flax's: "batch" over examples and positions, "layer" over the channels of each
-    position, "group" over positions and groups of channels (8 groups, or the greatest common
-    divisor of 8 and the number of channels). "none" is the bare layer.
+    "layer" and "group" are flax's, over the channels of each position and over positions and groups
+    of channels (8, or the greatest common divisor of 8 and the number of channels). All others are
+    those of `regjax.normalization`: "batch", "ghost" (groups of 16 examples), "noisy", "lp1",
+    "lp2", "lpinf", "mean_only", "group_plus" (running statistics); "weight" and
+    "weight_standardized" act on the kernel, "weight_mean_only" on both. "none" is the bare layer.
     """
 
     def __init__(
@@ -35,21 +74,19 @@ class Normalized(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _checks.choice("norm", norm, NORMS)
-        self.layer = layer
-        if norm == "batch":
-            self.norm = nnx.BatchNorm(num_features, momentum=_MOMENTUM, rngs=rngs)
-        elif norm == "layer":
-            self.norm = nnx.LayerNorm(num_features, rngs=rngs)
-        elif norm == "group":
-            num_groups = math.gcd(num_features, _NUM_GROUPS)
-            self.norm = nnx.GroupNorm(num_features, num_groups, rngs=rngs)
-        else:
-            self.norm = None
+        kernel, behind = ("weight", "mean_only") if norm == "weight_mean_only" else (norm, norm)
+        self.layer = _KERNELS[kernel](layer) if kernel in _KERNELS else layer
+        self.norm = _LAYERS[behind](num_features, rngs=rngs) if behind in _LAYERS else None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """The normalized output, shape (batch, ..., num_features)."""
         outputs = self.layer(inputs)
         return outputs if self.norm is None else self.norm(outputs)
+
+
+def needs_bias(norm: str) -> bool:
+    """Whether the layer needs a bias of its own: the normalizations behind it have one."""
+    return norm == "none" or norm in _KERNELS
 
 
 def image_shape(value: tuple[int, ...]) -> tuple[int, int, int]:

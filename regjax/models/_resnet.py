@@ -18,7 +18,7 @@ class ResNet(nnx.Module):
       input_shape: (height, width, channels) of one example.
       num_classes: number of outputs.
       widths: channels of each block; where they change, the block has stride 2.
-      norm: "none", "batch", "layer" or "group".
+      norm: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and others.
       rngs: stream "params" (or the default one) of the initial parameters, float32.
 
     Raises:

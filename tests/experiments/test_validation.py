@@ -19,13 +19,14 @@ def test_every_option_is_validated_or_free():
             _validation.validate(dataclasses.replace(SpectrumSettings(), **{name: -1}))
 
 
-def test_every_number_of_a_transformation_is_validated():
+def test_every_number_of_a_method_is_validated():
     for field in dataclasses.fields(SpectrumSettings):
         own = getattr(SpectrumSettings(), field.name, None)
         for inner in dataclasses.fields(own) if dataclasses.is_dataclass(own) else ():
             if type(getattr(own, inner.name)) not in (int, float):
                 continue
-            changes = {"transformation": field.name, f"{field.name}.{inner.name}": -1}
+            method = "init" if field.name in ("data_dependent", "gradinit") else "transformation"
+            changes = {method: field.name, f"{field.name}.{inner.name}": -1}
             if field.name == "rescale_weights":
                 changes["normalization"] = "batch"
             if (field.name, inner.name) == ("coherent_regularization", "num_steps"):
@@ -37,7 +38,7 @@ def test_every_number_of_a_transformation_is_validated():
 
 def test_rescaling_needs_a_normalization_that_allows_it():
     rescale = {"transformation": "rescale_weights"}
-    with pytest.raises(UsageError, match="must have a --normalization other than none"):
+    with pytest.raises(UsageError, match="must have a --normalization that divides the scale"):
         _validation.validate(_settings.replace(SpectrumSettings(), rescale))
     grouped = {**rescale, "normalization": "group"}
     with pytest.raises(UsageError, match=r"--rescale-weights\.per-filter must be off"):
@@ -50,3 +51,37 @@ def test_shards_divide_the_batch():
     sharded = {"transformation": "sam", "sam.num_shards": 3}
     with pytest.raises(UsageError, match=r"--sam.num-shards must divide the batch size, 64, got 3"):
         _validation.validate(_settings.replace(SpectrumSettings(), sharded))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"batch_size": 24}, r"--batch-size over the number of shards must .* of 16.* got 24"),
+        (
+            {"transformation": "sam", "sam.num_shards": 8},
+            r"--batch-size over the number of shards must be a multiple of 16",
+        ),
+        (
+            {"init": "data_dependent", "data_dependent.num_examples": 500},
+            r"--data-dependent.num-examples must be a multiple of 16",
+        ),
+        (
+            {"init": "gradinit", "gradinit.half_batch": 5},
+            r"--gradinit.half-batch must be a multiple",
+        ),
+    ],
+)
+def test_ghosts_divide_the_batches(changes, text):
+    ghost = _settings.replace(SpectrumSettings(), {"normalization": "ghost"})
+    _validation.validate(ghost)
+    with pytest.raises(UsageError, match=text):
+        _validation.validate(_settings.replace(ghost, changes))
+
+
+def test_options_of_the_models_are_those_of_the_command_line():
+    import typing
+
+    from regjax.experiments import _initialization
+    from regjax.models import _norm
+
+    assert set(typing.get_args(_initialization.Normalization)) == set(_norm.NORMS)

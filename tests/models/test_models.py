@@ -163,10 +163,10 @@ def test_group_norm_takes_any_width(num_features):
 @pytest.mark.parametrize(
     ("network", "options", "error", "message"),
     [
-        (MLP, {"norm": "weight"}, ValueError, "`norm` must be one of none, batch, layer, group"),
-        (MLP, {"norm": "weight", "depth": 0}, ValueError, "`norm` must be one of"),
-        (ConvNet, {"norm": "weight"}, ValueError, "`norm` must be one of"),
-        (ResNet, {"norm": "weight"}, ValueError, "`norm` must be one of"),
+        (MLP, {"norm": "instance"}, ValueError, "`norm` must be one of none, batch, layer, group"),
+        (MLP, {"norm": "instance", "depth": 0}, ValueError, "`norm` must be one of"),
+        (ConvNet, {"norm": "instance"}, ValueError, "`norm` must be one of"),
+        (ResNet, {"norm": "instance"}, ValueError, "`norm` must be one of"),
         (MLP, {"depth": -1}, ValueError, "`depth` must be at least 0, got -1"),
         (ConvNet, {"depth": 0}, ValueError, "`depth` must be at least 1, got 0"),
         (ConvNet, {"depth": 2.0}, TypeError, "`depth` must be a Python integer, got 2.0"),
