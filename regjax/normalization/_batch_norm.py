@@ -9,7 +9,13 @@ from jax import lax
 
 from regjax import _checks
 from regjax.normalization import _statistics
-from regjax.normalization._layer import Arrays, Layer, check_options, running_average
+from regjax.normalization._layer import (
+    Arrays,
+    Layer,
+    Standardized,
+    check_options,
+    running_average,
+)
 from regjax.normalization._statistics import Moments
 
 
@@ -59,15 +65,17 @@ class BatchNorm(Layer):
 
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool
-    ) -> tuple[jax.Array, Arrays]:
+    ) -> tuple[Standardized, Arrays]:
         if not train:
-            return self._standardize(x, state["mean"], state["var"]), state
+            mean, variance = (state[name].astype(x.dtype) for name in ("mean", "var"))
+            return Standardized(x, mean, self._factor(variance)), state
         found = _statistics.moments(x, range(x.ndim - 1), axis_name=self.axis_name)
-        return self._standardize(x, found.mean, found.variance), self._ticked(state, found)
+        factor = self._factor(found.variance)
+        standardized = Standardized(x, found.reference, factor, -found.shift * factor)
+        return standardized, self._ticked(state, found)
 
-    def _standardize(self, x: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
-        factor = lax.rsqrt(variance.astype(x.dtype) + self.epsilon)
-        return (x - mean.astype(x.dtype)) * factor
+    def _factor(self, variance: jax.Array) -> jax.Array:
+        return lax.rsqrt(variance + self.epsilon)
 
     def _ticked(self, state: Arrays, found: Moments) -> Arrays:
         variance = found.variance
@@ -105,7 +113,7 @@ class GhostBatchNorm(BatchNorm):
 
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool
-    ) -> tuple[jax.Array, Arrays]:
+    ) -> tuple[Standardized, Arrays]:
         if not train:
             return super()._normalize(x, params, state, train)
         if x.shape[0] % self.ghost_size:
@@ -114,11 +122,14 @@ class GhostBatchNorm(BatchNorm):
             )
         ghosts = x.reshape(-1, self.ghost_size, *x.shape[1:])
         found = _statistics.moments(ghosts, range(1, ghosts.ndim - 1))
-        normalized = self._standardize(ghosts, found.mean, found.variance).reshape(x.shape)
+        factor = self._factor(found.variance)
         means = jnp.stack([jnp.mean(found.mean, 0), jnp.mean(found.variance, 0)])
         if self.axis_name is not None:
             means = lax.pmean(means, self.axis_name)
-        return normalized, self._ticked(state, Moments(means[0], means[1], found.num_values))
+        state = self._ticked(state, found._replace(mean=means[0], variance=means[1]))
+        normalized = Standardized(ghosts, found.reference, factor, -found.shift * factor)
+        # The parameters have the rank of the inputs.
+        return Standardized(normalized.apply().reshape(x.shape)), state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,8 +170,10 @@ class NoisyBatchNorm(BatchNorm):
         channels = (1,) * (len(shape) - 1) + shape[-1:]
         mu = jax.random.uniform(keys[0], channels, dtype, -self.mean_range, self.mean_range)
         sigma = jax.random.uniform(keys[1], channels, dtype, 1, self.scale_range)
-        m = mu + self.mean_jitter * jax.random.uniform(keys[2], shape, dtype, -1, 1)
-        s = sigma + self.scale_jitter * jax.random.normal(keys[3], shape, dtype)
+        uniform = jax.random.uniform(keys[2], shape, dtype, -1, 1)
+        # Or each use of the noise would compute it again.
+        drawn = lax.optimization_barrier((uniform, jax.random.normal(keys[3], shape, dtype)))
+        m, s = mu + self.mean_jitter * drawn[0], sigma + self.scale_jitter * drawn[1]
         return s * outputs + m
 
 
@@ -189,10 +202,13 @@ class MeanOnlyBatchNorm(Layer):
 
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool
-    ) -> tuple[jax.Array, Arrays]:
+    ) -> tuple[Standardized, Arrays]:
         if not train:
-            return x - state["mean"].astype(x.dtype), state
-        mean = jnp.mean(x, range(x.ndim - 1), keepdims=True)
+            return Standardized(x, state["mean"].astype(x.dtype)), state
+        axes = tuple(range(x.ndim - 1))
+        reference = _statistics.first(x, axes)
+        mean = reference + jnp.mean(x - reference, axes, keepdims=True)
         if self.axis_name is not None:
             mean = lax.pmean(mean, self.axis_name)
-        return x - mean, {"mean": running_average(self.momentum, state["mean"], mean)}
+        state = {"mean": running_average(self.momentum, state["mean"], mean)}
+        return Standardized(x, reference, offset=reference - mean), state

@@ -1,15 +1,20 @@
 """GroupNorm+: a learned mix of group normalization and a batch normalization of it."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from regjax import _checks, _tree
 from regjax.normalization import _statistics
-from regjax.normalization._layer import Arrays, Layer, check_options, running_average
+from regjax.normalization._layer import (
+    Arrays,
+    Layer,
+    Standardized,
+    check_options,
+    running_average,
+)
 from regjax.normalization._statistics import Moments
 
 
@@ -73,26 +78,23 @@ class GroupNormPlus(Layer):
 
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool
-    ) -> tuple[jax.Array, Arrays]:
-        group, batch, state = self._parts(x, state, train)
-        return mix(group, batch, params["mix_logit"]), state
+    ) -> tuple[Standardized, Arrays]:
+        share = jax.nn.sigmoid(params["mix_logit"])
+        group = lax.optimization_barrier(self._group(x).apply().reshape(x.shape))
+        batch, state = self._batch(group, state, train)
+        return Standardized(group) if batch is None else _blend(group, batch, share), state
 
-    def _parts(self, x: jax.Array, state: Arrays, train: bool) -> tuple[jax.Array, Any, Arrays]:
-        """The group part, the batch part or None, and the state."""
-        group = self._group(x)
-        return group, *self._batch(group, state, train)
+    def _group(self, x: jax.Array) -> Standardized:
+        return _group_part(x, self.num_groups, self.epsilon, self.degrees_of_freedom)
 
-    def _group(self, x: jax.Array) -> jax.Array:
-        return group_normalize(
-            x, self.num_groups, self.epsilon, degrees_of_freedom=self.degrees_of_freedom
-        )
-
-    def _batch(self, x: jax.Array, state: Arrays, train: bool) -> tuple[Any, Arrays]:
+    def _batch(
+        self, x: jax.Array, state: Arrays, train: bool
+    ) -> tuple[Standardized | None, Arrays]:
         if self.track_running and not train:
-            mean, variance = state["mean"].astype(x.dtype), state["var"].astype(x.dtype)
-            return (x - mean) / (jnp.sqrt(variance) + self.epsilon), state
+            mean, variance = (state[name].astype(x.dtype) for name in ("mean", "var"))
+            return Standardized(x, mean, 1 / (jnp.sqrt(variance) + self.epsilon)), state
         axes = tuple(range(x.ndim - 1)) if self.batch_axes is None else self.batch_axes
-        normalized, found = _standardize(x, axes, self.epsilon, self.degrees_of_freedom)
+        found = _corrected(_statistics.moments(x, axes), self.degrees_of_freedom)
         if found.num_values <= self.degrees_of_freedom:
             return None, state
         if self.track_running:
@@ -105,7 +107,7 @@ class GroupNormPlus(Layer):
                 "mean": running_average(self.momentum, state["mean"], found.mean),
                 "var": running_average(self.momentum, state["var"], found.variance),
             }
-        return normalized, state
+        return _standardize(x, found, self.epsilon), state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,9 +118,15 @@ class BatchNormGroupNorm(GroupNormPlus):
       A. Gunawan, X. Yin, K. Zhang (2022), arXiv:2207.01972.
     """
 
-    def _parts(self, x: jax.Array, state: Arrays, train: bool) -> tuple[jax.Array, Any, Arrays]:
+    def _normalize(
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+    ) -> tuple[Standardized, Arrays]:
         batch, state = self._batch(x, state, train)
-        return self._group(x if batch is None else batch), batch, state
+        if batch is None:
+            return Standardized(self._group(x).apply().reshape(x.shape)), state
+        normalized = lax.optimization_barrier(batch.apply())
+        group = self._group(normalized).apply().reshape(x.shape)
+        return Standardized(mix(group, normalized, params["mix_logit"])), state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,8 +137,13 @@ class ParallelGroupBatchNorm(GroupNormPlus):
       A. Gunawan, X. Yin, K. Zhang (2022), arXiv:2207.01972.
     """
 
-    def _parts(self, x: jax.Array, state: Arrays, train: bool) -> tuple[jax.Array, Any, Arrays]:
-        return self._group(x), *self._batch(x, state, train)
+    def _normalize(
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+    ) -> tuple[Standardized, Arrays]:
+        group = self._group(x).apply().reshape(x.shape)
+        batch, state = self._batch(x, state, train)
+        other = None if batch is None else batch.apply()
+        return Standardized(mix(group, other, params["mix_logit"])), state
 
 
 def group_normalize(
@@ -151,16 +164,7 @@ def group_normalize(
       ValueError: `num_groups` does not divide the channels, or a group holds one value.
     """
     x = _tree.wide(x)
-    size = _group_size(x.shape[-1], num_groups)
-    grouped = x.reshape(*x.shape[:-1], num_groups, size)
-    axes = (*range(1, x.ndim - 1), x.ndim)
-    normalized, found = _standardize(grouped, axes, epsilon, degrees_of_freedom)
-    if found.num_values <= degrees_of_freedom:
-        raise ValueError(
-            f"`num_groups` must leave more than {degrees_of_freedom} values to a group, got "
-            f"{num_groups} for inputs of shape {x.shape}."
-        )
-    return normalized.reshape(x.shape)
+    return _group_part(x, num_groups, epsilon, degrees_of_freedom).apply().reshape(x.shape)
 
 
 def batch_normalize_positions(
@@ -184,7 +188,8 @@ def batch_normalize_positions(
         raise ValueError(
             f"`x` must hold more than {degrees_of_freedom} examples, got shape {x.shape}."
         )
-    return _standardize(x, (0,), epsilon, degrees_of_freedom)[0]
+    found = _corrected(_statistics.moments(x, (0,)), degrees_of_freedom)
+    return _standardize(x, found, epsilon).apply()
 
 
 def mix(a: jax.Array, b: jax.Array | None, logit: jax.Array) -> jax.Array:
@@ -204,16 +209,65 @@ def mix(a: jax.Array, b: jax.Array | None, logit: jax.Array) -> jax.Array:
     return share * a + (1 - share) * b
 
 
-def _standardize(
-    x: jax.Array, axes: Sequence[int], epsilon: float, degrees_of_freedom: int
-) -> tuple[jax.Array, Moments]:
-    """(x - mean) / (std + epsilon), and the moments with the corrected variance."""
-    found = _statistics.moments(x, axes)
+def _group_part(
+    x: jax.Array, num_groups: int, epsilon: float, degrees_of_freedom: int
+) -> Standardized:
+    """The group part; without positions in a view (batch, groups, channels of a group)."""
+    size = _group_size(x.shape[-1], num_groups)
+    if x.ndim == 2:
+        x = x.reshape(-1, num_groups, size)
+        found = _statistics.moments(x, (-1,))
+    else:
+        found = _group_moments(x, num_groups, size)
+    found = _corrected(found, degrees_of_freedom)
+    if found.num_values <= degrees_of_freedom:
+        raise ValueError(
+            f"`num_groups` must leave more than {degrees_of_freedom} values to a group, got "
+            f"{num_groups} for inputs of shape {x.shape}."
+        )
+    return _standardize(x, found, epsilon)
+
+
+def _group_moments(x: jax.Array, num_groups: int, size: int) -> Moments:
+    """Of each example and group, repeated for its channels: (batch, 1, ..., 1, channels).
+
+    First over the positions, which is most of the work, then over the channels of each group.
+    """
+    positions = tuple(range(1, x.ndim - 1))
+
+    def over_group(values: jax.Array) -> jax.Array:
+        grouped = values.reshape(*values.shape[:-1], num_groups, size)
+        mean = jnp.mean(grouped, -1, keepdims=True)
+        return jnp.broadcast_to(mean, grouped.shape).reshape(values.shape)
+
+    reference = over_group(_statistics.first(x, positions))
+    difference = x - reference
+    shift = over_group(jnp.mean(difference, positions, keepdims=True))
+    square = over_group(jnp.mean(difference**2, positions, keepdims=True))
+    variance = jnp.maximum(square - shift**2, 0)
+    num_values = x.size // x.shape[0] // num_groups if x.size else 0
+    return Moments(reference + shift, variance, num_values, reference, shift)
+
+
+def _corrected(found: Moments, degrees_of_freedom: int) -> Moments:
     freedom = max(found.num_values - degrees_of_freedom, 1)  # the caller refuses fewer values
-    variance = found.variance * (found.num_values / freedom)
+    return found._replace(variance=found.variance * (found.num_values / freedom))
+
+
+def _standardize(x: jax.Array, found: Moments, epsilon: float) -> Standardized:
+    """(x - mean) / (std + epsilon)."""
+    variance = found.variance
     # The root has no derivative at zero.
     std = jnp.where(variance == 0, 0, jnp.sqrt(jnp.where(variance == 0, 1, variance)))
-    return (x - found.mean) / (std + epsilon), found._replace(variance=variance)
+    factor = 1 / (std + epsilon)
+    return Standardized(x, found.reference, factor, -found.shift * factor)
+
+
+def _blend(x: jax.Array, inner: Standardized, share: jax.Array) -> Standardized:
+    """Share * x + (1 - share) * inner, where `inner` is of x: one product and one sum again."""
+    factor = share + (1 - share) * inner.factor
+    offset = share * inner.reference + (1 - share) * inner.offset
+    return Standardized(x, inner.reference, factor, offset)
 
 
 def _group_size(num_features: int, num_groups: int) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +73,9 @@ class Layer:
         x = _tree.wide(inputs)
         # Arrays of channels get the rank of the inputs, so that nothing is broadcast by accident.
         lift = lambda array: array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
-        outputs, new = self._normalize(x, params, jax.tree.map(lift, dict(state)), train)
-        if "scale" in params:
-            outputs = outputs * lift(params["scale"]).astype(x.dtype)
-        if "bias" in params:
-            outputs = outputs + lift(params["bias"]).astype(x.dtype)
+        lifted = {name: lift(value).astype(x.dtype) for name, value in params.items()}
+        standardized, new = self._normalize(x, lifted, jax.tree.map(lift, dict(state)), train)
+        outputs = standardized.apply(lifted.get("scale", 1), lifted.get("bias", 0)).reshape(x.shape)
         if train and self.needs_key:
             if key is None:
                 raise ValueError("`key` must be given in training, got None.")
@@ -87,12 +85,35 @@ class Layer:
 
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool
-    ) -> tuple[jax.Array, Arrays]:
+    ) -> tuple["Standardized", Arrays]:
         """The normalized inputs and the new state; `_disturb` adds what is random."""
         raise NotImplementedError
 
     def _disturb(self, outputs: jax.Array, key: jax.Array) -> jax.Array:
         raise NotImplementedError
+
+
+class Standardized(NamedTuple):
+    """(x - reference) * factor + offset, in a view of the inputs, the other arrays being small.
+
+    With scale and bias it stays one product and one sum for each value, so that the derivative
+    reduces the incoming gradient twice, not four times.
+
+    Attributes:
+      x: the inputs, reshaped perhaps.
+      reference: constant near the mean.
+      factor: inverse of the deviation.
+      offset: (reference - mean) * factor.
+    """
+
+    x: jax.Array
+    reference: Any = 0
+    factor: Any = 1
+    offset: Any = 0
+
+    def apply(self, scale: Any = 1, bias: Any = 0) -> jax.Array:
+        """The normalized values times `scale`, plus `bias`."""
+        return (self.x - self.reference) * (self.factor * scale) + (self.offset * scale + bias)
 
 
 def running_average(momentum: float, old: jax.Array, new: jax.Array) -> jax.Array:

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from regjax.normalization import _statistics
-from regjax.normalization._layer import Arrays, Layer, check_options, running_average
+from regjax.normalization._layer import (
+    Arrays,
+    Layer,
+    Standardized,
+    check_options,
+    running_average,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,20 +50,23 @@ class LpNorm(Layer):
 
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool
-    ) -> tuple[jax.Array, Arrays]:
-        mean, norm = (state[name].astype(x.dtype) for name in ("mean", "norm"))
-        if train:
-            mean, norm = self._mean_and_norm(x)
-            state = {
-                "mean": running_average(self.momentum, state["mean"], mean),
-                "norm": running_average(self.momentum, state["norm"], norm),
-            }
-        return (x - mean) / (norm + self.epsilon), state
+    ) -> tuple[Standardized, Arrays]:
+        if not train:
+            mean, norm = (state[name].astype(x.dtype) for name in ("mean", "norm"))
+            return Standardized(x, mean, 1 / (norm + self.epsilon)), state
+        reference = _statistics.first(x, range(x.ndim - 1))
+        mean, norm = self._mean_and_norm(x, reference)
+        state = {
+            "mean": running_average(self.momentum, state["mean"], mean),
+            "norm": running_average(self.momentum, state["norm"], norm),
+        }
+        factor = 1 / (norm + self.epsilon)
+        return Standardized(x, reference, factor, (reference - mean) * factor), state
 
-    def _mean_and_norm(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _mean_and_norm(self, x: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:
         axes, combine = tuple(range(x.ndim - 1)), jnp.max if self.order == math.inf else jnp.mean
-        mean, size = jnp.mean(x, axes, keepdims=True), jnp.abs(x)
-        reduced = combine(size**2 if self.order == 2 else size, axes, keepdims=True)
+        mean = reference + jnp.mean(x - reference, axes, keepdims=True)
+        reduced = combine(x**2 if self.order == 2 else jnp.abs(x), axes, keepdims=True)
         if self.axis_name is not None:
             means, parts = _statistics.gather(self.axis_name, mean, reduced)
             mean, reduced = jnp.mean(means, 0), combine(parts, 0)

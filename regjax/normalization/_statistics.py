@@ -17,11 +17,15 @@ class Moments(NamedTuple):
       mean: the mean.
       variance: the biased variance, the mean squared deviation.
       num_values: Python integer, the number of values behind each, over all devices.
+      reference: a constant near the mean.
+      shift: mean - reference, without the rounding of a large mean.
     """
 
     mean: jax.Array
     variance: jax.Array
     num_values: int
+    reference: jax.Array
+    shift: jax.Array
 
 
 def moments(inputs: jax.Array, axes: Sequence[int], *, axis_name: str | None = None) -> Moments:
@@ -43,19 +47,25 @@ def moments(inputs: jax.Array, axes: Sequence[int], *, axis_name: str | None = N
       `Moments` in float32 at least.
     """
     inputs, axes = _tree.wide(inputs), tuple(axis % jnp.ndim(inputs) for axis in axes)
-    index = tuple(slice(0, 1) if i in axes else slice(None) for i in range(inputs.ndim))
-    first = lax.stop_gradient(inputs[index])
-    difference = inputs - first
+    reference = first(inputs, axes)
+    difference = inputs - reference
     shift = jnp.mean(difference, axes, keepdims=True)
-    variance = jnp.mean(difference**2, axes, keepdims=True) - shift**2
-    mean, variance = first + shift, jnp.maximum(variance, 0)
-    count = inputs.size // mean.size if mean.size else 0
+    square = jnp.mean(difference**2, axes, keepdims=True)
+    variance = jnp.maximum(square - shift**2, 0)
+    num_values = inputs.size // shift.size if shift.size else 0
     if axis_name is None:
-        return Moments(mean, variance, count)
-    means, variances = gather(axis_name, mean, variance)
+        return Moments(reference + shift, variance, num_values, reference, shift)
+    means, variances = gather(axis_name, reference + shift, variance)
     mean = jnp.mean(means, 0)
     variance = jnp.mean(variances, 0) + jnp.mean((means - mean[None]) ** 2, 0)
-    return Moments(mean, variance, count * int(lax.psum(1, axis_name)))
+    num_values *= int(lax.psum(1, axis_name))
+    return Moments(mean, variance, num_values, reference, mean - reference)
+
+
+def first(inputs: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The first value along `axes`, which are kept; a constant to the derivative."""
+    index = tuple(slice(0, 1) if i in axes else slice(None) for i in range(inputs.ndim))
+    return lax.stop_gradient(inputs[index])
 
 
 def gather(axis_name: str, *arrays: jax.Array) -> jax.Array:
