@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
-from regjax import curvature
+from regjax import Model, curvature
 from regjax.experiments import load
 
 
@@ -148,3 +149,82 @@ def sharpness(params: Any, split: Split, seed: int) -> tuple[float, float]:
     hessian = curvature.hessian(loss_fn, params, split.x, split.y)
     top = curvature.top_eigenpairs(hessian, 1, key=jax.random.key(seed), search=False)
     return float(top.values[0]), float(top.residual_norms[0])
+
+
+class Net(nnx.Module):
+    """Hidden layers, each followed by a normalization or None and an activation; a linear head.
+
+    Args:
+      layers: (layer, what is behind it or None), in order.
+      head: the last layer.
+      activation: the same function again compiles nothing again.
+    """
+
+    def __init__(self, layers: Any, head: Any, activation: Callable[[jax.Array], jax.Array]):
+        self.layers = nnx.List([layer for layer, _ in layers])
+        self.norms = nnx.List([nnx.identity if norm is None else norm for _, norm in layers])
+        self.head = head
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits of inputs (batch, ...)."""
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = self.activation(norm(layer(x)))
+        return self.head(x)
+
+
+def train_model(
+    model: Model, tx: optax.GradientTransformation, split: Split, *,
+    batch_size: int, num_steps: int, seed: int,
+) -> tuple[Model, np.ndarray]:  # fmt: skip
+    """The model after so many steps, and the loss before each. The host drives: convolutions."""
+    params, model_state, state = model.params, model.state, tx.init(model.params)
+    losses, key = list[jax.Array](), jax.random.key(seed)
+    for order in _epochs(len(split.y), batch_size, seed):
+        for rows in order[: num_steps - len(losses)]:
+            step_key = jax.random.fold_in(key, len(losses))
+            params, model_state, state, loss = _model_step(
+                model.apply, tx.update, params, model_state, state, split.x, split.y, rows, step_key
+            )
+            losses.append(loss)
+        if len(losses) == num_steps:
+            break
+    return model._replace(params=params, state=model_state), np.asarray(jnp.stack(losses))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _model_step(
+    apply: Any, update: Any, params: Any, model_state: Any, state: Any, x: Any, y: Any,
+    rows: Any, key: jax.Array,
+) -> Any:  # fmt: skip
+    def loss(params: Any) -> tuple[jax.Array, Any]:
+        outputs, new = apply(params, model_state, x[rows], train=True, key=key)
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, y[rows])
+        return jnp.mean(losses), new
+
+    (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, state = update(grads, state, params)
+    return optax.apply_updates(params, updates), new, state, value
+
+
+def model_accuracy(model: Model, split: Split, batch_size: int = 2048) -> float:
+    """Share of the test images with the right label, in evaluation mode."""
+    right = 0
+    for start in range(0, len(split.y_test), batch_size):
+        part = slice(start, start + batch_size)
+        outputs = _evaluate(model.apply, model.params, model.state, split.x_test[part])
+        right += int(jnp.sum(jnp.argmax(outputs, 1) == split.y_test[part]))
+    return right / len(split.y_test)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate(apply: Any, params: Any, state: Any, x: jax.Array) -> jax.Array:
+    return apply(params, state, x, train=False)[0]
+
+
+def as_images(split: Split) -> Split:
+    """The split with images (N, height, width, 1)."""
+    side = round(split.x.shape[1] ** 0.5)
+    return split._replace(
+        x=split.x.reshape(-1, side, side, 1), x_test=split.x_test.reshape(-1, side, side, 1)
+    )

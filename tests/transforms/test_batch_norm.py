@@ -1,4 +1,4 @@
-"""Every transformation on a convnet with batch norm: the running statistics tick once an update.
+"""Every transformation on a convnet with running statistics: they tick once an update.
 
 They come from the clean pass: those of the weights before the update, never of perturbed ones.
 """
@@ -11,7 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import regjax
-from regjax import transforms
+from regjax import normalization, transforms
 from tests import oracles
 from tests.registry import ROWS
 
@@ -29,10 +29,30 @@ class LinenNet(linen.Module):
         return linen.Dense(3)(hidden.mean((1, 2)))
 
 
+class OurLinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, inputs, train: bool):
+        hidden = linen.Conv(4, (3, 3), use_bias=False)(inputs)
+        norm = normalization.linen.BatchNorm(use_running_average=not train, momentum=0.9)
+        return linen.Dense(3)(linen.relu(norm(hidden)).mean((1, 2)))
+
+
+NORMS = {
+    "batch norm": lambda rngs: nnx.BatchNorm(4, momentum=0.9, rngs=rngs),
+    "our batch norm": lambda rngs: normalization.nnx.BatchNorm(4, momentum=0.9),
+    "group norm plus": lambda rngs: normalization.nnx.GroupNormPlus(
+        4, num_groups=2, batch_axes=None, track_running=True
+    ),
+    "weight norm, mean only": lambda rngs: normalization.nnx.MeanOnlyBatchNorm(4),
+}
+
+
 class NnxNet(nnx.Module):
-    def __init__(self, rngs):
+    def __init__(self, norm, rngs):
         self.conv = nnx.Conv(1, 4, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
+        if norm.startswith("weight"):
+            self.conv = normalization.nnx.WeightNorm(self.conv)
+        self.norm = NORMS[norm](rngs)
         self.head = nnx.Linear(4, 3, rngs=rngs)
 
     def __call__(self, inputs):
@@ -40,10 +60,13 @@ class NnxNet(nnx.Module):
 
 
 def make(kind):
-    if kind == "nnx":
-        return regjax.from_nnx(NnxNet(nnx.Rngs(0)))
-    net = LinenNet()
+    if kind.startswith("nnx"):
+        return regjax.from_nnx(NnxNet(kind.removeprefix("nnx, "), nnx.Rngs(0)))
+    net = LinenNet() if kind == "linen, batch norm" else OurLinenNet()
     return regjax.from_linen(net, net.init(jax.random.key(0), INPUTS, train=False))
+
+
+KINDS = ["linen, batch norm", "linen, our batch norm", *(f"nnx, {norm}" for norm in NORMS)]
 
 
 def convolutions(params):
@@ -63,7 +86,7 @@ def loss_with_state(model, params, state):
     return oracles.cross_entropy(outputs, TARGETS), state
 
 
-@pytest.mark.parametrize("kind", ["nnx", "linen"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", list(ROWS))
 def test_statistics_tick_once_and_are_those_of_the_clean_weights(name, kind):
     model, tx = make(kind), chain(name)
@@ -89,7 +112,7 @@ def test_statistics_tick_once_and_are_those_of_the_clean_weights(name, kind):
     assert 1e-4 < float(moved) < 10
 
 
-@pytest.mark.parametrize("kind", ["nnx", "linen"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_statistics_of_perturbed_weights_are_others(kind):
     # The named wrong version of the test above: keeping the state that the perturbed pass leaves.
     model = make(kind)
@@ -106,7 +129,7 @@ def test_statistics_of_perturbed_weights_are_others(kind):
     assert max(jax.tree.leaves(differences)) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["nnx", "linen"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "batch norm" in kind])
 def test_rescaling_leaves_the_outputs_in_train_mode(kind):
     model = make(kind)
     tx = transforms.rescale_weights(mask=convolutions, target=2.0)
