@@ -13,6 +13,7 @@ from benchmarks._timing import Case
 from regjax import normalization
 
 _SHAPES = ((512, 512), (64, 28, 28, 32), (128, 8, 8, 128))
+_WIDTH = 512  # of the weight-normalized layer
 _GROUPS, _GHOST = 8, 16
 _BAR = 1.10
 
@@ -26,6 +27,9 @@ def cases(preset: str) -> dict[str, Callable[[], Case]]:
         bar = _BAR if preset != "smoke" else None
         found[f"batch_{name}"] = functools.partial(_case, _batch_layers(), shape, bar)
         found[f"group_{name}"] = functools.partial(_case, _group_layers(), shape, bar)
+    width = 16 if preset == "smoke" else _WIDTH
+    bar = _BAR if preset != "smoke" else None
+    found[f"weight_{width}"] = functools.partial(_weight_case, width, bar)
     return found
 
 
@@ -54,6 +58,34 @@ def _group_layers() -> dict[str, Any]:
             use_running_average=False, num_groups=_GROUPS, batch_axes=None, track_running=True
         ),
     }
+
+
+def _weight_case(width: int, bar: float | None) -> Case:
+    """A weight-normalized layer; flax's begins with columns of length 1, ours as the plain one."""
+    layers = {
+        "flax WeightNorm": linen.WeightNorm(linen.Dense(width)),
+        "WeightNormDense": normalization.linen.WeightNormDense(width),
+        "flax Dense": linen.Dense(width),
+    }
+    random = np.random.default_rng(0)
+    x, weight = (jnp.asarray(random.normal(size=(width, width)), jnp.float32) for _ in range(2))
+    candidates = {label: _candidate(layer, x, weight) for label, layer in layers.items()}
+
+    def error(label: str, answer: Any) -> float:
+        (_, (outputs, _)), _ = answer
+        leaves = jax.tree.leaves(candidates[label].args[0])
+        kernel = np.asarray(next(leaf for leaf in leaves if leaf.ndim == 2), np.float64)
+        if label == "flax WeightNorm":
+            kernel = kernel / np.linalg.norm(kernel, axis=0)
+        return float(np.abs(outputs - np.asarray(x, np.float64) @ kernel).max())
+
+    return Case(
+        candidates=candidates,
+        error=error,
+        tolerance=1e-3,
+        sizes={"width": width, "batch": width, "dtype": "float32"},
+        bars={} if bar is None else {"WeightNormDense": bar},
+    )
 
 
 class _GroupPart(linen.Module):
@@ -87,7 +119,7 @@ def _case(layers: dict[str, Any], shape: tuple[int, ...], bar: float | None) -> 
     )
 
 
-def _candidate(layer: Any, x: jax.Array, weight: jax.Array) -> Callable[[], Any]:
+def _candidate(layer: Any, x: jax.Array, weight: jax.Array) -> functools.partial[Any]:
     key = jax.random.key(0)
     if layer == "draw":
         draw = lambda key: [f(key, x.shape) for f in (jax.random.uniform, jax.random.normal)]

@@ -49,7 +49,7 @@ def data_dependent(
       epsilon: added to the variance. 1e-10 is the paper's code for dense layers.
       mask: tree of bools like `params`, whose kernels (leaves of two axes or more) are to be
         initialised; None is all of them.
-      key: typed key for noise in train mode other than dropout.
+      key: typed key of a linen model's noise in train mode, other than dropout; nnx has its own.
 
     Returns:
       A tree like `params`.

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from regjax import _checks, _tree
 from regjax.normalization import _statistics
@@ -80,7 +79,7 @@ class GroupNormPlus(Layer):
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool
     ) -> tuple[Standardized, Arrays]:
         share = jax.nn.sigmoid(params["mix_logit"])
-        group = lax.optimization_barrier(self._group(x).apply().reshape(x.shape))
+        group = self._group(x).apply().reshape(x.shape)
         batch, state = self._batch(group, state, train)
         return Standardized(group) if batch is None else _blend(group, batch, share), state
 
@@ -124,7 +123,7 @@ class BatchNormGroupNorm(GroupNormPlus):
         batch, state = self._batch(x, state, train)
         if batch is None:
             return Standardized(self._group(x).apply().reshape(x.shape)), state
-        normalized = lax.optimization_barrier(batch.apply())
+        normalized = batch.apply()
         group = self._group(normalized).apply().reshape(x.shape)
         return Standardized(mix(group, normalized, params["mix_logit"])), state
 
