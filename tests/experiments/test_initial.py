@@ -27,8 +27,10 @@ def settings_of(**changes):
     return _settings.replace(make_settings(), changes)
 
 
-@pytest.mark.parametrize("model", ["mlp", "convnet"])
-@pytest.mark.parametrize("norm", _norm.NORMS)
+@pytest.mark.parametrize(
+    ("norm", "model"),
+    [*((norm, "mlp") for norm in _norm.NORMS), ("group_plus", "convnet"), ("weight", "convnet")],
+)
 def test_every_normalization_trains_and_evaluates(norm, model, tmp_path):
     dataset = make_dataset()
     size = {"batch_size": 16} if norm == "ghost" else {}

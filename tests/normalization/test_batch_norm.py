@@ -170,6 +170,21 @@ def test_noise_has_the_moments_of_the_paper():
     assert jnp.abs(plain - y).max() > 0.1
 
 
+def test_the_two_noises_are_independent():
+    layer, key = NoisyBatchNorm(use_bias=False), jax.random.key(0)
+    params, state, x = {"scale": jnp.ones(1)}, layer.init_state(1), normal(20_000, 1)
+    outputs = [
+        np.asarray(layer.apply({"scale": c * params["scale"]}, state, x, train=True, key=key)[0])
+        for c in (0.0, 1.0)
+    ]
+    clean, _ = BatchNorm().apply(params, state, x, train=True)
+    far = np.abs(np.asarray(clean)) > 0.1
+    m, s = outputs[0][far], (outputs[1] - outputs[0])[far] / np.asarray(clean)[far]
+    assert m.std() == pytest.approx(0.1 / np.sqrt(3), rel=0.02)
+    assert s.std() == pytest.approx(0.1, rel=0.02)
+    assert abs(np.corrcoef(m, s)[0, 1]) < 4 / np.sqrt(far.sum())
+
+
 def test_mean_only():
     layer = MeanOnlyBatchNorm(momentum=0.5)
     params, state = {"bias": jnp.asarray([1.0, -2.0])}, layer.init_state(2)
