@@ -15,6 +15,7 @@ from regjax._adapters import from_nnx as from_nnx
 from regjax._adapters import model_function as model_function
 from regjax._adapters import model_loss as model_loss
 from regjax._loops import Interrupted as Interrupted
+from regjax._statistics import population_statistics as population_statistics
 from regjax._statistics import updated_statistics as updated_statistics
 
 __version__ = "0.1.0"

@@ -152,7 +152,9 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
             _figures.line(axes, part, "rate", "needed", color=color, label=norm)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        _figures.label(axes, x=f"learning rate ({name} units, digits)", y=f"steps to {_LOSS}")
+        _figures.label(
+            axes, x=f"learning rate ({name} units, digits)", y=f"steps to a loss of {_LOSS}"
+        )
     panels[-1].legend(frameon=False, fontsize=6)
 
 
