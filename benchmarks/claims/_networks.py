@@ -1,4 +1,8 @@
-"""Data, network and training that the claims share: small, plain, and the same for everybody."""
+"""Data, network and training that the claims share: small, plain, and the same for everybody.
+
+Perceptrons train in plain `lax` loops, which slow nothing down without convolutions; `train_model`
+takes any flax model, and there the host drives.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -142,6 +146,18 @@ def _epochs(num_examples: int, batch_size: int, seed: int) -> Iterator[np.ndarra
 def accuracy(params: Any, split: Split) -> float:
     """Share of the test images with the right label."""
     return float(jnp.mean(jnp.argmax(outputs(params, split.x_test), 1) == split.y_test))
+
+
+def flatness(trained: Trained, split: Split, seed: int, num_probes: int) -> dict[str, float]:
+    """Test accuracy, training loss, and the trace of the Hessian with its standard error."""
+    hessian = curvature.hessian(loss_fn, trained.params, split.x, split.y)
+    trace = curvature.trace(hessian, key=jax.random.key(seed), num_probes=num_probes)
+    return {
+        "accuracy": accuracy(trained.params, split),
+        "loss": trained.loss,
+        "trace": float(trace.value),
+        "trace_error": float(trace.standard_error),
+    }
 
 
 def sharpness(params: Any, split: Split, seed: int) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import optax
 from benchmarks import _claims
 from benchmarks._claims import Record, Settings, Verdict
 from benchmarks.claims import _figures, _networks
-from regjax import curvature, transforms
+from regjax import transforms
 
 _METHODS = ("descent", "plain", "anti-correlated")
 _DATA: dict[str, tuple[Callable[[], _networks.Split], int]] = {
@@ -76,14 +76,7 @@ def _run_network(settings: Settings) -> dict[str, float]:
         num_steps=num_steps,
         seed=seed,
     )
-    hessian = curvature.hessian(_networks.loss_fn, trained.params, split.x, split.y)
-    trace = curvature.trace(hessian, key=jax.random.key(seed), num_probes=_PROBES)
-    return {
-        "accuracy": _networks.accuracy(trained.params, split),
-        "loss": trained.loss,
-        "trace": float(trace.value),
-        "trace_error": float(trace.standard_error),
-    }
+    return _networks.flatness(trained, split, seed, _PROBES)
 
 
 def _chain(settings: Settings, scale: Callable[[Any], Any]) -> Any:

@@ -10,7 +10,7 @@ import optax
 from benchmarks import _claims
 from benchmarks._claims import Record, Settings, Verdict
 from benchmarks.claims import _figures, _networks
-from regjax import curvature, transforms
+from regjax import transforms
 
 _MODES = ("none", "layerwise", "all")
 _STEPS, _BATCH, _RATE, _QUIET = 3_000, 30, 0.05, 0.9  # the share of the steps with noise
@@ -57,14 +57,7 @@ def _run(settings: Settings) -> dict[str, float]:
         num_steps=settings["steps"],
         seed=seed,
     )
-    hessian = curvature.hessian(_networks.loss_fn, trained.params, split.x, split.y)
-    trace = curvature.trace(hessian, key=jax.random.key(seed), num_probes=_PROBES)
-    return {
-        "accuracy": _networks.accuracy(trained.params, split),
-        "loss": trained.loss,
-        "trace": float(trace.value),
-        "trace_error": float(trace.standard_error),
-    }
+    return _networks.flatness(trained, split, seed, _PROBES)
 
 
 def _chain(mode: str, scale: float, num_steps: int, seed: int) -> Any:

@@ -42,11 +42,11 @@ def data_dependent(
         or weight-normalized, in any arrangement.
       params: tree of its parameters.
       state: its state. Running statistics are not changed: `updated_statistics` refreshes them.
-      inputs: of one batch, leading axis the examples; some hundred, the paper has 500.
+      inputs: of one batch, leading axis the examples; some hundred, the official code has 500.
       scale: standard deviation s, in units of the outputs, or a function of the layer's path in the
-        parameters, such as ("block_0", "second", "layer"); the paper's code has 0.1 at the end of
-        residual branches.
-      epsilon: added to the variance. 1e-10 is the paper's code for dense layers.
+        parameters, such as ("block_0", "second", "layer"); PixelCNN++'s code has 0.1 on residual
+        branches.
+      epsilon: added to the variance. 1e-10 is the official code's for dense layers.
       mask: tree of bools like `params`, whose kernels (leaves of two axes or more) are to be
         initialised; None is all of them.
       key: typed key of a linen model's noise in train mode, other than dropout; nnx has its own.

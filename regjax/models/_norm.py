@@ -17,6 +17,8 @@ _MOMENTUM = 0.9
 # He & Wu (2018), arXiv:1803.08494, use 32 groups on wide networks; ours are narrow.
 _NUM_GROUPS = 8
 
+GHOST_SIZE = 16
+
 
 def _group_norm(num_features: int, *, rngs: nnx.Rngs) -> nnx.Module:
     return nnx.GroupNorm(num_features, math.gcd(num_features, _NUM_GROUPS), rngs=rngs)
@@ -40,7 +42,7 @@ _LAYERS: dict[str, Callable[..., nnx.Module]] = {
     "batch": _ours(normalization.nnx.BatchNorm),
     "layer": nnx.LayerNorm,
     "group": _group_norm,
-    "ghost": _ours(normalization.nnx.GhostBatchNorm, ghost_size=16),
+    "ghost": _ours(normalization.nnx.GhostBatchNorm, ghost_size=GHOST_SIZE),
     "noisy": _ours(normalization.nnx.NoisyBatchNorm),
     "lp1": _ours(normalization.nnx.LpNorm, order=1),
     "lp2": _ours(normalization.nnx.LpNorm, order=2),

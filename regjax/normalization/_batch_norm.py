@@ -101,8 +101,8 @@ class GhostBatchNorm(BatchNorm):
       ValueError: an option is out of its range, or `ghost_size` does not divide the batch.
 
     References:
-      E. Hoffer, I. Hubara, D. Soudry (2017), arXiv:1705.08741. The paper lets the running averages
-      take one group after the other; the mean of all of them does not depend on their order.
+      E. Hoffer, I. Hubara, D. Soudry (2017), arXiv:1705.08741, which was not read: that the running
+      averages take the mean over the groups is our choice.
     """
 
     ghost_size: int = 32
@@ -149,7 +149,8 @@ class NoisyBatchNorm(BatchNorm):
       ValueError: an option is out of its range, or `key` is missing in training.
 
     References:
-      S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, algorithm 1.
+      S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, algorithm 1; that the
+      noise follows scale and bias is our reading of it.
     """
 
     mean_range: float = 0.5

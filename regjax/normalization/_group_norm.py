@@ -243,9 +243,8 @@ def _group_moments(x: jax.Array, num_groups: int, size: int) -> Moments:
     difference = x - reference
     shift = over_group(jnp.mean(difference, positions, keepdims=True))
     square = over_group(jnp.mean(difference**2, positions, keepdims=True))
-    variance = jnp.maximum(square - shift**2, 0)
     num_values = x.size // x.shape[0] // num_groups if x.size else 0
-    return Moments(reference + shift, variance, num_values, reference, shift)
+    return _statistics.from_shifted(reference, shift, square, num_values)
 
 
 def _corrected(found: Moments, degrees_of_freedom: int) -> Moments:

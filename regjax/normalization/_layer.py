@@ -97,7 +97,7 @@ class Standardized(NamedTuple):
     """(x - reference) * factor + offset, in a view of the inputs, the other arrays being small.
 
     With scale and bias it stays one product and one sum for each value, so that the derivative
-    reduces the incoming gradient twice, not four times.
+    reduces the incoming gradient twice, where flax's does three times.
 
     Attributes:
       x: the inputs, reshaped perhaps.

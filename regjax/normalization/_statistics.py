@@ -51,15 +51,23 @@ def moments(inputs: jax.Array, axes: Sequence[int], *, axis_name: str | None = N
     difference = inputs - reference
     shift = jnp.mean(difference, axes, keepdims=True)
     square = jnp.mean(difference**2, axes, keepdims=True)
-    variance = jnp.maximum(square - shift**2, 0)
     num_values = inputs.size // shift.size if shift.size else 0
+    found = from_shifted(reference, shift, square, num_values)
     if axis_name is None:
-        return Moments(reference + shift, variance, num_values, reference, shift)
-    means, variances = gather(axis_name, reference + shift, variance)
+        return found
+    means, variances = gather(axis_name, found.mean, found.variance)
     mean = jnp.mean(means, 0)
     variance = jnp.mean(variances, 0) + jnp.mean((means - mean[None]) ** 2, 0)
     num_values *= int(lax.psum(1, axis_name))
     return Moments(mean, variance, num_values, reference, mean - reference)
+
+
+def from_shifted(
+    reference: jax.Array, shift: jax.Array, square: jax.Array, num_values: int
+) -> Moments:
+    """The moments of x from E[d] = `shift` and E[d^2] = `square`, d = x - reference."""
+    variance = jnp.maximum(square - shift**2, 0)
+    return Moments(reference + shift, variance, num_values, reference, shift)
 
 
 def first(inputs: jax.Array, axes: Sequence[int]) -> jax.Array:

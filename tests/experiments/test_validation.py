@@ -85,3 +85,4 @@ def test_options_of_the_models_are_those_of_the_command_line():
     from regjax.models import _norm
 
     assert set(typing.get_args(_initialization.Normalization)) == set(_norm.NORMS)
+    assert _initialization.GHOST_SIZE == _norm.GHOST_SIZE
