@@ -1,0 +1,154 @@
+"""Functions of a whole batch, computed in chunks of its examples, so that memory stays bounded."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks, _loops
+from regjax._base import Batch, as_partial, check_loss, check_separable, couples_examples
+
+# Enough examples to tell a mean from anything else.
+_SEPARABLE_EXAMPLES = 64
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["function", "params", "batch"],
+    meta_fields=["size"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Chunked:
+    """`function(params, *chunk)` over chunks of `size` examples."""
+
+    function: Any
+    params: Any
+    batch: Batch
+    size: int
+
+    def at(self, start: Any, length: int) -> Any:
+        chunk = jax.tree.map(
+            lambda array: jax.lax.dynamic_slice_in_dim(array, start, length), self.batch
+        )
+        return self.function(self.params, *chunk)
+
+
+def checked_size(loss_fn: Any, params: Any, batch: Batch, chunk_size: int | None) -> int | None:
+    """`chunk_size`, None where one chunk holds the batch; a loss that cannot be split is refused.
+
+    Raises:
+      ValueError: the loss is no scalar, or the batch would be split though the loss couples its
+        examples: it says so, or it is no mean over some of them (seen outside of `jit` only).
+    """
+    check_loss(loss_fn, params, batch)
+    if chunk_size is None:
+        return None
+    length = _checks.num_examples(batch)
+    if _checks.integer("chunk_size", chunk_size) >= length:
+        return None
+    if couples_examples(loss_fn):
+        raise ValueError(
+            f"`chunk_size` must not split a batch whose examples the loss couples (batch norm in "
+            f'train mode), got {chunk_size}; use mode="evaluation", or ask for '
+            'mode="train_per_chunk" by name.'
+        )
+    if _loops.is_concrete(loss_fn, params, batch):
+        some = jax.tree.map(lambda leaf: leaf[:_SEPARABLE_EXAMPLES], batch)
+        check_separable(_evaluated(loss_fn), params, *some)
+    return chunk_size
+
+
+def mean(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> Any:
+    """`function(params, *batch)`, a tree of means over the examples, as the mean of its chunks.
+
+    Args:
+      function: (params, *batch) -> tree of arrays, each a mean over the examples.
+      params: what does not depend on the example.
+      batch: arrays with a leading axis of N examples.
+      chunk_size: at most N; the ragged last chunk counts by its size. None: all at once.
+    """
+    function = as_partial(function)
+    if chunk_size is None:
+        return _whole(function, params, batch)
+    length = _checks.num_examples(batch)
+    num_chunks, ragged = divmod(length, chunk_size)
+    chunked = _Chunked(function, params, batch, chunk_size)
+    total = _loops.fold(_add, _zeros(chunked), num_chunks, operands=chunked)
+    return _add_ragged(total, chunked) if ragged else total
+
+
+def each(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> Any:
+    """`function(params, *batch)`, a tree with a leading axis of examples, chunk by chunk.
+
+    Args:
+      function: (params, *batch) -> tree of arrays (N, ...).
+      params: what does not depend on the example.
+      batch: arrays with a leading axis of N examples.
+      chunk_size: number of examples at a time; None: all at once.
+    """
+    function, length = as_partial(function), _checks.num_examples(batch)
+    if chunk_size is None or _checks.integer("chunk_size", chunk_size) >= length:
+        return _whole(function, params, batch)
+    num_chunks, ragged = divmod(length, chunk_size)
+    chunked = _Chunked(function, params, batch, chunk_size)
+    rows = jax.tree.map(
+        lambda leaf: jnp.zeros((length, *leaf.shape[1:]), leaf.dtype), _zeros(chunked)
+    )
+    rows = _loops.fold(_set, rows, num_chunks, operands=chunked)
+    return _set_ragged(rows, chunked) if ragged else rows
+
+
+def _evaluated(loss_fn: Any) -> Any:
+    return functools.partial(_whole_loss, as_partial(loss_fn))
+
+
+@jax.jit
+def _whole_loss(function: Any, params: Any, *batch: Any) -> Any:
+    return function(params, *batch)
+
+
+@jax.jit
+def _whole(function: Any, params: Any, batch: Batch) -> Any:
+    return function(params, *batch)
+
+
+def _zeros(chunked: _Chunked) -> Any:
+    shapes = jax.eval_shape(lambda chunked: chunked.at(0, chunked.size), chunked)
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+
+def _add(chunked: _Chunked, total: Any, i: jax.Array) -> Any:
+    return _weighted(total, chunked, i * chunked.size, chunked.size)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add_ragged(total: Any, chunked: _Chunked) -> Any:
+    length = _checks.num_examples(chunked.batch)
+    ragged = length % chunked.size
+    return _weighted(total, chunked, length - ragged, ragged)
+
+
+def _weighted(total: Any, chunked: _Chunked, start: Any, length: int) -> Any:
+    share = length / _checks.num_examples(chunked.batch)
+    return jax.tree.map(lambda a, b: a + share * b, total, chunked.at(start, length))
+
+
+def _set(chunked: _Chunked, rows: Any, i: jax.Array) -> Any:
+    return _placed(rows, chunked, i * chunked.size, chunked.size)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_ragged(rows: Any, chunked: _Chunked) -> Any:
+    length = _checks.num_examples(chunked.batch)
+    ragged = length % chunked.size
+    return _placed(rows, chunked, length - ragged, ragged)
+
+
+def _placed(rows: Any, chunked: _Chunked, start: Any, length: int) -> Any:
+    return jax.tree.map(
+        lambda row, piece: jax.lax.dynamic_update_slice_in_dim(row, piece, start, 0),
+        rows,
+        chunked.at(start, length),
+    )

@@ -1,0 +1,140 @@
+"""Geometric complexity: how fast the outputs of a network move with its inputs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from regjax import _checks, _chunks, _jacobian, _loops, _tree
+from regjax._base import as_partial
+
+_SIDES = ("outputs", "inputs")
+
+
+class GeometricComplexityEstimate(NamedTuple):
+    """Geometric complexity from random projections.
+
+    Attributes:
+      value: (), unbiased, in squared units of the outputs over those of the inputs.
+      standard_error: (), over the draw of the projections, at these inputs; NaN with a single one.
+    """
+
+    value: jax.Array
+    standard_error: jax.Array
+
+
+def geometric_complexity(
+    model_fn: Callable[..., Any], params: Any, inputs: jax.Array, *, chunk_size: int | None = None
+) -> jax.Array:
+    """The mean over the inputs of the squared Frobenius norm of the input-output Jacobian.
+
+        GC = (1 / N) sum_x ||d f(x) / d x||_F^2
+
+    Summed over outputs and inputs, without 1/2. By as many reverse passes as there are outputs, or
+    as many forward passes as there are inputs if these are fewer, all of them in one vmapped call.
+    As a penalty: `loss + strength * geometric_complexity(model_fn, params, inputs)`. Rescaling the
+    inputs by 1 / s multiplies it by s^2: a number means something with the scaling of the inputs.
+
+    Args:
+      model_fn: (params, inputs) -> outputs (N, ...): the network before its softmax, each output a
+        function of its own example alone, such as `regjax.model_function(model)`.
+      params: of the model; differentiable.
+      inputs: (N, ...), real floating point.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
+
+    Returns:
+      The complexity (), in float32 at least.
+
+    Raises:
+      ValueError: the model couples the examples, or its outputs lack their axis.
+      TypeError: `inputs` is not one array of real floating point.
+
+    References:
+      B. Dherin, M. Munn, M. Rosca, D. Barrett (2022), arXiv:2209.13083. The sum over all entries
+      without 1/2 is our reading of "discrete Dirichlet energy".
+    """
+    _jacobian.check_model("model_fn", model_fn, inputs)
+    norms = _chunks.each(
+        Partial(_squared_norms, as_partial(model_fn)), params, (inputs,), chunk_size
+    )
+    return jnp.mean(norms)
+
+
+def geometric_complexity_estimate(
+    model_fn: Callable[..., Any],
+    params: Any,
+    inputs: jax.Array,
+    *,
+    key: jax.Array,
+    num_projections: int = 1,
+    side: str = "outputs",
+    chunk_size: int | None = None,
+) -> GeometricComplexityEstimate:
+    """Geometric complexity from random projections of the Jacobian, for penalties.
+
+    For v ~ N(0, I), drawn for each example, ||J' v||^2 (`side` "outputs", a reverse pass) and
+    ||J v||^2 ("inputs", a forward pass, whose gradient is one of reverse over forward mode and
+    cheaper with convolutions) have the mean ||J||_F^2.
+
+    Args:
+      model_fn: (params, inputs) -> outputs (N, ...), as in `geometric_complexity`.
+      params: of the model; differentiable.
+      inputs: (N, ...), real floating point.
+      key: typed key of the projections; they do not depend on the chunks.
+      num_projections: for each example.
+      side: "outputs" or "inputs", where the random vector lives.
+      chunk_size: number of examples per pass; None: all at once.
+
+    Returns:
+      A `GeometricComplexityEstimate`.
+
+    Raises:
+      ValueError: `side` is unknown, `num_projections` below 1, or as in `geometric_complexity`.
+      TypeError: as in `geometric_complexity`, or `key` is not a typed key.
+
+    References:
+      M. Hutchinson (1990), Communications in Statistics 19(2), for J J' and J' J.
+    """
+    _jacobian.check_model("model_fn", model_fn, inputs)
+    _checks.integer("num_projections", num_projections)
+    project = {"outputs": _reverse, "inputs": _forward}[_checks.choice("side", side, _SIDES)]
+    num_examples = _checks.num_examples(inputs)
+    keys = jax.random.split(_checks.key("key", key), num_examples)
+    function = Partial(project, as_partial(model_fn))
+
+    def add(moments: Any, i: jax.Array) -> Any:
+        mean, squares = moments
+        each_key = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        norms = _chunks.each(function, params, (inputs, each_key), chunk_size)
+        change = norms - mean
+        mean = mean + change / (i + 1).astype(norms.dtype)
+        return mean, squares + change * (norms - mean)
+
+    zeros = jnp.zeros(num_examples, _tree.wide_dtype(inputs))
+    mean, squares = _loops.fold_captured(add, (zeros, zeros), num_projections)
+    # NaN with a single projection: 0 / 0.
+    variances = squares / (jnp.asarray(num_projections - 1.0, squares.dtype) * num_projections)
+    error = jnp.sqrt(jnp.sum(jax.lax.stop_gradient(variances))) / num_examples
+    return GeometricComplexityEstimate(jnp.mean(mean), error)
+
+
+def _squared_norms(model_fn: Partial, params: Any, inputs: jax.Array) -> jax.Array:
+    return _jacobian.squared_norms(lambda x: model_fn(params, x), inputs)
+
+
+def _reverse(model_fn: Partial, params: Any, inputs: jax.Array, keys: jax.Array) -> jax.Array:
+    outputs, pull_back = _jacobian.linearize(lambda x: model_fn(params, x), inputs)
+    draws = _draws(keys, outputs.shape[1], outputs.dtype)
+    return jnp.sum(_tree.wide(pull_back(draws)) ** 2, 1)
+
+
+def _forward(model_fn: Partial, params: Any, inputs: jax.Array, keys: jax.Array) -> jax.Array:
+    draws = _draws(keys, inputs[0].size, inputs.dtype)
+    images = _jacobian.push_forward(lambda x: model_fn(params, x), inputs, draws)
+    return jnp.sum(_tree.wide(images) ** 2, 1)
+
+
+def _draws(keys: jax.Array, size: int, dtype: Any) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.normal(key, (size,), dtype))(keys)

@@ -1,0 +1,90 @@
+"""The squared norm of the loss gradient, with a derivative that costs one Hessian product."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from regjax import _tree
+from regjax._base import as_partial, check_loss
+
+
+def gradient_norm_penalty(loss_fn: Callable[..., Any], params: Any, *batch: Any) -> jax.Array:
+    """||d L / d params||^2 of the mean loss over the batch.
+
+    Its derivative with respect to the parameters is 2 H g. It is computed as that, one Hessian
+    product of forward over reverse mode, where plain automatic differentiation takes reverse over
+    reverse mode: on CPU 2.4 times as long with convolutions.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, the mean over the examples. It may couple them. Data and
+        state are arguments: what it closes over has no derivative here.
+      params: tree of parameters; differentiable to any order.
+      *batch: arguments of the loss.
+
+    Returns:
+      The squared norm (), in float32 at least, in squared units of the loss over the parameters.
+
+    Raises:
+      ValueError: the loss is not a scalar.
+      TypeError: a parameter is not real floating point.
+
+    References:
+      D. Barrett, B. Dherin (2021), Implicit gradient regularization, arXiv:2009.11162. They and
+      others multiply by factors of the learning rate; here the caller does.
+    """
+    check_loss(loss_fn, params, batch)
+    return squared_gradient_norm(as_partial(loss_fn), params, batch)
+
+
+@jax.custom_jvp
+def squared_gradient_norm(loss_fn: Any, params: Any, batch: Any) -> jax.Array:
+    """||d loss_fn(params, *batch) / d params||^2, in float32 at least."""
+    return _squared(jax.grad(lambda p: loss_fn(p, *batch))(params))
+
+
+def _tangent(primals: Any, tangents: Any) -> Any:
+    loss_fn, params, batch = primals
+    gradient_of = lambda p: jax.grad(lambda p: loss_fn(p, *batch))(p)
+    gradient = gradient_of(params)
+    value = _squared(gradient)
+    tangent = jnp.zeros_like(value)
+    if not _is_zero(tangents[1]):
+        # <2 g, H t> = <2 H g, t>: the Hessian is symmetric, and this form is linear in t.
+        product = jax.jvp(gradient_of, (params,), (gradient,))[1]
+        tangent += 2 * _inner(product, _dense(tangents[1]))
+    if not _is_zero((tangents[0], tangents[2])):
+        moved = lambda f, b: _squared(jax.grad(lambda p: f(p, *b))(params))
+        tangent += jax.jvp(moved, (loss_fn, batch), _dense((tangents[0], tangents[2])))[1]
+    return value, tangent
+
+
+squared_gradient_norm.defjvp(_tangent, symbolic_zeros=True)
+
+
+def _is_zero(tree: Any) -> bool:
+    return all(isinstance(leaf, SymbolicZero) for leaf in _leaves(tree))
+
+
+def _dense(tree: Any) -> Any:
+    def dense(leaf: Any) -> Any:
+        return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, SymbolicZero) else leaf
+
+    return jax.tree.map(dense, tree, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+
+
+def _squared(tree: Any) -> jax.Array:
+    return _inner(tree, tree)
+
+
+def _inner(one: Any, other: Any) -> jax.Array:
+    return sum(
+        jnp.sum(_tree.wide(a) * _tree.wide(b))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
