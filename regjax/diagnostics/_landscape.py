@@ -1,0 +1,238 @@
+"""How far the loss and its gradient can be trusted along a step, and what other layers do to it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from regjax import _checks, _chunks, _loops, _tree
+from regjax._base import as_partial
+
+
+class LineProbeReport(NamedTuple):
+    """The loss and its gradient along the negative gradient; S step sizes.
+
+    Attributes:
+      losses: (S,), L(w - s g). Their range is the variation of the loss.
+      gradient_distances: (S,), ||grad L(w - s g) - g||. Their range is the predictiveness of the
+        gradient.
+      smoothness: (S,), gradient_distances / (s ||g||); their largest is the effective smoothness.
+        NaN where s ||g|| = 0. In float32 it is rounding where s is far below the inverse curvature.
+      loss: (), L(w).
+      gradient_norm: (), ||g||.
+    """
+
+    losses: jax.Array
+    gradient_distances: jax.Array
+    smoothness: jax.Array
+    loss: jax.Array
+    gradient_norm: jax.Array
+
+
+class CovariateShiftReport(NamedTuple):
+    """How the gradient of each layer changes when the layers before it move.
+
+    Attributes:
+      distance: (num_layers,), ||G' - G||; 0 for the first layer.
+      cosine: (num_layers,), of the angle between G' and G; 1 for the first layer, NaN where one
+        of them is zero.
+    """
+
+    distance: jax.Array
+    cosine: jax.Array
+
+
+def line_probe(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *batch: Any,
+    step_sizes: Any,
+    chunk_size: int | None = None,
+) -> LineProbeReport:
+    """Looks along the gradient step that is about to be taken, on the same batch.
+
+    With g = grad L(w), the raw gradient and not an optimiser's direction, for each step size s:
+
+        losses = L(w - s g),   gradient_distances = ||grad L(w - s g) - g||,
+        smoothness = gradient_distances / (s ||g||)
+
+    Costs S + 1 gradients.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, the mean over the examples; in train mode for the
+        landscape that training sees. Statistics that it would write are discarded.
+      params: tree of parameters, w.
+      *batch: arrays with a leading axis of examples.
+      step_sizes: (S,), s; the paper takes 1/2 to 4 times the learning rate.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
+
+    Returns:
+      A `LineProbeReport`.
+
+    Raises:
+      ValueError: `step_sizes` is no vector, or the loss is no scalar or cannot be split in chunks.
+
+    References:
+      S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, figure 4. There is no
+      official code; reimplementations often compare consecutive gradients of separate runs.
+    """
+    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    step_sizes = positions_of("step_sizes", step_sizes)
+    differentiate = Partial(_value_and_grad, as_partial(loss_fn))
+    loss, gradient = _chunks.mean(differentiate, params, batch, chunk_size)
+
+    zeros = jnp.zeros(step_sizes.shape, _tree.wide_dtype(loss))
+    operands = (differentiate, params, gradient, step_sizes, batch)
+    if chunk_size is None:
+        losses, distances = _loops.fold(_probe, (zeros, zeros), len(zeros), operands=operands)
+    else:
+        losses, distances = _loops.fold_captured(
+            lambda found, i: _probe(operands, found, i, chunk_size), (zeros, zeros), len(zeros)
+        )
+    norm = jnp.sqrt(_squared_norm(gradient))
+    return LineProbeReport(
+        losses, distances, _ratio(distances, step_sizes * norm), _tree.wide(loss), norm
+    )
+
+
+def internal_covariate_shift(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    new_params: Any,
+    *batch: Any,
+    layers: Sequence[str | Sequence[str]],
+    chunk_size: int | None = None,
+) -> CovariateShiftReport:
+    """How much each layer's gradient changes by the update of the layers before it.
+
+    For layer i of k, on the same batch:
+
+        G = grad_i L(W_1, ..., W_k),   G' = grad_i L(W'_1, ..., W'_{i-1}, W_i, ..., W_k)
+
+    Costs k + 1 gradients.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode.
+      params: tree of parameters, W.
+      new_params: tree like `params`, W', after a step.
+      *batch: arrays with a leading axis of examples.
+      layers: the layers from the first to the last, each by the path of its sub-tree, keys joined
+        by "/", or by several paths, as in ("layer_0", "head") or (("Dense_0", "BatchNorm_0"),
+        "Dense_1"). Leaves of no layer are held at their old values.
+      chunk_size: number of examples per pass; None: all at once.
+
+    Returns:
+      A `CovariateShiftReport`.
+
+    Raises:
+      ValueError: a layer is not in the tree or holds a leaf of another one, `new_params` is another
+        tree, or the loss is no scalar or cannot be split in chunks.
+
+    References:
+      S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, definition 2.1.
+    """
+    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    _checks.same_tree("new_params", new_params, params)
+    places = _layer_numbers(params, layers)
+    differentiate = Partial(_value_and_grad, as_partial(loss_fn))
+    loss, gradient = _chunks.mean(differentiate, params, batch, chunk_size)
+
+    zeros = jnp.zeros(len(layers), _tree.wide_dtype(loss))
+    operands = (differentiate, params, new_params, gradient, places, batch)
+    if chunk_size is None:
+        found = _loops.fold(_shift, (zeros, zeros), len(layers), operands=operands)
+    else:
+        found = _loops.fold_captured(
+            lambda found, i: _shift(operands, found, i, chunk_size), (zeros, zeros), len(layers)
+        )
+    return CovariateShiftReport(*found)
+
+
+def positions_of(name: str, values: Any) -> jax.Array:
+    """`values` as a vector of at least one position."""
+    values = jnp.asarray(values)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"`{name}` must be a vector with at least one entry, got {values.shape}.")
+    return values
+
+
+def _value_and_grad(loss_fn: Partial, params: Any, *batch: Any) -> Any:
+    return jax.value_and_grad(lambda p: loss_fn(p, *batch))(params)
+
+
+def _probe(operands: Any, found: Any, i: jax.Array, chunk_size: int | None = None) -> Any:
+    differentiate, params, gradient, step_sizes, batch = operands
+    losses, distances = found
+    moved = jax.tree.map(lambda w, g: w - step_sizes[i].astype(w.dtype) * g, params, gradient)
+    loss, there = _chunks.mean(differentiate, moved, batch, chunk_size)
+    difference = jax.tree.map(jnp.subtract, there, gradient)
+    distance = jnp.sqrt(_squared_norm(difference))
+    return losses.at[i].set(loss.astype(losses.dtype)), distances.at[i].set(distance)
+
+
+def _shift(operands: Any, found: Any, i: jax.Array, chunk_size: int | None = None) -> Any:
+    differentiate, params, new_params, gradient, places, batch = operands
+    distances, cosines = found
+    mixed = jax.tree.map(
+        lambda new, old, place: jnp.where((place >= 0) & (place < i), new, old),
+        new_params,
+        params,
+        places,
+    )
+    _, there = _chunks.mean(differentiate, mixed, batch, chunk_size)
+    own = lambda one, other: sum(
+        jnp.where(place == i, _inner(a, b), 0)
+        for a, b, place in zip(*map(jax.tree.leaves, (one, other, places)), strict=True)
+    )
+    difference = jax.tree.map(jnp.subtract, there, gradient)
+    distance = jnp.sqrt(own(difference, difference))
+    cosine = _ratio(
+        own(there, gradient), jnp.sqrt(own(there, there)) * jnp.sqrt(own(gradient, gradient))
+    )
+    # Nothing before the first layer moves; two compilations of a gradient may round differently.
+    is_first = i == 0
+    return (
+        distances.at[i].set(jnp.where(is_first, 0, distance)),
+        cosines.at[i].set(jnp.where(is_first & ~jnp.isnan(cosine), 1, cosine)),
+    )
+
+
+def _layer_numbers(params: Any, layers: Sequence[str | Sequence[str]]) -> Any:
+    """A tree like `params`: the number of each leaf's layer, -1 for none."""
+    owners = [
+        (path, i)
+        for i, layer in enumerate(layers)
+        for path in ([layer] if isinstance(layer, str) else layer)
+    ]
+    numbers, seen = [], set()
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        own = [owner for owner in owners if f"{name}/".startswith(f"{owner[0]}/")]
+        if len(own) > 1:
+            raise ValueError(f"`layers` must be disjoint, got {name} in more than one.")
+        numbers.append(jnp.int32(own[0][1] if own else -1))
+        seen |= {path for path, _ in own}
+    missing = sorted({path for path, _ in owners} - seen)
+    if missing or not owners:
+        known = list(params) if isinstance(params, dict) else jax.tree.structure(params)
+        raise ValueError(
+            f"`layers` must be paths in the parameters, such as {known}, got "
+            f"{missing[0] if missing else 'none'!r}."
+        )
+    return jax.tree.unflatten(jax.tree.structure(params), numbers)
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """The ratio, NaN where the denominator is zero."""
+    is_zero = denominator == 0
+    return jnp.where(is_zero, jnp.nan, numerator / jnp.where(is_zero, 1, denominator))
+
+
+def _squared_norm(tree: Any) -> jax.Array:
+    return sum(_inner(leaf, leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _inner(one: jax.Array, other: jax.Array) -> jax.Array:
+    return jnp.sum(_tree.wide(one) * _tree.wide(other))

@@ -1,0 +1,192 @@
+"""The loss along lines and over planes of parameter space."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from regjax import _checks, _chunks, _loops, _tree
+from regjax._base import as_partial
+from regjax.diagnostics._landscape import positions_of
+
+
+def filter_normalized_direction(params: Any, *, key: jax.Array, per_filter: bool = True) -> Any:
+    """A random direction, each filter of it as long as the filter of the parameters.
+
+    For a normal draw d and filter r: d_r / ||d_r|| ||w_r||, so that nets with other scales of their
+    filters can be compared. Leaves with one axis or none (biases, scales and shifts of norms) stay
+    where they are: the direction is zero there.
+
+    Args:
+      params: tree of parameters.
+      key: typed key of the draw.
+      per_filter: filters are the output channels (all axes but the last); else each leaf with two
+        or more axes is one, as is usual for dense nets.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      TypeError: a parameter is not real floating point, or `key` is not a typed key.
+
+    References:
+      H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein (2018), arXiv:1712.09913, as commonly
+      described. A leaf as one filter: Z. Zhang, Z. Xu (2024), arXiv:2207.05952.
+    """
+    _checks.floating_tree("params", params)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(_checks.key("key", key), len(leaves))
+    directions = [
+        _scaled_like(
+            leaf, jax.random.normal(k, jnp.shape(leaf), _tree.wide_dtype(leaf)), per_filter
+        )
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, directions)
+
+
+def interpolate(
+    loss_fn: Callable[..., Any],
+    start: Any,
+    end: Any,
+    *batch: Any,
+    positions: Any,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """The loss on the line through two points, L((1 - t) start + t end).
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, the mean over the examples.
+      start: tree of parameters.
+      end: tree like `start`.
+      *batch: arrays with a leading axis of examples.
+      positions: (len,), t; 0 is `start`, 1 is `end`.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
+
+    Returns:
+      Losses (len,).
+
+    Raises:
+      ValueError: `end` is another tree, `positions` is no vector, or the loss is no scalar or
+        cannot be split in chunks.
+    """
+    chunk_size = _chunks.checked_size(loss_fn, start, batch, chunk_size)
+    _checks.same_tree("end", end, start)
+    positions = positions_of("positions", positions)
+    place = Partial(_between, start, end, positions)
+    return _losses(loss_fn, place, len(positions), batch, chunk_size)
+
+
+def loss_surface(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    first: Any,
+    second: Any,
+    *batch: Any,
+    positions: Any,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """The loss over a plane, L(params + a first + b second).
+
+    Costs one forward pass a point, in the memory of one more copy of the parameters.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, the mean over the examples.
+      params: tree of parameters, the origin.
+      first: tree like `params`, such as `filter_normalized_direction` gives.
+      second: another one.
+      *batch: arrays with a leading axis of examples.
+      positions: (len,), the values of both a and b, in units of the directions.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
+
+    Returns:
+      Losses (len, len); the first axis is a, the second b.
+
+    Raises:
+      ValueError: a direction is another tree, `positions` is no vector, or the loss is no scalar or
+        cannot be split in chunks.
+
+    References:
+      H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein (2018), arXiv:1712.09913.
+    """
+    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    _checks.same_tree("first", first, params)
+    _checks.same_tree("second", second, params)
+    positions = positions_of("positions", positions)
+    place = Partial(_on_plane, params, first, second, positions)
+    losses = _losses(loss_fn, place, len(positions) ** 2, batch, chunk_size)
+    return losses.reshape(len(positions), len(positions))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["loss_fn", "place", "batch"],
+    meta_fields=["chunk_size"],
+)
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """The loss at the points that `place` gives."""
+
+    loss_fn: Any
+    place: Partial
+    batch: Any
+    chunk_size: int | None
+
+    def loss(self, point: Any) -> jax.Array:
+        return _chunks.mean(self.loss_fn, self.place(point), self.batch, self.chunk_size)
+
+
+def _losses(
+    loss_fn: Any, place: Partial, num_points: int, batch: Any, chunk_size: int | None
+) -> jax.Array:
+    path = Path(as_partial(loss_fn), place, batch, chunk_size)
+    dtype = jax.eval_shape(path.loss, jax.ShapeDtypeStruct((), jnp.int32)).dtype
+    return walk(_evaluate, jnp.zeros(num_points, dtype), num_points, path)
+
+
+def walk(body: Any, carry: Any, length: int, operands: Any) -> Any:
+    """`_loops.fold` over `operands`, a `Path` or a tuple that begins with one.
+
+    Where every point goes over chunks, the host takes the points if it can, and the chunks' loop is
+    compiled, or the host's too.
+    """
+    path = operands if isinstance(operands, Path) else operands[0]
+    if path.chunk_size is None:
+        return _loops.fold(body, carry, length, operands=operands)
+    return _loops.fold_captured(lambda carry, i: body(operands, carry, i), carry, length)
+
+
+def _evaluate(path: Path, losses: jax.Array, i: jax.Array) -> jax.Array:
+    return losses.at[i].set(path.loss(i))
+
+
+def _between(start: Any, end: Any, positions: jax.Array, i: jax.Array) -> Any:
+    def at(a: jax.Array, b: jax.Array) -> jax.Array:
+        t = positions[i].astype(jnp.result_type(a))
+        return (1 - t) * a + t * b
+
+    return jax.tree.map(at, start, end)
+
+
+def _on_plane(params: Any, first: Any, second: Any, positions: jax.Array, i: jax.Array) -> Any:
+    a, b = positions[i // len(positions)], positions[i % len(positions)]
+    return jax.tree.map(
+        lambda w, d, e: (
+            w + a.astype(w.dtype) * d.astype(w.dtype) + b.astype(w.dtype) * e.astype(w.dtype)
+        ),
+        params,
+        first,
+        second,
+    )
+
+
+def _scaled_like(weights: jax.Array, draw: jax.Array, per_filter: bool) -> jax.Array:
+    if jnp.ndim(weights) < 2:
+        return jnp.zeros_like(weights)
+    axes = _tree.group_axes(weights, per_filter)
+    norms = [jnp.sqrt(jnp.sum(_tree.wide(a) ** 2, axes, keepdims=True)) for a in (weights, draw)]
+    return (draw * (norms[0] / norms[1])).astype(weights.dtype)
