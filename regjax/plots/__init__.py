@@ -1,5 +1,11 @@
 """Figures of results, for screens and for the columns of a paper. Needs matplotlib."""
 
+from regjax.plots._landscape import ProbePanel as ProbePanel
+from regjax.plots._landscape import SurfacePanel as SurfacePanel
+from regjax.plots._landscape import loss_surface as loss_surface
+from regjax.plots._landscape import loss_surface_3d as loss_surface_3d
+from regjax.plots._landscape import probe_figure as probe_figure
+from regjax.plots._landscape import surface_figure as surface_figure
 from regjax.plots._spectrum import SpectrumPanel as SpectrumPanel
 from regjax.plots._spectrum import spectrum as spectrum
 from regjax.plots._spectrum import spectrum_figure as spectrum_figure

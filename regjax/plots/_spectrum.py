@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from regjax import _checks
+from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, label_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,10 +15,7 @@ if TYPE_CHECKING:
     from regjax.curvature import DensityCurve
 
 _SCALES = ("linear", "symlog")
-# Okabe and Ito (2008), distinguishable with all common kinds of colour blindness, dark ones first.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_LABEL_SIZE, _TICK_SIZE = 8, 7  # points, readable in a column of 3.3 inches
 # Bumps this far below the peak are rounding: less than one eigenvalue in a network of 1e12.
 _LEAST_BUMP = 1e-12
 _CURVE = "density"  # by this mark a second call on the same axes finds the first
@@ -81,7 +79,7 @@ def spectrum(
     values, bounds = _eigenvalue_arrays(eigenvalues, residual_norms)
     threshold = _threshold(scale, linthresh, [curve])
     num_before = sum(line.get_gid() == _CURVE for line in axes.lines)
-    color = _COLORS[num_before % len(_COLORS)] if color is None else color
+    color = COLORS[num_before % len(COLORS)] if color is None else color
     floor, top = _limits(density, error)
     if num_before:
         floor, top = min(floor, axes.get_ylim()[0]), max(top, axes.get_ylim()[1])
@@ -101,9 +99,9 @@ def spectrum(
         transform = axes.get_xaxis_transform()  # the height as a share of the axes
         axes.errorbar(values, height, xerr=bounds, fmt="|", transform=transform, **style)
     axes.set_ylim(floor, top)
-    _label(axes, f"eigenvalue of the {matrix}", "density")
+    label_axes(axes, f"eigenvalue of the {matrix}", "density")
     if label is not None:
-        axes.legend(frameon=False, fontsize=_TICK_SIZE)
+        axes.legend(frameon=False, fontsize=TICK_SIZE)
     return axes
 
 
@@ -142,11 +140,11 @@ def spectrum_figure(
     has_eigenvalues = any(panel.eigenvalues is not None for panel in panels)
     figure, rows, last = _layout(len(panels), width, has_eigenvalues)
     for index, (panel, axes) in enumerate(zip(panels, rows, strict=True)):
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         spectrum(
             *panel[1:], axes=axes, color=color, scale=scale, linthresh=threshold, matrix=matrix
         )
-        axes.set_title(panel.label, loc="left", fontsize=_LABEL_SIZE, color=color, pad=3)
+        axes.set_title(panel.label, loc="left", fontsize=LABEL_SIZE, color=color, pad=3)
         axes.label_outer()
     limits = [axes.get_ylim() for axes in rows]
     rows[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
@@ -165,7 +163,7 @@ def _eigenvalues_by_index(
             1 + np.arange(values.size) + shift,
             values,
             yerr=bounds,
-            color=_COLORS[index % len(_COLORS)],
+            color=COLORS[index % len(COLORS)],
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=3,
             linewidth=0.5,
@@ -181,10 +179,10 @@ def _eigenvalues_by_index(
     if np.max(magnitudes) > 100 * np.min(magnitudes):
         _set_scale(axes.set_yscale, threshold)
     axes.locator_params(axis="x", integer=True)
-    _label(axes, "index", "eigenvalue")
+    label_axes(axes, "index", "eigenvalue")
     if len(panels) > 1:
         # Largest first, so that this corner is empty.
-        axes.legend(frameon=False, fontsize=_TICK_SIZE, labelspacing=0.2, loc="upper right")
+        axes.legend(frameon=False, fontsize=TICK_SIZE, labelspacing=0.2, loc="upper right")
 
 
 def _layout(
@@ -215,12 +213,6 @@ def _layout(
     if not has_eigenvalues:
         return figure, rows, None
     return figure, rows, figure.add_subplot(grid[:, 1] if beside else grid[num_rows, 0])
-
-
-def _label(axes: "Axes", horizontal: str, vertical: str) -> None:
-    axes.set_xlabel(horizontal, fontsize=_LABEL_SIZE)
-    axes.set_ylabel(vertical, fontsize=_LABEL_SIZE)
-    axes.tick_params(which="both", labelsize=_TICK_SIZE)
 
 
 def _set_scale(setter: Any, threshold: float | None) -> None:

@@ -1,0 +1,263 @@
+"""Loss surfaces, as contours and in three dimensions, and probes over training."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from regjax import _checks
+from regjax.plots._style import COLORS, TICK_SIZE, label_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_NUM_LEVELS = 12
+_COLORMAP = "viridis"
+
+
+class SurfacePanel(NamedTuple):
+    """What `surface_figure` shows of one setting.
+
+    Attributes:
+      label: name of the setting.
+      positions: (len,), along both directions.
+      losses: (len, len), the first axis along the first direction.
+    """
+
+    label: str
+    positions: Any
+    losses: Any
+
+
+class ProbePanel(NamedTuple):
+    """What `probe_figure` shows of one setting.
+
+    Attributes:
+      label: name of the setting.
+      steps: (num_looks,), where in training the probes were made.
+      losses: (num_looks, S), along the step of each look.
+      gradient_distances: (num_looks, S).
+      smoothness: (num_looks, S).
+    """
+
+    label: str
+    steps: Any
+    losses: Any
+    gradient_distances: Any
+    smoothness: Any
+
+
+def loss_surface(
+    positions: Any, losses: Any, *, axes: "Axes", levels: Any = None, label: str | None = None
+) -> "Axes":
+    """Draws the contours of a loss surface; the levels are a constant factor apart.
+
+    Losses that are not finite are left out. A cross marks the origin.
+
+    Args:
+      positions: (len,), ascending, along both directions, in units of the directions.
+      losses: (len, len), the first axis along the first direction.
+      axes: to draw on.
+      levels: ascending losses of the contours; None: twelve, geometric between the extremes, evenly
+        spaced if a loss is not positive.
+      label: title of the axes, or None.
+
+    Returns:
+      `axes`.
+
+    Raises:
+      ValueError: shapes do not fit, positions do not ascend, or fewer than two losses are finite.
+    """
+    positions, losses = _surface_arrays(positions, losses)
+    levels = _levels([losses]) if levels is None else np.asarray(levels)
+    finite = np.ma.masked_invalid(losses)
+    # Contours take rows as the vertical axis.
+    lines = axes.contour(
+        positions, positions, finite.T, levels=levels, cmap=_COLORMAP, norm=_norm(levels),
+        linewidths=0.8,
+    )  # fmt: skip
+    axes.clabel(lines, levels[::2], fontsize=TICK_SIZE - 1.5, fmt=_short, colors="0.2")
+    axes.plot(0, 0, "+", color="black", markersize=5, markeredgewidth=0.8)
+    axes.set_aspect("equal")
+    label_axes(axes, "first direction", "second direction")
+    if label is not None:
+        axes.set_title(label, fontsize=TICK_SIZE + 1)
+    return axes
+
+
+def loss_surface_3d(positions: Any, losses: Any, *, axes: "Axes", levels: Any = None) -> "Axes":
+    """Draws a loss surface in three dimensions, its height the logarithm to base 10 of the loss.
+
+    Args:
+      positions: (len,), ascending, along both directions.
+      losses: (len, len), the first axis along the first direction.
+      axes: three-dimensional axes (`projection="3d"`).
+      levels: ascending; the first and the last are the limits of the height and of the colours.
+        None takes them of the losses. On a linear height if one is not positive.
+
+    Returns:
+      `axes`.
+
+    Raises:
+      ValueError: shapes do not fit, positions do not ascend, `axes` are flat, or fewer than two
+        losses are finite.
+    """
+    positions, losses = _surface_arrays(positions, losses)
+    if not hasattr(axes, "plot_surface"):
+        raise ValueError('`axes` must be three-dimensional, projection="3d", got flat ones.')
+    levels = _levels([losses]) if levels is None else np.asarray(levels)
+    is_log = levels[0] > 0
+    height = np.where(np.isfinite(losses), losses, levels[-1])
+    height = np.clip(height, levels[0], levels[-1])
+    limits = np.asarray([levels[0], levels[-1]])
+    if is_log:
+        height, limits = np.log10(height), np.log10(limits)
+    first, second = np.meshgrid(positions, positions, indexing="ij")
+    axes.plot_surface(
+        first, second, height, cmap=_COLORMAP, vmin=limits[0], vmax=limits[1],
+        rcount=len(positions), ccount=len(positions), linewidth=0, antialiased=True,
+    )  # fmt: skip
+    axes.set_zlim(*limits)
+    label_axes(axes, "first", "second")
+    # The name of the height stands above: beside the axis it would be cut off.
+    axes.set_title("log10 loss" if is_log else "loss", fontsize=TICK_SIZE, y=0.93)
+    axes.xaxis.labelpad = axes.yaxis.labelpad = -6
+    axes.tick_params(pad=-2, labelsize=TICK_SIZE - 1.5)
+    axes.locator_params(nbins=4)
+    axes.view_init(elev=35, azim=-60)
+    return axes
+
+
+def surface_figure(panels: Sequence[SurfacePanel], *, width: float = 3.3) -> "Figure":
+    """Draws the surfaces of several settings side by side, with the same levels.
+
+    Above the contours, below the same in three dimensions.
+
+    Args:
+      panels: one `SurfacePanel` for each setting.
+      width: of the figure, in inches: 3.3 is a column, 6.8 a page. One setting takes one column, in
+        a wider figure contours and height stand side by side.
+
+    Returns:
+      The figure, to be saved or closed by the caller.
+
+    Raises:
+      ValueError: there is no panel, or as in `loss_surface`.
+    """
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise ValueError("`panels` must hold at least one surface, got none.")
+    _checks.positive("width", width)
+    surfaces = [_surface_arrays(panel.positions, panel.losses) for panel in panels]
+    levels = _levels([losses for _, losses in surfaces])
+    is_row = len(panels) == 1 and width >= 5
+    shape = (1, 2) if is_row else (2, len(panels))
+    size = width / shape[1]
+    figure = Figure(figsize=(width, 0.95 * size * shape[0]), dpi=200, layout="constrained")
+    for i, (panel, (positions, losses)) in enumerate(zip(panels, surfaces, strict=True)):
+        flat = figure.add_subplot(*shape, i + 1)
+        loss_surface(positions, losses, axes=flat, levels=levels, label=panel.label)
+        solid = figure.add_subplot(*shape, i + 1 + shape[1] - is_row * 1, projection="3d")
+        loss_surface_3d(positions, losses, axes=solid, levels=levels)
+    return figure
+
+
+def probe_figure(panels: Sequence[ProbePanel], *, width: float = 6.8) -> "Figure":
+    """Draws the probes of several settings over training: loss, gradient, smoothness.
+
+    The first two panels show the range of the losses and of the distances of the gradient along
+    each step as a band; the third the largest smoothness, the effective one.
+
+    Args:
+      panels: one `ProbePanel` for each setting; six are told apart by colour alone.
+      width: of the figure, in inches: 6.8 is a page.
+
+    Returns:
+      The figure, to be saved or closed by the caller.
+
+    Raises:
+      ValueError: there is no panel, or shapes do not fit.
+
+    References:
+      S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, figure 4.
+    """
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise ValueError("`panels` must hold at least one setting, got none.")
+    _checks.positive("width", width)
+    figure = Figure(figsize=(width, 0.36 * width), dpi=200, layout="constrained")
+    loss, distance, smoothness = figure.subplots(1, 3)
+    for i, panel in enumerate(panels):
+        color = COLORS[i % len(COLORS)]
+        steps, looks = _probe_arrays(panel)
+        for axes, values in ((loss, looks[0]), (distance, looks[1])):
+            lower, upper = np.min(values, 1), np.max(values, 1)
+            axes.fill_between(steps, lower, upper, color=color, alpha=0.4, linewidth=0.5)
+        # Not a number where there was no gradient to compare.
+        highest = np.max(np.where(np.isnan(looks[2]), -np.inf, looks[2]), 1)
+        smoothness.plot(
+            steps, np.where(np.isfinite(highest), highest, np.nan), color=color, linewidth=1,
+            label=panel.label, marker="o" if len(steps) == 1 else None, markersize=3,
+        )  # fmt: skip
+    for axes, text in (
+        (loss, "loss along the step"),
+        (distance, "distance of gradients"),
+        (smoothness, "effective smoothness"),
+    ):
+        _set_log(axes)
+        label_axes(axes, "training step", text)
+    smoothness.legend(frameon=False, fontsize=TICK_SIZE)
+    return figure
+
+
+def _set_log(axes: "Axes") -> None:
+    if axes.dataLim.y0 > 0 and np.isfinite(axes.dataLim.y1):
+        axes.set_yscale("log")
+
+
+def _surface_arrays(positions: Any, losses: Any) -> tuple[np.ndarray, np.ndarray]:
+    positions, losses = np.asarray(positions, np.float64), np.asarray(losses, np.float64)
+    if positions.ndim != 1 or losses.shape != (len(positions),) * 2:
+        raise ValueError(
+            f"`losses` must have shape (len, len) for positions (len,), got {losses.shape} for "
+            f"{positions.shape}."
+        )
+    if len(positions) < 2 or np.any(np.diff(positions) <= 0):
+        raise ValueError(f"`positions` must be two or more that ascend, got {positions}.")
+    if np.sum(np.isfinite(losses)) < 2:
+        raise ValueError("`losses` must be finite at two points at least, got fewer.")
+    return positions, losses
+
+
+def _probe_arrays(panel: ProbePanel) -> tuple[np.ndarray, list[np.ndarray]]:
+    steps = np.asarray(panel.steps, np.float64)
+    looks = [np.asarray(values, np.float64) for values in panel[2:]]
+    for name, values in zip(panel._fields[2:], looks, strict=True):
+        if values.ndim != 2 or len(values) != len(steps):
+            raise ValueError(
+                f"`{name}` must have shape (num_looks, S) for {len(steps)} steps, "
+                f"got {values.shape}."
+            )
+    return steps, looks
+
+
+def _levels(surfaces: Sequence[np.ndarray]) -> np.ndarray:
+    finite = np.concatenate([losses[np.isfinite(losses)] for losses in surfaces])
+    low, high = np.min(finite), np.max(finite)
+    if low == high:
+        high = low + max(abs(low), 1.0) * 1e-6
+    spaced = np.geomspace if low > 0 else np.linspace
+    return spaced(low, high, _NUM_LEVELS)
+
+
+def _short(level: float) -> str:
+    return f"{level:.2g}"
+
+
+def _norm(levels: np.ndarray) -> Any:
+    from matplotlib.colors import LogNorm, Normalize
+
+    return (LogNorm if levels[0] > 0 else Normalize)(levels[0], levels[-1])

@@ -1,0 +1,17 @@
+"""Colours and sizes of all figures, readable in a column of 3.3 inches."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito (2008), distinguishable with all common kinds of colour blindness, dark ones first.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LABEL_SIZE, TICK_SIZE = 8, 7  # points
+
+
+def label_axes(axes: "Axes", horizontal: str, vertical: str) -> None:
+    """Names of both axes, and the sizes of all text on them."""
+    axes.set_xlabel(horizontal, fontsize=LABEL_SIZE)
+    axes.set_ylabel(vertical, fontsize=LABEL_SIZE)
+    axes.tick_params(which="both", labelsize=TICK_SIZE)
