@@ -1,4 +1,4 @@
-"""The command line: `python -m regjax spectrum` and `python -m regjax train`."""
+"""The command line: `python -m regjax spectrum`, `landscape` and `train`."""
 
 import contextlib
 import dataclasses
@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from regjax.experiments import _compare, _report, _spectrum_run
+from regjax.experiments import _compare, _landscape_run, _report, _spectrum_run
 from regjax.experiments._checkpoint import CheckpointError
 from regjax.experiments._data import DataError
 from regjax.experiments._settings import (
+    AnalysisSettings,
+    LandscapeSettings,
     SpectrumSettings,
     TrainSettings,
     UsageError,
@@ -21,9 +23,13 @@ from regjax.experiments._settings import (
 )
 from regjax.experiments._training import TrainingError, read_run
 
-_COMMANDS: dict[str, Any] = {"spectrum": SpectrumSettings, "train": TrainSettings}
+_COMMANDS: dict[str, Any] = {
+    "spectrum": SpectrumSettings,
+    "landscape": LandscapeSettings,
+    "train": TrainSettings,
+}
 _PROGRAM = "python -m regjax"
-_DESCRIPTION = "Train networks and see the curvature of their loss."
+_DESCRIPTION = "Train networks and see the curvature and the shape of their loss."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,10 +71,16 @@ def _run(words: list[str], bar: "_Bar") -> None:
 
 def _text_of(settings: TrainSettings, bar: "_Bar") -> str:
     """Runs what `settings` describe and returns what is to be printed."""
-    if not isinstance(settings, SpectrumSettings):
+    if not isinstance(settings, AnalysisSettings):
         return _report.training_text(_spectrum_run.run_train(settings, bar))
+    is_landscape = isinstance(settings, LandscapeSettings)
     if settings.compare:
-        return _report.comparison_text(_compare.run_compare(settings, bar))
+        records = _compare.run_compare(settings, bar)
+        text = _report.landscapes_text if is_landscape else _report.comparison_text
+        return text(records)
+    if is_landscape:
+        record = _landscape_run.run_landscape(settings, bar)
+        return "\n\n".join([_report.training_text(record), _report.landscape_text(record)])
     record = _spectrum_run.run_spectrum(settings, bar)
     return "\n\n".join([_report.training_text(record), _report.spectrum_text(record)])
 

@@ -15,7 +15,7 @@ from regjax._adapters import Model, check_separable, model_function, model_loss
 from regjax._loops import Interrupted
 from regjax.experiments._data import Dataset
 from regjax.experiments._network import Scaling, criterion, normalize
-from regjax.experiments._settings import SpectrumSettings, UsageError, option
+from regjax.experiments._settings import AnalysisSettings, SpectrumSettings, UsageError, option
 
 Record = dict[str, Any]
 
@@ -40,20 +40,32 @@ def operators(subject: Subject, settings: SpectrumSettings) -> dict[str, curvatu
       UsageError: an option does not fit the model or the data, or the loss is no mean over
         independent examples.
     """
-    model, dataset, scaling = subject
+    model = subject.model
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     _check_at_most(settings, "num_eigenvalues", num_parameters, "number of parameters")
     _check_at_most(settings, "num_steps", num_parameters, "number of parameters")
-    num_examples = len(dataset.train_labels)
-    if settings.curvature_examples is not None:
-        _check_at_most(settings, "curvature_examples", num_examples, "number of training examples")
-        num_examples = settings.curvature_examples
-    inputs = normalize(jnp.asarray(dataset.train_images[:num_examples]), scaling)
-    targets = jnp.asarray(dataset.train_labels[:num_examples])
-    _check_examples(model, settings, inputs, targets)
+    inputs, targets = training_examples(subject, settings, "curvature_examples")
+    check_examples(model, settings, inputs, targets)
     whole = _operator(model, settings, inputs, targets)
     layers = curvature.by_block(whole) if settings.blocks == "layers" else {}
     return {"network": whole, **layers}
+
+
+def training_examples(
+    subject: Subject, settings: AnalysisSettings, name: str
+) -> tuple[jax.Array, jax.Array]:
+    """The first training examples, as many as the option `name` says; all for None.
+
+    Raises:
+      UsageError: there are fewer.
+    """
+    _, dataset, scaling = subject
+    count = getattr(settings, name)
+    if count is not None:
+        limit = len(dataset.train_labels)
+        _check_at_most(settings, name, limit, "number of training examples")
+    inputs = normalize(jnp.asarray(dataset.train_images[:count]), scaling)
+    return inputs, jnp.asarray(dataset.train_labels[:count])
 
 
 def analyse(
@@ -207,16 +219,20 @@ def _operator(
     return make(function, criterion, model.params, inputs, targets, chunk_size=chunk_size)
 
 
-def _check_at_most(settings: SpectrumSettings, name: str, limit: int, what: str) -> None:
+def _check_at_most(settings: AnalysisSettings, name: str, limit: int, what: str) -> None:
     value = getattr(settings, name)
     if value > limit:
         raise UsageError(f"{option(name)} must be at most the {what}, {limit}, got {value}.")
 
 
-def _check_examples(
-    model: Model, settings: SpectrumSettings, inputs: jax.Array, targets: jax.Array
+def check_examples(
+    model: Model, settings: AnalysisSettings, inputs: jax.Array, targets: jax.Array
 ) -> None:
-    """Only batch norm in train mode may couple the examples, and only as it was asked for."""
+    """Only batch norm in train mode may couple the examples, and only as it was asked for.
+
+    Raises:
+      UsageError: examples couple in another way, or the batch would be split though they do.
+    """
     mode = settings.batch_norm_mode
     if mode != "evaluation" and model.has_batch_statistics:
         if mode == "train" and settings.chunk_size < len(targets):
@@ -230,7 +246,7 @@ def _check_examples(
         loss = Partial(_evaluate, model_loss(model, criterion, mode=mode))
         check_separable(loss, model.params, inputs[some], targets[some])
     except ValueError as error:
-        raise UsageError(f"The matrix must be a mean over the examples: {error}") from None
+        raise UsageError(f"The loss must be a mean over the examples: {error}") from None
 
 
 @jax.jit

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regjax.experiments import _figure, _record
+from regjax.experiments._landscape_run import run_landscape
 from regjax.experiments._settings import (
-    SpectrumSettings,
+    AnalysisSettings,
+    LandscapeSettings,
     UsageError,
     methods,
     option,
@@ -29,7 +31,7 @@ Record = dict[str, Any]
 _COMMON = ("compare", "checkpoint", "resume", "out")
 
 
-def compared_settings(settings: SpectrumSettings) -> dict[str, SpectrumSettings]:
+def compared_settings(settings: AnalysisSettings) -> dict[str, Any]:
     """The settings of each item of `compare`, by the item.
 
     An item is a comma-separated list of option=value, such as sam,rho=0.1. A bare word stands for
@@ -46,7 +48,7 @@ def compared_settings(settings: SpectrumSettings) -> dict[str, SpectrumSettings]
       UsageError: an item cannot be read, is given twice, or holds a bad value.
     """
     folder = out_dir(settings)
-    result: dict[str, SpectrumSettings] = {}
+    result: dict[str, Any] = {}
     folders: dict[str, Path] = {}
     for item in settings.compare:
         out = folder / re.sub(r"[^\w.=-]+", "_", item)
@@ -65,24 +67,28 @@ def compared_settings(settings: SpectrumSettings) -> dict[str, SpectrumSettings]
     return result
 
 
-def run_compare(settings: SpectrumSettings, progress: Progress) -> dict[str, Record]:
-    """Runs all items of `compare` and leaves `compare.json` and `compare.png` behind.
+def run_compare(settings: AnalysisSettings, progress: Progress) -> dict[str, Record]:
+    """Runs all items of `compare` and leaves `compare.json` and figures of all behind.
 
     Args:
       settings: the common options and `compare`.
       progress: called after each block of batches and each product.
 
     Returns:
-      The records of `run_spectrum` by item. The files hold the items done so far.
+      The records of `run_spectrum` or `run_landscape` by item. The files hold the items done so
+      far.
 
     Raises:
-      UsageError: an item cannot be read, before anything is computed; else as `run_spectrum`.
+      UsageError: an item cannot be read, before anything is computed; else as those functions.
     """
+    is_landscape = isinstance(settings, LandscapeSettings)
+    run: Any = run_landscape if is_landscape else run_spectrum
+    draw = _figure.draw_landscapes if is_landscape else _figure.draw_comparison
     records: dict[str, Record] = {}
     for item, own in compared_settings(settings).items():
-        records[item] = run_spectrum(own, functools.partial(_of_item, progress, item))
+        records[item] = run(own, functools.partial(_of_item, progress, item))
         _record.write(out_dir(settings) / "compare.json", records)
-        _figure.draw_comparison(out_dir(settings) / "compare.png", records)
+        draw(out_dir(settings) / "compare.png", records)
     return records
 
 
@@ -90,11 +96,11 @@ def _of_item(progress: Progress, item: str, stage: str, done: int, total: int | 
     progress(f"{item}: {stage}", done, total)
 
 
-def _overrides(item: str, settings: SpectrumSettings) -> dict[str, Any]:
+def _overrides(item: str, settings: AnalysisSettings) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for part in item.split(","):
         word, separator, text = part.strip().partition("=")
-        name = word.replace("-", "_") if separator else _option_of(word)
+        name = word.replace("-", "_") if separator else _option_of(word, settings)
         allowed = [name for name in option_types(type(settings)) if name not in _COMMON]
         # Of the chosen methods' own options the last part is enough.
         for used in methods(replace(settings, overrides)):
@@ -108,9 +114,9 @@ def _overrides(item: str, settings: SpectrumSettings) -> dict[str, Any]:
     return overrides
 
 
-def _option_of(word: str) -> str:
+def _option_of(word: str, settings: AnalysisSettings) -> str:
     """The one option that has `word` among its choices."""
-    choices = _choices()
+    choices = _choices(settings)
     names = [name for name, words in choices.items() if word in words]
     if len(names) == 1:
         return names[0]
@@ -121,15 +127,15 @@ def _option_of(word: str) -> str:
     raise UsageError(f"--compare must be option=value or one of {known}, got {word!r}.")
 
 
-def _choices() -> dict[str, tuple[str, ...]]:
+def _choices(settings: AnalysisSettings) -> dict[str, tuple[str, ...]]:
     return {
         name: typing.get_args(hint)
-        for name, hint in option_types(SpectrumSettings).items()
+        for name, hint in option_types(type(settings)).items()
         if typing.get_origin(hint) is Literal
     }
 
 
-def _parse(name: str, text: str, settings: SpectrumSettings) -> Any:
+def _parse(name: str, text: str, settings: AnalysisSettings) -> Any:
     """`text` as the command line reads it for the option `name`."""
     import tyro
 
@@ -138,7 +144,7 @@ def _parse(name: str, text: str, settings: SpectrumSettings) -> Any:
         with contextlib.redirect_stderr(io.StringIO()):
             return tyro.cli(hint, args=[text])
     except SystemExit:
-        allowed = _choices().get(name)
+        allowed = _choices(settings).get(name)
         rule = f"one of {', '.join(allowed)}" if allowed else f"{_name(hint)}"
         raise UsageError(f"{option(name)} must be {rule}, got {text!r} in --compare.") from None
 

@@ -12,6 +12,8 @@ from regjax.experiments import _record
 
 # Of a page, with the densities and the eigenvalues side by side.
 _WIDTH = 6.8
+# Of one surface among several.
+_PANEL_WIDTH = 2.2
 # Where the eigenvalue axis turns linear, as a share of the largest magnitude.
 _LINEAR_SHARE = 1e-3
 
@@ -28,6 +30,39 @@ def draw_comparison(path: Path, records: dict[str, _record.Record]) -> None:
     _draw(path, blocks, " / ".join(matrices))
 
 
+def draw_surface(path: Path, record: _record.Record) -> None:
+    """Draws the loss surface of a record."""
+    _save(path, plots.surface_figure([_surface(record["settings"]["model"], record)], width=_WIDTH))
+
+
+def draw_probes(path: Path, record: _record.Record) -> None:
+    """Draws the probes of a record over its epochs."""
+    _save(path, plots.probe_figure([_probes(record["settings"]["model"], record)], width=_WIDTH))
+
+
+def draw_landscapes(path: Path, records: dict[str, _record.Record]) -> None:
+    """Draws the surfaces of several records side by side, and their probes beside `path`."""
+    surfaces = [_surface(name, record) for name, record in records.items()]
+    width = max(_WIDTH, _PANEL_WIDTH * len(surfaces))
+    _save(path, plots.surface_figure(surfaces, width=width))
+    probes = [_probes(name, record) for name, record in records.items()]
+    _save(path.with_name(f"{path.stem}_probes{path.suffix}"), plots.probe_figure(probes))
+
+
+def _surface(name: str, record: _record.Record) -> plots.SurfacePanel:
+    surface = record["surface"]
+    return plots.SurfacePanel(name, surface["positions"], surface["losses"])
+
+
+def _probes(name: str, record: _record.Record) -> plots.ProbePanel:
+    probes = record["probes"]
+    fields = {
+        field: [probe["epochs" if field == "times" else field] for probe in probes]
+        for field in plots.ProbePanel._fields[1:]
+    }
+    return plots.ProbePanel(name, **fields)
+
+
 def _draw(path: Path, blocks: dict[str, Any], matrix: str) -> None:
     panels = [_panel(name, block) for name, block in blocks.items()]
     largest = max(np.max(np.abs(panel.eigenvalues)) for panel in panels)
@@ -39,6 +74,10 @@ def _draw(path: Path, blocks: dict[str, Any], matrix: str) -> None:
         matrix=_record.title(matrix),
         width=_WIDTH,
     )
+    _save(path, figure)
+
+
+def _save(path: Path, figure: Any) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     _record.write_bytes(path, image.getvalue())

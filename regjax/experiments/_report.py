@@ -45,6 +45,27 @@ def comparison_text(records: dict[str, Record]) -> str:
     return f"{_table(rows)}\n\n{_LEGEND}"
 
 
+def landscape_text(record: Record) -> str:
+    """The surface in a few numbers, and the probes at the end of training."""
+    surface, probe = record["surface"], record["probes"][-1]
+    header = (
+        f"Loss surface of {surface['num_examples']} training examples, "
+        f"{len(surface['positions'])} x {len(surface['positions'])} points in "
+        f"{surface['seconds']:.1f} s; probes of {probe['num_examples']} examples"
+    )
+    rows = [[name, text(record)] for name, text in _LANDSCAPE.items()]
+    return f"{header}\n\n{_table(rows)}\n\n{_LANDSCAPE_LEGEND}"
+
+
+def landscapes_text(records: dict[str, Record]) -> str:
+    """One column for each record."""
+    rows = [["", *records]]
+    names = {name: text for name, text in _COMPARED.items() if name not in _OF_SPECTRUM}
+    for name, text in {**names, **_LANDSCAPE}.items():
+        rows.append([name, *(text(record) for record in records.values())])
+    return f"{_table(rows)}\n\n{_LANDSCAPE_LEGEND}"
+
+
 def with_error(value: float | None, error: float | None) -> str:
     """`value` to the second digit of its error (seven digits at most), and the error."""
     if value is None or error is None:
@@ -131,3 +152,43 @@ _COMPARED: dict[str, Callable[[Record], str]] = {
     "trace": _of_density("trace"),
     "effective dimension": _of_density("effective_dimension"),
 }
+_OF_SPECTRUM = ("largest eigenvalue", "trace", "effective dimension")
+
+
+def _width(index: int) -> Callable[[Record], str]:
+    def text(record: Record) -> str:
+        flatness = record["flatness"][index]
+        return ("" if flatness["converged"] else "more than ") + f"{flatness['width']:.4g}"
+
+    return text
+
+
+def _last_probe(compute: Callable[[Record], float]) -> Callable[[Record], str]:
+    return lambda record: f"{compute(record['probes'][-1]):.4g}"
+
+
+_LANDSCAPE_LEGEND = (
+    "Directions are random, each filter (or layer) as long as in the parameters: the unit of the "
+    "widths\nis that length. A probe goes 1/2 to 4 learning rates along the gradient."
+)
+_LANDSCAPE: dict[str, Callable[[Record], str]] = {
+    "loss at the minimum": lambda record: f"{_centre(record):.4g}",
+    "largest loss on the surface": lambda record: f"{_largest_loss(record):.4g}",
+    "width of e times the loss, first direction": _width(0),
+    "width of e times the loss, second direction": _width(1),
+    "gradient norm": _last_probe(lambda probe: probe["gradient_norm"]),
+    "largest less smallest loss of the probe": _last_probe(
+        lambda probe: max(probe["losses"]) - min(probe["losses"])
+    ),
+    "largest distance of gradients": _last_probe(lambda probe: max(probe["gradient_distances"])),
+    "effective smoothness": _last_probe(lambda probe: max(probe["smoothness"])),
+}
+
+
+def _centre(record: Record) -> float:
+    losses = record["surface"]["losses"]
+    return losses[len(losses) // 2][len(losses) // 2]
+
+
+def _largest_loss(record: Record) -> float:
+    return max(max(row) for row in record["surface"]["losses"])

@@ -114,14 +114,25 @@ class TrainSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class SpectrumSettings(TrainSettings):
-    """Train a network on images, then print and draw its curvature spectrum with error bounds."""
+class AnalysisSettings(TrainSettings):
+    """Train a network on images, or read a checkpoint, and analyse it."""
 
     compare: tuple[str, ...] = ()
     """Settings to run side by side, such as: sgd sam entropy_sgd, or sam,rho=0.1 batch."""
 
     checkpoint: Path | None = None
     """Analyse this checkpoint, or the one in this folder, with its training options."""
+
+    batch_norm_mode: Literal["evaluation", "train", "train_per_chunk"] = "evaluation"
+    """Batch statistics in the analysis: the stored ones, of all examples, or of each chunk."""
+
+    chunk_size: int = 2048
+    """Examples per pass. More of them are gone over in chunks, in bounded memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectrumSettings(AnalysisSettings):
+    """Train a network on images, then print and draw its curvature spectrum with error bounds."""
 
     matrix: Literal["hessian", "gauss_newton", "fisher", "empirical_fisher"] = "hessian"
     """Curvature matrix of the mean training loss."""
@@ -131,9 +142,6 @@ class SpectrumSettings(TrainSettings):
 
     curvature_examples: int | None = None
     """Number of training examples in the matrix, the first ones. None: all."""
-
-    batch_norm_mode: Literal["evaluation", "train", "train_per_chunk"] = "evaluation"
-    """Batch statistics in the matrix: the stored ones, of all examples, or of each chunk."""
 
     num_eigenvalues: int = 10
     """Number of largest eigenvalues."""
@@ -150,11 +158,34 @@ class SpectrumSettings(TrainSettings):
     blocks: Literal["whole", "layers"] = "whole"
     """The whole network, or each layer as well."""
 
-    chunk_size: int = 2048
-    """Examples per pass. More of them are gone over in chunks, in bounded memory."""
-
     effective_dimension_scale: float = 0.01
     """The c in the sum over the eigenvalues l of max(l, 0) / (max(l, 0) + c)."""
+
+    report: bool = False
+    """Geometric complexity, spherical sharpness and margins of the network as well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LandscapeSettings(AnalysisSettings):
+    """Train a network on images, then draw its loss surface and the probes along its steps."""
+
+    points: int = 51
+    """Points along each of the two random directions; odd, so that the minimum is one of them."""
+
+    span: float = 1.0
+    """Largest distance along a direction, in units of the norm of each filter."""
+
+    directions: Literal["filter", "layer"] = "filter"
+    """What is as long in a direction as in the parameters: each filter, or each layer."""
+
+    surface_examples: int | None = None
+    """Number of training examples in the surface, the first ones. None: all."""
+
+    probe_examples: int | None = None
+    """Number of training examples of the probes, the first ones. None: the batch size."""
+
+    probe_points: int = 8
+    """Step sizes of a probe, from 1/2 to 4 times the learning rate."""
 
 
 # Options that say where and how a run works, and not what comes out.
@@ -218,7 +249,7 @@ def out_dir(settings: TrainSettings) -> Path:
     """The folder of the results."""
     if settings.out is not None:
         return settings.out
-    if isinstance(settings, SpectrumSettings) and settings.checkpoint is not None:
+    if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:
         return checkpoint_path(settings.checkpoint).parent
     return Path("runs") / re.sub(r"[^\w.-]+", "_", f"{settings.data}-{settings.model}")
 

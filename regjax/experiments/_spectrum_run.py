@@ -14,6 +14,7 @@ from regjax.experiments._analysis import Subject, analyse, operators
 from regjax.experiments._data import load
 from regjax.experiments._network import build_model, evaluate, measure_scaling
 from regjax.experiments._settings import (
+    AnalysisSettings,
     SpectrumSettings,
     TrainSettings,
     checkpoint_path,
@@ -46,8 +47,8 @@ def run_train(settings: TrainSettings, progress: Progress) -> Record:
       TrainingError: the loss is not finite.
     """
     validate(settings)
-    with _precision(settings):
-        _, record = _trained(settings, progress)
+    with precision(settings):
+        _, record = trained(settings, progress)
     _record.write(out_dir(settings) / "training.json", record)
     return record
 
@@ -75,8 +76,8 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
     """
     validate(settings)
     path = out_dir(settings) / "spectrum.json"
-    with _precision(settings):
-        subject, record = _trained(settings, progress)
+    with precision(settings):
+        subject, record = trained(settings, progress)
         num_examples = settings.curvature_examples or record["data"]["num_train"]
         record["num_curvature_examples"] = num_examples
         record["blocks"] = {}
@@ -99,7 +100,16 @@ def _of_block(progress: Progress, block: str, stage: str, done: int, total: int 
     progress(stage if block == "network" else f"{stage}, {block}", done, total)
 
 
-def _trained(settings: TrainSettings, progress: Progress) -> tuple[Subject, Record]:
+def trained(
+    settings: TrainSettings,
+    progress: Progress,
+    *,
+    look: Callable[[int, Subject], None] | None = None,
+) -> tuple[Subject, Record]:
+    """The trained network, or that of the checkpoint, and what is known of it.
+
+    Calls look(epochs, subject) before the first epoch of training and after each one.
+    """
     start = time.monotonic()
     dataset = load(
         settings.data,
@@ -107,7 +117,9 @@ def _trained(settings: TrainSettings, progress: Progress) -> tuple[Subject, Reco
         num_train=settings.num_train,
         num_test=settings.num_test,
     )
-    if isinstance(settings, SpectrumSettings) and settings.checkpoint is not None:
+    scaling = measure_scaling(dataset, settings.dtype)
+    subject_of = lambda model: Subject(model, dataset, scaling)
+    if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:
         path = checkpoint_path(settings.checkpoint)
         model = build_model(settings, dataset)
         state, losses = restore(path, settings, dataset, model)
@@ -117,8 +129,9 @@ def _trained(settings: TrainSettings, progress: Progress) -> tuple[Subject, Reco
     else:
         path = out_dir(settings) / "checkpoint.npz"
         report = functools.partial(progress, "training")
-        result = train(settings, dataset, path=path, callback=report)
-    subject = Subject(result.model, dataset, measure_scaling(dataset, settings.dtype))
+        see = None if look is None else lambda epochs, model: look(epochs, subject_of(model))
+        result = train(settings, dataset, path=path, callback=report, look=see)
+    subject = subject_of(result.model)
     return subject, {
         "settings": {**dataclasses.asdict(settings), **training_options(settings)},
         "versions": _record.versions(),
@@ -149,6 +162,7 @@ def _generalization(subject: Subject) -> Record:
     }
 
 
-def _precision(settings: TrainSettings) -> contextlib.AbstractContextManager[Any]:
+def precision(settings: TrainSettings) -> contextlib.AbstractContextManager[Any]:
+    """What a run in the type of the options happens in."""
     is_double = settings.dtype == "float64"
     return jax.enable_x64(True) if is_double else contextlib.nullcontext()

@@ -24,6 +24,9 @@ from regjax.experiments._settings import (
     training_options,
 )
 
+Look = Callable[[int, Model], None]
+"""Called as look(epochs, model) with the network as it is after so many epochs."""
+
 
 class TrainingError(ValueError):
     """Training that cannot go on, in one line."""
@@ -61,6 +64,7 @@ def train(
     *,
     path: Path,
     callback: Callable[[int, int], None] | None = None,
+    look: Look | None = None,
 ) -> TrainingResult:
     """Trains the network that the options describe.
 
@@ -72,6 +76,8 @@ def train(
       dataset: the examples. The last, smaller batch of an epoch is left out.
       path: the checkpoint, written after epochs.
       callback: called as callback(steps, total) after each block of batches.
+      look: called as look(epochs, model) before the first epoch and after each one, with the
+        parameters as the optimiser has them.
 
     Returns:
       A `TrainingResult`.
@@ -100,7 +106,14 @@ def train(
             done = len(losses) * epochs.num_batches + num_batches
             callback(done, settings.epochs * epochs.num_batches)
 
+    def show(weights: Weights) -> None:
+        if look is not None:
+            own = model._replace(params=weights.params, state=weights.model_state)
+            look(len(losses), own)
+
     try:
+        if not losses:
+            show(state.weights)
         while len(losses) < settings.epochs:
             key = jax.random.fold_in(state.key, len(losses))
             weights, loss = epochs.run(state.weights, key, report)
@@ -110,6 +123,7 @@ def train(
             if time.monotonic() - saved_at >= settings.checkpoint_seconds:
                 save(path, settings, dataset, state, losses)
                 num_saved, saved_at = len(losses), time.monotonic()
+            show(weights)
     finally:
         if num_saved < len(losses):
             save(path, settings, dataset, state, losses)

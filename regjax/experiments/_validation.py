@@ -5,6 +5,8 @@ import re
 from regjax.experiments._initialization import FILTER_FREE, GHOST_SIZE, KERNEL_FREE
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._settings import (
+    AnalysisSettings,
+    LandscapeSettings,
     SpectrumSettings,
     TrainSettings,
     UsageError,
@@ -27,8 +29,14 @@ def validate(settings: TrainSettings) -> None:
         non_negative.append("depth")
     if isinstance(settings, SpectrumSettings):
         positive += ["curvature_examples", "num_eigenvalues", "num_probes", "num_steps"]
-        positive += ["chunk_size", "effective_dimension_scale"]
+        positive += ["effective_dimension_scale"]
         non_negative += ["tolerance", "fisher_samples"]
+    if isinstance(settings, LandscapeSettings):
+        positive += ["points", "span", "surface_examples", "probe_examples", "probe_points"]
+        if settings.points < 3 or settings.points % 2 == 0:
+            raise UsageError(f"--points must be odd and at least 3, got {settings.points}.")
+    if isinstance(settings, AnalysisSettings):
+        positive += ["chunk_size"]
     for name in [*positive, "learning_rate", *non_negative]:
         value = getattr(settings, name)
         # NaN is neither.

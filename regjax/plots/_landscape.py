@@ -35,14 +35,14 @@ class ProbePanel(NamedTuple):
 
     Attributes:
       label: name of the setting.
-      steps: (num_looks,), where in training the probes were made.
+      times: (num_looks,), when in training the probes were made.
       losses: (num_looks, S), along the step of each look.
       gradient_distances: (num_looks, S).
       smoothness: (num_looks, S).
     """
 
     label: str
-    steps: Any
+    times: Any
     losses: Any
     gradient_distances: Any
     smoothness: Any
@@ -121,7 +121,7 @@ def loss_surface_3d(positions: Any, losses: Any, *, axes: "Axes", levels: Any = 
     axes.set_zlim(*limits)
     label_axes(axes, "first", "second")
     # The name of the height stands above: beside the axis it would be cut off.
-    axes.set_title("log10 loss" if is_log else "loss", fontsize=TICK_SIZE, y=0.93)
+    axes.set_title("log10 loss" if is_log else "loss", fontsize=TICK_SIZE, y=1.0)
     axes.xaxis.labelpad = axes.yaxis.labelpad = -6
     axes.tick_params(pad=-2, labelsize=TICK_SIZE - 1.5)
     axes.locator_params(nbins=4)
@@ -140,7 +140,7 @@ def surface_figure(panels: Sequence[SurfacePanel], *, width: float = 3.3) -> "Fi
         a wider figure contours and height stand side by side.
 
     Returns:
-      The figure, to be saved or closed by the caller.
+      A figure that pyplot does not know.
 
     Raises:
       ValueError: there is no panel, or as in `loss_surface`.
@@ -164,7 +164,9 @@ def surface_figure(panels: Sequence[SurfacePanel], *, width: float = 3.3) -> "Fi
     return figure
 
 
-def probe_figure(panels: Sequence[ProbePanel], *, width: float = 6.8) -> "Figure":
+def probe_figure(
+    panels: Sequence[ProbePanel], *, width: float = 6.8, time: str = "epoch"
+) -> "Figure":
     """Draws the probes of several settings over training: loss, gradient, smoothness.
 
     The first two panels show the range of the losses and of the distances of the gradient along
@@ -173,9 +175,10 @@ def probe_figure(panels: Sequence[ProbePanel], *, width: float = 6.8) -> "Figure
     Args:
       panels: one `ProbePanel` for each setting; six are told apart by colour alone.
       width: of the figure, in inches: 6.8 is a page.
+      time: name of the horizontal axes.
 
     Returns:
-      The figure, to be saved or closed by the caller.
+      A figure that pyplot does not know.
 
     Raises:
       ValueError: there is no panel, or shapes do not fit.
@@ -192,15 +195,15 @@ def probe_figure(panels: Sequence[ProbePanel], *, width: float = 6.8) -> "Figure
     loss, distance, smoothness = figure.subplots(1, 3)
     for i, panel in enumerate(panels):
         color = COLORS[i % len(COLORS)]
-        steps, looks = _probe_arrays(panel)
+        times, looks = _probe_arrays(panel)
         for axes, values in ((loss, looks[0]), (distance, looks[1])):
             lower, upper = np.min(values, 1), np.max(values, 1)
-            axes.fill_between(steps, lower, upper, color=color, alpha=0.4, linewidth=0.5)
+            axes.fill_between(times, lower, upper, color=color, alpha=0.4, linewidth=0.5)
         # Not a number where there was no gradient to compare.
         highest = np.max(np.where(np.isnan(looks[2]), -np.inf, looks[2]), 1)
         smoothness.plot(
-            steps, np.where(np.isfinite(highest), highest, np.nan), color=color, linewidth=1,
-            label=panel.label, marker="o" if len(steps) == 1 else None, markersize=3,
+            times, np.where(np.isfinite(highest), highest, np.nan), color=color, linewidth=1,
+            label=panel.label, marker="o" if len(times) == 1 else None, markersize=3,
         )  # fmt: skip
     for axes, text in (
         (loss, "loss along the step"),
@@ -208,7 +211,8 @@ def probe_figure(panels: Sequence[ProbePanel], *, width: float = 6.8) -> "Figure
         (smoothness, "effective smoothness"),
     ):
         _set_log(axes)
-        label_axes(axes, "training step", text)
+        axes.locator_params(axis="x", integer=True)
+        label_axes(axes, time, text)
     smoothness.legend(frameon=False, fontsize=TICK_SIZE)
     return figure
 
@@ -233,15 +237,15 @@ def _surface_arrays(positions: Any, losses: Any) -> tuple[np.ndarray, np.ndarray
 
 
 def _probe_arrays(panel: ProbePanel) -> tuple[np.ndarray, list[np.ndarray]]:
-    steps = np.asarray(panel.steps, np.float64)
+    times = np.asarray(panel.times, np.float64)
     looks = [np.asarray(values, np.float64) for values in panel[2:]]
     for name, values in zip(panel._fields[2:], looks, strict=True):
-        if values.ndim != 2 or len(values) != len(steps):
+        if values.ndim != 2 or len(values) != len(times):
             raise ValueError(
-                f"`{name}` must have shape (num_looks, S) for {len(steps)} steps, "
+                f"`{name}` must have shape (num_looks, S) for {len(times)} times, "
                 f"got {values.shape}."
             )
-    return steps, looks
+    return times, looks
 
 
 def _levels(surfaces: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,0 +1,162 @@
+"""From options to a loss surface and the probes of a training run, saved row by row."""
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regjax import diagnostics
+from regjax._adapters import model_loss
+from regjax.experiments import _figure, _record
+from regjax.experiments._analysis import Subject, check_examples, training_examples
+from regjax.experiments._network import criterion
+from regjax.experiments._settings import LandscapeSettings, learning_rate, out_dir
+from regjax.experiments._spectrum_run import Progress, precision, trained
+from regjax.experiments._validation import validate
+
+Record = dict[str, Any]
+
+# Of the learning rate: where a probe begins and ends (Santurkar et al. 2018, figure 4).
+_FIRST_STEP, _LAST_STEP = 0.5, 4.0
+
+
+def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
+    """Trains or reads a checkpoint, probes the steps of training, and computes the loss surface.
+
+    A fresh run is probed before its first epoch and after each one, a checkpoint as it is.
+    `landscape.json` is written after training and after each row of the surface; `surface.png` and
+    `probes.png` at the end.
+
+    Args:
+      settings: the options.
+      progress: called after each block of batches and each row.
+
+    Returns:
+      What `landscape.json` holds: as `run_train`, and `probes`, `surface` and `flatness`.
+
+    Raises:
+      UsageError: an option cannot be followed.
+      DataError: the data are missing or damaged.
+      CheckpointError: the checkpoint is missing, damaged or of another model.
+      TrainingError: the loss is not finite.
+      KeyboardInterrupt: Ctrl-C; what was computed is in `landscape.json`.
+    """
+    validate(settings)
+    folder = out_dir(settings)
+    path = folder / "landscape.json"
+    probes = _known_probes(path) if settings.resume else {}
+    with precision(settings):
+
+        def look(epochs: int, subject: Subject) -> None:
+            probes[epochs] = {"epochs": epochs, **_probe(subject, settings)}
+            _record.write(path, {"probes": list(probes.values())})
+
+        subject, record = trained(settings, progress, look=look)
+        num_epochs = record["training"]["num_epochs"]
+        if num_epochs not in probes:  # a checkpoint was not trained here
+            probes[num_epochs] = {"epochs": num_epochs, **_probe(subject, settings)}
+        record["probes"] = list(probes.values())
+        save = functools.partial(_record.write, path, record)
+        save()
+        _surface(subject, settings, record, save, progress)
+    _figure.draw_surface(folder / "surface.png", record)
+    _figure.draw_probes(folder / "probes.png", record)
+    return record
+
+
+def _probe(subject: Subject, settings: LandscapeSettings) -> Record:
+    """Along the gradient, always on the same examples, in train mode."""
+    inputs, targets = training_examples(subject, settings, "probe_examples")
+    if settings.probe_examples is None:
+        inputs, targets = inputs[: settings.batch_size], targets[: settings.batch_size]
+    steps = np.geomspace(_FIRST_STEP, _LAST_STEP, settings.probe_points) * learning_rate(settings)
+    # The key is that of noise in the network: the same for all points.
+    loss = model_loss(subject.model, criterion, mode="train", key=jax.random.key(settings.seed))
+    report = diagnostics.line_probe(
+        loss, subject.model.params, inputs, targets, step_sizes=jnp.asarray(steps, inputs.dtype)
+    )
+    return {
+        "num_examples": len(targets),
+        "step_sizes": steps.tolist(),
+        **{name: value.tolist() for name, value in report._asdict().items()},
+    }
+
+
+def _known_probes(path: Path) -> dict[int, Record]:
+    """The probes of the epochs before an interruption, by epoch."""
+    if not path.exists():
+        return {}
+    # A number that was not finite was written as null.
+    text = path.read_text().replace("null", "NaN")
+    return {probe["epochs"]: probe for probe in json.loads(text).get("probes", [])}
+
+
+def _surface(
+    subject: Subject,
+    settings: LandscapeSettings,
+    record: Record,
+    save: Callable[[], None],
+    progress: Progress,
+) -> None:
+    """The losses row by row, then how wide the minimum is along both directions."""
+    start, params = time.monotonic(), subject.model.params
+    inputs, targets = training_examples(subject, settings, "surface_examples")
+    check_examples(subject.model, settings, inputs, targets)
+    loss = model_loss(subject.model, criterion, mode=settings.batch_norm_mode)
+    chunk_size = settings.chunk_size if settings.chunk_size < len(targets) else None
+    first, second = (
+        diagnostics.filter_normalized_direction(
+            params, key=key, per_filter=settings.directions == "filter"
+        )
+        for key in jax.random.split(jax.random.key(settings.seed))
+    )
+    positions = np.linspace(-settings.span, settings.span, settings.points)
+    rows: list[list[float]] = []
+    record["surface"] = {
+        "positions": positions.tolist(),
+        "losses": rows,
+        "num_examples": len(targets),
+    }
+    for row, position in enumerate(positions.tolist()):
+        centre = _moved(params, first, position)
+        line = diagnostics.interpolate(
+            loss, centre, _moved(centre, second, 1.0), inputs, targets,
+            positions=jnp.asarray(positions, inputs.dtype), chunk_size=chunk_size,
+        )  # fmt: skip
+        rows.append(line.tolist())
+        save()
+        progress("surface", row + 1, settings.points)
+    record["surface"]["seconds"] = time.monotonic() - start
+    record["flatness"] = [
+        _flatness(
+            diagnostics.interval_flatness(
+                loss, params, direction, inputs, targets,
+                max_distance=settings.span * float(_norm(direction)), chunk_size=chunk_size,
+            ),
+            direction,
+        )
+        for direction in (first, second)
+    ]  # fmt: skip
+    save()
+
+
+def _flatness(report: diagnostics.FlatnessReport, direction: Any) -> Record:
+    """In units of the direction, as the positions of the surface."""
+    norm = float(_norm(direction))
+    lengths = {name: float(value) / norm for name, value in report._asdict().items()}
+    return {**lengths, "converged": bool(report.converged)}
+
+
+def _moved(params: Any, direction: Any, distance: float) -> Any:
+    return jax.tree.map(lambda w, d: w + distance * d, params, direction)
+
+
+@jax.jit
+def _norm(tree: Any) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))

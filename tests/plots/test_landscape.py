@@ -1,0 +1,75 @@
+"""Surfaces and probes, read back from the axes."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from regjax import plots
+
+POSITIONS = np.linspace(-1, 1, 21)
+# Steeper along the second direction; 0.1 at the origin.
+LOSSES = 0.1 + POSITIONS[:, None] ** 2 + 4 * POSITIONS[None, :] ** 2
+
+
+def test_contours_are_where_the_losses_say():
+    axes = plots.loss_surface(
+        POSITIONS, LOSSES, axes=Figure().add_subplot(), levels=[0.2, 0.6, 1.1]
+    )
+    (contours,) = axes.collections
+    ellipse = contours.get_paths()[1].vertices
+    # 0.1 + a^2 + 4 b^2 = 0.6: the first direction is the horizontal one.
+    np.testing.assert_allclose(np.abs(ellipse).max(0), [0.5**0.5, 0.5**0.5 / 2], rtol=0.02)
+
+
+def test_losses_that_are_not_finite_leave_a_hole_and_levels_are_geometric():
+    losses = LOSSES.copy()
+    losses[0, 0], losses[-1, -1] = np.nan, np.inf
+    figure = Figure()
+    axes = plots.loss_surface(POSITIONS, losses, axes=figure.add_subplot())
+    levels = axes.collections[0].levels
+    np.testing.assert_allclose(levels[1:] / levels[:-1], levels[1] / levels[0])
+    np.testing.assert_allclose(levels[[0, -1]], [0.1, losses[np.isfinite(losses)].max()])
+    solid = plots.loss_surface_3d(
+        POSITIONS, losses, axes=figure.add_subplot(projection="3d"), levels=[0.1, 1, 10]
+    )
+    np.testing.assert_allclose(solid.get_zlim(), [-1, 1])
+    negative = plots.loss_surface(POSITIONS, LOSSES - 1, axes=figure.add_subplot())
+    np.testing.assert_allclose(np.ptp(np.diff(negative.collections[0].levels)), 0, atol=1e-12)
+
+
+def test_panels_share_their_levels():
+    panels = [plots.SurfacePanel(str(k), POSITIONS, k * LOSSES) for k in (1, 10)]
+    flat, solid, second, _ = plots.surface_figure(panels, width=6.8).axes
+    np.testing.assert_array_equal(flat.collections[0].levels, second.collections[0].levels)
+    np.testing.assert_allclose(flat.collections[0].levels[[0, -1]], [0.1, 51])
+    np.testing.assert_allclose(solid.get_zlim(), np.log10([0.1, 51]))
+    beside = plots.surface_figure(panels[:1], width=6.8)
+    assert beside.get_figwidth() > 1.8 * beside.get_figheight()
+
+
+def test_probes_are_bands_and_the_largest_smoothness():
+    times, losses = np.arange(3), np.asarray([[3.0, 1.0], [2.0, 0.5], [1.0, 0.9]])
+    smoothness = np.asarray([[1.0, 2.0], [np.nan, 4.0], [np.nan, np.nan]])
+    panels = [plots.ProbePanel(name, times, losses, losses, smoothness) for name in "ab"]
+    loss, _, last = plots.probe_figure(panels).axes
+    corners = loss.collections[0].get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (0.5, 3)
+    np.testing.assert_array_equal(last.lines[0].get_ydata(), [2, 4, np.nan])
+    assert [text.get_text() for text in last.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_bad_input():
+    axes = Figure().add_subplot()
+    with pytest.raises(ValueError, match=r"`losses` must have shape \(len, len\)"):
+        plots.loss_surface(POSITIONS, LOSSES[:3], axes=axes)
+    with pytest.raises(ValueError, match="`positions` must be two or more that ascend"):
+        plots.loss_surface(POSITIONS[::-1], LOSSES, axes=axes)
+    with pytest.raises(ValueError, match="`losses` must be finite at two points"):
+        plots.loss_surface(POSITIONS, np.full_like(LOSSES, np.nan), axes=axes)
+    with pytest.raises(ValueError, match="`axes` must be three-dimensional"):
+        plots.loss_surface_3d(POSITIONS, LOSSES, axes=axes)
+    with pytest.raises(ValueError, match="`panels` must hold at least one surface"):
+        plots.surface_figure([])
+    wrong = plots.ProbePanel("a", [0, 1], LOSSES, LOSSES, LOSSES)
+    with pytest.raises(ValueError, match="`losses` must have shape"):
+        plots.probe_figure([wrong])
