@@ -101,9 +101,17 @@ def as_partial(function: Callable[..., Any]) -> Any:
 def check_loss(loss_fn: Callable[..., Any], params: Params, batch: Batch) -> None:
     """Checks, without evaluating it, that `loss_fn` gives a scalar."""
     _checks.floating_tree("params", params)
-    shape = getattr(jax.eval_shape(as_partial(loss_fn), params, *batch), "shape", None)
+    # A second call for the same shapes traces nothing.
+    loss = applied.eval_shape(as_partial(loss_fn), params, batch)
+    shape = getattr(loss, "shape", None)
     if shape != ():
         raise ValueError(f"`loss_fn` must return a scalar, the mean loss, got shape {shape}.")
+
+
+@jax.jit
+def applied(function: Any, params: Params, batch: Batch) -> Any:
+    """function(params, *batch), compiled once for a function that is a pytree."""
+    return function(params, *batch)
 
 
 def _finite_scalar(loss: Any) -> float:

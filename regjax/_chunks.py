@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops
-from regjax._base import Batch, as_partial, check_loss, check_separable, couples_examples
+from regjax._base import Batch, applied, as_partial, check_loss, check_separable, couples_examples
 
 # Enough examples to tell a mean from anything else.
 _SEPARABLE_EXAMPLES = 64
@@ -56,7 +56,8 @@ def checked_size(loss_fn: Any, params: Any, batch: Batch, chunk_size: int | None
         )
     if _loops.is_concrete(loss_fn, params, batch):
         some = jax.tree.map(lambda leaf: leaf[:_SEPARABLE_EXAMPLES], batch)
-        check_separable(_evaluated(loss_fn), params, *some)
+        loss = as_partial(loss_fn)
+        check_separable(lambda params, *part: applied(loss, params, part), params, *some)
     return chunk_size
 
 
@@ -71,7 +72,7 @@ def mean(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> An
     """
     function = as_partial(function)
     if chunk_size is None:
-        return _whole(function, params, batch)
+        return applied(function, params, batch)
     length = _checks.num_examples(batch)
     num_chunks, ragged = divmod(length, chunk_size)
     chunked = _Chunked(function, params, batch, chunk_size)
@@ -90,7 +91,7 @@ def each(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> An
     """
     function, length = as_partial(function), _checks.num_examples(batch)
     if chunk_size is None or _checks.integer("chunk_size", chunk_size) >= length:
-        return _whole(function, params, batch)
+        return applied(function, params, batch)
     num_chunks, ragged = divmod(length, chunk_size)
     chunked = _Chunked(function, params, batch, chunk_size)
     rows = jax.tree.map(
@@ -100,23 +101,14 @@ def each(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> An
     return _set_ragged(rows, chunked) if ragged else rows
 
 
-def _evaluated(loss_fn: Any) -> Any:
-    return functools.partial(_whole_loss, as_partial(loss_fn))
-
-
-@jax.jit
-def _whole_loss(function: Any, params: Any, *batch: Any) -> Any:
-    return function(params, *batch)
-
-
-@jax.jit
-def _whole(function: Any, params: Any, batch: Batch) -> Any:
-    return function(params, *batch)
-
-
 def _zeros(chunked: _Chunked) -> Any:
-    shapes = jax.eval_shape(lambda chunked: chunked.at(0, chunked.size), chunked)
+    shapes = _first.eval_shape(chunked)
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+
+@jax.jit
+def _first(chunked: _Chunked) -> Any:
+    return chunked.at(0, chunked.size)
 
 
 def _add(chunked: _Chunked, total: Any, i: jax.Array) -> Any:

@@ -68,7 +68,7 @@ def interpolate(
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
-      Losses (len,).
+      Losses (len,), in the widest type of the parameters, float32 at least.
 
     Raises:
       ValueError: `end` is another tree, `positions` is no vector, or the loss is no scalar or
@@ -104,7 +104,8 @@ def loss_surface(
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
-      Losses (len, len); the first axis is a, the second b.
+      Losses (len, len), the first axis is a, the second b; in the widest type of the parameters,
+      float32 at least.
 
     Raises:
       ValueError: a direction is another tree, `positions` is no vector, or the loss is no scalar or
@@ -144,7 +145,7 @@ def _losses(
     loss_fn: Any, place: Partial, num_points: int, batch: Any, chunk_size: int | None
 ) -> jax.Array:
     path = Path(as_partial(loss_fn), place, batch, chunk_size)
-    dtype = jax.eval_shape(path.loss, jax.ShapeDtypeStruct((), jnp.int32)).dtype
+    dtype = _tree.vector_dtype(place.args[0])
     return walk(_evaluate, jnp.zeros(num_points, dtype), num_points, path)
 
 
@@ -161,7 +162,7 @@ def walk(body: Any, carry: Any, length: int, operands: Any) -> Any:
 
 
 def _evaluate(path: Path, losses: jax.Array, i: jax.Array) -> jax.Array:
-    return losses.at[i].set(path.loss(i))
+    return losses.at[i].set(path.loss(i).astype(losses.dtype))
 
 
 def _between(start: Any, end: Any, positions: jax.Array, i: jax.Array) -> Any:
