@@ -34,13 +34,17 @@ def spectrum_text(record: Record) -> str:
     matrix = title(record["settings"]["matrix"])
     what = f"{matrix} of the mean loss over {record['num_curvature_examples']} training examples"
     blocks = [_block_text(what, name, block) for name, block in record["blocks"].items()]
-    return "\n\n".join([*blocks, _LEGEND])
+    geometry = [_geometry_text(record)] if "geometry" in record else []
+    return "\n\n".join([*blocks, *geometry, _LEGEND])
 
 
 def comparison_text(records: dict[str, Record]) -> str:
     """One column for each record."""
     rows = [["", *records]]
-    for name, text in _COMPARED.items():
+    shared = _COMPARED
+    if all("geometry" in record for record in records.values()):
+        shared = {**_COMPARED, **_GEOMETRY}
+    for name, text in shared.items():
         rows.append([name, *(text(record) for record in records.values())])
     return f"{_table(rows)}\n\n{_LEGEND}"
 
@@ -105,6 +109,17 @@ def _block_text(what: str, name: str, block: Record) -> str:
     return f"{header}\n\n{_table(rows)}"
 
 
+def _geometry_text(record: Record) -> str:
+    sharpness, count = record["geometry"]["spherical_sharpness"], record["geometry"]["num_examples"]
+    which = "all leaves" if sharpness["of_all_leaves"] else f"{sharpness['num_leaves']} leaves"
+    header = (
+        f"Geometry of {count} training examples, inputs normalized; sharpness of "
+        f"{sharpness['num_examples']}, {sharpness['mode']} mode, {which}"
+    )
+    rows = [[name, text(record)] for name, text in _GEOMETRY.items()]
+    return f"{header}\n\n{_table(rows)}"
+
+
 def _columns(eigenvalues: Record) -> tuple[list[Any], ...]:
     return tuple(eigenvalues[name] for name in ("values", "residual_norms", "converged"))
 
@@ -137,8 +152,8 @@ def _largest(record: Record) -> str:
 
 
 _LEGEND = (
-    "± behind an eigenvalue bounds its distance to the spectrum; elsewhere it is one standard "
-    "error\nover the random probes."
+    "± behind an eigenvalue or a sharpness bounds its distance to the spectrum; elsewhere it is one\n"
+    "standard error over the random probes."
 )
 _COMPARED: dict[str, Callable[[Record], str]] = {
     "parameters": lambda record: f"{record['num_parameters']:,}",
@@ -192,3 +207,25 @@ def _centre(record: Record) -> float:
 
 def _largest_loss(record: Record) -> float:
     return max(max(row) for row in record["surface"]["losses"])
+
+
+def _spherical(record: Record) -> str:
+    sharpness = record["geometry"]["spherical_sharpness"]
+    text = with_error(sharpness["value"], sharpness["residual_norm"])
+    return text if sharpness["converged"] else f"not converged {text}"
+
+
+def _margins(part: str) -> Callable[[Record], str]:
+    def text(record: Record) -> str:
+        margins = record["geometry"]["margins"][part]
+        return f"{margins['low']:.3g}, {margins['median']:.3g}, {margins['high']:.3g}"
+
+    return text
+
+
+_GEOMETRY: dict[str, Callable[[Record], str]] = {
+    "geometric complexity": lambda record: f"{record['geometry']['geometric_complexity']:.5g}",
+    "spherical sharpness": _spherical,
+    "margin in training, 5 %, median, 95 %": _margins("train"),
+    "margin in the test": _margins("test"),
+}

@@ -12,6 +12,7 @@ import jax
 from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, analyse, operators
 from regjax.experiments._data import load
+from regjax.experiments._geometry import measure_geometry
 from regjax.experiments._network import build_model, evaluate, measure_scaling
 from regjax.experiments._settings import (
     AnalysisSettings,
@@ -65,7 +66,7 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
 
     Returns:
       What `spectrum.json` holds: as `run_train`, and `blocks`, {"network": ..., layer: ...}, each
-      with its eigenvalues and its density.
+      with its eigenvalues and its density; with `report` also `geometry`.
 
     Raises:
       UsageError: an option cannot be followed.
@@ -92,6 +93,9 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
                 save=save,
                 progress=functools.partial(_of_block, progress, name),
             )
+        if settings.report:
+            record["geometry"] = measure_geometry(subject, settings)
+            save()
     _figure.draw_spectrum(path.with_suffix(".png"), record)
     return record
 
