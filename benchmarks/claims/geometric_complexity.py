@@ -15,7 +15,7 @@ from benchmarks._claims import Record, Settings, Verdict
 from benchmarks.claims import _figures, _networks
 from regjax import regularizers
 
-_RATE, _BATCH, _LIMIT, _STOP = 0.1, 30, 20_000, 0.02
+_RATE, _BATCH, _LIMIT, _STOP = 0.1, 30, 4000, 0.02
 # Which way each knob should move geometric complexity, and its values.
 _SWEEPS: dict[str, tuple[int, tuple[float, ...]]] = {
     "rate": (-1, (0.02, 0.05, 0.1, 0.2, 0.4)),
