@@ -1,0 +1,90 @@
+"""Condensation: how few directions the neurons of a layer point in."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks, _loops, _tree
+
+
+class CondensationReport(NamedTuple):
+    """The directions of a layer's m neurons.
+
+    Attributes:
+      cosines: (m, m), of each pair; 0 where one of the two is dropped, on the diagonal as well.
+      effective_number: (), int32, neurons whose directions stand for all that are not dropped.
+      effective_ratio: (), it over m, the dropped ones counted.
+      norms: (m,), of the neurons' vectors.
+    """
+
+    cosines: jax.Array
+    effective_number: jax.Array
+    effective_ratio: jax.Array
+    norms: jax.Array
+
+
+def condensation(
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    threshold: float = 0.95,
+    min_norm: float | jax.Array = 0.0,
+) -> CondensationReport:
+    """How many directions the neurons of a layer have, each neuron its incoming weights and bias.
+
+    Two neurons are parallel if the cosine of their vectors is above `threshold`; opposite ones are
+    not. The effective number is that of neurons whose neighbourhoods cover all others. The least
+    such number is hard to find in general: ours is greedy in the order of decreasing norm (a neuron
+    that no earlier one covers stands for itself and all parallel to it), so that it is a bound from
+    above, and the same for every order of the neurons.
+
+    Args:
+      kernel: (..., m), the last axis the neurons: (inputs, m) of a dense layer, or a convolution's.
+      bias: (m,), or None.
+      threshold: of the cosine, between -1 and 1.
+      min_norm: neurons of at most this norm are dropped: they need no direction. With 0 those that
+        are zero. May be traced.
+
+    Returns:
+      A `CondensationReport`.
+
+    Raises:
+      ValueError: the shapes do not fit, `threshold` is not between -1 and 1, or `min_norm` is
+        negative.
+
+    References:
+      Z. Zhang, Z.-Q. Xu (2024), Implicit regularization of dropout, arXiv:2207.05952: the
+      cosine of 0.95 and the effective ratio. The greedy cover is ours, and that its directions are
+      those of neurons; so is `min_norm`.
+    """
+    if jnp.ndim(kernel) < 2:
+        raise ValueError(f"`kernel` must have shape (..., m), got {jnp.shape(kernel)}.")
+    width = kernel.shape[-1]
+    if bias is not None and jnp.shape(bias) != (width,):
+        raise ValueError(f"`bias` must have shape ({width},), got {jnp.shape(bias)}.")
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"`threshold` must be between -1 and 1, got {threshold}.")
+    _checks.non_negative("min_norm", min_norm)
+    vectors = _tree.wide(kernel).reshape(-1, width)
+    if bias is not None:
+        vectors = jnp.concatenate([vectors, _tree.wide(bias).astype(vectors.dtype)[None]])
+    norms = jnp.sqrt(jnp.sum(vectors**2, 0))
+    kept = norms > min_norm
+    units = jnp.where(kept[None], vectors / jnp.where(kept, norms, 1)[None], 0)
+    cosines = jnp.matmul(units.T, units, precision=jax.lax.Precision.HIGHEST)
+    number = _greedy_cover(cosines > threshold, norms, kept)
+    return CondensationReport(cosines, number, number.astype(norms.dtype) / width, norms)
+
+
+def _greedy_cover(parallel: jax.Array, norms: jax.Array, kept: jax.Array) -> jax.Array:
+    order = jnp.argsort(-norms)
+    start = (~kept, jnp.int32(0))
+    return _loops.fold(_visit, start, len(norms), operands=(order, parallel))[1]
+
+
+def _visit(operands: Any, carry: Any, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (order, parallel), (covered, number) = operands, carry
+    neuron = order[i]
+    stands = ~covered[neuron]
+    return covered | (stands & parallel[neuron]), number + stands.astype(jnp.int32)

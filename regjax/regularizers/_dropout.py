@@ -1,0 +1,123 @@
+"""Dropout as penalties: what its masks add to the loss on average, and what a finite rate adds."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from regjax import _checks, _chunks, _tree
+from regjax._base import as_partial, check_loss
+from regjax.regularizers._gradient_norm import squared_gradient_norm
+
+
+class DropoutGradientPenalty(NamedTuple):
+    """The penalty of a finite learning rate, from some masks.
+
+    Attributes:
+      value: (), the mean over the masks, unbiased; differentiable.
+      standard_error: (), over the draw of the masks; NaN with a single one.
+    """
+
+    value: jax.Array
+    standard_error: jax.Array
+
+
+def dropout_penalty(features: jax.Array, kernel: jax.Array, *, keep_probability: Any) -> jax.Array:
+    """What dropout before the last layer adds to half the mean squared error, on average.
+
+        R1 = (1 - p) / (2 n p) sum_i sum_j ||W_j||^2 f_j(x_i)^2
+
+    over examples i and units j, p the `keep_probability`, f the `features` without dropout and W_j
+    the row of `kernel` that unit j feeds. With masks that are 1 / p with probability p and else 0,
+
+        E R_drop = R_S + R1,    R_S = 1 / (2 n) sum_i ||f(x_i) W + b - y_i||^2,
+
+    exactly, and so are the gradients; p = 1 gives 0. One mask for the whole batch and one for each
+    example have the same mean, but not the same covariance. A mean squared error without the 1/2
+    takes twice the penalty. The output bias b is not dropped. With dropout in other layers too, and
+    with cross-entropy, the identity does not hold and R1 is a heuristic.
+
+    Args:
+      features: (n, m), outputs of the last hidden layer, where the masks would act; differentiable.
+      kernel: (m, k) of the last layer; differentiable.
+      keep_probability: p, above 0 and at most 1; a Python number or a traced one. flax's
+        `Dropout(rate)` keeps with probability 1 - rate.
+
+    Returns:
+      The penalty (), in float32 at least, in units of the loss.
+
+    Raises:
+      ValueError: the shapes do not fit, or `keep_probability` is not above 0 and at most 1.
+      TypeError: `keep_probability` is not a real number.
+
+    References:
+      Z. Zhang, Z.-Q. Xu (2024), Implicit regularization of dropout, arXiv:2207.05952, eq. 4 and
+      lemma 1; for several outputs the square of W_j becomes its squared norm.
+    """
+    if jnp.ndim(features) != 2 or jnp.ndim(kernel) != 2 or features.shape[1] != kernel.shape[0]:
+        raise ValueError(
+            f"`features` and `kernel` must have shapes (n, m) and (m, k), got "
+            f"{jnp.shape(features)} and {jnp.shape(kernel)}."
+        )
+    _checks.positive("keep_probability", keep_probability)
+    if not isinstance(keep_probability, jax.Array) and keep_probability > 1:
+        raise ValueError(f"`keep_probability` must be at most 1, got {keep_probability}.")
+    squares = jnp.mean(_tree.wide(features) ** 2, 0)
+    total = jnp.sum(squares * jnp.sum(_tree.wide(kernel) ** 2, 1))
+    keep = jnp.asarray(keep_probability, total.dtype)
+    return (1 - keep) / (2 * keep) * total
+
+
+def dropout_gradient_penalty(
+    dropout_loss_fn: Callable[..., Any],
+    params: Any,
+    *,
+    key: jax.Array,
+    learning_rate: Any,
+    num_masks: int = 1,
+) -> DropoutGradientPenalty:
+    """What a finite learning rate adds to the loss that dropout descends, from sampled masks.
+
+        R2 = lr / 4 E ||grad R_drop||^2 = lr / 4 (||grad E R_drop||^2 + tr Cov(grad R_drop))
+
+    To first order in the rate, gradient descent with dropout follows the gradient flow of R_S + R1
+    + R2; R1 (`dropout_penalty`) is what survives small rates. The derivative with respect to the
+    parameters costs one Hessian product a mask (`gradient_norm_penalty`). For any loss and dropout
+    in any layer. The masks follow one another, so that memory is that of one.
+
+    Args:
+      dropout_loss_fn: (params, key) -> scalar, the mean loss under the mask of `key`. Data are
+        bound as arguments: `jax.tree_util.Partial(loss, inputs=...)`.
+      params: tree of parameters; differentiable.
+      key: typed key; the masks are those of `jax.random.split(key, num_masks)`, the same as in
+        `curvature.dropout_covariance`.
+      learning_rate: of plain gradient descent, non-negative; may be traced.
+      num_masks: number of sampled masks.
+
+    Returns:
+      A `DropoutGradientPenalty`, in units of the loss.
+
+    Raises:
+      ValueError: the loss is not a scalar, `num_masks` below 1, or `learning_rate` is negative.
+      TypeError: a parameter is not real floating point, or `key` is not a typed key.
+
+    References:
+      Z. Zhang, Z.-Q. Xu (2024), arXiv:2207.05952, eq. 5. The split into mean and covariance and
+      the standard error are ours.
+    """
+    _checks.non_negative("learning_rate", learning_rate)
+    _checks.integer("num_masks", num_masks)
+    check_loss(dropout_loss_fn, params, (_checks.key("key", key),))
+    keys = jax.random.split(key, num_masks)
+    norms = _chunks.each(Partial(_squared_norm, as_partial(dropout_loss_fn)), params, (keys,), 1)
+    factor = jnp.asarray(learning_rate, norms.dtype) / 4
+    # NaN with a single mask: 0 / 0.
+    spread = jax.lax.stop_gradient(norms - jnp.mean(norms))
+    variance = jnp.sum(spread**2) / jnp.asarray((num_masks - 1.0) * num_masks, norms.dtype)
+    return DropoutGradientPenalty(factor * jnp.mean(norms), factor * jnp.sqrt(variance))
+
+
+def _squared_norm(dropout_loss_fn: Partial, params: Any, keys: jax.Array) -> jax.Array:
+    return squared_gradient_norm(dropout_loss_fn, params, (keys[0],))[None]
