@@ -1,5 +1,13 @@
 """Scalars to add to a loss."""
 
+from regjax.regularizers import linen as linen
+from regjax.regularizers import nnx as nnx
+from regjax.regularizers._batch_entropy import batch_entropy as batch_entropy
+from regjax.regularizers._batch_entropy import entropies_and_targets as entropies_and_targets
+from regjax.regularizers._batch_entropy import layerwise_batch_entropy as layerwise_batch_entropy
+from regjax.regularizers._dropout import DropoutGradientPenalty as DropoutGradientPenalty
+from regjax.regularizers._dropout import dropout_gradient_penalty as dropout_gradient_penalty
+from regjax.regularizers._dropout import dropout_penalty as dropout_penalty
 from regjax.regularizers._geometric_complexity import (
     GeometricComplexityEstimate as GeometricComplexityEstimate,
 )
@@ -8,3 +16,4 @@ from regjax.regularizers._geometric_complexity import (
     geometric_complexity_estimate as geometric_complexity_estimate,
 )
 from regjax.regularizers._gradient_norm import gradient_norm_penalty as gradient_norm_penalty
+from regjax.regularizers._spectral_norm import spectral_norm_penalty as spectral_norm_penalty

@@ -1,0 +1,199 @@
+"""Batch entropy: how much of the batch a layer still tells apart, kept near a trainable target."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import DictKey
+
+from regjax import _checks, _tree
+
+# The leaves of a tap by which its parameter and its state are found in any model.
+TARGET, ENTROPY = "entropy_target", "batch_entropy"
+
+
+def batch_entropy(
+    activations: jax.Array, *, degrees_of_freedom: int = 1, axis_name: str | None = None
+) -> jax.Array:
+    """The entropy of a layer's units over the batch, each unit as if it were Gaussian.
+
+        H = mean_i log(1 + pi e v_i) / 2,    v_i = sum_n (x_ni - mean_n x_ni)^2 / (N - dof)
+
+    In nats, with x = `activations`, i the units and dof = `degrees_of_freedom`. It is 0 where all
+    examples look the same, never negative, and blind to a shift of a unit. (The differential
+    entropy of a Gaussian, log(2 pi e v) / 2, has neither the 1 nor a minimum.) A unit with no
+    variance at all has gradient 0; below a variance of 1e-38 float32 has no value but a gradient.
+
+    Args:
+      activations: (N, ...), real floating point; every entry of an example is a unit.
+      degrees_of_freedom: subtracted from the number of examples in the variance.
+      axis_name: of a mapped axis (`shard_map`, `vmap`) over which the batch is split in equal
+        parts; None under plain `jit`, where sharded activations give the entropy of the whole
+        batch by themselves. That of a part alone is another number.
+
+    Returns:
+      The mean entropy over the units (), in float32 at least; NaN if an activation is.
+
+    Raises:
+      ValueError: the batch has one example or not more than `degrees_of_freedom`, or no units.
+      TypeError: `activations` are not real floating point.
+
+    References:
+      D. Peer, B. Keulen, S. Stabinger, J. Piater, A. Rodriguez-Sanchez (2022), arXiv:2208.01134;
+      the formula and the unbiased variance are those of the authors' code.
+    """
+    _checks.floating_tree("activations", activations)
+    _checks.integer("degrees_of_freedom", degrees_of_freedom, minimum=0)
+    shape = jnp.shape(activations)
+    if 0 in shape[1:] or not shape:
+        raise ValueError(
+            f"`activations` must have a batch axis and at least one unit, got shape {shape}."
+        )
+    num_examples = shape[0] * (1 if axis_name is None else int(lax.psum(1, axis_name)))
+    if num_examples <= max(1, degrees_of_freedom):
+        raise ValueError(
+            f"`activations` must hold more than {max(1, degrees_of_freedom)} examples, got a batch "
+            f"of {num_examples}."
+        )
+    units = _tree.wide(activations).reshape(shape[0], -1)
+    # Distances from an example, the same on all devices, are exactly 0 for a constant unit.
+    reference = lax.stop_gradient(units[:1])
+    if axis_name is not None:
+        reference = lax.pmin(reference, axis_name)
+    distances = units - reference
+    deviations = distances - _mean(distances, axis_name)
+    scale = math.pi * math.e * num_examples / (num_examples - degrees_of_freedom)
+    return jnp.mean(0.5 * jnp.log1p(scale * _mean(deviations**2, axis_name)))
+
+
+def layerwise_batch_entropy(
+    task_loss: jax.Array,
+    entropies: jax.Array,
+    targets: jax.Array,
+    *,
+    strength: Any,
+    min_target: Any,
+) -> jax.Array:
+    """A penalty on layers whose batch entropy is off its trainable target, to add to the loss.
+
+        penalty = task_loss * strength * mean_l (H_l - max(min_target, |target_l|))^2
+
+    The task loss is not a constant here: the gradient of the sum is (1 + strength mean d^2) times
+    that of the task plus the task loss times that of strength mean d^2. Very deep networks without
+    skip connections or normalization get gradients by it. The targets train with the optimiser of
+    the weights, without weight decay. A target has no gradient where its magnitude is `min_target`
+    or below (where both are equal, that is our choice). A start that worked for us, in perceptrons
+    of 10 to 50 layers: targets 0.5, `strength` 0.1, `min_target` 0.2; the authors' code has 2.0,
+    0.1 and 0.2 for 500 layers.
+
+    Args:
+      task_loss: (), mean loss over the batch.
+      entropies: (num_layers,), in nats: `batch_entropy` of each layer's activations.
+      targets: (num_layers,), trainable, in nats.
+      strength: per squared nat, relative to the task loss; non-negative.
+      min_target: in nats, non-negative; without one the targets could fall to 0 and the penalty
+        with them.
+
+    Returns:
+      The penalty (), in float32 at least. The loss of the training is `task_loss` plus this.
+
+    Raises:
+      ValueError: `strength` or `min_target` is negative, `task_loss` is not a scalar, or
+        `entropies` and `targets` are not vectors of one length.
+
+    References:
+      D. Peer and others (2022), arXiv:2208.01134; as in the authors' code. There `entropies` are
+      those of a perceptron's hidden layers behind ReLU, but for the first, or of a residual
+      network's blocks behind addition and ReLU.
+    """
+    _checks.non_negative("strength", strength)
+    _checks.non_negative("min_target", min_target)
+    task_loss, entropies, targets = (_tree.wide(a) for a in (task_loss, entropies, targets))
+    if task_loss.ndim:
+        raise ValueError(f"`task_loss` must be a scalar, got shape {task_loss.shape}.")
+    if entropies.shape != targets.shape or entropies.ndim != 1 or not entropies.size:
+        raise ValueError(
+            "`entropies` and `targets` must be vectors with an entry for each layer, got shapes "
+            f"{entropies.shape} and {targets.shape}."
+        )
+    size = jnp.abs(targets)
+    # Not `maximum`, which halves the gradient between the two where they are equal.
+    wanted = jnp.where(size > min_target, size, jnp.asarray(min_target, size.dtype))
+    return task_loss * jnp.asarray(strength, size.dtype) * jnp.mean((entropies - wanted) ** 2)
+
+
+def entropies_and_targets(params: Any, state: Any) -> tuple[jax.Array, jax.Array]:
+    """What the taps of a model hold: the entropies of the last batch, and their targets.
+
+    A training loss, with `model` from `regjax.from_nnx` or `regjax.from_linen`:
+
+        outputs, new_state = model.apply(params, state, inputs, train=True)
+        loss = criterion(outputs, labels)
+        entropies, targets = entropies_and_targets(params, new_state)
+        return loss + layerwise_batch_entropy(loss, entropies, targets, ...), new_state
+
+    Args:
+      params: nested dicts with the targets of `BatchEntropyTap` modules, such as those of a
+        `regjax.Model`.
+      state: that of the same model. The gradient reaches the layers through the new state, which
+        `apply` has returned; before the first training batch the entropies are NaN.
+
+    Returns:
+      The entropies and the targets, each (num_layers,), in the order of the names of the layers,
+      numbers in them by their value. A tap that was stacked (flax's `scan` or `vmap` over layers)
+      gives an entry for each layer.
+
+    Raises:
+      ValueError: there is no tap, or `params` and `state` have not the same taps.
+    """
+    targets, entropies = _leaves_named(TARGET, params), _leaves_named(ENTROPY, state)
+    if not targets or not entropies:
+        name, leaf = ("state", ENTROPY) if targets else ("params", TARGET)
+        raise ValueError(
+            f"`{name}` must hold the `{leaf}` of a BatchEntropyTap, got none. The model needs a "
+            "tap behind each layer; its params come first here, then its state."
+        )
+    if targets.keys() != entropies.keys() and all(path[:1] == (ENTROPY,) for path in entropies):
+        # linen has the name of the collection in front.
+        entropies = {path[1:]: leaf for path, leaf in entropies.items()}
+    unpaired = sorted(map(_readable, targets.keys() ^ entropies.keys())) or [
+        _readable(path)
+        for path, target in targets.items()
+        if jnp.shape(target) != jnp.shape(entropies[path])
+    ]
+    if unpaired:
+        raise ValueError(
+            "`params` and `state` must hold the same taps, with one target for each entropy, got "
+            f"no pair for {', '.join(unpaired)}."
+        )
+    paths = sorted(targets, key=lambda path: [_by_number(key) for key in path])
+    entries = [[jnp.ravel(_tree.wide(tree[p])) for p in paths] for tree in (entropies, targets)]
+    return jnp.concatenate(entries[0]), jnp.concatenate(entries[1])
+
+
+def _mean(values: jax.Array, axis_name: str | None) -> jax.Array:
+    mean = jnp.mean(values, 0, keepdims=True)
+    return mean if axis_name is None else lax.pmean(mean, axis_name)
+
+
+def _leaves_named(name: str, tree: Any) -> dict[tuple[Any, ...], Any]:
+    """The leaves under the key `name`, by the keys above it."""
+    paths = [
+        # Behind the keys there may be the value of a variable of nnx.
+        (tuple(entry.key for entry in path if isinstance(entry, DictKey)), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    return {path[:-1]: leaf for path, leaf in paths if path and path[-1] == name}
+
+
+def _by_number(key: Any) -> list[Any]:
+    """A key in its order: "tap_2" comes before "tap_10"."""
+    parts = re.split(r"(\d+)", str(key))
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def _readable(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path)) or "the model itself"
