@@ -1,0 +1,271 @@
+"""The pieces on which a ReLU network is linear: how far their boundaries are, and how many.
+
+A unit's boundary is the zero set of its pre-activation h. Inside a piece all of them are linear in
+the inputs, and |h| / ||grad h|| is a distance, exactly so for the boundaries of the piece itself.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from regjax import _checks, _chunks, _jacobian, _loops, _tree
+from regjax._base import as_partial
+
+_WORD = 32  # units to a word of the sign pattern
+
+
+class BoundaryDensityReport(NamedTuple):
+    """How many boundaries pass near the examples.
+
+    Attributes:
+      fraction_per_layer: tree like the pre-activations, (): the share of a layer's units whose
+        boundary is within the radius, mean over the examples.
+      standard_error: tree like it, (): of these means over the draw of the examples, the network
+        being given; NaN with a single example.
+      count_per_example: (N,), int32: boundaries within the radius, over all layers.
+    """
+
+    fraction_per_layer: Any
+    standard_error: Any
+    count_per_example: jax.Array
+
+
+class RegionCountReport(NamedTuple):
+    """How many pieces a sample of points hit.
+
+    Attributes:
+      num_regions: (), int32: distinct patterns seen, a lower bound of the pieces in the ball.
+      unseen_share: (), the share of the ball's volume in pieces that were not hit, estimated as the
+        share of the points that are alone in their piece (Good and Turing). Near 1, the number of
+        regions is that of the samples and says nothing.
+    """
+
+    num_regions: jax.Array
+    unseen_share: jax.Array
+
+
+def boundary_distances(
+    preactivations_fn: Callable[..., Any],
+    params: Any,
+    inputs: jax.Array,
+    *,
+    chunk_size: int | None = None,
+) -> Any:
+    """The distance of each input from the boundary of each unit, in input space.
+
+        d_k(x) = |h_k(x)| / ||grad_x h_k(x)||
+
+    Exact for a layer of the inputs themselves. For deeper ones it is the distance from the
+    hyperplane that continues the unit's boundary from the linear piece around x: exact if no other
+    boundary is closer. Infinite where the gradient is zero: a unit that sees only dead ones, or
+    whose scale after batch norm is zero, has no boundary. Lengths are those of `inputs`:
+    standardising them changes the distances.
+
+    Costs, for each layer, as many forward passes as an input has coordinates or reverse passes as
+    the layer has units, whichever are fewer; memory is coordinates times units, for each example.
+
+    Args:
+      preactivations_fn: (params, inputs) -> tree of arrays (N, units...), such as a list with one
+        array a layer: what goes into the activations, after any normalization. Each row must be a
+        function of its own example alone: batch norm with stored statistics.
+      params: tree of parameters.
+      inputs: (N, ...), real floating point.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
+
+    Returns:
+      A tree like the pre-activations, (N, units...), in float32 at least.
+
+    Raises:
+      ValueError: the function couples the examples, or an array lacks their axis.
+      TypeError: `inputs` or a pre-activation is not real floating point.
+
+    References:
+      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, whose body was not read: the formula is
+      the usual one for piecewise linear functions.
+    """
+    check_preactivations("preactivations_fn", preactivations_fn, params, inputs)
+    function = Partial(signed_distances, as_partial(preactivations_fn))
+    distances = _chunks.each(function, params, (inputs,), chunk_size)
+    return jax.tree.map(jnp.abs, distances)
+
+
+def boundary_density(
+    preactivations_fn: Callable[..., Any],
+    params: Any,
+    inputs: jax.Array,
+    *,
+    radius: Any,
+    chunk_size: int | None = None,
+) -> BoundaryDensityReport:
+    """The share of the units whose boundary passes within a radius of the inputs.
+
+        n_r(x) = #{k: d_k(x) < r}
+
+    A unit without a boundary is at infinity: never near, and one of the units of its layer. Compare
+    a network on data and away from data, at the same radius, or networks at the same data.
+
+    Args:
+      preactivations_fn: (params, inputs) -> tree of arrays (N, units...), as in
+        `boundary_distances`.
+      params: tree of parameters.
+      inputs: (N, ...), real floating point.
+      radius: r, (), positive, in the units of `inputs`.
+      chunk_size: number of examples per pass; None: all at once.
+
+    Returns:
+      A `BoundaryDensityReport`.
+
+    Raises:
+      ValueError: `radius` is not positive, or as in `boundary_distances`.
+      TypeError: as in `boundary_distances`.
+
+    References:
+      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778; this measure of density is ours.
+    """
+    _checks.positive("radius", radius)
+    shapes = check_preactivations("preactivations_fn", preactivations_fn, params, inputs)
+    function = Partial(_near, as_partial(preactivations_fn), jnp.asarray(radius))
+    counts = _chunks.each(function, params, (inputs,), chunk_size)
+    shares = jax.tree.map(lambda count, shape: count / (shape.size // len(inputs)), counts, shapes)
+    errors = jax.tree.map(lambda share: jnp.std(share, ddof=1), shares)
+    return BoundaryDensityReport(
+        jax.tree.map(jnp.mean, shares),
+        jax.tree.map(lambda error: error / len(inputs) ** 0.5, errors),
+        jax.tree.reduce(jnp.add, counts),
+    )
+
+
+def region_count(
+    preactivations_fn: Callable[..., Any],
+    params: Any,
+    center: jax.Array,
+    *,
+    key: jax.Array,
+    radius: Any,
+    num_samples: int,
+    chunk_size: int | None = None,
+) -> RegionCountReport:
+    """The number of linear pieces hit by points drawn uniformly in a ball.
+
+    A piece is a pattern of the signs of all pre-activations; a ReLU network's are convex, so that
+    each is one pattern. The count grows with the number of samples: compare at the same one only.
+
+    Args:
+      preactivations_fn: (params, inputs) -> tree of arrays (N, units...), as in
+        `boundary_distances`.
+      params: tree of parameters.
+      center: of the ball, one example without the axis of examples.
+      key: typed key of the points; they do not depend on the chunks.
+      radius: of the ball, (), positive, in the units of the inputs.
+      num_samples: number of points.
+      chunk_size: number of points per pass; None: all at once.
+
+    Returns:
+      A `RegionCountReport`. The count of what was hit is exact: patterns are compared, not hashed.
+
+    Raises:
+      ValueError: `radius` or `num_samples` is not positive, or as in `boundary_distances`.
+      TypeError: `key` is not a typed key, or as in `boundary_distances`.
+
+    References:
+      I. Good (1953), Biometrika 40, for the share that was not seen. Counting by samples is ours.
+    """
+    _checks.positive("radius", radius)
+    _checks.integer("num_samples", num_samples)
+    _checks.key("key", key)
+    center = _checks.floating_tree("center", jnp.asarray(center))
+    points = _in_ball(key, center, radius, num_samples)
+    check_preactivations("preactivations_fn", preactivations_fn, params, points)
+    function = Partial(_patterns, as_partial(preactivations_fn))
+    words = _chunks.each(function, params, (points,), chunk_size)
+    ranks = _loops.fold(_refined, jnp.zeros(num_samples, jnp.int32), words.shape[1], operands=words)
+    sizes = jnp.bincount(ranks, length=num_samples)
+    alone = jnp.mean(sizes == 1, dtype=_tree.wide_dtype(points))
+    return RegionCountReport(jnp.max(ranks) + 1, alone)
+
+
+def signed_distances(function: Partial, params: Any, inputs: jax.Array) -> Any:
+    """Signed h / ||grad h|| of each unit, of one chunk; infinite ones have the sign of h too."""
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(function, params, inputs))
+
+    def layer(i: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda x: jax.tree.leaves(function(params, x))[i]
+
+    distances = [_distances(layer(i), inputs).reshape(leaf.shape) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, distances)
+
+
+def check_preactivations(name: str, function: Any, params: Any, inputs: Any, *rest: Any) -> Any:
+    """The shapes of the pre-activations, a tree of arrays with the axis of the examples each."""
+    _jacobian.check_model(name, function, inputs)
+    shapes = jax.eval_shape(as_partial(function), params, inputs, *rest)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(_checks.floating_tree(name, shapes)):
+        if leaf.ndim == 0 or leaf.shape[0] != len(inputs):
+            raise ValueError(
+                f"`{name}` must return arrays with the leading axis of its inputs, {len(inputs)}, "
+                f"got shape {leaf.shape} at {jax.tree_util.keystr(path) or 'the top'}."
+            )
+    return shapes
+
+
+def _distances(function: Callable[[jax.Array], jax.Array], inputs: jax.Array) -> jax.Array:
+    """Signed distances (N, k) of the k outputs of one layer."""
+    outputs = _jacobian.flat(function(inputs), len(inputs))
+    if inputs[0].size < outputs.shape[1]:
+        basis = jnp.eye(inputs[0].size, dtype=inputs.dtype)
+        squares = jnp.sum(_tree.wide(_jacobian.columns(function, inputs, basis)) ** 2, 0)
+    else:
+        squares = jnp.sum(_tree.wide(_jacobian.rows(function, inputs)[1]) ** 2, 2).T
+    return ratio(_tree.wide(outputs), jnp.sqrt(squares))
+
+
+def ratio(values: jax.Array, norms: jax.Array) -> jax.Array:
+    """The values over the norms, infinite with the sign of the value where the norm is zero."""
+    is_flat = norms == 0  # a NaN is no zero; of either, it stays
+    infinite = jnp.where(values < 0, -jnp.inf, jnp.inf)
+    quotient = values / jnp.where(is_flat, 1, norms)
+    return jnp.where(is_flat & ~jnp.isnan(values), infinite, quotient)
+
+
+def _near(function: Partial, radius: jax.Array, params: Any, inputs: jax.Array) -> Any:
+    """Number of the units of each layer within the radius, (N,) each."""
+
+    def count(distances: jax.Array) -> jax.Array:
+        is_near = jnp.abs(distances) < radius.astype(distances.dtype)
+        return jnp.sum(is_near.reshape(len(inputs), -1), 1, dtype=jnp.int32)
+
+    return jax.tree.map(count, signed_distances(function, params, inputs))
+
+
+def _in_ball(key: jax.Array, center: jax.Array, radius: Any, num_samples: int) -> jax.Array:
+    direction_key, distance_key = jax.random.split(key)
+    dtype = _tree.wide_dtype(center)
+    directions = jax.random.normal(direction_key, (num_samples, center.size), dtype)
+    directions = directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
+    # The volume within distance t is that of the ball times (t / radius)^d.
+    uniform = jax.random.uniform(distance_key, (num_samples, 1), dtype)
+    offsets = jnp.asarray(radius, dtype) * uniform ** (1 / center.size) * directions
+    points = center[None] + offsets.reshape(num_samples, *center.shape)
+    return points.astype(center.dtype)
+
+
+def _patterns(function: Partial, params: Any, points: jax.Array) -> jax.Array:
+    """The signs of all pre-activations, as words (N, units / 32)."""
+    layers = jax.tree.leaves(function(params, points))
+    bits = jnp.concatenate([layer.reshape(len(points), -1) > 0 for layer in layers], 1)
+    bits = jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % _WORD)))
+    powers = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
+    words = bits.reshape(len(points), -1, _WORD).astype(jnp.uint32)
+    return jnp.sum(words * powers[None, None], 2, dtype=jnp.uint32)
+
+
+def _refined(words: jax.Array, ranks: jax.Array, i: jax.Array) -> jax.Array:
+    """The ranks of the patterns up to word i, from those of the patterns up to the one before."""
+    order = jnp.lexsort((words[:, i], ranks))
+    word, rank = words[order, i], ranks[order]
+    is_new = (word[1:] != word[:-1]) | (rank[1:] != rank[:-1])
+    sorted_ranks = jnp.pad(jnp.cumsum(is_new, dtype=jnp.int32), (1, 0))
+    return ranks.at[order].set(sorted_ranks)
