@@ -55,7 +55,7 @@ def columns(function: Any, inputs: jax.Array, directions: jax.Array) -> jax.Arra
         lambda direction: push_forward(
             function, inputs, jnp.broadcast_to(direction, (inputs.shape[0], direction.size))
         )
-    )(directions)
+    )(directions.astype(inputs.dtype))
 
 
 def push_forward(function: Any, inputs: jax.Array, tangents: jax.Array) -> jax.Array:
@@ -99,4 +99,8 @@ def _without(vectors: jax.Array, basis: jax.Array | None) -> jax.Array:
     """`vectors` (..., d) less their components in the span of the columns of `basis`."""
     if basis is None:
         return vectors
-    return vectors - (vectors @ basis.astype(vectors.dtype)) @ basis.astype(vectors.dtype).T
+    # In full precision, or what should be left out leaks in.
+    vectors = _tree.wide(vectors)
+    basis = basis.astype(vectors.dtype)
+    along = jnp.matmul(vectors, basis, precision="highest")
+    return vectors - jnp.matmul(along, basis.T, precision="highest")

@@ -9,6 +9,8 @@ from regjax.curvature._density import spectral_density as spectral_density
 from regjax.curvature._density import spectral_density_init as spectral_density_init
 from regjax.curvature._density import spectral_density_result as spectral_density_result
 from regjax.curvature._density import spectral_density_step as spectral_density_step
+from regjax.curvature._dropout import dropout_covariance as dropout_covariance
+from regjax.curvature._dropout import dropout_covariance_factor as dropout_covariance_factor
 from regjax.curvature._eigen import EigenResult as EigenResult
 from regjax.curvature._eigen import top_eigenpairs as top_eigenpairs
 from regjax.curvature._eigen import top_eigenpairs_init as top_eigenpairs_init

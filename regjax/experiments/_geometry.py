@@ -76,5 +76,6 @@ def _spherical_sharpness(
 
 def _quantiles(margins: jax.Array) -> Record:
     values = np.asarray(margins, np.float64)
-    low, median, high = np.quantile(values, [0.05, 0.5, 0.95])
+    # Of some example: between two of them a margin may be infinite.
+    low, median, high = np.quantile(values, [0.05, 0.5, 0.95], method="nearest")
     return {"low": float(low), "median": float(median), "high": float(high)}

@@ -20,7 +20,7 @@ def gradient_norm_penalty(loss_fn: Callable[..., Any], params: Any, *batch: Any)
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples. It may couple them. Data and
-        state are arguments: what it closes over has no derivative here.
+        state are arguments: a loss that closes over what is differentiated is an error of JAX.
       params: tree of parameters; differentiable to any order.
       *batch: arguments of the loss.
 

@@ -35,8 +35,8 @@ def spectral_norm_penalty(
       num_iterations: power iterations from a random start. The value is a lower bound then, and
         its gradient that of the bound at a fixed v_l. None: the exact v_l, from the
         eigendecomposition of the smaller of W W' and W' W.
-      key: typed key of the random start; read with `num_iterations` only. The start is new at each
-        call: the paper goes on from the last step's vector, which would be a state.
+      key: typed key of the random start; read with `num_iterations` only. Each call
+        starts anew: going on from the vector of the last step would need a state.
       mask: tree of Python bools like `params`, which kernels count; None: all.
 
     Returns:

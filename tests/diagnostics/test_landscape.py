@@ -112,12 +112,16 @@ def test_covariate_shift_of_a_linear_net(chunk_size, double):
     w2, v2 = RANDOM.normal(size=(2, 4, 2))
 
     def loss(params, x, y):
-        outputs = x @ params["a"]["kernel"] @ params["b"]["kernel"]
+        outputs = params["scale"] * x @ params["a"]["kernel"] @ params["b"]["kernel"]
         return 0.5 * jnp.mean(jnp.sum((outputs - y) ** 2, 1))
 
-    tree = lambda one, two: {"a": {"kernel": jnp.asarray(one)}, "b": {"kernel": jnp.asarray(two)}}
+    def tree(one, two, scale=1.0):
+        kernels = {"a": {"kernel": jnp.asarray(one)}, "b": {"kernel": jnp.asarray(two)}}
+        return {**kernels, "scale": jnp.asarray(scale)}
+
+    # The scale belongs to no layer: its new value is not looked at.
     report = diagnostics.internal_covariate_shift(
-        loss, tree(w1, w2), tree(v1, v2), x, y, layers=("a", "b"), chunk_size=chunk_size
+        loss, tree(w1, w2), tree(v1, v2, 5.0), x, y, layers=("a", "b"), chunk_size=chunk_size
     )
     old = (x @ w1).T @ (x @ w1 @ w2 - y) / 9
     new = (x @ v1).T @ (x @ v1 @ w2 - y) / 9

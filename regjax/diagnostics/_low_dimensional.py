@@ -1,0 +1,312 @@
+"""Data on a low-dimensional subspace: what a network does off it, where nothing was learnt.
+
+With data in a subspace M of R^d of dimension k, and P = I - basis basis' the projection on its
+complement, plain gradient descent leaves P times the first kernel where it was initialised, at any
+depth. Weight decay, Adam outside of the coordinate axes, and noise in the complement do move it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from regjax import _checks, _chunks, _jacobian, _loops, _tree
+from regjax._base import as_partial
+
+# Of B'B - I: far above the float32 rounding of an SVD, far below a column that has no unit norm.
+_ORTHONORMAL = 1e-4
+
+
+class SubspaceResult(NamedTuple):
+    """A subspace that holds the data.
+
+    Attributes:
+      basis: (d, k), orthonormal columns, the direction of the largest singular value first.
+      singular_values: (min(N, d),) of the data matrix (N, d), descending, all of them: the gap
+        after the k-th shows how well k is determined.
+    """
+
+    basis: jax.Array
+    singular_values: jax.Array
+
+
+class TransversalVariation(NamedTuple):
+    """How much the outputs change off the data.
+
+    Attributes:
+      value: (), in units of the outputs.
+      standard_error: (), over the draw of the directions, at these inputs; NaN with a single one.
+    """
+
+    value: jax.Array
+    standard_error: jax.Array
+
+
+class FrozenReport(NamedTuple):
+    """What became of the transversal part of a first kernel.
+
+    Attributes:
+      change: (), the largest magnitude of an entry of P (kernel - initial kernel), in units of the
+        parameters.
+      ratio: (), ||P kernel||_F / ||P initial kernel||_F; NaN where the latter is zero.
+    """
+
+    change: jax.Array
+    ratio: jax.Array
+
+
+def subspace_from_data(
+    inputs: jax.Array, *, tolerance: float = 1e-6, num_directions: int | None = None
+) -> SubspaceResult:
+    """An orthonormal basis of the linear subspace that the data span.
+
+    From the singular value decomposition of the data as they are. The subspace is linear: a
+    constant that is added to all data adds a direction, and subtracting their mean may take one
+    away. From fewer examples than dimensions it is the span of the sample at most.
+
+    Args:
+      inputs: (N, ...), real floating point, of size d each.
+      tolerance: k is the number of singular values above this times the largest one. The default is
+        for float32: data in a rotated subspace leave it by about 1e-7, in bfloat16 by about 1e-2.
+        As k depends on the values, the host decides it, and `inputs` cannot be traced.
+      num_directions: k, the leading ones, whatever their singular values; works under `jax.jit`.
+        Directions beyond the rank of the data are arbitrary ones, as their singular values show.
+
+    Returns:
+      A `SubspaceResult`, in float32 at least; NaN for NaN with `num_directions`.
+
+    Raises:
+      ValueError: without `num_directions`, `inputs` are traced, not finite, or all zero; or an
+        argument is out of its range.
+      TypeError: `inputs` is not real floating point.
+    """
+    _checks.non_negative("tolerance", tolerance)
+    _checks.floating_tree("inputs", inputs)
+    num_examples = _checks.num_examples(inputs)
+    if num_directions is not None:
+        shape = num_examples, inputs[0].size
+        _checks.integer("num_directions", num_directions, maximum=min(shape))
+        values, directions = _decomposition(inputs)
+        return SubspaceResult(directions[:num_directions].T, values)
+    if not _loops.is_concrete(inputs):
+        raise ValueError(
+            "`inputs` must be concrete, as the rank depends on their values; under jit give "
+            "`num_directions`."
+        )
+    with jax.ensure_compile_time_eval():
+        values, directions = _decomposition(inputs)
+        if not jnp.all(jnp.isfinite(values)):
+            raise ValueError("`inputs` must be finite, got NaN or infinity.")
+        if not values[0] > 0:
+            raise ValueError("`inputs` must span a subspace, got zeros only.")
+        rank = int(jnp.sum(values > tolerance * values[0]))
+        return SubspaceResult(directions[:rank].T, values)
+
+
+def transversal_complexity(
+    model_fn: Callable[..., Any],
+    params: Any,
+    inputs: jax.Array,
+    basis: jax.Array,
+    *,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """The mean over the inputs of the squared Frobenius norm of the Jacobian off the subspace.
+
+        (1 / N) sum_x ||J(x) P||_F^2,   J = d f(x) / d x,   P = I - basis basis'
+
+    The part of `regularizers.geometric_complexity` that data in the subspace say nothing about; all
+    of it with a basis (d, 0).
+
+    Args:
+      model_fn: (params, inputs) -> outputs (N, ...), each a function of its own example alone,
+        such as `regjax.model_function(model)`.
+      params: of the model; differentiable.
+      inputs: (N, ...), real floating point, of size d each.
+      basis: (d, k), orthonormal, of the subspace; from `subspace_from_data`.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
+
+    Returns:
+      The complexity (), in float32 at least, in squared units of the outputs over the inputs.
+
+    Raises:
+      ValueError: the columns of `basis` do not fit the inputs or are not orthonormal (seen outside
+        of `jit` only), or the model couples the examples.
+      TypeError: `inputs` is not one array of real floating point.
+
+    References:
+      J. He, R. Tsai, R. Ward (2022), arXiv:2203.00614, study how a learned function varies off the
+      data; this number is ours.
+    """
+    _jacobian.check_model("model_fn", model_fn, inputs)
+    basis = _checked_basis(basis, inputs[0].size)
+    function = Partial(_squared_norms, as_partial(model_fn))
+    return jnp.mean(_chunks.each(function, (params, basis), (inputs,), chunk_size))
+
+
+def transversal_variation(
+    model_fn: Callable[..., Any],
+    params: Any,
+    inputs: jax.Array,
+    basis: jax.Array,
+    *,
+    key: jax.Array,
+    radius: Any,
+    num_samples: int,
+    chunk_size: int | None = None,
+) -> TransversalVariation:
+    """The mean change of the outputs over steps of a given length off the subspace.
+
+        mean over x and y of ||f(x + y) - f(x)||,   y uniform on the sphere of `radius` in the
+        complement of the subspace
+
+    Args:
+      model_fn: (params, inputs) -> outputs (N, ...), as in `transversal_complexity`.
+      params: of the model.
+      inputs: (N, ...), real floating point, of size d each.
+      basis: (d, k) with k < d, orthonormal, of the subspace.
+      key: typed key of the steps; they do not depend on the chunks.
+      radius: length of the steps, in units of the inputs.
+      num_samples: steps for each input, one forward pass each.
+      chunk_size: number of examples per pass; None: all at once.
+
+    Returns:
+      A `TransversalVariation`.
+
+    Raises:
+      ValueError: as in `transversal_complexity`, the subspace is the whole space, `radius` is
+        negative, or `num_samples` below 1.
+      TypeError: as in `transversal_complexity`, or `key` is not a typed key.
+
+    References:
+      As in `transversal_complexity`; the average over a sphere is ours.
+    """
+    _jacobian.check_model("model_fn", model_fn, inputs)
+    basis = _with_complement(_checked_basis(basis, inputs[0].size))
+    _checks.non_negative("radius", radius)
+    _checks.integer("num_samples", num_samples)
+    num_examples = _checks.num_examples(inputs)
+    keys = jax.random.split(_checks.key("key", key), num_examples)
+    function = Partial(_changes, as_partial(model_fn))
+    rest = params, basis, jnp.asarray(radius, basis.dtype)
+
+    def add(moments: Any, i: jax.Array) -> Any:
+        mean, squares = moments
+        each_key = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        changes = _chunks.each(function, rest, (inputs, each_key), chunk_size)
+        deviation = changes - mean
+        mean = mean + deviation / (i + 1).astype(mean.dtype)
+        return mean, squares + deviation * (changes - mean)
+
+    zeros = jnp.zeros(num_examples, basis.dtype)
+    mean, squares = _loops.fold_captured(add, (zeros, zeros), num_samples)
+    # NaN with a single sample: 0 / 0.
+    variances = squares / (jnp.asarray(num_samples - 1.0, squares.dtype) * num_samples)
+    return TransversalVariation(jnp.mean(mean), jnp.sqrt(jnp.sum(variances)) / num_examples)
+
+
+def frozen_component(
+    first_kernel: jax.Array, initial_kernel: jax.Array, basis: jax.Array
+) -> FrozenReport:
+    """What training did to the part of a first kernel that the data do not reach.
+
+    With data in the subspace and no layer before the kernel, its gradient is a sum of x g(x)': the
+    transversal part stays under gradient descent with or without momentum, whatever follows. Weight
+    decay lambda at rate eta, without momentum, makes the ratio (1 - eta lambda)^t after t steps.
+    Adam divides entry by entry and leaves the subspace, unless coordinate axes span it.
+
+    Args:
+      first_kernel: (d, m) after training; a convolution's (height, width, c, m), with a basis of
+        the space of patches (height, width, c).
+      initial_kernel: the same before.
+      basis: (d, k) with k < d, orthonormal, of the subspace.
+
+    Returns:
+      A `FrozenReport`, in float32 at least.
+
+    Raises:
+      ValueError: a shape does not fit, the columns of `basis` are not orthonormal (seen outside of
+        `jit` only), or the subspace is the whole space.
+      TypeError: an argument is not real floating point.
+
+    References:
+      As in `transversal_complexity`; these statements are our derivation and are tested.
+    """
+    kernels = [_tree.wide(_checks.floating_tree("first_kernel", first_kernel))]
+    kernels.append(_tree.wide(_checks.floating_tree("initial_kernel", initial_kernel)))
+    _checks.same_tree("first_kernel", *kernels)
+    if kernels[0].ndim < 2:
+        raise ValueError(f"`first_kernel` must have shape (d, m), got {kernels[0].shape}.")
+    after, before = (kernel.reshape(-1, kernel.shape[-1]) for kernel in kernels)
+    basis = _with_complement(_checked_basis(basis, before.shape[0]))
+    moved = _off(basis, (after - before).T)
+    norms = [jnp.sqrt(jnp.sum(_off(basis, kernel.T) ** 2)) for kernel in (after, before)]
+    ratio = jnp.where(norms[1] > 0, norms[0] / jnp.where(norms[1] > 0, norms[1], 1), jnp.nan)
+    return FrozenReport(jnp.max(jnp.abs(moved)), ratio)
+
+
+def _decomposition(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Singular values (r,), descending, and right singular vectors (r, d) of the data."""
+    matrix = _tree.wide(inputs).reshape(inputs.shape[0], -1)
+    _, values, directions = jnp.linalg.svd(matrix, full_matrices=False)
+    return values, directions
+
+
+def _squared_norms(model_fn: Partial, rest: Any, inputs: jax.Array) -> jax.Array:
+    params, basis = rest
+    return _jacobian.squared_norms(lambda x: model_fn(params, x), inputs, without=basis)
+
+
+def _changes(model_fn: Partial, rest: Any, inputs: jax.Array, keys: jax.Array) -> jax.Array:
+    """||f(x + y) - f(x)|| of each example (N,), with one y each."""
+    params, basis, radius = rest
+    num_examples = inputs.shape[0]
+    normal = lambda key: jax.random.normal(key, basis.shape[:1], basis.dtype)
+    steps = _off(basis, jax.vmap(normal)(keys))
+    steps *= radius / jnp.sqrt(jnp.sum(steps**2, 1, keepdims=True))
+    moved = _tree.wide(inputs) + steps.astype(_tree.wide_dtype(inputs)).reshape(inputs.shape)
+    here, there = (
+        _tree.wide(_jacobian.flat(model_fn(params, x), num_examples))
+        for x in (inputs, moved.astype(inputs.dtype))
+    )
+    return jnp.sqrt(jnp.sum((there - here) ** 2, 1)).astype(basis.dtype)
+
+
+def _off(basis: jax.Array, vectors: jax.Array) -> jax.Array:
+    """`vectors` (n, d) less their components in the subspace."""
+    basis = basis.astype(jnp.promote_types(basis.dtype, vectors.dtype))
+    vectors = vectors.astype(basis.dtype)
+    along = jnp.matmul(vectors, basis, precision="highest")
+    return vectors - jnp.matmul(along, basis.T, precision="highest")
+
+
+def _checked_basis(basis: Any, size: int) -> jax.Array:
+    """`basis` in float32 at least, if it has shape (size, k) and orthonormal columns."""
+    _checks.floating_tree("basis", basis)
+    shape = jnp.shape(basis)
+    if len(shape) != 2 or shape[0] != size or shape[1] > size:
+        raise ValueError(
+            f"`basis` must have shape ({size}, k), k at most {size}: orthonormal columns of the "
+            f"size of an example, got {shape}."
+        )
+    if _loops.is_concrete(basis):
+        columns = np.asarray(basis, np.float64)
+        error = np.max(np.abs(columns.T @ columns - np.eye(shape[1])), initial=0)
+        if not error <= _ORTHONORMAL:
+            raise ValueError(
+                "`basis` must have orthonormal columns, got basis' basis that differs from the "
+                f"identity by {error:.2g}."
+            )
+    return _tree.wide(basis)
+
+
+def _with_complement(basis: jax.Array) -> jax.Array:
+    if basis.shape[1] == basis.shape[0]:
+        raise ValueError(
+            "`basis` must leave a complement, got as many directions as dimensions, "
+            f"{basis.shape[0]}."
+        )
+    return basis
