@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from regjax import _checks
+from regjax import _checks, _tree
 
 Params: TypeAlias = Any
 """Tree of real floating-point arrays."""
@@ -83,7 +83,9 @@ def check_separable(loss_fn: LossFn, params: Params, *batch: Any, tolerance: flo
     second = jax.tree.map(lambda leaf: leaf[cut:], batch)
     whole, one, two = (_finite_scalar(loss_fn(params, *part)) for part in (batch, first, second))
     mean = (cut * one + (length - cut) * two) / length
-    if abs(whole - mean) > tolerance * max(abs(whole), abs(one), abs(two)):
+    # At a minimum of zero the losses are squares of rounding, and no mean of one another.
+    rounding = float(jnp.finfo(_tree.vector_dtype(params)).eps) ** 2
+    if abs(whole - mean) > tolerance * max(abs(whole), abs(one), abs(two)) + rounding:
         raise ValueError(
             f"`loss_fn` must be the mean over independent examples: the whole batch gives "
             f"{whole:.6g}, the size-weighted mean of {cut} and {length - cut} examples gives "

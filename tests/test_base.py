@@ -76,3 +76,12 @@ def test_check_separable_names_what_it_cannot_judge():
         regjax.check_separable(mean, jnp.float32(1), jnp.array([1.0, jnp.nan, 1.0]))
     with pytest.raises(ValueError, match=r"must return a scalar, got shape \(3,\)"):
         regjax.check_separable(lambda params, inputs: inputs, jnp.float32(1), jnp.ones(3))
+
+
+def test_check_separable_passes_over_the_rounding_of_a_loss_of_zero():
+    """The loss of an exact fit is the square of rounding, different on each part."""
+    rounding = 1e-9 * jnp.asarray([1.0, 0, 0, 0, 0, 0, 0])
+    squared = lambda params, errors: jnp.sum((params * errors) ** 2)
+    regjax.check_separable(squared, jnp.float32(1), rounding)
+    with pytest.raises(ValueError, match="mean over independent"):
+        regjax.check_separable(squared, jnp.float32(1), 1e4 * rounding)

@@ -152,7 +152,8 @@ def _judge_sweep(data: str, knob: str, records: Sequence[Record]) -> Verdict:
     if len(values) < 2:
         what = f"not testable at this size ({data}): {knob}"
         return Verdict(what, evidence)
-    correlation = float(scipy.stats.spearmanr(values, means).statistic)
+    # Of four values 0.8 is one of the possible ones, and comes out a rounding below.
+    correlation = round(float(scipy.stats.spearmanr(values, means).statistic), 6)
     follows = float(scipy.stats.spearmanr(means, accuracies).statistic)
     evidence += f"; rank correlation {correlation:+.2f}, of complexity and accuracy {follows:+.2f}"
     if direction == 0:

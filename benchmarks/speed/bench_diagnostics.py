@@ -40,6 +40,7 @@ def cases(preset: str) -> dict[str, Callable[[], Case]]:
             ("complexity", _complexity),
             ("probe", _probe),
             ("covariate_shift", _covariate_shift),
+            ("gradient_norm", _gradient_norm),
         ):
             found[f"{kind}_{name}_{examples}"] = functools.partial(make, name, examples, has_bars)
     return found
@@ -181,4 +182,38 @@ def _covariate_shift(name: str, examples: int, has_bars: bool) -> Case:
         tolerance=1e-3,
         sizes={"network": name, "examples": examples, "layers": len(layers)},
         bars={"internal_covariate_shift": _PROBE} if has_bars else {},
+    )
+
+
+def _gradient_norm(name: str, examples: int, has_bars: bool) -> Case:
+    """The gradient of the penalty over plain reverse-over-reverse differentiation; no bar."""
+    del has_bars
+    loss_fn, params, x, y = _problem(name, examples)
+
+    @jax.jit
+    def plain(params: Any, x: jax.Array, y: jax.Array) -> Any:
+        squared = lambda p: sum(
+            jnp.sum(leaf**2) for leaf in jax.tree.leaves(jax.grad(loss_fn)(p, x, y))
+        )
+        return jax.grad(squared)(params)
+
+    penalty = functools.partial(regularizers.gradient_norm_penalty, loss_fn)
+    ours = jax.jit(jax.grad(penalty))
+    expected = plain(params, x, y)
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
+
+    def error(_: str, answer: Any) -> float:
+        difference = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), answer, expected)
+        return max(map(float, jax.tree.leaves(difference))) / scale
+
+    gradient = jax.jit(jax.grad(loss_fn))
+    return Case(
+        candidates={
+            "reverse over reverse": lambda: plain(params, x, y),
+            "gradient_norm_penalty": lambda: ours(params, x, y),
+            "gradient": lambda: gradient(params, x, y),
+        },
+        error=lambda label, answer: 0.0 if label == "gradient" else error(label, answer),
+        tolerance=1e-3,
+        sizes={"network": name, "examples": examples},
     )

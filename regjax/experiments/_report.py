@@ -152,8 +152,8 @@ def _largest(record: Record) -> str:
 
 
 _LEGEND = (
-    "± behind an eigenvalue or a sharpness bounds its distance to the spectrum; elsewhere it is one\n"
-    "standard error over the random probes."
+    "± behind an eigenvalue or a sharpness bounds its distance to the spectrum; elsewhere it is\n"
+    "one standard error over the random probes."
 )
 _COMPARED: dict[str, Callable[[Record], str]] = {
     "parameters": lambda record: f"{record['num_parameters']:,}",

@@ -47,7 +47,8 @@ def problem_of(settings):
     state, _ = _training.restore(settings.out / "checkpoint.npz", settings, dataset, model)
     images = dataset.train_images / 255
     inputs = jnp.asarray((images - images.mean()) / images.std(), jnp.float32)
-    model = model._replace(params=state.weights.params, state=jax.tree.map(jnp.asarray, state.weights.model_state))
+    statistics = jax.tree.map(jnp.asarray, state.weights.model_state)
+    model = model._replace(params=state.weights.params, state=statistics)
     return model, inputs, jnp.asarray(dataset.train_labels)
 
 

@@ -1,0 +1,304 @@
+"""Sharpness of weights that have no scale.
+
+Where a normalization divides the weights' scale out again, H(c w) = H(w) / c^2: an eigenvalue means
+nothing without the norm, nor does a learning rate. On the unit sphere both do.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks, _chunks, _tree, curvature
+from regjax._base import as_partial, couples_examples
+from regjax.diagnostics._sharpness import SharpnessReport, report, ritz
+
+
+class EdgeReport(NamedTuple):
+    """Where training stands to the edge of stability.
+
+    Attributes:
+      ratio: (), effective learning rate times spherical sharpness: about 2 at the edge, below it
+        where descent on the direction is stable. Its error is `effective_learning_rate` times
+        `residual_norm`.
+      effective_learning_rate: (), of the step from `params`.
+      sharpness: (), spherical sharpness at the midpoint of the two directions.
+      residual_norm: (), of the sharpness.
+      converged: (), bool, of the sharpness.
+    """
+
+    ratio: jax.Array
+    effective_learning_rate: jax.Array
+    sharpness: jax.Array
+    residual_norm: jax.Array
+    converged: jax.Array
+
+
+def spherical_sharpness(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *batch: Any,
+    key: jax.Array,
+    mask: Any = None,
+    tangent: bool = False,
+    num_steps: int = 50,
+    tol: Any = 1e-3,
+    chunk_size: int | None = None,
+) -> SharpnessReport:
+    """The largest Hessian eigenvalue at unit norm of the weights that have no scale.
+
+        ||w||^2 lambda_max(H(w)) = lambda_max(H(w / ||w||))
+
+    H is the Hessian in the masked leaves w, all of them together; the others are held constant.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.
+      params: tree of parameters.
+      *batch: arrays with a leading axis of examples.
+      key: typed key of the random start.
+      mask: tree of Python bools, the scale-invariant leaves, such as
+        `scale_invariant_mask(...).mask`; None: all.
+      tangent: whether P H P is meant, P = I - w w' / ||w||^2, the Hessian on the sphere. At a
+        minimum it makes no difference; elsewhere H(w) w = -grad L(w).
+      num_steps: as in `lambda_max`.
+      tol: as in `lambda_max`.
+      chunk_size: as in `lambda_max`.
+
+    Returns:
+      A `SharpnessReport`, in units of the loss.
+
+    Raises:
+      ValueError: `mask` is another tree or chooses no leaf, or as in `lambda_max`.
+      TypeError: `mask` holds anything but Python bools, or as in `lambda_max`.
+
+    References:
+      K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand: the identities
+      were derived again.
+    """
+    _checks.non_negative("tol", tol)
+    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    of_direction, at = displaced(loss_fn, params, mask, tangent)
+    hessian = curvature.hessian(of_direction, at, *batch, chunk_size=chunk_size)
+    return report(ritz(hessian, key=key, num_steps=num_steps), tol)
+
+
+def spherical_sharpness_by_group(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *batch: Any,
+    key: jax.Array,
+    mask: Any = None,
+    tangent: bool = False,
+    num_steps: int = 50,
+    tol: Any = 1e-3,
+    chunk_size: int | None = None,
+) -> dict[str, SharpnessReport]:
+    """Spherical sharpness of each masked leaf alone, all else held constant.
+
+    Arguments, errors and reference as in `spherical_sharpness`, which is the largest eigenvalue of
+    one matrix that holds these blocks only if the norms of the leaves are equal.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar.
+      params: tree of parameters.
+      *batch: arrays with a leading axis of examples.
+      key: typed key of the random starts.
+      mask: the leaves, each of which has no scale of its own; None: all.
+      tangent: as in `spherical_sharpness`.
+      num_steps: for each leaf, as in `lambda_max`.
+      tol: as in `lambda_max`.
+      chunk_size: as in `lambda_max`.
+
+    Returns:
+      `SharpnessReport`s by the path of the leaf, such as {"layers/0/kernel": ...}.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    treedef, reports = jax.tree.structure(params), {}
+    for i, (path, choose) in enumerate(zip(paths, _chosen(mask, params), strict=True)):
+        if choose:
+            reports[jax.tree_util.keystr(path, simple=True, separator="/")] = spherical_sharpness(
+                loss_fn, params, *batch,
+                key=jax.random.fold_in(_checks.key("key", key), i),
+                mask=jax.tree.unflatten(treedef, [j == i for j in range(len(paths))]),
+                tangent=tangent, num_steps=num_steps, tol=tol, chunk_size=chunk_size,
+            )  # fmt: skip
+    return reports
+
+
+def effective_learning_rate(
+    params: Any, learning_rate: Any, weight_decay: Any = 0.0, mask: Any = None
+) -> jax.Array:
+    """The rate at which a step of descent turns weights that have no scale.
+
+    With the learning rate eta and the decay lambda, the step (1 - eta lambda) w - eta grad L(w)
+    moves the direction w / ||w|| as descent on the sphere with the rate
+
+        eta / ((1 - eta lambda) ||w||^2)
+
+    does, up to the length of the result. Plain descent is meant: no momentum, no preconditioner.
+
+    Args:
+      params: tree of parameters.
+      learning_rate: eta, positive.
+      weight_decay: lambda, not negative: that of (lambda / 2) ||w||^2 in the loss.
+      mask: tree of Python bools, the scale-invariant leaves w; None: all.
+
+    Returns:
+      The rate (), infinite for zero weights.
+
+    Raises:
+      ValueError: a number is out of its range, or `mask` is another tree or chooses no leaf.
+      TypeError: `mask` holds anything but Python bools.
+
+    References:
+      K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand: the identities
+      were derived again.
+    """
+    _checks.floating_tree("params", params)
+    _checks.positive("learning_rate", learning_rate)
+    _checks.non_negative("weight_decay", weight_decay)
+    weights, _ = split(params, mask)
+    square = inner(weights, weights)
+    rate, decay = (jnp.asarray(x, square.dtype) for x in (learning_rate, weight_decay))
+    return rate / ((1 - rate * decay) * square)
+
+
+def edge_of_stability(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    next_params: Any,
+    *batch: Any,
+    key: jax.Array,
+    learning_rate: Any,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    num_steps: int = 50,
+    tol: Any = 1e-3,
+    chunk_size: int | None = None,
+) -> EdgeReport:
+    """Effective learning rate times spherical sharpness, between two iterates of descent.
+
+    At the edge of stability the direction jumps from one side of the valley to the other at each
+    step, and the sharpness of the iterates with it, so that it is taken at the midpoint of the two
+    directions, w / ||w|| and w' / ||w'||; the other leaves are at the midpoint of their values.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.
+      params: tree of parameters.
+      next_params: tree like `params`, after a step of full-batch descent.
+      *batch: arrays with a leading axis of examples.
+      key: typed key of the random start.
+      learning_rate: as in `effective_learning_rate`.
+      weight_decay: as in `effective_learning_rate`.
+      mask: tree of Python bools, the scale-invariant leaves w; None: all.
+      num_steps: as in `lambda_max`.
+      tol: as in `lambda_max`.
+      chunk_size: as in `lambda_max`.
+
+    Returns:
+      An `EdgeReport`.
+
+    Raises:
+      ValueError: `next_params` is another tree, or as in `effective_learning_rate` and
+        `spherical_sharpness`.
+      TypeError: as in `spherical_sharpness`.
+
+    References:
+      K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand. That the
+      midpoint is taken is ours.
+    """
+    rate = effective_learning_rate(params, learning_rate, weight_decay, mask)
+    _checks.same_tree("next_params", next_params, params)
+    sharpness = spherical_sharpness(
+        loss_fn, _midpoint(params, next_params, mask), *batch,
+        key=key, mask=mask, num_steps=num_steps, tol=tol, chunk_size=chunk_size,
+    )  # fmt: skip
+    value, residual_norm, converged, _ = sharpness
+    return EdgeReport(rate * value, rate, value, residual_norm, converged)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["loss_fn", "weights", "rest"],
+    meta_fields=["tangent"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Displaced:
+    """u -> L(w + ||w|| u), or L(w + ||w|| P u): its Hessian at u = 0 is ||w||^2 H or P H P."""
+
+    loss_fn: Any
+    weights: Any
+    rest: Any
+    tangent: bool
+
+    @property
+    def couples_examples(self) -> bool:
+        return couples_examples(self.loss_fn)
+
+    def __call__(self, displacement: Any, *batch: Any) -> Any:
+        norm = jnp.sqrt(inner(self.weights, self.weights))
+        along = inner(self.weights, displacement) / norm if self.tangent else 0.0
+        moved = jax.tree.map(
+            lambda w, u: w + (norm * _tree.wide(u) - along * _tree.wide(w)).astype(w.dtype),
+            self.weights,
+            displacement,
+        )
+        return self.loss_fn(merge(moved, self.rest), *batch)
+
+
+def displaced(loss_fn: Any, params: Any, mask: Any, tangent: bool) -> tuple[_Displaced, Any]:
+    """The loss as a function of a displacement of the masked leaves' direction, and zeros.
+
+    Lengths are in units of the norm of these leaves, as if it were one. The zeros have the
+    structure of `params`, with None in place of the other leaves.
+    """
+    weights, rest = split(params, mask)
+    function = _Displaced(as_partial(loss_fn), weights, rest, tangent)
+    return function, jax.tree.map(jnp.zeros_like, weights)
+
+
+def split(params: Any, mask: Any) -> tuple[Any, Any]:
+    """The masked leaves and the others, each with None in place of the rest."""
+    leaves, treedef = jax.tree.flatten(params)
+    pairs = list(zip(leaves, _chosen(mask, params), strict=True))
+    weights = jax.tree.unflatten(treedef, [leaf if choose else None for leaf, choose in pairs])
+    rest = jax.tree.unflatten(treedef, [None if choose else leaf for leaf, choose in pairs])
+    return weights, rest
+
+
+def merge(one: Any, other: Any) -> Any:
+    """The tree of which `split` made two."""
+    return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=_is_none)
+
+
+def _chosen(mask: Any, params: Any) -> list[bool]:
+    """One bool for each leaf of `params`, at least one of them True."""
+    if mask is None:
+        return [True] * len(jax.tree.leaves(params))
+    leaves = jax.tree.leaves(_checks.same_structure("mask", mask, params))
+    for leaf in leaves:
+        if not isinstance(leaf, bool):
+            raise TypeError(f"`mask` must hold Python bools, got {leaf!r}.")
+    if not any(leaves):
+        raise ValueError("`mask` must choose at least one leaf, got none.")
+    return leaves
+
+
+def inner(one: Any, other: Any) -> jax.Array:
+    """The inner product of two trees, summed in float32 at least."""
+    dtype = _tree.vector_dtype(one)
+    return jnp.sum(_tree.ravel(one, dtype) * _tree.ravel(other, dtype))
+
+
+def _midpoint(params: Any, next_params: Any, mask: Any) -> Any:
+    (weights, rest), (next_weights, next_rest) = split(params, mask), split(next_params, mask)
+    shrink = jnp.sqrt(inner(weights, weights) / inner(next_weights, next_weights))
+    turned = jax.tree.map(lambda w, v: (w + shrink.astype(v.dtype) * v) / 2, weights, next_weights)
+    return merge(turned, jax.tree.map(lambda a, b: (a + b) / 2, rest, next_rest))
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
