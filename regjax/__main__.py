@@ -6,7 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from regjax.experiments import _compare, _landscape_run, _report, _spectrum_run
 from regjax.experiments._checkpoint import CheckpointError
@@ -73,15 +73,14 @@ def _text_of(settings: TrainSettings, bar: "_Bar") -> str:
     """Runs what `settings` describe and returns what is to be printed."""
     if not isinstance(settings, AnalysisSettings):
         return _report.training_text(_spectrum_run.run_train(settings, bar))
-    is_landscape = isinstance(settings, LandscapeSettings)
     if settings.compare:
-        records = _compare.run_compare(settings, bar)
+        is_landscape = isinstance(settings, LandscapeSettings)
         text = _report.landscapes_text if is_landscape else _report.comparison_text
-        return text(records)
-    if is_landscape:
+        return text(_compare.run_compare(settings, bar))
+    if isinstance(settings, LandscapeSettings):
         record = _landscape_run.run_landscape(settings, bar)
         return "\n\n".join([_report.training_text(record), _report.landscape_text(record)])
-    record = _spectrum_run.run_spectrum(settings, bar)
+    record = _spectrum_run.run_spectrum(cast(SpectrumSettings, settings), bar)
     return "\n\n".join([_report.training_text(record), _report.spectrum_text(record)])
 
 

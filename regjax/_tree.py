@@ -1,5 +1,6 @@
 """Trees as flat vectors, wide sums, groups of weights: what `optax.tree` lacks."""
 
+import functools
 import math
 from typing import Any
 
@@ -28,6 +29,19 @@ def wide_dtype(array: Any) -> Any:
     """The dtype of `array`, float32 at least."""
     dtype = jnp.result_type(array)
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def inner(one: Any, other: Any) -> jax.Array:
+    """The inner product of two trees of the same structure, in float32 at least."""
+    dtype = vector_dtype(one)
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    products = [jnp.sum(wide(a) * wide(b)).astype(dtype) for a, b in pairs]
+    return functools.reduce(jnp.add, products, jnp.zeros((), dtype))
+
+
+def norm(tree: Any) -> jax.Array:
+    """The Euclidean norm of all scalars in `tree`, in float32 at least."""
+    return jnp.sqrt(inner(tree, tree))
 
 
 def group_axes(weights: Any, per_filter: bool) -> tuple[int, ...]:

@@ -102,9 +102,8 @@ def _like(vector: np.ndarray, params: Any) -> Any:
     leaves, treedef = jax.tree.flatten(params)
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
     pieces = np.split(vector.astype(np.float32), ends)
-    return treedef.unflatten(
-        [p.reshape(leaf.shape) for p, leaf in zip(pieces, leaves, strict=True)]
-    )
+    shaped = [piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, shaped)
 
 
 def _judge(records: Sequence[Record]) -> list[Verdict]:

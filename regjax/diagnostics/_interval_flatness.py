@@ -76,7 +76,7 @@ def interval_flatness(
     if not isinstance(factor, jax.Array) and not _checks.positive("factor", factor) > 1:
         raise ValueError(f"`factor` must be above 1, got {factor}.")
     start = _chunks.mean(loss_fn, params, batch, chunk_size)
-    norm = jnp.sqrt(sum(jnp.sum(_tree.wide(leaf) ** 2) for leaf in jax.tree.leaves(direction)))
+    norm = _tree.norm(direction)
     first = jnp.asarray(max_distance * 2.0 ** (1 - num_steps // 3), norm.dtype)
     is_defined = (start > 0) & (norm > 0)
     ends, brackets, found = [], [], []

@@ -91,7 +91,7 @@ def line_probe(
         losses, distances = _loops.fold_captured(
             lambda found, i: _probe(operands, found, i, chunk_size), (zeros, zeros), len(zeros)
         )
-    norm = jnp.sqrt(_squared_norm(gradient))
+    norm = _tree.norm(gradient)
     return LineProbeReport(
         losses, distances, _ratio(distances, step_sizes * norm), _tree.wide(loss), norm
     )
@@ -167,8 +167,7 @@ def _probe(operands: Any, found: Any, i: jax.Array, chunk_size: int | None = Non
     losses, distances = found
     moved = jax.tree.map(lambda w, g: w - step_sizes[i].astype(w.dtype) * g, params, gradient)
     loss, there = _chunks.mean(differentiate, moved, batch, chunk_size)
-    difference = jax.tree.map(jnp.subtract, there, gradient)
-    distance = jnp.sqrt(_squared_norm(difference))
+    distance = _tree.norm(jax.tree.map(jnp.subtract, there, gradient))
     return losses.at[i].set(loss.astype(losses.dtype)), distances.at[i].set(distance)
 
 
@@ -182,15 +181,12 @@ def _shift(operands: Any, found: Any, i: jax.Array, chunk_size: int | None = Non
         places,
     )
     _, there = _chunks.mean(differentiate, mixed, batch, chunk_size)
-    own = lambda one, other: sum(
-        jnp.where(place == i, _inner(a, b), 0)
-        for a, b, place in zip(*map(jax.tree.leaves, (one, other, places)), strict=True)
+    old, new = (
+        jax.tree.map(lambda leaf, place: jnp.where(place == i, leaf, 0), tree, places)
+        for tree in (gradient, there)
     )
-    difference = jax.tree.map(jnp.subtract, there, gradient)
-    distance = jnp.sqrt(own(difference, difference))
-    cosine = _ratio(
-        own(there, gradient), jnp.sqrt(own(there, there)) * jnp.sqrt(own(gradient, gradient))
-    )
+    distance = _tree.norm(jax.tree.map(jnp.subtract, new, old))
+    cosine = _ratio(_tree.inner(new, old), _tree.norm(new) * _tree.norm(old))
     # Nothing before the first layer moves; two compilations of a gradient may round differently.
     is_first = i == 0
     return (
@@ -228,11 +224,3 @@ def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """The ratio, NaN where the denominator is zero."""
     is_zero = denominator == 0
     return jnp.where(is_zero, jnp.nan, numerator / jnp.where(is_zero, 1, denominator))
-
-
-def _squared_norm(tree: Any) -> jax.Array:
-    return sum(_inner(leaf, leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _inner(one: jax.Array, other: jax.Array) -> jax.Array:
-    return jnp.sum(_tree.wide(one) * _tree.wide(other))

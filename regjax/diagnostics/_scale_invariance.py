@@ -74,7 +74,7 @@ def scale_invariant_mask(
         for k in jax.random.split(functional_key)
     ]
     leaves, treedef = jax.tree.flatten(params)
-    largest = jnp.max(jnp.stack([_norm(g) for g in gradients[0]]))
+    largest = jnp.max(jnp.stack([_tree.norm(g) for g in gradients[0]]))
     fractions, changes, sizes, mask = [], [], [], []
     for i, leaf in enumerate(leaves):
         fraction, size = _radial([gradient[i] for gradient in gradients], leaf, per_filter)
@@ -120,10 +120,6 @@ def _factors(key: jax.Array, leaf: jax.Array, per_filter: bool) -> jax.Array:
 
 
 def _distance(one: Any, other: Any) -> jax.Array:
-    difference = _norm(jax.tree.map(jnp.subtract, one, other))
-    norm = _norm(other)
+    difference = _tree.norm(jax.tree.map(jnp.subtract, one, other))
+    norm = _tree.norm(other)
     return jnp.where(norm > 0, difference / jnp.where(norm > 0, norm, 1), difference)
-
-
-def _norm(tree: Any) -> jax.Array:
-    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))

@@ -161,7 +161,7 @@ def effective_learning_rate(
     _checks.positive("learning_rate", learning_rate)
     _checks.non_negative("weight_decay", weight_decay)
     weights, _ = split(params, mask)
-    square = inner(weights, weights)
+    square = _tree.inner(weights, weights)
     rate, decay = (jnp.asarray(x, square.dtype) for x in (learning_rate, weight_decay))
     return rate / ((1 - rate * decay) * square)
 
@@ -239,8 +239,8 @@ class _Displaced:
         return couples_examples(self.loss_fn)
 
     def __call__(self, displacement: Any, *batch: Any) -> Any:
-        norm = jnp.sqrt(inner(self.weights, self.weights))
-        along = inner(self.weights, displacement) / norm if self.tangent else 0.0
+        norm = _tree.norm(self.weights)
+        along = _tree.inner(self.weights, displacement) / norm if self.tangent else 0.0
         moved = jax.tree.map(
             lambda w, u: w + (norm * _tree.wide(u) - along * _tree.wide(w)).astype(w.dtype),
             self.weights,
@@ -287,15 +287,9 @@ def _chosen(mask: Any, params: Any) -> list[bool]:
     return leaves
 
 
-def inner(one: Any, other: Any) -> jax.Array:
-    """The inner product of two trees, summed in float32 at least."""
-    dtype = _tree.vector_dtype(one)
-    return jnp.sum(_tree.ravel(one, dtype) * _tree.ravel(other, dtype))
-
-
 def _midpoint(params: Any, next_params: Any, mask: Any) -> Any:
     (weights, rest), (next_weights, next_rest) = split(params, mask), split(next_params, mask)
-    shrink = jnp.sqrt(inner(weights, weights) / inner(next_weights, next_weights))
+    shrink = jnp.sqrt(_tree.inner(weights, weights) / _tree.inner(next_weights, next_weights))
     turned = jax.tree.map(lambda w, v: (w + shrink.astype(v.dtype) * v) / 2, weights, next_weights)
     return merge(turned, jax.tree.map(lambda a, b: (a + b) / 2, rest, next_rest))
 

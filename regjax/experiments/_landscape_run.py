@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax import diagnostics
+from regjax import _tree, diagnostics
 from regjax._adapters import model_loss
 from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, check_examples, training_examples
@@ -137,7 +137,7 @@ def _surface(
         _flatness(
             diagnostics.interval_flatness(
                 loss, params, direction, inputs, targets,
-                max_distance=settings.span * float(_norm(direction)), chunk_size=chunk_size,
+                max_distance=settings.span * float(_tree.norm(direction)), chunk_size=chunk_size,
             ),
             direction,
         )
@@ -148,15 +148,10 @@ def _surface(
 
 def _flatness(report: diagnostics.FlatnessReport, direction: Any) -> Record:
     """In units of the direction, as the positions of the surface."""
-    norm = float(_norm(direction))
+    norm = float(_tree.norm(direction))
     lengths = {name: float(value) / norm for name, value in report._asdict().items()}
     return {**lengths, "converged": bool(report.converged)}
 
 
 def _moved(params: Any, direction: Any, distance: float) -> Any:
     return jax.tree.map(lambda w, d: w + distance * d, params, direction)
-
-
-@jax.jit
-def _norm(tree: Any) -> jax.Array:
-    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))

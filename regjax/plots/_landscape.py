@@ -86,7 +86,7 @@ def loss_surface(
     return axes
 
 
-def loss_surface_3d(positions: Any, losses: Any, *, axes: "Axes", levels: Any = None) -> "Axes":
+def loss_surface_3d(positions: Any, losses: Any, *, axes: Any, levels: Any = None) -> Any:
     """Draws a loss surface in three dimensions, its height the logarithm to base 10 of the loss.
 
     Args:

@@ -42,22 +42,24 @@ def gradient_norm_penalty(loss_fn: Callable[..., Any], params: Any, *batch: Any)
 @jax.custom_jvp
 def squared_gradient_norm(loss_fn: Any, params: Any, batch: Any) -> jax.Array:
     """||d loss_fn(params, *batch) / d params||^2, in float32 at least."""
-    return _squared(jax.grad(lambda p: loss_fn(p, *batch))(params))
+    gradient = jax.grad(lambda p: loss_fn(p, *batch))(params)
+    return _tree.inner(gradient, gradient)
 
 
 def _tangent(primals: Any, tangents: Any) -> Any:
     loss_fn, params, batch = primals
     gradient_of = lambda p: jax.grad(lambda p: loss_fn(p, *batch))(p)
     gradient = gradient_of(params)
-    value = _squared(gradient)
+    value = _tree.inner(gradient, gradient)
     tangent = jnp.zeros_like(value)
     if not _is_zero(tangents[1]):
         # <2 g, H t> = <2 H g, t>: the Hessian is symmetric, and this form is linear in t.
         product = jax.jvp(gradient_of, (params,), (gradient,))[1]
-        tangent += 2 * _inner(product, _dense(tangents[1]))
+        tangent += 2 * _tree.inner(product, _dense(tangents[1]))
     if not _is_zero((tangents[0], tangents[2])):
-        moved = lambda f, b: _squared(jax.grad(lambda p: f(p, *b))(params))
-        tangent += jax.jvp(moved, (loss_fn, batch), _dense((tangents[0], tangents[2])))[1]
+        moved = lambda f, b: jax.grad(lambda p: f(p, *b))(params)
+        change = jax.jvp(moved, (loss_fn, batch), _dense((tangents[0], tangents[2])))[1]
+        tangent += 2 * _tree.inner(gradient, change)
     return value, tangent
 
 
@@ -77,14 +79,3 @@ def _dense(tree: Any) -> Any:
 
 def _leaves(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
-
-
-def _squared(tree: Any) -> jax.Array:
-    return _inner(tree, tree)
-
-
-def _inner(one: Any, other: Any) -> jax.Array:
-    return sum(
-        jnp.sum(_tree.wide(a) * _tree.wide(b))
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    )

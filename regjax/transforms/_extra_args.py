@@ -4,7 +4,6 @@ A transformation that needs a gradient somewhere else than at the parameters tak
 update: `tx.update(grads, state, params, grad_fn=grad_fn)`, grad_fn(params, i) -> gradient.
 """
 
-import functools
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -92,13 +91,6 @@ def check_grad_fn(grad_fn: GradFn | None) -> GradFn:
 def like(tree: Any, reference: Any) -> Any:
     """`tree` with the dtypes of `reference`."""
     return jax.tree.map(lambda leaf, ref: leaf.astype(jnp.result_type(ref)), tree, reference)
-
-
-def inner(one: list[jax.Array], other: list[jax.Array]) -> jax.Array:
-    """Inner product of two lists of arrays, accumulated in float32 at least."""
-    dtype = _tree.vector_dtype(one)
-    products = [jnp.sum(wide(a) * wide(b)).astype(dtype) for a, b in zip(one, other, strict=True)]
-    return functools.reduce(jnp.add, products, jnp.zeros((), dtype))
 
 
 def normal_like(key: jax.Array, leaves: list[Any]) -> list[jax.Array]:

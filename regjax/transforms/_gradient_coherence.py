@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax import _checks
+from regjax import _checks, _tree
 from regjax._base import Params
 from regjax.transforms import _extra_args
 from regjax.transforms._extra_args import Mask
@@ -190,8 +190,8 @@ def cosine_gate(threshold: float = 0.5, hold: int | None = None) -> Gate:
         # The sum is formed: from the inner products of its parts it would be rounding where they
         # cancel, and that is where the gate decides.
         total = [grad + extra for grad, extra in zip(grads, added, strict=True)]
-        product = _extra_args.inner(grads, total)
-        square = _extra_args.inner(grads, grads) * _extra_args.inner(total, total)
+        product = _tree.inner(grads, total)
+        square = _tree.inner(grads, grads) * _tree.inner(total, total)
         return product > threshold * jnp.sqrt(square)
 
     return _held(is_coherent, hold)
@@ -213,8 +213,8 @@ def ratio_gate(threshold: float = 1.0, hold: int | None = None) -> Gate:
     _checks.non_negative("threshold", threshold)
 
     def is_stronger(grads: Leaves, added: Leaves) -> jax.Array:
-        penalty = jnp.sqrt(_extra_args.inner(added, added))
-        return jnp.sqrt(_extra_args.inner(grads, grads)) > threshold * penalty
+        penalty = _tree.norm(added)
+        return _tree.norm(grads) > threshold * penalty
 
     return _held(is_stronger, hold)
 

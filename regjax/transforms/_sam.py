@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax import _checks, _loops
+from regjax import _checks, _loops, _tree
 from regjax._base import Params
 from regjax.transforms import _extra_args
 from regjax.transforms._extra_args import Mask
@@ -162,7 +162,7 @@ def ascend(
         for grad, scale in zip(jax.tree.leaves(grads), scales, strict=True)
     ]
     chosen = [leaf for leaf, climb in zip(scaled, climbs, strict=True) if climb]
-    norm = jnp.sqrt(_extra_args.inner(chosen, chosen))
+    norm = _tree.norm(chosen)
     factor = jnp.asarray(radius, norm.dtype) / jnp.where(norm > 0, norm, 1)
     factor = jnp.where(norm > 0, factor, 0)
 
@@ -178,8 +178,8 @@ def ascend(
 def _less_orthogonal(above: Params, grads: Params, weight: Any) -> Params:
     """SAM's gp - alpha (g - <g, u> u), u = gp / ||gp||; without the projection where gp = 0."""
     ours, clean = jax.tree.leaves(above), jax.tree.leaves(grads)
-    square = _extra_args.inner(ours, ours)
-    along = _extra_args.inner(clean, ours) / jnp.where(square > 0, square, 1)
+    square = _tree.inner(ours, ours)
+    along = _tree.inner(clean, ours) / jnp.where(square > 0, square, 1)
 
     def combine(gp: jax.Array, g: jax.Array) -> jax.Array:
         gp, g = _extra_args.wide(gp), _extra_args.wide(g)
