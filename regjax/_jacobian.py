@@ -1,8 +1,8 @@
 """Jacobians of a model's outputs with respect to its inputs, example by example.
 
 The examples of a batch do not influence each other's outputs, so that one reverse pass with the
-same unit vector in every example gives a row of every Jacobian at once: k passes for k outputs,
-vmapped, instead of a Jacobian of the whole batch, most of which is zero.
+same unit vector in every example gives a row of every Jacobian at once: k passes for k outputs
+instead of a Jacobian of the whole batch, most of which is zero.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _tree
+from regjax import _checks, _loops, _tree
 from regjax._base import couples_examples
 
 
@@ -44,18 +44,18 @@ def rows(function: Any, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     outputs, pull_back = linearize(function, inputs)
     num_examples, num_outputs = outputs.shape
     basis = jnp.eye(num_outputs, dtype=outputs.dtype)[:, None]
-    return outputs, jax.vmap(pull_back)(
-        jnp.broadcast_to(basis, (num_outputs, num_examples, num_outputs))
-    )
+    basis = jnp.broadcast_to(basis, (num_outputs, num_examples, num_outputs))
+    return outputs, _loops.spread(pull_back, basis)
 
 
 def columns(function: Any, inputs: jax.Array, directions: jax.Array) -> jax.Array:
     """The Jacobians times the rows of `directions` (r, d), (r, N, k) by r forward passes."""
-    return jax.vmap(
+    return _loops.spread(
         lambda direction: push_forward(
             function, inputs, jnp.broadcast_to(direction, (inputs.shape[0], direction.size))
-        )
-    )(directions.astype(inputs.dtype))
+        ),
+        directions.astype(inputs.dtype),
+    )
 
 
 def push_forward(function: Any, inputs: jax.Array, tangents: jax.Array) -> jax.Array:

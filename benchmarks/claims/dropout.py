@@ -218,9 +218,13 @@ def _judge_accuracy(data: str, own: Sequence[Record]) -> Verdict:
         gain, error = _claims.mean_and_error(_claims.numbers(part, "accuracy") - plain)
         gains[keep, method] = gain > 2 * error
         shown.append(f"{gain:+.4f} ± {error:.4f} ({method}, p = {keep:g})")
-    holds = any(gains[keep, "penalty"] and gains[keep, "dropout"] for keep in _keeps(own))
+    keeps = _keeps(own)
+    helps = [keep for keep in keeps if gains[keep, "penalty"] and gains[keep, "dropout"]]
+    # At one of several probabilities it would be a choice made afterwards.
+    only = f", only at p = {helps[0]:g}" if 0 < len(helps) < len(keeps) else ""
+    word = _claims.word(len(helps) == len(keeps))
     return Verdict(
-        f"{_claims.word(holds)} ({data}): dropout and R1 raise the accuracy",
+        f"{word}{only} ({data}): dropout and R1 raise the accuracy",
         f"gain over {plain.mean():.4f} without: {', '.join(shown)} (one standard error)",
     )
 

@@ -184,7 +184,7 @@ def _covariate_shift(name: str, examples: int, has_bars: bool) -> Case:
 
     return Case(
         candidates={
-            "gradients": lambda: [gradient(params, x, y) for _ in range(len(layers) + 1)][-1],
+            "gradients": lambda: [gradient(params, x, y) for _ in layers][-1],
             "internal_covariate_shift": lambda: shift(loss_fn, params, moved, x, y),
         },
         error=error,

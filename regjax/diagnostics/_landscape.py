@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _loops, _tree
@@ -36,8 +37,8 @@ class CovariateShiftReport(NamedTuple):
 
     Attributes:
       distance: (num_layers,), ||G' - G||; 0 for the first layer.
-      cosine: (num_layers,), of the angle between G' and G; 1 for the first layer, NaN where one
-        of them is zero.
+      cosine: (num_layers,), of the angle between G' and G; 1 for the first layer, NaN at another
+        where one of them is zero.
     """
 
     distance: jax.Array
@@ -86,15 +87,12 @@ def line_probe(
     zeros = jnp.zeros(step_sizes.shape, _tree.wide_dtype(loss))
     operands = (differentiate, params, gradient, step_sizes, batch)
     if chunk_size is None:
-        losses, distances = _loops.fold(_probe, (zeros, zeros), len(zeros), operands=operands)
+        losses, distances = _loops.fold_few(_probe, (zeros, zeros), len(zeros), operands=operands)
     else:
         losses, distances = _loops.fold_captured(
             lambda found, i: _probe(operands, found, i, chunk_size), (zeros, zeros), len(zeros)
         )
-    norm = _tree.norm(gradient)
-    return LineProbeReport(
-        losses, distances, _ratio(distances, step_sizes * norm), _tree.wide(loss), norm
-    )
+    return _line_report(losses, distances, step_sizes, loss, gradient)
 
 
 def internal_covariate_shift(
@@ -111,7 +109,7 @@ def internal_covariate_shift(
 
         G = grad_i L(W_1, ..., W_k),   G' = grad_i L(W'_1, ..., W'_{i-1}, W_i, ..., W_k)
 
-    Costs k + 1 gradients.
+    Costs k gradients.
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode.
@@ -139,13 +137,15 @@ def internal_covariate_shift(
     differentiate = Partial(_value_and_grad, as_partial(loss_fn))
     loss, gradient = _chunks.mean(differentiate, params, batch, chunk_size)
 
+    # Nothing before the first layer moves.
     zeros = jnp.zeros(len(layers), _tree.wide_dtype(loss))
+    found, num_others = (zeros, zeros.at[0].set(1)), len(layers) - 1
     operands = (differentiate, params, new_params, gradient, places, batch)
     if chunk_size is None:
-        found = _loops.fold(_shift, (zeros, zeros), len(layers), operands=operands)
+        found = _loops.fold_few(_shift, found, num_others, operands=operands)
     else:
         found = _loops.fold_captured(
-            lambda found, i: _shift(operands, found, i, chunk_size), (zeros, zeros), len(layers)
+            lambda found, i: _shift(operands, found, i, chunk_size), found, num_others
         )
     return CovariateShiftReport(*found)
 
@@ -162,6 +162,15 @@ def _value_and_grad(loss_fn: Partial, params: Any, *batch: Any) -> Any:
     return jax.value_and_grad(lambda p: loss_fn(p, *batch))(params)
 
 
+@jax.jit
+def _line_report(
+    losses: jax.Array, distances: jax.Array, step_sizes: jax.Array, loss: jax.Array, gradient: Any
+) -> LineProbeReport:
+    norm = _tree.norm(gradient)
+    smoothness = _ratio(distances, step_sizes.astype(norm.dtype) * norm)
+    return LineProbeReport(losses, distances, smoothness, _tree.wide(loss), norm)
+
+
 def _probe(operands: Any, found: Any, i: jax.Array, chunk_size: int | None = None) -> Any:
     differentiate, params, gradient, step_sizes, batch = operands
     losses, distances = found
@@ -172,6 +181,7 @@ def _probe(operands: Any, found: Any, i: jax.Array, chunk_size: int | None = Non
 
 
 def _shift(operands: Any, found: Any, i: jax.Array, chunk_size: int | None = None) -> Any:
+    i = i + 1
     differentiate, params, new_params, gradient, places, batch = operands
     distances, cosines = found
     mixed = jax.tree.map(
@@ -187,12 +197,7 @@ def _shift(operands: Any, found: Any, i: jax.Array, chunk_size: int | None = Non
     )
     distance = _tree.norm(jax.tree.map(jnp.subtract, new, old))
     cosine = _ratio(_tree.inner(new, old), _tree.norm(new) * _tree.norm(old))
-    # Nothing before the first layer moves; two compilations of a gradient may round differently.
-    is_first = i == 0
-    return (
-        distances.at[i].set(jnp.where(is_first, 0, distance)),
-        cosines.at[i].set(jnp.where(is_first & ~jnp.isnan(cosine), 1, cosine)),
-    )
+    return distances.at[i].set(distance), cosines.at[i].set(cosine)
 
 
 def _layer_numbers(params: Any, layers: Sequence[str | Sequence[str]]) -> Any:
@@ -208,7 +213,7 @@ def _layer_numbers(params: Any, layers: Sequence[str | Sequence[str]]) -> Any:
         own = [owner for owner in owners if f"{name}/".startswith(f"{owner[0]}/")]
         if len(own) > 1:
             raise ValueError(f"`layers` must be disjoint, got {name} in more than one.")
-        numbers.append(jnp.int32(own[0][1] if own else -1))
+        numbers.append(np.int32(own[0][1] if own else -1))
         seen |= {path for path, _ in own}
     missing = sorted({path for path, _ in owners} - seen)
     if missing or not owners:
