@@ -63,7 +63,7 @@ def test_help_names_the_options(words, capsys):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ([], "Expected one of {spectrum, train}"),
+        ([], "Expected one of {spectrum, landscape, train}"),
         (["spektrum"], "spektrum"),
         (["spectrum", "--model", "transformer"], "'mlp', 'convnet', 'resnet'"),
         (["spectrum", "--widht", "3"], "--widht"),

@@ -294,7 +294,7 @@ def test_word_of_two_options_is_refused(tmp_path, monkeypatch):
     from regjax.experiments import _compare
 
     choices = {"normalization": ("none",), "transformation": ("plain", "none")}
-    monkeypatch.setattr(_compare, "_choices", lambda: choices)
+    monkeypatch.setattr(_compare, "_choices", lambda settings: choices)
     with pytest.raises(UsageError, match="normalization=none or transformation=none, got 'none'"):
         compared_settings(make_settings(tmp_path, compare=("none",)))
 
