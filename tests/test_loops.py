@@ -34,15 +34,43 @@ def by_hand(body, operands, carry, length):
 @pytest.mark.parametrize("case", [DENSE, CONVOLVED], ids=["dense", "convolved"])
 @pytest.mark.parametrize("length", [0, 1, 5])
 @pytest.mark.parametrize("traced", [False, True])
-def test_fold_is_the_loop_by_hand(case, length, traced):
+@pytest.mark.parametrize("kind", [_loops.fold, _loops.fold_few])
+def test_fold_is_the_loop_by_hand(case, length, traced, kind):
     body, operands, carry = case
 
     def fold(carry):
-        return _loops.fold(body, carry, length, operands=operands)
+        return kind(body, carry, length, operands=operands)
 
     result = (jax.jit(fold) if traced else fold)(carry)
     np.testing.assert_allclose(result, by_hand(body, operands, carry, length), rtol=1e-6)
     assert not carry.is_deleted()
+
+
+def test_few_turns_are_unrolled_and_more_are_a_loop():
+    body, operands, carry = DENSE
+    few = lambda length: jax.make_jaxpr(
+        lambda c: _loops.fold_few(body, c, length, operands=operands)
+    )(carry)
+    assert "scan" not in primitives(few(8).jaxpr)
+    assert "scan" in primitives(few(9).jaxpr)
+
+
+@pytest.mark.parametrize("num_rows", [3, 17])
+def test_rows_are_spread_in_one_call_but_for_convolutions(num_rows):
+    rows = jnp.arange(4.0 * num_rows).reshape(num_rows, 4)
+    for body, operands in ((add_dense, DENSE[1]), (add_convolved, CONVOLVED[1])):
+        turn = lambda row, body=body, operands=operands: (
+            body(operands, row, jnp.int32(0)),
+            row[0],
+        )
+        image, first = _loops.spread(turn, rows)
+        expected = np.stack([turn(row)[0] for row in rows])
+        np.testing.assert_allclose(image, expected, rtol=1e-6)
+        np.testing.assert_array_equal(first, rows[:, 0])
+        jaxpr = jax.make_jaxpr(lambda rows, turn=turn: _loops.spread(turn, rows))(rows)
+        follow = body is add_convolved and num_rows <= 16
+        convolutions = str(jaxpr).count("conv_general_dilated[")
+        assert convolutions == (num_rows if follow else int(body is add_convolved))
 
 
 def primitives(jaxpr):
