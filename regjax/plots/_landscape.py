@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from regjax import _checks
-from regjax.plots._style import COLORS, TICK_SIZE, label_axes
+from regjax.plots._style import COLORS, TICK_SIZE, label_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,9 +144,8 @@ def surface_figure(panels: Sequence[SurfacePanel], *, width: float = 3.3) -> "Fi
 
     Raises:
       ValueError: there is no panel, or as in `loss_surface`.
+      ImportError: matplotlib is missing.
     """
-    from matplotlib.figure import Figure
-
     if not panels:
         raise ValueError("`panels` must hold at least one surface, got none.")
     _checks.positive("width", width)
@@ -155,13 +154,41 @@ def surface_figure(panels: Sequence[SurfacePanel], *, width: float = 3.3) -> "Fi
     is_row = len(panels) == 1 and width >= 5
     shape = (1, 2) if is_row else (2, len(panels))
     size = width / shape[1]
-    figure = Figure(figsize=(width, 0.95 * size * shape[0]), dpi=200, layout="constrained")
+    figure = new_figure(width, 0.95 * size * shape[0])
     for i, (panel, (positions, losses)) in enumerate(zip(panels, surfaces, strict=True)):
         flat = figure.add_subplot(*shape, i + 1)
         loss_surface(positions, losses, axes=flat, levels=levels, label=panel.label)
         solid = figure.add_subplot(*shape, i + 1 + shape[1] - is_row * 1, projection="3d")
         loss_surface_3d(positions, losses, axes=solid, levels=levels)
     return figure
+
+
+def probe_band(
+    times: Any, values: Any, *, axes: "Axes", label: str | None = None, color: Any = None
+) -> "Axes":
+    """Draws the range of some values at each time as a band, logarithmic if it is positive.
+
+    A second call on the same axes takes the next colour.
+
+    Args:
+      times: (num_looks,).
+      values: (num_looks, S), such as the losses along each step.
+      axes: to draw on.
+      label: name of the band in a legend, or None.
+      color: any colour of matplotlib; None takes the next of a palette for colour-blind readers.
+
+    Returns:
+      `axes`.
+
+    Raises:
+      ValueError: shapes do not fit.
+    """
+    times, values = np.asarray(times, np.float64), _looks("values", values, len(times))
+    color = COLORS[len(axes.collections) % len(COLORS)] if color is None else color
+    lower, upper = np.min(values, 1), np.max(values, 1)
+    axes.fill_between(times, lower, upper, color=color, alpha=0.4, linewidth=0.5, label=label)
+    _set_log(axes)
+    return axes
 
 
 def probe_figure(
@@ -182,23 +209,21 @@ def probe_figure(
 
     Raises:
       ValueError: there is no panel, or shapes do not fit.
+      ImportError: matplotlib is missing.
 
     References:
       S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, figure 4.
     """
-    from matplotlib.figure import Figure
-
     if not panels:
         raise ValueError("`panels` must hold at least one setting, got none.")
     _checks.positive("width", width)
-    figure = Figure(figsize=(width, 0.36 * width), dpi=200, layout="constrained")
+    figure = new_figure(width, 0.36 * width)
     loss, distance, smoothness = figure.subplots(1, 3)
     for i, panel in enumerate(panels):
         color = COLORS[i % len(COLORS)]
         times, looks = _probe_arrays(panel)
         for axes, values in ((loss, looks[0]), (distance, looks[1])):
-            lower, upper = np.min(values, 1), np.max(values, 1)
-            axes.fill_between(times, lower, upper, color=color, alpha=0.4, linewidth=0.5)
+            probe_band(times, values, axes=axes, color=color)
         # Not a number where there was no gradient to compare.
         highest = np.max(np.where(np.isnan(looks[2]), -np.inf, looks[2]), 1)
         smoothness.plot(
@@ -238,14 +263,17 @@ def _surface_arrays(positions: Any, losses: Any) -> tuple[np.ndarray, np.ndarray
 
 def _probe_arrays(panel: ProbePanel) -> tuple[np.ndarray, list[np.ndarray]]:
     times = np.asarray(panel.times, np.float64)
-    looks = [np.asarray(values, np.float64) for values in panel[2:]]
-    for name, values in zip(panel._fields[2:], looks, strict=True):
-        if values.ndim != 2 or len(values) != len(times):
-            raise ValueError(
-                f"`{name}` must have shape (num_looks, S) for {len(times)} times, "
-                f"got {values.shape}."
-            )
-    return times, looks
+    fields = zip(panel._fields[2:], panel[2:], strict=True)
+    return times, [_looks(name, values, len(times)) for name, values in fields]
+
+
+def _looks(name: str, values: Any, num_times: int) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim != 2 or len(values) != num_times:
+        raise ValueError(
+            f"`{name}` must have shape (num_looks, S) for {num_times} times, got {values.shape}."
+        )
+    return values
 
 
 def _levels(surfaces: Sequence[np.ndarray]) -> np.ndarray:

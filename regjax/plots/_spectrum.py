@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from regjax import _checks
-from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, label_axes
+from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, label_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,12 +189,6 @@ def _layout(
     num_rows: int, width: float, has_eigenvalues: bool
 ) -> "tuple[Figure, list[Axes], Axes | None]":
     """The figure, one axes for each density, sharing both scales, and one for the eigenvalues."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "`spectrum_figure` needs matplotlib: pip install 'regjax[run]'."
-        ) from error
     row_height = 1.6 if num_rows == 1 else 1.1
     densities, beside = row_height * num_rows + 0.4, has_eigenvalues and width >= 5
     if beside:
@@ -204,7 +198,7 @@ def _layout(
         below = 1.8 if has_eigenvalues else 0.0
         heights, columns = [row_height] * num_rows + [below] * has_eigenvalues, 1
         height = densities + below
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    figure = new_figure(width, height)
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     rows: list[Axes] = []
     for row in range(num_rows):

@@ -4,10 +4,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito (2008), distinguishable with all common kinds of colour blindness, dark ones first.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LABEL_SIZE, TICK_SIZE = 8, 7  # points
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches that pyplot does not know."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Figures need matplotlib: pip install 'regjax[run]'.") from error
+    return Figure(figsize=(width, height), dpi=200, layout="constrained")
 
 
 def label_axes(axes: "Axes", horizontal: str, vertical: str) -> None:

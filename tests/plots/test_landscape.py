@@ -58,6 +58,17 @@ def test_probes_are_bands_and_the_largest_smoothness():
     assert [text.get_text() for text in last.get_legend().get_texts()] == ["a", "b"]
 
 
+def test_a_second_band_takes_the_next_colour():
+    axes = Figure().add_subplot()
+    for label in "ab":
+        plots.probe_band([0, 1], [[1, 2], [2, 3]], axes=axes, label=label)
+    first, second = (tuple(band.get_facecolor()[0]) for band in axes.collections)
+    assert first != second
+    assert axes.get_yscale() == "log"
+    plots.probe_band([0, 1], [[-1, 2], [2, 3]], axes=(flat := Figure().add_subplot()))
+    assert flat.get_yscale() == "linear"
+
+
 def test_bad_input():
     axes = Figure().add_subplot()
     with pytest.raises(ValueError, match=r"`losses` must have shape \(len, len\)"):
@@ -73,3 +84,5 @@ def test_bad_input():
     wrong = plots.ProbePanel("a", [0, 1], LOSSES, LOSSES, LOSSES)
     with pytest.raises(ValueError, match="`losses` must have shape"):
         plots.probe_figure([wrong])
+    with pytest.raises(ValueError, match=r"`values` must have shape .* for 2 times, got \(3, 1\)"):
+        plots.probe_band([0, 1], np.ones((3, 1)), axes=axes)
