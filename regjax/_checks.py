@@ -95,6 +95,17 @@ def same_tree(name: str, tree: Any, like: Any, *, leading: tuple[int, ...] = ())
     return tree
 
 
+def mask_leaves(mask: Any, like: Any) -> list[bool]:
+    """One bool for each leaf of `like`; None takes all."""
+    if mask is None:
+        return [True] * len(jax.tree.leaves(like))
+    leaves = jax.tree.leaves(same_structure("mask", mask, like))
+    for leaf in leaves:
+        if not isinstance(leaf, bool):
+            raise TypeError(f"`mask` must hold Python bools, got {leaf!r}.")
+    return leaves
+
+
 def num_examples(batch: Any) -> int:
     """Returns the length of the leading axis that all leaves of `batch` share."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _loops
+from regjax import _checks, _loops, _tree
 from regjax._base import Batch, applied, as_partial, check_loss, check_separable, couples_examples
 
 # Enough examples to tell a mean from anything else.
@@ -99,6 +99,40 @@ def each(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> An
     )
     rows = _loops.fold(_set, rows, num_chunks, operands=chunked)
     return _set_ragged(rows, chunked) if ragged else rows
+
+
+def sampled(
+    function: Any, params: Any, inputs: jax.Array, *, key: jax.Array, num_samples: int,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The mean over examples of random numbers, and its standard error over their draws, both ().
+
+    Args:
+      function: (params, inputs, keys) -> (N,), drawn anew for each example from its key.
+      params: what does not depend on the example.
+      inputs: (N, ...).
+      key: typed key; the draws do not depend on the chunks.
+      num_samples: draws for each example; with a single one the error is NaN.
+      chunk_size: number of examples at a time; None: all at once.
+    """
+    _checks.integer("num_samples", num_samples)
+    num_examples = _checks.num_examples(inputs)
+    keys = jax.random.split(_checks.key("key", key), num_examples)
+
+    def add(moments: Any, i: jax.Array) -> Any:
+        mean, squares = moments
+        each_key = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        values = each(function, params, (inputs, each_key), chunk_size)
+        change = values - mean
+        mean = mean + change / (i + 1).astype(mean.dtype)
+        return mean, squares + change * (values - mean)
+
+    zeros = jnp.zeros(num_examples, _tree.wide_dtype(inputs))
+    mean, squares = _loops.fold_captured(add, (zeros, zeros), num_samples)
+    # NaN with a single sample: 0 / 0.
+    variances = squares / (jnp.asarray(num_samples - 1.0, squares.dtype) * num_samples)
+    error = jnp.sqrt(jnp.sum(jax.lax.stop_gradient(variances))) / num_examples
+    return jnp.mean(mean), error
 
 
 def _zeros(chunked: _Chunked) -> Any:

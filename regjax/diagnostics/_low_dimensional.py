@@ -187,25 +187,12 @@ def transversal_variation(
     _jacobian.check_model("model_fn", model_fn, inputs)
     basis = _with_complement(_checked_basis(basis, inputs[0].size))
     _checks.non_negative("radius", radius)
-    _checks.integer("num_samples", num_samples)
-    num_examples = _checks.num_examples(inputs)
-    keys = jax.random.split(_checks.key("key", key), num_examples)
-    function = Partial(_changes, as_partial(model_fn))
     rest = params, basis, jnp.asarray(radius, basis.dtype)
-
-    def add(moments: Any, i: jax.Array) -> Any:
-        mean, squares = moments
-        each_key = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        changes = _chunks.each(function, rest, (inputs, each_key), chunk_size)
-        deviation = changes - mean
-        mean = mean + deviation / (i + 1).astype(mean.dtype)
-        return mean, squares + deviation * (changes - mean)
-
-    zeros = jnp.zeros(num_examples, basis.dtype)
-    mean, squares = _loops.fold_captured(add, (zeros, zeros), num_samples)
-    # NaN with a single sample: 0 / 0.
-    variances = squares / (jnp.asarray(num_samples - 1.0, squares.dtype) * num_samples)
-    return TransversalVariation(jnp.mean(mean), jnp.sqrt(jnp.sum(variances)) / num_examples)
+    value, error = _chunks.sampled(
+        Partial(_changes, as_partial(model_fn)), rest, inputs,
+        key=key, num_samples=num_samples, chunk_size=chunk_size,
+    )  # fmt: skip
+    return TransversalVariation(value, error)
 
 
 def frozen_component(
@@ -272,7 +259,7 @@ def _changes(model_fn: Partial, rest: Any, inputs: jax.Array, keys: jax.Array) -
         _tree.wide(_jacobian.flat(model_fn(params, x), num_examples))
         for x in (inputs, moved.astype(inputs.dtype))
     )
-    return jnp.sqrt(jnp.sum((there - here) ** 2, 1)).astype(basis.dtype)
+    return jnp.sqrt(jnp.sum((there - here) ** 2, 1))
 
 
 def _off(basis: jax.Array, vectors: jax.Array) -> jax.Array:

@@ -276,12 +276,7 @@ def merge(one: Any, other: Any) -> Any:
 
 def _chosen(mask: Any, params: Any) -> list[bool]:
     """One bool for each leaf of `params`, at least one of them True."""
-    if mask is None:
-        return [True] * len(jax.tree.leaves(params))
-    leaves = jax.tree.leaves(_checks.same_structure("mask", mask, params))
-    for leaf in leaves:
-        if not isinstance(leaf, bool):
-            raise TypeError(f"`mask` must hold Python bools, got {leaf!r}.")
+    leaves = _checks.mask_leaves(mask, params)
     if not any(leaves):
         raise ValueError("`mask` must choose at least one leaf, got none.")
     return leaves

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from regjax import _checks, _chunks, _jacobian, _loops, _tree
+from regjax import _checks, _chunks, _jacobian, _tree
 from regjax._base import as_partial
 
 _SIDES = ("outputs", "inputs")
@@ -100,24 +100,11 @@ def geometric_complexity_estimate(
     _jacobian.check_model("model_fn", model_fn, inputs)
     _checks.integer("num_projections", num_projections)
     project = {"outputs": _reverse, "inputs": _forward}[_checks.choice("side", side, _SIDES)]
-    num_examples = _checks.num_examples(inputs)
-    keys = jax.random.split(_checks.key("key", key), num_examples)
-    function = Partial(project, as_partial(model_fn))
-
-    def add(moments: Any, i: jax.Array) -> Any:
-        mean, squares = moments
-        each_key = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        norms = _chunks.each(function, params, (inputs, each_key), chunk_size)
-        change = norms - mean
-        mean = mean + change / (i + 1).astype(norms.dtype)
-        return mean, squares + change * (norms - mean)
-
-    zeros = jnp.zeros(num_examples, _tree.wide_dtype(inputs))
-    mean, squares = _loops.fold_captured(add, (zeros, zeros), num_projections)
-    # NaN with a single projection: 0 / 0.
-    variances = squares / (jnp.asarray(num_projections - 1.0, squares.dtype) * num_projections)
-    error = jnp.sqrt(jnp.sum(jax.lax.stop_gradient(variances))) / num_examples
-    return GeometricComplexityEstimate(jnp.mean(mean), error)
+    value, error = _chunks.sampled(
+        Partial(project, as_partial(model_fn)), params, inputs,
+        key=key, num_samples=num_projections, chunk_size=chunk_size,
+    )  # fmt: skip
+    return GeometricComplexityEstimate(value, error)
 
 
 def _squared_norms(model_fn: Partial, params: Any, inputs: jax.Array) -> jax.Array:

@@ -76,10 +76,7 @@ def _kernels(params: Any, mask: Any) -> list[jax.Array]:
     if mask is None:
         return [leaf for _, leaf in leaves if jnp.ndim(leaf) >= 2]
     kernels = []
-    chosen = jax.tree.leaves(_checks.same_structure("mask", mask, params))
-    for (path, leaf), choose in zip(leaves, chosen, strict=True):
-        if not isinstance(choose, bool):
-            raise TypeError(f"`mask` must hold Python bools, got {choose!r}.")
+    for (path, leaf), choose in zip(leaves, _checks.mask_leaves(mask, params), strict=True):
         if choose and jnp.ndim(leaf) < 2:
             raise ValueError(
                 "`mask` must leave out leaves with fewer than two axes, got "

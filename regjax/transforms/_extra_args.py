@@ -48,15 +48,7 @@ def check_static(name: str, value: Any, minimum: int) -> int:
 
 def mask_leaves(mask: Mask, params: Params) -> list[bool]:
     """One bool for each leaf of `params`."""
-    if callable(mask):
-        mask = mask(params)
-    if mask is None:
-        return [True] * len(jax.tree.leaves(params))
-    leaves = jax.tree.leaves(_checks.same_structure("mask", mask, params))
-    for leaf in leaves:
-        if not isinstance(leaf, bool):
-            raise TypeError(f"`mask` must hold Python bools, got {leaf!r}.")
-    return leaves
+    return _checks.mask_leaves(mask(params) if callable(mask) else mask, params)
 
 
 def check_params(params: Params | None) -> Params:
