@@ -50,7 +50,7 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
     validate(settings)
     folder = out_dir(settings)
     path = folder / "landscape.json"
-    probes = _known_probes(path) if settings.resume else {}
+    probes = _known_probes(path, settings) if settings.resume else {}
     with precision(settings):
 
         def look(epochs: int, subject: Subject) -> None:
@@ -88,13 +88,15 @@ def _probe(subject: Subject, settings: LandscapeSettings) -> Record:
     }
 
 
-def _known_probes(path: Path) -> dict[int, Record]:
-    """The probes of the epochs before an interruption, by epoch."""
+def _known_probes(path: Path, settings: LandscapeSettings) -> dict[int, Record]:
+    """The probes of the epochs before an interruption, by epoch, if they were made like these."""
     if not path.exists():
         return {}
     # A number that was not finite was written as null.
-    text = path.read_text().replace("null", "NaN")
-    return {probe["epochs"]: probe for probe in json.loads(text).get("probes", [])}
+    probes = json.loads(path.read_text().replace("null", "NaN")).get("probes", [])
+    like = settings.probe_points, settings.probe_examples or settings.batch_size
+    made = lambda probe: (len(probe["step_sizes"]), probe["num_examples"])
+    return {probe["epochs"]: probe for probe in probes if made(probe) == like}
 
 
 def _surface(

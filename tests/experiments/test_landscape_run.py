@@ -114,6 +114,9 @@ def test_what_was_computed_before_an_interruption_stays(tmp_path, monkeypatch):
     assert [probe["epochs"] for probe in record["probes"]] == [0, 1, 2, 3]
     assert record["probes"][:3] == on_disk["probes"]
     assert len(computed) == 1
+    # Probes of another kind do not mix with them.
+    other = run_landscape(dataclasses.replace(longer, probe_points=3, epochs=4), silent)
+    assert [len(probe["losses"]) for probe in other["probes"]] == [3]
 
 
 def test_settings_side_by_side(tmp_path):
