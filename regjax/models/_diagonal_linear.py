@@ -1,0 +1,209 @@
+"""Diagonal linear networks: sparse regression whose gradient flow is known in closed form.
+
+The weights are w = u^N - v^N, entry by entry. With L = (1 / n) ||X w - y||^2, without 1/2, and
+r = (2 / n) X'(X w - y), gradient descent of rate eta is
+
+    u <- u - eta N r u^(N - 1),   v <- v + eta N r v^(N - 1)
+
+The formulas here are those of its gradient flow from u = v = alpha; descent leaves them by O(eta).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from regjax import _checks
+
+
+class EarlyStoppingWindow(NamedTuple):
+    """Between which steps of descent to stop, to leading order.
+
+    Attributes:
+      first: (), when the smallest signal has reached half its size.
+      last: (), when a coordinate that fits noise has grown from alpha to its square root.
+    """
+
+    first: jax.Array
+    last: jax.Array
+
+
+class DiagonalLinear(nnx.Module):
+    """Linear regression with the weights u^N - v^N, or u^N alone.
+
+    Parameters `u` and, if `signed`, `v`, both alpha = `init_scale` everywhere: then w begins at 0,
+    without v at alpha^N. Networks of different depths are comparable at equal alpha^N.
+
+    Args:
+      num_inputs: p, number of features.
+      depth: N, at least 2.
+      init_scale: alpha, positive.
+      signed: whether weights may be negative.
+      param_dtype: of the parameters.
+
+    Raises:
+      ValueError: a number is out of its range.
+      TypeError: `num_inputs` or `depth` is not a Python integer.
+
+    References:
+      J. Li, T. Nguyen, C. Hegde, R. Wong (2021), arXiv:2108.05574.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        *,
+        depth: int,
+        init_scale: float,
+        signed: bool = True,
+        param_dtype: Any = jnp.float32,
+    ):
+        _checks.integer("num_inputs", num_inputs)
+        self.depth = _checks.integer("depth", depth, minimum=2)
+        _checks.positive("init_scale", init_scale)
+        start = jnp.full(num_inputs, init_scale, param_dtype)
+        self.u = nnx.Param(start)
+        self.v = nnx.Param(start) if signed else None
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Predictions (batch,) of inputs (batch, num_inputs)."""
+        v = None if self.v is None else self.v[...]
+        return inputs @ diagonal_weights(self.u[...], v, self.depth)
+
+
+def diagonal_weights(u: jax.Array, v: jax.Array | None, depth: int) -> jax.Array:
+    """The weights u^N - v^N of the linear map.
+
+    Args:
+      u: (p,).
+      v: (p,), or None for u^N alone.
+      depth: N, at least 2.
+
+    Returns:
+      Weights (p,).
+
+    Raises:
+      ValueError: `depth` is below 2.
+    """
+    _checks.integer("depth", depth, minimum=2)
+    return u**depth if v is None else u**depth - v**depth
+
+
+def conserved_quantity(u: jax.Array, v: jax.Array, depth: int) -> jax.Array:
+    """What gradient flow keeps at each coordinate, whatever the data.
+
+        u v for N = 2,   u^(2 - N) + v^(2 - N) beyond
+
+    From u = v = alpha that is alpha^2, or 2 alpha^(2 - N). Momentum does not keep it.
+
+    Args:
+      u: (p,), positive.
+      v: (p,), positive.
+      depth: N, at least 2.
+
+    Returns:
+      The conserved quantity (p,).
+
+    Raises:
+      ValueError: `depth` is below 2.
+
+    References:
+      Derived for the loss without 1/2; N = 2 is known from B. Woodworth et al. (2020),
+      arXiv:2002.09277.
+    """
+    if _checks.integer("depth", depth, minimum=2) == 2:
+        return u * v
+    return u ** (2 - depth) + v ** (2 - depth)
+
+
+def diagonal_flow(init_scale: Any, depth: int, integrated_residual: jax.Array) -> jax.Array:
+    """The weights of gradient flow, from the integral S of r = (2 / n) X'(X w - y) over time.
+
+        -2 alpha^2 sinh(4 S)                                                             for N = 2,
+        (alpha^(2 - N) + N (N - 2) S)^(-N / (N - 2)) - (alpha^(2 - N) - N (N - 2) S)^(-N / (N - 2))
+
+    beyond. After t steps of descent S is the rate times the sum of r over them.
+
+    Args:
+      init_scale: alpha, positive; u = v = alpha at the start.
+      depth: N, at least 2.
+      integrated_residual: (p,), S.
+
+    Returns:
+      Weights (p,); NaN at a coordinate whose S no flow reaches.
+
+    Raises:
+      ValueError: `depth` is below 2, or `init_scale` is not positive.
+
+    References:
+      Derived for the loss without 1/2 and tested against descent.
+    """
+    _checks.integer("depth", depth, minimum=2)
+    _checks.positive("init_scale", init_scale)
+    integral = jnp.asarray(integrated_residual)
+    alpha = jnp.asarray(init_scale, integral.dtype)
+    if depth == 2:
+        return -2 * alpha**2 * jnp.sinh(4 * integral)
+    start, change = alpha ** (2 - depth), depth * (depth - 2) * integral
+    reached = jnp.abs(change) < start
+    power = lambda base: jnp.where(reached, base, 1) ** (-depth / (depth - 2))
+    return jnp.where(reached, power(start + change) - power(start - change), jnp.nan)
+
+
+def early_stopping_window(
+    init_scale: Any, depth: int, learning_rate: Any, smallest_signal: Any, noise_level: Any
+) -> EarlyStoppingWindow:
+    """When to stop descent: after the signal has come and before the noise does.
+
+    To leading order in small alpha, with orthonormal features and w* the smallest signal:
+
+        first = log(sqrt(w* / 2) / alpha) / (4 w* eta),   last = log(1 / sqrt(alpha)) / (4 e eta)
+
+    for N = 2, e the noise level; and beyond
+
+        first = (alpha^(2 - N) - (w* / 2)^((2 - N) / N)) / (2 N (N - 2) w* eta)
+        last  = (alpha^(2 - N) - alpha^((2 - N) / 2)) / (2 N (N - 2) e eta)
+
+    Both grow as alpha^(2 - N), and so does their difference: deeper networks have longer windows.
+
+    Args:
+      init_scale: alpha, positive and below 1.
+      depth: N, at least 2.
+      learning_rate: eta, of plain descent on the loss without 1/2.
+      smallest_signal: w*, the smallest magnitude of a true weight, positive.
+      noise_level: e, largest magnitude of X' xi / n for noise xi, positive.
+
+    Returns:
+      An `EarlyStoppingWindow`, in steps. `last` below `first` says that there is none.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    References:
+      Derived; the paper, arXiv:2108.05574, proves a window whose constants are not these.
+    """
+    _checks.integer("depth", depth, minimum=2)
+    for name, value in (
+        ("init_scale", init_scale),
+        ("learning_rate", learning_rate),
+        ("smallest_signal", smallest_signal),
+        ("noise_level", noise_level),
+    ):
+        _checks.positive(name, value)
+    if not isinstance(init_scale, jax.Array) and init_scale >= 1:
+        raise ValueError(f"`init_scale` must be below 1, got {init_scale}.")
+    alpha, rate, signal, noise = (
+        jnp.asarray(x, jnp.result_type(float))
+        for x in (init_scale, learning_rate, smallest_signal, noise_level)
+    )
+    if depth == 2:
+        rise, growth = jnp.log(jnp.sqrt(signal / 2) / alpha), -jnp.log(alpha) / 2
+        scale = 4.0
+    else:
+        start, power = alpha ** (2 - depth), (2 - depth) / depth
+        rise, growth = start - (signal / 2) ** power, start - alpha ** ((2 - depth) / 2)
+        scale = 2.0 * depth * (depth - 2)
+    # A start beyond half the signal has nothing to wait for.
+    first = jnp.maximum(rise, 0) / (scale * signal * rate)
+    return EarlyStoppingWindow(first, growth / (scale * noise * rate))
