@@ -7,6 +7,7 @@ what is compiled is thrown away between the two kinds, and they are few.
 
 import importlib.metadata
 import os
+import pathlib
 import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +20,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 import jax
 import pytest
 
+# Every compiled function maps memory, and Linux ends a process at 65530 mappings.
+_MAX_MAPPINGS = 30_000
+_MAPPINGS = pathlib.Path("/proc/self/maps")
 _OPTION = "jax_disable_most_optimizations"
 _QUICK = jax.config.read(_OPTION)
 
@@ -46,6 +50,12 @@ def pytest_runtest_setup(item):
     if jax.config.read(_OPTION) != quick:
         jax.config.update(_OPTION, quick)
         # The option is no part of the key under which jit remembers what it compiled.
+        jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_mappings():
+    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MAX_MAPPINGS:
         jax.clear_caches()
 
 
