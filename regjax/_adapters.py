@@ -150,6 +150,11 @@ class ModelFunction:
         """Whether one example's output depends on the others."""
         return self.coupled
 
+    @property
+    def differs_by_chunk(self) -> bool:
+        """Whether each chunk has statistics of its own, as asked for by name."""
+        return self.mode == "train_per_chunk"
+
     def __call__(self, params: Params, inputs: Any, /) -> Any:
         """The outputs for `inputs`, leading axis the examples."""
         train = self.mode != "evaluation"
@@ -175,6 +180,11 @@ class ModelLoss:
     def couples_examples(self) -> bool:
         """Whether the loss is more than a mean over independent examples."""
         return self.function.couples_examples
+
+    @property
+    def differs_by_chunk(self) -> bool:
+        """Whether each chunk has statistics of its own, as asked for by name."""
+        return self.function.differs_by_chunk
 
     def __call__(self, params: Any, inputs: Any, targets: Any) -> Any:
         """The mean loss over the examples."""

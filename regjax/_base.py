@@ -52,9 +52,18 @@ def couples_examples(function: Any) -> bool:
     Returns:
       Its attribute `couples_examples`; False for plain callables, which `check_separable` tests.
     """
-    while isinstance(function, functools.partial) and not hasattr(function, "couples_examples"):
+    return _says(function, "couples_examples")
+
+
+def differs_by_chunk(function: Any) -> bool:
+    """Whether `function` says that each chunk of a batch is meant to be another function."""
+    return _says(function, "differs_by_chunk")
+
+
+def _says(function: Any, name: str) -> bool:
+    while isinstance(function, functools.partial) and not hasattr(function, name):
         function = function.func
-    return bool(getattr(function, "couples_examples", False))
+    return bool(getattr(function, name, False))
 
 
 def check_separable(loss_fn: LossFn, params: Params, *batch: Any, tolerance: float = 1e-4) -> None:

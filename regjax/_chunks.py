@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops, _tree
-from regjax._base import Batch, applied, as_partial, check_loss, check_separable, couples_examples
+from regjax._base import (
+    Batch,
+    applied,
+    as_partial,
+    check_loss,
+    check_separable,
+    couples_examples,
+    differs_by_chunk,
+)
 
 # Enough examples to tell a mean from anything else.
 _SEPARABLE_EXAMPLES = 64
@@ -54,7 +62,7 @@ def checked_size(loss_fn: Any, params: Any, batch: Batch, chunk_size: int | None
             f'train mode), got {chunk_size}; use mode="evaluation", or ask for '
             'mode="train_per_chunk" by name.'
         )
-    if _loops.is_concrete(loss_fn, params, batch):
+    if _loops.is_concrete(loss_fn, params, batch) and not differs_by_chunk(loss_fn):
         some = jax.tree.map(lambda leaf: leaf[:_SEPARABLE_EXAMPLES], batch)
         loss = as_partial(loss_fn)
         check_separable(lambda params, *part: applied(loss, params, part), params, *some)

@@ -222,9 +222,9 @@ def _judge_accuracy(data: str, own: Sequence[Record]) -> Verdict:
     helps = [keep for keep in keeps if gains[keep, "penalty"] and gains[keep, "dropout"]]
     # At one of several probabilities it would be a choice made afterwards.
     only = f", only at p = {helps[0]:g}" if 0 < len(helps) < len(keeps) else ""
-    word = _claims.word(len(helps) == len(keeps))
+    word = _claims.word(len(helps) == len(keeps)) + only
     return Verdict(
-        f"{word}{only} ({data}): dropout and R1 raise the accuracy",
+        f"{word} ({data}): dropout and R1 raise the accuracy",
         f"gain over {plain.mean():.4f} without: {', '.join(shown)} (one standard error)",
     )
 

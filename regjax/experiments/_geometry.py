@@ -48,11 +48,9 @@ def _spherical_sharpness(
     subject: Subject, inputs: jax.Array, targets: jax.Array, chunk_size: int, key: jax.Array
 ) -> Record:
     model, params = subject.model, subject.model.params
-    mask, mode, limit = None, "evaluation", None
-    if chunk_size < len(targets):
-        limit = chunk_size
+    mask, mode = None, "evaluation"
     if model.has_batch_statistics:
-        mode, limit = "train", None
+        mode = "train"
         inputs, targets = inputs[:chunk_size], targets[:chunk_size]
         found = diagnostics.scale_invariant_mask(
             model_function(model, mode=mode, key=key), params, inputs, key=key
@@ -60,7 +58,7 @@ def _spherical_sharpness(
         mask = found.mask if any(jax.tree.leaves(found.mask)) else None
     loss = model_loss(model, criterion, mode=mode, key=key if mode == "train" else None)
     report = diagnostics.spherical_sharpness(
-        loss, params, inputs, targets, key=key, mask=mask, chunk_size=limit
+        loss, params, inputs, targets, key=key, mask=mask, chunk_size=chunk_size
     )
     leaves = jax.tree.leaves(mask) if mask is not None else [True] * len(jax.tree.leaves(params))
     return {

@@ -111,7 +111,7 @@ def _surface(
     inputs, targets = training_examples(subject, settings, "surface_examples")
     check_examples(subject.model, settings, inputs, targets)
     loss = model_loss(subject.model, criterion, mode=settings.batch_norm_mode)
-    chunk_size = settings.chunk_size if settings.chunk_size < len(targets) else None
+    chunk_size = settings.chunk_size
     first, second = (
         diagnostics.filter_normalized_direction(
             params, key=key, per_filter=settings.directions == "filter"

@@ -109,8 +109,7 @@ def conserved_quantity(u: jax.Array, v: jax.Array, depth: int) -> jax.Array:
       ValueError: `depth` is below 2.
 
     References:
-      Derived for the loss without 1/2; N = 2 is known from B. Woodworth et al. (2020),
-      arXiv:2002.09277.
+      Derived for the loss without 1/2 and tested against descent.
     """
     if _checks.integer("depth", depth, minimum=2) == 2:
         return u * v
@@ -181,7 +180,7 @@ def early_stopping_window(
       ValueError: a number is out of its range.
 
     References:
-      Derived; the paper, arXiv:2108.05574, proves a window whose constants are not these.
+      Derived, not the theorem of arXiv:2108.05574, which was not at hand.
     """
     _checks.integer("depth", depth, minimum=2)
     for name, value in (

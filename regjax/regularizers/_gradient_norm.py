@@ -32,8 +32,8 @@ def gradient_norm_penalty(loss_fn: Callable[..., Any], params: Any, *batch: Any)
       TypeError: a parameter is not real floating point.
 
     References:
-      D. Barrett, B. Dherin (2021), Implicit gradient regularization, arXiv:2009.11162. They and
-      others multiply by factors of the learning rate; here the caller does.
+      D. Barrett, B. Dherin (2021), Implicit gradient regularization, arXiv:2009.11162, which was
+      not at hand. Any factor, such as one of the learning rate, is the caller's.
     """
     check_loss(loss_fn, params, batch)
     return squared_gradient_norm(as_partial(loss_fn), params, batch)

@@ -102,6 +102,13 @@ def test_probe_and_shift_of_models_in_train_mode():
         jax.tree.map(np.testing.assert_array_equal, model.state, before)
         with pytest.raises(ValueError, match="`chunk_size` must not split a batch"):
             diagnostics.line_probe(loss, model.params, x, y, step_sizes=STEPS, chunk_size=5)
+        # Statistics of each chunk are another loss, which is asked for by name.
+        by_chunk = regjax.model_loss(model, oracles.cross_entropy, mode="train_per_chunk")
+        report = diagnostics.line_probe(
+            by_chunk, model.params, x, y, step_sizes=STEPS[:1], chunk_size=8
+        )
+        parts = (8 * loss(model.params, x[:8], y[:8]) + 4 * loss(model.params, x[8:], y[8:])) / 12
+        np.testing.assert_allclose(report.loss, parts, rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
