@@ -50,6 +50,16 @@ def group_axes(weights: Any, per_filter: bool) -> tuple[int, ...]:
     return tuple(range(ndim - 1 if per_filter and ndim > 1 else ndim))
 
 
+def merge(one: Any, other: Any) -> Any:
+    """`one` with the leaves of `other` where it has None."""
+    return jax.tree.map(
+        lambda ours, theirs: theirs if ours is None else ours,
+        one,
+        other,
+        is_leaf=lambda node: node is None,
+    )
+
+
 def ravel(tree: Any, dtype: Any) -> jax.Array:
     """The leaves of `tree` as one vector (n,) of `dtype`, in the order of `jax.tree.leaves`."""
     vector, start = jnp.zeros(size(tree), dtype), 0

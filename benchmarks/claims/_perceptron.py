@@ -8,7 +8,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from benchmarks.claims import _networks
@@ -49,11 +48,6 @@ def outputs(network: Any, x: jax.Array) -> jax.Array:
     return _forward(_NORM, network[0], x, network[1], False)[1]
 
 
-def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    """Mean over the examples."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
-
-
 @functools.partial(jax.jit, static_argnames="num_together")
 def descend(params: Any, x: jax.Array, y: jax.Array, rows: jax.Array, *, num_together: int) -> Any:
     """Parameters after plain descent on batches `rows`, statistics of so many at a time."""
@@ -61,7 +55,7 @@ def descend(params: Any, x: jax.Array, y: jax.Array, rows: jax.Array, *, num_tog
 
     def loss(params: Any, rows: jax.Array) -> jax.Array:
         logits = _forward(norm, params, x[rows], no_states(params), True)[1]
-        return cross_entropy(logits, y[rows])
+        return _networks.cross_entropy(logits, y[rows])
 
     def step(carry: Any, rows: jax.Array) -> Any:
         params, state = carry

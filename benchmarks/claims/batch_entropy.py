@@ -78,7 +78,7 @@ def _run(settings: Settings) -> dict[str, float]:
     right = jnp.argmax(_outputs(params, split.x_test)[0], 1) == split.y_test
     return {
         "accuracy": float(jnp.mean(right)),
-        "loss": float(_cross_entropy(logits, split.y)),
+        "loss": float(_networks.cross_entropy(logits, split.y)),
         **{f"entropy_{i}": float(entropies[layer]) for i, layer in enumerate(shown)},
         **{f"lowest_{i}": value for i, value in enumerate(lowest)},
     }
@@ -124,7 +124,7 @@ def _epoch(
 ) -> Any:
     def loss(params: Any, rows: jax.Array) -> jax.Array:
         logits, entropies = _outputs(params, x[rows])
-        task = _cross_entropy(logits, y[rows])
+        task = _networks.cross_entropy(logits, y[rows])
         return task + regularizers.layerwise_batch_entropy(
             task, entropies, params["targets"], strength=strength, min_target=_MIN_TARGET
         )
@@ -135,10 +135,6 @@ def _epoch(
         return (jax.tree.map(lambda p, d: p - rate * d, params, directions), state), None
 
     return jax.lax.scan(step, (params, state), order)[0]
-
-
-def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
 
 def _lowest(params: Any, split: _networks.Split) -> float:

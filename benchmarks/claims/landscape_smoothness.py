@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 import regjax
@@ -67,7 +66,7 @@ def _run_net(settings: Settings) -> dict[str, float]:
     for step in range(settings["steps"]):
         rows = orders.choice(len(split.y), _BATCH, replace=False)
         loss = regjax.model_loss(
-            model, _cross_entropy, mode="train", key=jax.random.fold_in(key, step)
+            model, _networks.cross_entropy, mode="train", key=jax.random.fold_in(key, step)
         )
         model, numbers = _step(layers, model.apply, loss, model, split.x[rows], split.y[rows], rate)
         found.append(numbers)
@@ -81,10 +80,6 @@ def _run_net(settings: Settings) -> dict[str, float]:
         "layer 4": fourth,
         "accuracy": _networks.model_accuracy(model, split),
     }
-
-
-def _cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, labels))
 
 
 def _squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:

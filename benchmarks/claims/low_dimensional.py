@@ -152,7 +152,7 @@ def _train(
     model_fn = _linear if is_linear else _networks.outputs
 
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(model_fn(params, x), y))
+        return _networks.cross_entropy(model_fn(params, x), y)
 
     def step(carry: Any, inputs: Any) -> Any:
         (params, state), (rows, key) = carry, inputs

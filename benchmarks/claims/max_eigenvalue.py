@@ -48,18 +48,7 @@ def _grid(
     ]
 
 
-@functools.cache
-def _small_fashion() -> _networks.Split:
-    """300 training images and all test images of 14 x 14 pixels: means of four."""
-    split = _networks.fashion_mnist(300)
-
-    def pool(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(len(x), -1)
-
-    return split._replace(x=pool(split.x), x_test=pool(split.x_test))
-
-
-_DATA = {"digits": _networks.digits, "fashion_mnist": _small_fashion}
+_DATA = {"digits": _networks.digits, "fashion_mnist": _networks.small_fashion_mnist}
 
 
 def _run(settings: Settings) -> dict[str, float]:
@@ -104,8 +93,7 @@ def _outputs(params: Any, x: jax.Array, reference: jax.Array, normalizes: bool) 
 
 
 def _normalized_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    logits = _outputs(params, x, x, True)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+    return _networks.cross_entropy(_outputs(params, x, x, True), y)
 
 
 def _dropped_loss(params: Any, x: jax.Array, y: jax.Array, key: jax.Array, drop: Any) -> jax.Array:

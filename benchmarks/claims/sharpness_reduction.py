@@ -46,13 +46,8 @@ def _grid(
 
 @functools.cache
 def _split(data: str, pixels: str) -> _networks.Split:
-    """300 training images; Fashion-MNIST at 14 x 14 pixels, means of four."""
-    split = _networks.digits() if data == "digits" else _networks.fashion_mnist(300)
+    split = _networks.digits() if data == "digits" else _networks.small_fashion_mnist()
     x, x_test = split.x, split.x_test
-    if data == "fashion_mnist":
-        x, x_test = (
-            a.reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(len(a), -1) for a in (x, x_test)
-        )
     if pixels == "standardised":
         mean, deviation = x.mean(0), x.std(0)
         scale = jnp.where(deviation > 0, 1 / jnp.where(deviation > 0, deviation, 1), 0)

@@ -106,7 +106,7 @@ def _run_margin(settings: Settings) -> dict[str, float]:
     is_right = jnp.argmax(logits_fn(network, split.x_test), 1) == split.y_test
     return {
         "margin": float(jnp.median(margins)),
-        "loss": float(_perceptron.cross_entropy(logits_fn(network, split.x), split.y)),
+        "loss": float(_networks.cross_entropy(logits_fn(network, split.x), split.y)),
         "accuracy": float(jnp.mean(is_right)),
     }
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 from jax.tree_util import Partial
 
-from regjax import _checks
+from regjax import _checks, _tree
 from regjax._adapters import couples_examples
 from regjax.curvature._operators import Operator, Rule, build
 
@@ -27,7 +27,7 @@ class _OfBlock:
         return couples_examples(self.function)
 
     def __call__(self, block: Any, *batch: Any) -> Any:
-        return self.function(_merge(block, self.rest), *batch)
+        return self.function(_tree.merge(block, self.rest), *batch)
 
 
 def by_block(operator: Operator, *, depth: int = 1) -> dict[str, Operator]:
@@ -68,12 +68,3 @@ def _block(operator: Operator, inside: list[bool]) -> Operator:
     rest = jax.tree.unflatten(treedef, [None if here else leaf for leaf, here in pairs])
     function = _OfBlock(operator.function, rest)
     return build(cast(Rule, operator.rule), function, block, operator.batch, operator.chunk_size)
-
-
-def _merge(block: Any, rest: Any) -> Any:
-    return jax.tree.map(
-        lambda ours, other: other if ours is None else ours,
-        block,
-        rest,
-        is_leaf=lambda node: node is None,
-    )

@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _tree, curvature
 from regjax.diagnostics._sharpness import Ritz, report, ritz
-from regjax.diagnostics._spherical_sharpness import displaced, merge
+from regjax.diagnostics._spherical_sharpness import displaced
 
 
 class FlowReport(NamedTuple):
@@ -115,7 +115,7 @@ def sharpness_reduction_flow(
     krylov = ritz(hessian, third, key=None, num_steps=num_steps)
     predicted = _predict(found, krylov, norm, intrinsic_rate, flat_tolerance, tol)
     velocity = _tree.unravel(predicted.velocity, origin)
-    return predicted._replace(velocity=merge(velocity, jax.tree.map(jnp.zeros_like, params)))
+    return predicted._replace(velocity=_tree.merge(velocity, jax.tree.map(jnp.zeros_like, params)))
 
 
 def _third_derivative(of_direction: Any, origin_and_leading: Any, *batch: Any) -> Any:

@@ -246,7 +246,7 @@ class _Displaced:
             self.weights,
             displacement,
         )
-        return self.loss_fn(merge(moved, self.rest), *batch)
+        return self.loss_fn(_tree.merge(moved, self.rest), *batch)
 
 
 def displaced(loss_fn: Any, params: Any, mask: Any, tangent: bool) -> tuple[_Displaced, Any]:
@@ -269,11 +269,6 @@ def split(params: Any, mask: Any) -> tuple[Any, Any]:
     return weights, rest
 
 
-def merge(one: Any, other: Any) -> Any:
-    """The tree of which `split` made two."""
-    return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=_is_none)
-
-
 def _chosen(mask: Any, params: Any) -> list[bool]:
     """One bool for each leaf of `params`, at least one of them True."""
     leaves = _checks.mask_leaves(mask, params)
@@ -286,8 +281,4 @@ def _midpoint(params: Any, next_params: Any, mask: Any) -> Any:
     (weights, rest), (next_weights, next_rest) = split(params, mask), split(next_params, mask)
     shrink = jnp.sqrt(_tree.inner(weights, weights) / _tree.inner(next_weights, next_weights))
     turned = jax.tree.map(lambda w, v: (w + shrink.astype(v.dtype) * v) / 2, weights, next_weights)
-    return merge(turned, jax.tree.map(lambda a, b: (a + b) / 2, rest, next_rest))
-
-
-def _is_none(node: Any) -> bool:
-    return node is None
+    return _tree.merge(turned, jax.tree.map(lambda a, b: (a + b) / 2, rest, next_rest))
