@@ -34,6 +34,10 @@ from regjax.diagnostics._sharpness import lambda_max as lambda_max
 from regjax.diagnostics._sharpness import lambda_max_between as lambda_max_between
 from regjax.diagnostics._sharpness_flow import FlowReport as FlowReport
 from regjax.diagnostics._sharpness_flow import sharpness_reduction_flow as sharpness_reduction_flow
+from regjax.diagnostics._sparse_recovery import RecoveryBaselines as RecoveryBaselines
+from regjax.diagnostics._sparse_recovery import SparseRecoveryReport as SparseRecoveryReport
+from regjax.diagnostics._sparse_recovery import recovery_baselines as recovery_baselines
+from regjax.diagnostics._sparse_recovery import sparse_recovery as sparse_recovery
 from regjax.diagnostics._spherical_sharpness import EdgeReport as EdgeReport
 from regjax.diagnostics._spherical_sharpness import edge_of_stability as edge_of_stability
 from regjax.diagnostics._spherical_sharpness import (

@@ -1,0 +1,129 @@
+"""Sparse recovery: how near a diagonal linear network is to the weights that made its data."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks
+
+
+class SparseRecoveryReport(NamedTuple):
+    """A diagonal linear network beside true weights w*.
+
+    Attributes:
+      error: (), ||w - w*||^2.
+      support_error: (), largest |w - w*| where w* is not 0; 0 if it is 0 everywhere.
+      off_support: (), largest |w| where w* is 0; 0 if it is so nowhere.
+      found: (), share of the support among the k largest |w|, k its size; NaN for k = 0.
+      is_positive: (), whether all of u and v are positive, as flow keeps them: descent that has
+        crossed 0 has left the theory.
+    """
+
+    error: jax.Array
+    support_error: jax.Array
+    off_support: jax.Array
+    found: jax.Array
+    is_positive: jax.Array
+
+
+class RecoveryBaselines(NamedTuple):
+    """What other estimates make of the same data.
+
+    Attributes:
+      oracle_error: (), ||w - w*||^2 of least squares on the true support.
+      least_norm_error: (), the same of the solution of least norm, where descent of a plain linear
+        model from 0 ends.
+      noise_level: (), largest |X' xi / n|, with xi = y - X w* the noise; what
+        `models.early_stopping_window` asks for.
+    """
+
+    oracle_error: jax.Array
+    least_norm_error: jax.Array
+    noise_level: jax.Array
+
+
+def sparse_recovery(
+    u: jax.Array, v: jax.Array | None, *, depth: int, true_weights: jax.Array
+) -> SparseRecoveryReport:
+    """The distance of w = u^N - v^N to the true weights, on their support and off it.
+
+    Args:
+      u: (p,), of `models.DiagonalLinear`.
+      v: (p,), or None for u^N alone.
+      depth: N, at least 2.
+      true_weights: (p,), w*; its entries that are not 0 are the support.
+
+    Returns:
+      A `SparseRecoveryReport`.
+
+    Raises:
+      ValueError: the shapes differ, or `depth` is below 2.
+
+    References:
+      J. Li, T. Nguyen, C. Hegde, R. Wong (2021), arXiv:2108.05574: the errors on the support and
+      off it. The share found and the sign are ours.
+    """
+    _checks.integer("depth", depth, minimum=2)
+    shape = _vector("true_weights", true_weights)
+    for name, value in (("u", u), ("v", v)):
+        if value is not None and jnp.shape(value) != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {jnp.shape(value)}.")
+    weights = u**depth if v is None else u**depth - v**depth
+    support = jnp.asarray(true_weights) != 0
+    difference, zero = weights - true_weights, jnp.zeros((), weights.dtype)
+    size = jnp.sum(support)
+    # Rank 0 is the largest magnitude.
+    ranks = jnp.argsort(jnp.argsort(-jnp.abs(weights)))
+    hits = jnp.sum(support & (ranks < size)).astype(weights.dtype)
+    is_positive = jnp.all(u > 0) if v is None else jnp.all((u > 0) & (v > 0))
+    return SparseRecoveryReport(
+        jnp.sum(difference**2),
+        jnp.max(jnp.where(support, jnp.abs(difference), zero)),
+        jnp.max(jnp.where(support, zero, jnp.abs(weights))),
+        jnp.where(size > 0, hits / jnp.maximum(size, 1).astype(weights.dtype), jnp.nan),
+        is_positive,
+    )
+
+
+def recovery_baselines(
+    inputs: jax.Array, targets: jax.Array, true_weights: jax.Array
+) -> RecoveryBaselines:
+    """The errors of least squares on the true support and of the solution of least norm.
+
+    Both by singular values, so that they are defined for any shape of the data.
+
+    Args:
+      inputs: (n, p), X.
+      targets: (n,), y = X w* + xi.
+      true_weights: (p,), w*; its entries that are not 0 are the support.
+
+    Returns:
+      A `RecoveryBaselines`.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    (num_weights,) = _vector("true_weights", true_weights)
+    (num_examples,) = _vector("targets", targets)
+    if jnp.shape(inputs) != (num_examples, num_weights):
+        raise ValueError(
+            f"`inputs` must have shape {(num_examples, num_weights)}, got {jnp.shape(inputs)}."
+        )
+    support = (true_weights != 0).astype(inputs.dtype)
+
+    def error(features: jax.Array) -> jax.Array:
+        # Where a feature is 0 the solution of least norm is 0 as well.
+        weights = jnp.linalg.lstsq(features, targets)[0]
+        return jnp.sum((weights - true_weights) ** 2)
+
+    with jax.default_matmul_precision("highest"):
+        noise = targets - inputs @ true_weights
+        level = jnp.max(jnp.abs(inputs.T @ noise)) / num_examples
+        return RecoveryBaselines(error(inputs * support[None]), error(inputs), level)
+
+
+def _vector(name: str, value: Any) -> tuple[int, ...]:
+    if jnp.ndim(value) != 1:
+        raise ValueError(f"`{name}` must have one axis, got shape {jnp.shape(value)}.")
+    return jnp.shape(value)
