@@ -56,17 +56,26 @@ def checked_size(loss_fn: Any, params: Any, batch: Batch, chunk_size: int | None
     length = _checks.num_examples(batch)
     if _checks.integer("chunk_size", chunk_size) >= length:
         return None
-    if couples_examples(loss_fn):
-        raise ValueError(
-            f"`chunk_size` must not split a batch whose examples the loss couples (batch norm in "
-            f'train mode), got {chunk_size}; use mode="evaluation", or ask for '
-            'mode="train_per_chunk" by name.'
-        )
+    refuse_coupled(loss_fn, chunk_size)
     if _loops.is_concrete(loss_fn, params, batch) and not differs_by_chunk(loss_fn):
         some = jax.tree.map(lambda leaf: leaf[:_SEPARABLE_EXAMPLES], batch)
         loss = as_partial(loss_fn)
         check_separable(lambda params, *part: applied(loss, params, part), params, *some)
     return chunk_size
+
+
+def refuse_coupled(function: Any, chunk_size: int) -> None:
+    """A loss or a model whose examples couple is not to be split.
+
+    Raises:
+      ValueError: it says that it couples them.
+    """
+    if couples_examples(function):
+        raise ValueError(
+            f"`chunk_size` must not split a batch whose examples the loss couples (batch norm in "
+            f'train mode), got {chunk_size}; use mode="evaluation", or ask for '
+            'mode="train_per_chunk" by name.'
+        )
 
 
 def mean(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> Any:
@@ -85,7 +94,7 @@ def mean(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> An
     num_chunks, ragged = divmod(length, chunk_size)
     chunked = _Chunked(function, params, batch, chunk_size)
     total = _loops.fold(_add, _zeros(chunked), num_chunks, operands=chunked)
-    return _add_ragged(total, chunked) if ragged else total
+    return _with_ragged(_weighted, total, chunked) if ragged else total
 
 
 def each(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> Any:
@@ -106,7 +115,7 @@ def each(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> An
         lambda leaf: jnp.zeros((length, *leaf.shape[1:]), leaf.dtype), _zeros(chunked)
     )
     rows = _loops.fold(_set, rows, num_chunks, operands=chunked)
-    return _set_ragged(rows, chunked) if ragged else rows
+    return _with_ragged(_placed, rows, chunked) if ragged else rows
 
 
 def sampled(
@@ -143,25 +152,21 @@ def sampled(
     return jnp.mean(mean), error
 
 
-def _zeros(chunked: _Chunked) -> Any:
-    shapes = _first.eval_shape(chunked)
-    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-
-
 @jax.jit
-def _first(chunked: _Chunked) -> Any:
-    return chunked.at(0, chunked.size)
+def _zeros(chunked: _Chunked) -> Any:
+    shapes = jax.eval_shape(lambda: chunked.at(0, chunked.size))
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
 
 def _add(chunked: _Chunked, total: Any, i: jax.Array) -> Any:
     return _weighted(total, chunked, i * chunked.size, chunked.size)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _add_ragged(total: Any, chunked: _Chunked) -> Any:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _with_ragged(put: Any, total: Any, chunked: _Chunked) -> Any:
     length = _checks.num_examples(chunked.batch)
     ragged = length % chunked.size
-    return _weighted(total, chunked, length - ragged, ragged)
+    return put(total, chunked, length - ragged, ragged)
 
 
 def _weighted(total: Any, chunked: _Chunked, start: Any, length: int) -> Any:
@@ -171,13 +176,6 @@ def _weighted(total: Any, chunked: _Chunked, start: Any, length: int) -> Any:
 
 def _set(chunked: _Chunked, rows: Any, i: jax.Array) -> Any:
     return _placed(rows, chunked, i * chunked.size, chunked.size)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_ragged(rows: Any, chunked: _Chunked) -> Any:
-    length = _checks.num_examples(chunked.batch)
-    ragged = length % chunked.size
-    return _placed(rows, chunked, length - ragged, ragged)
 
 
 def _placed(rows: Any, chunked: _Chunked, start: Any, length: int) -> Any:

@@ -44,9 +44,9 @@ def test_means_and_rows_are_those_of_the_whole_batch(chunk_size, wrap):
 def test_a_second_call_compiles_nothing_and_gradients_pass_through():
     mean = functools.partial(_chunks.mean, Partial(oracles.loss_fn))
     mean(PROBLEM.params, PROBLEM.batch, 5)
-    size = _chunks._add_ragged._cache_size()
+    size = _chunks._with_ragged._cache_size()
     mean(jax.tree.map(jnp.negative, PROBLEM.params), PROBLEM.batch, 5)
-    assert _chunks._add_ragged._cache_size() == size
+    assert _chunks._with_ragged._cache_size() == size
     gradient = jax.grad(lambda params: mean(params, PROBLEM.batch, 5))(PROBLEM.params)
     expected = jax.grad(oracles.loss_fn)(PROBLEM.params, *PROBLEM.batch)
     jax.tree.map(

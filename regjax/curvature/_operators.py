@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from regjax import _checks, _loops, _tree
-from regjax._base import as_partial, check_loss, couples_examples
+from regjax import _checks, _chunks, _loops, _tree
+from regjax._base import as_partial, check_loss
 
 # Residuals above this many bytes are recomputed in each product instead of kept: 8 KB an example
 # for a 269k-parameter MLP, 1 MB an example for a small convnet.
@@ -123,10 +123,8 @@ def product(operator: Operator, vector: jax.Array) -> jax.Array:
     """A v for a flat `vector` (n,); the one place where products are made."""
     if operator.chunk_size is None:
         return _whole_product(operator, vector)
-    length = _checks.num_examples(operator.batch)
-    num_chunks, ragged = divmod(length, operator.chunk_size)
-    total = _loops.fold(_add_chunk, jnp.zeros_like(vector), num_chunks, operands=(operator, vector))
-    return _add_ragged(operator, vector, total) if ragged else total
+    whole = dataclasses.replace(operator, batch=(), chunk_size=None)
+    return _chunks.mean(_part_product, (whole, vector), operator.batch, operator.chunk_size)
 
 
 def block_product(operator: Operator, vectors: jax.Array) -> jax.Array:
@@ -218,12 +216,8 @@ def build(
     linear_map = None
     if chunk_size is not None:
         chunk_size = min(_checks.integer("chunk_size", chunk_size), _checks.num_examples(batch))
-        if chunk_size < _checks.num_examples(batch) and couples_examples(function):
-            raise ValueError(
-                f"`chunk_size` must not split a batch whose examples the loss couples (batch norm "
-                f'in train mode), got {chunk_size}; use mode="evaluation", or ask for '
-                'mode="train_per_chunk" by name.'
-            )
+        if chunk_size < _checks.num_examples(batch):
+            _chunks.refuse_coupled(function, chunk_size)
     else:
         residuals = jax.tree.leaves(_linear_map.eval_shape(rule, function, params, batch))
         if sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals) <= CACHE_BYTES:
@@ -261,25 +255,9 @@ def _whole_product(operator: Operator, vector: jax.Array) -> jax.Array:
     return _tree.ravel(image, vector.dtype)
 
 
-def _add_chunk(operands: Any, total: jax.Array, i: jax.Array) -> jax.Array:
-    operator, vector = operands
-    return total + _slice_product(operator, vector, i * operator.chunk_size, operator.chunk_size)
-
-
-@functools.partial(jax.jit, donate_argnums=2)
-def _add_ragged(operator: Operator, vector: jax.Array, total: jax.Array) -> jax.Array:
-    length = _checks.num_examples(operator.batch)
-    ragged = length % cast(int, operator.chunk_size)
-    return total + _slice_product(operator, vector, length - ragged, ragged)
-
-
-def _slice_product(operator: Operator, vector: jax.Array, start: Any, length: int) -> jax.Array:
-    weight = length / _checks.num_examples(operator.batch)
-    batch = jax.tree.map(
-        lambda array: jax.lax.dynamic_slice_in_dim(array, start, length), operator.batch
-    )
-    part = dataclasses.replace(operator, batch=batch, chunk_size=None)
-    return weight * _whole_product(part, vector)
+def _part_product(pair: Any, *batch: Any) -> jax.Array:
+    operator, vector = pair
+    return _whole_product(dataclasses.replace(operator, batch=batch), vector)
 
 
 def _set_row(operands: Any, rows: jax.Array, i: jax.Array) -> jax.Array:
