@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from regjax import curvature
 from regjax._adapters import Model, check_separable, model_function, model_loss
+from regjax._base import applied
 from regjax._loops import Interrupted
 from regjax.experiments._data import Dataset
 from regjax.experiments._network import Scaling, criterion, normalize
@@ -243,12 +243,12 @@ def check_examples(
         return
     some = slice(min(_SEPARABLE_EXAMPLES, len(targets)))
     try:
-        loss = Partial(_evaluate, model_loss(model, criterion, mode=mode))
-        check_separable(loss, model.params, inputs[some], targets[some])
+        loss = model_loss(model, criterion, mode=mode)
+        check_separable(
+            lambda params, *part: applied(loss, params, part),
+            model.params,
+            inputs[some],
+            targets[some],
+        )
     except ValueError as error:
         raise UsageError(f"The loss must be a mean over the examples: {error}") from None
-
-
-@jax.jit
-def _evaluate(loss: Any, params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-    return loss(params, inputs, targets)

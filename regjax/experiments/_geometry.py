@@ -48,17 +48,18 @@ def _spherical_sharpness(
     subject: Subject, inputs: jax.Array, targets: jax.Array, chunk_size: int, key: jax.Array
 ) -> Record:
     model, params = subject.model, subject.model.params
+    noise_key, mask_key, start_key = jax.random.split(key, 3)
     mask, mode = None, "evaluation"
     if model.has_batch_statistics:
         mode = "train"
         inputs, targets = inputs[:chunk_size], targets[:chunk_size]
         found = diagnostics.scale_invariant_mask(
-            model_function(model, mode=mode, key=key), params, inputs, key=key
+            model_function(model, mode=mode, key=noise_key), params, inputs, key=mask_key
         )
         mask = found.mask if any(jax.tree.leaves(found.mask)) else None
-    loss = model_loss(model, criterion, mode=mode, key=key if mode == "train" else None)
+    loss = model_loss(model, criterion, mode=mode, key=noise_key if mode == "train" else None)
     report = diagnostics.spherical_sharpness(
-        loss, params, inputs, targets, key=key, mask=mask, chunk_size=chunk_size
+        loss, params, inputs, targets, key=start_key, mask=mask, chunk_size=chunk_size
     )
     leaves = jax.tree.leaves(mask) if mask is not None else [True] * len(jax.tree.leaves(params))
     return {
