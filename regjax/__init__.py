@@ -4,6 +4,7 @@ from regjax import curvature as curvature
 from regjax import diagnostics as diagnostics
 from regjax import initializers as initializers
 from regjax import normalization as normalization
+from regjax import pruning as pruning
 from regjax import regularizers as regularizers
 from regjax import schedules as schedules
 from regjax import transforms as transforms

@@ -71,13 +71,11 @@ def floating_tree(name: str, tree: Any) -> Any:
 
 
 def same_structure(name: str, tree: Any, like: Any) -> Any:
-    """Returns `tree` if it has the structure of `like`, a tree of parameters."""
+    """Returns `tree` if it has the structure of `like`."""
     structure: Any = jax.tree.structure(tree)
     expected: Any = jax.tree.structure(like)
     if structure != expected:
-        raise ValueError(
-            f"`{name}` must have the tree structure of the parameters, {expected}, got {structure}."
-        )
+        raise ValueError(f"`{name}` must have the tree structure {expected}, got {structure}.")
     return tree
 
 
@@ -91,6 +89,17 @@ def same_tree(name: str, tree: Any, like: Any, *, leading: tuple[int, ...] = ())
             raise ValueError(
                 f"`{name}{jax.tree_util.keystr(path)}` must have shape "
                 f"{leading + jnp.shape(reference)}, got {jnp.shape(leaf)}."
+            )
+    return tree
+
+
+def bool_tree(name: str, tree: Any) -> Any:
+    """Returns `tree` if all leaves are boolean arrays."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.result_type(leaf) != jnp.bool_:
+            raise TypeError(
+                f"`{name}{jax.tree_util.keystr(path)}` must be boolean, True for what is kept, got "
+                f"{jnp.result_type(leaf)}."
             )
     return tree
 

@@ -44,6 +44,12 @@ def norm(tree: Any) -> jax.Array:
     return jnp.sqrt(inner(tree, tree))
 
 
+def mean_rows(rows: jax.Array) -> jax.Array:
+    """The mean over the leading axis, as a product: XLA on CPU takes 30 times as long for a sum."""
+    weights = jnp.full(len(rows), 1 / len(rows), rows.dtype)
+    return jnp.tensordot(weights, rows, 1, precision="highest")
+
+
 def group_axes(weights: Any, per_filter: bool) -> tuple[int, ...]:
     """The axes of one group of weights: all but the last of a kernel `per_filter`, else all."""
     ndim = jnp.ndim(weights)

@@ -120,9 +120,9 @@ def _image(settings: Settings) -> dict[str, float]:
     true = jnp.asarray(_signal(settings["data"], settings["seed"]))
     random = np.random.default_rng(settings["seed"])
     # A quarter more measurements say when to stop.
-    x = random.choice([-1.0, 1.0], size=(num_examples * 5 // 4, len(true)))
-    y = x @ np.asarray(true) + 0.1 * random.normal(size=len(x))
-    x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+    signs = random.choice([-1.0, 1.0], size=(num_examples * 5 // 4, len(true)))
+    sums = signs @ np.asarray(true) + 0.1 * random.normal(size=len(signs))
+    x, y = _arrays(signs), _arrays(sums)
     held = (x[num_examples:], y[num_examples:])
     x, y = x[:num_examples], y[:num_examples]
     path = _descend(settings, False, x, y, true, held)
@@ -151,7 +151,11 @@ def _problem(seed: int, signals: np.ndarray) -> tuple[jax.Array, jax.Array, jax.
     true = np.zeros(_NUM_WEIGHTS)
     true[: len(signals)] = signals
     y = x @ true + _NOISE * random.normal(size=_NUM_EXAMPLES)
-    return tuple(jnp.asarray(array, jnp.float32) for array in (x, y, true))
+    return _arrays(x), _arrays(y), _arrays(true)
+
+
+def _arrays(values: np.ndarray) -> jax.Array:
+    return jnp.asarray(values, jnp.float32)
 
 
 def _alpha(settings: Settings) -> float:

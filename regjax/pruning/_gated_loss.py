@@ -1,0 +1,67 @@
+"""A loss of parameters as a loss of gates."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from regjax import _base, _checks
+from regjax.pruning._gates import apply_gates
+from regjax.pruning._structure import Structure
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["structure", "loss_fn", "params"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class GatedLoss:
+    """(gates, *batch) -> scalar; a pytree, to be passed through `jax.jit` as an argument.
+
+    Attributes:
+      structure: the `Structure` of the model, a static pytree.
+      loss_fn: (params, *batch) -> scalar.
+      params: tree of parameters, held fixed.
+    """
+
+    structure: Structure
+    loss_fn: Any
+    params: Any
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether the loss is more than a mean over independent examples."""
+        return _base.couples_examples(self.loss_fn)
+
+    @property
+    def differs_by_chunk(self) -> bool:
+        """Whether each chunk has statistics of its own, as asked for by name."""
+        return _base.differs_by_chunk(self.loss_fn)
+
+    def __call__(self, gates: Any, *batch: Any) -> Any:
+        """The mean loss with the gates applied."""
+        return self.loss_fn(apply_gates(self.structure, self.params, gates), *batch)
+
+
+def gated_loss(structure: Structure, loss_fn: _base.LossFn, params: Any) -> GatedLoss:
+    """The loss as a function of gates in front of the consumers of each unit.
+
+    The gates multiply parameters (`apply_gates`), so that the model stays as it is; the optimiser
+    never sees them.
+
+    Args:
+      structure: from `find_structure`.
+      loss_fn: (params, *batch) -> scalar, the mean over the examples, such as
+        `regjax.model_loss(model, criterion)`.
+      params: tree of parameters.
+
+    Returns:
+      A `GatedLoss`: (gates, *batch) -> scalar. Other parameters compile nothing again.
+
+    Raises:
+      TypeError: a parameter is not real floating point.
+    """
+    _checks.floating_tree("params", params)
+    return GatedLoss(structure, _base.as_partial(loss_fn), params)

@@ -1,0 +1,202 @@
+"""Gates of units, applied to the kernels that the units go into: the model stays as it is.
+
+Multiplying a consumer's slice by z is multiplying the unit by z right in front of it: behind its
+normalization, activation and pooling. No optimiser sees the gates, as they are no parameters.
+"""
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regjax import _checks, _tree
+from regjax._base import Params
+from regjax.pruning._structure import Slice, Structure
+
+Units: TypeAlias = dict[str, Any]
+"""An array (num_units,) for each group of a `Structure`, by its name."""
+
+
+def unit_gates(structure: Structure, params: Params) -> Units:
+    """Gates that change nothing: ones.
+
+    Args:
+      structure: from `find_structure`.
+      params: parameters like those it was found with.
+
+    Returns:
+      Ones (num_units,) for each group, in float32 at least.
+
+    Raises:
+      ValueError: `params` are another tree.
+    """
+    _checks.same_tree("params", params, structure.params)
+    dtype = _tree.vector_dtype(params)
+    return {name: jnp.ones(group.num_units, dtype) for name, group in structure.groups.items()}
+
+
+def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
+    """The parameters with which the model computes what it does with gates at its units.
+
+    The slices of the consumers are multiplied by their unit's gate, so that
+    `loss_fn(apply_gates(structure, params, gates), *batch)` is a loss of the gates.
+
+    Args:
+      structure: from `find_structure`.
+      params: parameters like those it was found with.
+      gates: floating point array (num_units,) for each group; 0 removes a unit.
+
+    Returns:
+      A tree like `params`, same dtypes.
+
+    Raises:
+      ValueError: `params` or `gates` are another tree.
+    """
+    _checks.same_tree("params", params, structure.params)
+    check_units("gates", structure, gates)
+    leaves, treedef = jax.tree.flatten(params)
+    for name, group in structure.groups.items():
+        for part in group.consumers:
+            factor = _of_positions(part, gates[name], 1).astype(leaves[part.leaf].dtype)
+            leaves[part.leaf] = leaves[part.leaf] * _lifted(part, factor, leaves[part.leaf].ndim)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units:
+    """The derivative of the loss by every gate, from its gradient by the parameters.
+
+    Summed over the weights w that a unit goes into,
+
+        d loss / dz = sum w dw    at z = 1
+
+    Args:
+      structure: from `find_structure`.
+      params: parameters like those it was found with.
+      grads: gradient of the loss, a tree like `params`.
+
+    Returns:
+      Derivatives (num_units,) for each group, in float32 at least, in units of the loss.
+
+    Raises:
+      ValueError: `params` or `grads` are another tree.
+    """
+    _checks.same_tree("params", params, structure.params)
+    _checks.same_tree("grads", grads, structure.params)
+    weights, slopes = jax.tree.leaves(params), jax.tree.leaves(grads)
+    found = {}
+    for name, group in structure.groups.items():
+        total = jnp.zeros(group.num_units, _tree.vector_dtype(params))
+        for part in group.consumers:
+            products = gate_gradients_from_outgoing(
+                weights[part.leaf], slopes[part.leaf], axis=part.axis
+            )
+            owned = np.flatnonzero(part.units >= 0)
+            total = total.at[part.units[owned]].add(products[owned].astype(total.dtype))
+        found[name] = total
+    return found
+
+
+def gate_gradients_from_outgoing(
+    kernel: jax.Array, kernel_grad: jax.Array, *, axis: int = -2
+) -> jax.Array:
+    """The derivative of the loss by a gate at each input channel of a kernel, sum w dw.
+
+    Args:
+      kernel: w, (..., inputs, outputs), of a dense layer or a convolution.
+      kernel_grad: dw, the gradient of the loss, like it.
+      axis: of the input channels.
+
+    Returns:
+      Derivatives (inputs,), in float32 at least.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    _checks.same_tree("kernel_grad", kernel_grad, kernel)
+    axis %= jnp.ndim(kernel)
+    others = tuple(i for i in range(jnp.ndim(kernel)) if i != axis)
+    return jnp.sum(_tree.wide(kernel) * _tree.wide(kernel_grad), others)
+
+
+def gate_gradients_from_batch_norm(
+    scale: jax.Array, shift: jax.Array, scale_grad: jax.Array, shift_grad: jax.Array
+) -> jax.Array:
+    """The derivative of the loss by a gate right behind a normalization, gamma dgamma + beta dbeta.
+
+    It is that of `gate_gradients` if all between there and the consumers is homogeneous, as ReLU
+    and pooling are.
+
+    Args:
+      scale: gamma, (channels,).
+      shift: beta, (channels,).
+      scale_grad: gradient of the loss by gamma.
+      shift_grad: gradient of the loss by beta.
+
+    Returns:
+      Derivatives (channels,), in float32 at least.
+
+    Raises:
+      ValueError: the shapes differ.
+
+    References:
+      P. Molchanov et al. (2019), arXiv:1906.10771, whose gates are behind batch norm.
+    """
+    for name, array in (("shift", shift), ("scale_grad", scale_grad), ("shift_grad", shift_grad)):
+        _checks.same_tree(name, array, scale)
+    return _tree.wide(scale) * _tree.wide(scale_grad) + _tree.wide(shift) * _tree.wide(shift_grad)
+
+
+def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> Any:
+    """Which weights remain when units are removed, as `transforms.hold_masks` takes it.
+
+    Args:
+      structure: from `find_structure`.
+      params: parameters like those it was found with.
+      unit_masks: bool array (num_units,) for each group, False for units to be removed.
+
+    Returns:
+      A tree like `params` of bool arrays: False in the producers, scales, shifts and consumers of
+      a removed unit.
+
+    Raises:
+      ValueError: `params` or `unit_masks` are another tree.
+      TypeError: a mask is not boolean.
+    """
+    _checks.same_tree("params", params, structure.params)
+    _checks.bool_tree("unit_masks", check_units("unit_masks", structure, unit_masks))
+    leaves, treedef = jax.tree.flatten(params)
+    masks = [jnp.ones(jnp.shape(leaf), bool) for leaf in leaves]
+    for name, group in structure.groups.items():
+        for part in (*group.producers, *group.scales, *group.shifts, *group.consumers):
+            kept = _of_positions(part, unit_masks[name], True)
+            masks[part.leaf] &= _lifted(part, kept, masks[part.leaf].ndim)
+    return jax.tree.unflatten(treedef, masks)
+
+
+def check_units(name: str, structure: Structure, units: Units) -> Units:
+    """Returns `units` if they hold an array (num_units,) for each group, and nothing else."""
+    if not isinstance(units, dict) or set(units) != set(structure.groups):
+        found = sorted(units) if isinstance(units, dict) else type(units).__name__
+        raise ValueError(
+            f"`{name}` must be a dict of the groups of the structure, {sorted(structure.groups)}, "
+            f"got {found}."
+        )
+    for group, values in units.items():
+        expected = (structure.groups[group].num_units,)
+        if jnp.shape(values) != expected:
+            raise ValueError(
+                f"`{name}[{group!r}]` must have shape {expected}, got {jnp.shape(values)}."
+            )
+    return units
+
+
+def _of_positions(part: Slice, values: Any, other: Any) -> jax.Array:
+    """The value of the unit at each position along the axis, `other` where there is none."""
+    values = jnp.asarray(values)
+    return jnp.where(part.units >= 0, values[part.units], jnp.asarray(other, values.dtype))
+
+
+def _lifted(part: Slice, vector: jax.Array, ndim: int) -> jax.Array:
+    """The vector along the axis of the slice, all other axes of length one."""
+    return jnp.expand_dims(vector, [i for i in range(ndim) if i != part.axis])

@@ -1,0 +1,118 @@
+"""Scores without data: the size of weights, and chance. What other scores have to beat."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks, _tree
+from regjax.pruning._structure import Slice, Structure
+
+
+def incoming_norm(structure: Structure, params: Any) -> dict[str, jax.Array]:
+    """The norm of the weights that make each unit, biases left out.
+
+    Args:
+      structure: from `find_structure`.
+      params: tree of parameters.
+
+    Returns:
+      {group: (num_units,)}; over all producers of a group together.
+
+    Raises:
+      TypeError: a parameter is not real floating point.
+    """
+    _checks.floating_tree("params", params)
+    return {
+        name: _norms(group.producers, params, group.num_units)
+        for name, group in structure.groups.items()
+    }
+
+
+def outgoing_norm(structure: Structure, params: Any) -> dict[str, jax.Array]:
+    """The norm of the weights that read each unit.
+
+    Args:
+      structure: from `find_structure`.
+      params: tree of parameters.
+
+    Returns:
+      {group: (num_units,)}; over all consumers of a group together.
+
+    Raises:
+      TypeError: a parameter is not real floating point.
+    """
+    _checks.floating_tree("params", params)
+    return {
+        name: _norms(group.consumers, params, group.num_units)
+        for name, group in structure.groups.items()
+    }
+
+
+def scale_magnitude(structure: Structure, params: Any) -> dict[str, jax.Array]:
+    """|gamma|, the size of each unit's scale in the normalization behind it.
+
+    Args:
+      structure: from `find_structure`.
+      params: tree of parameters.
+
+    Returns:
+      {group: (num_units,)}; the norm over all scales of a unit where it has several.
+
+    Raises:
+      ValueError: a group has no scale.
+      TypeError: a parameter is not real floating point.
+    """
+    _checks.floating_tree("params", params)
+    without = [name for name, group in structure.groups.items() if not group.scales]
+    if without:
+        raise ValueError(f"`structure` must have a scale in each group, got none in {without}.")
+    return {
+        name: _norms(group.scales, params, group.num_units)
+        for name, group in structure.groups.items()
+    }
+
+
+def weight_magnitude(params: Any) -> Any:
+    """|w| of each single weight, for unstructured pruning with `mask_lowest`.
+
+    Args:
+      params: tree of parameters.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      TypeError: a parameter is not real floating point.
+    """
+    return jax.tree.map(jnp.abs, _checks.floating_tree("params", params))
+
+
+def random_scores(gates: Any, *, key: jax.Array) -> Any:
+    """Scores by chance, uniform in [0, 1).
+
+    Args:
+      gates: tree of gates, or of scores.
+      key: typed key.
+
+    Returns:
+      A tree like `gates`.
+
+    Raises:
+      TypeError: a leaf is not real floating point, or `key` is not a typed key.
+    """
+    _checks.floating_tree("gates", gates)
+    size, dtype = _tree.size(gates), _tree.vector_dtype(gates)
+    return _tree.unravel(jax.random.uniform(_checks.key("key", key), (size,), dtype), gates)
+
+
+def _norms(slices: tuple[Slice, ...], params: Any, num_units: int) -> jax.Array:
+    leaves = jax.tree.leaves(params)
+    total = jnp.zeros(num_units, _tree.vector_dtype(params))
+    for found in slices:
+        leaf = _tree.wide(leaves[found.leaf])
+        others = tuple(axis for axis in range(leaf.ndim) if axis != found.axis)
+        squares = jnp.sum(leaf**2, others).astype(total.dtype)
+        # Positions of no unit have the number -1, which is dropped.
+        total = total + jax.ops.segment_sum(squares, jnp.asarray(found.units), num_units)
+    return jnp.sqrt(total)

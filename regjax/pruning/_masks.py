@@ -1,0 +1,120 @@
+"""Masks: which units, or single weights, are still there. True is kept, False removed.
+
+Trees of scores are compared as a whole, by rank: a threshold would take all that tie with it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks, _loops, _tree
+
+
+def full_masks(scores: Any) -> Any:
+    """Masks that keep everything.
+
+    Args:
+      scores: tree of arrays: scores, gates or parameters.
+
+    Returns:
+      A tree like `scores` of bool arrays, all True.
+    """
+    return jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), scores)
+
+
+def gates_from_masks(masks: Any, dtype: Any = jnp.float32) -> Any:
+    """Gates of 1 for what is kept and 0 for what is removed.
+
+    Args:
+      masks: tree of bool arrays.
+      dtype: of the gates, that of the parameters.
+
+    Returns:
+      A tree like `masks`.
+
+    Raises:
+      TypeError: a leaf is not bool.
+    """
+    _checks.bool_tree("masks", masks)
+    return jax.tree.map(lambda mask: jnp.asarray(mask).astype(dtype), masks)
+
+
+def mask_lowest(scores: Any, masks: Any, num_to_remove: Any, *, min_units: int = 1) -> Any:
+    """Removes those with the lowest scores of all leaves together, `num_to_remove` exactly.
+
+    Ties go in the order of `jax.tree.leaves`, first come first removed; NaN counts as highest. In
+    each leaf at least `min_units` stay, those with its highest scores. What is removed already does
+    not count again.
+
+    Args:
+      scores: tree of scores, a leaf for each group of units, or for each array of weights.
+      masks: tree like `scores` of bool arrays, True for what is still there.
+      num_to_remove: Python integer, or an integer array () as a schedule gives it.
+      min_units: least number to keep in each leaf; leaves that have no more are left alone.
+
+    Returns:
+      The new masks, a tree like `scores` of bool arrays. Where a count or masks that are known only
+      at run time ask for more than can go, all that can go is removed.
+
+    Raises:
+      ValueError: the trees differ, a number is negative, or so many cannot be removed.
+      TypeError: a leaf or a number has the wrong type.
+    """
+    _checks.floating_tree("scores", scores)
+    _checks.same_tree("masks", _checks.bool_tree("masks", masks), scores)
+    _checks.integer("min_units", min_units, minimum=0)
+    leaves = [jnp.ravel(leaf) for leaf in jax.tree.leaves(scores)]
+    kept = [jnp.ravel(leaf) for leaf in jax.tree.leaves(masks)]
+    removable = jnp.concatenate(
+        [_above_floor(s, k, min_units) for s, k in zip(leaves, kept, strict=True)]
+    )
+    count = _check_count(num_to_remove, removable, min_units, leaves)
+    dtype = _tree.vector_dtype(scores)
+    rank = _ranks(jnp.concatenate([leaf.astype(dtype) for leaf in leaves]), removable)
+    stays = jnp.concatenate(kept) & ~(removable & (rank < count))
+    return _like(stays, masks)
+
+
+def _check_count(
+    num_to_remove: Any, removable: jax.Array, min_units: int, leaves: list[jax.Array]
+) -> Any:
+    """The count, compared with what can go as far as that is known at trace time."""
+    if isinstance(num_to_remove, jax.Array):
+        if num_to_remove.shape or not jnp.issubdtype(num_to_remove.dtype, jnp.integer):
+            raise TypeError(
+                f"`num_to_remove` must be one integer, got {num_to_remove.dtype} of shape "
+                f"{num_to_remove.shape}."
+            )
+        return num_to_remove
+    count = _checks.integer("num_to_remove", num_to_remove, minimum=0)
+    if _loops.is_concrete(removable):
+        most = int(removable.sum())
+    else:
+        most = sum(max(leaf.size - min_units, 0) for leaf in leaves)
+    if count > most:
+        raise ValueError(
+            f"`num_to_remove` must be at most {most}, what is there less `min_units` = {min_units} "
+            f"in each leaf, got {count}."
+        )
+    return count
+
+
+def _ranks(scores: jax.Array, among: jax.Array) -> jax.Array:
+    """The rank of each score among those chosen, from 0; the others come behind all of them."""
+    order = jnp.lexsort((scores, ~among))
+    numbers = jnp.arange(scores.size, dtype=jnp.int32)
+    return jnp.zeros(scores.size, jnp.int32).at[order].set(numbers)
+
+
+def _above_floor(scores: jax.Array, kept: jax.Array, min_units: int) -> jax.Array:
+    """Which of those kept may go so that the `min_units` highest stay."""
+    return kept & (_ranks(scores, kept) < jnp.sum(kept) - min_units)
+
+
+def _like(flat: jax.Array, masks: Any) -> Any:
+    pieces, start = [], 0
+    for leaf in jax.tree.leaves(masks):
+        pieces.append(flat[start : start + jnp.size(leaf)].reshape(jnp.shape(leaf)))
+        start += jnp.size(leaf)
+    return jax.tree.unflatten(jax.tree.structure(masks), pieces)

@@ -1,0 +1,114 @@
+"""What scores are compared with: the loss without each unit, and the gates' second derivatives.
+
+Both take one pass over the data for each gate, in blocks of gates, and in chunks of examples.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from regjax import _checks, _chunks, _loops, _tree
+from regjax._base import Batch, LossFn, as_partial
+
+
+def oracle_importance(
+    gate_loss: LossFn, gates: Any, *batch: Any, chunk_size: int | None = None, block_size: int = 16
+) -> Any:
+    """The squared change of the loss when each gate alone is set to 0.
+
+        I_c = (L(gates) - L(gates with z_c = 0))^2
+
+    By one forward pass for each gate, where Taylor importance takes one gradient for all.
+
+    Args:
+      gate_loss: (gates, *batch) -> scalar, the mean over the examples, as `gated_loss` makes it.
+      gates: tree of gates, 1 for units that are there and 0 for removed ones, which score 0.
+      *batch: arrays with a leading axis of examples; the loss of all of them is meant.
+      chunk_size: examples per pass, for bounded memory; None: all at once.
+      block_size: gates at a time; on CPU, with convolutions, a large block only compiles longer.
+
+    Returns:
+      The scores, a tree like `gates`, in float32 at least, in squared units of the loss.
+
+    Raises:
+      ValueError: `gate_loss` is no scalar or cannot be split, or a size is below 1.
+      TypeError: a gate is not real floating point, or a size not an integer.
+
+    References:
+      P. Molchanov et al. (2019), arXiv:1906.10771, the target of its expansion.
+    """
+    # The row behind the last gate is all zeros and gives the loss with none removed.
+    losses = _by_unit_rows(_losses, gate_loss, gates, batch, chunk_size, block_size, extra=1)
+    changes = (losses[:-1] - losses[-1]) ** 2
+    return _unravel(changes, gates)
+
+
+def gate_hessian_diagonal(
+    gate_loss: LossFn, gates: Any, *batch: Any, chunk_size: int | None = None, block_size: int = 16
+) -> Any:
+    """The second derivatives of the loss with respect to each gate, exactly.
+
+    By one Hessian product for each gate. There are few gates: for the diagonal over all parameters
+    use `curvature.diagonal`.
+
+    Args:
+      gate_loss: (gates, *batch) -> scalar, the mean over the examples.
+      gates: tree of gates.
+      *batch: arrays with a leading axis of examples.
+      chunk_size: examples per pass, for bounded memory; None: all at once.
+      block_size: products at a time, as in `oracle_importance`.
+
+    Returns:
+      A tree like `gates`, in float32 at least.
+
+    Raises:
+      ValueError: `gate_loss` is no scalar or cannot be split, or a size is below 1.
+      TypeError: a gate is not real floating point, or a size not an integer.
+    """
+    rows = _by_unit_rows(_products, gate_loss, gates, batch, chunk_size, block_size, extra=0)
+    return _unravel(rows, gates)
+
+
+def _by_unit_rows(
+    function: Callable[..., jax.Array], gate_loss: Any, gates: Any, batch: Batch,
+    chunk_size: int | None, block_size: int, *, extra: int,
+) -> jax.Array:  # fmt: skip
+    """`function` of each unit vector, and of as many zero vectors as `extra` says, as one array."""
+    chunk_size = _chunks.checked_size(gate_loss, gates, batch, chunk_size)
+    size, dtype = _tree.size(gates), _tree.vector_dtype(gates)
+    length = size + extra
+    block = min(_checks.integer("block_size", block_size), length)
+    num_blocks = -(-length // block)
+    bound = Partial(function, as_partial(gate_loss))
+
+    def fill(values: jax.Array, i: jax.Array) -> jax.Array:
+        # Numbers beyond the last unit give rows of zeros.
+        rows = jax.nn.one_hot(i * block + jnp.arange(block, dtype=jnp.int32), size, dtype=dtype)
+        found = _chunks.mean(bound, (gates, rows), batch, chunk_size)
+        return jax.lax.dynamic_update_slice_in_dim(values, found, i * block, 0)
+
+    zeros = jnp.zeros(num_blocks * block, dtype)
+    return _loops.fold_captured(fill, zeros, num_blocks)[:length]
+
+
+def _losses(gate_loss: Partial, at: Any, *batch: Any) -> jax.Array:
+    gates, rows = at
+    flat = _tree.ravel(gates, rows.dtype)
+    without = lambda row: gate_loss(_tree.unravel(flat * (1 - row), gates), *batch)
+    return _loops.spread(without, rows).astype(rows.dtype)
+
+
+def _products(gate_loss: Partial, at: Any, *batch: Any) -> jax.Array:
+    gates, rows = at
+    flat = _tree.ravel(gates, rows.dtype)
+    gradient = jax.grad(lambda vector: gate_loss(_tree.unravel(vector, gates), *batch))
+    along = lambda row: jnp.vdot(row, jax.jvp(gradient, (flat,), (row,))[1])
+    return _loops.spread(along, rows)
+
+
+def _unravel(vector: jax.Array, gates: Any) -> Any:
+    """`vector` as a tree like `gates`, but wide."""
+    return _tree.unravel(vector, jax.tree.map(_tree.wide, gates))

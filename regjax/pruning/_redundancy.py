@@ -1,0 +1,236 @@
+"""Redundant units: the rank deficit of the matrix of per-example gradients at the gates.
+
+A reconstruction: only the abstract and a summary of the paper were read, and it comes without
+code. For a change d of the gates of a group the loss changes by g'd + d'H d / 2; at the end of
+training g is near 0 and H near the Fisher matrix F = G'G / N, with the per-example gradients G
+(N, C). So a direction with a small singular value of G may be removed at little cost, and what
+G has fewer directions than units is redundant.
+
+A unit is redundant only as a whole: two units with equal incoming weights but outgoing ones that
+are not proportional do different things, and G has full rank.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from regjax import _checks, _chunks, _tree
+from regjax._base import LossFn, as_partial, check_loss, couples_examples
+
+
+class RedundancyReport(NamedTuple):
+    """The rank of one group of C units; arrays.
+
+    Attributes:
+      rank: (), int32, number of directions that the loss depends on, `effective_rank`.
+      num_units: (), int32, units that are still there.
+      rate: (), the redundant share 1 - rank / num_units.
+      smallest_null_energy: (), sigma^2 / N of the weakest of the `num_units` directions, the
+        smallest eigenvalue of F on them: 0 for a null direction. In squared units of the loss.
+      singular_values: (C,), of G, falling.
+      directions: (C, C), the right singular vectors as columns, in the same order.
+      num_examples: (), int32, N.
+      has_enough_examples: (), whether N >= num_units; if not, the rank is at most N, and the rate
+        says nothing.
+      is_vanishing: (), whether sigma_1 / sqrt(N) is so small that all of G may be rounding, as
+        where the loss is next to 0.
+    """
+
+    rank: jax.Array
+    num_units: jax.Array
+    rate: jax.Array
+    smallest_null_energy: jax.Array
+    singular_values: jax.Array
+    directions: jax.Array
+    num_examples: jax.Array
+    has_enough_examples: jax.Array
+    is_vanishing: jax.Array
+
+
+def gradient_matrix(
+    gate_loss: LossFn, gates: Any, *batch: Any, chunk_size: int | None = None
+) -> Any:
+    """The gradient of each example's loss with respect to the gates.
+
+    With convolutions each example has a gradient of the whole kernel behind its gate: choose a
+    `chunk_size`.
+
+    Args:
+      gate_loss: (gates, *batch) -> scalar, the mean over independent examples, in evaluation mode;
+        it is called with one example at a time.
+      gates: tree of gates {group: (C,)}.
+      *batch: arrays with a leading axis of N examples.
+      chunk_size: examples at a time, for bounded memory; None: all at once.
+
+    Returns:
+      The matrices, a tree like `gates` with leaves (N, C).
+
+    Raises:
+      ValueError: `gate_loss` is no scalar, or couples the examples.
+      TypeError: a gate is not real floating point.
+    """
+    check_loss(gate_loss, gates, batch)
+    if couples_examples(gate_loss):
+        raise ValueError(
+            "`gate_loss` must not couple the examples of a batch (batch norm or dropout in train "
+            'mode), got one that does; use mode="evaluation".'
+        )
+    return _chunks.each(Partial(_gradients, as_partial(gate_loss)), gates, batch, chunk_size)
+
+
+def gradient_redundancy(
+    matrix: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    threshold: float = 1e-2,
+    vanishing: float = 1e-6,
+) -> RedundancyReport:
+    """The rank of a group's per-example gradients, and what it leaves redundant.
+
+    Args:
+      matrix: (N, C), per-example gradients, as `gradient_matrix` gives them for each group.
+      mask: (C,), False for units that are removed already; None: none is.
+      threshold: of the singular values, relative to the largest, see `effective_rank`.
+      vanishing: of sigma_1 / sqrt(N), in units of the loss, see `is_vanishing`. Our choice, a few
+        roundings of a loss of 1 in float32.
+
+    Returns:
+      A `RedundancyReport`.
+
+    Raises:
+      ValueError: `matrix` has not two axes, `mask` has another length, or a number is negative.
+      TypeError: `matrix` is not real floating point, or `mask` not bool.
+
+    References:
+      Z. Zhou, L. Lian, Y. Yin, Z. Wang (2022), arXiv:2206.03596; a reconstruction, see the text of
+      this module.
+    """
+    _checks.floating_tree("matrix", matrix)
+    if jnp.ndim(matrix) != 2:
+        raise ValueError(f"`matrix` must have shape (N, C), got {jnp.shape(matrix)}.")
+    _checks.non_negative("vanishing", vanishing)
+    num_examples, size = matrix.shape
+    mask = jnp.ones(size, bool) if mask is None else _check_mask(mask, size)
+    matrix = jnp.where(mask[None], _tree.wide(matrix), 0)
+    # Columns of zeros for the units removed add zeros at the end; so do the rows that are missing.
+    padded = jnp.pad(matrix, ((0, max(size - num_examples, 0)), (0, 0)))
+    _, values, rows = jnp.linalg.svd(padded, full_matrices=False)
+    num_units = jnp.sum(mask, dtype=jnp.int32)
+    rank = effective_rank(values, threshold=threshold)
+    energies = values**2 / num_examples
+    return RedundancyReport(
+        rank=rank,
+        num_units=num_units,
+        rate=1 - rank / jnp.maximum(num_units, 1),
+        smallest_null_energy=energies[jnp.maximum(num_units - 1, 0)],
+        singular_values=values,
+        directions=rows.T,
+        num_examples=jnp.int32(num_examples),
+        has_enough_examples=num_units <= num_examples,
+        is_vanishing=jnp.sqrt(energies[0]) < vanishing,
+    )
+
+
+def redundancy_saliency(report: RedundancyReport) -> jax.Array:
+    """How much each unit takes part in the directions that count, sum_{i <= rank} sigma_i^2 V_ci^2.
+
+    Args:
+      report: of a group.
+
+    Returns:
+      The scores (C,), in squared units of the loss; over all directions they would be the sums of
+      squares of the columns of G.
+
+    References:
+      As `gradient_redundancy`; ours.
+    """
+    number = jnp.arange(report.singular_values.size, dtype=jnp.int32)
+    energies = jnp.where(number < report.rank, report.singular_values**2, 0)
+    return jnp.matmul(report.directions**2, energies, precision="highest")
+
+
+def effective_rank(singular_values: jax.Array, *, threshold: float = 1e-2) -> jax.Array:
+    """The number of singular values above `threshold` times the largest.
+
+    Args:
+      singular_values: (C,), falling.
+      threshold: relative to the largest one.
+
+    Returns:
+      The rank (), int32; 0 if all are 0.
+
+    Raises:
+      ValueError: `threshold` is negative.
+    """
+    _checks.non_negative("threshold", threshold)
+    above = singular_values > threshold * singular_values[0]
+    return jnp.sum(above, dtype=jnp.int32)
+
+
+def energy_rank(singular_values: jax.Array, *, share: float = 0.99) -> jax.Array:
+    """The least r for which the r largest hold this share of the sum of squares.
+
+    Args:
+      singular_values: (C,), falling.
+      share: in [0, 1]; at 1 rounding decides.
+
+    Returns:
+      The rank (), int32; 0 if all are 0.
+
+    Raises:
+      ValueError: `share` is not in [0, 1].
+    """
+    if not 0 <= _checks.non_negative("share", share) <= 1:
+        raise ValueError(f"`share` must be at most 1, got {share}.")
+    held = jnp.cumsum(singular_values**2)
+    before = jnp.concatenate([jnp.zeros(1, held.dtype), held[:-1]])
+    return jnp.sum(before < share * held[-1], dtype=jnp.int32)
+
+
+def stable_rank(singular_values: jax.Array) -> jax.Array:
+    """The squared Frobenius norm over the squared spectral norm, sum sigma^2 / sigma_1^2.
+
+    Args:
+      singular_values: (C,), falling.
+
+    Returns:
+      The rank (), a real number between 1 and C; 0 if all are 0.
+    """
+    largest = singular_values[0] ** 2
+    total = jnp.sum(singular_values**2)
+    return jnp.where(largest > 0, total / jnp.where(largest > 0, largest, 1), 0)
+
+
+def entropy_rank(singular_values: jax.Array) -> jax.Array:
+    """The exponential of the entropy of the singular values over their sum.
+
+    Args:
+      singular_values: (C,).
+
+    Returns:
+      The rank (), a real number between 1 and C; 0 if all are 0.
+
+    References:
+      O. Roy, M. Vetterli (2007), "The effective rank", EUSIPCO.
+    """
+    total = jnp.sum(singular_values)
+    shares = singular_values / jnp.where(total > 0, total, 1)
+    logarithms = jnp.log(jnp.where(shares > 0, shares, 1))
+    return jnp.where(total > 0, jnp.exp(-jnp.sum(shares * logarithms)), 0)
+
+
+def _gradients(gate_loss: Partial, gates: Any, *batch: Any) -> Any:
+    def gradient(*example: Any) -> Any:
+        return jax.grad(gate_loss)(gates, *jax.tree.map(lambda leaf: leaf[None], example))
+
+    return jax.vmap(gradient)(*batch)
+
+
+def _check_mask(mask: jax.Array, size: int) -> jax.Array:
+    if jnp.result_type(mask) != jnp.bool_:
+        raise TypeError(f"`mask` must be bool, got {jnp.result_type(mask)}.")
+    if jnp.shape(mask) != (size,):
+        raise ValueError(f"`mask` must have shape ({size},), got {jnp.shape(mask)}.")
+    return jnp.asarray(mask)

@@ -1,0 +1,184 @@
+"""What each primitive of a forward pass does to channels.
+
+A rule takes (graph, equation, operands) and returns the value of each output, after
+`graph.couple(one, other)` for two axes that share their channels and `graph.fix(labels, reason)`
+for an axis whose channels it mixes. To add one, write it and enter it in `_RULES` under the name of
+the primitive. Without a rule all channels that meet the primitive are fixed, which is always right.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from jax.extend.core import Literal
+
+from regjax.pruning import _layouts
+from regjax.pruning._channels import (
+    CONSTANT,
+    DATA,
+    FREE,
+    Graph,
+    Labels,
+    LeafAxis,
+    Value,
+    carried,
+    free,
+    opaque,
+    rigid,
+    unlabelled,
+)
+
+Rule: TypeAlias = Callable[[Graph, Any, list[Value]], list[Value]]
+
+_ELEMENTWISE = """
+abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
+copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
+is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision
+rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor
+"""
+_REDUCTIONS = """
+argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor
+"""
+_CUMULATIVE = ["cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"]
+_WINDOWS = ["reduce_window_max", "reduce_window_min", "reduce_window_sum"]
+_CALLS = """
+checkpoint closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr jit pjit
+remat remat2
+"""
+# The outcome is linear in the first operand; of a product in each.
+_LINEAR = {"convert_element_type", "copy", "copy_p", "div", "mul", "neg", "stop_gradient"}
+_ROLES = {"mul": "scale", "div": "scale", "add": "shift", "sub": "shift"}
+
+
+def propagate(
+    graph: Graph, jaxpr: Any, constants: Sequence[Value], arguments: Sequence[Value]
+) -> list[Value]:
+    """The values of the outputs of a jaxpr; the graph notes what its equations do."""
+    values = dict(zip(jaxpr.constvars, constants, strict=True))
+    values |= zip(jaxpr.invars, arguments, strict=True)
+    read = lambda atom: (
+        unlabelled(np.shape(atom.val), CONSTANT) if isinstance(atom, Literal) else values[atom]
+    )
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        outputs = _RULES.get(equation.primitive.name, _without_rule)(graph, equation, operands)
+        values |= zip(equation.outvars, outputs, strict=True)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def inner_jaxpr(equation: Any) -> tuple[Any, Sequence[Any]]:
+    """The jaxpr that a call runs, and its constants; None for other primitives."""
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    inner = next((equation.params[name] for name in names if name in equation.params), None)
+    return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+
+
+def _without_rule(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+    reason = f"passes through `{equation.primitive.name}`, which has no rule"
+    return opaque(graph, equation, operands, reason)
+
+
+def _call(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+    jaxpr, arrays = inner_jaxpr(equation)
+    constants = [unlabelled(np.shape(array), CONSTANT) for array in arrays]
+    return propagate(graph, jaxpr, constants, operands)
+
+
+def _elementwise(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+    name, shape = equation.primitive.name, equation.outvars[0].aval.shape
+    arrays = [operand for operand in operands if operand.labels]  # a scalar has no axes
+    spread = lambda labels, length: labels if len(labels) == length else free(length)
+    labels = [
+        functools.reduce(graph.couple, (spread(array.labels[axis], n) for array in arrays), free(n))
+        for axis, n in enumerate(shape)
+    ]
+    sources = [_linear_source(name, operands, axis) for axis in range(len(shape))]
+    output = Value(tuple(labels), tuple(sources))
+    return carried(graph, arrays, [output], _ROLES.get(name, "carried"))
+
+
+def _linear_source(name: str, operands: list[Value], axis: int) -> LeafAxis | None:
+    """The leaf axis along which an elementwise outcome is still linear in the leaf."""
+    if name not in _LINEAR:
+        return None
+    varying = [o for o in operands if o.labels and (o.labels[axis] != FREE).any()]
+    if len(varying) != 1 or (varying[0] is not operands[0] and name != "mul"):
+        return None
+    return varying[0].sources[axis]
+
+
+def _contract(graph: Graph, left: Value, i: int, right: Value, j: int) -> None:
+    """The sum over axis i of the left and axis j of the right value.
+
+    The one that is linear in a parameter consumes the channels of the other: to multiply its slice
+    by a gate is to multiply the channel, seen from here.
+    """
+    if right.sources[j] is not None:
+        left, i, right, j = right, j, left, i
+    graph.use(right.sources[j], "carried")
+    if left.sources[i] is not None:
+        graph.use(left.sources[i], "consumed")
+        graph.couple(left.labels[i], right.labels[j])
+        return
+    for labels in (left.labels[i], right.labels[j]):
+        graph.fix(labels, "is contracted with what is no parameter")
+
+
+def _carry_axis(graph: Graph, operand: Value, axis: int) -> Labels:
+    graph.use(operand.sources[axis], "carried")
+    return operand.labels[axis]
+
+
+def _dot(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+    left, right = operands
+    (left_sum, right_sum), (left_batch, right_batch) = equation.params["dimension_numbers"]
+    for i, j in zip(left_sum, right_sum, strict=True):
+        _contract(graph, left, i, right, j)
+    labels = [
+        graph.couple(_carry_axis(graph, left, i), _carry_axis(graph, right, j))
+        for i, j in zip(left_batch, right_batch, strict=True)
+    ]
+    for operand, taken in ((left, left_sum + left_batch), (right, right_sum + right_batch)):
+        rest = [i for i in range(len(operand.labels)) if i not in taken]
+        labels += [_carry_axis(graph, operand, i) for i in rest]
+    return [Value(tuple(labels), (None,) * len(labels))]
+
+
+def _convolution(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+    inputs, kernel = operands
+    numbers, shape = equation.params["dimension_numbers"], equation.outvars[0].aval.shape
+    if equation.params["feature_group_count"] > 1 or equation.params["batch_group_count"] > 1:
+        return opaque(graph, equation, operands, "passes through `conv_general_dilated` in groups")
+    (batch, features, *places), (out, into, *window) = numbers.lhs_spec, numbers.rhs_spec
+    _contract(graph, inputs, features, kernel, into)
+    for operand, axes in ((inputs, places), (kernel, window)):
+        for axis in axes:
+            graph.fix(operand.labels[axis], "is a position of a convolution")
+    labels = [rigid(length, DATA) for length in shape]
+    labels[numbers.out_spec[0]] = _carry_axis(graph, inputs, batch)
+    labels[numbers.out_spec[1]] = _carry_axis(graph, kernel, out)
+    return [Value(tuple(labels), (None,) * len(labels))]
+
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(_CALLS.split(), _call),
+    **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
+    **dict.fromkeys(_REDUCTIONS.split(), _layouts.reduction),
+    **dict.fromkeys(_CUMULATIVE, _layouts.cumulative),
+    **dict.fromkeys(_WINDOWS, _layouts.window),
+    "broadcast_in_dim": _layouts.broadcast,
+    "concatenate": _layouts.concatenate,
+    "conv_general_dilated": _convolution,
+    "dot_general": _dot,
+    "dynamic_slice": _layouts.cut,
+    "iota": _layouts.iota,
+    "optimization_barrier": _layouts.unchanged,
+    "pad": _layouts.pad,
+    "reshape": _layouts.reshape,
+    "rev": _layouts.reverse,
+    "slice": _layouts.cut,
+    "squeeze": _layouts.squeeze,
+    "stack": _layouts.stack,
+    "transpose": _layouts.transpose,
+}

@@ -1,0 +1,145 @@
+"""When how much is removed: pure functions of the step, and an average of the scores of rounds."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks, _tree
+
+
+def linear_removal(
+    step: Any, *, every: int, num_each: int, total: int, begin: int = 0
+) -> jax.Array:
+    """How many are removed by `step`: `num_each` after each `every` steps, `total` in the end.
+
+        min(total, num_each * floor((step - begin) / every))
+
+    Args:
+      step: number of steps done, a Python integer or an integer array ().
+      every: steps between two rounds.
+      num_each: units, or weights, a round.
+      total: the most that is removed.
+      begin: steps before the first interval.
+
+    Returns:
+      The number removed so far (), int32.
+
+    Raises:
+      ValueError: a number is out of its range.
+      TypeError: a number is not an integer.
+
+    References:
+      P. Molchanov et al. (2019), arXiv:1906.10771, with 100 units each 30 batches.
+    """
+    _checks.integer("every", every)
+    _checks.integer("num_each", num_each)
+    _checks.integer("total", total, minimum=0)
+    _checks.integer("begin", begin, minimum=0)
+    # More rounds than it takes would change nothing but might overflow.
+    rounds = jnp.clip((_step(step) - begin) // every, 0, total // num_each + 1)
+    return jnp.minimum(rounds * num_each, total)
+
+
+def cubic_removal(
+    step: Any,
+    *,
+    num_units: int,
+    final: float,
+    every: int,
+    num_rounds: int,
+    initial: float = 0.0,
+    begin: int = 0,
+) -> jax.Array:
+    """How many are removed by `step` where the sparsity rises as a cubic, fast first and then slow.
+
+        s(t) = final + (initial - final) (1 - (t - begin) / (num_rounds every))^3
+
+    at t = begin, begin + every, ..., begin + num_rounds every; in between the value stays, behind
+    the last it is `final`, before the first nothing is removed.
+
+    Args:
+      step: number of steps done, a Python integer or an integer array ().
+      num_units: of what the sparsity is a share: all units, or all weights.
+      final: share removed in the end, in [0, 1].
+      every: steps between two rounds.
+      num_rounds: n of the paper: rounds after the first one.
+      initial: share removed by the first round.
+      begin: step of the first round.
+
+    Returns:
+      The number removed so far (), int32: s(t) `num_units`, rounded.
+
+    Raises:
+      ValueError: a number is out of its range.
+      TypeError: a number has the wrong type.
+
+    References:
+      M. Zhu, S. Gupta (2017), arXiv:1710.01878, equation 1.
+    """
+    _checks.integer("num_units", num_units)
+    _checks.integer("every", every)
+    _checks.integer("num_rounds", num_rounds)
+    _checks.integer("begin", begin, minimum=0)
+    for name, value in (("final", final), ("initial", initial)):
+        if _checks.non_negative(name, value) > 1:
+            raise ValueError(f"`{name}` must be at most 1, got {value}.")
+    done = _step(step) - begin
+    rounds = jnp.clip(done // every, 0, num_rounds).astype(jnp.float32)
+    share = final + (initial - final) * (1 - rounds / num_rounds) ** 3
+    return jnp.where(done < 0, 0, jnp.round(share * num_units).astype(jnp.int32))
+
+
+def num_missing(masks: Any, num_removed: Any) -> jax.Array:
+    """How many are still to go, for `mask_lowest`, until so many are removed.
+
+    Args:
+      masks: tree of bool arrays, False for what is removed.
+      num_removed: number that a schedule asks for, an integer or an integer array ().
+
+    Returns:
+      `num_removed` less the number of False, at least 0, (), int32.
+
+    Raises:
+      TypeError: a leaf is not bool.
+    """
+    _checks.bool_tree("masks", masks)
+    gone = sum(jnp.sum(~leaf, dtype=jnp.int32) for leaf in jax.tree.leaves(masks))
+    return jnp.maximum(jnp.asarray(num_removed, jnp.int32) - gone, 0)
+
+
+def average_scores(previous: Any, scores: Any, *, momentum: float = 0.9) -> Any:
+    """The moving average of scores over rounds, momentum previous + (1 - momentum) scores.
+
+    Args:
+      previous: average so far, a tree like `scores`; None in the first round.
+      scores: of this round.
+      momentum: in [0, 1).
+
+    Returns:
+      The new average; `scores` in the first round.
+
+    Raises:
+      ValueError: the trees differ, or `momentum` is not in [0, 1).
+
+    References:
+      P. Molchanov et al. (2019), arXiv:1906.10771, whose code offers it with 0.9.
+    """
+    if not 0 <= _checks.non_negative("momentum", momentum) < 1:
+        raise ValueError(f"`momentum` must be below 1, got {momentum}.")
+    if previous is None:
+        return scores
+    _checks.same_tree("previous", previous, scores)
+    return jax.tree.map(
+        lambda old, new: momentum * _tree.wide(old) + (1 - momentum) * _tree.wide(new),
+        previous,
+        scores,
+    )
+
+
+def _step(step: Any) -> jax.Array:
+    if not isinstance(step, jax.Array):
+        step = _checks.integer("step", step, minimum=0)
+    elif not jnp.issubdtype(step.dtype, jnp.integer):
+        raise TypeError(f"`step` must be an integer, got {step.dtype}.")
+    return jnp.asarray(step, jnp.int32)

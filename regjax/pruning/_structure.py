@@ -1,0 +1,212 @@
+"""The groups of units that can be removed from a model, found from its own forward pass."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from regjax import _checks
+from regjax._base import ModelFn, Params, as_partial
+from regjax.pruning._channels import CONSTANT, DATA, Graph, LeafAxis, components, unlabelled
+from regjax.pruning._rules import propagate
+
+
+class Slice(NamedTuple):
+    """Where the units of a group lie along one axis of one array.
+
+    Attributes:
+      path: readable name of the array.
+      leaf: its index in `jax.tree.leaves` of the parameters; of the state, for statistics.
+      axis: the axis.
+      units: (length of the axis,) int array, the unit that owns each position; -1 where it is none
+        of this group. After flattening H x W positions a unit owns H W of them.
+    """
+
+    path: str
+    leaf: int
+    axis: int
+    units: np.ndarray
+
+
+class Group(NamedTuple):
+    """Units (channels) of one or several layers that exist or are removed together.
+
+    Attributes:
+      num_units: how many.
+      producers: the kernels that the units come out of, along their output axis.
+      scales: vectors that multiply them: scales of normalizations, lengths of weight norm.
+      shifts: other vectors along them: biases, shifts of normalizations.
+      statistics: arrays of the state along them.
+      consumers: the kernels that they go into, along the input axis.
+    """
+
+    num_units: int
+    producers: tuple[Slice, ...]
+    scales: tuple[Slice, ...]
+    shifts: tuple[Slice, ...]
+    statistics: tuple[Slice, ...]
+    consumers: tuple[Slice, ...]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structure:
+    """What can be pruned in a model: a pytree without leaves, so that it passes through `jax.jit`.
+
+    Attributes:
+      groups: by the name of the first producer, in the order of the forward pass.
+      fixed: kernels whose units cannot be removed, each with the reason.
+      params: the parameters as `jax.ShapeDtypeStruct`s.
+      state: list of the model's own leaves as such.
+      inputs: the inputs as such.
+    """
+
+    groups: dict[str, Group]
+    fixed: dict[str, str]
+    params: Any = dataclasses.field(repr=False)
+    state: list[Any] = dataclasses.field(repr=False)
+    inputs: Any = dataclasses.field(repr=False)
+
+
+def find_structure(model_fn: ModelFn, params: Params, inputs: Any) -> Structure:
+    """The groups of units that can be removed, from a trace of the forward pass.
+
+    A unit is all that has to go together: channels joined by additions (a residual stage is one
+    group), by elementwise operations and by products batch by batch, with their biases, norms and
+    statistics, and the slices of the kernels that they go into. They stay apart through transposes,
+    pooling, concatenation and flattening. Units are fixed where they feed the outputs, meet the
+    inputs or a constant array, are reduced, split or cut along their axis (layer and group norm,
+    weight norm of a consumer), are contracted with what is no parameter, or pass through a
+    primitive without a rule.
+
+    Args:
+      model_fn: (params, inputs) -> outputs, as from `regjax.model_function` in evaluation mode,
+        which sees the running statistics.
+      params: its parameters.
+      inputs: a batch of at least two examples, or of `jax.ShapeDtypeStruct`s; nothing is computed.
+
+    Returns:
+      A `Structure`.
+
+    Raises:
+      TypeError: a parameter is not real floating point.
+      ValueError: there are no parameters.
+    """
+    _checks.floating_tree("params", params)
+    function = as_partial(model_fn)
+    # Abstract inputs do: nothing is computed.
+    traced = jax.make_jaxpr(_apply)(function, params, inputs)
+    state, paths = jax.tree.leaves(function), [*_paths(function), *_paths(params)]
+    leaves = [*state, *jax.tree.leaves(params)]
+    graph = Graph()
+    values = [graph.leaf(i, np.shape(leaf)) for i, leaf in enumerate(leaves)]
+    values += [unlabelled(np.shape(leaf), DATA) for leaf in jax.tree.leaves(inputs)]
+    constants = [unlabelled(np.shape(array), CONSTANT) for array in traced.consts]
+    for output in propagate(graph, traced.jaxpr, constants, values):
+        for labels in output.labels:
+            graph.fix(labels, "feeds the outputs")
+    groups, fixed = _groups(graph, _Leaves(paths, [np.ndim(x) for x in leaves], len(state)))
+    abstract = lambda tree: jax.eval_shape(lambda same: same, tree)
+    return Structure(groups, fixed, abstract(params), abstract(state), abstract(inputs))
+
+
+def _apply(function: Any, params: Params, inputs: Any) -> Any:
+    return function(params, inputs)
+
+
+def _paths(tree: Any) -> list[str]:
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
+
+
+class _Leaves(NamedTuple):
+    """The leaves of the state, then those of the parameters."""
+
+    paths: list[str]
+    ndims: list[int]
+    num_state: int
+
+    def slice(self, source: LeafAxis, units: np.ndarray) -> Slice:
+        leaf, axis = source
+        index = leaf if self.in_state(source) else leaf - self.num_state
+        return Slice(self.paths[leaf] or "params", index, axis, units)
+
+    def in_state(self, source: LeafAxis) -> bool:
+        return source[0] < self.num_state
+
+    def is_kernel(self, source: LeafAxis) -> bool:
+        return not self.in_state(source) and self.ndims[source[0]] > 1
+
+
+def _groups(graph: Graph, leaves: _Leaves) -> tuple[dict[str, Group], dict[str, str]]:
+    """The groups, and the reasons of what is no group, by the first producer."""
+    for source, roles in graph.roles.items():
+        if "consumed" in roles and len(roles) > 1:
+            graph.fix(graph.atoms[source], "goes into a kernel along an axis with another use")
+        if "consumed" in roles and leaves.in_state(source):
+            graph.fix(graph.atoms[source], "goes into an array of the state")
+    channel = graph.channels()
+    channels = {source: channel[atoms] for source, atoms in graph.atoms.items()}
+    consumed = [channels[source] for source, roles in graph.roles.items() if roles == {"consumed"}]
+    reasons = dict.fromkeys(set(channel.tolist()).difference(*map(set, consumed)), _NOT_CONSUMED)
+    reasons |= {int(channel[atom]): reason for atom, reason in reversed(graph.reasons.items())}
+    groups: dict[str, Group] = {}
+    fixed: dict[str, str] = {}
+    for kernels in _stages(graph, channels, leaves):
+        members = list(dict.fromkeys(np.concatenate([channels[s] for s in kernels]).tolist()))
+        reason = next((reasons[member] for member in members if member in reasons), None)
+        if reason is not None:
+            for leaf, _ in kernels:
+                fixed.setdefault(leaves.paths[leaf] or "params", reason)
+            continue
+        leaf, axis = kernels[0]
+        name = leaves.paths[leaf] or "params"
+        groups[f"{name}[{axis}]" if name in groups else name] = _group(
+            graph, channels, leaves, np.array(members)
+        )
+    return groups, {name: reason for name, reason in fixed.items() if name not in groups}
+
+
+_NOT_CONSUMED = "goes into no kernel"
+
+
+def _stages(
+    graph: Graph, channels: dict[LeafAxis, np.ndarray], leaves: _Leaves
+) -> list[list[LeafAxis]]:
+    """The output axes of kernels, in the order of the forward pass; those with a common channel."""
+    kernels = [
+        source
+        for source, roles in graph.roles.items()
+        if roles != {"consumed"} and leaves.is_kernel(source)
+    ]
+    size = 1 + max((int(labels.max()) for labels in channels.values()), default=0)
+    edges = [np.stack([channels[s][:-1], channels[s][1:]]) for s in kernels]
+    stage = components(size, np.concatenate([np.zeros((2, 0), int), *edges], axis=1))
+    found: dict[int, list[LeafAxis]] = {}
+    for source in kernels:
+        found.setdefault(int(stage[channels[source][0]]), []).append(source)
+    return list(found.values())
+
+
+def _group(
+    graph: Graph, channels: dict[LeafAxis, np.ndarray], leaves: _Leaves, members: np.ndarray
+) -> Group:
+    """All that runs along the channels `members`, the units in this order."""
+    unit = np.full(1 + max(int(labels.max()) for labels in channels.values()), -1)
+    unit[members] = np.arange(len(members))
+    slices: dict[str, list[Slice]] = {name: [] for name in Group._fields[1:]}
+    for source, labels in channels.items():
+        units, roles = unit[labels], graph.roles.get(source, {"carried"})
+        if (units < 0).all():
+            continue
+        if roles == {"consumed"}:
+            kind = "consumers"
+        elif leaves.in_state(source):
+            kind = "statistics"
+        elif leaves.is_kernel(source):
+            kind = "producers"
+        else:
+            kind = "scales" if "scale" in roles else "shifts"
+        slices[kind].append(leaves.slice(source, units))
+    return Group(len(members), **{name: tuple(found) for name, found in slices.items()})

@@ -1,0 +1,204 @@
+"""Taylor importance: the squared change of the loss on removing a unit, foreseen at its gate.
+
+A gate z = 1 multiplies what a unit hands on. Removing the unit moves the gate to 0, and to second
+order in this step the loss changes by -g + H / 2, with the gate's gradient g and second derivative
+H. All functions work on trees of gates {group: (num_units,)}, of any shape.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from regjax import _checks, _loops, _tree
+from regjax._base import Batch, LossFn, as_partial, check_loss
+from regjax.pruning._oracle import gate_hessian_diagonal
+
+
+class TaylorScores(NamedTuple):
+    """Importance of the units from a data set; trees like the gates.
+
+    Attributes:
+      scores: mean over the batches, in squared units of the loss.
+      standard_errors: of these means, from the spread over the batches; NaN with a single batch.
+    """
+
+    scores: Any
+    standard_errors: Any
+
+
+def taylor_importance(gate_grads: Any) -> Any:
+    """First-order importance of one batch, g^2 at gates of 1.
+
+    Average it over batches: the mean of the squares, not the square of the mean gradient. With B
+    examples a batch the two differ by the variance of the examples' gradients over B.
+
+    Args:
+      gate_grads: tree of gradients of the loss with respect to the gates.
+
+    Returns:
+      The scores, a tree like `gate_grads`, in float32 at least.
+
+    Raises:
+      TypeError: a leaf is not real floating point.
+
+    References:
+      P. Molchanov, A. Mallya, S. Tyree, I. Frosio, J. Kautz (2019), arXiv:1906.10771, its
+      first-order criterion at gates.
+    """
+    _checks.floating_tree("gate_grads", gate_grads)
+    return jax.tree.map(lambda g: _tree.wide(g) ** 2, gate_grads)
+
+
+def taylor_importance_second_order(gate_grads: Any, gate_hessian_diagonal: Any) -> Any:
+    """Second-order importance of one batch, (g - H / 2)^2 at gates of 1.
+
+    Exact for a loss that is quadratic in each gate.
+
+    Args:
+      gate_grads: tree of gradients g of the loss with respect to the gates.
+      gate_hessian_diagonal: tree like it, the second derivatives H, as `gate_hessian_diagonal`
+        gives them.
+
+    Returns:
+      The scores, a tree like `gate_grads`, in float32 at least.
+
+    Raises:
+      ValueError: the trees differ.
+      TypeError: a leaf is not real floating point.
+
+    References:
+      P. Molchanov et al. (2019), arXiv:1906.10771, with the diagonal in place of the row of the
+      Hessian, which belongs to the removal of this unit alone.
+    """
+    _checks.floating_tree("gate_grads", gate_grads)
+    _checks.same_tree("gate_hessian_diagonal", gate_hessian_diagonal, gate_grads)
+    return jax.tree.map(
+        lambda g, h: (_tree.wide(g) - _tree.wide(h) / 2) ** 2, gate_grads, gate_hessian_diagonal
+    )
+
+
+def taylor_scores(gate_loss: LossFn, gates: Any, *batch: Any, batch_size: int) -> TaylorScores:
+    """First-order importance from a data set: the mean over its batches of (z g)^2.
+
+    One gradient with respect to the gates for each batch; memory is that of one batch. A removed
+    unit, whose gate is 0, scores 0.
+
+    Args:
+      gate_loss: (gates, *batch) -> scalar, the mean over the examples, as `gated_loss` makes it;
+        the batch may couple its examples.
+      gates: tree of gates z, 1 for units that are there and 0 for removed ones.
+      *batch: arrays with a leading axis of N examples, in the order in which they are divided.
+      batch_size: examples a batch. The score depends on it, as the mean over batches of squares
+        does; what is left over after the last whole batch is not used.
+
+    Returns:
+      A `TaylorScores`.
+
+    Raises:
+      ValueError: `gate_loss` is no scalar, or `batch_size` is not between 1 and N.
+      TypeError: a gate is not real floating point, or `batch_size` not an integer.
+
+    References:
+      P. Molchanov et al. (2019), arXiv:1906.10771.
+    """
+    num_batches = _num_batches(gate_loss, gates, batch, batch_size)
+    loss = as_partial(gate_loss)
+
+    def add(moments: Any, i: jax.Array) -> Any:
+        return _with_first_order(moments, loss, gates, batch, i, batch_size)
+
+    return _over_batches(add, gates, num_batches)
+
+
+def taylor_scores_second_order(
+    gate_loss: LossFn, gates: Any, *batch: Any, batch_size: int, block_size: int = 16
+) -> TaylorScores:
+    """Second-order importance from a data set: the mean over its batches of (z g - z^2 H / 2)^2.
+
+    The diagonal is exact: as many Hessian products for each batch as there are gates.
+
+    Args:
+      gate_loss: as in `taylor_scores`, twice differentiable almost everywhere.
+      gates: tree of gates z, 1 for units that are there and 0 for removed ones.
+      *batch: arrays with a leading axis of N examples.
+      batch_size: examples a batch, as in `taylor_scores`.
+      block_size: Hessian products at a time.
+
+    Returns:
+      A `TaylorScores`.
+
+    Raises:
+      ValueError: as in `taylor_scores`, or `block_size` is below 1.
+      TypeError: as in `taylor_scores`.
+
+    References:
+      P. Molchanov et al. (2019), arXiv:1906.10771.
+    """
+    num_batches = _num_batches(gate_loss, gates, batch, batch_size)
+    loss = as_partial(gate_loss)
+
+    def add(moments: Any, i: jax.Array) -> Any:
+        part = _part(batch, i, batch_size)
+        # A loop of its own over blocks of gates, and so not inside of one program with the rest.
+        diagonal = gate_hessian_diagonal(loss, gates, *part, block_size=block_size)
+        return _with_second_order(moments, loss, gates, part, diagonal, i)
+
+    return _over_batches(add, gates, num_batches)
+
+
+def _num_batches(gate_loss: LossFn, gates: Any, batch: Batch, batch_size: int) -> int:
+    check_loss(gate_loss, gates, batch)
+    length = _checks.num_examples(batch)
+    return length // _checks.integer("batch_size", batch_size, maximum=length)
+
+
+def _over_batches(
+    add: Callable[[Any, jax.Array], Any], gates: Any, num_batches: int
+) -> TaylorScores:
+    zeros = jax.tree.map(lambda gate: jnp.zeros_like(_tree.wide(gate)), gates)
+    scores, squares = _loops.fold_captured(add, (zeros, zeros), num_batches)
+    # NaN with a single batch: 0 / 0.
+    errors = jax.tree.map(
+        lambda s: jnp.sqrt(s / jnp.asarray((num_batches - 1.0) * num_batches, s.dtype)), squares
+    )
+    return TaylorScores(scores, errors)
+
+
+# A single program a batch: beside a small network's gradient a second call would show.
+@functools.partial(jax.jit, static_argnums=5)
+def _with_first_order(
+    moments: Any, gate_loss: Partial, gates: Any, batch: Batch, i: jax.Array, size: int
+) -> Any:
+    return _added(moments, taylor_importance(_along(gate_loss, gates, _part(batch, i, size))), i)
+
+
+@jax.jit
+def _with_second_order(
+    moments: Any, gate_loss: Partial, gates: Any, part: Batch, diagonal: Any, i: jax.Array
+) -> Any:
+    curved = jax.tree.map(lambda z, h: _tree.wide(z) ** 2 * h, gates, diagonal)
+    scores = taylor_importance_second_order(_along(gate_loss, gates, part), curved)
+    return _added(moments, scores, i)
+
+
+def _along(gate_loss: Partial, gates: Any, part: Batch) -> Any:
+    """The products z g: a removed unit scores 0."""
+    grads = jax.grad(gate_loss)(gates, *part)
+    return jax.tree.map(lambda z, g: _tree.wide(z) * _tree.wide(g), gates, grads)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _part(batch: Batch, i: jax.Array, size: int) -> Batch:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * size, size), batch)
+
+
+def _added(moments: Any, values: Any, i: jax.Array) -> Any:
+    """Mean and sum of squared deviations with one more value, by Welford's rule."""
+    mean, squares = moments
+    new = jax.tree.map(lambda m, v: m + (v - m) / (i + 1).astype(m.dtype), mean, values)
+    squares = jax.tree.map(lambda s, v, old, m: s + (v - old) * (v - m), squares, values, mean, new)
+    return new, squares
