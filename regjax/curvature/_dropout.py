@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _tree
 from regjax._base import as_partial, check_loss
-from regjax.curvature._operators import Operator, _precision, from_matvec
+from regjax.curvature._operators import Operator, from_matvec, precision
 
 
 def dropout_covariance(
@@ -77,7 +77,7 @@ def dropout_covariance_factor(
 
 
 def _gradient(dropout_loss_fn: Partial, params: Any, keys: jax.Array) -> jax.Array:
-    with _precision():
+    with precision():
         gradient = jax.grad(dropout_loss_fn)(params, keys[0])
     return _tree.ravel(gradient, _tree.vector_dtype(params))[None]
 

@@ -65,6 +65,24 @@ class LanczosResult(NamedTuple):
     residual: jax.Array
 
 
+class RitzResult(NamedTuple):
+    """What m Lanczos steps know of the spectrum: the eigenpairs of T.
+
+    Attributes:
+      values: (m,), Ritz values, ascending; NaN, at the front, for steps that were not done.
+      residual_norms: (m,), of the Ritz pairs: an eigenvalue lies within it, up to rounding; NaN as
+        above.
+      weights: (m,), the squared component of the start along each Ritz vector, which is its weight
+        in Gauss quadrature; sum 1, 0 as above.
+      vectors: (m, m), columns: the Ritz vectors in the basis, `basis.T @ vectors` in full.
+    """
+
+    values: jax.Array
+    residual_norms: jax.Array
+    weights: jax.Array
+    vectors: jax.Array
+
+
 def lanczos(
     matvec: Operator | Callable[[Any], Any],
     start: Any,
@@ -139,6 +157,35 @@ def lanczos_result(state: Krylov, num_steps: int) -> LanczosResult:
         basis=_basis.to_array(state.basis, num_steps),
         num_steps=state.filled,
         residual=state.direction * state.beta,
+    )
+
+
+@jax.jit
+def ritz_pairs(result: LanczosResult) -> RitzResult:
+    """The eigenpairs of the tridiagonal matrix of a Lanczos run.
+
+    Args:
+      result: from `lanczos`.
+
+    Returns:
+      A `RitzResult`.
+    """
+    steps = jnp.arange(result.alphas.size, dtype=jnp.int32)
+    done = steps < result.num_steps
+    matrix = jnp.diag(result.alphas) + jnp.diag(result.betas, 1) + jnp.diag(result.betas, -1)
+    matrix = jnp.where(done[:, None] & done[None], matrix, 0)
+    # Steps that were not done get an eigenvalue below all others, so that they mix with none.
+    norm = jnp.linalg.norm(matrix)
+    below = -2 * jnp.where(norm > 0, norm, 1)
+    values, vectors = jnp.linalg.eigh(matrix + jnp.diag(jnp.where(done, 0, below)))
+    # eigh sorts: those come first.
+    valid = steps >= steps.size - result.num_steps
+    residual_norms = jnp.linalg.norm(result.residual) * jnp.abs(vectors[result.num_steps - 1])
+    return RitzResult(
+        values=jnp.where(valid, values, jnp.nan),
+        residual_norms=jnp.where(valid, residual_norms, jnp.nan),
+        weights=jnp.where(valid, vectors[0] ** 2, 0),
+        vectors=jnp.where(valid[None], vectors, 0),
     )
 
 

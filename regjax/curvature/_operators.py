@@ -50,8 +50,8 @@ class Operator:
 
     A pytree, so that it passes through `jax.jit` as an argument: its leaves are the parameters, the
     batch and the residuals; the functions are static. Build it with `hessian`, `gauss_newton`,
-    `fisher`, `empirical_fisher` or `from_matvec`. A second operator of the same functions and
-    shapes compiles nothing; a new `lambda` is a new function and compiles again.
+    `fisher`, `empirical_fisher`, `from_gradient` or `from_matvec`. A second operator of the same
+    functions and shapes compiles nothing; a new `lambda` is a new function and compiles again.
 
     Attributes:
       rule: how the matrix follows from `function`; None for `from_matvec`.
@@ -158,8 +158,8 @@ def hvp(loss_fn: Callable[..., Any], params: Any, vector: Any, *batch: Any) -> A
     """
     check_loss(loss_fn, params, batch)
     _checks.same_tree("vector", vector, params)
-    with _precision():
-        return _differentiate_gradient(loss_fn, params, vector, *batch)
+    with precision():
+        return differentiate_gradient(loss_fn, params, vector, *batch)
 
 
 def hessian(
@@ -185,7 +185,7 @@ def hessian(
         mode: ask for "train_per_chunk" by name).
     """
     check_loss(loss_fn, params, batch)
-    rule = Rule(Partial(_linearize_gradient), Partial(_differentiate_gradient))
+    rule = Rule(Partial(_linearize_gradient), Partial(differentiate_gradient))
     return build(rule, as_partial(loss_fn), params, batch, chunk_size)
 
 
@@ -202,6 +202,23 @@ def from_matvec(matvec: Callable[[Any], Any], like: Any) -> Operator:
     """
     _checks.floating_tree("like", like)
     return Operator(None, None, like, (), as_partial(matvec), None)
+
+
+def from_gradient(grad_fn: Callable[[Any], Any], params: Any) -> Operator:
+    """The Hessian of a loss that is known by its gradient alone.
+
+    Args:
+      grad_fn: params -> gradient; the same function again, or `jax.tree_util.Partial` of the same
+        function with the data as arguments, compiles nothing again.
+      params: tree of parameters.
+
+    Returns:
+      An `Operator` of shape (n, n): the Jacobian of `grad_fn` at `params`.
+
+    Raises:
+      TypeError: a parameter is not real floating point.
+    """
+    return build(_JACOBIAN, as_partial(grad_fn), params, (), None)
 
 
 def build(
@@ -229,15 +246,26 @@ def _linearize_gradient(loss_fn: Callable[..., Any], params: Any, *batch: Any) -
     return jax.linearize(jax.grad(lambda p: loss_fn(p, *batch)), params)[1]
 
 
-def _differentiate_gradient(
+def differentiate_gradient(
     loss_fn: Callable[..., Any], params: Any, vector: Any, *batch: Any
 ) -> Any:
     return jax.jvp(jax.grad(lambda p: loss_fn(p, *batch)), (params,), (vector,))[1]
 
 
+def _linearize(function: Callable[[Any], Any], params: Any) -> Any:
+    return jax.linearize(function, params)[1]
+
+
+def _differentiate(function: Callable[[Any], Any], params: Any, vector: Any) -> Any:
+    return jax.jvp(function, (params,), (vector,))[1]
+
+
+_JACOBIAN = Rule(Partial(_linearize), Partial(_differentiate))
+
+
 @jax.jit
 def _linear_map(rule: Rule, function: Any, params: Any, batch: Any) -> Partial:
-    with _precision():
+    with precision():
         return rule.linearize(function, params, *batch)
 
 
@@ -245,7 +273,7 @@ def _linear_map(rule: Rule, function: Any, params: Any, batch: Any) -> Partial:
 def _whole_product(operator: Operator, vector: jax.Array) -> jax.Array:
     params = operator.params
     tree = _tree.unravel(vector, params)
-    with _precision():
+    with precision():
         if operator.linear_map is not None:
             image = operator.linear_map(tree)
         else:
@@ -265,7 +293,7 @@ def _set_row(operands: Any, rows: jax.Array, i: jax.Array) -> jax.Array:
     return rows.at[i].set(product(operator, vectors[i]))
 
 
-def _precision() -> contextlib.AbstractContextManager[Any]:
+def precision() -> contextlib.AbstractContextManager[Any]:
     """Full float32 products unless the caller says otherwise: TF32 visibly perturbs Lanczos."""
     if getattr(jax.config, "jax_default_matmul_precision") is not None:  # noqa: B009
         return contextlib.nullcontext()

@@ -184,22 +184,21 @@ def ritz(
 
 @jax.jit
 def _diagonalise(found: curvature.LanczosResult) -> Ritz:
-    off = jnp.diag(found.betas, 1)
-    values, weights = jnp.linalg.eigh(jnp.diag(found.alphas) + off + off.T)
+    pairs = curvature.ritz_pairs(found)
+    floor = _FLOOR * jnp.finfo(pairs.values.dtype).eps * jnp.nanmax(jnp.abs(pairs.values))
+    bounds = jnp.maximum(pairs.residual_norms, floor)
     beta = jnp.linalg.norm(found.residual)
-    floor = _FLOOR * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
-    bounds = jnp.maximum(beta * jnp.abs(weights[-1]), floor)
-    return Ritz(values, weights, bounds, found.basis, beta)
+    return Ritz(pairs.values, pairs.vectors, bounds, found.basis, beta)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def report(found: Ritz, tol: Any, largest_magnitude: bool = False) -> SharpnessReport:
     """The end of the spectrum that is asked for."""
     values = found.values
-    at = jnp.argmax(jnp.abs(values)) if largest_magnitude else values.size - 1
+    at = jnp.nanargmax(jnp.abs(values)) if largest_magnitude else values.size - 1
     value, bound = values[at], found.bounds[at]
     small = bound <= jnp.asarray(tol, value.dtype) * jnp.abs(value)
-    return SharpnessReport(value, bound, small, values[0])
+    return SharpnessReport(value, bound, small, jnp.nanmin(values))
 
 
 def _interpolate(share: jax.Array, start: Any, end: Any) -> Any:

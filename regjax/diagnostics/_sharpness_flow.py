@@ -145,14 +145,16 @@ def _predict(
         jnp.asarray(x, dtype) for x in (intrinsic_rate, flat_tolerance, tol)
     )
     scale, limit = norm / largest, flat_tolerance * largest
-    flat = jnp.abs(krylov.values) <= limit
+    # 0 for steps that were not done: the gradient lies in a space that the Hessian does not leave.
+    values = jnp.nan_to_num(krylov.values)
+    flat = jnp.abs(values) <= limit
     # Of the gradient in the basis of the Ritz vectors, and of those vectors along the residual.
     first, last = krylov.weights[0], krylov.beta * krylov.weights[-1]
     kept = jnp.where(flat, first, 0)
     gradient, size = scale * _combine(krylov, krylov.weights @ kept), scale * jnp.linalg.norm(kept)
     # ||H g||, and how much of the dropped part H did not make: H Q s = Q T s + residual.
-    curved = jnp.hypot(jnp.linalg.norm(krylov.values * kept), jnp.sum(last * kept))
-    missed = jnp.sum(jnp.where(flat, 0, last * first / jnp.where(flat, 1, krylov.values)))
+    curved = jnp.hypot(jnp.linalg.norm(values * kept), jnp.sum(last * kept))
+    missed = jnp.sum(jnp.where(flat, 0, last * first / jnp.where(flat, 1, values)))
     error = scale * jnp.hypot(curved / limit, missed)
 
     denominator = 4 + size**2

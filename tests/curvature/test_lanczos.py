@@ -109,3 +109,28 @@ def test_error_texts():
         curvature.lanczos(operator, start(5), 2)
     with pytest.raises(TypeError, match="`key` must be a typed key"):
         curvature.lanczos(operator, start(4), 2, key=0)
+
+
+@pytest.mark.parametrize("num_steps", [3, 6])
+def test_ritz_pairs_are_those_of_the_tridiagonal_matrix(num_steps):
+    eigenvalues = jnp.asarray([5.0, -2.0, 1.0, 0.5, 0.0, 0.0])
+    start = jnp.asarray([1.0, 2.0, 1.0, 0.0, 0.0, 0.0])
+    run = curvature.lanczos(lambda v: eigenvalues * v, start, num_steps)
+    pairs = curvature.ritz_pairs(run)
+    # The start has three eigenvectors in it: beyond, there is no step.
+    values = np.sort(np.asarray(pairs.values))[:3]
+    np.testing.assert_allclose(values, [-2, 1, 5], atol=1e-5)
+    assert np.isnan(pairs.values).sum() == np.isnan(pairs.residual_norms).sum() == num_steps - 3
+    np.testing.assert_allclose(pairs.weights[-3:], np.asarray([4, 1, 1]) / 6, atol=1e-6)
+    assert not np.any(pairs.weights[:-3])
+    np.testing.assert_allclose(np.abs(run.basis.T @ pairs.vectors[:, -1]), np.eye(6)[0], atol=1e-5)
+
+
+def test_ritz_residuals_are_those_of_the_matrix():
+    matrix = np.diag(np.arange(1.0, 9.0)).astype(np.float32)
+    run = curvature.lanczos(lambda v: jnp.asarray(matrix) @ v, jnp.ones(8), 4)
+    pairs = curvature.ritz_pairs(run)
+    vectors = np.asarray(run.basis.T @ pairs.vectors)
+    residuals = matrix @ vectors - vectors * np.asarray(pairs.values)[None]
+    np.testing.assert_allclose(pairs.residual_norms, np.linalg.norm(residuals, axis=0), atol=1e-5)
+    assert np.all(np.asarray(pairs.residual_norms) > 1e-2)

@@ -128,6 +128,21 @@ def test_from_matvec_takes_trees_and_arrays():
     np.testing.assert_array_equal(doubled.dense(), 2 * np.eye(3))
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_from_gradient_is_the_hessian(kept, monkeypatch):
+    monkeypatch.setattr(_operators, "CACHE_BYTES", 2**30 if kept else 0)
+    problem = oracles.problem()
+    gradient = Partial(gradient_of_the_loss, problem.batch)
+    operator = curvature.from_gradient(gradient, problem.params)
+    assert (operator.linear_map is not None) == kept
+    expected = oracles.dense_hessian(oracles.loss_fn, *problem_args(problem))
+    np.testing.assert_allclose(operator.dense(), expected, rtol=1e-4, atol=1e-5)
+
+
+def gradient_of_the_loss(batch, params):
+    return jax.grad(oracles.loss_fn)(params, *batch)
+
+
 def test_error_texts():
     problem = oracles.problem()
     params, batch = problem.params, problem.batch

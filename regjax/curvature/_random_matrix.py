@@ -1,0 +1,300 @@
+"""Extreme eigenvalues of mini-batch curvature, from the noise of the examples' curvature.
+
+A batch Hessian is the full one plus the noise of its examples, H' = H + E. Random matrix theory
+says where an eigenvalue of H ends up in H' if E has no direction of its own. What measures E is the
+noise power
+
+    p(z) = mean_i ||H_i z||^2 - ||mean_i H_i z||^2,    z of unit norm,
+
+over the Hessians H_i of single examples: the variance of an element times the number of parameters
+P, if all elements have one variance. In a batch of B the noise is p / b, b the effective batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from regjax import _checks, _chunks, _tree
+from regjax._base import as_partial, couples_examples
+from regjax.curvature._operators import differentiate_gradient, precision
+
+Law: TypeAlias = Callable[..., "BatchExtremes"]
+"""(largest, smallest, noise_power, inverse_batch) -> `BatchExtremes`."""
+
+
+class NoisePower(NamedTuple):
+    """How much the Hessians of single examples differ along a direction.
+
+    Attributes:
+      value: (), mean_i ||H_i z - H z||^2, in squared units of the Hessian; exact for the examples.
+      standard_error: (), of `value` as an estimate for the population the examples are drawn from;
+        NaN with a single example.
+    """
+
+    value: jax.Array
+    standard_error: jax.Array
+
+
+class BatchExtremes(NamedTuple):
+    """The ends of the spectrum of a batch's curvature, in units of the Hessian.
+
+    Attributes:
+      largest: predicted largest eigenvalue, of the shape of the arguments.
+      smallest: predicted smallest eigenvalue.
+    """
+
+    largest: jax.Array
+    smallest: jax.Array
+
+
+def hessian_noise_power(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    direction: Any,
+    *batch: Any,
+    chunk_size: int | None = None,
+) -> NoisePower:
+    """The mean over examples of ||H_i z - H z||^2, H_i the Hessian of example i, H their mean.
+
+    At the cost of a Hessian product, with the product of each example kept: chunks bound that
+    memory, `chunk_size` times the number of parameters. For isotropic noise any z will do. The
+    noise of networks is far from isotropic, and what moves an eigenvalue is the noise along its own
+    eigenvector: take z from `top_eigenpairs`, whose largest eigenvalue then grows in a batch by
+    value / (b largest) to second order (`additive_outlier`), if the others are near 0.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, the mean over independent examples.
+      params: tree of real floating-point parameters, n in all.
+      direction: z, a tree like `params`; only its direction counts. Zero gives NaN.
+      *batch: arrays with a leading axis of N examples.
+      chunk_size: number of examples per pass; None: all at once.
+
+    Returns:
+      A `NoisePower`, in float32 at least.
+
+    Raises:
+      ValueError: the loss is not a scalar or couples the examples (batch norm in train mode, a
+        sum), or `direction` is not a tree like `params`.
+      TypeError: a parameter is not real floating point.
+
+    References:
+      D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092, algorithm 1, with ||H z||^2 of
+      the official code where the paper prints (z'H z)^2. The paper draws z at random; the top
+      eigenvector and the standard error are ours.
+    """
+    if couples_examples(loss_fn):
+        raise ValueError(
+            "`loss_fn` must not couple the examples of a batch (batch norm or dropout in train "
+            'mode), got one that does; use mode="evaluation".'
+        )
+    # Single examples are chunks of one: what is no mean over examples is found out here.
+    _chunks.checked_size(loss_fn, params, batch, 1)
+    _checks.same_tree("direction", direction, params)
+    if chunk_size is not None:
+        chunk_size = min(_checks.integer("chunk_size", chunk_size), _checks.num_examples(batch))
+    flat = _tree.ravel(direction, _tree.vector_dtype(params))
+    unit = _tree.unravel(flat / jnp.linalg.norm(flat), params)
+    function = as_partial(loss_fn)
+    mean = _chunks.mean(Partial(_product, function, unit), params, batch, chunk_size)
+    squares = _chunks.each(
+        Partial(_squared_distances, function, unit, mean), params, batch, chunk_size
+    )
+    num_examples = jnp.asarray(squares.size, squares.dtype)
+    return NoisePower(jnp.mean(squares), jnp.std(squares, ddof=1) / jnp.sqrt(num_examples))
+
+
+def wigner_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batch: Any) -> Any:
+    """The law for noise with independent elements of one variance (Hessian).
+
+        s = sqrt(p / b);  l' = l + s^2 / l if |l| > s, else +-2 s, the edge of the noise
+
+    Inside its own region it gives at most 2 l, and below it sqrt(p / b): linear scaling of the
+    learning rate with the batch does not follow from it.
+
+    Args:
+      largest: largest eigenvalue without noise.
+      smallest: smallest eigenvalue without noise; an outlier if below -s.
+      noise_power: p.
+      inverse_batch: 1 / b.
+
+    Returns:
+      A `BatchExtremes`.
+
+    References:
+      D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092, for spiked Wigner matrices.
+    """
+    edge = jnp.sqrt(noise_power * inverse_batch)
+
+    def moved(eigenvalue: jax.Array) -> jax.Array:
+        outlier = eigenvalue > edge
+        return jnp.where(outlier, _shifted(eigenvalue, edge**2, outlier), 2 * edge)
+
+    return BatchExtremes(moved(largest), -moved(-smallest))
+
+
+def additive_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batch: Any) -> Any:
+    """The law l' = l + p / (b l), wherever the eigenvalue lies: second-order perturbation.
+
+    With p along the eigenvector it needs no isotropy, only the other eigenvalues near 0. The
+    paper's figures 9 and 12 use it in effect, without the regime check of `wigner_outlier`.
+
+    Args:
+      largest: largest eigenvalue without noise; NaN where it is not positive.
+      smallest: smallest eigenvalue without noise; NaN where it is not negative.
+      noise_power: p, along the eigenvector of the end in question.
+      inverse_batch: 1 / b.
+
+    Returns:
+      A `BatchExtremes`. The two ends have eigenvectors of their own: with p along one of them, take
+      only that end.
+
+    References:
+      D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092; the direction is ours.
+    """
+    variance = noise_power * inverse_batch
+
+    def moved(eigenvalue: jax.Array) -> jax.Array:
+        outlier = eigenvalue > 0
+        return jnp.where(outlier, _shifted(eigenvalue, variance, outlier), jnp.nan)
+
+    return BatchExtremes(moved(largest), -moved(-smallest))
+
+
+def marchenko_pastur_outlier(
+    largest: Any, smallest: Any, noise_power: Any, inverse_batch: Any, *, num_params: int
+) -> Any:
+    """The law for noise that is positive semi-definite (Gauss-Newton, Fisher).
+
+        c = P / b, v = p / P;   l' = l + v / (1 - c v / l)
+        outside of the noise if l > v (c + sqrt(c)), else its edge v (1 + sqrt(c))^2
+
+    and likewise for the smallest, with -sqrt(c) and, where c > 1, the edge 0. The noise has the
+    mean v: it moves an eigenvalue by v also where c is near 0.
+
+    Args:
+      largest: largest eigenvalue without noise.
+      smallest: smallest eigenvalue without noise.
+      noise_power: p.
+      inverse_batch: 1 / b.
+      num_params: P, number of parameters; bind it with `functools.partial`.
+
+    Returns:
+      A `BatchExtremes`.
+
+    Raises:
+      ValueError: `num_params` is not positive.
+
+    References:
+      D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092, theorem 7, whose threshold and
+      edge (v (1 + c) and 2 v (1 + c)) are wrong as printed: here are those of Baik, Ben Arous and
+      Peche, which matrices of order 1000 meet.
+    """
+    _checks.integer("num_params", num_params)
+    spread = noise_power * inverse_batch  # c v
+    variance, ratio = noise_power / num_params, num_params * inverse_batch
+    root = jnp.sqrt(ratio)
+
+    def outside(eigenvalue: jax.Array, outlier: jax.Array) -> jax.Array:
+        safe = jnp.where(outlier, eigenvalue, 1)
+        room = jnp.where(outlier, 1 - spread / safe, 1)
+        return eigenvalue + variance / room
+
+    above = largest > variance * (ratio + root)
+    below = smallest < jnp.minimum(variance * (ratio - root), 0)
+    return BatchExtremes(
+        jnp.where(above, outside(largest, above), variance * (1 + root) ** 2),
+        jnp.where(below, outside(smallest, below), variance * (1 - jnp.minimum(root, 1)) ** 2),
+    )
+
+
+def batch_extreme_eigenvalues(
+    largest: Any,
+    smallest: Any,
+    *,
+    noise_power: Any,
+    batch_size: Any,
+    num_examples: Any = None,
+    law: Law = wigner_outlier,
+) -> BatchExtremes:
+    """The extreme eigenvalues of a mini-batch's curvature, from those of all examples.
+
+    Drawn without replacement from N examples, an element of a batch's curvature has the variance of
+    one example's over b,
+
+        1 / b = (N - B) / (B (N - 1)),
+
+    exactly: b is B for large N, infinite for the whole set. Which law says what b makes of the
+    eigenvalues has to be said with every number: they differ by orders of magnitude.
+
+    Args:
+      largest: largest eigenvalue of the curvature of all examples; an array broadcasts.
+      smallest: smallest eigenvalue.
+      noise_power: p, from `hessian_noise_power`, in squared units of the eigenvalues.
+      batch_size: B, number of examples in a batch; an array gives a curve.
+      num_examples: N, number of examples; None: infinitely many.
+      law: `wigner_outlier`, `additive_outlier`, or
+        `functools.partial(marchenko_pastur_outlier, num_params=...)`: a function of (largest,
+        smallest, noise_power, inverse_batch), the last 1 / b.
+
+    Returns:
+      A `BatchExtremes`.
+
+    Raises:
+      ValueError: `noise_power` is negative, `batch_size` is not positive, or above `num_examples`.
+
+    References:
+      D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092. The factor is 1 / B - 1 / N
+      there, equal up to terms in 1 / N.
+    """
+    _checks.non_negative("noise_power", noise_power)
+    _checks.positive("batch_size", batch_size)
+    largest = _floating(largest)
+    smallest, noise_power, batch_size = (
+        jnp.asarray(value, largest.dtype) for value in (smallest, noise_power, batch_size)
+    )
+    inverse_batch = 1 / batch_size
+    if num_examples is not None:
+        _check_population(batch_size, num_examples)
+        count = jnp.asarray(num_examples, largest.dtype)
+        inverse_batch = (count - batch_size) / (batch_size * (count - 1))
+    return law(largest, smallest, noise_power, inverse_batch)
+
+
+def _shifted(eigenvalue: jax.Array, variance: jax.Array, valid: jax.Array) -> jax.Array:
+    return eigenvalue + variance / jnp.where(valid, eigenvalue, 1)
+
+
+def _product(loss_fn: Partial, unit: Any, params: Any, *batch: Any) -> Any:
+    with precision():
+        return differentiate_gradient(loss_fn, params, unit, *batch)
+
+
+def _squared_distances(
+    loss_fn: Partial, unit: Any, mean: Any, params: Any, *batch: Any
+) -> jax.Array:
+    """||H_i z - mean||^2 of each example, (N,)."""
+
+    def distance(*example: Any) -> jax.Array:
+        alone = jax.tree.map(lambda leaf: leaf[None], example)
+        difference = jax.tree.map(jnp.subtract, _product(loss_fn, unit, params, *alone), mean)
+        return _tree.inner(difference, difference)
+
+    return jax.vmap(distance)(*batch)
+
+
+def _floating(value: Any) -> jax.Array:
+    value = jnp.asarray(value)
+    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
+
+
+def _check_population(batch_size: jax.Array, num_examples: Any) -> None:
+    _checks.positive("num_examples", num_examples)
+    known = not isinstance(batch_size, jax.core.Tracer) and not isinstance(num_examples, jax.Array)
+    if known and (num_examples < 2 or bool(jnp.any(batch_size > num_examples))):
+        raise ValueError(
+            f"`batch_size` must be at most `num_examples`, {num_examples} (at least 2), "
+            f"got {batch_size}."
+        )
