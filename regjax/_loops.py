@@ -12,7 +12,7 @@ import functools
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -184,6 +184,27 @@ def branch(condition: Any, change: Callable[[Any], Any], state: Any) -> Any:
     return lax.cond(condition, change, lambda unchanged: unchanged, state)
 
 
+def choose(index: Any, functions: Sequence[Callable[[Any], Any]], operand: Any) -> Any:
+    """`functions[index](operand)`; they must not hold a product, but may send and receive.
+
+    Under `jax.vmap` an index that is mapped over computes all of them.
+    """
+    if is_concrete(index):
+        return functions[int(index)](operand)
+    return lax.switch(index, functions, operand)
+
+
+def rare_branch(condition: Any, change: Callable[[Any], Any], state: Any) -> Any:
+    """As `branch`, for a `change` that holds products but is made too rarely for `where`.
+
+    Convolutions in it are slow on CPU inside of `jit`, with one warning.
+    """
+    traced = not is_concrete(condition)
+    if traced and jax.default_backend() == "cpu" and _has_convolution(change, state):
+        _warn_slow_branch()
+    return branch(condition, change, state)
+
+
 def _loop(body: Body, carry: Any, length: int, operands: Any) -> Any:
     return lax.scan(
         lambda carry, i: (body(operands, carry, i), None),
@@ -250,6 +271,15 @@ def _warn_slow(length: int) -> None:
     warnings.warn(
         f"A loop of {length} steps with convolutions inside jit runs 12 to 50 times slower on CPU "
         "than the same steps outside of one: call it without jit, and the host drives the loop.",
+        stacklevel=3,
+    )
+
+
+@functools.cache
+def _warn_slow_branch() -> None:
+    warnings.warn(
+        "A branch with convolutions inside jit runs 12 to 50 times slower on CPU than outside of "
+        "one: let the host decide between the steps, and call there what is in the branch.",
         stacklevel=3,
     )
 

@@ -3,12 +3,14 @@
 A row names what a check needs to know and, with a reason, the checks that do not apply.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from regjax import transforms
 
@@ -53,7 +55,55 @@ def matrices(params):
     return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
 
 
+def far_from_zero(params):
+    """Masks of the larger weights."""
+    return jax.tree.map(lambda leaf: jnp.abs(leaf) > 0.5, params)
+
+
+def everything(params):
+    """Masks that keep all weights."""
+    return jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), params)
+
+
+def among_learners(factory):
+    """`factory`, its `update` called for four learners at once; what is seen is the first one.
+
+    The others have the same gradient and state, and multiples of its weights.
+    """
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        inner = factory(*args, **kwargs)
+
+        def update(updates, state, params=None, **extra):
+            everyone = jax.tree.map(
+                lambda leaf: jnp.stack([k * leaf for k in range(1, 5)]).astype(leaf.dtype), params
+            )
+            found = jax.vmap(
+                lambda own: inner.update(updates, state, own, **extra), axis_name="learner"
+            )(everyone)
+            return jax.tree.map(lambda leaf: leaf[0], found)
+
+        return optax.GradientTransformationExtraArgs(inner.init, update)
+
+    return make
+
+
+def keep_weights(params, count, axis_name):
+    """The mixing of learners who do not talk."""
+    return params
+
+
+def gossip_in_pairs(*, key):
+    """`gossip_average` with the key of its mixing."""
+    return transforms.gossip_average(transforms.random_pair_mixing(key=key))
+
+
+gossip_in_pairs.static_args = ("key",)
+
 _NO_NEUTRAL = {"neutral": "no setting leaves the update as it is"}
+
+_NO_OWN_MASK = {"own_mask": "it mixes all leaves that it is given; optax.masked chooses them"}
 
 ROWS = {
     "sam": Row(
@@ -134,5 +184,37 @@ ROWS = {
     ),
     "soft_threshold": Row(
         transforms.soft_threshold, {"threshold": 0.01}, neutral={"threshold": 0.0}, is_last=True
+    ),
+    "spectral_controller": Row(
+        transforms.spectral_controller,
+        {"initial_learning_rate": 0.1, "smallest_ratio": 1e-3, "max_momentum": 0.9},
+        static={"refresh_every": 2, "num_steps": 6},
+        has_key=True,
+        needs_grad_fn=True,
+        traced="num_steps",
+        skipped={"neutral": "it is the optimiser"},
+    ),
+    "gossip_ring": Row(
+        among_learners(transforms.gossip_average),
+        {},
+        static={"mixing": transforms.ring_mixing()},
+        neutral={"mixing": keep_weights},
+        is_last=True,
+        skipped=_NO_OWN_MASK,
+    ),
+    "gossip_in_pairs": Row(
+        among_learners(gossip_in_pairs),
+        {},
+        has_key=True,
+        is_last=True,
+        skipped={**_NO_OWN_MASK, "neutral": "that of the ring is the mixing, here it is fixed"},
+    ),
+    "hold_masks": Row(
+        transforms.hold_masks,
+        {},
+        static={"masks": far_from_zero},
+        neutral={"masks": everything},
+        is_last=True,
+        skipped={"masked": "its masks are a tree like all parameters"},
     ),
 }

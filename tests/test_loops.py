@@ -188,3 +188,11 @@ def test_branch_chooses_on_the_host_and_in_the_program():
         assert float(_loops.branch(jnp.bool_(condition), double, jnp.float32(3))) == expected
         traced = jax.jit(lambda c: _loops.branch(c, double, jnp.float32(3)))
         assert float(traced(jnp.bool_(condition))) == expected
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_choose_calls_one_of_several(traced):
+    functions = [lambda x, k=k: x * k for k in range(3)]
+    choose = lambda index: _loops.choose(index, functions, jnp.float32(2))
+    choose = jax.jit(choose) if traced else choose
+    np.testing.assert_array_equal([choose(jnp.int32(i)) for i in range(3)], [0, 2, 4])

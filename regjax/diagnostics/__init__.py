@@ -10,6 +10,10 @@ from regjax.diagnostics._boundary_jitter import least_squares_offset as least_sq
 from regjax.diagnostics._boundary_jitter import margin_jitter as margin_jitter
 from regjax.diagnostics._condensation import CondensationReport as CondensationReport
 from regjax.diagnostics._condensation import condensation as condensation
+from regjax.diagnostics._decentralized import LandscapeNoiseReport as LandscapeNoiseReport
+from regjax.diagnostics._decentralized import (
+    landscape_dependent_noise as landscape_dependent_noise,
+)
 from regjax.diagnostics._decision_margin import decision_margin as decision_margin
 from regjax.diagnostics._dropout_noise import DropoutNoiseReport as DropoutNoiseReport
 from regjax.diagnostics._dropout_noise import dropout_noise_alignment as dropout_noise_alignment

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from regjax import _checks, schedules, transforms
-from regjax.experiments._settings import TrainSettings, learning_rate, momentum
+from regjax.experiments._settings import TrainSettings, UsageError, learning_rate, momentum
 from regjax.experiments._transformations import CoherentRegularization
 
 # Folded into the key of the seed for the noise of the transformations.
@@ -27,6 +27,8 @@ def optimizer(settings: TrainSettings) -> optax.GradientTransformationExtraArgs:
     """
     rate = learning_rate(settings)
     decay = optax.add_decayed_weights(settings.weight_decay)
+    if settings.transformation == "spectral_controller":
+        return optax.chain(decay, _controller(settings, rate))
     if settings.optimizer == "sgd":
         # optax keeps a buffer for a momentum of zero, and none for None.
         descent = optax.chain(decay, optax.sgd(rate, momentum=momentum(settings) or None))
@@ -36,6 +38,32 @@ def optimizer(settings: TrainSettings) -> optax.GradientTransformationExtraArgs:
     options = getattr(settings, name, None)
     key = jax.random.fold_in(jax.random.key(settings.seed), _NOISE)
     return _wrap(name, options, descent, key, _masks)
+
+
+def _controller(settings: TrainSettings, rate: float) -> optax.GradientTransformationExtraArgs:
+    """The controller, which takes the place of sgd.
+
+    Raises:
+      UsageError: another optimiser, or a momentum, is asked for.
+    """
+    name = "--transformation spectral_controller"
+    if settings.optimizer != "sgd":
+        raise UsageError(f"{name} must have --optimizer sgd, got {settings.optimizer}.")
+    if momentum(settings):
+        raise UsageError(
+            f"{name} must have no --momentum, which it finds, got {settings.momentum}."
+        )
+    options = settings.spectral_controller
+    return transforms.spectral_controller(
+        key=jax.random.fold_in(jax.random.key(settings.seed), _NOISE),
+        initial_learning_rate=rate,
+        refresh_every=options.refresh_every,
+        num_steps=options.num_steps,
+        rule=getattr(schedules, f"{options.rule}_rule"),
+        nesterov=options.rule != "polyak",
+        smallest_ratio=options.smallest_ratio,
+        max_momentum=options.max_momentum,
+    )
 
 
 def denoised(settings: TrainSettings, params: Any, state: Any) -> Any:

@@ -55,7 +55,7 @@ class TrainSettings:
     """Constant learning rate. None: 0.05 (sgd), 0.001 (adam), 1 (sgd behind entropy_sgd)."""
 
     momentum: float | None = None
-    """Momentum of sgd, at least 0 and below 1. None: 0.9, behind entropy_sgd 0."""
+    """Momentum of sgd, at least 0 and below 1. None: 0.9; entropy_sgd, spectral_controller: 0."""
 
     weight_decay: float = 0.0
     """Multiple of the parameters added to the gradient (sgd) or the update (adam)."""
@@ -106,6 +106,9 @@ class TrainSettings:
     )
     soft_threshold: _transformations.SoftThreshold = dataclasses.field(
         default_factory=_transformations.SoftThreshold
+    )
+    spectral_controller: _transformations.SpectralController = dataclasses.field(
+        default_factory=_transformations.SpectralController
     )
     data_dependent: _initialization.DataDependent = dataclasses.field(
         default_factory=_initialization.DataDependent
@@ -221,7 +224,9 @@ def momentum(settings: TrainSettings) -> float:
     """The momentum of sgd, the usual one where none is given."""
     if settings.momentum is not None:
         return settings.momentum
-    return 0.0 if _is_entropy_descent(settings) else 0.9
+    # The controller starts without, and finds its own.
+    is_found = settings.transformation == "spectral_controller"
+    return 0.0 if is_found or _is_entropy_descent(settings) else 0.9
 
 
 def _is_entropy_descent(settings: TrainSettings) -> bool:

@@ -16,6 +16,7 @@ Name = Literal[
     "rescale_weights",
     "coherent_regularization",
     "soft_threshold",
+    "spectral_controller",
 ]
 
 
@@ -147,3 +148,26 @@ class SoftThreshold:
 
     threshold: float = 1e-4
     """Learning rate times strength, in units of the parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralController:
+    """Learning rate and momentum from the curvature of the batch at hand, in place of sgd's.
+
+    Until a curvature has been found the learning rate is --learning-rate.
+    """
+
+    refresh_every: int = 100
+    """Steps between two looks at the curvature; the first is before the first step."""
+
+    num_steps: int = 20
+    """Lanczos steps, a Hessian product each."""
+
+    rule: Literal["nesterov", "polyak", "paper_nesterov"] = "nesterov"
+    """How rate and momentum follow; with polyak the momentum is heavy ball, else Nesterov's."""
+
+    smallest_ratio: float = 1e-3
+    """Least ratio of the smallest curvature to the largest that a rule is given."""
+
+    max_momentum: float = 0.99
+    """Bound of the momentum, below 1."""

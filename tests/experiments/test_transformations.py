@@ -16,6 +16,7 @@ from regjax.experiments import (
     _settings,
     _training,
     _transformations,
+    _validation,
     train,
 )
 from tests.experiments.test_training import (
@@ -125,3 +126,18 @@ def test_entropy_descent_moves_to_the_mean_by_default():
     given = settings_of("entropy_sgd", learning_rate=0.3, momentum=0.5)
     assert (_settings.learning_rate(given), _settings.momentum(given)) == (0.3, 0.5)
     assert _settings.momentum(settings_of("sam")) == 0.9
+
+
+def test_the_controller_takes_the_place_of_sgd():
+    settings = settings_of("spectral_controller")
+    assert _settings.momentum(settings) == 0
+    for options, text in (
+        ({"optimizer": "adam"}, "--transformation spectral_controller must have --optimizer sgd"),
+        ({"momentum": 0.9}, "spectral_controller must have no --momentum, which it finds, got 0.9"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            _validation.validate(dataclasses.replace(settings, **options))
+    _validation.validate(_settings.replace(settings, {"spectral_controller.rule": "polyak"}))
+    wrong = _settings.replace(settings, {"spectral_controller.refresh_every": 0})
+    with pytest.raises(UsageError, match=r"--spectral-controller\.refresh-every must be"):
+        _validation.validate(wrong)

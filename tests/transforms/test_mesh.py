@@ -5,6 +5,8 @@ import subprocess
 import sys
 import textwrap
 
+from tests.registry import ROWS
+
 PROGRAM = """
     import jax
     jax.config.update("jax_num_cpu_devices", 4)
@@ -61,4 +63,4 @@ def test_a_divided_batch_gives_the_numbers_of_one_device():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "same on 12 rows" in done.stdout
+    assert f"same on {len(ROWS)} rows" in done.stdout

@@ -1,0 +1,163 @@
+"""Decentralised SGD: learners step along their own gradients and mix weights with neighbours."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from regjax import _checks, _tree
+from regjax._adapters import Model
+from regjax._base import Params
+from regjax._statistics import population_statistics
+from regjax.transforms import _extra_args
+from regjax.transforms._mixing import AxisName, Mixing, num_learners
+
+
+class GossipAverageState(NamedTuple):
+    """State of `gossip_average`.
+
+    Attributes:
+      num_updates: (), int32, updates so far.
+    """
+
+    num_updates: jax.Array
+
+
+def gossip_average(
+    mixing: Mixing, *, axis_name: AxisName = "learner"
+) -> optax.GradientTransformationExtraArgs:
+    """Adds to the update what takes the weights to their average with the neighbours'.
+
+        updates = (sum_k W_jk w_k - w_j) + u_j,   so   w_j <- sum_k W_jk w_k - lr grad L_j(w_j)
+
+    for plain SGD: the gradient is that at the learner's own weights before mixing. The spread of
+    the weights is noise that depends on the landscape, and lowers the effective learning rate where
+    it is rough (`diagnostics.landscape_dependent_noise`). Last in the chain; momentum stays with
+    the learner. Give every learner batches of its own: with the same ones they never part. Evaluate
+    at `mean_params`, or with batch statistics at `consensus_model`, never one learner.
+
+    `update` sees one learner and is called under a named axis. Stacked trees with a leading axis of
+    learners, the states from `jax.vmap(tx.init)`, serve both on one device and on a mesh, which may
+    span processes:
+
+        jax.vmap(step, axis_name="learner")                               # axis_name="learner"
+        jax.shard_map(jax.vmap(step, axis_name="block"), mesh=mesh, in_specs=spec,
+                      out_specs=spec, check_vma=False)              # axis_name=("device", "block")
+
+    with spec = PartitionSpec("device"). The second form holds n / devices learners on a device, in
+    blocks of neighbours. For one learner a device, without `jax.vmap`, name the mesh's axis alone.
+    On a mesh no member of the chain may call this one in a branch that only some devices take.
+
+    Args:
+      mixing: `ring_mixing()`, `random_pair_mixing(key=...)`, `exponential_mixing()`,
+        `full_mixing()`, `dense_mixing(matrix)`, or any (params, count, axis_name) -> params. None
+        is best everywhere (benchmarks/claims/decentralized.py).
+      axis_name: of the learners; or (axis of the mesh, axis of the vmap inside of it).
+
+    Returns:
+      A transformation whose `update` needs `params`. A single learner's updates, and those of a
+      mixing that returns its `params`, pass through bit for bit.
+
+    Raises:
+      TypeError: `mixing` is not callable, or `axis_name` is no name or pair of names.
+      ValueError: in `update`: `params` is missing, the axis is not bound, or the number of learners
+        does not suit the mixing.
+
+    References:
+      X. Lian et al. (2017), arXiv:1705.09056, algorithm 1. W. Zhang et al. (2021),
+      arXiv:2112.01433, whose abstract alone could be read. Averaging behind the step, W (w - lr g),
+      is another method and stable at larger learning rates. That momentum is not mixed is ours.
+    """
+    if not callable(mixing):
+        raise TypeError(f"`mixing` must be a function such as ring_mixing(), got {mixing!r}.")
+    names = axis_name if isinstance(axis_name, tuple) and len(axis_name) == 2 else (axis_name,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`axis_name` must be a name or a pair of names, got {axis_name!r}.")
+
+    def init(params: Params) -> GossipAverageState:
+        _checks.floating_tree("params", params)
+        return GossipAverageState(jnp.int32(0))
+
+    def update(
+        updates: Any, state: GossipAverageState, params: Any = None, **extra: Any
+    ) -> tuple[Any, GossipAverageState]:
+        del extra
+        params = _extra_args.check_params(params)
+        num_learners(axis_name)
+        # The same on all learners anyway; now `jax.vmap` knows it and takes one branch, not all.
+        count = lax.pmax(state.num_updates, axis_name)
+        mixed = mixing(params, count, axis_name)
+        if mixed is not params:
+            updates = jax.tree.map(_added, updates, mixed, params)
+        return updates, GossipAverageState(state.num_updates + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+gossip_average.static_args = ("mixing", "axis_name")  # type: ignore[attr-defined]
+
+
+def _added(update: jax.Array, mixed: jax.Array, param: jax.Array) -> jax.Array:
+    change = _tree.wide(mixed) - _tree.wide(param)
+    return (change + _tree.wide(update)).astype(jnp.result_type(update))
+
+
+def mean_params(params: Params) -> Params:
+    """The mean over the learners, at which decentralised runs are evaluated.
+
+    Args:
+      params: stacked tree, leaves (n, ...) with a leading axis of learners.
+
+    Returns:
+      A tree of leaves (...), in the dtypes of `params`; summed in float32 at least.
+
+    Raises:
+      ValueError: the leaves have no common leading axis.
+    """
+    _num_stacked(params)
+    return jax.tree.map(
+        lambda leaf: _tree.mean_rows(_tree.wide(leaf)).astype(jnp.result_type(leaf)), params
+    )
+
+
+def consensus_model(
+    model: Model, params: Params, batches: Iterable[Any], *, key: jax.Array | None = None
+) -> Model:
+    """The model at the mean of the learners' weights, with batch statistics estimated there.
+
+    The learners' running statistics belong to their own weights, and the mean of the statistics to
+    no weights at all.
+
+    Args:
+      model: of one learner; its parameters are replaced, and its batch statistics.
+      params: stacked tree, leaves (n, ...) with a leading axis of learners.
+      batches: inputs of each batch, of one size; any iterable. Unread without batch statistics.
+      key: typed key of dropout, or None.
+
+    Returns:
+      A `Model` like `model`, for evaluation mode.
+
+    Raises:
+      ValueError: the leaves have no common leading axis, or not the shapes of the model's behind
+        it; or there is no batch though the model has batch statistics.
+    """
+    _checks.same_tree("params", params, model.params, leading=(_num_stacked(params),))
+    mean, state = mean_params(params), model.state
+    if model.has_batch_statistics:
+        state = population_statistics(model.apply, mean, state, batches, key=key)
+    return model._replace(params=mean, state=state)
+
+
+def _num_stacked(params: Params) -> int:
+    """The length of the leading axis that all leaves share."""
+    leaves = jax.tree.leaves(_checks.floating_tree("params", params))
+    lengths = {jnp.shape(leaf)[:1] for leaf in leaves}
+    if len(lengths) != 1 or () in lengths:
+        found = ", ".join(str(jnp.shape(leaf)) for leaf in leaves)
+        raise ValueError(
+            f"`params` must have one leading axis of learners in all leaves, got shapes {found}."
+        )
+    return int(next(iter(lengths))[0])

@@ -1,0 +1,82 @@
+"""Pruned weights that stay pruned, whatever the optimiser does."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from regjax import _checks, pruning
+from regjax._base import Params
+from regjax.transforms import _extra_args
+
+
+class HoldMasksState(NamedTuple):
+    """State of `hold_masks`.
+
+    Attributes:
+      masks: tree of bool arrays like the parameters, False for weights that are held at 0.
+    """
+
+    masks: Any
+
+
+def hold_masks(masks: Any = None) -> optax.GradientTransformationExtraArgs:
+    """Corrects the update so that the weights masked out are 0 after it.
+
+        updates = where(mask, updates, -params)
+
+    Last in the chain: weights masked out are exactly 0 from the first step on, and momentum, decay
+    or noise in front of it cannot bring them back. A mask on the gradient alone does not do this:
+    momentum moves a weight on for many steps after it was set to 0, and decay and noise never ask.
+
+    The masks are state, so that they change without a new program: `update(..., masks=new)` holds
+    the new ones from this step on. A weight unmasked again starts from 0, with the momentum that
+    it has gathered.
+
+    Args:
+      masks: tree like the parameters of bool arrays, True for weights that are trained, such as
+        `pruning.parameter_masks` gives; or a function params -> such a tree, called at `init`.
+        None: nothing is held until `update` is given masks.
+
+    Returns:
+      A transformation whose `update` needs `params` and takes `masks`. It must see all parameters
+      that the masks cover: put it outside of `optax.masked` and `optax.partition`.
+
+    Raises:
+      ValueError: the masks are a tree of another structure or other shapes than the parameters, or
+        `params` is missing in `update`.
+      TypeError: a mask is not bool.
+    """
+
+    def init(params: Params) -> HoldMasksState:
+        found = masks(params) if callable(masks) else masks
+        return HoldMasksState(
+            pruning.full_masks(params) if found is None else _arrays(found, params)
+        )
+
+    def update(
+        updates: Any, state: HoldMasksState, params: Any = None, *, masks: Any = None, **extra: Any
+    ) -> tuple[Any, HoldMasksState]:
+        del extra
+        params = _extra_args.check_params(params)
+        held = _arrays(state.masks if masks is None else masks, params)
+
+        def correct(mask: Any, leaf: Any, param: Any) -> Any:
+            # The wider of both types, or the sum of parameter and update would not be exactly 0.
+            dtype = jnp.promote_types(leaf.dtype, jnp.result_type(param))
+            return jnp.where(mask, leaf.astype(dtype), -jnp.asarray(param, dtype))
+
+        leaves, treedef = jax.tree.flatten(updates)
+        corrected = map(correct, jax.tree.leaves(held), leaves, jax.tree.leaves(params))
+        return jax.tree.unflatten(treedef, corrected), HoldMasksState(held)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+hold_masks.static_args = ("masks",)  # type: ignore[attr-defined]
+
+
+def _arrays(masks: Any, params: Params) -> Any:
+    _checks.same_tree("masks", _checks.bool_tree("masks", masks), params)
+    return jax.tree.map(jnp.asarray, masks)

@@ -1,0 +1,246 @@
+"""Learning rate and momentum of descent from the curvature of the loss, by a short Lanczos run."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import Partial
+
+from regjax import _checks, _loops, _tree, curvature, schedules
+from regjax._base import Params, as_partial
+from regjax.transforms import _extra_args
+
+Rule: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
+"""(largest, smallest curvature) -> (learning rate, momentum)."""
+
+
+class SpectralControllerState(NamedTuple):
+    """State of `spectral_controller`; what is measured is NaN before the first good refresh.
+
+    Attributes:
+      num_updates: (), int32, updates so far.
+      key: typed key of the starts to come.
+      velocity: tree like the parameters, in units of an update.
+      learning_rate: (), in use.
+      momentum: (), in use.
+      largest: (), largest magnitude L of a Ritz value, in units of the Hessian.
+      smallest: (), smallest one outside of the bulk, bounded below.
+      residual_norm: (), of the Ritz pair with the magnitude L: an eigenvalue lies within it.
+      lowest: (), smallest Ritz value with its sign: where it is negative, the magnitudes are not
+        those of a convex loss, for which the rules are made.
+      refresh_ok: (), bool, whether L was positive and finite in the last refresh; if not, the other
+        numbers are those of the last good one.
+    """
+
+    num_updates: jax.Array
+    key: jax.Array
+    velocity: Any
+    learning_rate: jax.Array
+    momentum: jax.Array
+    largest: jax.Array
+    smallest: jax.Array
+    residual_norm: jax.Array
+    lowest: jax.Array
+    refresh_ok: jax.Array
+
+
+def spectral_controller(
+    *,
+    key: jax.Array,
+    initial_learning_rate: Any,
+    refresh_every: int | None,
+    num_steps: int = 20,
+    rule: Rule = schedules.nesterov_rule,
+    nesterov: bool = True,
+    smallest_ratio: Any = 1e-3,
+    max_momentum: Any = 0.99,
+) -> optax.GradientTransformationExtraArgs:
+    """Descent with momentum whose rate and momentum follow the curvature; in place of `optax.sgd`.
+
+        v' = momentum v - rate g;   update = momentum v' - rate g (Nesterov), or v' (heavy ball)
+
+    with (rate, momentum) = rule(L, m) refreshed before the first step and after each
+    `refresh_every`, from the Ritz values of `num_steps` Lanczos steps (`schedules.spectral_ends`).
+    Last in the chain, behind clipping or `optax.add_decayed_weights`. The velocity is in units of
+    an update, so that a new rate does not rescale the past, as it does in `optax.sgd`.
+
+    The curvature is the Jacobian of the extra argument `curvature_grad_fn(params)`, the gradient on
+    a fixed subset (1024 examples in the official code), where it is given, else of grad_fn(., 0).
+    No dropout in it. The refresh is a branch: under `vmap` it runs in every step, and on CPU with
+    convolutions inside `jit` it is slow. There pass `refresh_every=None` and have the host call
+    `refresh_spectral_controller` between the steps.
+
+    Args:
+      key: typed key of the Lanczos starts.
+      initial_learning_rate: until a refresh finds a positive finite L; the momentum is 0 till then.
+      refresh_every: number of steps between refreshes, the first at step 0; None: never. The paper
+        has 20 epochs.
+      num_steps: Lanczos steps, a Hessian product each; no more than there are parameters are made.
+      rule: `schedules.nesterov_rule`; `schedules.polyak_rule` goes with `nesterov=False`.
+      nesterov: Nesterov's update, else heavy ball.
+      smallest_ratio: m is at least this share of L.
+      max_momentum: bound of the momentum, below 1.
+
+    Returns:
+      A transformation whose `update` needs `params` and `grad_fn`; in its state, one copy of the
+      parameters.
+
+    Raises:
+      ValueError: an argument is out of its range; `params`, or both gradient functions, are missing
+        in `update`.
+      TypeError: an argument has the wrong type.
+
+    References:
+      D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092, and its official code, whose
+      "Nesterov" is heavy ball with eq. 26. The bounds of m and of the momentum, and what happens
+      where L is unusable, are ours.
+    """
+    _checks.key("key", key)
+    _checks.positive("initial_learning_rate", initial_learning_rate)
+    if refresh_every is not None:
+        _extra_args.check_static("refresh_every", refresh_every, 1)
+    _check_options(num_steps, smallest_ratio, max_momentum)
+
+    def init(params: Params) -> SpectralControllerState:
+        _checks.floating_tree("params", params)
+        # Arrays of their own: the state is donated.
+        number = lambda value: jnp.array(value, _tree.vector_dtype(params))
+        return SpectralControllerState(
+            num_updates=jnp.int32(0),
+            key=jax.random.clone(key),
+            velocity=jax.tree.map(jnp.zeros_like, params),
+            learning_rate=number(initial_learning_rate),
+            momentum=number(0),
+            largest=number(jnp.nan),
+            smallest=number(jnp.nan),
+            residual_norm=number(jnp.nan),
+            lowest=number(jnp.nan),
+            refresh_ok=jnp.bool_(False),
+        )
+
+    def update(
+        updates: Any,
+        state: SpectralControllerState,
+        params: Any = None,
+        *,
+        grad_fn: Any = None,
+        curvature_grad_fn: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, SpectralControllerState]:
+        del extra
+        if refresh_every is not None:
+            params = _extra_args.check_whole_params(params)
+            if curvature_grad_fn is None:
+                curvature_grad_fn = Partial(_first, as_partial(_extra_args.check_grad_fn(grad_fn)))
+            state = _loops.rare_branch(
+                state.num_updates % refresh_every == 0,
+                lambda state: refresh_spectral_controller(
+                    state, curvature_grad_fn, params, num_steps=num_steps, rule=rule,
+                    smallest_ratio=smallest_ratio, max_momentum=max_momentum,
+                ),
+                state,
+            )  # fmt: skip
+        velocity = _accelerated(state, state.velocity, updates)
+        state = state._replace(num_updates=state.num_updates + 1, velocity=velocity)
+        return (_accelerated(state, velocity, updates) if nesterov else velocity), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+spectral_controller.static_args = (  # type: ignore[attr-defined]
+    "key", "refresh_every", "num_steps", "rule", "nesterov",
+)  # fmt: skip
+
+
+def refresh_spectral_controller(
+    state: SpectralControllerState,
+    curvature_grad_fn: Callable[[Any], Any],
+    params: Params,
+    *,
+    num_steps: int = 20,
+    rule: Rule = schedules.nesterov_rule,
+    smallest_ratio: Any = 1e-3,
+    max_momentum: Any = 0.99,
+) -> SpectralControllerState:
+    """The state with a learning rate and momentum from the curvature at `params`.
+
+    What `spectral_controller` does every so many steps, for a host that decides when; in a chain
+    the state is the last one of the tuple. At the cost of `num_steps` Hessian products.
+
+    Args:
+      state: of `spectral_controller`.
+      curvature_grad_fn: params -> gradient. The same function, or `jax.tree_util.Partial` of the
+        same function with the data as arguments, compiles nothing again.
+      params: the parameters.
+      num_steps: as in `spectral_controller`, as are the rest.
+      rule: (largest, smallest) -> (learning rate, momentum).
+      smallest_ratio: bound of the smallest.
+      max_momentum: bound of the momentum.
+
+    Returns:
+      The new state; only the measured numbers, the key, and `refresh_ok` differ.
+
+    Raises:
+      ValueError: an argument is out of its range.
+      TypeError: an argument has the wrong type.
+    """
+    _check_options(num_steps, smallest_ratio, max_momentum)
+    _checks.floating_tree("params", params)
+    next_key, start_key = jax.random.split(state.key)
+    operator = curvature.from_gradient(curvature_grad_fn, params)
+    size = operator.shape[0]
+    start = _tree.unravel(jax.random.normal(start_key, (size,), operator.dtype), params)
+    run = curvature.lanczos(operator, start, min(num_steps, size))
+    found = _read(curvature.ritz_pairs(run), smallest_ratio, max_momentum, rule)
+    good = jnp.isfinite(found["largest"]) & (found["largest"] > 0)
+    kept = {name: jnp.where(good, value, getattr(state, name)) for name, value in found.items()}
+    return state._replace(key=next_key, refresh_ok=good, **kept)
+
+
+def _check_options(num_steps: int, smallest_ratio: Any, max_momentum: Any) -> None:
+    _extra_args.check_static("num_steps", num_steps, 1)
+    _checks.non_negative("smallest_ratio", smallest_ratio)
+    _checks.non_negative("max_momentum", max_momentum)
+    if isinstance(max_momentum, (int, float)) and max_momentum >= 1:
+        raise ValueError(f"`max_momentum` must be below 1, got {max_momentum}.")
+
+
+def _accelerated(state: SpectralControllerState, velocity: Any, grads: Any) -> Any:
+    """Momentum times velocity - rate times gradient, leaf by leaf."""
+
+    def combine(v: jax.Array, g: jax.Array) -> jax.Array:
+        wide = _extra_args.wide(v)
+        momentum = state.momentum.astype(wide.dtype)
+        rate = state.learning_rate.astype(wide.dtype)
+        return (momentum * wide - rate * g.astype(wide.dtype)).astype(v.dtype)
+
+    return jax.tree.map(combine, velocity, grads)
+
+
+def _first(grad_fn: Any, params: Params) -> Params:
+    return grad_fn(params, 0)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _read(
+    pairs: curvature.RitzResult, smallest_ratio: Any, max_momentum: Any, rule: Rule
+) -> dict[str, jax.Array]:
+    """What the state keeps of a Lanczos run."""
+    values, weights = pairs.values, pairs.weights
+    dtype, is_value = values.dtype, weights > 0
+    ends = schedules.spectral_ends(values, weights, smallest_ratio=smallest_ratio)
+    place = jnp.argmax(jnp.where(is_value, jnp.abs(values), -1))
+    learning_rate, momentum = (
+        jnp.asarray(number, dtype) for number in rule(ends.largest, ends.smallest)
+    )
+    return {
+        "learning_rate": learning_rate,
+        "momentum": jnp.minimum(momentum, jnp.asarray(max_momentum, dtype)),
+        "largest": ends.largest,
+        "smallest": ends.smallest,
+        "residual_norm": pairs.residual_norms[place],
+        "lowest": jnp.min(jnp.where(is_value, values, jnp.inf)),
+    }
