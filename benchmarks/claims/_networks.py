@@ -65,9 +65,9 @@ def fashion_mnist(num_train: int = 3000) -> Split:
 
 
 @functools.cache
-def small_fashion_mnist() -> Split:
-    """300 training images and all test images at 14 x 14 pixels, means of four."""
-    split = fashion_mnist(300)
+def small_fashion_mnist(num_train: int = 300) -> Split:
+    """The first training images and all test images at 14 x 14 pixels, means of four."""
+    split = fashion_mnist(num_train)
 
     def pool(x: jax.Array) -> jax.Array:
         return x.reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(len(x), -1)

@@ -1,4 +1,4 @@
-"""One step with each transformation over the same plain optimiser step."""
+"""One step with each transformation over the same plain optimiser step; learners all at once."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -8,28 +8,46 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
 
 from benchmarks._timing import Case
 from benchmarks.speed import _problems
-from regjax import transforms
+from regjax import _loops, curvature, transforms
+from regjax.curvature import _operators
 
 _RATE, _MOMENTUM, _RHO, _ETA, _ALPHA = 0.1, 0.9, 0.05, 0.01, 0.4
 _SCALE, _STEPS, _INNER_RATE, _STRENGTH = 1e-3, 5, 0.01, 1e-3
+# How far learners are apart, and the most that a step with mixing may take of one without.
+_SPREAD, _GOSSIP = 0.01, 1.15
+# Lanczos steps of the controller, its default.
+_LANCZOS = 20
 # Of the random methods the noise must be seen, and be small beside the update.
 _LEAST_NOISE, _MOST_NOISE = 1e-7, 0.5
 
 
 def cases(preset: str) -> dict[str, Callable[[], Case]]:
     """The cases of a preset by name."""
-    sizes = (("mlp", 32),) if preset == "smoke" else _sizes()
-    return {
-        f"steps_{name}_{batch}": functools.partial(_steps, name, batch, preset != "smoke")
+    has_bars = preset != "smoke"
+    sizes = _sizes() if has_bars else (("mlp", 32),)
+    found: dict[str, Callable[[], Case]] = {
+        f"steps_{name}_{batch}": functools.partial(_steps, name, batch, has_bars)
         for name, batch in sizes
     }
+    for learners, batch in ((16, 90),) if has_bars else ((4, 8),):
+        found[f"gossip_{learners}x{batch}"] = functools.partial(_gossip, learners, batch, has_bars)
+    for name, count in _refresh_sizes(preset):
+        found[f"refresh_{name}_{count}"] = functools.partial(_refresh, name, count, has_bars)
+    return found
 
 
 def _sizes() -> tuple[tuple[str, int], ...]:
     return tuple((name, batch) for name in ("mlp", "resnet") for batch in (32, 128))
+
+
+def _refresh_sizes(preset: str) -> tuple[tuple[str, int], ...]:
+    # On CPU twenty products of the convolutions on so many examples take minutes.
+    sizes = {"smoke": (("mlp", 64),), "cpu": (("mlp", 1024),)}
+    return sizes.get(preset, (("mlp", 1024), ("resnet", 1024)))
 
 
 def _transformations(batch_size: int) -> dict[str, Any]:
@@ -144,6 +162,152 @@ def _step(tx: Any, num_shards: int) -> Callable[..., Any]:
         return optax.apply_updates(params, updates), state
 
     return step
+
+
+def _gossip(num_learners: int, batch_size: int, has_bars: bool) -> Case:
+    """Vmapped learners, each with a batch of its own, with and without their mixing."""
+    num_examples = num_learners * batch_size
+    problem = _problems.trained("mlp", max(num_examples, 512))
+    loss_fn = problem.loss_fn
+    batch = [
+        part[:num_examples].reshape(num_learners, batch_size, *part.shape[1:])
+        for part in (problem.x, problem.y)
+    ]
+    noise = lambda leaf: (
+        _SPREAD * jax.random.normal(jax.random.key(leaf.size), (num_learners, *leaf.shape))
+    )
+    params = jax.tree.map(lambda leaf: leaf[None] + noise(leaf), problem.params)
+    mixings = {
+        "ring": transforms.ring_mixing(),
+        "random pairs": transforms.random_pair_mixing(key=jax.random.key(0)),
+        "exponential": transforms.exponential_mixing(),
+        "full": transforms.full_mixing(),
+    }
+    descent = optax.sgd(_RATE, momentum=_MOMENTUM)
+    chains = {"plain": descent} | {
+        label: optax.chain(descent, transforms.gossip_average(mixing))
+        for label, mixing in mixings.items()
+    }
+    candidates = {
+        label: functools.partial(
+            _learners_step(tx), loss_fn, params, jax.vmap(tx.init)(params), *batch
+        )
+        for label, tx in chains.items()
+    }
+    old = jax.vmap(lambda tree: ravel_pytree(tree)[0])(params)
+    expected = jax.vmap(lambda tree: ravel_pytree(tree)[0])(candidates["plain"]()[0]) - old
+
+    def error(label: str, answer: Any) -> float:
+        """Of the new weights, against the dense matrix times the old ones and the update."""
+        found = jax.vmap(lambda tree: ravel_pytree(tree)[0])(answer[0])
+        wanted = [
+            jnp.matmul(matrix, old, precision="highest") + expected
+            for matrix in _matrices(label, num_learners)
+        ]
+        return min(_relative(found, each) for each in wanted)
+
+    return Case(
+        candidates=candidates,
+        error=error,
+        tolerance=1e-5,
+        sizes={
+            "parameters": old.shape[1],
+            "learners": num_learners,
+            "batch": batch_size,
+            "dtype": "float32",
+        },
+        bars=dict.fromkeys(mixings, _GOSSIP) if has_bars else {},
+    )
+
+
+def _learners_step(tx: Any) -> Callable[..., Any]:
+    """The training step of all learners on one device."""
+
+    def step(loss_fn: Any, params: Any, state: Any, x: Any, y: Any) -> Any:
+        updates, state = tx.update(jax.grad(loss_fn)(params, x, y), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(jax.vmap(step, in_axes=(None, 0, 0, 0, 0), axis_name="learner"))
+
+
+def _matrices(label: str, num: int) -> list[jax.Array]:
+    """The matrix of the first step by hand; for random pairs every one that it may be."""
+    eye = jnp.eye(num)
+    if label == "plain":
+        return [eye]
+    if label == "ring":
+        return [(eye + jnp.roll(eye, 1, 0) + jnp.roll(eye, -1, 0)) / 3]
+    if label == "exponential":
+        return [(eye + jnp.roll(eye, 1, 0)) / 2]
+    if label == "full":
+        return [jnp.full((num, num), 1 / num)]
+    # Learners on a circle and one in its middle: partners are the mirror images about a diameter.
+    around = jnp.arange(num - 1)
+    mirrored = [(2 * turn - around) % (num - 1) for turn in range(num - 1)]
+    rounds = [
+        jnp.append(jnp.where(image == around, num - 1, image), turn)
+        for turn, image in enumerate(mirrored)
+    ]
+    return [(eye + eye[partners]) / 2 for partners in rounds]
+
+
+def _refresh(name: str, num_examples: int, has_bars: bool) -> Case:
+    """The controller's look at the curvature over as many products of the kept Hessian.
+
+    One after the other, as `top_eigenpairs` is measured; beside it, in one compiled loop, the least
+    that they could take.
+    """
+    problem = _problems.trained(name, num_examples)
+    params, data = problem.params, (problem.x, problem.y)
+    gradient = Partial(_gradient, problem.loss_fn, data)
+    state = transforms.spectral_controller(
+        key=jax.random.key(0), initial_learning_rate=_RATE, refresh_every=None
+    ).init(params)
+    kept = curvature.hessian(problem.loss_fn, params, *data)
+    reference = curvature.top_eigenpairs(
+        kept, 1, key=jax.random.key(1), which="LM", tol=1e-4, search=False
+    )
+    vector = jax.random.normal(jax.random.key(2), (kept.shape[0],))
+    refresh = jax.jit(transforms.refresh_spectral_controller)
+
+    def products() -> jax.Array:
+        for _ in range(_LANCZOS):
+            image = jax.block_until_ready(_operators.product(kept, vector))
+        return image
+
+    def error(label: str, answer: Any) -> float:
+        if label == "refresh":
+            return abs(float(answer.largest / jnp.abs(reference.values[0])) - 1)
+        return 0.0 if bool(jnp.all(jnp.isfinite(answer))) else 1.0
+
+    def facts(answers: Any, seconds: Mapping[str, float]) -> dict[str, float]:
+        del answers
+        return {"refresh / products in a loop": seconds["refresh"] / seconds["products in a loop"]}
+
+    return Case(
+        candidates={
+            "products": products,
+            "refresh": lambda: refresh(state, gradient, params),
+            "products in a loop": lambda: _power(kept, vector),
+        },
+        error=error,
+        tolerance=1e-2,
+        sizes={"parameters": vector.size, "examples": num_examples, "steps": _LANCZOS},
+        facts=facts,
+        bars={"refresh": 1.10} if has_bars else {},
+    )
+
+
+@jax.jit
+def _power(operator: curvature.Operator, vector: jax.Array) -> jax.Array:
+    def turn(vector: jax.Array, i: Any) -> jax.Array:
+        return _operators.product(operator, vector / jnp.linalg.norm(vector))
+
+    return _loops.fold_captured(turn, vector, _LANCZOS)
+
+
+def _gradient(loss_fn: Any, batch: Any, params: Any) -> Any:
+    return jax.grad(loss_fn)(params, *batch)
 
 
 class _Expected:
