@@ -68,7 +68,7 @@ def everything(params):
 def among_learners(factory):
     """`factory`, its `update` called for four learners at once; what is seen is the first one.
 
-    The others have the same gradient and state, and multiples of its weights.
+    The others have the same gradient and state, and weights a tenth, two and three tenths larger.
     """
 
     @functools.wraps(factory)
@@ -77,7 +77,8 @@ def among_learners(factory):
 
         def update(updates, state, params=None, **extra):
             everyone = jax.tree.map(
-                lambda leaf: jnp.stack([k * leaf for k in range(1, 5)]).astype(leaf.dtype), params
+                lambda leaf: jnp.stack([(1 + k / 10) * leaf for k in range(4)]).astype(leaf.dtype),
+                params,
             )
             found = jax.vmap(
                 lambda own: inner.update(updates, state, own, **extra), axis_name="learner"

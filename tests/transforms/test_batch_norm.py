@@ -97,6 +97,8 @@ PAIRS = [
 ]
 
 
+# The controller looks at the curvature inside of this step, which is slow and says so.
+@pytest.mark.filterwarnings("ignore:A branch with convolutions")
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_statistics_tick_once_and_are_those_of_the_clean_weights(name, kind):
     model, tx = make(kind), chain(name)
