@@ -30,7 +30,7 @@ def model_fn(params, inputs):
 def cross_entropy(outputs, targets):
     """Mean softmax cross-entropy over the examples."""
     log_probabilities = jax.nn.log_softmax(outputs)
-    return -jnp.mean(jnp.take_along_axis(log_probabilities, targets[:, None], axis=1))
+    return -jnp.mean(jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1))
 
 
 def squared_error(outputs, targets):

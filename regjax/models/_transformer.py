@@ -1,0 +1,131 @@
+"""A small decoder-only transformer, as in GPT."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from regjax import _checks
+
+# Of embeddings and positions: with the embedding as the head, logits begin near 0.
+_EMBEDDING_SCALE = 0.02
+
+
+class GPT(nnx.Module):
+    """A stack of causal self-attention and two-layer perceptrons on the sum of token and position.
+
+        pre-norm    x + attention(norm(x)),  then x + perceptron(norm(x));  a norm behind the stack
+        post-norm   norm(x + attention(x)),  then norm(x + perceptron(x));  none behind the stack
+
+    The perceptron is four times as wide, with GELU; norms are layer norms. The head is the token
+    embedding. Sub-trees of the parameters: "tokens", "positions", "block_0", ..., and with pre-norm
+    "norm".
+
+    Args:
+      num_tokens: size of the vocabulary.
+      context: largest number of tokens in a sequence.
+      width: features of each token, a multiple of `num_heads`.
+      depth: number of blocks.
+      num_heads: of the attention.
+      post_norm: the order of the first transformers, which is the harder one to train.
+      remat: keep a block's inputs alone for the backward pass and recompute the rest: less memory,
+        about a forward pass more time.
+      rngs: stream "params" (or the default one) of the initial parameters, float32.
+
+    Raises:
+      ValueError: a size is too small, or `width` is no multiple of `num_heads`.
+      TypeError: a size is not a Python integer.
+
+    References:
+      A. Vaswani et al. (2017), arXiv:1706.03762, post-norm. R. Xiong et al. (2020),
+      arXiv:2002.04745, on both orders. The initial scales are flax's, that of the embeddings ours.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        *,
+        context: int,
+        width: int = 64,
+        depth: int = 2,
+        num_heads: int = 4,
+        post_norm: bool = False,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        _checks.integer("num_tokens", num_tokens)
+        self.context = _checks.integer("context", context)
+        self.depth = _checks.integer("depth", depth)
+        if _checks.integer("width", width) % _checks.integer("num_heads", num_heads):
+            raise ValueError(f"`width` must be a multiple of {num_heads} heads, got {width}.")
+        init = nnx.initializers.normal(_EMBEDDING_SCALE)
+        self.tokens = nnx.Embed(num_tokens, width, embedding_init=init, rngs=rngs)
+        self.positions = nnx.Embed(context, width, embedding_init=init, rngs=rngs)
+        for i in range(depth):
+            block = _Block(width, num_heads, post_norm=post_norm, rngs=rngs)
+            setattr(self, f"block_{i}", block)
+        self.norm = None if post_norm else nnx.LayerNorm(width, rngs=rngs)
+        self.remat = remat
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Logits (batch, length, num_tokens) of the next token, of int tokens (batch, length)."""
+        if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError(
+                "`inputs` must be integer tokens of shape (batch, length), got "
+                f"{inputs.dtype} of shape {inputs.shape}."
+            )
+        length = inputs.shape[1]
+        if length > self.context:
+            raise ValueError(f"`inputs` must have at most {self.context} tokens, got {length}.")
+        # The arrays themselves: `nnx.Embed` casts to the dtype that it was made with.
+        tokens = self.tokens.embedding[...]
+        features = tokens[inputs] + self.positions.embedding[...][None, :length]
+        for i in range(self.depth):
+            graph, weights = nnx.split(getattr(self, f"block_{i}"))
+            apply = functools.partial(_apply_block, graph)
+            features = (jax.checkpoint(apply) if self.remat else apply)(weights, features)
+        if self.norm is not None:
+            features = self.norm(features)
+        return features @ tokens.T
+
+
+class _Block(nnx.Module):
+    """Attention and perceptron with their norms, before or behind each."""
+
+    def __init__(self, width: int, num_heads: int, *, post_norm: bool, rngs: nnx.Rngs):
+        self.post_norm = post_norm
+        self.num_heads = num_heads
+        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.queries_keys_values = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.attended = nnx.Linear(width, width, rngs=rngs)
+        self.perceptron_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.widen = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.narrow = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        if self.post_norm:
+            features = self.attention_norm(features + self._attention(features))
+            return self.perceptron_norm(features + self._perceptron(features))
+        features = features + self._attention(self.attention_norm(features))
+        return features + self._perceptron(self.perceptron_norm(features))
+
+    def _attention(self, features: jax.Array) -> jax.Array:
+        split = (*features.shape[:2], 3 * self.num_heads, -1)
+        heads = self.queries_keys_values(features).reshape(split)
+        queries, keys, values = jnp.split(heads, 3, axis=2)
+        # Written out: flax's and JAX's have scores in float32 whatever comes in.
+        scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys) / math.sqrt(keys.shape[-1])
+        is_seen = jnp.tri(features.shape[1], dtype=bool)[None, None]
+        shares = jax.nn.softmax(jnp.where(is_seen, scores, -jnp.inf))
+        found = jnp.einsum("bhqk,bkhd->bqhd", shares, values)
+        return self.attended(found.reshape(features.shape))
+
+    def _perceptron(self, features: jax.Array) -> jax.Array:
+        return self.narrow(jax.nn.gelu(self.widen(features)))
+
+
+def _apply_block(graph: nnx.GraphDef, weights: nnx.State, features: jax.Array) -> jax.Array:
+    # On the arrays alone: `jax.checkpoint` knows nothing of modules.
+    return nnx.merge(graph, weights)(features)
