@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
+from regjax._files import CheckpointError
 from regjax.experiments import _compare, _landscape_run, _report, _spectrum_run
-from regjax.experiments._checkpoint import CheckpointError
 from regjax.experiments._data import DataError
 from regjax.experiments._settings import (
     AnalysisSettings,

@@ -120,9 +120,9 @@ def test_damaged_checkpoint_is_refused(trained, capsys):
 
 
 def test_checkpoint_of_another_kind_is_refused(tmp_path, capsys):
-    from regjax.experiments import _checkpoint
+    from regjax import _files
 
-    _checkpoint.save(tmp_path / "other.npz", {"a": 1}, metadata={})
+    _files.save(tmp_path / "other.npz", {"a": 1}, metadata={})
     status, _, errors = run(capsys, "spectrum", "--checkpoint", tmp_path / "other.npz")
     assert status == 2
     assert len(errors) == 1

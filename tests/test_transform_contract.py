@@ -9,8 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from regjax import transforms
-from regjax.experiments import _checkpoint
+from regjax import _files, transforms
 from tests.registry import ROWS
 
 NAMES = list(ROWS)
@@ -285,8 +284,8 @@ def test_a_checkpoint_continues_bit_for_bit(name, tmp_path):
     row, params = ROWS[name], parameters()
     tx = chain(row, row.make())
     middle, state = run(tx, params, 2)
-    _checkpoint.save(tmp_path / "state.npz", (middle, state), metadata={})
-    loaded, loaded_state = _checkpoint.load(tmp_path / "state.npz", (params, tx.init(params)))
+    _files.save(tmp_path / "state.npz", (middle, state), metadata={})
+    loaded, loaded_state = _files.load(tmp_path / "state.npz", (params, tx.init(params)))
     assert_same(run(tx, loaded, 2, loaded_state), run(tx, middle, 2, state))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import optax
 
 import regjax
+from regjax import _files
 from regjax.experiments._data import Dataset
 
 Record = dict[str, Any]
@@ -32,12 +32,8 @@ def write(path: Path, record: Record) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file in one go, its folder too if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with _files.replacing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def versions() -> Record:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from regjax import _files
 from regjax._adapters import Model
-from regjax.experiments import _checkpoint
 from regjax.experiments._data import Dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
 from regjax.experiments._initial import initialize
@@ -147,7 +147,7 @@ def save(
         "data_sha256": dataset.sha256,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    _checkpoint.save(path, state, metadata=metadata)
+    _files.save(path, state, metadata=metadata)
 
 
 def restore(
@@ -171,7 +171,7 @@ def restore(
             f"The data must be those of the checkpoint {path}, SHA-256 {sha256[:12]}..., "
             f"got {dataset.source}, {dataset.sha256[:12]}..."
         )
-    return _checkpoint.load(path, _initial(settings, model)), losses
+    return _files.load(path, _initial(settings, model)), losses
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], list[float], str]:
@@ -180,11 +180,11 @@ def read_run(path: Path) -> tuple[dict[str, Any], list[float], str]:
     Raises:
       CheckpointError: it is missing, damaged or not one of a training run.
     """
-    metadata = _checkpoint.read_metadata(path)
+    metadata = _files.read_metadata(path)
     try:
         return metadata["settings"], list(metadata["losses"]), metadata["data_sha256"]
     except KeyError as error:
-        raise _checkpoint.CheckpointError(
+        raise _files.CheckpointError(
             f"{path} must be the checkpoint of a training run, got one without {error}."
         ) from None
 

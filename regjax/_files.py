@@ -1,18 +1,20 @@
-"""Checkpoints: a tree of arrays and its metadata in one file that is whole or not there.
+"""Files that are whole or not there; checkpoints, a tree of arrays and its metadata in one.
 
-The file is an .npz without pickles. Its member `header` is JSON: the schema and its version, a
+A checkpoint is an .npz without pickles. Its member `header` is JSON: the schema and its version, a
 table of the leaves (path, dtype, shape) and the metadata. Each leaf is a member of its own,
 `tree` + its path as `jax.tree_util.keystr` writes it. Every byte of both is under the zip's CRC.
 """
 
+import contextlib
 import io
 import json
 import os
 import secrets
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +39,28 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read or used, in one line that names the file."""
 
 
-def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any]) -> None:
-    """Writes a tree to a file, atomically: `path` is the old file or the new one, never a part.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` at the end: readers see the old one or the new one.
 
     The bytes go to a hidden name in the same folder and reach the disk before they take the place
-    of `path`, so that a process killed at any time, or a power cut, leaves a file that loads.
+    of `path`, so that a process killed at any time, or a power cut, leaves a whole file.
+    """
+    # A name of its own for each call: two runs in one folder do not write into each other's file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any]) -> None:
+    """Writes a tree to a file, atomically: `path` is the old file or the new one, never a part.
 
     Args:
       path: the file; its folder must exist.
@@ -65,19 +84,11 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any]) -
         table.append(entry)
     header = {"schema": _SCHEMA, "version": _VERSION, "leaves": table, "metadata": metadata}
     arrays["header"] = np.frombuffer(_to_json(header).encode(), np.uint8)
-    # A name of its own for each call: two runs in one folder do not write into each other's file.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with replacing(path) as file:
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} must be writable, got {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], like: Any) -> Any:

@@ -4,7 +4,6 @@ import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from regjax.experiments import _checkpoint
-from regjax.experiments._checkpoint import CheckpointError, load, read_metadata, save
+from regjax import _files
+from regjax._files import CheckpointError, load, read_metadata, save
 
 METADATA = {"settings": {"model": "mlp", "width": 64}, "losses": [0.1, 1e-30]}
 
@@ -172,7 +171,7 @@ def test_what_is_not_a_checkpoint_says_so(tmp_path, path):
 
 
 def test_a_later_version_is_named(path, monkeypatch):
-    monkeypatch.setattr(_checkpoint, "_VERSION", 2)
+    monkeypatch.setattr(_files, "_VERSION", 2)
     save(path, small(), metadata={})
     monkeypatch.undo()
     assert "must have schema version 1, the one that this regjax reads, got 2" in message(path)
@@ -243,14 +242,15 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(path):
 def start(script, path):
     # The file alone: importing the package takes several times as long.
     code = f"""
-import io, os, signal, sys
+import importlib.util, io, os, signal, sys
 import numpy as np
-sys.path.insert(0, sys.argv[1])
-from _checkpoint import save
-path = sys.argv[2]
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+save, path = files.save, sys.argv[2]
 {script}
 """
-    arguments = [str(Path(_checkpoint.__file__).parent), str(path)]
+    arguments = [_files.__file__, str(path)]
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True
     )
