@@ -17,6 +17,7 @@ from regjax._base import (
     couples_examples,
     differs_by_chunk,
 )
+from regjax._sharding import Placement
 
 # Enough examples to tell a mean from anything else.
 _SEPARABLE_EXAMPLES = 64
@@ -25,16 +26,23 @@ _SEPARABLE_EXAMPLES = 64
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["function", "params", "batch"],
-    meta_fields=["size"],
+    meta_fields=["size", "placement"],
 )
 @dataclasses.dataclass(frozen=True)
 class _Chunked:
-    """`function(params, *chunk)` over chunks of `size` examples."""
+    """`function(params, *chunk)` over chunks of `size` examples, on each device that has some."""
 
     function: Any
     params: Any
     batch: Batch
     size: int
+    placement: Placement | None = None
+
+    @property
+    def length(self) -> int:
+        """The number of examples, on each device if they are divided."""
+        num_parts = 1 if self.placement is None else self.placement.num_parts
+        return _checks.num_examples(self.batch) // num_parts
 
     def at(self, start: Any, length: int) -> Any:
         chunk = jax.tree.map(
@@ -78,7 +86,13 @@ def refuse_coupled(function: Any, chunk_size: int) -> None:
         )
 
 
-def mean(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> Any:
+def mean(
+    function: Any,
+    params: Any,
+    batch: Batch,
+    chunk_size: int | None,
+    placement: Placement | None = None,
+) -> Any:
     """`function(params, *batch)`, a tree of means over the examples, as the mean of its chunks.
 
     Args:
@@ -86,15 +100,19 @@ def mean(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> An
       params: what does not depend on the example.
       batch: arrays with a leading axis of N examples.
       chunk_size: at most N; the ragged last chunk counts by its size. None: all at once.
+      placement: over which devices the examples are divided: each goes over its own, and the
+        sums are added at the end. None: one device, or as the compiler sees fit.
     """
     function = as_partial(function)
     if chunk_size is None:
         return applied(function, params, batch)
-    length = _checks.num_examples(batch)
-    num_chunks, ragged = divmod(length, chunk_size)
-    chunked = _Chunked(function, params, batch, chunk_size)
+    if placement is not None and placement.num_parts == 1:
+        placement = None
+    chunked = _Chunked(function, params, batch, chunk_size, placement)
+    num_chunks, ragged = divmod(chunked.length, chunk_size)
     total = _loops.fold(_add, _zeros(chunked), num_chunks, operands=chunked)
-    return _with_ragged(_weighted, total, chunked) if ragged else total
+    total = _with_ragged(_weighted, total, chunked) if ragged else total
+    return total if placement is None else _mean_of_parts(total)
 
 
 def each(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> Any:
@@ -155,7 +173,14 @@ def sampled(
 @jax.jit
 def _zeros(chunked: _Chunked) -> Any:
     shapes = jax.eval_shape(lambda: chunked.at(0, chunked.size))
+    if chunked.placement is not None:
+        return chunked.placement.zeros(shapes)
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+
+@jax.jit
+def _mean_of_parts(total: Any) -> Any:
+    return jax.tree.map(lambda parts: jnp.mean(parts, axis=0), total)
 
 
 def _add(chunked: _Chunked, total: Any, i: jax.Array) -> Any:
@@ -164,14 +189,23 @@ def _add(chunked: _Chunked, total: Any, i: jax.Array) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _with_ragged(put: Any, total: Any, chunked: _Chunked) -> Any:
-    length = _checks.num_examples(chunked.batch)
-    ragged = length % chunked.size
-    return put(total, chunked, length - ragged, ragged)
+    ragged = chunked.length % chunked.size
+    return put(total, chunked, chunked.length - ragged, ragged)
 
 
 def _weighted(total: Any, chunked: _Chunked, start: Any, length: int) -> Any:
-    share = length / _checks.num_examples(chunked.batch)
+    placement = chunked.placement
+    if placement is not None:
+        add = functools.partial(_weighted_part, length=length)
+        shared = (chunked.function, chunked.params, start)
+        return placement.by_part(add, total, chunked.batch, shared)
+    share = length / chunked.length
     return jax.tree.map(lambda a, b: a + share * b, total, chunked.at(start, length))
+
+
+def _weighted_part(total: Any, batch: Batch, shared: Any, *, length: int) -> Any:
+    function, params, start = shared
+    return _weighted(total, _Chunked(function, params, batch, length), start, length)
 
 
 def _set(chunked: _Chunked, rows: Any, i: jax.Array) -> Any:

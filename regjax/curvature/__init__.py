@@ -1,6 +1,8 @@
 """Curvature of the loss: products, Lanczos decompositions, and functions of them."""
 
+from regjax.curvature._allocation import MemoryEstimate as MemoryEstimate
 from regjax.curvature._blocks import by_block as by_block
+from regjax.curvature._checkpoint import Checkpoint as Checkpoint
 from regjax.curvature._curves import DensityCurve as DensityCurve
 from regjax.curvature._curves import density_grid as density_grid
 from regjax.curvature._curves import evaluate_density as evaluate_density
@@ -42,6 +44,7 @@ from regjax.curvature._measure import DensityResult as DensityResult
 from regjax.curvature._measure import SpectralSum as SpectralSum
 from regjax.curvature._measure import effective_dimension as effective_dimension
 from regjax.curvature._measure import spectral_sum as spectral_sum
+from regjax.curvature._memory import memory_estimate as memory_estimate
 from regjax.curvature._operators import Operator as Operator
 from regjax.curvature._operators import from_gradient as from_gradient
 from regjax.curvature._operators import from_matvec as from_matvec
@@ -55,3 +58,4 @@ from regjax.curvature._random_matrix import hessian_noise_power as hessian_noise
 from regjax.curvature._random_matrix import marchenko_pastur_outlier as marchenko_pastur_outlier
 from regjax.curvature._random_matrix import wigner_outlier as wigner_outlier
 from regjax.curvature._ritz import EigenState as EigenState
+from regjax.curvature._streaming import stream as stream

@@ -2,14 +2,19 @@
 
 XLA materialises a slice of a large array before it multiplies with it, which costs more than the
 product. So the rows live in up to eight arrays; each is used whole or not at all, and one pass
-costs what reading the filled blocks costs.
+costs what reading the filled blocks costs. On a mesh each device has its share of the columns.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
+
+from regjax._sharding import Columns
 
 # Rows of a block, unless there would be too many blocks: each makes the program longer.
 _BLOCK_ROWS = 16
@@ -20,14 +25,20 @@ _ROUND_ROWS = 8
 _RECOMBINED_WIDTH = 2**14
 
 
-class Basis(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["columns"]
+)
+@dataclasses.dataclass(frozen=True)
+class Basis:
     """Rows in order; those not yet filled are zero.
 
     Attributes:
-      blocks: arrays (rows of a block, n), all of the same shape.
+      blocks: arrays (rows of a block, n), all of the same shape; divided as `columns` says.
+      columns: whether and how the n columns are divided over devices.
     """
 
     blocks: tuple[jax.Array, ...]
+    columns: Columns
 
     @property
     def num_rows(self) -> int:
@@ -35,34 +46,37 @@ class Basis(NamedTuple):
         return sum(block.shape[0] for block in self.blocks)
 
 
-def zeros(num_rows: int, size: int, dtype: Any) -> Basis:
+def zeros(num_rows: int, size: int, dtype: Any, mesh: Mesh | None = None) -> Basis:
     """At least `num_rows` empty rows."""
+    columns = Columns(size, mesh)
     rows = max(_BLOCK_ROWS, -(-num_rows // _MOST_BLOCKS))
     rows = -(-rows // _ROUND_ROWS) * _ROUND_ROWS
     count = -(-num_rows // rows)
-    return Basis(tuple(jnp.zeros((rows, size), dtype) for _ in range(count)))
+    return Basis(tuple(columns.zeros(rows, dtype) for _ in range(count)), columns)
 
 
 def put(basis: Basis, row: jax.Array, vector: jax.Array) -> Basis:
-    """`vector` as row number `row`."""
+    """`vector` (n,) as row number `row`."""
+    vector = basis.columns.divide(vector)
 
     def in_block(start: int, block: jax.Array) -> jax.Array:
         holds = (row >= start) & (row < start + block.shape[0])
         place = jnp.clip(row - start, 0, block.shape[0] - 1)
         # A loop of one or no turn: unlike a branch it changes the block in place.
         write = lambda _, block: lax.dynamic_update_index_in_dim(block, vector, place, 0)
-        return lax.fori_loop(0, jnp.where(holds, 1, 0), write, block)
+        return basis.columns.keep(lax.fori_loop(0, jnp.where(holds, 1, 0), write, block))
 
-    return Basis(tuple(in_block(start, block) for start, block in _placed(basis)))
+    blocks = tuple(in_block(start, block) for start, block in _placed(basis))
+    return dataclasses.replace(basis, blocks=blocks)
 
 
 def outside(basis: Basis, filled: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`vector` less its part in the rows, and its coefficients (rows,): one pass over them."""
-    coefficients = []
+    coefficients, vector = [], basis.columns.divide(vector)
     for start, block in _placed(basis):
         vector, part = lax.cond(start < filled, _remove, _leave, block, vector)
         coefficients.append(part)
-    return vector, jnp.concatenate(coefficients)
+    return basis.columns.join(vector), jnp.concatenate(coefficients)
 
 
 def _remove(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,16 +89,24 @@ def _leave(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def combine(basis: Basis, weights: jax.Array) -> jax.Array:
-    """The rows of weights' Q, (k, n), from weights (rows, k)."""
+    """The rows of weights' Q, (k, n) divided as `columns` says, from weights (rows, k)."""
     parts = [weights[start : start + block.shape[0]].T @ block for start, block in _placed(basis)]
-    return sum(parts[1:], start=parts[0])
+    return basis.columns.keep(sum(parts[1:], start=parts[0]))
 
 
 def recombine(basis: Basis, weights: jax.Array) -> Basis:
     """The rows of weights' Q in place of Q, weights (rows, rows), a slab of columns at a time."""
-    size = basis.blocks[0].shape[1]
-    width = min(size, _RECOMBINED_WIDTH)
     cuts = [start for start, _ in _placed(basis)][1:]
+    recombined = functools.partial(_recombined, cuts)
+    blocks = basis.columns.locally(recombined, basis.blocks, weights)
+    return dataclasses.replace(basis, blocks=blocks)
+
+
+def _recombined(
+    cuts: list[int], blocks: tuple[jax.Array, ...], weights: jax.Array
+) -> tuple[jax.Array, ...]:
+    size = blocks[0].shape[1]
+    width = min(size, _RECOMBINED_WIDTH)
 
     def recombine_slab(slab: jax.Array, blocks: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # The last slab reaches back; its overlap must not be recombined twice.
@@ -99,12 +121,12 @@ def recombine(basis: Basis, weights: jax.Array) -> Basis:
             for block, part in zip(blocks, jnp.split(columns, cuts), strict=True)
         )
 
-    return Basis(lax.fori_loop(0, -(-size // width), recombine_slab, basis.blocks))
+    return lax.fori_loop(0, -(-size // width), recombine_slab, blocks)
 
 
 def to_array(basis: Basis, num_rows: int) -> jax.Array:
     """The first rows as one array (num_rows, n)."""
-    return jnp.concatenate(basis.blocks)[:num_rows]
+    return jnp.concatenate(basis.blocks)[:num_rows, : basis.columns.size]
 
 
 def _placed(basis: Basis) -> list[tuple[int, jax.Array]]:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any
 
 import jax
 from jax.tree_util import Partial
 
 from regjax import _checks, _tree
 from regjax._adapters import couples_examples
-from regjax.curvature._operators import Operator, Rule, build
+from regjax.curvature._operators import Operator, rebuilt
 
 
 @functools.partial(
@@ -67,4 +67,4 @@ def _block(operator: Operator, inside: list[bool]) -> Operator:
     block = jax.tree.unflatten(treedef, [leaf if here else None for leaf, here in pairs])
     rest = jax.tree.unflatten(treedef, [None if here else leaf for leaf, here in pairs])
     function = _OfBlock(operator.function, rest)
-    return build(cast(Rule, operator.rule), function, block, operator.batch, operator.chunk_size)
+    return rebuilt(operator, function, block)

@@ -9,13 +9,14 @@ rest.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops
-from regjax.curvature import _basis
+from regjax._sharding import Columns
+from regjax.curvature import _allocation, _basis, _checkpoint
 from regjax.curvature._lanczos import Krylov, absorb, empty, expand
 from regjax.curvature._measure import DensityResult, spectral_sum
 from regjax.curvature._operators import Operator, block_product, product
@@ -31,7 +32,7 @@ _DEFLATION_TOLERANCE = 1e-3
         "key", "deflation", "locked", "eigenvalues", "residual_norms", "num_locked",
         "probes", "nodes", "weights", "num_finished", "num_matvecs",
     ],
-    meta_fields=["num_steps", "block"],
+    meta_fields=["num_steps", "block", "columns"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class DensityState:
@@ -40,12 +41,13 @@ class DensityState:
     Attributes:
       key: typed key of the probes.
       deflation: the first run's basis; None once its pairs are locked.
-      locked: (r, n), the vectors taken out, zero beyond `num_locked`.
+      locked: (r, n), the vectors taken out, zero beyond `num_locked`; divided as `columns` says.
       eigenvalues: (r,). residual_norms: (r,). num_locked: (), int32.
       probes: bases of the probes under way, each leaf with a leading axis of `block`; None before.
       nodes: (P, m). weights: (P, m), each probe of mass 1. num_finished: (), int32, probes done.
       num_matvecs: (), int32, products so far.
       num_steps: m. block: number of probes carried at once.
+      columns: whether and how the n columns are divided over devices.
     """
 
     key: jax.Array
@@ -61,6 +63,7 @@ class DensityState:
     num_matvecs: jax.Array
     num_steps: int
     block: int
+    columns: Columns
 
 
 def spectral_density(
@@ -71,6 +74,7 @@ def spectral_density(
     num_probes: int = 2,
     deflate: int | None = None,
     callback: Callable[[int, int], None] | None = None,
+    checkpoint: _checkpoint.Checkpoint | None = None,
 ) -> DensityResult:
     """The spectral density of a symmetric matrix by deflated stochastic Lanczos quadrature.
 
@@ -82,51 +86,59 @@ def spectral_density(
       deflate: products spent on finding extreme eigenpairs to take out, at most n; the vectors
         stay in memory. 0 gives the plain method; None takes 2 `num_steps`.
       callback: called as callback(products, total) after each product when the host drives.
+      checkpoint: where the state is kept every few products, and found again by the same call after
+        the process was killed; only when the host drives.
 
     Returns:
       A `DensityResult`, after `deflate` + P m products. Multiplying the matrix by c > 0 and
       adding d I maps all nodes and eigenvalues likewise, up to rounding.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: an argument is out of its range, or the checkpoint is of another problem.
+      CheckpointError: a file of the checkpoint cannot be written.
+      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
       Interrupted: Ctrl-C; its `.result` is the result of the probes finished so far.
 
     References:
       S. Ubaru, J. Chen, Y. Saad (2017), Fast estimation of tr(f(A)) via stochastic Lanczos
       quadrature, SIAM J. Matrix Anal. Appl. 38(4). The deflation is our addition.
     """
-    state = spectral_density_init(
-        operator, key=key, num_steps=num_steps, num_probes=num_probes, deflate=deflate
-    )
-    first = 0 if state.deflation is None else state.locked.shape[0]
-    second = -(-num_probes // state.block) * num_steps
-
-    def after(offset: int) -> Callable[[int, int], None] | None:
-        if callback is None:
-            return None
-        return lambda count, _: callback(offset + count, first + second)
-
-    if state.deflation is not None:
-        state = _loops.repeat_until(
-            _deflation_step,
-            state,
+    init = functools.partial(
+        spectral_density_init,
+        operator, key=key, num_steps=num_steps, num_probes=num_probes, deflate=deflate,
+    )  # fmt: skip
+    names = ("num_steps", "deflate", "num_probes")
+    beside = spectral_density_beside
+    with _allocation.explained(_allocation.Plan("spectral_density", operator, init, beside, names)):
+        state = init()
+        first = 0 if state.deflation is None else state.locked.shape[0]
+        second = -(-num_probes // state.block) * num_steps
+        run = functools.partial(
+            _checkpoint.repeat_until,
             operands=operator,
             done=lambda state: jnp.bool_(False),
-            max_steps=first,
-            result=lambda state: spectral_density_result(_lock(state)),
-            callback=after(0),
-        )
-        state = _lock(state)
-    state = _loops.repeat_until(
-        _probe_step,
-        state,
-        operands=operator,
-        done=lambda state: jnp.bool_(False),
-        max_steps=second,
-        result=spectral_density_result,
-        callback=after(first),
-    )
-    return spectral_density_result(state)
+            result=_result_so_far,
+            callback=callback,
+            checkpoint=checkpoint,
+            problem=_checkpoint.Problem(
+                "spectral_density",
+                {
+                    "key": key, "num_steps": num_steps, "num_probes": num_probes,
+                    "deflate": first, "probes at once": state.block,
+                },
+                init,
+                _rows,
+                krylov=lambda state: state.probes if state.deflation is None else state.deflation,
+                later=_lock if first else None,
+            ),
+        )  # fmt: skip
+        if _loops.is_concrete(operator, state):
+            state = run(spectral_density_step, state, max_steps=first + second)
+        else:
+            if first:
+                state = _lock(run(_deflation_step, state, max_steps=first))
+            state = run(_probe_step, state, max_steps=second)
+        return spectral_density_result(state)
 
 
 def spectral_density_init(
@@ -145,11 +157,11 @@ def spectral_density_init(
     _checks.integer("deflate", num_rows, minimum=0, maximum=size)
     key, start_key, krylov_key = jax.random.split(_checks.key("key", key), 3)
     # One at a time on CPU, where a block of vectors costs as much as its members.
-    block = 1 if jax.default_backend() == "cpu" else num_probes
+    block = num_probes if operator.takes_blocks else 1
     state = DensityState(
         key=key,
         deflation=None,
-        locked=jnp.zeros((num_rows, size), dtype),
+        locked=operator.columns.zeros(num_rows, dtype),
         eigenvalues=jnp.full(num_rows, jnp.nan, dtype),
         residual_norms=jnp.full(num_rows, jnp.nan, dtype),
         num_locked=jnp.int32(0),
@@ -160,11 +172,14 @@ def spectral_density_init(
         num_matvecs=jnp.int32(0),
         num_steps=num_steps,
         block=block,
+        columns=operator.columns,
     )
+    state = state.columns.copied(state)
     if num_rows == 0:
         return _new_probes(state)
     start = jax.random.normal(start_key, (size,), dtype)
-    return dataclasses.replace(state, deflation=empty(start, num_rows, krylov_key))
+    krylov = empty(start, num_rows, krylov_key, state.columns.mesh)
+    return dataclasses.replace(state, deflation=krylov)
 
 
 def spectral_density_step(operator: Operator, state: DensityState) -> DensityState:
@@ -178,7 +193,7 @@ def spectral_density_step(operator: Operator, state: DensityState) -> DensitySta
 
 def spectral_density_result(state: DensityState) -> DensityResult:
     """The measure of the probes finished so far; NaN weights before the first one."""
-    size, dtype = state.locked.shape[1], state.nodes.dtype
+    size, dtype = state.columns.size, state.nodes.dtype
     rest = (size - state.num_locked).astype(dtype) / size
     finished = jnp.arange(state.nodes.shape[0], dtype=jnp.int32) < state.num_finished
     share = jnp.where(state.num_finished > 0, rest / state.num_finished.astype(dtype), jnp.nan)
@@ -197,6 +212,26 @@ def spectral_density_result(state: DensityState) -> DensityResult:
     )
     total = spectral_sum(result, lambda values: values)
     return result._replace(trace=total.value, standard_error=total.standard_error)
+
+
+def spectral_density_beside(state: DensityState) -> Any:
+    """The largest that is made while `state` is there: the state of the probes, or the result."""
+    return spectral_density_result(state) if state.deflation is None else _lock(state)
+
+
+def _result_so_far(state: DensityState) -> DensityResult:
+    return spectral_density_result(state if state.deflation is None else _lock(state))
+
+
+def _rows(state: DensityState) -> dict[str, tuple[Any, Any]]:
+    """The rows of the state, for checkpoints: number filled, and what tells one lot from another.
+
+    The locked rows are zero until they are all there.
+    """
+    if state.deflation is not None:
+        return {".deflation.basis": (state.deflation.filled, 0), ".locked": (0, 0)}
+    probes = (_probes(state).filled[0], state.num_finished)
+    return {".locked": (state.locked.shape[0], 1), ".probes.basis": probes}
 
 
 def _deflation_step(operator: Operator, state: DensityState) -> DensityState:
@@ -236,10 +271,9 @@ def _locked(state: DensityState) -> DensityState:
 @jax.jit
 def _new_probes(state: DensityState) -> DensityState:
     key, probe_key, krylov_key = jax.random.split(state.key, 3)
-    size, dtype = state.locked.shape[1], state.locked.dtype
-    starts = jax.random.normal(probe_key, (state.block, size), dtype)
-    starts = _outside(state.locked, starts)
-    make = jax.vmap(lambda start, key: empty(start, state.num_steps, key))
+    shape, dtype = (state.block, state.columns.size), state.locked.dtype
+    starts = _outside(state, jax.random.normal(probe_key, shape, dtype))
+    make = jax.vmap(lambda start, key: empty(start, state.num_steps, key, state.columns.mesh))
     probes = make(starts, jax.random.split(krylov_key, state.block))
     return dataclasses.replace(state, key=key, probes=probes)
 
@@ -255,7 +289,7 @@ def _probes(state: DensityState) -> Krylov:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _absorb_probes(state: DensityState, images: jax.Array) -> DensityState:
-    images = _outside(state.locked, images)
+    images = _outside(state, images)
     if state.block == 1:
         probes = jax.tree.map(lambda leaf: leaf[0], state.probes)
         probes = jax.tree.map(lambda leaf: leaf[None], absorb(probes, images[0]))
@@ -280,8 +314,9 @@ def _collect(state: DensityState) -> DensityState:
     return _new_probes(state)
 
 
-def _outside(locked: jax.Array, vectors: jax.Array) -> jax.Array:
+def _outside(state: DensityState, vectors: jax.Array) -> jax.Array:
     """The rows of `vectors` less their part in the locked rows; twice is enough."""
+    vectors = state.columns.divide(vectors)
     for _ in range(2):
-        vectors = vectors - (vectors @ locked.T) @ locked
-    return vectors
+        vectors = vectors - (vectors @ state.locked.T) @ state.locked
+    return state.columns.join(vectors)

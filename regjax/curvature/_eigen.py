@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops, _tree
-from regjax.curvature import _basis, _search
+from regjax.curvature import _allocation, _basis, _checkpoint, _search
 from regjax.curvature._lanczos import absorb, empty
 from regjax.curvature._operators import Operator, product
 from regjax.curvature._ritz import EigenState, assess, begin_search, restart, rounding
@@ -64,6 +64,7 @@ def top_eigenpairs(
     max_matvecs: int | None = None,
     search: bool = True,
     callback: Callable[[int, int], None] | None = None,
+    checkpoint: _checkpoint.Checkpoint | None = None,
 ) -> EigenResult:
     """The k eigenpairs at one end of the spectrum, with residual norms.
 
@@ -85,12 +86,16 @@ def top_eigenpairs(
         as many products more: it ends when one is there with a probability below 0.01, or within
         the tolerance of a found one.
       callback: called as callback(products, max_matvecs) after each product when the host drives.
+      checkpoint: where the state is kept every few products, and found again by the same call after
+        the process was killed; only when the host drives.
 
     Returns:
       An `EigenResult`; pairs that have not converged are flagged, never passed off.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: an argument is out of its range, or the checkpoint is of another problem.
+      CheckpointError: a file of the checkpoint cannot be written.
+      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
       Interrupted: Ctrl-C; its `.result` is the `EigenResult` so far.
 
     References:
@@ -100,21 +105,36 @@ def top_eigenpairs(
       eigenvalue by the power and Lanczos algorithms with a random start, SIAM J. Matrix Anal.
       Appl. 13(4).
     """
-    state = top_eigenpairs_init(
-        operator, k, key=key, tol=tol, which=which, max_basis=max_basis, search=search
-    )
-    limit = 20 * state.num_rows if max_matvecs is None else max_matvecs
+    init = functools.partial(
+        top_eigenpairs_init,
+        operator, k, key=key, tol=tol, which=which, max_basis=max_basis, search=search,
+    )  # fmt: skip
     result = functools.partial(top_eigenpairs_result, operator)
-    state = _loops.repeat_until(
-        top_eigenpairs_step,
-        state,
-        operands=operator,
-        done=lambda state: state.done,
-        max_steps=_checks.integer("max_matvecs", limit),
-        result=result,
-        callback=callback,
-    )
-    return result(state)
+    names = ("max_basis",)
+    with _allocation.explained(_allocation.Plan("top_eigenpairs", operator, init, result, names)):
+        state = init()
+        limit = 20 * state.num_rows if max_matvecs is None else max_matvecs
+        state = _checkpoint.repeat_until(
+            top_eigenpairs_step,
+            state,
+            operands=operator,
+            done=lambda state: state.done,
+            max_steps=_checks.integer("max_matvecs", limit),
+            result=result,
+            callback=callback,
+            checkpoint=checkpoint,
+            problem=_checkpoint.Problem(
+                "top_eigenpairs",
+                {
+                    "k": k, "key": key, "tol": tol, "which": which, "max_basis": state.num_rows,
+                    "search": search,
+                },
+                init,
+                rows=lambda state: {".krylov.basis": (state.krylov.filled, state.num_restarts)},
+                krylov=lambda state: state.krylov,
+            ),
+        )  # fmt: skip
+        return result(state)
 
 
 def top_eigenpairs_init(
@@ -136,13 +156,15 @@ def top_eigenpairs_init(
     num_rows = min(size, max(48, 2 * k + 20)) if max_basis is None else max_basis
     _checks.integer("max_basis", num_rows, minimum=min(k + 2, size), maximum=size)
     key, subkey = jax.random.split(_checks.key("key", key))
-    krylov = empty(jax.random.normal(subkey, (size,), operator.dtype), num_rows, key)
+    start = jax.random.normal(subkey, (size,), operator.dtype)
+    krylov = empty(start, num_rows, key, operator.columns.mesh)
     rows, dtype = krylov.basis.num_rows, operator.dtype
-    return EigenState(
+    state = EigenState(
         krylov=krylov,
         search=_search.begin(jnp.zeros(2, dtype), rows, filled=0, active=False),
         tol=jnp.asarray(tol, dtype),
         num_matvecs=jnp.int32(0),
+        num_restarts=jnp.int32(0),
         weights=jnp.zeros((rows, rows), dtype),
         values=jnp.full(rows, jnp.nan, dtype),
         bounds=jnp.full(rows, jnp.inf, dtype),
@@ -156,6 +178,7 @@ def top_eigenpairs_init(
         num_rows=num_rows,
         searches=search,
     )
+    return operator.columns.copied(state)
 
 
 def top_eigenpairs_step(operator: Operator, state: EigenState) -> EigenState:
@@ -173,7 +196,8 @@ def top_eigenpairs_result(operator: Operator, state: EigenState) -> EigenResult:
 @jax.jit
 def _result(state: EigenState, like: Any) -> EigenResult:
     k = state.k
-    vectors = _basis.combine(state.krylov.basis, state.weights[:, :k])
+    columns = state.krylov.basis.columns
+    vectors = columns.join(_basis.combine(state.krylov.basis, state.weights[:, :k]))
     floor = rounding(state.values, jnp.isfinite(state.values))
     size = state.krylov.direction.size
     return EigenResult(

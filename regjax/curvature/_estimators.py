@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops, _tree
+from regjax._sharding import Columns
+from regjax.curvature import _allocation
 from regjax.curvature._operators import Operator, product
 
 _METHODS = ("hutchinson", "hutch++")
@@ -51,7 +53,7 @@ class DiagonalResult(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["key", "vector", "rows", "images", "mean", "squares", "count"],
-    meta_fields=["num_rows", "total"],
+    meta_fields=["num_rows", "total", "columns"],
 )
 @dataclasses.dataclass(frozen=True)
 class EstimatorState:
@@ -60,12 +62,14 @@ class EstimatorState:
     Attributes:
       key: typed key.
       vector: (n,), what the next product takes.
-      rows: (s, n), first the images of random signs, then their orthonormal basis Q.
-      images: (s, n), rows of (A Q)'.
+      rows: (s, n), first the images of random signs, then their orthonormal basis Q; divided as
+        `columns` says.
+      images: (s, n), rows of (A Q)'; likewise.
       mean: (n,) or (), running mean over the probes of u * A u, or of its sum.
       squares: the same shape, running sum of squared deviations from the mean.
       count: (), int32, products so far.
       num_rows: s. total: number of products.
+      columns: whether and how the n columns are divided over devices.
     """
 
     key: jax.Array
@@ -77,6 +81,7 @@ class EstimatorState:
     count: jax.Array
     num_rows: int
     total: int
+    columns: Columns
 
 
 def trace(
@@ -102,6 +107,7 @@ def trace(
 
     Raises:
       ValueError: `method` is unknown, or `num_probes` below 1 (below 3 for Hutch++).
+      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
       Interrupted: Ctrl-C; its `.result` is the estimate of the probes so far.
 
     References:
@@ -109,7 +115,7 @@ def trace(
       D. Woodruff (2021), Hutch++, arXiv:2010.09649, algorithm 1.
     """
     init = functools.partial(trace_init, key=key, num_probes=num_probes, method=method)
-    return trace_result(_run(operator, init, trace_result, callback))
+    return _run("trace", operator, init, trace_result, callback)
 
 
 def diagonal(
@@ -135,6 +141,7 @@ def diagonal(
 
     Raises:
       ValueError: `method` is unknown, or `num_probes` below 1 (below 3 for Hutch++).
+      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
       Interrupted: Ctrl-C; its `.result` is the estimate of the probes so far.
 
     References:
@@ -143,7 +150,7 @@ def diagonal(
     """
     init = functools.partial(diagonal_init, key=key, num_probes=num_probes, method=method)
     result = functools.partial(diagonal_result, operator)
-    return result(_run(operator, init, result, callback))
+    return _run("diagonal", operator, init, result, callback)
 
 
 def trace_init(
@@ -176,7 +183,7 @@ def trace_result(state: EstimatorState) -> TraceResult:
 
 def diagonal_result(operator: Operator, state: EstimatorState) -> DiagonalResult:
     """The diagonal after the products done so far."""
-    value = state.mean + jnp.sum(state.rows * state.images, axis=0)
+    value = state.mean + state.columns.join(jnp.sum(state.rows * state.images, axis=0))
     return DiagonalResult(
         _tree.unravel(value, operator.params),
         _tree.unravel(_standard_error(state), operator.params),
@@ -199,17 +206,21 @@ def exact_spectrum(operator: Operator) -> jax.Array:
     return jnp.linalg.eigvalsh(operator.dense())
 
 
-def _run(operator: Operator, init: Any, result: Any, callback: Any) -> EstimatorState:
-    state = init(operator)
-    return _loops.repeat_until(
-        estimator_step,
-        state,
-        operands=operator,
-        done=lambda state: jnp.bool_(False),
-        max_steps=state.total,
-        result=result,
-        callback=callback,
-    )
+def _run(solver: str, operator: Operator, init: Any, result: Any, callback: Any) -> Any:
+    begin = functools.partial(init, operator)
+    plan = _allocation.Plan(solver, operator, begin, result, ("num_probes",))
+    with _allocation.explained(plan):
+        state = begin()
+        state = _loops.repeat_until(
+            estimator_step,
+            state,
+            operands=operator,
+            done=lambda state: jnp.bool_(False),
+            max_steps=state.total,
+            result=result,
+            callback=callback,
+        )
+        return result(state)
 
 
 def _init(
@@ -217,20 +228,21 @@ def _init(
 ) -> EstimatorState:
     _checks.choice("method", method, _METHODS)
     _checks.integer("num_probes", num_probes, minimum=3 if method == "hutch++" else 1)
-    size, dtype = operator.shape[0], operator.dtype
+    size, dtype, columns = operator.shape[0], operator.dtype, operator.columns
     num_rows = min(num_probes // 3, size) if method == "hutch++" else 0
     state = EstimatorState(
         key=jax.random.fold_in(_checks.key("key", key), 0),
         vector=jnp.zeros(size, dtype),
-        rows=jnp.zeros((num_rows, size), dtype),
-        images=jnp.zeros((num_rows, size), dtype),
+        rows=columns.zeros(num_rows, dtype),
+        images=columns.zeros(num_rows, dtype),
         mean=zeros,
         squares=zeros.copy(),
         count=jnp.int32(0),
         num_rows=num_rows,
         total=num_probes,
+        columns=columns,
     )
-    return _draw(state)
+    return _draw(columns.copied(state))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -239,8 +251,10 @@ def _draw(state: EstimatorState) -> EstimatorState:
     key, subkey = jax.random.split(state.key)
     vector = jax.random.rademacher(subkey, state.vector.shape, state.vector.dtype)
     if state.num_rows:
+        columns, whole = state.columns, state.columns.divide(vector)
         row = state.rows[jnp.clip(state.count - state.num_rows, 0, state.num_rows - 1)]
-        outside = vector - (state.rows @ vector) @ state.rows
+        outside = columns.join(whole - (state.rows @ whole) @ state.rows)
+        row = columns.join(row)
         stage = state.count // state.num_rows
         vector = jnp.where(stage == 0, vector, jnp.where(stage == 1, row, outside))
     return dataclasses.replace(state, key=key, vector=vector)
@@ -252,10 +266,10 @@ def _absorb(state: EstimatorState, image: jax.Array) -> EstimatorState:
     rows, images = state.rows, state.images
     is_probe = count >= 2 * num_rows
     if num_rows:
-        row = count % num_rows
-        rows = rows.at[row].set(jnp.where(count < num_rows, image, rows[row]))
+        row, columns, part = count % num_rows, state.columns, state.columns.divide(image)
+        rows = columns.keep(rows.at[row].set(jnp.where(count < num_rows, part, rows[row])))
         is_image = (count >= num_rows) & ~is_probe
-        images = images.at[row].set(jnp.where(is_image, image, images[row]))
+        images = columns.keep(images.at[row].set(jnp.where(is_image, part, images[row])))
     sample = state.vector * image
     if state.mean.ndim == 0:
         sample = jnp.sum(sample)
@@ -276,7 +290,7 @@ def _absorb(state: EstimatorState, image: jax.Array) -> EstimatorState:
 @functools.partial(jax.jit, donate_argnums=0)
 def _orthonormalise(state: EstimatorState) -> EstimatorState:
     """An orthonormal basis of the rows; directions at rounding level are harmless extra ones."""
-    return dataclasses.replace(state, rows=jnp.linalg.qr(state.rows.T)[0].T)
+    return dataclasses.replace(state, rows=state.columns.orthonormal(state.rows))
 
 
 def _standard_error(state: EstimatorState) -> jax.Array:

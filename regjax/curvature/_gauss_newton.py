@@ -5,6 +5,7 @@ pass (u = J v), a small product at the outputs (a = A u) and one reverse-mode pa
 three matrices here differ in A alone.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -132,9 +133,20 @@ def fisher(
         return _sandwich(Partial(_EXACT[likelihood]), model_fn, params, (inputs,), chunk_size)
     _checks.integer("num_samples", num_samples)
     # One key for each example and draw: the draws do not depend on how the data are chunked.
-    shape = (_checks.num_examples(inputs), num_samples)
-    keys = jax.random.split(_checks.key("key", key), shape)
+    keys = draw_keys(_checks.key("key", key), 0, _checks.num_examples(inputs), num_samples)
     return _sandwich(Partial(_SAMPLED[likelihood]), model_fn, params, (inputs, keys), chunk_size)
+
+
+def draw_keys(key: jax.Array, first: int, num_examples: int, num_samples: int) -> jax.Array:
+    """Keys (num_examples, num_samples) that belong to the examples' numbers, from `first` on."""
+    return _draw_keys(key, jnp.uint32(first), num_examples, num_samples)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _draw_keys(key: jax.Array, first: jax.Array, num_examples: int, num_samples: int) -> jax.Array:
+    numbers = first + jnp.arange(num_examples, dtype=jnp.uint32)
+    each = jax.vmap(lambda number: jax.random.split(jax.random.fold_in(key, number), num_samples))
+    return each(numbers)
 
 
 def _sandwich(

@@ -5,15 +5,17 @@ norm dropped by more than 1/sqrt(2), which is when rounding can have spoilt the 
 Gragg, Kaufman, Stewart 1976). Without this even float64 invents copies of eigenvalues.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
-from regjax import _checks, _loops, _tree
-from regjax.curvature import _basis
+from regjax import _checks, _tree
+from regjax.curvature import _allocation, _basis, _checkpoint
 from regjax.curvature._operators import Operator, from_matvec, product
 
 # A norm below this many units of rounding of the matrix is rounding itself: the space is invariant.
@@ -90,6 +92,7 @@ def lanczos(
     *,
     key: jax.Array | None = None,
     callback: Callable[[int, int], None] | None = None,
+    checkpoint: _checkpoint.Checkpoint | None = None,
 ) -> LanczosResult:
     """Tridiagonalises a symmetric matrix on the Krylov space of `start`.
 
@@ -100,13 +103,18 @@ def lanczos(
       key: typed key of the fresh directions with which the recurrence goes on after a breakdown
         (an invariant subspace); None stops there.
       callback: called as callback(step, num_steps) after each step when the host drives.
+      checkpoint: where the state is kept every few products, and found again by the same call after
+        the process was killed; only when the host drives.
 
     Returns:
       A `LanczosResult`. In float32 the rows are orthogonal to 2e-6, also on rank-deficient
       matrices.
 
     Raises:
-      ValueError: `num_steps` is not between 1 and n, or `start` does not fit the operator.
+      ValueError: `num_steps` is not between 1 and n, `start` does not fit the operator, or the
+        checkpoint is of another problem.
+      CheckpointError: a file of the checkpoint cannot be written.
+      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
       Interrupted: Ctrl-C; its `.result` holds the steps done.
 
     References:
@@ -115,20 +123,31 @@ def lanczos(
     """
     operator = matvec if isinstance(matvec, Operator) else from_matvec(matvec, start)
     stops = key is None
+    init = functools.partial(lanczos_init, operator, start, num_steps, key=key)
 
     def result(state: Krylov) -> LanczosResult:
         return lanczos_result(state, num_steps)
 
-    krylov = _loops.repeat_until(
-        lanczos_step,
-        lanczos_init(operator, start, num_steps, key=key),
-        operands=operator,
-        done=lambda state: (state.filled >= num_steps) | (stops & state.broke_down),
-        max_steps=num_steps,
-        result=result,
-        callback=callback,
-    )
-    return result(krylov)
+    names = ("num_steps",)
+    with _allocation.explained(_allocation.Plan("lanczos", operator, init, result, names)):
+        krylov = _checkpoint.repeat_until(
+            lanczos_step,
+            init(),
+            operands=operator,
+            done=lambda state: (state.filled >= num_steps) | (stops & state.broke_down),
+            max_steps=num_steps,
+            result=result,
+            callback=callback,
+            checkpoint=checkpoint,
+            problem=_checkpoint.Problem(
+                "lanczos",
+                {"start": start, "num_steps": num_steps, "key": key},
+                init,
+                rows=lambda state: {".basis": (state.filled, 0)},
+                krylov=lambda state: state,
+            ),
+        )
+        return result(krylov)
 
 
 def lanczos_init(
@@ -140,7 +159,8 @@ def lanczos_init(
     if key is not None:
         _checks.key("key", key)
     direction = _tree.ravel(start, operator.dtype)
-    return empty(direction, num_steps, jax.random.key(0) if key is None else key)
+    key = jax.random.key(0) if key is None else key
+    return empty(direction, num_steps, key, operator.columns.mesh)
 
 
 def lanczos_step(operator: Operator, state: Krylov) -> Krylov:
@@ -189,11 +209,11 @@ def ritz_pairs(result: LanczosResult) -> RitzResult:
     )
 
 
-def empty(direction: jax.Array, num_rows: int, key: jax.Array) -> Krylov:
+def empty(direction: jax.Array, num_rows: int, key: jax.Array, mesh: Mesh | None = None) -> Krylov:
     """A basis without rows whose first one will be `direction`, made of unit norm."""
-    basis = _basis.zeros(num_rows, direction.size, direction.dtype)
+    basis = _basis.zeros(num_rows, direction.size, direction.dtype, mesh)
     rows, zero = basis.num_rows, jnp.zeros((), direction.dtype)
-    return Krylov(
+    krylov = Krylov(
         basis=basis,
         projected=jnp.zeros((rows, rows), direction.dtype),
         lost=jnp.zeros(rows, direction.dtype),
@@ -205,6 +225,7 @@ def empty(direction: jax.Array, num_rows: int, key: jax.Array) -> Krylov:
         # The steps donate their state: it must not hold the caller's own key.
         key=jax.random.fold_in(key, 0),
     )
+    return basis.columns.copied(krylov)
 
 
 def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
@@ -272,11 +293,11 @@ def redirect(krylov: Krylov) -> Krylov:
 def _fresh(basis: _basis.Basis, filled: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A random direction orthogonal to the filled rows, zero if there is none; the next key."""
     key, subkey = jax.random.split(key)
-    block = basis.blocks[0]
-    noise = jax.random.normal(subkey, block.shape[1:], block.dtype)
+    size = basis.columns.size
+    noise = jax.random.normal(subkey, (size,), basis.blocks[0].dtype)
     for _ in range(2):
         noise, _ = _basis.outside(basis, filled, noise / jnp.linalg.norm(noise))
-    exhausted = filled >= block.shape[1]
+    exhausted = filled >= size
     noise = jnp.where(exhausted, jnp.zeros_like(noise), noise)
     return _unit(noise, jnp.linalg.norm(noise)), key
 

@@ -18,6 +18,7 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _loops, _tree
 from regjax._base import as_partial, check_loss
+from regjax._sharding import Columns, Placement, find
 
 # Residuals above this many bytes are recomputed in each product instead of kept: 8 KB an example
 # for a 269k-parameter MLP, 1 MB an example for a small convnet.
@@ -42,7 +43,7 @@ class Rule(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["rule", "function", "params", "batch", "linear_map"],
-    meta_fields=["chunk_size"],
+    meta_fields=["chunk_size", "placement"],
 )
 @dataclasses.dataclass(frozen=True)
 class Operator:
@@ -59,7 +60,9 @@ class Operator:
       params: the parameters, or for `from_matvec` the example of a vector.
       batch: the arrays with a leading axis of examples.
       linear_map: the linear map at `params`, kept if its residuals fit `CACHE_BYTES`; else None.
-      chunk_size: number of examples per pass over the network, None for all at once.
+      chunk_size: number of examples per pass over the network, on each device; None for all at
+        once.
+      placement: where the arrays lie if they are on several devices; else None.
     """
 
     rule: Rule | None
@@ -68,6 +71,12 @@ class Operator:
     batch: tuple[Any, ...]
     linear_map: Partial | None
     chunk_size: int | None
+    placement: Placement | None = None
+
+    @property
+    def columns(self) -> Columns:
+        """How rows of n columns are kept: divided over the devices of the arrays, if several."""
+        return Columns(self.shape[0], None if self.placement is None else self.placement.mesh)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,6 +87,11 @@ class Operator:
     def dtype(self) -> jnp.dtype:
         """Type of the flat vectors: the widest of the parameters, float32 at least."""
         return _tree.vector_dtype(self.params)
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether several vectors cost less together than one after the other."""
+        return jax.default_backend() != "cpu"
 
     def matvec(self, vector: Any) -> Any:
         """The product with `vector`, a tree like `params`; returns another one.
@@ -119,14 +133,18 @@ class Operator:
         return (matrix + matrix.T) / 2
 
 
+@functools.singledispatch
 def product(operator: Operator, vector: jax.Array) -> jax.Array:
     """A v for a flat `vector` (n,); the one place where products are made."""
     if operator.chunk_size is None:
         return _whole_product(operator, vector)
     whole = dataclasses.replace(operator, batch=(), chunk_size=None)
-    return _chunks.mean(_part_product, (whole, vector), operator.batch, operator.chunk_size)
+    return _chunks.mean(
+        _part_product, (whole, vector), operator.batch, operator.chunk_size, operator.placement
+    )
 
 
+@functools.singledispatch
 def block_product(operator: Operator, vectors: jax.Array) -> jax.Array:
     """A V' for the rows of `vectors` (k, n), as rows."""
     if operator.chunk_size is not None and _loops.is_concrete(operator, vectors):
@@ -173,7 +191,8 @@ def hessian(
       params: tree of real floating-point parameters, n in all.
       *batch: arrays with a leading axis of examples.
       chunk_size: number of examples per pass, for bounded memory; the ragged last chunk counts by
-        its size. None takes the whole batch at once and keeps the linearisation if it fits.
+        its size. None takes the whole batch at once and keeps the linearisation if it fits. Where
+        the batch is divided over the devices of a mesh, each passes over its own examples.
 
     Returns:
       An `Operator` of shape (n, n).
@@ -182,7 +201,8 @@ def hessian(
       TypeError: a parameter is not real floating point.
       ValueError: the loss is not a scalar, the batch has no common leading axis, `chunk_size` is
         not positive, or it splits a batch whose examples the loss couples (batch norm in train
-        mode: ask for "train_per_chunk" by name).
+        mode: ask for "train_per_chunk" by name). The arrays of the batch are divided differently,
+        or lie on a mesh with explicit axes.
     """
     check_loss(loss_fn, params, batch)
     rule = Rule(Partial(_linearize_gradient), Partial(differentiate_gradient))
@@ -201,7 +221,11 @@ def from_matvec(matvec: Callable[[Any], Any], like: Any) -> Operator:
       An `Operator` of shape (n, n).
     """
     _checks.floating_tree("like", like)
-    return Operator(None, None, like, (), as_partial(matvec), None)
+    linear_map = as_partial(matvec)
+    placement = find((), like, linear_map)
+    if placement is not None:
+        like, linear_map = placement.copied((like, linear_map))
+    return Operator(None, None, like, (), linear_map, None, placement)
 
 
 def from_gradient(grad_fn: Callable[[Any], Any], params: Any) -> Operator:
@@ -230,16 +254,28 @@ def build(
 ) -> Operator:
     """An operator from its rule: checks the chunks, keeps the residuals if they fit."""
     _checks.floating_tree("params", params)
-    linear_map = None
+    linear_map, num_parts = None, 1
+    placement = find(batch, params, function, rule)
+    if placement is not None:
+        rule, function, params = placement.copied((rule, function, params))
+        batch, num_parts = placement.divided(batch), placement.num_parts
     if chunk_size is not None:
-        chunk_size = min(_checks.integer("chunk_size", chunk_size), _checks.num_examples(batch))
-        if chunk_size < _checks.num_examples(batch):
+        num_examples = _checks.num_examples(batch)
+        chunk_size = min(_checks.integer("chunk_size", chunk_size), num_examples // num_parts)
+        if chunk_size < num_examples:
             _chunks.refuse_coupled(function, chunk_size)
     else:
         residuals = jax.tree.leaves(_linear_map.eval_shape(rule, function, params, batch))
-        if sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals) <= CACHE_BYTES:
+        num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals)
+        if num_bytes <= CACHE_BYTES * num_parts:
             linear_map = _linear_map(rule, function, params, batch)
-    return Operator(rule, function, params, batch, linear_map, chunk_size)
+    return Operator(rule, function, params, batch, linear_map, chunk_size, placement)
+
+
+@functools.singledispatch
+def rebuilt(operator: Operator, function: Any, params: Any) -> Operator:
+    """The same kind of matrix over the same data, of another function and its parameters."""
+    return build(cast(Rule, operator.rule), function, params, operator.batch, operator.chunk_size)
 
 
 def _linearize_gradient(loss_fn: Callable[..., Any], params: Any, *batch: Any) -> Any:

@@ -24,7 +24,7 @@ _ROOM = 10
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "krylov", "search", "tol", "num_matvecs",
+        "krylov", "search", "tol", "num_matvecs", "num_restarts",
         "weights", "values", "bounds", "small", "in_search",
         "wants_restart", "wants_search", "done",
     ],
@@ -39,6 +39,7 @@ class EigenState:
       search: the search for missed eigenvalues.
       tol: (), relative tolerance.
       num_matvecs: (), int32, products so far.
+      num_restarts: (), int32, how often the basis was compressed.
       weights: (rows, rows), columns: the small eigenvectors, wanted ones first.
       values: (rows,), Ritz values in the same order.
       bounds: (rows,), their residual norms.
@@ -55,6 +56,7 @@ class EigenState:
     search: _search.Search
     tol: jax.Array
     num_matvecs: jax.Array
+    num_restarts: jax.Array
     weights: jax.Array
     values: jax.Array
     bounds: jax.Array
@@ -197,5 +199,9 @@ def restart(state: EigenState) -> EigenState:
         overlaps=search.overlaps @ weights,
     )
     return dataclasses.replace(
-        state, krylov=krylov, search=search, wants_restart=jnp.zeros_like(state.wants_restart)
+        state,
+        krylov=krylov,
+        search=search,
+        num_restarts=state.num_restarts + 1,
+        wants_restart=jnp.zeros_like(state.wants_restart),
     )

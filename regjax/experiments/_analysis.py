@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from regjax import curvature
 from regjax._adapters import Model, check_separable, model_function, model_loss
@@ -15,7 +16,13 @@ from regjax._base import applied
 from regjax._loops import Interrupted
 from regjax.experiments._data import Dataset
 from regjax.experiments._network import Scaling, criterion, normalize
-from regjax.experiments._settings import AnalysisSettings, SpectrumSettings, UsageError, option
+from regjax.experiments._settings import (
+    AnalysisSettings,
+    SpectrumSettings,
+    UsageError,
+    num_devices,
+    option,
+)
 
 Record = dict[str, Any]
 
@@ -46,9 +53,29 @@ def operators(subject: Subject, settings: SpectrumSettings) -> dict[str, curvatu
     _check_at_most(settings, "num_steps", num_parameters, "number of parameters")
     inputs, targets = training_examples(subject, settings, "curvature_examples")
     check_examples(model, settings, inputs, targets)
+    inputs, targets = _on_mesh(settings, inputs, targets)
     whole = _operator(model, settings, inputs, targets)
     layers = curvature.by_block(whole) if settings.blocks == "layers" else {}
     return {"network": whole, **layers}
+
+
+def _on_mesh(
+    settings: SpectrumSettings, inputs: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The examples divided over the devices of the options, as many as divide evenly."""
+    number = num_devices(settings)
+    if number == 1:
+        return inputs, targets
+    num_examples = len(targets) - len(targets) % number
+    if num_examples == 0:
+        raise UsageError(
+            f"--mesh must have at most as many devices as there are examples, {len(targets)}, "
+            f"got {settings.mesh}."
+        )
+    devices = jax.local_devices()[:number]
+    mesh = jax.make_mesh((number,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    divided = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.device_put((inputs[:num_examples], targets[:num_examples]), divided)
 
 
 def training_examples(
@@ -200,7 +227,8 @@ def _operator(
 ) -> curvature.Operator:
     mode = settings.batch_norm_mode
     # A whole batch keeps its linearisation.
-    chunk_size = settings.chunk_size if settings.chunk_size < len(targets) else None
+    own = len(targets) // num_devices(settings)
+    chunk_size = settings.chunk_size if settings.chunk_size < own else None
     if settings.matrix == "hessian":
         loss = model_loss(model, criterion, mode=mode)
         return curvature.hessian(loss, model.params, inputs, targets, chunk_size=chunk_size)

@@ -161,6 +161,10 @@ class SpectrumSettings(AnalysisSettings):
     blocks: Literal["whole", "layers"] = "whole"
     """The whole network, or each layer as well."""
 
+    mesh: str | None = None
+    """data=N divides the examples of the matrix, and the vectors that the solvers keep, over N
+    devices; of all the training examples it takes the largest multiple of N. None: one device."""
+
     effective_dimension_scale: float = 0.01
     """The c in the sum over the eigenvalues l of max(l, 0) / (max(l, 0) + c)."""
 
@@ -232,6 +236,11 @@ def momentum(settings: TrainSettings) -> float:
 def _is_entropy_descent(settings: TrainSettings) -> bool:
     """Whether plain descent follows entropy_sgd: rate 1 moves to the mean of its walk."""
     return settings.transformation == "entropy_sgd" and settings.optimizer == "sgd"
+
+
+def num_devices(settings: SpectrumSettings) -> int:
+    """The number of devices of the analysis, of settings that are valid."""
+    return 1 if settings.mesh is None else int(settings.mesh.removeprefix("data="))
 
 
 def num_shards(settings: TrainSettings) -> int:

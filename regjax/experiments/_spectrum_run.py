@@ -19,6 +19,7 @@ from regjax.experiments._settings import (
     SpectrumSettings,
     TrainSettings,
     checkpoint_path,
+    num_devices,
     out_dir,
     training_options,
 )
@@ -80,7 +81,7 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
     with precision(settings):
         subject, record = trained(settings, progress)
         num_examples = settings.curvature_examples or record["data"]["num_train"]
-        record["num_curvature_examples"] = num_examples
+        record["num_curvature_examples"] = num_examples - num_examples % num_devices(settings)
         record["blocks"] = {}
         save = functools.partial(_record.write, path, record)
         save()

@@ -2,6 +2,8 @@
 
 import re
 
+import jax
+
 from regjax.experiments._initialization import FILTER_FREE, GHOST_SIZE, KERNEL_FREE
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._settings import (
@@ -11,6 +13,7 @@ from regjax.experiments._settings import (
     TrainSettings,
     UsageError,
     momentum,
+    num_devices,
     num_shards,
     option,
 )
@@ -31,6 +34,7 @@ def validate(settings: TrainSettings) -> None:
         positive += ["curvature_examples", "num_eigenvalues", "num_probes", "num_steps"]
         positive += ["effective_dimension_scale"]
         non_negative += ["tolerance", "fisher_samples"]
+        _validate_mesh(settings)
     if isinstance(settings, LandscapeSettings):
         positive += ["points", "span", "surface_examples", "probe_examples", "probe_points"]
         if settings.points < 3 or settings.points % 2 == 0:
@@ -49,6 +53,29 @@ def validate(settings: TrainSettings) -> None:
     _validate_initialization(settings)
     if settings.normalization == "ghost":
         _validate_ghosts(settings)
+
+
+def _validate_mesh(settings: SpectrumSettings) -> None:
+    if settings.mesh is None:
+        return
+    if not re.fullmatch(r"data=[1-9][0-9]{0,5}", settings.mesh):
+        raise UsageError(
+            f"--mesh must be data=N, N the number of devices, such as data=8, got {settings.mesh}."
+        )
+    number, there_are = num_devices(settings), len(jax.local_devices())
+    if number > there_are:
+        on_cpu = jax.default_backend() == "cpu"
+        remedy = f"; JAX_NUM_CPU_DEVICES={number} in the environment divides a CPU" * on_cpu
+        raise UsageError(
+            f"--mesh must have at most as many devices as there are, {there_are}, "
+            f"got {settings.mesh}{remedy}."
+        )
+    examples = settings.curvature_examples
+    if examples is not None and examples > 0 and examples % number:
+        raise UsageError(
+            f"--curvature-examples must be a multiple of the devices of --mesh, {number}, "
+            f"got {examples}."
+        )
 
 
 def _validate_transformation(settings: TrainSettings) -> None:

@@ -1,0 +1,302 @@
+"""Long runs survive: the state of a solver on disk every few products, and the way back.
+
+A folder holds a chain of files. Each is the whole state but for rows of bases that did not change
+since: for these it names the files before it. Rows are most of a state, and between two files a
+basis grows by a few of them; only when it is compressed is it written anew. A file appears under
+its name when all of it is on the disk, every byte is under a CRC, and the files of the last two
+states are kept. So there is a whole state at any moment, and one to fall back on.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regjax import _checks, _files, _loops
+from regjax.curvature import _identity
+
+_PATTERN = "*.products.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where a solver keeps its state, so that the same call goes on after the process was killed.
+
+    The answer is that of an undisturbed run, bit for bit, on the same device with the same
+    versions. For one process that drives the solver from Python, outside of `jax.jit`.
+
+    Attributes:
+      folder: made where it is not there; of one run alone, which deletes what it no longer needs.
+        It takes up to twice the memory of the basis. Delete it to start anew.
+      every: number of products (rounds of them, where several probes are carried at once) between
+        two files. As many vectors are copied on the device each time.
+    """
+
+    folder: str | os.PathLike[str]
+    every: int = 10
+
+
+class Problem(NamedTuple):
+    """What a run is known by, and what its state is made of.
+
+    Attributes:
+      solver: the solver's name.
+      arguments: name -> what else decides the answer: Python values, or arrays.
+      init: () -> the state before the first product.
+      rows: state -> {path of a basis in the state: (number of filled rows, a number that changes
+        when filled rows do)}.
+      krylov: state -> the `Krylov` that knows the first product.
+      later: state -> a state of the other structure that it may have, None if there is none.
+    """
+
+    solver: str
+    arguments: dict[str, Any]
+    init: Callable[[], Any]
+    rows: Callable[[Any], dict[str, tuple[Any, Any]]]
+    krylov: Callable[[Any], Any]
+    later: Callable[[Any], Any] | None = None
+
+
+def repeat_until(
+    step: Callable[[Any, Any], Any],
+    state: Any,
+    *,
+    operands: Any,
+    done: Callable[[Any], Any],
+    max_steps: int,
+    result: Callable[[Any], Any],
+    callback: Callable[[int, int], None] | None,
+    checkpoint: Checkpoint | None,
+    problem: Problem,
+) -> Any:
+    """As `_loops.repeat_until` from the last whole state in the checkpoint's folder, if any.
+
+    Raises:
+      ValueError: a checkpoint inside of `jax.jit` or of several processes, or one of another
+        problem.
+      CheckpointError: a file cannot be written.
+    """
+    run = functools.partial(_loops.repeat_until, operands=operands, done=done, result=result)
+    if checkpoint is None:
+        return run(step, state, max_steps=max_steps, callback=callback)
+    if not _loops.is_concrete(operands, state):
+        raise ValueError("`checkpoint` must be None inside of jax.jit, where no host can write it.")
+    if jax.process_count() > 1:
+        raise ValueError("`checkpoint` must be None with several processes: it is written by one.")
+    chain = _Chain(checkpoint, problem, operands, state)
+    state = chain.resume(step, operands, state)
+    start = chain.count
+
+    def report(count: int, _: int) -> None:
+        if callback is not None:
+            callback(start + count, max_steps)
+
+    def step_and_save(operands: Any, state: Any) -> Any:
+        state = step(operands, state)
+        chain.follow(state)
+        return state
+
+    try:
+        state = run(step_and_save, state, max_steps=max_steps - start, callback=report)
+        chain.wait()
+    finally:
+        chain.close()
+    return state
+
+
+class _Chain:
+    """The files of a run."""
+
+    def __init__(self, checkpoint: Checkpoint, problem: Problem, operator: Any, state: Any):
+        self.every = _checks.integer("every", checkpoint.every)
+        self.folder = Path(checkpoint.folder)
+        self.problem = problem
+        self.facts = _identity.facts(problem.solver, operator, problem.arguments)
+        self.shapes = _shapes(state)
+        self.count = 0
+        self.witness: list[float] = []
+        self.parts: dict[str, Any] = {}
+        self.needed: set[str] = set()
+        self.writer = concurrent.futures.ThreadPoolExecutor(1)
+        self.pending: concurrent.futures.Future[None] | None = None
+
+    def resume(self, step: Callable[[Any, Any], Any], operator: Any, state: Any) -> Any:
+        """The last whole state, or the given one, before the first product, which is used up."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _files.CheckpointError(
+                f"`folder` must be one that can be made, got {self.folder}: {error.strerror}."
+            ) from error
+        checked = False
+        for path in sorted(self.folder.glob(_PATTERN), reverse=True):
+            try:
+                metadata = _files.read_metadata(path)
+                if not checked:
+                    _identity.check_facts(path, metadata.get("facts", {}), self.facts)
+                    self._look(step(operator, state))
+                    _identity.check_product(path, metadata["product"], self.witness, operator)
+                    checked = True
+                return self._restore(path, metadata)
+            except _identity.OtherProblem:
+                raise
+            except _files.CheckpointError as error:
+                warnings.warn(f"{error} Going back to the state before it.", stacklevel=5)
+        return self.problem.init() if checked else state
+
+    def follow(self, state: Any) -> None:
+        """Counts a product, and writes the state if it is time."""
+        self.count += 1
+        if self.count == 1:
+            self._look(state)
+        if self.count % self.every == 0:
+            self._save(state)
+
+    def wait(self) -> None:
+        """Until the last file is whole."""
+        if self.pending is not None:
+            self.pending.result()
+
+    def close(self) -> None:
+        self.writer.shutdown()
+
+    def _look(self, state: Any) -> None:
+        krylov = self.problem.krylov(state)
+        numbers = jnp.stack([krylov.projected[..., 0, 0], krylov.beta])
+        self.witness = np.asarray(numbers, np.float64).ravel().tolist()
+
+    def _save(self, state: Any) -> None:
+        # Sorted by name they are sorted by age; names are never used twice, so that no file can
+        # take the place of one that others refer to.
+        name = f"{self.count:08d}.{secrets.token_hex(4)}{_PATTERN[1:]}"
+        self.wait()
+        rows, parts = {}, {}
+        named = _named(state)
+        for prefix, (filled, generation) in self.problem.rows(state).items():
+            stop, part = int(filled), self.parts.get(prefix, {"generation": None})
+            pieces = part["pieces"] if part["generation"] == int(generation) else []
+            start = pieces[-1][2] if pieces else 0
+            if start < stop:
+                pieces = [*pieces, [name, start, stop]]
+                rows[prefix] = _cut(_blocks(named, prefix), start, stop)
+            parts[prefix] = {"generation": int(generation), "pieces": pieces}
+        structures: list[Any] = [jax.tree.structure(tree) for tree in (state, self.shapes)]
+        metadata = {
+            "facts": self.facts,
+            "product": self.witness,
+            "count": self.count,
+            "is_later": structures[0] != structures[1],
+            "parts": parts,
+        }
+        # The next step takes the state's memory: copies go to the thread that writes.
+        rest = _copies(_rest(named, parts))
+        keep, self.needed = self.needed, {name, *_files_of(parts)}
+        self.parts = parts
+        self.pending = self.writer.submit(self._write, name, rest, rows, metadata, keep)
+
+    def _write(self, name: str, rest: Any, rows: Any, metadata: Any, keep: set[str]) -> None:
+        _files.save(self.folder / name, {"rest": rest, "rows": rows}, metadata=metadata)
+        keep = {name, *_files_of(metadata["parts"]), *keep}
+        for path in [*self.folder.glob(_PATTERN), *self.folder.glob(f".{_PATTERN}.*.tmp")]:
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+
+    def _restore(self, path: Path, metadata: dict[str, Any]) -> Any:
+        shapes, later = self.shapes, self.problem.later
+        if metadata["is_later"] and later is not None:
+            shapes = _shapes(later(self.problem.init()))
+        named, parts = _named(shapes), metadata["parts"]
+        loaded = {name: self._read(name, named) for name in {path.name, *_files_of(parts)}}
+        leaves: dict[str, Any] = dict(loaded[path.name]["rest"])
+        for prefix, part in parts.items():
+            pieces = [loaded[name]["rows"][prefix] for name, _, _ in part["pieces"]]
+            rows = itertools.chain.from_iterable(pieces)
+            leaves |= _assemble(_blocks(named, prefix), rows)
+        placed = [_place(leaves[name], shape) for name, shape in named.items()]
+        self.count, self.witness = metadata["count"], metadata["product"]
+        self.parts, self.needed = parts, set(loaded)
+        return jax.tree.unflatten(jax.tree.structure(shapes), placed)
+
+    def _read(self, name: str, named: dict[str, Any]) -> Any:
+        """The leaves in a file, and the rows that are new in it."""
+        parts = _files.read_metadata(self.folder / name)["parts"]
+        rows = {}
+        for prefix, part in parts.items():
+            for file, start, stop in part["pieces"]:
+                if file == name:
+                    first = next(iter(_blocks(named, prefix).values()))
+                    shape = (*first.shape[:-2], first.shape[-1])
+                    rows[prefix] = [np.empty(shape, first.dtype)] * (stop - start)
+        return _files.load(self.folder / name, {"rest": _rest(named, parts), "rows": rows})
+
+
+def _shapes(state: Any) -> Any:
+    def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(shape, state)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _blocks(named: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The arrays (..., rows, n) of a basis, in the order of their rows."""
+    return {name: leaf for name, leaf in named.items() if name.startswith(prefix)}
+
+
+def _rest(named: dict[str, Any], prefixes: Any) -> dict[str, Any]:
+    return {name: leaf for name, leaf in named.items() if not name.startswith(tuple(prefixes))}
+
+
+def _files_of(parts: dict[str, Any]) -> set[str]:
+    return {name for part in parts.values() for name, _, _ in part["pieces"]}
+
+
+def _cut(blocks: dict[str, Any], start: int, stop: int) -> list[jax.Array]:
+    """Copies of rows; one at a time is one program, however many there are."""
+    rows = []
+    for block in blocks.values():
+        size = block.shape[-2]
+        rows += [_row(block, jnp.int32(i)) for i in range(max(start, 0), min(stop, size))]
+        start, stop = start - size, stop - size
+    return rows
+
+
+def _assemble(blocks: dict[str, Any], rows: Iterator[np.ndarray]) -> dict[str, np.ndarray]:
+    """The blocks from their filled rows; the others are zero."""
+    arrays = {name: np.zeros(shape.shape, shape.dtype) for name, shape in blocks.items()}
+    for array in arrays.values():
+        # The basis comes to an end before its room does.
+        for i, row in zip(range(array.shape[-2]), rows, strict=False):
+            array[..., i, :] = row
+    return arrays
+
+
+def _place(leaf: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """On the devices where the leaf was; a copy, which the solver may overwrite."""
+    leaf = leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
+    is_spread = shape.sharding is not None and len(shape.sharding.device_set) > 1
+    return jax.device_put(leaf, shape.sharding) if is_spread else leaf
+
+
+@jax.jit
+def _row(block: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(block, i, axis=-2, keepdims=False)
+
+
+@jax.jit
+def _copies(leaves: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(jnp.copy, leaves)

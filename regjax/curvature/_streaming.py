@@ -1,0 +1,190 @@
+"""Curvature over data that do not fit on the device: one pass over a source for each product.
+
+A thread reads the source and puts its batches on the device a few ahead of the one that is being
+computed; the products of the batches are added up, weighted by their numbers of examples. Since
+reading is what a pass costs, a block of vectors shares one.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks, _loops
+from regjax._base import couples_examples
+from regjax.curvature._gauss_newton import (
+    draw_keys,
+    empirical_fisher,
+    fisher,
+    gauss_newton,
+)
+from regjax.curvature._operators import (
+    Operator,
+    block_product,
+    build,
+    hessian,
+    product,
+    rebuilt,
+)
+from regjax.curvature._source import Source
+
+# What stands before the source among the arguments.
+_ARGUMENTS = {
+    hessian: ("loss_fn", "params"),
+    gauss_newton: ("model_fn", "output_loss_fn", "params"),
+    empirical_fisher: ("model_fn", "output_loss_fn", "params"),
+    fisher: ("model_fn", "params"),
+}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rule", "function", "params", "batch", "linear_map"],
+    meta_fields=["chunk_size", "placement", "source"],
+)
+@dataclasses.dataclass(frozen=True)
+class StreamedOperator(Operator):
+    """An operator whose data come from a source; only the host can make its products.
+
+    Attributes:
+      source: where the batches come from; `batch` is empty.
+    """
+
+    source: Source = dataclasses.field(kw_only=True)
+
+    @property
+    def takes_blocks(self) -> bool:
+        """True: reading is what a pass costs."""
+        return True
+
+
+def stream(
+    operator_fn: Callable[..., Operator], *arguments: Any, prefetch: int = 2, **options: Any
+) -> Operator:
+    """A curvature matrix over a data set that is read batch by batch in every product.
+
+    For example `stream(hessian, loss_fn, params, source)`. It goes wherever an `Operator` goes
+    when the host drives: `lanczos`, `top_eigenpairs`, `spectral_density`, `trace`, `diagonal`,
+    `by_block` and its own methods; not inside of `jax.jit`. Each product is a pass over the data,
+    and `matmat` multiplies all of its vectors in one. `spectral_density` carries all of its probes
+    at once, `num_probes` times `num_steps` vectors.
+
+    Args:
+      operator_fn: `hessian`, `gauss_newton`, `empirical_fisher` or `fisher`.
+      *arguments: those of `operator_fn`, with the source in place of the batch. The source is
+        an object of which each `iter` begins a new pass (a list, a data loader), or a function
+        without arguments that returns a new iterator. It gives tuples of arrays with a leading
+        axis of examples, as `operator_fn` takes them ((inputs,) for `fisher`), in every pass the
+        same examples. Batches may have any size and count by it; each size is compiled once. What
+        is not on the device is copied, so that the source may use its arrays again; JAX arrays stay
+        where they are, so that it may divide its batches over a mesh.
+      prefetch: number of batches that are read and put on the device while one is computed; at
+        most one more is in device memory.
+      **options: the keyword options of `operator_fn`, but `chunk_size`: the batches are the chunks.
+        The draws of `fisher` belong to the example's number in the pass, so there the order must
+        stay the same as well.
+
+    Returns:
+      An `Operator` of shape (n, n), equal up to rounding to that of all examples in one batch.
+      The mean is accumulated in the type of the flat vectors, float32 at least. Nothing is kept
+      between two products. Reads the first batch to check it.
+
+    Raises:
+      ValueError: `operator_fn` is none of the four, the source is empty, or a loss or a model
+        couples the examples of a batch; later, by a product: it is made inside of `jax.jit`, or
+        a pass has another number of examples than the first one.
+      TypeError: the source gives its batches once, something else than tuples, or the arguments
+        are not those of `operator_fn`.
+      RuntimeError: by a product: the source raised, with the number of the batch.
+    """
+    functions, params, source = _split(operator_fn, arguments, options)
+    passes = Source(source, _checks.integer("prefetch", prefetch))
+    first = passes.first()
+    # One example at a time: nothing is computed and kept for the first batch.
+    one = operator_fn(*functions, params, *first, chunk_size=1, **options)
+    num_samples = options.get("num_samples", 1)
+    if operator_fn is fisher and num_samples is not None:
+        passes.draw = lambda first, count: draw_keys(options["key"], first, count, num_samples)
+    return StreamedOperator(
+        one.rule, one.function, one.params, (), None, None, one.placement, source=passes
+    )
+
+
+def _split(
+    operator_fn: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[list[Any], Any, Any]:
+    """The functions, the parameters and the source among the arguments."""
+    if operator_fn not in _ARGUMENTS:
+        known = ", ".join(function.__name__ for function in _ARGUMENTS)
+        raise ValueError(f"`operator_fn` must be one of {known}, got {operator_fn!r}.")
+    names = (*_ARGUMENTS[operator_fn], "source")
+    if len(arguments) != len(names):
+        raise TypeError(
+            f"`arguments` must be {', '.join(names)} for {operator_fn.__name__}, got "
+            f"{len(arguments)} of them."
+        )
+    if "chunk_size" in options:
+        raise TypeError("`chunk_size` must be left out: the batches of the source are the chunks.")
+    *functions, params, source = arguments
+    if any(couples_examples(function) for function in functions):
+        raise ValueError(
+            f"`{names[0]}` must not couple the examples of a batch (batch norm in train mode): the "
+            'source splits them; use mode="evaluation", or ask for mode="train_per_chunk" by name.'
+        )
+    return functions, params, source
+
+
+@product.register
+def _streamed_product(operator: StreamedOperator, vector: jax.Array) -> jax.Array:
+    return _mean(operator, vector, _fused)
+
+
+@block_product.register
+def _streamed_block_product(operator: StreamedOperator, vectors: jax.Array) -> jax.Array:
+    return _mean(operator, vectors, _linearized)
+
+
+@rebuilt.register
+def _streamed_rebuilt(operator: StreamedOperator, function: Any, params: Any) -> Operator:
+    return dataclasses.replace(operator, function=function, params=params)
+
+
+def _fused(operator: Operator, batch: tuple[Any, ...], vector: jax.Array) -> jax.Array:
+    part = Operator(
+        operator.rule, operator.function, operator.params, batch, None, None, operator.placement
+    )
+    return product(part, vector)
+
+
+def _linearized(operator: Operator, batch: tuple[Any, ...], vectors: jax.Array) -> jax.Array:
+    """One linearisation of a batch serves all vectors."""
+    rule: Any = operator.rule
+    part = build(rule, operator.function, operator.params, batch, None)
+    return block_product(part, vectors)
+
+
+def _mean(operator: StreamedOperator, vectors: jax.Array, multiply: Any) -> jax.Array:
+    """The mean over the examples of a pass of the products, weighted by the sizes of batches."""
+    if not _loops.is_concrete(operator, vectors):
+        raise ValueError(
+            "`operator` must be used outside of jax.jit, jax.vmap and other transformations: the "
+            "host reads its data. `matmat` multiplies several vectors in one pass."
+        )
+    total, previous = jnp.zeros_like(vectors), None
+    with contextlib.closing(operator.source.batches()) as batches:
+        for count, batch in batches:
+            images = multiply(operator, batch, vectors)
+            total = _add(total, images, jnp.asarray(count, total.dtype))
+            # The device works on one batch while the host hands out the next one, never more.
+            jax.block_until_ready(previous)
+            previous = images
+    return total / jnp.asarray(operator.source.num_examples, total.dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: jax.Array, images: jax.Array, weight: jax.Array) -> jax.Array:
+    return total + weight * images

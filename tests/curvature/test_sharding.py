@@ -1,0 +1,87 @@
+"""Curvature of data divided over devices: the numbers of one device, at a share of the memory."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from regjax._sharding import Columns, find
+from regjax.experiments import SpectrumSettings, UsageError
+from regjax.experiments._validation import validate
+from tests.curvature import sharded
+
+
+def run(names, num_devices, num_processes=1):
+    """What `sharded.py` prints, for each process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # NPROC: fake CPU devices deadlock with fewer threads.
+    environment = {**os.environ, "NPROC": "16", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.curvature.sharded", ",".join(names), str(num_devices)]
+    processes = [
+        subprocess.Popen(
+            [*command, *map(str, (num_processes, index, port))],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(num_processes)
+    ]
+    try:
+        return [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices():
+    (printed,) = run(sharded.OPTIMIZED + sharded.QUICK, 8)
+    return printed
+
+
+@pytest.mark.parametrize("name", sharded.OPTIMIZED + sharded.QUICK)
+def test_on_eight_devices(on_eight_devices, name):
+    assert f"{name} passed" in on_eight_devices, on_eight_devices[-5000:]
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_across_processes(num_processes):
+    for printed in run(["processes"], 1, num_processes):
+        assert "processes passed" in printed, printed[-5000:]
+
+
+def test_one_device_has_no_placement():
+    assert find((jnp.ones(3),), {"w": jnp.ones(2)}) is None
+    columns, rows = Columns(5), jnp.ones((2, 5))
+    assert columns.padded == 5
+    for function in (columns.divide, columns.join, columns.keep):
+        assert function(rows) is rows
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mesh": "data"}, "--mesh must be data=N"),
+        ({"mesh": "data=0"}, "--mesh must be data=N"),
+        ({"mesh": "model=2"}, "--mesh must be data=N"),
+        ({"mesh": "data=4096"}, "as many devices as there are, .*JAX_NUM_CPU_DEVICES=4096"),
+    ],
+)
+def test_errors_of_the_command_line(options, words):
+    with pytest.raises(UsageError, match=words):
+        validate(SpectrumSettings(**options))
+
+
+def test_examples_that_do_not_divide_evenly_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [None] * 8)
+    validate(SpectrumSettings(mesh="data=8", curvature_examples=24))
+    with pytest.raises(UsageError, match=r"--curvature-examples must be a multiple .* 8, got 20"):
+        validate(SpectrumSettings(mesh="data=8", curvature_examples=20))
