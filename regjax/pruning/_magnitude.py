@@ -1,12 +1,13 @@
 """Scores without data: the size of weights, and chance. What other scores have to beat."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _tree
-from regjax.pruning._structure import Slice, Structure
+from regjax.pruning._structure import Group, Slice, Structure
 
 
 def incoming_norm(structure: Structure, params: Any) -> dict[str, jax.Array]:
@@ -22,11 +23,7 @@ def incoming_norm(structure: Structure, params: Any) -> dict[str, jax.Array]:
     Raises:
       TypeError: a parameter is not real floating point.
     """
-    _checks.floating_tree("params", params)
-    return {
-        name: _norms(group.producers, params, group.num_units)
-        for name, group in structure.groups.items()
-    }
+    return _norms(structure, params, lambda group: group.producers)
 
 
 def outgoing_norm(structure: Structure, params: Any) -> dict[str, jax.Array]:
@@ -42,11 +39,7 @@ def outgoing_norm(structure: Structure, params: Any) -> dict[str, jax.Array]:
     Raises:
       TypeError: a parameter is not real floating point.
     """
-    _checks.floating_tree("params", params)
-    return {
-        name: _norms(group.consumers, params, group.num_units)
-        for name, group in structure.groups.items()
-    }
+    return _norms(structure, params, lambda group: group.consumers)
 
 
 def scale_magnitude(structure: Structure, params: Any) -> dict[str, jax.Array]:
@@ -63,14 +56,10 @@ def scale_magnitude(structure: Structure, params: Any) -> dict[str, jax.Array]:
       ValueError: a group has no scale.
       TypeError: a parameter is not real floating point.
     """
-    _checks.floating_tree("params", params)
     without = [name for name, group in structure.groups.items() if not group.scales]
     if without:
         raise ValueError(f"`structure` must have a scale in each group, got none in {without}.")
-    return {
-        name: _norms(group.scales, params, group.num_units)
-        for name, group in structure.groups.items()
-    }
+    return _norms(structure, params, lambda group: group.scales)
 
 
 def weight_magnitude(params: Any) -> Any:
@@ -106,7 +95,17 @@ def random_scores(gates: Any, *, key: jax.Array) -> Any:
     return _tree.unravel(jax.random.uniform(_checks.key("key", key), (size,), dtype), gates)
 
 
-def _norms(slices: tuple[Slice, ...], params: Any, num_units: int) -> jax.Array:
+def _norms(
+    structure: Structure, params: Any, slices: Callable[[Group], tuple[Slice, ...]]
+) -> dict[str, jax.Array]:
+    _checks.floating_tree("params", params)
+    return {
+        name: _norm(slices(group), params, group.num_units)
+        for name, group in structure.groups.items()
+    }
+
+
+def _norm(slices: tuple[Slice, ...], params: Any, num_units: int) -> jax.Array:
     leaves = jax.tree.leaves(params)
     total = jnp.zeros(num_units, _tree.vector_dtype(params))
     for found in slices:

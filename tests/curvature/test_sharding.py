@@ -1,9 +1,6 @@
 """Curvature of data divided over devices: the numbers of one device, at a share of the memory."""
 
-import os
-import socket
-import subprocess
-import sys
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,38 +9,15 @@ import pytest
 from regjax._sharding import Columns, find
 from regjax.experiments import SpectrumSettings, UsageError
 from regjax.experiments._validation import validate
+from tests import processes
 from tests.curvature import sharded
 
-
-def run(names, num_devices, num_processes=1):
-    """What `sharded.py` prints, for each process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # NPROC: fake CPU devices deadlock with fewer threads.
-    environment = {**os.environ, "NPROC": "16", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.curvature.sharded", ",".join(names), str(num_devices)]
-    processes = [
-        subprocess.Popen(
-            [*command, *map(str, (num_processes, index, port))],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(num_processes)
-    ]
-    try:
-        return [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+run = functools.partial(processes.run, "tests.curvature.sharded")
 
 
 @pytest.fixture(scope="module")
 def on_eight_devices():
-    (printed,) = run(sharded.OPTIMIZED + sharded.QUICK, 8)
+    (printed,) = run(",".join(sharded.OPTIMIZED + sharded.QUICK), 8)
     return printed
 
 
@@ -54,7 +28,7 @@ def test_on_eight_devices(on_eight_devices, name):
 
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_across_processes(num_processes):
-    for printed in run(["processes"], 1, num_processes):
+    for printed in run("processes", 1, num_processes=num_processes):
         assert "processes passed" in printed, printed[-5000:]
 
 

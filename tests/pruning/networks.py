@@ -118,7 +118,7 @@ def linen_model(kind):
     return randomized(regjax.from_linen(module, variables))
 
 
-def library_model(kind, norm, **sizes):
+def packaged_model(kind, norm, **sizes):
     """A network of the library, its arrays abstract."""
     return regjax.from_nnx(
         nnx.eval_shape(lambda: kind((6, 6, 2), 3, norm=norm, rngs=nnx.Rngs(0), **sizes))

@@ -159,7 +159,7 @@ def test_half_precision_stays_so_and_gates_are_wide():
 
 
 def test_masks_of_parameters():
-    model = networks.library_model(models.ConvNet, "batch", width=3)
+    model = networks.packaged_model(models.ConvNet, "batch", width=3)
     structure = pruning.find_structure(regjax.model_function(model), model.params, networks.IMAGES)
     units = {
         "layer_0/layer/kernel": jnp.array([True, False, True]),

@@ -75,7 +75,7 @@ NETWORKS = [
 @pytest.mark.parametrize(("kind", "norm"), NETWORKS)
 def test_networks_of_the_library(kind, norm):
     sizes = {"widths": (4, 6)} if kind is models.ResNet else {"width": 5}
-    model = networks.randomized(networks.library_model(kind, norm, **sizes))
+    model = networks.randomized(networks.packaged_model(kind, norm, **sizes))
     inputs = np.tile(networks.IMAGES, (2, 1, 1, 1))  # ghost batches are of 16
     structure, _, pruned, gated = pruned_and_gated(model, inputs)
     assert structure.groups
@@ -208,7 +208,7 @@ def test_code_that_depends_on_the_number_of_units_is_refused():
 
 
 def test_norm_of_groups_of_one_channel_is_not_run_with_fewer():
-    model = networks.randomized(networks.library_model(models.ConvNet, "group", width=4))
+    model = networks.randomized(networks.packaged_model(models.ConvNet, "group", width=4))
     with pytest.raises(ValueError, match="`model` must run with fewer units, got TypeError"):
         pruned_and_gated(model, networks.IMAGES)
 

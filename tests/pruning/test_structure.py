@@ -82,7 +82,7 @@ OF_KERNELS = ["weight", "weight_standardized", "weight_mean_only"]
 @pytest.mark.parametrize("norm", [*BY_CHANNEL, *ACROSS, *OF_KERNELS])
 @pytest.mark.parametrize("kind", SIZES)
 def test_networks_of_the_library(kind, norm):
-    structure = find_in(networks.library_model(kind, norm, **SIZES[kind]))
+    structure = find_in(networks.packaged_model(kind, norm, **SIZES[kind]))
     names = RESNET if kind is models.ResNet else ["layer_0", "layer_1"]
     if norm in BY_CHANNEL:
         assert list(structure.groups) == [f"{name}/layer/kernel" for name in names]

@@ -1,10 +1,6 @@
 """Gossip: the matrix form of its steps, where they are stable, how far learners stray."""
 
 import functools
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +11,7 @@ from flax import linen, nnx
 
 import regjax
 from regjax import models, transforms
+from tests import processes
 
 NUM, RATE = 8, 0.1
 RING = transforms.ring_mixing()
@@ -266,39 +263,15 @@ def test_errors():
         tx.init({"w": jnp.ones(2, jnp.int32)})
 
 
-def learners(names, num_devices, num_processes=1):
-    """Runs `learners.py`: every process with all of its devices, or an error with its output."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # NPROC: fake CPU devices deadlock with fewer threads. Optimised, the programs compile longer.
-    environment = {**os.environ, "NPROC": "16", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.transforms.learners", names, str(num_devices)]
-    processes = [
-        subprocess.Popen(
-            [*command, *map(str, (num_processes, index, port))],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(num_processes)
-    ]
-    try:
-        for process in processes:
-            printed, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, printed[-3000:]
-            yield printed
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+learners = functools.partial(processes.run, "tests.transforms.learners")
 
 
 def test_on_a_mesh_as_under_vmap():
     (printed,) = learners("ring,exponential,full,dense,pairs", 8)
     for name in ("ring", "exponential", "full", "dense"):
-        assert f"{name} on 4 devices is as under vmap" in printed  # in blocks of two
+        assert f"{name} on 4 devices is as under vmap" in printed, printed[
+            -3000:
+        ]  # in blocks of two
         assert f"{name} on 8 devices is as under vmap" in printed
     assert "pairs on 8 devices is as under vmap" in printed
 
@@ -307,5 +280,6 @@ def test_on_a_mesh_as_under_vmap():
     ("names", "num_devices", "num_processes"), [("pairs", 4, 2), ("ring", 1, 4)]
 )
 def test_across_processes_as_under_vmap(names, num_devices, num_processes):
-    for printed in learners(names, num_devices, num_processes):
-        assert f"{names} on {num_devices * num_processes} devices is as under vmap" in printed
+    for printed in learners(names, num_devices, num_processes=num_processes):
+        text = f"{names} on {num_devices * num_processes} devices is as under vmap"
+        assert text in printed, printed[-3000:]
