@@ -1,13 +1,12 @@
 """A small decoder-only transformer, as in GPT."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from regjax import _checks
+from regjax import _checks, _tree
 
 # Of embeddings and positions: with the embedding as the head, logits begin near 0.
 _EMBEDDING_SCALE = 0.02
@@ -79,13 +78,14 @@ class GPT(nnx.Module):
         length = inputs.shape[1]
         if length > self.context:
             raise ValueError(f"`inputs` must have at most {self.context} tokens, got {length}.")
-        # The arrays themselves: `nnx.Embed` casts to the dtype that it was made with.
-        tokens = self.tokens.embedding[...]
-        features = tokens[inputs] + self.positions.embedding[...][None, :length]
+        # The arrays themselves: `nnx.Embed` casts to the dtype that it was made with. Looked up
+        # in float32 at least, or gradients of bfloat16 tokens would add up in bfloat16.
+        tokens, positions = self.tokens.embedding[...], self.positions.embedding[...]
+        features = _tree.wide(tokens)[inputs] + _tree.wide(positions)[None, :length]
+        features = features.astype(tokens.dtype)
         for i in range(self.depth):
-            graph, weights = nnx.split(getattr(self, f"block_{i}"))
-            apply = functools.partial(_apply_block, graph)
-            features = (jax.checkpoint(apply) if self.remat else apply)(weights, features)
+            block = getattr(self, f"block_{i}")
+            features = _recomputed(block, features) if self.remat else block(features)
         if self.norm is not None:
             features = self.norm(features)
         return features @ tokens.T
@@ -126,6 +126,8 @@ class _Block(nnx.Module):
         return self.narrow(jax.nn.gelu(self.widen(features)))
 
 
-def _apply_block(graph: nnx.GraphDef, weights: nnx.State, features: jax.Array) -> jax.Array:
+def _recomputed(block: _Block, features: jax.Array) -> jax.Array:
     # On the arrays alone: `jax.checkpoint` knows nothing of modules.
-    return nnx.merge(graph, weights)(features)
+    graph, weights = nnx.split(block)
+    apply = lambda weights, features: nnx.merge(graph, weights)(features)
+    return jax.checkpoint(apply)(weights, features)

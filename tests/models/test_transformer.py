@@ -154,3 +154,19 @@ def test_bad_sizes_and_inputs():
         outputs(make(), jnp.zeros((1, 3)))
     with pytest.raises(ValueError, match=r"shape \(batch, length\), got int32 of shape \(3,\)"):
         outputs(make(), jnp.zeros(3, jnp.int32))
+
+
+def test_gradients_of_bfloat16_tokens_are_summed_in_float32():
+    """In bfloat16 a sum of many equal terms stops at 256 of them."""
+    model = make(context=64, depth=1)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(2, size=(64, 64)), jnp.int32)
+
+    def gradient(dtype):
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+        loss = lambda p: jnp.mean(outputs(model, tokens, p).astype(jnp.float32)[..., 0])
+        # flax's layer norm promotes bfloat16 by itself.
+        with jax.numpy_dtype_promotion("standard"):
+            return np.asarray(jax.jit(jax.grad(loss))(params)["tokens"]["embedding"], np.float32)
+
+    exact = gradient(jnp.float32)
+    np.testing.assert_allclose(gradient(jnp.bfloat16), exact, atol=0.03 * np.abs(exact).max())
