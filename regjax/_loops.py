@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from regjax import _jaxprs
+
 # Compile time grows with every copy of the body; eight is where the unrolled form still compiles
 # about as fast as one training step does.
 _MAX_UNROLL = 8
@@ -246,24 +248,8 @@ def _remembered(body: Body, treedef: Any, types: tuple[Any, ...]) -> bool:
 
 
 def _has_convolution(function: Callable[..., Any], *arguments: Any) -> bool:
-    return _contains_convolution(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def _contains_convolution(jaxpr: Any) -> bool:
-    return any(
-        equation.primitive.name == "conv_general_dilated"
-        or any(_contains_convolution(inner) for inner in _inner_jaxprs(equation.params))
-        for equation in jaxpr.eqns
-    )
-
-
-def _inner_jaxprs(parameters: dict[str, Any]) -> Iterator[Any]:
-    for value in parameters.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(item, "eqns"):
-                yield item
-            elif hasattr(item, "jaxpr"):
-                yield item.jaxpr
+    traced = _jaxprs.equations(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return any(equation.primitive.name == "conv_general_dilated" for equation in traced)
 
 
 @functools.cache

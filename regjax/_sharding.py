@@ -156,6 +156,19 @@ class Columns:
             check_vma=False,
         )(rows, shared)
 
+    def added(self, function: Callable[..., Any], *rows: jax.Array) -> Any:
+        """`function(*rows)` of divided rows, that of each device's own columns added up."""
+        if self.mesh is None:
+            return function(*rows)
+        axes = self.mesh.axis_names
+        return jax.shard_map(
+            lambda *own: jax.lax.psum(function(*own), axes),
+            mesh=self.mesh,
+            in_specs=tuple(self._spec(leaf.ndim) for leaf in rows),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )(*rows)
+
     def orthonormal(self, rows: jax.Array) -> jax.Array:
         """An orthonormal basis of divided rows (k, padded), k at most n, divided likewise."""
         if self.mesh is None:

@@ -31,6 +31,7 @@ ROOMS = sorted(room for room in LAYERS if (PACKAGE / room / "__init__.py").exist
 # Everywhere else a loop goes through `_loops.py`, which knows about slow convolutions. These bodies
 # hold dense linear algebra on the basis alone, never a product or a gradient.
 LOOPS = {
+    "regjax.curvature._accumulation": {"fori_loop"},  # slabs of columns
     "regjax._loops": {"scan", "while_loop", "cond", "switch"},
     "regjax.curvature._basis": {"fori_loop", "cond"},  # filled blocks only; slabs of columns
     "regjax.curvature._lanczos": {"cond"},  # a second pass

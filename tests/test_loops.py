@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import regjax
-from regjax import _loops
+from regjax import _jaxprs, _loops
 
 
 def add_dense(operands, carry, i):
@@ -74,12 +74,7 @@ def test_rows_are_spread_in_one_call_but_for_convolutions(num_rows):
 
 
 def primitives(jaxpr):
-    names = set()
-    for equation in jaxpr.eqns:
-        names.add(equation.primitive.name)
-        for inner in _loops._inner_jaxprs(equation.params):
-            names |= primitives(inner)
-    return names
+    return {equation.primitive.name for equation in _jaxprs.equations(jaxpr)}
 
 
 def test_convolutions_never_enter_a_compiled_region_on_cpu(monkeypatch):

@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from regjax._sharding import Columns
+from regjax.curvature._accumulation import inner_products, small_dtype
 
 # Rows of a block, unless there would be too many blocks: each makes the program longer.
 _BLOCK_ROWS = 16
@@ -26,7 +27,9 @@ _RECOMBINED_WIDTH = 2**14
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["columns"]
+    jax.tree_util.register_dataclass,
+    data_fields=["blocks"],
+    meta_fields=["columns", "accumulation"],
 )
 @dataclasses.dataclass(frozen=True)
 class Basis:
@@ -35,10 +38,12 @@ class Basis:
     Attributes:
       blocks: arrays (rows of a block, n), all of the same shape; divided as `columns` says.
       columns: whether and how the n columns are divided over devices.
+      accumulation: how inner products with the rows are summed; see `_accumulation`.
     """
 
     blocks: tuple[jax.Array, ...]
     columns: Columns
+    accumulation: str | None
 
     @property
     def num_rows(self) -> int:
@@ -46,13 +51,19 @@ class Basis:
         return sum(block.shape[0] for block in self.blocks)
 
 
-def zeros(num_rows: int, size: int, dtype: Any, mesh: Mesh | None = None) -> Basis:
+def zeros(
+    num_rows: int,
+    size: int,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    accumulation: str | None = None,
+) -> Basis:
     """At least `num_rows` empty rows."""
     columns = Columns(size, mesh)
     rows = max(_BLOCK_ROWS, -(-num_rows // _MOST_BLOCKS))
     rows = -(-rows // _ROUND_ROWS) * _ROUND_ROWS
     count = -(-num_rows // rows)
-    return Basis(tuple(columns.zeros(rows, dtype) for _ in range(count)), columns)
+    return Basis(tuple(columns.zeros(rows, dtype) for _ in range(count)), columns, accumulation)
 
 
 def put(basis: Basis, row: jax.Array, vector: jax.Array) -> Basis:
@@ -73,23 +84,33 @@ def put(basis: Basis, row: jax.Array, vector: jax.Array) -> Basis:
 def outside(basis: Basis, filled: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`vector` less its part in the rows, and its coefficients (rows,): one pass over them."""
     coefficients, vector = [], basis.columns.divide(vector)
+    dtype = small_dtype(vector.dtype, basis.accumulation)
+
+    def remove(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        part = inner_products(block, vector, basis.columns, basis.accumulation)
+        # These roundings, one an element, do not add up.
+        return vector - part.astype(vector.dtype) @ block, part
+
+    def leave(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return vector, jnp.zeros(block.shape[0], dtype)
+
     for start, block in _placed(basis):
-        vector, part = lax.cond(start < filled, _remove, _leave, block, vector)
+        vector, part = lax.cond(start < filled, remove, leave, block, vector)
         coefficients.append(part)
     return basis.columns.join(vector), jnp.concatenate(coefficients)
 
 
-def _remove(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-    part = block @ vector
-    return vector - part @ block, part
-
-
-def _leave(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return vector, jnp.zeros(block.shape[0], block.dtype)
+def vdot(basis: Basis, one: jax.Array, other: jax.Array) -> jax.Array:
+    """(), the inner product of two vectors (n,), summed as those with the rows are."""
+    if basis.accumulation is None:
+        return jnp.vdot(one, other)
+    divide, accumulation = basis.columns.divide, basis.accumulation
+    return inner_products(divide(one)[None], divide(other), basis.columns, accumulation)[0]
 
 
 def combine(basis: Basis, weights: jax.Array) -> jax.Array:
     """The rows of weights' Q, (k, n) divided as `columns` says, from weights (rows, k)."""
+    weights = weights.astype(basis.blocks[0].dtype)
     parts = [weights[start : start + block.shape[0]].T @ block for start, block in _placed(basis)]
     return basis.columns.keep(sum(parts[1:], start=parts[0]))
 
@@ -115,7 +136,8 @@ def _recombined(
             [lax.dynamic_slice_in_dim(block, start, width, 1) for block in blocks]
         )
         fresh = start + jnp.arange(width, dtype=start.dtype) >= slab * width
-        columns = jnp.where(fresh[None], weights.T @ columns, columns)
+        mixed = (weights.T @ columns.astype(weights.dtype)).astype(columns.dtype)
+        columns = jnp.where(fresh[None], mixed, columns)
         return tuple(
             lax.dynamic_update_slice_in_dim(block, part, start, 1)
             for block, part in zip(blocks, jnp.split(columns, cuts), strict=True)

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 
 from regjax import _checks, _loops
 from regjax._sharding import Columns
-from regjax.curvature import _allocation, _basis, _checkpoint
+from regjax.curvature import _allocation, _basis, _checkpoint, _rounding
+from regjax.curvature._accumulation import inner_products, small_dtype
 from regjax.curvature._lanczos import Krylov, absorb, empty, expand
 from regjax.curvature._measure import DensityResult, spectral_sum
 from regjax.curvature._operators import Operator, block_product, product
+from regjax.curvature._precision import precisely
 
 # A Ritz pair is taken out when its residual norm is below this share of the largest |Ritz value|.
 # Left-over coupling moves no eigenvalue of the complement by more than the residual norm.
@@ -32,7 +34,7 @@ _DEFLATION_TOLERANCE = 1e-3
         "key", "deflation", "locked", "eigenvalues", "residual_norms", "num_locked",
         "probes", "nodes", "weights", "num_finished", "num_matvecs",
     ],
-    meta_fields=["num_steps", "block", "columns"],
+    meta_fields=["num_steps", "block", "columns", "accumulation", "product_eps"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class DensityState:
@@ -48,6 +50,7 @@ class DensityState:
       num_matvecs: (), int32, products so far.
       num_steps: m. block: number of probes carried at once.
       columns: whether and how the n columns are divided over devices.
+      accumulation: how inner products are summed. product_eps: see `_rounding`.
     """
 
     key: jax.Array
@@ -64,6 +67,8 @@ class DensityState:
     num_steps: int
     block: int
     columns: Columns
+    accumulation: str | None
+    product_eps: float
 
 
 def spectral_density(
@@ -73,6 +78,7 @@ def spectral_density(
     num_steps: int = 40,
     num_probes: int = 2,
     deflate: int | None = None,
+    accumulation: str | None = None,
     callback: Callable[[int, int], None] | None = None,
     checkpoint: _checkpoint.Checkpoint | None = None,
 ) -> DensityResult:
@@ -85,6 +91,8 @@ def spectral_density(
       num_probes: number of probes P, Gaussian directions in the complement.
       deflate: products spent on finding extreme eigenpairs to take out, at most n; the vectors
         stay in memory. 0 gives the plain method; None takes 2 `num_steps`.
+      accumulation: how inner products of vectors (n,) are summed, as for `lanczos`; with "float64"
+        nodes, weights, eigenvalues and what follows from them are float64.
       callback: called as callback(products, total) after each product when the host drives.
       checkpoint: where the state is kept every few products, and found again by the same call after
         the process was killed; only when the host drives.
@@ -106,6 +114,7 @@ def spectral_density(
     init = functools.partial(
         spectral_density_init,
         operator, key=key, num_steps=num_steps, num_probes=num_probes, deflate=deflate,
+        accumulation=accumulation,
     )  # fmt: skip
     names = ("num_steps", "deflate", "num_probes")
     beside = spectral_density_beside
@@ -124,7 +133,7 @@ def spectral_density(
                 "spectral_density",
                 {
                     "key": key, "num_steps": num_steps, "num_probes": num_probes,
-                    "deflate": first, "probes at once": state.block,
+                    "deflate": first, "probes at once": state.block, "accumulation": accumulation,
                 },
                 init,
                 _rows,
@@ -148,9 +157,11 @@ def spectral_density_init(
     num_steps: int = 40,
     num_probes: int = 2,
     deflate: int | None = None,
+    accumulation: str | None = None,
 ) -> DensityState:
     """The state before the first product; arguments as in `spectral_density`."""
     size, dtype = operator.shape[0], operator.dtype
+    small = small_dtype(dtype, accumulation)
     _checks.integer("num_steps", num_steps, maximum=size)
     _checks.integer("num_probes", num_probes)
     num_rows = min(2 * num_steps, size) if deflate is None else deflate
@@ -162,23 +173,25 @@ def spectral_density_init(
         key=key,
         deflation=None,
         locked=operator.columns.zeros(num_rows, dtype),
-        eigenvalues=jnp.full(num_rows, jnp.nan, dtype),
-        residual_norms=jnp.full(num_rows, jnp.nan, dtype),
+        eigenvalues=jnp.full(num_rows, jnp.nan, small),
+        residual_norms=jnp.full(num_rows, jnp.nan, small),
         num_locked=jnp.int32(0),
         probes=None,
-        nodes=jnp.zeros((num_probes, num_steps), dtype),
-        weights=jnp.zeros((num_probes, num_steps), dtype),
+        nodes=jnp.zeros((num_probes, num_steps), small),
+        weights=jnp.zeros((num_probes, num_steps), small),
         num_finished=jnp.int32(0),
         num_matvecs=jnp.int32(0),
         num_steps=num_steps,
         block=block,
         columns=operator.columns,
+        accumulation=accumulation,
+        product_eps=_rounding.product_eps(operator),
     )
     state = state.columns.copied(state)
     if num_rows == 0:
         return _new_probes(state)
     start = jax.random.normal(start_key, (size,), dtype)
-    krylov = empty(start, num_rows, krylov_key, state.columns.mesh)
+    krylov = empty(start, num_rows, krylov_key, state.columns.mesh, accumulation)
     return dataclasses.replace(state, deflation=krylov)
 
 
@@ -246,6 +259,7 @@ def _lock(state: DensityState) -> DensityState:
 
 
 @jax.jit
+@precisely
 def _locked(state: DensityState) -> DensityState:
     krylov, num_rows = cast(Krylov, state.deflation), state.locked.shape[0]
     values, vectors = jnp.linalg.eigh(krylov.projected[:num_rows, :num_rows])
@@ -255,6 +269,7 @@ def _locked(state: DensityState) -> DensityState:
     # A run cut short by Ctrl-C has empty rows, whose pairs are nobody's.
     take &= krylov.filled == num_rows
     order = jnp.argsort(~take, stable=True)
+    bounds = jnp.maximum(bounds, _rounding.floor(values, state.product_eps))
     count = jnp.sum(take, dtype=jnp.int32)
     inside = jnp.arange(num_rows, dtype=jnp.int32) < count
     weights = jnp.zeros((krylov.basis.num_rows, num_rows), values.dtype)
@@ -269,11 +284,16 @@ def _locked(state: DensityState) -> DensityState:
 
 
 @jax.jit
+@precisely
 def _new_probes(state: DensityState) -> DensityState:
     key, probe_key, krylov_key = jax.random.split(state.key, 3)
     shape, dtype = (state.block, state.columns.size), state.locked.dtype
     starts = _outside(state, jax.random.normal(probe_key, shape, dtype))
-    make = jax.vmap(lambda start, key: empty(start, state.num_steps, key, state.columns.mesh))
+    make = jax.vmap(
+        lambda start, key: empty(
+            start, state.num_steps, key, state.columns.mesh, state.accumulation
+        )
+    )
     probes = make(starts, jax.random.split(krylov_key, state.block))
     return dataclasses.replace(state, key=key, probes=probes)
 
@@ -288,6 +308,7 @@ def _probes(state: DensityState) -> Krylov:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+@precisely
 def _absorb_probes(state: DensityState, images: jax.Array) -> DensityState:
     images = _outside(state, images)
     if state.block == 1:
@@ -300,6 +321,7 @@ def _absorb_probes(state: DensityState, images: jax.Array) -> DensityState:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+@precisely
 def _collect(state: DensityState) -> DensityState:
     """Stores the quadrature of the finished probes and starts the next ones."""
     num_steps = state.num_steps
@@ -316,7 +338,12 @@ def _collect(state: DensityState) -> DensityState:
 
 def _outside(state: DensityState, vectors: jax.Array) -> jax.Array:
     """The rows of `vectors` less their part in the locked rows; twice is enough."""
+
+    def outside(vector: jax.Array) -> jax.Array:
+        part = inner_products(state.locked, vector, state.columns, state.accumulation)
+        return vector - part.astype(vector.dtype) @ state.locked
+
     vectors = state.columns.divide(vectors)
     for _ in range(2):
-        vectors = vectors - (vectors @ state.locked.T) @ state.locked
+        vectors = jax.vmap(outside)(vectors)
     return state.columns.join(vectors)

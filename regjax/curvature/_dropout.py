@@ -9,7 +9,8 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _tree
 from regjax._base import as_partial, check_loss
-from regjax.curvature._operators import Operator, from_matvec, precision
+from regjax.curvature._operators import Operator, from_matvec
+from regjax.curvature._precision import precision
 
 
 def dropout_covariance(

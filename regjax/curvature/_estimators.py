@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from regjax import _checks, _loops, _tree
 from regjax._sharding import Columns
 from regjax.curvature import _allocation
+from regjax.curvature._accumulation import inner_products
 from regjax.curvature._operators import Operator, product
+from regjax.curvature._precision import precisely
 
 _METHODS = ("hutchinson", "hutch++")
 
@@ -246,6 +248,7 @@ def _init(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+@precisely
 def _draw(state: EstimatorState) -> EstimatorState:
     """The next vector: random signs, then the rows of Q, then signs outside of Q."""
     key, subkey = jax.random.split(state.key)
@@ -253,7 +256,8 @@ def _draw(state: EstimatorState) -> EstimatorState:
     if state.num_rows:
         columns, whole = state.columns, state.columns.divide(vector)
         row = state.rows[jnp.clip(state.count - state.num_rows, 0, state.num_rows - 1)]
-        outside = columns.join(whole - (state.rows @ whole) @ state.rows)
+        inside = inner_products(state.rows, whole, columns) @ state.rows
+        outside = columns.join(whole - inside)
         row = columns.join(row)
         stage = state.count // state.num_rows
         vector = jnp.where(stage == 0, vector, jnp.where(stage == 1, row, outside))
@@ -261,6 +265,7 @@ def _draw(state: EstimatorState) -> EstimatorState:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+@precisely
 def _absorb(state: EstimatorState, image: jax.Array) -> EstimatorState:
     count, num_rows = state.count, state.num_rows
     rows, images = state.rows, state.images
@@ -288,6 +293,7 @@ def _absorb(state: EstimatorState, image: jax.Array) -> EstimatorState:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+@precisely
 def _orthonormalise(state: EstimatorState) -> EstimatorState:
     """An orthonormal basis of the rows; directions at rounding level are harmless extra ones."""
     return dataclasses.replace(state, rows=state.columns.orthonormal(state.rows))

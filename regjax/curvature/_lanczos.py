@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 
 from regjax import _checks, _tree
 from regjax.curvature import _allocation, _basis, _checkpoint
+from regjax.curvature._accumulation import small_dtype
 from regjax.curvature._operators import Operator, from_matvec, product
+from regjax.curvature._precision import precisely
 
 # A norm below this many units of rounding of the matrix is rounding itself: the space is invariant.
 _BREAKDOWN = 8
@@ -91,6 +93,7 @@ def lanczos(
     num_steps: int,
     *,
     key: jax.Array | None = None,
+    accumulation: str | None = None,
     callback: Callable[[int, int], None] | None = None,
     checkpoint: _checkpoint.Checkpoint | None = None,
 ) -> LanczosResult:
@@ -102,13 +105,17 @@ def lanczos(
       num_steps: number of products m, at most n. Compile time does not depend on it.
       key: typed key of the fresh directions with which the recurrence goes on after a breakdown
         (an invariant subspace); None stops there.
+      accumulation: how inner products of vectors (n,) are summed. None: in their dtype; in float32
+        eigenvalues are off by some units of its rounding. "compensated": with the error of each
+        addition carried along. "float64": in float64, which `alphas` and `betas` have too; the
+        basis stays as it is, and JAX must have float64 enabled.
       callback: called as callback(step, num_steps) after each step when the host drives.
       checkpoint: where the state is kept every few products, and found again by the same call after
         the process was killed; only when the host drives.
 
     Returns:
       A `LanczosResult`. In float32 the rows are orthogonal to 2e-6, also on rank-deficient
-      matrices.
+      matrices and with ten million parameters.
 
     Raises:
       ValueError: `num_steps` is not between 1 and n, `start` does not fit the operator, or the
@@ -123,7 +130,9 @@ def lanczos(
     """
     operator = matvec if isinstance(matvec, Operator) else from_matvec(matvec, start)
     stops = key is None
-    init = functools.partial(lanczos_init, operator, start, num_steps, key=key)
+    init = functools.partial(
+        lanczos_init, operator, start, num_steps, key=key, accumulation=accumulation
+    )
 
     def result(state: Krylov) -> LanczosResult:
         return lanczos_result(state, num_steps)
@@ -141,17 +150,25 @@ def lanczos(
             checkpoint=checkpoint,
             problem=_checkpoint.Problem(
                 "lanczos",
-                {"start": start, "num_steps": num_steps, "key": key},
+                {
+                    "start": start, "num_steps": num_steps, "key": key,
+                    "accumulation": accumulation,
+                },
                 init,
                 rows=lambda state: {".basis": (state.filled, 0)},
                 krylov=lambda state: state,
             ),
-        )
+        )  # fmt: skip
         return result(krylov)
 
 
 def lanczos_init(
-    operator: Operator, start: Any, num_steps: int, *, key: jax.Array | None = None
+    operator: Operator,
+    start: Any,
+    num_steps: int,
+    *,
+    key: jax.Array | None = None,
+    accumulation: str | None = None,
 ) -> Krylov:
     """The state before the first of `num_steps` steps; arguments as in `lanczos`."""
     _checks.same_tree("start", start, operator.params)
@@ -160,7 +177,7 @@ def lanczos_init(
         _checks.key("key", key)
     direction = _tree.ravel(start, operator.dtype)
     key = jax.random.key(0) if key is None else key
-    return empty(direction, num_steps, key, operator.columns.mesh)
+    return empty(direction, num_steps, key, operator.columns.mesh, accumulation)
 
 
 def lanczos_step(operator: Operator, state: Krylov) -> Krylov:
@@ -176,11 +193,12 @@ def lanczos_result(state: Krylov, num_steps: int) -> LanczosResult:
         betas=jnp.diagonal(projected, 1),
         basis=_basis.to_array(state.basis, num_steps),
         num_steps=state.filled,
-        residual=state.direction * state.beta,
+        residual=state.direction * state.beta.astype(state.direction.dtype),
     )
 
 
 @jax.jit
+@precisely
 def ritz_pairs(result: LanczosResult) -> RitzResult:
     """The eigenpairs of the tridiagonal matrix of a Lanczos run.
 
@@ -200,7 +218,8 @@ def ritz_pairs(result: LanczosResult) -> RitzResult:
     values, vectors = jnp.linalg.eigh(matrix + jnp.diag(jnp.where(done, 0, below)))
     # eigh sorts: those come first.
     valid = steps >= steps.size - result.num_steps
-    residual_norms = jnp.linalg.norm(result.residual) * jnp.abs(vectors[result.num_steps - 1])
+    beta = jnp.linalg.norm(result.residual).astype(values.dtype)
+    residual_norms = beta * jnp.abs(vectors[result.num_steps - 1])
     return RitzResult(
         values=jnp.where(valid, values, jnp.nan),
         residual_norms=jnp.where(valid, residual_norms, jnp.nan),
@@ -209,14 +228,21 @@ def ritz_pairs(result: LanczosResult) -> RitzResult:
     )
 
 
-def empty(direction: jax.Array, num_rows: int, key: jax.Array, mesh: Mesh | None = None) -> Krylov:
+def empty(
+    direction: jax.Array,
+    num_rows: int,
+    key: jax.Array,
+    mesh: Mesh | None = None,
+    accumulation: str | None = None,
+) -> Krylov:
     """A basis without rows whose first one will be `direction`, made of unit norm."""
-    basis = _basis.zeros(num_rows, direction.size, direction.dtype, mesh)
-    rows, zero = basis.num_rows, jnp.zeros((), direction.dtype)
+    small = small_dtype(direction.dtype, accumulation)
+    basis = _basis.zeros(num_rows, direction.size, direction.dtype, mesh, accumulation)
+    rows, zero = basis.num_rows, jnp.zeros((), small)
     krylov = Krylov(
         basis=basis,
-        projected=jnp.zeros((rows, rows), direction.dtype),
-        lost=jnp.zeros(rows, direction.dtype),
+        projected=jnp.zeros((rows, rows), small),
+        lost=jnp.zeros(rows, small),
         newest=jnp.zeros_like(direction),
         direction=_unit(direction, jnp.linalg.norm(direction)),
         beta=zero,
@@ -228,25 +254,27 @@ def empty(direction: jax.Array, num_rows: int, key: jax.Array, mesh: Mesh | None
     return basis.columns.copied(krylov)
 
 
+@precisely
 def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     """The basis with `direction` as a new row, given `image` = A direction."""
     last, row = krylov.filled, krylov.direction
     # The two newest rows hold nearly all of A q. They go first, so that the coefficients of the
     # pass over all rows measure what orthogonality was lost and nothing else.
-    before, here = jnp.vdot(krylov.newest, image), jnp.vdot(row, image)
-    image = image - before * krylov.newest - here * row
+    dot = functools.partial(_basis.vdot, krylov.basis)
+    before, here = dot(krylov.newest, image), dot(row, image)
+    image = image - before.astype(row.dtype) * krylov.newest - here.astype(row.dtype) * row
     basis = _basis.put(krylov.basis, last, row)
     residual, coefficients = _basis.outside(basis, last + 1, image)
-    beta = jnp.linalg.norm(residual)
+    beta = jnp.sqrt(dot(residual, residual))
     spoilt = beta < jnp.linalg.norm(coefficients)  # the norm dropped by more than 1/sqrt(2)
     coefficients = coefficients.at[last].add(here)
     coefficients = coefficients.at[last - 1].add(jnp.where(last > 0, before, 0))
     largest = jnp.maximum(jnp.max(jnp.abs(krylov.projected)), jnp.max(jnp.abs(coefficients)))
-    rounding = _BREAKDOWN * jnp.finfo(beta.dtype).eps * largest
+    rounding = _BREAKDOWN * float(jnp.finfo(image.dtype).eps) * largest
 
     def again(_: Any) -> tuple[jax.Array, ...]:
         twice, second = _basis.outside(basis, last + 1, residual)
-        beta = jnp.linalg.norm(twice)
+        beta = jnp.sqrt(dot(twice, twice))
         broke_down = beta <= rounding
         direction, key = lax.cond(
             broke_down,
@@ -304,5 +332,6 @@ def _fresh(basis: _basis.Basis, filled: jax.Array, key: jax.Array) -> tuple[jax.
 
 def _unit(vector: jax.Array, norm: jax.Array) -> jax.Array:
     """`vector` / `norm`, or zeros where the norm is zero."""
+    norm = norm.astype(vector.dtype)
     safe = jnp.where(norm > 0, norm, 1)
     return jnp.where(norm > 0, vector / safe, jnp.zeros_like(vector))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks
+from regjax.curvature._precision import precisely
 
 
 class DensityResult(NamedTuple):
@@ -49,6 +50,7 @@ class SpectralSum(NamedTuple):
     standard_error: jax.Array
 
 
+@precisely
 def spectral_sum(density: DensityResult, function: Callable[[jax.Array], jax.Array]) -> SpectralSum:
     """The sum over the eigenvalues of `function`, with the standard error of the probes.
 

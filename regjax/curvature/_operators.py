@@ -5,7 +5,6 @@ it into residuals, computed once, and the linear part, run once a product: of a 
 perceptron's Hessian product a quarter is saved (operation counts in benchmarks/speed).
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -19,6 +18,7 @@ from jax.tree_util import Partial
 from regjax import _checks, _chunks, _loops, _tree
 from regjax._base import as_partial, check_loss
 from regjax._sharding import Columns, Placement, find
+from regjax.curvature._precision import precision
 
 # Residuals above this many bytes are recomputed in each product instead of kept: 8 KB an example
 # for a 269k-parameter MLP, 1 MB an example for a small convnet.
@@ -327,10 +327,3 @@ def _part_product(pair: Any, *batch: Any) -> jax.Array:
 def _set_row(operands: Any, rows: jax.Array, i: jax.Array) -> jax.Array:
     operator, vectors = operands
     return rows.at[i].set(product(operator, vectors[i]))
-
-
-def precision() -> contextlib.AbstractContextManager[Any]:
-    """Full float32 products unless the caller says otherwise: TF32 visibly perturbs Lanczos."""
-    if getattr(jax.config, "jax_default_matmul_precision") is not None:  # noqa: B009
-        return contextlib.nullcontext()
-    return jax.default_matmul_precision("highest")

@@ -19,7 +19,8 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _tree
 from regjax._base import as_partial, couples_examples
-from regjax.curvature._operators import differentiate_gradient, precision
+from regjax.curvature._operators import differentiate_gradient
+from regjax.curvature._precision import precision
 
 Law: TypeAlias = Callable[..., "BatchExtremes"]
 """(largest, smallest, noise_power, inverse_batch) -> `BatchExtremes`."""

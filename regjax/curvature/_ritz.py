@@ -11,11 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from regjax.curvature import _basis, _search
+from regjax.curvature import _basis, _rounding, _search
 from regjax.curvature._lanczos import Krylov, redirect
+from regjax.curvature._precision import precisely
 
-# Rounding of the recurrence: no residual is claimed below this many units of it.
-_FLOOR = 8
 # With so many rows left, the first search keeps the whole basis: what is known of the unwanted
 # eigenvalues makes it shorter.
 _ROOM = 10
@@ -28,7 +27,7 @@ _ROOM = 10
         "weights", "values", "bounds", "small", "in_search",
         "wants_restart", "wants_search", "done",
     ],
-    meta_fields=["k", "which", "num_rows", "searches"],
+    meta_fields=["k", "which", "num_rows", "searches", "product_eps"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class EigenState:
@@ -49,7 +48,7 @@ class EigenState:
       wants_search: (), bool, whether it is time for a (further) search.
       done: (), bool, whether nothing more is to be gained.
       k: number of wanted pairs. which: end of the spectrum. num_rows: rows in use at most.
-      searches: whether missed copies are looked for.
+      searches: whether missed copies are looked for. product_eps: see `_rounding`.
     """
 
     krylov: Krylov
@@ -69,6 +68,7 @@ class EigenState:
     which: str
     num_rows: int
     searches: bool
+    product_eps: float
 
 
 def assess(state: EigenState) -> EigenState:
@@ -88,7 +88,8 @@ def assess(state: EigenState) -> EigenState:
     outside = jnp.abs(krylov.beta * weights[krylov.filled - 1])
     bounds = jnp.where(valid, outside + krylov.lost @ jnp.abs(weights), jnp.inf)
     scale = jnp.max(jnp.where(valid, jnp.abs(values), 0))
-    threshold = jnp.maximum(state.tol * scale, rounding(values, valid))
+    eps = float(jnp.finfo(krylov.direction.dtype).eps)
+    threshold = jnp.maximum(state.tol * scale, _rounding.floor(jnp.where(valid, values, 0), eps))
     small = bounds <= threshold
 
     search = state.search
@@ -144,13 +145,8 @@ def _preference(values: jax.Array, which: str) -> jax.Array:
     return jnp.where(jnp.isnan(values), jnp.inf, turn.astype(values.dtype))
 
 
-def rounding(values: jax.Array, valid: jax.Array) -> jax.Array:
-    """Residual norm below which nothing is claimed."""
-    scale = jnp.max(jnp.where(valid, jnp.abs(values), 0))
-    return _FLOOR * jnp.finfo(values.dtype).eps * scale
-
-
 @functools.partial(jax.jit, donate_argnums=0)
+@precisely
 def begin_search(state: EigenState) -> EigenState:
     """Goes on from a fresh direction; the residual of the rows so far is dropped and charged."""
     targets = _search.targets_of(state.values, state.k, state.which)
@@ -169,6 +165,7 @@ def begin_search(state: EigenState) -> EigenState:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+@precisely
 def restart(state: EigenState) -> EigenState:
     """Compresses the basis to Ritz vectors."""
     krylov, k, search = state.krylov, state.k, state.search
@@ -185,7 +182,9 @@ def restart(state: EigenState) -> EigenState:
     inside = rows < jnp.sum(kept)
     weights = jnp.where(inside[None], state.weights[:, order], 0)
     # Every recombination of the rows rounds them once more.
-    lost = lost[order] + rounding(state.values, valid) / _FLOOR
+    largest = jnp.max(jnp.abs(state.values), where=valid, initial=0)
+    rounding = float(jnp.finfo(krylov.direction.dtype).eps) * largest
+    lost = lost[order] + rounding
     krylov = krylov._replace(
         basis=_basis.recombine(krylov.basis, weights),
         newest=jnp.zeros_like(krylov.newest),

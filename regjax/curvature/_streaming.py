@@ -30,6 +30,7 @@ from regjax.curvature._operators import (
     product,
     rebuilt,
 )
+from regjax.curvature._rounding import product_eps
 from regjax.curvature._source import Source
 
 # What stands before the source among the arguments.
@@ -44,7 +45,7 @@ _ARGUMENTS = {
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["rule", "function", "params", "batch", "linear_map"],
-    meta_fields=["chunk_size", "placement", "source"],
+    meta_fields=["chunk_size", "placement", "source", "eps"],
 )
 @dataclasses.dataclass(frozen=True)
 class StreamedOperator(Operator):
@@ -52,9 +53,11 @@ class StreamedOperator(Operator):
 
     Attributes:
       source: where the batches come from; `batch` is empty.
+      eps: unit of rounding of a product with a batch.
     """
 
     source: Source = dataclasses.field(kw_only=True)
+    eps: float = dataclasses.field(kw_only=True)
 
     @property
     def takes_blocks(self) -> bool:
@@ -109,8 +112,9 @@ def stream(
     num_samples = options.get("num_samples", 1)
     if operator_fn is fisher and num_samples is not None:
         passes.draw = lambda first, count: draw_keys(options["key"], first, count, num_samples)
+    eps = product_eps(one)
     return StreamedOperator(
-        one.rule, one.function, one.params, (), None, None, one.placement, source=passes
+        one.rule, one.function, one.params, (), None, None, one.placement, source=passes, eps=eps
     )
 
 
@@ -146,6 +150,11 @@ def _streamed_product(operator: StreamedOperator, vector: jax.Array) -> jax.Arra
 @block_product.register
 def _streamed_block_product(operator: StreamedOperator, vectors: jax.Array) -> jax.Array:
     return _mean(operator, vectors, _linearized)
+
+
+@product_eps.register
+def _streamed_product_eps(operator: StreamedOperator) -> float:
+    return operator.eps
 
 
 @rebuilt.register
