@@ -18,7 +18,7 @@ from regjax import _checks, _loops, _tree
 from regjax._sharding import Columns
 from regjax.curvature import _allocation
 from regjax.curvature._accumulation import inner_products
-from regjax.curvature._operators import Operator, product
+from regjax.curvature._operators import Operator, block_product, product
 from regjax.curvature._precision import precisely
 
 _METHODS = ("hutchinson", "hutch++")
@@ -54,8 +54,8 @@ class DiagonalResult(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["key", "vector", "rows", "images", "mean", "squares", "count"],
-    meta_fields=["num_rows", "total", "columns"],
+    data_fields=["key", "vectors", "rows", "images", "mean", "squares", "count"],
+    meta_fields=["num_rows", "total", "block", "columns"],
 )
 @dataclasses.dataclass(frozen=True)
 class EstimatorState:
@@ -63,19 +63,20 @@ class EstimatorState:
 
     Attributes:
       key: typed key.
-      vector: (n,), what the next product takes.
+      vectors: (block, n), what the next products take.
       rows: (s, n), first the images of random signs, then their orthonormal basis Q; divided as
         `columns` says.
       images: (s, n), rows of (A Q)'; likewise.
       mean: (n,) or (), running mean over the probes of u * A u, or of its sum.
       squares: the same shape, running sum of squared deviations from the mean.
-      count: (), int32, products so far.
+      count: (), int32, products so far that count.
       num_rows: s. total: number of products.
+      block: number of products at once, 1 or s or, without Q, all. Beyond the total they are idle.
       columns: whether and how the n columns are divided over devices.
     """
 
     key: jax.Array
-    vector: jax.Array
+    vectors: jax.Array
     rows: jax.Array
     images: jax.Array
     mean: jax.Array
@@ -83,6 +84,7 @@ class EstimatorState:
     count: jax.Array
     num_rows: int
     total: int
+    block: int
     columns: Columns
 
 
@@ -102,7 +104,8 @@ def trace(
       num_probes: number of products in all; Hutch++ spends two thirds of them (rounded down to an
         even number, n at most each way) on the range.
       method: "hutchinson", or "hutch++", better where a few eigenvalues dominate.
-      callback: called as callback(products, num_probes) after each product when the host drives.
+      callback: called as callback(products, num_probes) after each product, or each block of them,
+        when the host drives.
 
     Returns:
       A `TraceResult`; unbiased.
@@ -136,7 +139,8 @@ def diagonal(
       num_probes: number of products in all, split as in `trace`.
       method: "hutchinson": the mean of z * A z. "hutch++": the diagonal of QQ' A exactly, the
         mean of u * A u for the remainder.
-      callback: called as callback(products, num_probes) after each product when the host drives.
+      callback: called as callback(products, num_probes) after each product, or each block of them,
+        when the host drives.
 
     Returns:
       A `DiagonalResult`; unbiased.
@@ -170,8 +174,12 @@ def diagonal_init(
 
 
 def estimator_step(operator: Operator, state: EstimatorState) -> EstimatorState:
-    """One product, for `trace` and `diagonal` alike; `state` is donated from Python."""
-    state = _absorb(state, product(operator, state.vector))
+    """One block of products, for `trace` and `diagonal` alike; `state` is donated from Python."""
+    if state.block == 1:
+        images = product(operator, state.vectors[0])[None]
+    else:
+        images = block_product(operator, state.vectors)
+    state = _absorb(state, images)
     if state.num_rows:
         state = _loops.branch(state.count == state.num_rows, _orthonormalise, state)
     return _draw(state)
@@ -213,14 +221,20 @@ def _run(solver: str, operator: Operator, init: Any, result: Any, callback: Any)
     plan = _allocation.Plan(solver, operator, begin, result, ("num_probes",))
     with _allocation.explained(plan):
         state = begin()
+        block, total = state.block, state.total
+
+        def report(count: int, _: int) -> None:
+            if callback is not None:
+                callback(min(count * block, total), total)
+
         state = _loops.repeat_until(
             estimator_step,
             state,
             operands=operator,
             done=lambda state: jnp.bool_(False),
-            max_steps=state.total,
+            max_steps=-(-total // block),
             result=result,
-            callback=callback,
+            callback=report,
         )
         return result(state)
 
@@ -232,9 +246,11 @@ def _init(
     _checks.integer("num_probes", num_probes, minimum=3 if method == "hutch++" else 1)
     size, dtype, columns = operator.shape[0], operator.dtype, operator.columns
     num_rows = min(num_probes // 3, size) if method == "hutch++" else 0
+    # One at a time on CPU, where a block of vectors costs as much as its members.
+    block = (num_rows or num_probes) if operator.takes_blocks else 1
     state = EstimatorState(
         key=jax.random.fold_in(_checks.key("key", key), 0),
-        vector=jnp.zeros(size, dtype),
+        vectors=jnp.zeros((block, size), dtype),
         rows=columns.zeros(num_rows, dtype),
         images=columns.zeros(num_rows, dtype),
         mean=zeros,
@@ -242,6 +258,7 @@ def _init(
         count=jnp.int32(0),
         num_rows=num_rows,
         total=num_probes,
+        block=block,
         columns=columns,
     )
     return _draw(columns.copied(state))
@@ -250,45 +267,64 @@ def _init(
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
 def _draw(state: EstimatorState) -> EstimatorState:
-    """The next vector: random signs, then the rows of Q, then signs outside of Q."""
+    """The next vectors: random signs, then the rows of Q, then signs outside of Q."""
     key, subkey = jax.random.split(state.key)
-    vector = jax.random.rademacher(subkey, state.vector.shape, state.vector.dtype)
+    vectors = jax.random.rademacher(subkey, state.vectors.shape, state.vectors.dtype)
     if state.num_rows:
-        columns, whole = state.columns, state.columns.divide(vector)
-        row = state.rows[jnp.clip(state.count - state.num_rows, 0, state.num_rows - 1)]
-        inside = inner_products(state.rows, whole, columns) @ state.rows
-        outside = columns.join(whole - inside)
-        row = columns.join(row)
+        columns = state.columns
+        start = jnp.clip(state.count - state.num_rows, 0, state.num_rows - state.block)
+        rows = columns.join(jax.lax.dynamic_slice_in_dim(state.rows, start, state.block))
+
+        def outside(whole: jax.Array) -> jax.Array:
+            return whole - inner_products(state.rows, whole, columns) @ state.rows
+
+        rest = columns.join(jax.vmap(outside)(columns.divide(vectors)))
         stage = state.count // state.num_rows
-        vector = jnp.where(stage == 0, vector, jnp.where(stage == 1, row, outside))
-    return dataclasses.replace(state, key=key, vector=vector)
+        vectors = jnp.where(stage == 0, vectors, jnp.where(stage == 1, rows, rest))
+    return dataclasses.replace(state, key=key, vectors=vectors)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
-def _absorb(state: EstimatorState, image: jax.Array) -> EstimatorState:
+def _absorb(state: EstimatorState, images: jax.Array) -> EstimatorState:
     count, num_rows = state.count, state.num_rows
-    rows, images = state.rows, state.images
-    is_probe = count >= 2 * num_rows
+    state = _sampled(state, images)
     if num_rows:
-        row, columns, part = count % num_rows, state.columns, state.columns.divide(image)
-        rows = columns.keep(rows.at[row].set(jnp.where(count < num_rows, part, rows[row])))
-        is_image = (count >= num_rows) & ~is_probe
-        images = columns.keep(images.at[row].set(jnp.where(is_image, part, images[row])))
-    sample = state.vector * image
+        start = count % num_rows
+        rows, parts = (state.rows, state.images), state.columns.divide(images)
+        is_range = count < num_rows, (count >= num_rows) & (count < 2 * num_rows)
+
+        def put(rows: jax.Array, is_wanted: jax.Array) -> jax.Array:
+            there = jax.lax.dynamic_slice_in_dim(rows, start, state.block)
+            new = jnp.where(is_wanted, parts, there)
+            return state.columns.keep(jax.lax.dynamic_update_slice_in_dim(rows, new, start, 0))
+
+        state = dataclasses.replace(
+            state, rows=put(rows[0], is_range[0]), images=put(rows[1], is_range[1])
+        )
+    return dataclasses.replace(state, count=jnp.minimum(count + state.block, state.total))
+
+
+def _sampled(state: EstimatorState, images: jax.Array) -> EstimatorState:
+    """With the samples of a block of probes, if they are: the mean, and squares about it."""
+    samples = state.vectors * images
     if state.mean.ndim == 0:
-        sample = jnp.sum(sample)
-    num_probes = jnp.maximum(count + 1 - 2 * num_rows, 1).astype(sample.dtype)
-    deviation = sample - state.mean
-    mean = state.mean + deviation / num_probes
-    squares = state.squares + deviation * (sample - mean)
+        samples = jnp.sum(samples, 1)
+    before = jnp.maximum(state.count - 2 * state.num_rows, 0)
+    new = jnp.minimum(state.total - state.count, state.block)
+    is_new = (jnp.arange(state.block) < new).reshape(-1, *[1] * state.mean.ndim)
+    before, new = before.astype(samples.dtype), new.astype(samples.dtype)
+    mean = jnp.sum(jnp.where(is_new, samples, 0), 0) / new
+    squares = jnp.sum(jnp.where(is_new, (samples - mean[None]) ** 2, 0), 0)
+    # T. Chan, G. Golub, R. LeVeque (1983), of two parts.
+    deviation = mean - state.mean
+    mean = state.mean + deviation * new / (before + new)
+    squares = state.squares + squares + deviation**2 * before * new / (before + new)
+    is_probe = state.count >= 2 * state.num_rows
     return dataclasses.replace(
         state,
-        rows=rows,
-        images=images,
         mean=jnp.where(is_probe, mean, state.mean),
         squares=jnp.where(is_probe, squares, state.squares),
-        count=count + 1,
     )
 
 

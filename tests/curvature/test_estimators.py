@@ -1,9 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from regjax import curvature
+from regjax.curvature import _estimators
 from tests import oracles
 
 METHODS = ["hutchinson", "hutch++"]
@@ -25,6 +28,51 @@ def test_trace_is_unbiased_and_its_standard_error_holds(method):
         assert int(result.num_matvecs) == 45
     assert abs(np.mean(scores)) < 5 / np.sqrt(40)
     assert 0.6 < np.std(scores) < 1.6
+
+
+@pytest.mark.parametrize("num_probes", [44, 45, 46])
+def test_blocks_of_probes_give_unbiased_estimates_too(monkeypatch, num_probes):
+    """Hutch++ in rounds of 14 or 15: the last one is not full."""
+    monkeypatch.setattr(curvature.Operator, "takes_blocks", True)
+    solve = jax.jit(
+        lambda key: curvature.trace(operator(), key=key, num_probes=num_probes, method="hutch++")
+    )
+    results = [solve(jax.random.key(seed)) for seed in range(60)]
+    scores = [float((r.value - np.trace(MATRIX)) / r.standard_error) for r in results]
+    assert abs(np.mean(scores)) < 5 / np.sqrt(60)
+    assert 0.6 < np.std(scores) < 1.6
+    assert all(int(result.num_matvecs) == num_probes for result in results)
+    calls = []
+    curvature.trace(
+        operator(), key=jax.random.key(0), num_probes=num_probes, method="hutch++",
+        callback=lambda *call: calls.append(call),
+    )  # fmt: skip
+    block = num_probes // 3
+    assert calls == [(min(i * block, num_probes), num_probes) for i in range(1, len(calls) + 1)]
+    assert calls[-1][0] == num_probes
+
+
+def test_samples_of_a_block_are_those_of_numpy():
+    """The mean and its error, in one round and in two of which the second has one probe."""
+    matrix = jnp.asarray([[2.0, 1], [1, 3]])
+    for total, rounds in ((5, 1), (3, 2)):
+        state = curvature.trace_init(
+            curvature.from_matvec(lambda v: matrix @ v, jnp.zeros(2)),
+            key=jax.random.key(1), num_probes=total,
+        )  # fmt: skip
+        block = total if rounds == 1 else 2
+        state = dataclasses.replace(state, block=block)
+        signs = np.random.default_rng(0).choice([-1.0, 1], size=(rounds * block, 2))
+        for i in range(rounds):
+            vectors = jnp.asarray(signs[i * block : (i + 1) * block], jnp.float32)
+            state = dataclasses.replace(state, vectors=vectors)
+            state = _estimators._absorb(state, vectors @ matrix)
+        samples = np.einsum("bi,ij,bj->b", signs, matrix, signs)[:total]
+        found = curvature.trace_result(state)
+        assert int(found.num_matvecs) == total
+        assert float(found.value) == pytest.approx(samples.mean(), rel=1e-6)
+        error = samples.std(ddof=1) / np.sqrt(total)
+        assert float(found.standard_error) == pytest.approx(error, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
