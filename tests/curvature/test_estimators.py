@@ -53,9 +53,9 @@ def test_blocks_of_probes_give_unbiased_estimates_too(monkeypatch, num_probes):
 
 
 def test_samples_of_a_block_are_those_of_numpy():
-    """The mean and its error, in one round and in two of which the second has one probe."""
+    """The mean and its error, in one round and in two, the second of one probe or of two."""
     matrix = jnp.asarray([[2.0, 1], [1, 3]])
-    for total, rounds in ((5, 1), (3, 2)):
+    for total, rounds in ((5, 1), (3, 2), (4, 2)):
         state = curvature.trace_init(
             curvature.from_matvec(lambda v: matrix @ v, jnp.zeros(2)),
             key=jax.random.key(1), num_probes=total,
