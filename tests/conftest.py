@@ -27,7 +27,7 @@ import jax
 import pytest
 
 # Every compiled function maps memory, and Linux ends a process at 65530 mappings.
-_MAX_MAPPINGS = 30_000
+_MAX_MAPPINGS = 15_000
 _MAPPINGS = pathlib.Path("/proc/self/maps")
 _OPTION = "jax_disable_most_optimizations"
 _QUICK = jax.config.read(_OPTION)

@@ -73,7 +73,7 @@ def dense_hessian(loss, params, *batch):
     with jax.enable_x64(True):
         loss, params, batch = in_double((loss, params, batch))
         flat, unravel = ravel_pytree(params)
-        return np.asarray(jax.hessian(lambda vector: loss(unravel(vector), *batch))(flat))
+        return np.asarray(jax.jit(jax.hessian(lambda v: loss(unravel(v), *batch)))(flat))
 
 
 def dense_jacobian(model, params, inputs):
@@ -81,7 +81,7 @@ def dense_jacobian(model, params, inputs):
     with jax.enable_x64(True):
         model, params, inputs = in_double((model, params, inputs))
         flat, unravel = ravel_pytree(params)
-        return np.asarray(jax.jacrev(lambda vector: model(unravel(vector), inputs))(flat))
+        return np.asarray(jax.jit(jax.jacrev(lambda v: model(unravel(v), inputs)))(flat))
 
 
 def symmetric(eigenvalues, seed=0):

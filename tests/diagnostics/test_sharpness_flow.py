@@ -94,7 +94,9 @@ def test_sharpness_and_flow_at_a_minimum(tangent):
     )
     assert report.gradient_error < 1e-9
     assert bool(report.converged)
-    eigenvalues = np.linalg.eigvalsh(jax.hessian(lambda w: loss_fn({"w": w}, *BED[:2]))(zeta))
+    eigenvalues = np.linalg.eigvalsh(
+        jax.jit(jax.hessian(lambda w: loss_fn({"w": w}, *BED[:2])))(zeta)
+    )
     np.testing.assert_allclose(report.relative_gap, 1 - eigenvalues[-2] / eigenvalues[-1])
 
 
@@ -193,7 +195,7 @@ def descend(w, decay, num_steps):
 def test_descent_follows_the_flow(rate):
     zeta = minimum(1.2)[2]
     start = predict(loss_fn, {"w": zeta}, BED.x, BED.y, intrinsic_rate=rate)
-    hessian = jax.hessian(lambda w: loss_fn({"w": w}, BED.x, BED.y))(jnp.asarray(zeta))
+    hessian = jax.jit(jax.hessian(lambda w: loss_fn({"w": w}, BED.x, BED.y)))(jnp.asarray(zeta))
     leading = np.linalg.eigh(hessian)[1][:, -1]
     norm = np.sqrt(RATE * start.sharpness / 2)
     w = descend(norm * (zeta + start.amplitude * leading), rate / RATE, 24_002)

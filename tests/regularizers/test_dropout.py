@@ -128,7 +128,7 @@ def test_gradient_penalty_of_sampled_masks(num_masks, double):
     def gradient_and_product(key):
         gradient_of = jax.grad(lambda v: dropout_loss(unravel(v), key, inputs, targets))
         gradient = gradient_of(vector)
-        return gradient, jax.jacrev(gradient_of)(vector) @ gradient
+        return gradient, jax.jit(jax.jacrev(gradient_of))(vector) @ gradient
 
     found_by_key = map(gradient_and_product, jax.random.split(KEY, num_masks))
     gradients, products = zip(*found_by_key, strict=True)
@@ -243,7 +243,7 @@ def relu_network(params, inputs):
 
 def squared_norms(params, inputs):
     """The mean over the inputs of ||d f / d params||^2."""
-    jacobian = jax.jacrev(relu_network)(params, inputs)
+    jacobian = jax.jit(jax.jacrev(relu_network))(params, inputs)
     return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(jacobian)) / inputs.shape[0]
 
 
