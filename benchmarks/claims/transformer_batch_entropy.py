@@ -196,7 +196,7 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
     _figures.dots(loss, named, "column", "test_loss")
     for color, own in zip(_figures.COLORS, _claims.groups(records, "data").values(), strict=False):
         loss.axhline(own[0]["by_position"], color=color, linewidth=0.8, linestyle=":")
-    loss.legend(frameon=False, fontsize=6)
+    loss.legend(frameon=False, fontsize=6, loc="center")
     _figures.label(loss, x="target and strength", y="test loss (nats)")
     loss.tick_params(axis="x", labelsize=6)
     shown = _claims.select(records, **{name: first[name] for name in ("data", "rate", "steps")})

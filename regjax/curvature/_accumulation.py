@@ -20,8 +20,8 @@ from regjax._sharding import Columns
 CHOICES = ("compensated", "float64")
 # Partial sums of a row; those of a block of rows stay in a core's own cache.
 _LANES = 1024
-# Terms of a lane that are summed before they meet the others.
-_GROUP = 64
+# Slabs, of as many columns, in a turn of the loop; turns whose sum is made before it meets others.
+_TURN, _GROUP = 4, 64
 
 
 def small_dtype(dtype: Any, accumulation: str | None) -> Any:
@@ -91,23 +91,29 @@ def _has_lanes(vector: jax.Array) -> bool:
 
 
 def _over_slabs(add: Any, multiply: Any, rows: jax.Array, vector: jax.Array) -> Any:
-    """Folds the terms of the inner products, a slab of columns at a time, with `add`."""
+    """Folds the terms of the inner products, a few slabs of columns at a time, with `add`."""
 
     def terms(start: Any, width: int) -> Any:
         part = lax.dynamic_slice_in_dim(rows, start, width, 1)
         return multiply(part, lax.dynamic_slice_in_dim(vector, start, width)[None])
 
-    num_slabs, rest = divmod(vector.size, _LANES)
-    # The ragged rest comes first, in as many lanes as it needs.
-    fill = lambda leaf: jnp.pad(leaf, ((0, 0), (0, _LANES - rest)))
-    init = jax.tree.map(fill, terms(num_slabs * _LANES, rest))
+    def slabs(first: Any, count: int) -> Any:
+        parts = [terms((first + i) * _LANES, _LANES) for i in range(count)]
+        return functools.reduce(add, parts)
 
-    def add_slab(slab: Any, sums: Any) -> Any:
-        return add(sums, terms(slab * _LANES, _LANES))
+    def add_turn(turn: Any, sums: Any) -> Any:
+        return add(sums, slabs(turn * _TURN, _TURN))
 
     def add_group(group: Any, sums: Any) -> Any:
         start = group * _GROUP
-        end = jnp.minimum(start + _GROUP, num_slabs)
-        return add(sums, lax.fori_loop(start, end, add_slab, jax.tree.map(jnp.zeros_like, sums)))
+        end = jnp.minimum(start + _GROUP, num_turns)
+        return add(sums, lax.fori_loop(start, end, add_turn, jax.tree.map(jnp.zeros_like, sums)))
 
-    return lax.fori_loop(0, -(-num_slabs // _GROUP), add_group, init)
+    num_turns, left = divmod(vector.size, _TURN * _LANES)
+    num_slabs, rest = divmod(left, _LANES)
+    # The ragged rest comes first, in as many lanes as it needs.
+    fill = lambda leaf: jnp.pad(leaf, ((0, 0), (0, _LANES - rest)))
+    sums = jax.tree.map(fill, terms(vector.size - rest, rest))
+    if num_slabs:
+        sums = add(sums, slabs(num_turns * _TURN, num_slabs))
+    return lax.fori_loop(0, -(-num_turns // _GROUP), add_group, sums)
