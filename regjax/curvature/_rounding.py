@@ -1,5 +1,6 @@
 """What products are off by, from the narrowest type that they compute in."""
 
+import dataclasses
 import functools
 
 import jax
@@ -18,7 +19,9 @@ def product_eps(operator: Operator) -> float:
     """The unit of rounding of the narrowest type in a product, at least that of its vectors."""
     of = lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
     vector = jax.ShapeDtypeStruct(operator.shape[:1], operator.dtype)
-    traced = jax.make_jaxpr(product)(jax.tree.map(of, operator), vector)
+    # The whole batch at once on one device: it is traced, not computed.
+    whole = dataclasses.replace(operator, chunk_size=None, placement=None)
+    traced = jax.make_jaxpr(product)(jax.tree.map(of, whole), vector)
     dtypes = {
         variable.aval.dtype
         for equation in _jaxprs.equations(traced.jaxpr)

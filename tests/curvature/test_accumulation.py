@@ -193,3 +193,14 @@ def test_matrix_products_beside_those_with_the_matrix_are_full_float32():
         ]
         assert found, name
         assert all(precision == (highest, highest) for precision in found), name
+
+
+def test_looking_for_the_type_warns_of_nothing():
+    """In chunks, convolutions in a compiled loop would."""
+    kernel = {"k": jnp.ones((3, 3, 1, 1))}
+
+    def loss(params, x):
+        return jnp.mean(jax.lax.conv(x, params["k"].transpose(2, 3, 0, 1), (1, 1), "SAME") ** 2)
+
+    operator = curvature.hessian(loss, kernel, jnp.ones((20, 1, 4, 4)), chunk_size=1)
+    assert _rounding.product_eps(operator) == float(jnp.finfo(jnp.float32).eps)
