@@ -31,7 +31,8 @@ class EigenResult(NamedTuple):
 
     Attributes:
       values: (k,), Ritz values.
-      vectors: tree like the parameters with a leading axis k, orthonormal.
+      vectors: tree like the parameters with a leading axis k, orthonormal up to the rounding of
+        the parameters' type.
       residual_norms: (k,), ||A v - value v||: some eigenvalue lies within it of the value. Says
         nothing about the value's rank in the spectrum. At least 8 units of rounding, of the
         narrowest type in a product, of the largest |Ritz value|: 6 % of it in bfloat16.
