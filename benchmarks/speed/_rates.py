@@ -2,13 +2,15 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
+
+from regjax import _jaxprs
 
 _ROUNDS = 5
 
@@ -102,7 +104,7 @@ def _count(jaxpr: Any) -> int:
             total += _of_product(equation)
         elif name == "conv_general_dilated":
             total += _of_convolution(equation)
-        inner = [_count(each) for each in _inner(equation.params)]
+        inner = [_count(each) for each in _jaxprs.inner_jaxprs(equation)]
         if name == "while" and any(inner):
             raise NotImplementedError("`jaxpr` must have no products in a while loop, got one.")
         if name == "cond":
@@ -136,12 +138,3 @@ def _of_convolution(equation: Any) -> int:
         is_inside = (place >= 0) & (place <= (inputs[of_input] - 1) * spread)
         total *= int(np.sum(is_inside & (place % spread == 0)))
     return total
-
-
-def _inner(options: dict[str, Any]) -> Iterator[Any]:
-    for value in options.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(item, "eqns"):
-                yield item
-            elif hasattr(item, "jaxpr"):
-                yield item.jaxpr

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from benchmarks._timing import Case
 from benchmarks.speed import _problems
@@ -87,13 +88,8 @@ def _start(size: int) -> np.ndarray:
 
 def _like(operator: curvature.Operator, flat: np.ndarray) -> Any:
     """The vector as a tree like the parameters."""
-    leaves, treedef = jax.tree.flatten(operator.params)
-    parts = np.split(flat, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    shaped = [
-        jnp.asarray(part.reshape(leaf.shape), leaf.dtype)
-        for part, leaf in zip(parts, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, shaped)
+    example, unravel = ravel_pytree(operator.params)
+    return unravel(jnp.asarray(flat, example.dtype))
 
 
 def _leading(run: curvature.LanczosResult) -> np.ndarray:

@@ -185,7 +185,6 @@ def top_eigenpairs_init(
         which=which,
         num_rows=num_rows,
         searches=search,
-        product_eps=_rounding.product_eps(operator),
     )
     return operator.columns.copied(state)
 
@@ -199,17 +198,17 @@ def top_eigenpairs_step(operator: Operator, state: EigenState) -> EigenState:
 
 def top_eigenpairs_result(operator: Operator, state: EigenState) -> EigenResult:
     """The wanted pairs as they stand, converged or not."""
-    return _result(state, operator.params)
+    return _result(state, operator.params, _rounding.product_eps(operator))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=2)
 @precisely
-def _result(state: EigenState, like: Any) -> EigenResult:
+def _result(state: EigenState, like: Any, product_eps: float) -> EigenResult:
     k = state.k
     columns = state.krylov.basis.columns
     vectors = columns.join(_basis.combine(state.krylov.basis, state.weights[:, :k]))
     size = state.krylov.direction.size
-    floor = _rounding.floor(state.values, state.product_eps)
+    floor = _rounding.floor(state.values, product_eps)
     return EigenResult(
         values=state.values[:k],
         vectors=jax.vmap(lambda flat: _tree.unravel(flat, like))(vectors),

@@ -27,7 +27,7 @@ _ROOM = 10
         "weights", "values", "bounds", "small", "in_search",
         "wants_restart", "wants_search", "done",
     ],
-    meta_fields=["k", "which", "num_rows", "searches", "product_eps"],
+    meta_fields=["k", "which", "num_rows", "searches"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class EigenState:
@@ -48,7 +48,7 @@ class EigenState:
       wants_search: (), bool, whether it is time for a (further) search.
       done: (), bool, whether nothing more is to be gained.
       k: number of wanted pairs. which: end of the spectrum. num_rows: rows in use at most.
-      searches: whether missed copies are looked for. product_eps: see `_rounding`.
+      searches: whether missed copies are looked for.
     """
 
     krylov: Krylov
@@ -68,7 +68,6 @@ class EigenState:
     which: str
     num_rows: int
     searches: bool
-    product_eps: float
 
 
 def assess(state: EigenState) -> EigenState:
