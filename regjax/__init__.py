@@ -1,4 +1,24 @@
-"""regjax: regularisation, normalization and the loss landscape in JAX."""
+"""regjax: regularisation, normalization and the loss landscape in JAX.
+
+A function lives in the room that is named for what it returns:
+
+    curvature        a matrix known by its products, or something spectral made from one
+    transforms       an optax gradient transformation
+    schedules        a schedule, or a rule for a learning rate
+    regularizers     a scalar to add to a loss
+    normalization    a Flax module, or the pure statistics under it
+    initializers     initial parameters
+    pruning          scores or masks of units, and networks without them
+    diagnostics      a report that changes nothing
+    models           a network with known dynamics, or a small standard one
+    plots            a figure
+    experiments      data, a training run, a command
+
+The last three are imported when they are first used.
+"""
+
+import importlib
+from types import ModuleType
 
 from regjax import curvature as curvature
 from regjax import diagnostics as diagnostics
@@ -8,6 +28,7 @@ from regjax import pruning as pruning
 from regjax import regularizers as regularizers
 from regjax import schedules as schedules
 from regjax import transforms as transforms
+from regjax import typing as typing
 from regjax._adapters import Model as Model
 from regjax._adapters import check_separable as check_separable
 from regjax._adapters import couples_examples as couples_examples
@@ -16,8 +37,21 @@ from regjax._adapters import from_linen as from_linen
 from regjax._adapters import from_nnx as from_nnx
 from regjax._adapters import model_function as model_function
 from regjax._adapters import model_loss as model_loss
+from regjax._files import CheckpointError as CheckpointError
 from regjax._loops import Interrupted as Interrupted
 from regjax._statistics import population_statistics as population_statistics
 from regjax._statistics import updated_statistics as updated_statistics
 
 __version__ = "0.1.0"
+
+_LAZY = ("experiments", "models", "plots")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LAZY:
+        return importlib.import_module(f"regjax.{name}")
+    raise AttributeError(f"module 'regjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

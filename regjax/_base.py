@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
 from regjax import _checks, _tree
 
@@ -23,8 +24,26 @@ Batch: TypeAlias = tuple[Any, ...]
 GradFn: TypeAlias = Callable[[Params, Any], Params]
 """(params, i) -> gradient at other parameters, on inner batch or shard i (int32) of the step."""
 
-MatVec: TypeAlias = Callable[[Any], Any]
+MatVec: TypeAlias = Callable[[Params], Params]
 """A symmetric linear map from trees (or flat vectors) to trees of the same structure."""
+
+State: TypeAlias = Any
+"""Tree of what a model keeps beside its parameters: batch statistics, counts, keys."""
+
+Mask: TypeAlias = Any
+"""Tree of Python bools like the parameters, or None for all leaves."""
+
+Tree: TypeAlias = Any
+"""Any other tree of arrays; what its leaves are is said where it is used."""
+
+PRNGKey: TypeAlias = jax.Array
+"""Typed key from `jax.random.key`."""
+
+ScalarOrSchedule: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike]
+"""A number, or a function of the number of updates so far that gives one."""
+
+Callback: TypeAlias = Callable[[int, int], None]
+"""Called as callback(done, total) from the host while a solver runs."""
 
 
 class LossFn(Protocol):

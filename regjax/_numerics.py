@@ -1,0 +1,58 @@
+"""Small pieces of arithmetic that are easily written wrong: guarded division, errors, parts."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from regjax import _tree
+from regjax._base import Params
+
+
+def divide(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    otherwise: ArrayLike = 0,
+) -> jax.Array:
+    """Divides where that is allowed, and gives `otherwise` elsewhere; derivatives stay finite.
+
+    Args:
+      numerator: any shape that broadcasts; real floating point.
+      denominator: likewise.
+      where: bool, where to divide; None: where the denominator is not zero.
+      otherwise: value elsewhere.
+    """
+    denominator = jnp.asarray(denominator)
+    allowed = jnp.asarray(denominator != 0 if where is None else where)
+    # The branch that is not taken must not divide by zero either, or its derivative is NaN.
+    quotient = numerator / jnp.where(allowed, denominator, jnp.ones_like(denominator))
+    return jnp.where(allowed, quotient, jnp.asarray(otherwise, quotient.dtype))
+
+
+def mean_and_error(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gives the mean over the leading axis and its standard error, NaN for a single value."""
+    count = jnp.asarray(values.shape[0], values.dtype)
+    return jnp.mean(values, 0), jnp.std(values, 0, ddof=1) / jnp.sqrt(count)
+
+
+def part_outside(vectors: jax.Array, rows: jax.Array) -> jax.Array:
+    """Subtracts from `vectors` (..., n) their parts in the span of orthonormal `rows` (k, n).
+
+    In full precision, or what is to be left out leaks in.
+    """
+    vectors = _tree.wide(vectors)
+    rows = rows.astype(vectors.dtype)
+    along = jnp.matmul(vectors, rows.T, precision="highest")
+    return vectors - jnp.matmul(along, rows, precision="highest")
+
+
+def between(params: Params, other_params: Params, share: ArrayLike) -> Params:
+    """Gives (1 - share) params + share other_params, leaf by leaf; exact at both ends."""
+
+    def mixed(one: jax.Array, other: jax.Array) -> jax.Array:
+        part = jnp.asarray(share, _tree.wide_dtype(one))
+        mean = (1 - part) * _tree.wide(one) + part * _tree.wide(other)
+        return mean.astype(jnp.result_type(one))
+
+    return jax.tree.map(mixed, params, other_params)

@@ -1,0 +1,49 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from regjax import _numerics
+
+
+def test_division_is_guarded_with_its_derivative():
+    denominators = jnp.array([2.0, 0.0, -4.0])
+    found = _numerics.divide(jnp.ones(3), denominators, otherwise=7)
+    np.testing.assert_array_equal(found, [0.5, 7, -0.25])
+    slope = jax.grad(lambda d: jnp.sum(_numerics.divide(jnp.ones(3), d)))(denominators)
+    np.testing.assert_array_equal(slope, [-0.25, 0, -0.0625])
+
+
+def test_division_takes_its_condition():
+    allowed = jnp.array([True, False])
+    found = _numerics.divide(jnp.ones(2), jnp.array([0.0, 2.0]), where=allowed)
+    np.testing.assert_array_equal(found, [np.inf, 0])
+
+
+def test_mean_and_error_are_those_of_numpy():
+    values = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    mean, error = _numerics.mean_and_error(jnp.asarray(values))
+    np.testing.assert_allclose(mean, values.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(error, values.std(0, ddof=1) / np.sqrt(7), rtol=1e-5)
+
+
+def test_part_outside_is_that_of_the_projector():
+    rng = np.random.default_rng(0)
+    rows = np.linalg.qr(rng.normal(size=(6, 2)))[0].T.astype(np.float32)
+    vectors = rng.normal(size=(4, 6)).astype(np.float32)
+    found = _numerics.part_outside(jnp.asarray(vectors), jnp.asarray(rows))
+    np.testing.assert_allclose(found, vectors @ (np.eye(6) - rows.T @ rows), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_between_hits_both_ends(dtype):
+    # start + 1 (end - start) misses the end by a rounding for one pair in three.
+    keys = jax.random.split(jax.random.key(0))
+    one, other = ({"a": jax.random.normal(key, (100,), dtype)} for key in keys)
+    for share, end in ((0.0, one), (1.0, other)):
+        found = _numerics.between(one, other, share)["a"]
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, end["a"])
+    middle = _numerics.between(one, other, 0.5)["a"]
+    exact = (one["a"].astype(jnp.float32) + other["a"].astype(jnp.float32)) / 2
+    np.testing.assert_array_equal(middle, exact.astype(dtype))
