@@ -62,6 +62,14 @@ class ModelFn(Protocol):
         ...
 
 
+class OutputLossFn(Protocol):
+    """(outputs, targets) -> scalar, the mean over the examples."""
+
+    def __call__(self, outputs: Any, targets: Any, /) -> jax.Array:
+        """The mean loss, shape ()."""
+        ...
+
+
 def couples_examples(function: Any) -> bool:
     """Whether `function` says that it couples the examples of a batch.
 

@@ -110,7 +110,7 @@ def mean(
         placement = None
     chunked = _Chunked(function, params, batch, chunk_size, placement)
     num_chunks, ragged = divmod(chunked.length, chunk_size)
-    total = _loops.fold(_add, _zeros(chunked), num_chunks, operands=chunked)
+    total = _loops.scan(_add, _zeros(chunked), num_chunks, operands=chunked)
     total = _with_ragged(_weighted, total, chunked) if ragged else total
     return total if placement is None else _mean_of_parts(total)
 
@@ -132,7 +132,7 @@ def each(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> An
     rows = jax.tree.map(
         lambda leaf: jnp.zeros((length, *leaf.shape[1:]), leaf.dtype), _zeros(chunked)
     )
-    rows = _loops.fold(_set, rows, num_chunks, operands=chunked)
+    rows = _loops.scan(_set, rows, num_chunks, operands=chunked)
     return _with_ragged(_placed, rows, chunked) if ragged else rows
 
 
@@ -154,7 +154,7 @@ def sampled(
     num_examples = _checks.num_examples(inputs)
     keys = jax.random.split(_checks.key("key", key), num_examples)
 
-    def add(moments: Any, i: jax.Array) -> Any:
+    def add(_: None, moments: Any, i: jax.Array) -> Any:
         mean, squares = moments
         each_key = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         values = each(function, params, (inputs, each_key), chunk_size)
@@ -163,7 +163,7 @@ def sampled(
         return mean, squares + change * (values - mean)
 
     zeros = jnp.zeros(num_examples, _tree.wide_dtype(inputs))
-    mean, squares = _loops.fold_captured(add, (zeros, zeros), num_samples)
+    mean, squares = _loops.scan(add, (zeros, zeros), num_samples)
     # NaN with a single sample: 0 / 0.
     variances = squares / (jnp.asarray(num_samples - 1.0, squares.dtype) * num_samples)
     error = jnp.sqrt(jnp.sum(jax.lax.stop_gradient(variances))) / num_examples
@@ -198,7 +198,7 @@ def _weighted(total: Any, chunked: _Chunked, start: Any, length: int) -> Any:
     if placement is not None:
         add = functools.partial(_weighted_part, length=length)
         shared = (chunked.function, chunked.params, start)
-        return placement.by_part(add, total, chunked.batch, shared)
+        return placement.map_parts(add, total, chunked.batch, shared)
     share = length / chunked.length
     return jax.tree.map(lambda a, b: a + share * b, total, chunked.at(start, length))
 

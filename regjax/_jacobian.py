@@ -45,12 +45,12 @@ def rows(function: Any, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     num_examples, num_outputs = outputs.shape
     basis = jnp.eye(num_outputs, dtype=outputs.dtype)[:, None]
     basis = jnp.broadcast_to(basis, (num_outputs, num_examples, num_outputs))
-    return outputs, _loops.spread(pull_back, basis)
+    return outputs, _loops.map(pull_back, basis)
 
 
 def columns(function: Any, inputs: jax.Array, directions: jax.Array) -> jax.Array:
     """The Jacobians times the rows of `directions` (r, d), (r, N, k) by r forward passes."""
-    return _loops.spread(
+    return _loops.map(
         lambda direction: push_forward(
             function, inputs, jnp.broadcast_to(direction, (inputs.shape[0], direction.size))
         ),

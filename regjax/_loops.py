@@ -4,7 +4,8 @@ XLA on CPU runs a convolution inside any control-flow region 12 to 50 times slow
 one, without a warning (jax issue 12868). So a loop is a `lax` loop on accelerators and for bodies
 without convolution. On CPU a body with convolutions is repeated by the host over one compiled
 step that donates its carry; inside somebody's own jit, where no host can loop, it is unrolled up
-to eight times and beyond that compiled as a loop, with one warning.
+to eight times and beyond that compiled as a loop, with one warning. The words are those of
+`jax.lax`: scan, map, while_loop, cond, switch.
 """
 
 import contextlib
@@ -50,51 +51,58 @@ def is_concrete(*trees: Any) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
-def fold(body: Body, carry: Any, length: int, *, operands: Any) -> Any:
+def scan(body: Body, carry: Any, length: int, *, operands: Any = None, unroll: bool = False) -> Any:
     """The carry after `body(operands, carry, i)` for i = 0, ..., length - 1.
 
     Args:
-      body: a function of (operands, carry, i) -> carry. It is a cache key: pass the same object
-        again (a module-level function) and nothing is compiled again.
+      body: a function of (operands, carry, i) -> carry. With operands it is a cache key: pass the
+        same object again (a module-level function) and nothing is compiled again.
       carry: a tree of arrays; the body keeps structure, shapes and dtypes. Not donated.
       length: a Python integer, the number of turns.
-      operands: a tree of arrays that the body reads and that stay the same.
+      operands: a tree of arrays that the body reads and that stay the same. None: the body
+        captures what it reads, tracers perhaps; nothing remembers it, and with a concrete carry
+        the host calls it turn by turn.
+      unroll: whether turns cost about a gradient each, and are few: up to eight are unrolled on
+        CPU in one compiled program. For a perceptron they take two thirds of the loop's time, for
+        eight times its compilation.
 
     Returns:
       The last carry.
     """
     if length == 0:
         return carry
+    if operands is None:
+        return _scan_captured(body, carry, length)
     slow_in_loops = _is_slow_in_loops(body, operands, carry)
+    if unroll and jax.default_backend() == "cpu" and length <= _MAX_UNROLL and not slow_in_loops:
+        return _compiled_turns(body, carry, length, operands)
     if is_concrete(operands, carry):
         if not slow_in_loops:
-            return _compiled_fold(body, carry, length, operands)
+            return _compiled_scan(body, carry, length, operands)
         carry = jax.tree.map(jnp.copy, carry)
         for i in range(length):
             carry = _compiled_turn(body, carry, operands, jnp.int32(i))
         return carry
     if slow_in_loops and length <= _MAX_UNROLL:
-        for i in range(length):
-            carry = body(operands, carry, jnp.int32(i))
-        return carry
+        return _turns(body, carry, length, operands)
     if slow_in_loops:
         _warn_slow(length)
     return _loop(body, carry, length, operands)
 
 
-def fold_few(body: Body, carry: Any, length: int, *, operands: Any) -> Any:
-    """As `fold`, for a few turns of about a gradient each.
+def _scan_captured(body: Body, carry: Any, length: int) -> Any:
+    host_loops, on_cpu = is_concrete(carry), jax.default_backend() == "cpu"
+    first = jax.ShapeDtypeStruct((), jnp.int32)
+    has_convolution = on_cpu and not host_loops and _has_convolution(body, None, carry, first)
+    limit = _MAX_UNROLL if has_convolution else _SHORT_LOOP
+    if host_loops or (on_cpu and length <= limit):
+        return _turns(body, carry, length, None)
+    if has_convolution:
+        _warn_slow(length)
+    return _loop(body, carry, length, None)
 
-    Up to eight are unrolled on CPU in one compiled program: for a perceptron they take two thirds
-    of the loop's time, for eight times its compilation.
-    """
-    is_slow = _is_slow_in_loops(body, operands, carry)
-    if jax.default_backend() != "cpu" or length > _MAX_UNROLL or is_slow:
-        return fold(body, carry, length, operands=operands)
-    return _compiled_turns(body, carry, length, operands)
 
-
-def spread(function: Callable[[Any], Any], rows: Any) -> Any:
+def map(function: Callable[[Any], Any], rows: Any) -> Any:
     """`function` of each entry along the leading axis of `rows`, stacked.
 
     All in one vmapped call, but up to sixteen one after the other where XLA on CPU takes 1.4 times
@@ -110,28 +118,7 @@ def spread(function: Callable[[Any], Any], rows: Any) -> Any:
     )
 
 
-def fold_captured(body: Callable[[Any, jax.Array], Any], carry: Any, length: int) -> Any:
-    """As `fold`, for a body(carry, i) that captures what it reads, tracers perhaps.
-
-    Nothing remembers such a body: with a concrete carry the host calls it, turn by turn.
-    """
-    host_loops, on_cpu = is_concrete(carry), jax.default_backend() == "cpu"
-    has_convolution = (
-        on_cpu
-        and not host_loops
-        and _has_convolution(body, carry, jax.ShapeDtypeStruct((), jnp.int32))
-    )
-    limit = _MAX_UNROLL if has_convolution else _SHORT_LOOP
-    if host_loops or (on_cpu and length <= limit):
-        for i in range(length):
-            carry = body(carry, jnp.int32(i))
-        return carry
-    if has_convolution:
-        _warn_slow(length)
-    return _loop(lambda _, carry, i: body(carry, i), carry, length, None)
-
-
-def repeat_until(
+def while_loop(
     step: Callable[[Any, Any], Any],
     state: Any,
     *,
@@ -172,21 +159,34 @@ def repeat_until(
             return state
         _warn_slow(max_steps)
     _, state = lax.while_loop(
-        lambda pair: (pair[0] < max_steps) & ~done(pair[1]),
+        lambda pair: (pair[0] < max_steps) & ~jnp.asarray(done(pair[1]), bool),
         lambda pair: (pair[0] + 1, step(operands, pair[1])),
         (jnp.int32(0), state),
     )
     return state
 
 
-def branch(condition: Any, change: Callable[[Any], Any], state: Any) -> Any:
-    """`change(state)` where `condition` holds, else `state`; `change` must not hold a product."""
+def cond(
+    condition: Any, change: Callable[[Any], Any], state: Any, *, holds_products: bool = False
+) -> Any:
+    """`change(state)` where `condition` holds, else `state`.
+
+    Args:
+      condition: (), bool; one that is not traced is decided by the host.
+      change: state -> state.
+      state: a tree of arrays.
+      holds_products: whether `change` holds products or gradients and is made too rarely to
+        compute it each time and select. Convolutions in it are slow on CPU inside of `jit`, with
+        one warning.
+    """
     if is_concrete(condition):
         return change(state) if condition else state
+    if holds_products and jax.default_backend() == "cpu" and _has_convolution(change, state):
+        _warn_slow_branch()
     return lax.cond(condition, change, lambda unchanged: unchanged, state)
 
 
-def choose(index: Any, functions: Sequence[Callable[[Any], Any]], operand: Any) -> Any:
+def switch(index: Any, functions: Sequence[Callable[[Any], Any]], operand: Any) -> Any:
     """`functions[index](operand)`; they must not hold a product, but may send and receive.
 
     Under `jax.vmap` an index that is mapped over computes all of them.
@@ -194,17 +194,6 @@ def choose(index: Any, functions: Sequence[Callable[[Any], Any]], operand: Any) 
     if is_concrete(index):
         return functions[int(index)](operand)
     return lax.switch(index, functions, operand)
-
-
-def rare_branch(condition: Any, change: Callable[[Any], Any], state: Any) -> Any:
-    """As `branch`, for a `change` that holds products but is made too rarely for `where`.
-
-    Convolutions in it are slow on CPU inside of `jit`, with one warning.
-    """
-    traced = not is_concrete(condition)
-    if traced and jax.default_backend() == "cpu" and _has_convolution(change, state):
-        _warn_slow_branch()
-    return branch(condition, change, state)
 
 
 def _loop(body: Body, carry: Any, length: int, operands: Any) -> Any:
@@ -215,7 +204,7 @@ def _loop(body: Body, carry: Any, length: int, operands: Any) -> Any:
     )[0]
 
 
-_compiled_fold = jax.jit(
+_compiled_scan = jax.jit(
     lambda body, carry, length, operands: _loop(body, carry, length, operands),
     static_argnums=(0, 2),
 )

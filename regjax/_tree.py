@@ -1,7 +1,8 @@
-"""Trees as flat vectors, wide sums, groups of weights: what `optax.tree` lacks."""
+"""Sizes and wide sums of trees, groups of weights: what `optax.tree` lacks."""
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,7 +16,11 @@ def size(tree: Any) -> int:
 
 def vector_dtype(tree: Any) -> jnp.dtype:
     """Type of the flat vector of `tree`: the widest of its leaves, float32 at least."""
-    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
+    return widest(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def widest(dtypes: Iterable[Any]) -> jnp.dtype:
+    """The widest of some floating-point dtypes, float32 at least."""
     return max([jnp.dtype(jnp.float32), *dtypes], key=lambda dtype: jnp.finfo(dtype).bits)
 
 
@@ -64,26 +69,3 @@ def merge(one: Any, other: Any) -> Any:
         other,
         is_leaf=lambda node: node is None,
     )
-
-
-def ravel(tree: Any, dtype: Any) -> jax.Array:
-    """The leaves of `tree` as one vector (n,) of `dtype`, in the order of `jax.tree.leaves`."""
-    vector, start = jnp.zeros(size(tree), dtype), 0
-    # Updates in place: XLA on CPU takes four times as long for a concatenation.
-    for leaf in jax.tree.leaves(tree):
-        piece = jnp.ravel(leaf).astype(dtype)
-        vector = jax.lax.dynamic_update_slice(vector, piece, (start,))
-        start += piece.size
-    return vector
-
-
-def unravel(vector: jax.Array, like: Any) -> Any:
-    """The inverse of `ravel`: a tree with the structure, shapes and dtypes of `like`."""
-    leaves, treedef = jax.tree.flatten(like)
-    pieces, start = [], 0
-    for leaf in leaves:
-        length = math.prod(jnp.shape(leaf))
-        piece = jax.lax.slice_in_dim(vector, start, start + length)
-        pieces.append(piece.reshape(jnp.shape(leaf)).astype(jnp.result_type(leaf)))
-        start += length
-    return jax.tree.unflatten(treedef, pieces)

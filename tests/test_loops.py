@@ -34,14 +34,14 @@ def by_hand(body, operands, carry, length):
 @pytest.mark.parametrize("case", [DENSE, CONVOLVED], ids=["dense", "convolved"])
 @pytest.mark.parametrize("length", [0, 1, 5])
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("kind", [_loops.fold, _loops.fold_few])
-def test_fold_is_the_loop_by_hand(case, length, traced, kind):
+@pytest.mark.parametrize("unroll", [False, True])
+def test_scan_is_the_loop_by_hand(case, length, traced, unroll):
     body, operands, carry = case
 
-    def fold(carry):
-        return kind(body, carry, length, operands=operands)
+    def scan(carry):
+        return _loops.scan(body, carry, length, operands=operands, unroll=unroll)
 
-    result = (jax.jit(fold) if traced else fold)(carry)
+    result = (jax.jit(scan) if traced else scan)(carry)
     np.testing.assert_allclose(result, by_hand(body, operands, carry, length), rtol=1e-6)
     assert not carry.is_deleted()
 
@@ -49,25 +49,25 @@ def test_fold_is_the_loop_by_hand(case, length, traced, kind):
 def test_few_turns_are_unrolled_and_more_are_a_loop():
     body, operands, carry = DENSE
     few = lambda length: jax.make_jaxpr(
-        lambda c: _loops.fold_few(body, c, length, operands=operands)
+        lambda c: _loops.scan(body, c, length, operands=operands, unroll=True)
     )(carry)
     assert "scan" not in primitives(few(8).jaxpr)
     assert "scan" in primitives(few(9).jaxpr)
 
 
 @pytest.mark.parametrize("num_rows", [3, 17])
-def test_rows_are_spread_in_one_call_but_for_convolutions(num_rows):
+def test_rows_are_mapped_in_one_call_but_for_convolutions(num_rows):
     rows = jnp.arange(4.0 * num_rows).reshape(num_rows, 4)
     for body, operands in ((add_dense, DENSE[1]), (add_convolved, CONVOLVED[1])):
         turn = lambda row, body=body, operands=operands: (
             body(operands, row, jnp.int32(0)),
             row[0],
         )
-        image, first = _loops.spread(turn, rows)
+        image, first = _loops.map(turn, rows)
         expected = np.stack([turn(row)[0] for row in rows])
         np.testing.assert_allclose(image, expected, rtol=1e-6)
         np.testing.assert_array_equal(first, rows[:, 0])
-        jaxpr = jax.make_jaxpr(lambda rows, turn=turn: _loops.spread(turn, rows))(rows)
+        jaxpr = jax.make_jaxpr(lambda rows, turn=turn: _loops.map(turn, rows))(rows)
         follow = body is add_convolved and num_rows <= 16
         convolutions = str(jaxpr).count("conv_general_dilated[")
         assert convolutions == (num_rows if follow else int(body is add_convolved))
@@ -79,23 +79,23 @@ def primitives(jaxpr):
 
 def test_convolutions_never_enter_a_compiled_region_on_cpu(monkeypatch):
     body, operands, carry = CONVOLVED
-    unrolled = jax.make_jaxpr(lambda c: _loops.fold(body, c, 8, operands=operands))(carry)
+    unrolled = jax.make_jaxpr(lambda c: _loops.scan(body, c, 8, operands=operands))(carry)
     assert "scan" not in primitives(unrolled.jaxpr)
-    scanned = jax.make_jaxpr(lambda c: _loops.fold(DENSE[0], c, 8, operands=DENSE[1]))(carry)
+    scanned = jax.make_jaxpr(lambda c: _loops.scan(DENSE[0], c, 8, operands=DENSE[1]))(carry)
     assert "scan" in primitives(scanned.jaxpr)
     # On the host the body is compiled once and called, without a region around it.
-    monkeypatch.setattr(_loops, "_compiled_fold", None)
+    monkeypatch.setattr(_loops, "_compiled_scan", None)
     turns = []
     turn = _loops._compiled_turn
     monkeypatch.setattr(_loops, "_compiled_turn", lambda *a: turns.append(a[3]) or turn(*a))
-    _loops.fold(body, carry, 9, operands=operands)
+    _loops.scan(body, carry, 9, operands=operands)
     assert [int(i) for i in turns] == list(range(9))
 
 
 def test_accelerators_scan_convolutions(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     body, operands, carry = CONVOLVED
-    jaxpr = jax.make_jaxpr(lambda c: _loops.fold(body, c, 3, operands=operands))(carry)
+    jaxpr = jax.make_jaxpr(lambda c: _loops.scan(body, c, 3, operands=operands))(carry)
     assert "scan" in primitives(jaxpr.jaxpr)
 
 
@@ -103,10 +103,10 @@ def test_long_traced_convolutions_warn_once():
     body, operands, carry = CONVOLVED
     _loops._warn_slow.cache_clear()
     with pytest.warns(UserWarning, match="12 to 50 times slower on CPU.*without jit"):
-        jax.make_jaxpr(lambda c: _loops.fold(body, c, 9, operands=operands))(carry)
+        jax.make_jaxpr(lambda c: _loops.scan(body, c, 9, operands=operands))(carry)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        jax.make_jaxpr(lambda c: _loops.fold(body, c, 9, operands=operands))(carry)
+        jax.make_jaxpr(lambda c: _loops.scan(body, c, 9, operands=operands))(carry)
 
 
 def count_up(operands, state):
@@ -114,7 +114,7 @@ def count_up(operands, state):
 
 
 def run(state, max_steps, **options):
-    return _loops.repeat_until(
+    return _loops.while_loop(
         count_up,
         state,
         operands=jnp.float32(1),
@@ -127,7 +127,7 @@ def run(state, max_steps, **options):
 
 @pytest.mark.parametrize(("max_steps", "expected"), [(3, 3), (5, 5), (100, 5)])
 @pytest.mark.parametrize("traced", [False, True])
-def test_repeat_until_stops_at_done_or_at_the_limit(max_steps, expected, traced):
+def test_while_loop_stops_at_done_or_at_the_limit(max_steps, expected, traced):
     function = jax.jit(run, static_argnums=1) if traced else run
     assert float(function(jnp.float32(0), max_steps)) == expected
 
@@ -137,7 +137,7 @@ def test_traced_convolution_steps_unroll_and_stop():
         return add_convolved(operands, state, jnp.int32(0))
 
     def solve(state, max_steps):
-        return _loops.repeat_until(
+        return _loops.while_loop(
             step,
             state,
             operands=CONVOLVED[1],
@@ -177,17 +177,28 @@ def test_second_ctrl_c_acts_at_once():
     assert not isinstance(caught.value, regjax.Interrupted)
 
 
-def test_branch_chooses_on_the_host_and_in_the_program():
+def test_cond_chooses_on_the_host_and_in_the_program():
     double = lambda state: 2 * state
     for condition, expected in ((True, 6.0), (False, 3.0)):
-        assert float(_loops.branch(jnp.bool_(condition), double, jnp.float32(3))) == expected
-        traced = jax.jit(lambda c: _loops.branch(c, double, jnp.float32(3)))
+        assert float(_loops.cond(jnp.bool_(condition), double, jnp.float32(3))) == expected
+        traced = jax.jit(lambda c: _loops.cond(c, double, jnp.float32(3)))
         assert float(traced(jnp.bool_(condition))) == expected
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_choose_calls_one_of_several(traced):
+def test_switch_calls_one_of_several(traced):
     functions = [lambda x, k=k: x * k for k in range(3)]
-    choose = lambda index: _loops.choose(index, functions, jnp.float32(2))
-    choose = jax.jit(choose) if traced else choose
-    np.testing.assert_array_equal([choose(jnp.int32(i)) for i in range(3)], [0, 2, 4])
+    switch = lambda index: _loops.switch(index, functions, jnp.float32(2))
+    switch = jax.jit(switch) if traced else switch
+    np.testing.assert_array_equal([switch(jnp.int32(i)) for i in range(3)], [0, 2, 4])
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_body_that_captures_is_never_remembered(traced):
+    def solve(factor, start):
+        return _loops.scan(lambda _, carry, i: factor * carry + i.astype(carry.dtype), start, 6)
+
+    solve = jax.jit(solve) if traced else solve
+    by_numbers = lambda factor: sum(i * factor ** (5 - i) for i in range(6)) + factor**6
+    for factor in (2.0, 3.0):
+        assert float(solve(jnp.float32(factor), jnp.float32(1))) == by_numbers(factor)

@@ -1,5 +1,6 @@
 """What the benchmarks of large networks count, check and measure."""
 
+import dataclasses
 import functools
 import math
 import pkgutil
@@ -152,27 +153,30 @@ def test_oracles_refuse_wrong_products_and_steps():
 def test_probe_sees_what_is_wrong_with_a_factorisation():
     diagonal = jnp.linspace(1, 2, 40)
     operator = curvature.from_matvec(jax.tree_util.Partial(jnp.multiply, diagonal), diagonal)
-    state = curvature.lanczos_init(operator, jnp.ones(40), 5)
+    solver = curvature.lanczos_solver(operator, jnp.ones(40), 5)
+    state = solver.init()
     for _ in range(5):
-        state = curvature.lanczos_step(operator, state)
+        state = solver.step(state)
     weights = jax.random.normal(jax.random.key(0), (5,))
     error = lambda state: bench_accelerator.probe_error(
         operator, bench_accelerator.probe(state, weights)
     )
     assert error(state) < 1e-5
     projected = state.projected
+    blocks = tuple(1.01 * block for block in state.basis.blocks)
+    scaled = dataclasses.replace(state.basis, blocks=blocks)
     for wrong in (
         state._replace(projected=projected.at[2, 2].add(0.01)),
         state._replace(projected=projected.at[1, 2].add(0.01)),
         state._replace(beta=jnp.zeros_like(state.beta)),
-        state._replace(basis=jax.tree.map(lambda rows: 1.01 * rows, state.basis)),
+        state._replace(basis=scaled),
     ):
         assert error(wrong) > bench_accelerator._TOLERANCE
 
 
 def test_steps_are_cut_to_the_memory_of_the_device():
     row, steps = 1000, 80
-    needed = curvature.MemoryEstimate(5000, 84 * row, 30_000, 80 * row, 0)
+    needed = curvature.MemoryResult(5000, 84 * row, 30_000, 80 * row, 0)
     enough = math.ceil((5000 + 84 * row + 30_000) / 0.9)
     fit = functools.partial(bench_accelerator.steps_that_fit, needed, row)
     assert fit(enough, steps) == steps

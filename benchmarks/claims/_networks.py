@@ -167,7 +167,7 @@ def accuracy(params: Any, split: Split) -> float:
 def flatness(trained: Trained, split: Split, seed: int, num_probes: int) -> dict[str, float]:
     """Test accuracy, training loss, and the trace of the Hessian with its standard error."""
     hessian = curvature.hessian(loss_fn, trained.params, split.x, split.y)
-    trace = curvature.trace(hessian, key=jax.random.key(seed), num_probes=num_probes)
+    trace = curvature.trace(hessian, key=jax.random.key(seed), num_matvecs=num_probes)
     return {
         "accuracy": accuracy(trained.params, split),
         "loss": trained.loss,

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from benchmarks._timing import Case
 from benchmarks.speed import _programs, _rates
 from regjax import curvature
-from regjax.curvature import _basis, _operators
+from regjax.curvature._engine import _basis
+from regjax.curvature._lanczos import Krylov
 
 _TOLERANCE = 1e-4
 # Of the device's memory, for what the compiler adds and for fragments of freed memory.
@@ -127,20 +128,21 @@ def _lanczos(build: Callable[[], _programs.Problem], sizes: _Sizes) -> Case:
     start, row = problem.vector, operator.shape[0] * operator.dtype.itemsize
     num_steps, limit = sizes.num_steps, (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is not None:
-        needed = curvature.memory_estimate(curvature.lanczos, operator, start, num_steps)
+        needed = curvature.memory_estimate(curvature.lanczos_solver(operator, start, num_steps))
         num_steps = steps_that_fit(needed, row, limit, num_steps)
     vector = jax.flatten_util.ravel_pytree(start)[0]
 
     def products() -> jax.Array:
         for _ in range(num_steps):
-            image = jax.block_until_ready(_operators.product(operator, vector))
+            image = jax.block_until_ready(operator.product(vector))
         return image
 
     def lanczos() -> Any:
         # `curvature.lanczos` itself ends with a copy of the basis, half of an accelerator's memory.
-        state = curvature.lanczos_init(operator, start, num_steps)
+        solver = curvature.lanczos_solver(operator, start, num_steps)
+        state = solver.init()
         for _ in range(num_steps):
-            state = jax.block_until_ready(curvature.lanczos_step(operator, state))
+            state = jax.block_until_ready(solver.step(state))
         return probe(state, jax.random.normal(jax.random.key(3), (num_steps,)))
 
     def error(label: str, answer: Any) -> float:
@@ -186,29 +188,30 @@ class Probe(NamedTuple):
 
 
 @jax.jit
-def probe(state: curvature.Krylov, weights: jax.Array) -> Probe:
-    """Two passes over the basis; the result's copy of it is not used, hence not made."""
-    result = curvature.lanczos_result(state, weights.size)
-    moved = result.alphas * weights
-    moved = moved.at[:-1].add(result.betas * weights[1:])
-    moved = moved.at[1:].add(result.betas * weights[:-1])
+def probe(state: Krylov, weights: jax.Array) -> Probe:
+    """Two passes over the basis."""
+    projected = state.projected[: weights.size, : weights.size]
+    betas = jnp.diagonal(projected, 1)
+    moved = jnp.diagonal(projected) * weights
+    moved = moved.at[:-1].add(betas * weights[1:])
+    moved = moved.at[1:].add(betas * weights[:-1])
     both = (
         jnp.zeros((state.basis.num_rows, 2)).at[: weights.size].set(jnp.stack([weights, moved], 1))
     )
     with jax.default_matmul_precision(_programs.PRECISION):
         vector, image = _basis.combine(state.basis, both)
-    return Probe(weights, vector, image + weights[-1] * result.residual)
+    return Probe(weights, vector, image + weights[-1] * state.beta * state.direction)
 
 
 def probe_error(operator: curvature.Operator, probe: Probe) -> float:
     """Of A Q' z = Q' T z + residual z_m and of |Q' z| = |z|, the larger relative error."""
-    image = _operators.product(operator, probe.vector)
+    image = operator.product(probe.vector)
     relation = jnp.linalg.norm(image - probe.image) / jnp.linalg.norm(image)
     length = jnp.linalg.norm(probe.vector) / jnp.linalg.norm(probe.weights)
     return float(jnp.maximum(relation, abs(length - 1)))
 
 
-def steps_that_fit(needed: curvature.MemoryEstimate, row: int, limit: int, num_steps: int) -> int:
+def steps_that_fit(needed: curvature.MemoryResult, row: int, limit: int, num_steps: int) -> int:
     """As many steps as asked for, or as a device has room for, without a copy of the basis.
 
     Args:

@@ -12,7 +12,6 @@ from jax.tree_util import Partial
 from benchmarks._timing import Case
 from benchmarks.speed import _competitors, _problems
 from regjax import curvature
-from regjax.curvature import _operators
 
 _NUM_STEPS = 80
 _NUM_EIGENVALUES = 10
@@ -68,14 +67,14 @@ def _product(name: str, num_examples: int, bars: Mapping[str, float]) -> Case:
                 recomputed, loss_fn, params, vector, *batch
             )
             / base,
-            "operations kept / gradient": _operations(_operators.product, operator, flat) / base,
+            "operations kept / gradient": _operations(_product, operator, flat) / base,
         }
 
     return Case(
         candidates={
             "gradient": lambda: gradient(loss_fn, params, *batch),
             "recomputed": lambda: recomputed(loss_fn, params, vector, *batch),
-            "kept": lambda: _operators.product(operator, flat),
+            "kept": lambda: operator.product(flat),
         },
         error=error,
         tolerance=1e-4,
@@ -109,9 +108,8 @@ def _lanczos(size: int, num_steps: int) -> Case:
         return vector
 
     def memory() -> curvature.LanczosResult:
-        return curvature.lanczos_result(
-            curvature.lanczos_init(operator, start, num_steps), num_steps
-        )
+        solver = curvature.lanczos_solver(operator, start, num_steps)
+        return solver.result(solver.init())
 
     def error(label: str, answer: Any) -> float:
         if label == "lanczos":
@@ -131,7 +129,7 @@ def _lanczos(size: int, num_steps: int) -> Case:
         candidates={
             "two-pass Gram-Schmidt": lambda: repeat(lambda: orthogonalise(basis, other)),
             "lanczos": lambda: curvature.lanczos(operator, start, num_steps),
-            "its products": lambda: repeat(lambda: _operators.product(operator, other)),
+            "its products": lambda: repeat(lambda: operator.product(other)),
             "its memory": memory,
         },
         error=error,
@@ -182,7 +180,7 @@ def _top(name: str, num_examples: int, chunk_size: int | None, bar: float) -> Ca
 
     def products() -> jax.Array:
         for _ in range(count):
-            image = jax.block_until_ready(_operators.product(operator, vector))
+            image = jax.block_until_ready(operator.product(vector))
         return image
 
     def error(label: str, answer: Any) -> float:
@@ -256,7 +254,7 @@ def _density() -> Case:
 
     def error(label: str, answer: Any) -> float:
         del label
-        scores = [(float(d.trace) - exact.sum()) / float(d.standard_error) for d in answer]
+        scores = [(float(d.trace) - exact.sum()) / float(d.trace_standard_error) for d in answer]
         return float(np.abs(scores).max())
 
     return Case(
@@ -305,6 +303,10 @@ def _reverse_over_reverse(loss_fn: Any, params: Any, vector: Any, *batch: Any) -
     gradient = jax.grad(loss_fn)
     product = jax.grad(lambda p: _inner(gradient(p, *batch), vector))(params)
     return jax.flatten_util.ravel_pytree(product)[0]
+
+
+def _product(operator: curvature.Operator, vector: jax.Array) -> jax.Array:
+    return operator.product(vector)
 
 
 def _operations(function: Any, *arguments: Any) -> float:

@@ -13,7 +13,6 @@ from jax.tree_util import Partial
 from benchmarks._timing import Case
 from benchmarks.speed import _problems
 from regjax import _loops, curvature, transforms
-from regjax.curvature import _operators
 
 _RATE, _MOMENTUM, _RHO, _ETA, _ALPHA = 0.1, 0.9, 0.05, 0.01, 0.4
 _SCALE, _STEPS, _INNER_RATE, _STRENGTH = 1e-3, 5, 0.01, 1e-3
@@ -272,7 +271,7 @@ def _refresh(name: str, num_examples: int, has_bars: bool) -> Case:
 
     def products() -> jax.Array:
         for _ in range(_LANCZOS):
-            image = jax.block_until_ready(_operators.product(kept, vector))
+            image = jax.block_until_ready(kept.product(vector))
         return image
 
     def error(label: str, answer: Any) -> float:
@@ -300,10 +299,10 @@ def _refresh(name: str, num_examples: int, has_bars: bool) -> Case:
 
 @jax.jit
 def _power(operator: curvature.Operator, vector: jax.Array) -> jax.Array:
-    def turn(vector: jax.Array, i: Any) -> jax.Array:
-        return _operators.product(operator, vector / jnp.linalg.norm(vector))
+    def turn(_: None, vector: jax.Array, i: Any) -> jax.Array:
+        return operator.product(vector / jnp.linalg.norm(vector))
 
-    return _loops.fold_captured(turn, vector, _LANCZOS)
+    return _loops.scan(turn, vector, _LANCZOS)
 
 
 def _gradient(loss_fn: Any, batch: Any, params: Any) -> Any:

@@ -12,7 +12,7 @@ from regjax.curvature._measure import DensityResult, spectral_sum
 _SCALES = ("linear", "symlog")
 
 
-class DensityCurve(NamedTuple):
+class DensityCurveResult(NamedTuple):
     """A spectral density on a grid.
 
     Attributes:
@@ -33,7 +33,7 @@ def density_grid(
     density: DensityResult,
     num_points: int = 512,
     *,
-    scale: str = "linear",
+    axis_scale: str = "linear",
     linear_threshold: float | None = None,
     margin: float = 0.05,
 ) -> jax.Array:
@@ -42,7 +42,7 @@ def density_grid(
     Args:
       density: from `spectral_density`; concrete arrays.
       num_points: number of grid points.
-      scale: "linear", or "symlog" for equal steps in asinh(eigenvalue / linear_threshold).
+      axis_scale: "linear", or "symlog" for equal steps in asinh(eigenvalue / linear_threshold).
       linear_threshold: positive, in units of the eigenvalue; None takes 1e-3 of the largest
         magnitude. Ignored on a linear scale.
       margin: share of the (transformed) range added at each end.
@@ -51,16 +51,16 @@ def density_grid(
       Ascending eigenvalues (num_points,).
 
     Raises:
-      ValueError: `scale` is unknown or a number is out of range.
+      ValueError: `axis_scale` is unknown or a number is out of range.
     """
     _checks.integer("num_points", num_points, minimum=2)
     _checks.non_negative("margin", margin)
-    support = _transform(_support(density), _threshold(density, scale, linear_threshold))
+    support = _transform(_support(density), _threshold(density, axis_scale, linear_threshold))
     low, high = np.min(support), np.max(support)
     room = margin * (high - low) or 1.0
     grid = np.linspace(low - room, high + room, num_points)
     return jnp.asarray(
-        _inverse(grid, _threshold(density, scale, linear_threshold)), density.nodes.dtype
+        _inverse(grid, _threshold(density, axis_scale, linear_threshold)), density.nodes.dtype
     )
 
 
@@ -69,9 +69,9 @@ def evaluate_density(
     grid: Any,
     *,
     width: float | None = None,
-    scale: str = "linear",
+    axis_scale: str = "linear",
     linear_threshold: float | None = None,
-) -> DensityCurve:
+) -> DensityCurveResult:
     """The density at `grid`: every node and eigenvalue a Gaussian of the same width.
 
     On the symmetric-log scale the Gaussian is one in t = asinh(x / linear_threshold), and the
@@ -82,16 +82,16 @@ def evaluate_density(
       grid: eigenvalues (num_points,).
       width: positive standard deviation in units of x (linear) or t (symlog). None takes 1 % of
         the range of the (transformed) nodes and eigenvalues.
-      scale: "linear" or "symlog".
+      axis_scale: "linear" or "symlog".
       linear_threshold: as in `density_grid`.
 
     Returns:
-      A `DensityCurve`.
+      A `DensityCurveResult`.
 
     Raises:
-      ValueError: `scale` is unknown or a number is out of range.
+      ValueError: `axis_scale` is unknown or a number is out of range.
     """
-    threshold = _threshold(density, scale, linear_threshold)
+    threshold = _threshold(density, axis_scale, linear_threshold)
     if width is None:
         support = _transform(_support(density), threshold)
         width = 0.01 * float(np.ptp(support)) or 1.0
@@ -110,7 +110,7 @@ def evaluate_density(
         return height * jnp.exp(-0.5 * jnp.square(distance))
 
     total, size = spectral_sum(density, kernel), density.size.astype(grid.dtype)
-    return DensityCurve(
+    return DensityCurveResult(
         grid=grid,
         density=total.value / size,
         standard_error=total.standard_error / size,
@@ -123,9 +123,9 @@ def _support(density: DensityResult) -> np.ndarray:
     return np.concatenate([np.asarray(density.nodes).ravel(), taken])
 
 
-def _threshold(density: DensityResult, scale: str, given: float | None) -> float | None:
+def _threshold(density: DensityResult, axis_scale: str, given: float | None) -> float | None:
     """None on a linear scale, else the eigenvalue below which the scale is nearly linear."""
-    if _checks.choice("scale", scale, _SCALES) == "linear":
+    if _checks.choice("axis_scale", axis_scale, _SCALES) == "linear":
         return None
     if given is not None:
         return _checks.positive("linear_threshold", given)

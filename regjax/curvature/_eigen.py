@@ -10,18 +10,24 @@ have shown itself.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from regjax import _checks, _loops, _tree
-from regjax.curvature import _allocation, _basis, _checkpoint, _rounding, _search
+from regjax import _checks, _loops
+from regjax._base import Callback, Params, PRNGKey
+from regjax._space import Space
+from regjax.curvature import _search
+from regjax.curvature._assessment import EigenState, assess, begin_search, restart
+from regjax.curvature._engine import _basis
+from regjax.curvature._engine._checkpoint import Checkpoint
+from regjax.curvature._engine._driver import run
+from regjax.curvature._engine._solver import Solver
 from regjax.curvature._lanczos import absorb, empty
-from regjax.curvature._operators import Operator, product
-from regjax.curvature._precision import precisely
-from regjax.curvature._ritz import EigenState, assess, begin_search, restart
+from regjax.curvature._operators._operator import Operator
+from regjax.curvature._precision import floor, precisely
 
 _ENDS = ("LA", "SA", "LM", "BE")
 
@@ -48,7 +54,7 @@ class EigenResult(NamedTuple):
     """
 
     values: jax.Array
-    vectors: Any
+    vectors: Params
     residual_norms: jax.Array
     num_matvecs: jax.Array
     converged: jax.Array
@@ -60,17 +66,17 @@ def top_eigenpairs(
     operator: Operator,
     k: int,
     *,
-    key: jax.Array,
-    tol: Any = 1e-3,
+    key: PRNGKey,
+    tol: ArrayLike = 1e-3,
     which: str = "LA",
     max_basis: int | None = None,
     max_matvecs: int | None = None,
     search: bool = True,
     accumulation: str | None = None,
-    callback: Callable[[int, int], None] | None = None,
-    checkpoint: _checkpoint.Checkpoint | None = None,
+    callback: Callback | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> EigenResult:
-    """The k eigenpairs at one end of the spectrum, with residual norms.
+    """Finds the k eigenpairs at one end of the spectrum, with residual norms.
 
     Called from Python the host drives and stops as soon as all pairs have converged; inside
     `jax.jit` it is one compiled loop with the same limits and the same flags.
@@ -111,112 +117,101 @@ def top_eigenpairs(
       eigenvalue by the power and Lanczos algorithms with a random start, SIAM J. Matrix Anal.
       Appl. 13(4).
     """
-    init = functools.partial(
-        top_eigenpairs_init,
-        operator, k, key=key, tol=tol, which=which, max_basis=max_basis, search=search,
-        accumulation=accumulation,
+    solver = top_eigenpairs_solver(
+        operator, k, key=key, tol=tol, which=which, max_basis=max_basis, max_matvecs=max_matvecs,
+        search=search, accumulation=accumulation,
     )  # fmt: skip
-    result = functools.partial(top_eigenpairs_result, operator)
-    names = ("max_basis",)
-    with _allocation.explained(_allocation.Plan("top_eigenpairs", operator, init, result, names)):
-        state = init()
-        limit = 20 * state.num_rows if max_matvecs is None else max_matvecs
-        state = _checkpoint.repeat_until(
-            top_eigenpairs_step,
-            state,
-            operands=operator,
-            done=lambda state: state.done,
-            max_steps=_checks.integer("max_matvecs", limit),
-            result=result,
-            callback=callback,
-            checkpoint=checkpoint,
-            problem=_checkpoint.Problem(
-                "top_eigenpairs",
-                {
-                    "k": k, "key": key, "tol": tol, "which": which, "max_basis": state.num_rows,
-                    "search": search, "accumulation": accumulation,
-                },
-                init,
-                rows=lambda state: {".krylov.basis": (state.krylov.filled, state.num_restarts)},
-                krylov=lambda state: state.krylov,
-            ),
-        )  # fmt: skip
-        return result(state)
+    return run(solver, callback=callback, checkpoint=checkpoint)
 
 
-def top_eigenpairs_init(
+def top_eigenpairs_solver(
     operator: Operator,
     k: int,
     *,
-    key: jax.Array,
-    tol: Any = 1e-3,
+    key: PRNGKey,
+    tol: ArrayLike = 1e-3,
     which: str = "LA",
     max_basis: int | None = None,
+    max_matvecs: int | None = None,
     search: bool = True,
     accumulation: str | None = None,
-) -> EigenState:
-    """The state before the first product; arguments as in `top_eigenpairs`."""
-    size = operator.shape[0]
-    _checks.integer("k", k, maximum=size)
+) -> Solver[EigenState, EigenResult]:
+    """Makes the solver of `top_eigenpairs`, whose arguments these are, to drive by hand."""
+    space = operator.space
+    _checks.integer("k", k, maximum=space.size)
     _checks.non_negative("tol", tol)
     _checks.choice("which", which, _ENDS)
+    _checks.key("key", key)
     # Two rows beyond the kept ones: one for the residual's direction, one to make progress.
-    num_rows = min(size, max(48, 2 * k + 20)) if max_basis is None else max_basis
-    _checks.integer("max_basis", num_rows, minimum=min(k + 2, size), maximum=size)
-    key, subkey = jax.random.split(_checks.key("key", key))
-    start = jax.random.normal(subkey, (size,), operator.dtype)
-    krylov = empty(start, num_rows, key, operator.columns.mesh, accumulation)
-    rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
-    state = EigenState(
-        krylov=krylov,
-        search=_search.begin(jnp.zeros(2, dtype), rows, filled=0, active=False),
-        tol=jnp.asarray(tol, dtype),
-        num_matvecs=jnp.int32(0),
-        num_restarts=jnp.int32(0),
-        weights=jnp.zeros((rows, rows), dtype),
-        values=jnp.full(rows, jnp.nan, dtype),
-        bounds=jnp.full(rows, jnp.inf, dtype),
-        small=jnp.zeros(rows, bool),
-        in_search=jnp.zeros(rows, bool),
-        wants_restart=jnp.bool_(False),
-        wants_search=jnp.bool_(False),
-        done=jnp.bool_(False),
-        k=k,
-        which=which,
-        num_rows=num_rows,
-        searches=search,
-    )
-    return operator.columns.copied(state)
+    num_rows = min(space.size, max(48, 2 * k + 20)) if max_basis is None else max_basis
+    _checks.integer("max_basis", num_rows, minimum=min(k + 2, space.size), maximum=space.size)
+    limit = 20 * num_rows if max_matvecs is None else max_matvecs
+
+    def init() -> EigenState:
+        fresh_key, start_key = jax.random.split(key)
+        krylov = empty(space, space.normal(start_key), num_rows, fresh_key, accumulation)
+        rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
+        state = EigenState(
+            krylov=krylov,
+            search=_search.begin(jnp.zeros(2, dtype), rows, filled=0, active=False),
+            tol=jnp.asarray(tol, dtype),
+            num_matvecs=jnp.int32(0),
+            num_restarts=jnp.int32(0),
+            weights=jnp.zeros((rows, rows), dtype),
+            values=jnp.full(rows, jnp.nan, dtype),
+            bounds=jnp.full(rows, jnp.inf, dtype),
+            small=jnp.zeros(rows, bool),
+            in_search=jnp.zeros(rows, bool),
+            wants_restart=jnp.bool_(False),
+            wants_search=jnp.bool_(False),
+            done=jnp.bool_(False),
+            k=k,
+            which=which,
+            num_rows=num_rows,
+            searches=search,
+        )
+        return space.replicate(state)
+
+    return Solver(
+        name="top_eigenpairs",
+        operator=operator,
+        arguments={
+            "k": k, "key": key, "tol": tol, "which": which, "max_basis": num_rows,
+            "search": search, "accumulation": accumulation,
+        },
+        init=init,
+        vectors=lambda state: state.krylov.direction,
+        update=_update,
+        done=lambda state: state.done,
+        result=lambda state: _result(state, space, operator.eps),
+        max_steps=_checks.integer("max_matvecs", limit),
+        lower=("max_basis",),
+    )  # fmt: skip
 
 
-def top_eigenpairs_step(operator: Operator, state: EigenState) -> EigenState:
-    """One product, then the assessment; `state` is donated when called from Python."""
-    state = _advance(state, product(operator, state.krylov.direction))
-    state = _loops.branch(state.wants_restart, restart, state)
-    return _loops.branch(state.wants_search, begin_search, state)
+def _update(state: EigenState, image: jax.Array) -> EigenState:
+    """One more row, the assessment, and what it asks for."""
+    state = _advance(state, image)
+    state = _loops.cond(state.wants_restart, restart, state)
+    return _loops.cond(state.wants_search, begin_search, state)
 
 
-def top_eigenpairs_result(operator: Operator, state: EigenState) -> EigenResult:
-    """The wanted pairs as they stand, converged or not."""
-    return _result(state, operator.params, _rounding.product_eps(operator))
-
-
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=(1, 2))
 @precisely
-def _result(state: EigenState, like: Any, product_eps: float) -> EigenResult:
+def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
+    """The wanted pairs as they stand, converged or not."""
     k = state.k
-    columns = state.krylov.basis.columns
-    vectors = columns.join(_basis.combine(state.krylov.basis, state.weights[:, :k]))
-    size = state.krylov.direction.size
-    floor = _rounding.floor(state.values, product_eps)
+    vectors = _basis.combine(state.krylov.basis, state.weights[:, :k])
     return EigenResult(
         values=state.values[:k],
-        vectors=jax.vmap(lambda flat: _tree.unravel(flat, like))(vectors),
-        residual_norms=jnp.maximum(state.bounds[:k], floor),
+        vectors=space.unravel_rows(vectors),
+        residual_norms=jnp.maximum(state.bounds[:k], floor(state.values, eps)),
         num_matvecs=state.num_matvecs,
         converged=state.small[:k],
         complete=jnp.all(state.small[:k]) & state.done,
-        miss_probability=_search.miss_probability(state.search, k=k, which=state.which, size=size),
+        miss_probability=_search.miss_probability(
+            state.search, k=k, which=state.which, size=space.size
+        ),
     )
 
 

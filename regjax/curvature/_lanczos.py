@@ -6,18 +6,21 @@ Gragg, Kaufman, Stewart 1976). Without this even float64 invents copies of eigen
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 
-from regjax import _checks, _tree
-from regjax.curvature import _allocation, _basis, _checkpoint
-from regjax.curvature._accumulation import small_dtype
-from regjax.curvature._operators import Operator, from_matvec, product
+from regjax import _checks, _numerics
+from regjax._base import Callback, Params, PRNGKey
+from regjax._space import Space
+from regjax.curvature._engine import _basis
+from regjax.curvature._engine._accumulation import small_dtype
+from regjax.curvature._engine._checkpoint import Checkpoint
+from regjax.curvature._engine._driver import run
+from regjax.curvature._engine._solver import Solver
+from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely
 
 # A norm below this many units of rounding of the matrix is rounding itself: the space is invariant.
@@ -28,14 +31,13 @@ class Krylov(NamedTuple):
     """An orthonormal basis Q that grows by one row a product, with Q A Q'.
 
     Attributes:
-      basis: rows (rows, n), the first `filled` of which hold it.
+      basis: rows, the first `filled` of which hold it.
       projected: (rows, rows), Q A Q' as measured by the inner products, zero beyond `filled`.
       lost: (rows,), for each row the norm of the part of A q outside of the basis that was
         dropped when a fresh direction was taken.
-      newest: (n,), the last row, or zeros after a change of basis.
-      direction: (n,), the next row, of unit norm, or zero if the basis spans the whole space.
+      newest: the last row, a vector, or zeros after a change of basis.
+      direction: the next row, of unit norm, or zero if the basis spans the whole space.
       beta: (), norm of the part of the last A q outside of the basis, along `direction`.
-      filled: (), int32, number of filled rows.
       broke_down: (), bool, whether the last `beta` was at rounding level.
       key: typed key of the fresh directions.
     """
@@ -46,9 +48,13 @@ class Krylov(NamedTuple):
     newest: jax.Array
     direction: jax.Array
     beta: jax.Array
-    filled: jax.Array
     broke_down: jax.Array
-    key: jax.Array
+    key: PRNGKey
+
+    @property
+    def filled(self) -> jax.Array:
+        """(), int32, number of filled rows."""
+        return self.basis.filled
 
 
 class LanczosResult(NamedTuple):
@@ -60,6 +66,7 @@ class LanczosResult(NamedTuple):
       basis: (m, n), rows q of Q, orthonormal; zero beyond `num_steps`.
       num_steps: (), int32, number of steps done: below m only after a breakdown without `key`.
       residual: (n,), the part of the last A q outside of the basis.
+      eps: (), unit of rounding of the narrowest type in a product.
     """
 
     alphas: jax.Array
@@ -67,41 +74,24 @@ class LanczosResult(NamedTuple):
     basis: jax.Array
     num_steps: jax.Array
     residual: jax.Array
-
-
-class RitzResult(NamedTuple):
-    """What m Lanczos steps know of the spectrum: the eigenpairs of T.
-
-    Attributes:
-      values: (m,), Ritz values, ascending; NaN, at the front, for steps that were not done.
-      residual_norms: (m,), of the Ritz pairs: an eigenvalue lies within it, up to rounding; NaN as
-        above.
-      weights: (m,), the squared component of the start along each Ritz vector, which is its weight
-        in Gauss quadrature; sum 1, 0 as above.
-      vectors: (m, m), columns: the Ritz vectors in the basis, `basis.T @ vectors` in full.
-    """
-
-    values: jax.Array
-    residual_norms: jax.Array
-    weights: jax.Array
-    vectors: jax.Array
+    eps: jax.Array
 
 
 def lanczos(
-    matvec: Operator | Callable[[Any], Any],
-    start: Any,
+    operator: Operator,
+    start: Params,
     num_steps: int,
     *,
-    key: jax.Array | None = None,
+    key: PRNGKey | None = None,
     accumulation: str | None = None,
-    callback: Callable[[int, int], None] | None = None,
-    checkpoint: _checkpoint.Checkpoint | None = None,
+    callback: Callback | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> LanczosResult:
     """Tridiagonalises a symmetric matrix on the Krylov space of `start`.
 
     Args:
-      matvec: an `Operator`, or v -> A v on trees or arrays like `start`.
-      start: the first direction, tree or array with n scalars; need not be of unit norm.
+      operator: symmetric, of order n.
+      start: the first direction, a tree like the parameters; need not be of unit norm.
       num_steps: number of products m, at most n. Compile time does not depend on it.
       key: typed key of the fresh directions with which the recurrence goes on after a breakdown
         (an invariant subspace); None stops there.
@@ -128,130 +118,84 @@ def lanczos(
       J. Daniel, W. Gragg, L. Kaufman, G. Stewart (1976), Reorthogonalization and stable algorithms
       for updating the Gram-Schmidt QR factorization, Mathematics of Computation 30(136).
     """
-    operator = matvec if isinstance(matvec, Operator) else from_matvec(matvec, start)
-    stops = key is None
-    init = functools.partial(
-        lanczos_init, operator, start, num_steps, key=key, accumulation=accumulation
-    )
-
-    def result(state: Krylov) -> LanczosResult:
-        return lanczos_result(state, num_steps)
-
-    names = ("num_steps",)
-    with _allocation.explained(_allocation.Plan("lanczos", operator, init, result, names)):
-        krylov = _checkpoint.repeat_until(
-            lanczos_step,
-            init(),
-            operands=operator,
-            done=lambda state: (state.filled >= num_steps) | (stops & state.broke_down),
-            max_steps=num_steps,
-            result=result,
-            callback=callback,
-            checkpoint=checkpoint,
-            problem=_checkpoint.Problem(
-                "lanczos",
-                {
-                    "start": start, "num_steps": num_steps, "key": key,
-                    "accumulation": accumulation,
-                },
-                init,
-                rows=lambda state: {".basis": (state.filled, 0)},
-                krylov=lambda state: state,
-            ),
-        )  # fmt: skip
-        return result(krylov)
+    solver = lanczos_solver(operator, start, num_steps, key=key, accumulation=accumulation)
+    return run(solver, callback=callback, checkpoint=checkpoint)
 
 
-def lanczos_init(
+def lanczos_solver(
     operator: Operator,
-    start: Any,
+    start: Params,
     num_steps: int,
     *,
-    key: jax.Array | None = None,
+    key: PRNGKey | None = None,
     accumulation: str | None = None,
-) -> Krylov:
-    """The state before the first of `num_steps` steps; arguments as in `lanczos`."""
-    _checks.same_tree("start", start, operator.params)
-    _checks.integer("num_steps", num_steps, maximum=operator.shape[0])
+) -> Solver[Krylov, LanczosResult]:
+    """Makes the solver of `lanczos`, whose arguments these are, to drive by hand."""
+    space = operator.space
+    _checks.same_tree("start", start, space.like())
+    _checks.integer("num_steps", num_steps, maximum=space.size)
     if key is not None:
         _checks.key("key", key)
-    direction = _tree.ravel(start, operator.dtype)
-    key = jax.random.key(0) if key is None else key
-    return empty(direction, num_steps, key, operator.columns.mesh, accumulation)
 
+    def init() -> Krylov:
+        fresh = jax.random.key(0) if key is None else key
+        return empty(space, space.ravel(start), num_steps, fresh, accumulation)
 
-def lanczos_step(operator: Operator, state: Krylov) -> Krylov:
-    """One product and one new row; `state` is donated when called from Python."""
-    return expand(state, product(operator, state.direction))
+    def done(krylov: Krylov) -> jax.Array:
+        is_full = krylov.filled >= num_steps
+        return is_full | krylov.broke_down if key is None else is_full
 
+    def result(krylov: Krylov) -> LanczosResult:
+        projected = krylov.projected[:num_steps, :num_steps]
+        return LanczosResult(
+            alphas=jnp.diagonal(projected),
+            betas=jnp.diagonal(projected, 1),
+            basis=_basis.to_array(krylov.basis, num_steps),
+            num_steps=krylov.filled,
+            residual=space.gather(krylov.direction * krylov.beta.astype(space.dtype)),
+            eps=jnp.asarray(operator.eps, projected.dtype),
+        )
 
-def lanczos_result(state: Krylov, num_steps: int) -> LanczosResult:
-    """The factorisation after the steps done so far."""
-    projected = state.projected[:num_steps, :num_steps]
-    return LanczosResult(
-        alphas=jnp.diagonal(projected),
-        betas=jnp.diagonal(projected, 1),
-        basis=_basis.to_array(state.basis, num_steps),
-        num_steps=state.filled,
-        residual=state.direction * state.beta.astype(state.direction.dtype),
-    )
-
-
-@jax.jit
-@precisely
-def ritz_pairs(result: LanczosResult) -> RitzResult:
-    """The eigenpairs of the tridiagonal matrix of a Lanczos run.
-
-    Args:
-      result: from `lanczos`.
-
-    Returns:
-      A `RitzResult`.
-    """
-    steps = jnp.arange(result.alphas.size, dtype=jnp.int32)
-    done = steps < result.num_steps
-    matrix = jnp.diag(result.alphas) + jnp.diag(result.betas, 1) + jnp.diag(result.betas, -1)
-    matrix = jnp.where(done[:, None] & done[None], matrix, 0)
-    # Steps that were not done get an eigenvalue below all others, so that they mix with none.
-    norm = jnp.linalg.norm(matrix)
-    below = -2 * jnp.where(norm > 0, norm, 1)
-    values, vectors = jnp.linalg.eigh(matrix + jnp.diag(jnp.where(done, 0, below)))
-    # eigh sorts: those come first.
-    valid = steps >= steps.size - result.num_steps
-    beta = jnp.linalg.norm(result.residual).astype(values.dtype)
-    residual_norms = beta * jnp.abs(vectors[result.num_steps - 1])
-    return RitzResult(
-        values=jnp.where(valid, values, jnp.nan),
-        residual_norms=jnp.where(valid, residual_norms, jnp.nan),
-        weights=jnp.where(valid, vectors[0] ** 2, 0),
-        vectors=jnp.where(valid[None], vectors, 0),
-    )
+    return Solver(
+        name="lanczos",
+        operator=operator,
+        arguments={
+            "start": start, "num_steps": num_steps, "key": key, "accumulation": accumulation
+        },
+        init=init,
+        vectors=lambda krylov: krylov.direction,
+        update=expand,
+        done=done,
+        result=result,
+        max_steps=num_steps,
+        lower=("num_steps",),
+    )  # fmt: skip
 
 
 def empty(
+    space: Space,
     direction: jax.Array,
     num_rows: int,
-    key: jax.Array,
-    mesh: Mesh | None = None,
+    key: PRNGKey,
     accumulation: str | None = None,
+    generation: Any = 0,
 ) -> Krylov:
     """A basis without rows whose first one will be `direction`, made of unit norm."""
     small = small_dtype(direction.dtype, accumulation)
-    basis = _basis.zeros(num_rows, direction.size, direction.dtype, mesh, accumulation)
-    rows, zero = basis.num_rows, jnp.zeros((), small)
+    basis = _basis.zeros(space, num_rows, accumulation, generation)
+    rows = basis.num_rows
     krylov = Krylov(
         basis=basis,
         projected=jnp.zeros((rows, rows), small),
         lost=jnp.zeros(rows, small),
         newest=jnp.zeros_like(direction),
-        direction=_unit(direction, jnp.linalg.norm(direction)),
-        beta=zero,
-        filled=jnp.int32(0),
+        direction=unit(direction, space.norm(direction)),
+        beta=jnp.zeros((), small),
         broke_down=jnp.bool_(False),
         # The steps donate their state: it must not hold the caller's own key.
         key=jax.random.fold_in(key, 0),
     )
-    return basis.columns.copied(krylov)
+    return space.replicate(krylov)
 
 
 @precisely
@@ -260,11 +204,11 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     last, row = krylov.filled, krylov.direction
     # The two newest rows hold nearly all of A q. They go first, so that the coefficients of the
     # pass over all rows measure what orthogonality was lost and nothing else.
-    dot = functools.partial(_basis.vdot, krylov.basis)
+    dot = functools.partial(_basis.inner, krylov.basis)
     before, here = dot(krylov.newest, image), dot(row, image)
     image = image - before.astype(row.dtype) * krylov.newest - here.astype(row.dtype) * row
-    basis = _basis.put(krylov.basis, last, row)
-    residual, coefficients = _basis.outside(basis, last + 1, image)
+    basis = _basis.append(krylov.basis, row)
+    residual, coefficients = _basis.outside(basis, image)
     beta = jnp.sqrt(dot(residual, residual))
     spoilt = beta < jnp.linalg.norm(coefficients)  # the norm dropped by more than 1/sqrt(2)
     coefficients = coefficients.at[last].add(here)
@@ -273,19 +217,19 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     rounding = _BREAKDOWN * float(jnp.finfo(image.dtype).eps) * largest
 
     def again(_: Any) -> tuple[jax.Array, ...]:
-        twice, second = _basis.outside(basis, last + 1, residual)
+        twice, second = _basis.outside(basis, residual)
         beta = jnp.sqrt(dot(twice, twice))
         broke_down = beta <= rounding
         direction, key = lax.cond(
             broke_down,
-            lambda _: _fresh(basis, last + 1, krylov.key),
-            lambda _: (_unit(twice, beta), krylov.key),
+            lambda _: _fresh(basis, krylov.key),
+            lambda _: (unit(twice, beta), krylov.key),
             None,
         )
         return direction, coefficients + second, beta, broke_down, key
 
     def at_once(_: Any) -> tuple[jax.Array, ...]:
-        return _unit(residual, beta), coefficients, beta, jnp.bool_(False), krylov.key
+        return unit(residual, beta), coefficients, beta, jnp.bool_(False), krylov.key
 
     # One branch for all that is rare; what a branch hands through, it copies.
     direction, coefficients, beta, broke_down, key = lax.cond(
@@ -298,7 +242,6 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
         newest=row,
         direction=direction,
         beta=jnp.where(broke_down, 0, beta),
-        filled=last + 1,
         broke_down=broke_down,
         key=key,
     )
@@ -309,7 +252,7 @@ expand = jax.jit(absorb, donate_argnums=0)
 
 def redirect(krylov: Krylov) -> Krylov:
     """Drops the residual, charged to `lost`, and takes a random direction instead."""
-    direction, key = _fresh(krylov.basis, krylov.filled, krylov.key)
+    direction, key = _fresh(krylov.basis, krylov.key)
     return krylov._replace(
         direction=direction,
         lost=krylov.lost.at[krylov.filled - 1].add(krylov.beta),
@@ -318,20 +261,18 @@ def redirect(krylov: Krylov) -> Krylov:
     )
 
 
-def _fresh(basis: _basis.Basis, filled: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _fresh(basis: _basis.Basis, key: PRNGKey) -> tuple[jax.Array, PRNGKey]:
     """A random direction orthogonal to the filled rows, zero if there is none; the next key."""
     key, subkey = jax.random.split(key)
-    size = basis.columns.size
-    noise = jax.random.normal(subkey, (size,), basis.blocks[0].dtype)
+    space = basis.space
+    noise = space.normal(subkey)
     for _ in range(2):
-        noise, _ = _basis.outside(basis, filled, noise / jnp.linalg.norm(noise))
-    exhausted = filled >= size
-    noise = jnp.where(exhausted, jnp.zeros_like(noise), noise)
-    return _unit(noise, jnp.linalg.norm(noise)), key
+        noise, _ = _basis.outside(basis, noise / space.norm(noise))
+    noise = jnp.where(basis.filled >= space.size, jnp.zeros_like(noise), noise)
+    return unit(noise, space.norm(noise)), key
 
 
-def _unit(vector: jax.Array, norm: jax.Array) -> jax.Array:
+def unit(vector: jax.Array, norm: jax.Array) -> jax.Array:
     """`vector` / `norm`, or zeros where the norm is zero."""
     norm = norm.astype(vector.dtype)
-    safe = jnp.where(norm > 0, norm, 1)
-    return jnp.where(norm > 0, vector / safe, jnp.zeros_like(vector))
+    return _numerics.divide(vector, norm, where=norm > 0)

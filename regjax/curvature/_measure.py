@@ -1,10 +1,11 @@
 """A spectrum as a discrete measure, and sums over it with their standard errors."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from regjax import _checks
 from regjax.curvature._precision import precisely
@@ -21,7 +22,7 @@ class DensityResult(NamedTuple):
       residual_norms: (r,), ||A v - value v|| of the pairs taken out, NaN beyond.
       num_eigenvalues: (), int32, number of eigenvalues taken out.
       trace: (), sum of the eigenvalues.
-      standard_error: (), of `trace`, over the draw of the probes.
+      trace_standard_error: (), of `trace`, over the draw of the probes.
       num_matvecs: (), int32, products used.
       size: (), int32, n.
     """
@@ -33,12 +34,12 @@ class DensityResult(NamedTuple):
     residual_norms: jax.Array
     num_eigenvalues: jax.Array
     trace: jax.Array
-    standard_error: jax.Array
+    trace_standard_error: jax.Array
     num_matvecs: jax.Array
     size: jax.Array
 
 
-class SpectralSum(NamedTuple):
+class SpectralSumResult(NamedTuple):
     """A sum over the eigenvalues.
 
     Attributes:
@@ -51,8 +52,10 @@ class SpectralSum(NamedTuple):
 
 
 @precisely
-def spectral_sum(density: DensityResult, function: Callable[[jax.Array], jax.Array]) -> SpectralSum:
-    """The sum over the eigenvalues of `function`, with the standard error of the probes.
+def spectral_sum(
+    density: DensityResult, function: Callable[[jax.Array], jax.Array]
+) -> SpectralSumResult:
+    """Computes the sum over the eigenvalues of `function`, with the standard error of the probes.
 
     For a probe v uniform on the unit sphere of d dimensions, v' B v has the variance
     2 / (d + 2) (tr(B B)/d - (tr B/d)^2). Both traces are moments of the density itself, so that
@@ -63,8 +66,8 @@ def spectral_sum(density: DensityResult, function: Callable[[jax.Array], jax.Arr
       function: elementwise, real eigenvalues (...,) -> values (..., *shape).
 
     Returns:
-      A `SpectralSum` of arrays of `shape`. The error leaves out what quadrature (m steps) does not
-      resolve of `function`: nothing for polynomials of degree below 2 m.
+      A `SpectralSumResult` of arrays of `shape`. The error leaves out what quadrature (m steps)
+      does not resolve of `function`: nothing for polynomials of degree below 2 m.
     """
     inside = density.eigenvalue_weights > 0
     values = function(jnp.where(inside, density.eigenvalues, 0.0))
@@ -79,19 +82,21 @@ def spectral_sum(density: DensityResult, function: Callable[[jax.Array], jax.Arr
     variance = jnp.tensordot(weights, jnp.square(sampled - mean[None, None]), axes=2)
     num_probes = jnp.sum(jnp.any(density.weights > 0, axis=1)).astype(values.dtype)
     error = dimension * jnp.sqrt(2 * variance / ((dimension + 2) * jnp.maximum(num_probes, 1)))
-    return SpectralSum(exact + dimension * mean, error)
+    return SpectralSumResult(exact + dimension * mean, error)
 
 
-def effective_dimension(density: DensityResult, c: Any) -> SpectralSum:
-    """The number of directions that count at scale c: the sum of max(l, 0) / (max(l, 0) + c).
+def effective_dimension(density: DensityResult, damping: ArrayLike) -> SpectralSumResult:
+    """Counts the directions that matter beside a damping c.
+
+        sum over the eigenvalues l of max(l, 0) / (max(l, 0) + c)
 
     Args:
       density: from `spectral_density`.
-      c: positive scale, in the units of the eigenvalues: prior precision over number of examples,
-        or weight decay.
+      damping: c, positive, in the units of the eigenvalues: prior precision over number of
+        examples, or weight decay.
 
     Returns:
-      A `SpectralSum`, between 0 and n.
+      A `SpectralSumResult`, between 0 and n.
 
     Raises:
       ValueError: `c` is not positive.
@@ -100,9 +105,9 @@ def effective_dimension(density: DensityResult, c: Any) -> SpectralSum:
       D. MacKay (1992), Bayesian model comparison and backprop nets, NeurIPS 4 (the number of
       well-determined parameters); negative eigenvalues count as zero here.
     """
-    _checks.positive("c", c)
+    _checks.positive("damping", damping)
 
     def share(values: jax.Array) -> jax.Array:
-        return jnp.maximum(values, 0) / (jnp.maximum(values, 0) + c)
+        return jnp.maximum(values, 0) / (jnp.maximum(values, 0) + damping)
 
     return spectral_sum(density, share)

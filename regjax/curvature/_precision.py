@@ -1,13 +1,26 @@
-"""Full float32 in every matrix product: TF32 and bfloat16 visibly perturb Lanczos."""
+"""How exact products are: full float32 where that can be chosen, and what rounding leaves unknown.
+
+TF32 and bfloat16, the defaults of accelerators, visibly perturb Lanczos. Where a model computes in
+a narrow type by itself, its products are off by some units of rounding of that type, and no
+residual norm below is claimed.
+"""
 
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+from regjax import _jaxprs
+
+_Arguments = ParamSpec("_Arguments")
+_Value = TypeVar("_Value")
+
+# No residual norm is claimed below this many units of rounding of the matrix. Products of trained
+# networks in bfloat16 were off by 0.3 to 1.3 units, those of transformers by up to 5.
+_FLOOR = 8
 
 
 def precision() -> contextlib.AbstractContextManager[Any]:
@@ -17,12 +30,46 @@ def precision() -> contextlib.AbstractContextManager[Any]:
     return jax.default_matmul_precision("highest")
 
 
-def precisely(function: _Function) -> _Function:
+def precisely(function: Callable[_Arguments, _Value]) -> Callable[_Arguments, _Value]:
     """`function`, traced with full float32 products."""
 
     @functools.wraps(function)
-    def traced(*arguments: Any, **options: Any) -> Any:
+    def traced(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Value:
         with precision():
             return function(*arguments, **options)
 
-    return cast(_Function, traced)
+    return traced
+
+
+def narrowest_eps(function: Callable[..., Any], *arguments: Any) -> float:
+    """The unit of rounding of the narrowest type in `function(*arguments)`, which is only traced.
+
+    Found once for arguments of the same types.
+    """
+    leaves, treedef = jax.tree.flatten(arguments)
+    shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    return _narrowest_eps(function, treedef, shapes)
+
+
+@functools.lru_cache(maxsize=64)
+def _narrowest_eps(function: Callable[..., Any], treedef: Any, shapes: tuple[Any, ...]) -> float:
+    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    traced = jax.make_jaxpr(function)(*jax.tree.unflatten(treedef, structs))
+    dtypes = {
+        variable.aval.dtype
+        for equation in _jaxprs.equations(traced.jaxpr)
+        for variable in equation.outvars
+        if hasattr(variable.aval, "dtype") and jnp.issubdtype(variable.aval.dtype, jnp.inexact)
+    }
+    return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+
+
+def floor(values: jax.Array, eps: Any) -> jax.Array:
+    """(), residual norm below which nothing is claimed, from Ritz values of which some are NaN.
+
+    Args:
+      values: Ritz values, of which the largest magnitude is that of the matrix.
+      eps: unit of rounding of a product.
+    """
+    largest = jnp.max(jnp.abs(jnp.nan_to_num(values)), initial=0)
+    return _FLOOR * jnp.asarray(eps, values.dtype) * largest

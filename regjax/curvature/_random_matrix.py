@@ -17,16 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from regjax import _checks, _chunks, _tree
+from regjax import _checks, _chunks, _numerics, _tree
 from regjax._base import as_partial, couples_examples
-from regjax.curvature._operators import differentiate_gradient
+from regjax._space import Space
+from regjax.curvature._operators._curvature import differentiate_gradient
 from regjax.curvature._precision import precision
 
-Law: TypeAlias = Callable[..., "BatchExtremes"]
-"""(largest, smallest, noise_power, inverse_batch) -> `BatchExtremes`."""
+Law: TypeAlias = Callable[..., "BatchExtremesResult"]
+"""(largest, smallest, noise_power, inverse_batch) -> `BatchExtremesResult`."""
 
 
-class NoisePower(NamedTuple):
+class NoisePowerResult(NamedTuple):
     """How much the Hessians of single examples differ along a direction.
 
     Attributes:
@@ -39,7 +40,7 @@ class NoisePower(NamedTuple):
     standard_error: jax.Array
 
 
-class BatchExtremes(NamedTuple):
+class BatchExtremesResult(NamedTuple):
     """The ends of the spectrum of a batch's curvature, in units of the Hessian.
 
     Attributes:
@@ -57,7 +58,7 @@ def hessian_noise_power(
     direction: Any,
     *batch: Any,
     chunk_size: int | None = None,
-) -> NoisePower:
+) -> NoisePowerResult:
     """The mean over examples of ||H_i z - H z||^2, H_i the Hessian of example i, H their mean.
 
     At the cost of a Hessian product, with the product of each example kept: chunks bound that
@@ -74,7 +75,7 @@ def hessian_noise_power(
       chunk_size: number of examples per pass; None: all at once.
 
     Returns:
-      A `NoisePower`, in float32 at least.
+      A `NoisePowerResult`, in float32 at least.
 
     Raises:
       ValueError: the loss is not a scalar or couples the examples (batch norm in train mode, a
@@ -96,15 +97,15 @@ def hessian_noise_power(
     _checks.same_tree("direction", direction, params)
     if chunk_size is not None:
         chunk_size = min(_checks.integer("chunk_size", chunk_size), _checks.num_examples(batch))
-    flat = _tree.ravel(direction, _tree.vector_dtype(params))
-    unit = _tree.unravel(flat / jnp.linalg.norm(flat), params)
+    space = Space.of(params)
+    flat = space.ravel(direction)
+    unit = space.unravel(flat / space.norm(flat))
     function = as_partial(loss_fn)
     mean = _chunks.mean(Partial(_product, function, unit), params, batch, chunk_size)
     squares = _chunks.each(
         Partial(_squared_distances, function, unit, mean), params, batch, chunk_size
     )
-    num_examples = jnp.asarray(squares.size, squares.dtype)
-    return NoisePower(jnp.mean(squares), jnp.std(squares, ddof=1) / jnp.sqrt(num_examples))
+    return NoisePowerResult(*_numerics.mean_and_error(squares))
 
 
 def wigner_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batch: Any) -> Any:
@@ -122,7 +123,7 @@ def wigner_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batch:
       inverse_batch: 1 / b.
 
     Returns:
-      A `BatchExtremes`.
+      A `BatchExtremesResult`.
 
     References:
       D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092, for spiked Wigner matrices.
@@ -133,7 +134,7 @@ def wigner_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batch:
         outlier = eigenvalue > edge
         return jnp.where(outlier, _shifted(eigenvalue, edge**2, outlier), 2 * edge)
 
-    return BatchExtremes(moved(largest), -moved(-smallest))
+    return BatchExtremesResult(moved(largest), -moved(-smallest))
 
 
 def additive_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batch: Any) -> Any:
@@ -149,8 +150,8 @@ def additive_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batc
       inverse_batch: 1 / b.
 
     Returns:
-      A `BatchExtremes`. The two ends have eigenvectors of their own: with p along one of them, take
-      only that end.
+      A `BatchExtremesResult`. The two ends have eigenvectors of their own: with p along one of
+      them, take only that end.
 
     References:
       D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092; the direction is ours.
@@ -161,7 +162,7 @@ def additive_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batc
         outlier = eigenvalue > 0
         return jnp.where(outlier, _shifted(eigenvalue, variance, outlier), jnp.nan)
 
-    return BatchExtremes(moved(largest), -moved(-smallest))
+    return BatchExtremesResult(moved(largest), -moved(-smallest))
 
 
 def marchenko_pastur_outlier(
@@ -183,7 +184,7 @@ def marchenko_pastur_outlier(
       num_params: P, number of parameters; bind it with `functools.partial`.
 
     Returns:
-      A `BatchExtremes`.
+      A `BatchExtremesResult`.
 
     Raises:
       ValueError: `num_params` is not positive.
@@ -205,7 +206,7 @@ def marchenko_pastur_outlier(
 
     above = largest > variance * (ratio + root)
     below = smallest < jnp.minimum(variance * (ratio - root), 0)
-    return BatchExtremes(
+    return BatchExtremesResult(
         jnp.where(above, outside(largest, above), variance * (1 + root) ** 2),
         jnp.where(below, outside(smallest, below), variance * (1 - jnp.minimum(root, 1)) ** 2),
     )
@@ -219,7 +220,7 @@ def batch_extreme_eigenvalues(
     batch_size: Any,
     num_examples: Any = None,
     law: Law = wigner_outlier,
-) -> BatchExtremes:
+) -> BatchExtremesResult:
     """The extreme eigenvalues of a mini-batch's curvature, from those of all examples.
 
     Drawn without replacement from N examples, an element of a batch's curvature has the variance of
@@ -241,7 +242,7 @@ def batch_extreme_eigenvalues(
         smallest, noise_power, inverse_batch), the last 1 / b.
 
     Returns:
-      A `BatchExtremes`.
+      A `BatchExtremesResult`.
 
     Raises:
       ValueError: `noise_power` is negative, `batch_size` is not positive, or above `num_examples`.

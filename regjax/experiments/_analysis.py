@@ -189,8 +189,8 @@ def _describe_density(density: curvature.DensityResult, *, largest: float, scale
 
         return _estimate(curvature.spectral_sum(density, inside))
 
-    grid = curvature.density_grid(density, scale="symlog")
-    curve = curvature.evaluate_density(density, grid, scale="symlog")
+    grid = curvature.density_grid(density, axis_scale="symlog")
+    curve = curvature.evaluate_density(density, grid, axis_scale="symlog")
     num_taken = int(density.num_eigenvalues)
     ritz_values = np.concatenate([np.ravel(density.nodes), density.eigenvalues[:num_taken]])
     outlier, zero = _OUTLIER * largest, _ZERO * largest
@@ -200,7 +200,10 @@ def _describe_density(density: curvature.DensityResult, *, largest: float, scale
         "eigenvalues": density.eigenvalues[:num_taken].tolist(),
         "residual_norms": density.residual_norms[:num_taken].tolist(),
         "num_matvecs": int(density.num_matvecs),
-        "trace": {"value": float(density.trace), "standard_error": float(density.standard_error)},
+        "trace": {
+            "value": float(density.trace),
+            "standard_error": float(density.trace_standard_error),
+        },
         "smallest_ritz_value": float(np.min(ritz_values)),
         "effective_dimension": {
             "scale": scale,
@@ -218,7 +221,7 @@ def _describe_density(density: curvature.DensityResult, *, largest: float, scale
     }
 
 
-def _estimate(total: curvature.SpectralSum) -> Record:
+def _estimate(total: curvature.SpectralSumResult) -> Record:
     return {"value": float(total.value), "standard_error": float(total.standard_error)}
 
 

@@ -1,4 +1,4 @@
-"""One epoch of training: a pure step on plain trees, repeated by `_loops.fold`.
+"""One epoch of training: a pure step on plain trees, repeated by `_loops.scan`.
 
 An epoch is a permutation of the examples, cut into blocks of batches. A block of uint8 images is
 gathered on the device, or by the host where the set is too large for the device; what is then run
@@ -146,7 +146,7 @@ class Epochs:
             jax.block_until_ready(carry)
             callback(first)
             block = Block(images, labels, self._scaling, step_key, jnp.int32(first))
-            carry = _loops.fold(self._step, carry, len(labels), operands=block)
+            carry = _loops.scan(self._step, carry, len(labels), operands=block)
         weights, total = jax.block_until_ready(carry)
         callback(self.num_batches)
         return weights, total / self.num_batches

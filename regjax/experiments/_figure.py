@@ -85,5 +85,5 @@ def _save(path: Path, figure: Any) -> None:
 
 def _panel(name: str, block: _record.Record) -> plots.SpectrumPanel:
     eigenvalues, arrays = block["eigenvalues"], block["density"]["curve"]
-    curve = curvature.DensityCurve(**{field: jnp.asarray(arrays[field]) for field in arrays})
+    curve = curvature.DensityCurveResult(**{field: jnp.asarray(arrays[field]) for field in arrays})
     return plots.SpectrumPanel(name, curve, eigenvalues["values"], eigenvalues["residual_norms"])

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from regjax.curvature import DensityCurve
+    from regjax.curvature import DensityCurveResult
 
 _SCALES = ("linear", "symlog")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -32,13 +32,13 @@ class SpectrumPanel(NamedTuple):
     """
 
     label: str
-    curve: "DensityCurve"
+    curve: "DensityCurveResult"
     eigenvalues: Any = None
     residual_norms: Any = None
 
 
 def spectrum(
-    curve: "DensityCurve",
+    curve: "DensityCurveResult",
     eigenvalues: Any = None,
     residual_norms: Any = None,
     *,
@@ -217,7 +217,7 @@ def _set_scale(setter: Any, threshold: float | None) -> None:
 
 
 def _threshold(
-    scale: str, linthresh: float | None, curves: "Sequence[DensityCurve]"
+    scale: str, linthresh: float | None, curves: "Sequence[DensityCurveResult]"
 ) -> float | None:
     """None on a linear scale, else where the symmetric-log scale turns linear."""
     if _checks.choice("scale", scale, _SCALES) == "linear":
@@ -235,7 +235,7 @@ def _limits(density: np.ndarray, error: np.ndarray) -> tuple[float, float]:
     return 0.1 * np.min(density[is_bump]), 3 * np.max(density + error)
 
 
-def _curve_arrays(curve: "DensityCurve") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _curve_arrays(curve: "DensityCurveResult") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     arrays = [np.asarray(array, np.float64) for array in curve[:3]]
     for name, array in zip(curve._fields, arrays, strict=False):
         if array.ndim != 1 or array.shape != arrays[0].shape:

@@ -109,7 +109,7 @@ def entropy_sgd(
         stiffness = _extra_args.value_at(gamma, state.num_updates)
         inner_momentum = momentum
 
-        def inner_step(carry: Any, i: jax.Array) -> Any:
+        def inner_step(_: None, carry: Any, i: jax.Array) -> Any:
             position, mean, velocity = carry
             grads = grad_fn(position, i)
             if not _extra_args.is_zero(inner_momentum):
@@ -128,7 +128,7 @@ def entropy_sgd(
 
         mean = jax.tree.map(_extra_args.wide, params)
         velocity = () if _extra_args.is_zero(momentum) else jax.tree.map(jnp.zeros_like, mean)
-        _, mean, _ = _loops.fold_captured(inner_step, (params, mean, velocity), num_steps)
+        _, mean, _ = _loops.scan(inner_step, (params, mean, velocity), num_steps)
         new = _mix(1, params, -1, mean)
         if scale_by_gamma:
             new = jax.tree.map(lambda leaf: jnp.asarray(stiffness, leaf.dtype) * leaf, new)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from regjax import _checks, _tree
+from regjax import _checks
 from regjax._base import GradFn, Params
+from regjax._space import Space
 from regjax._tree import wide as wide
 from regjax._tree import wide_dtype as wide_dtype
 
@@ -91,9 +92,9 @@ def normal_like(key: jax.Array, leaves: list[Any]) -> list[jax.Array]:
     Drawn as one vector: XLA on CPU takes a quarter longer for a draw of each leaf.
     """
     like = [jax.ShapeDtypeStruct(jnp.shape(leaf), wide_dtype(leaf)) for leaf in leaves]
-    drawn = jax.random.normal(key, (_tree.size(like),), _tree.vector_dtype(like))
+    space = Space.of(like)
     # Or each use of the noise would compute it again.
-    return _tree.unravel(lax.optimization_barrier(drawn), like)
+    return space.unravel(lax.optimization_barrier(space.normal(key)))
 
 
 def only_extra(

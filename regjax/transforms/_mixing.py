@@ -85,7 +85,7 @@ def random_pair_mixing(*, key: jax.Array) -> Mixing:
             functools.partial(lax.ppermute, axis_name=axis_name, perm=list(enumerate(partners)))
             for partners in matchings(num)
         ]
-        return _mean(params, _loops.choose(round_number, branches, params))
+        return _mean(params, _loops.switch(round_number, branches, params))
 
     return mix
 
@@ -113,7 +113,7 @@ def exponential_mixing() -> Mixing:
         branches = [
             functools.partial(_shifted, offset=2**i, axis_name=axis_name) for i in range(num_shifts)
         ]
-        return _mean(params, _loops.choose(count % num_shifts, branches, params))
+        return _mean(params, _loops.switch(count % num_shifts, branches, params))
 
     return mix
 

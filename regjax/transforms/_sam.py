@@ -77,14 +77,14 @@ def sam(
             new = grad_fn(ascend(params, updates, radius, adaptive, eta, mask), 0)
         else:
 
-            def add_shard(total: Params, i: jax.Array) -> Params:
+            def add_shard(_: None, total: Params, i: jax.Array) -> Params:
                 above = params
                 if not _extra_args.is_zero(radius):
                     above = ascend(params, grad_fn(params, i), radius, adaptive, eta, mask)
                 return jax.tree.map(lambda a, b: a + _extra_args.wide(b), total, grad_fn(above, i))
 
             zeros = jax.tree.map(lambda leaf: jnp.zeros_like(_extra_args.wide(leaf)), params)
-            total = _loops.fold_captured(add_shard, zeros, num_shards)
+            total = _loops.scan(add_shard, zeros, num_shards)
             new = jax.tree.map(lambda leaf: leaf / num_shards, total)
         return _extra_args.like(new, updates), SamState(state.num_updates + 1)
 

@@ -135,13 +135,14 @@ def spectral_controller(
             params = _extra_args.check_whole_params(params)
             if curvature_grad_fn is None:
                 curvature_grad_fn = Partial(_first, as_partial(_extra_args.check_grad_fn(grad_fn)))
-            state = _loops.rare_branch(
+            state = _loops.cond(
                 state.num_updates % refresh_every == 0,
                 lambda state: refresh_spectral_controller(
                     state, curvature_grad_fn, params, num_steps=num_steps, rule=rule,
                     smallest_ratio=smallest_ratio, max_momentum=max_momentum,
                 ),
                 state,
+                holds_products=True,
             )  # fmt: skip
         velocity = _accelerated(state, state.velocity, updates)
         state = state._replace(num_updates=state.num_updates + 1, velocity=velocity)
@@ -191,9 +192,9 @@ def refresh_spectral_controller(
     _checks.floating_tree("params", params)
     next_key, start_key = jax.random.split(state.key)
     operator = curvature.from_gradient(curvature_grad_fn, params)
-    size = operator.shape[0]
-    start = _tree.unravel(jax.random.normal(start_key, (size,), operator.dtype), params)
-    run = curvature.lanczos(operator, start, min(num_steps, size))
+    space = operator.space
+    start = space.unravel(space.normal(start_key))
+    run = curvature.lanczos(operator, start, min(num_steps, space.size))
     found = _read(curvature.ritz_pairs(run), smallest_ratio, max_momentum, rule)
     good = jnp.isfinite(found["largest"]) & (found["largest"] > 0)
     kept = {name: jnp.where(good, value, getattr(state, name)) for name, value in found.items()}

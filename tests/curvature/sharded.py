@@ -18,8 +18,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from regjax import curvature
-from regjax._sharding import Columns
-from regjax.curvature import _eigen, _operators, _ritz
+from regjax._space import Space
+from regjax.curvature import _assessment, _eigen
+from regjax.curvature._operators import _curvature, _traced
 from regjax.experiments import SpectrumSettings, _analysis, _network
 from tests.experiments.test_training import make_dataset
 
@@ -117,8 +118,20 @@ def both(make=OPERATORS["hessian"], chunk_size=None, mesh=None):
     return alone, make(params, *(divided(a, mesh) for a in batch), chunk_size=chunk_size)
 
 
+def product(operator, vector):
+    """The product with a whole vector."""
+    space = operator.space
+    return space.gather(operator.product(space.shard(vector)))
+
+
 def compiled_product(operator):
-    return jax.jit(_operators.product).lower(operator, vector_of(operator)).compile()
+    """Of trees, which are whole on each device."""
+    tree = operator.space.unravel(operator.space.shard(vector_of(operator)))
+    return jax.jit(lambda o, v: o.matvec(v)).lower(operator, tree).compile()
+
+
+def flat(operator, tree):
+    return operator.space.gather(operator.space.ravel(tree))
 
 
 def collectives(compiled):
@@ -131,23 +144,25 @@ def check_products():
     """The numbers of one device with one message, also in chunks of three of eight examples."""
     for name, make in OPERATORS.items():
         alone, _ = both(make)
-        expected = _operators.product(alone, vector_of(alone))
+        expected = product(alone, vector_of(alone))
         assert not np.allclose(expected, 0)
         for chunk_size in (None, 3) if name in ("hessian", "fisher") else (None,):
             _, operator = both(make, chunk_size)
             assert operator.placement.num_parts == 8
             compiled = compiled_product(operator)
             assert collectives(compiled) == ["all-reduce"], (name, chunk_size)
-            found = compiled(operator, vector_of(operator))
-            assert found.sharding.is_fully_replicated
-            close(found, expected)
+            tree = operator.space.unravel(operator.space.shard(vector_of(operator)))
+            found = compiled(operator, tree)
+            assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found))
+            close(flat(operator, found), expected)
+            close(product(operator, vector_of(operator)), expected)
 
 
 def check_recomputed_products():
     """Nothing is kept: the product goes over the data anew."""
-    _operators.CACHE_BYTES, kept = 0, _operators.CACHE_BYTES
+    _curvature.CACHE_BYTES, kept = 0, _curvature.CACHE_BYTES
     _, operator = both()
-    _operators.CACHE_BYTES = kept
+    _curvature.CACHE_BYTES = kept
     assert operator.linear_map is None
     assert collectives(compiled_product(operator)) == ["all-reduce"]
 
@@ -159,12 +174,11 @@ def check_convolutions():
         curvature.hessian, convolutional_loss_fn, jax.random.normal(key(), (2, 2, 1, 3))
     )
     alone = make(*map(jnp.asarray, batch))
-    expected = _operators.product(alone, vector_of(alone))
+    expected = product(alone, vector_of(alone))
     batch = [divided(a, mesh_of()) for a in batch]
-    compiled = compiled_product(make(*batch))
-    assert collectives(compiled) == ["all-reduce"]
-    close(compiled(make(*batch), vector_of(alone)), expected)
-    close(_operators.product(make(*batch, chunk_size=3), vector_of(alone)), expected)
+    assert collectives(compiled_product(make(*batch))) == ["all-reduce"]
+    close(product(make(*batch), vector_of(alone)), expected)
+    close(product(make(*batch, chunk_size=3), vector_of(alone)), expected)
 
 
 def check_memory():
@@ -172,8 +186,8 @@ def check_memory():
     params, *batch = problem(width=256)
     mesh, num_rows = mesh_of(), 32
     operator = curvature.hessian(loss_fn, params, *(divided(a, mesh) for a in batch))
-    state = curvature.top_eigenpairs_init(operator, 8, key=key(), max_basis=num_rows)
-    size, vector = operator.shape[0], vector_of(operator)
+    state = curvature.top_eigenpairs_solver(operator, 8, key=key(), max_basis=num_rows).init()
+    size, vector = operator.size, operator.space.shard(vector_of(operator))
     padded = -(-size // 8) * 8
     assert padded > size  # the last device's columns are not all used
     blocks = state.krylov.basis.blocks
@@ -185,12 +199,12 @@ def check_memory():
         whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         return whole + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
-    product = others(_operators._whole_product, operator, vector)
-    image = _operators.product(operator, vector)
-    assert others(_eigen._advance, state, image) - held < product
-    assert others(_ritz.begin_search, state) - held < product
+    of_product = others(_traced._product, operator, vector)
+    image = operator.product(vector)
+    assert others(_eigen._advance, state, image) - held < of_product
+    assert others(_assessment.begin_search, state) - held < of_product
     # Compression takes a slab of the columns twice: no more than two shares of a small basis.
-    assert others(_ritz.restart, state) - held < product + 2 * held
+    assert others(_assessment.restart, state) - held < of_product + 2 * held
 
 
 def check_coupled_examples():
@@ -198,9 +212,7 @@ def check_coupled_examples():
     parts = [divided(a, mesh_of()) for a in batch]
     alone = curvature.hessian(coupled_loss_fn, params, *map(jnp.asarray, batch))
     together = curvature.hessian(coupled_loss_fn, params, *parts)
-    close(
-        _operators.product(together, vector_of(alone)), _operators.product(alone, vector_of(alone))
-    )
+    close(product(together, vector_of(alone)), product(alone, vector_of(alone)))
     with pytest.raises(ValueError, match="must not split"):
         curvature.hessian(coupled_loss_fn, params, *parts, chunk_size=8)
 
@@ -219,7 +231,7 @@ def check_two_axes():
             loss_fn, split, *(divided(a, mesh) for a in batch), chunk_size=chunk_size
         )
         assert operator.placement.example_axes == ("data",)
-        assert operator.columns.mesh.size == 8
+        assert operator.space.mesh.size == 8
         close(eigenvalues(operator), expected)
 
 
@@ -261,8 +273,8 @@ def check_density():
     )
     # These are at rounding level.
     close(found._replace(residual_norms=0), expected._replace(residual_norms=0), 1e-4)
-    state = curvature.spectral_density_init(together, key=key(), num_steps=8)
-    (block,) = {shard.data.shape for shard in state.deflation.basis.blocks[0].addressable_shards}
+    state = curvature.spectral_density_solver(together, key=key(), num_steps=8).init()
+    (block,) = {shard.data.shape for shard in state.basis.blocks[0].addressable_shards}
     assert block[1] == -(-alone.shape[0] // 8)
 
 
@@ -270,9 +282,10 @@ def check_trace_and_diagonal():
     alone, together = both()
     for method in ("hutchinson", "hutch++"):
         for estimate in (curvature.trace, curvature.diagonal):
-            run = lambda operator: estimate(operator, key=key(), num_probes=12, method=method)  # noqa: B023
+            run = lambda operator: estimate(operator, key=key(), num_matvecs=12, method=method)  # noqa: B023
             close(run(together), run(alone), 1e-4)
-    state = curvature.trace_init(together, key=key(), num_probes=12, method="hutch++")
+    solver = curvature.trace_solver(together, key=key(), num_matvecs=12, method="hutch++")
+    state = solver.init()
     assert {shard.data.shape for shard in state.rows.addressable_shards} == {
         (4, -(-alone.shape[0] // 8))
     }
@@ -287,9 +300,9 @@ def check_inside_jit():
 
     close(values(together, key()), values(alone, key()))
     text = values.lower(together, key()).compile().as_text()
-    columns = together.columns
-    assert f"f32[16,{columns.padded // 8}]" in text
-    assert not {f"f32[16,{columns.padded}]", f"f32[16,{columns.size}]"} & set(text.split("{"))
+    space = together.space
+    assert f"f32[16,{space.length // 8}]" in text
+    assert not {f"f32[16,{space.length}]", f"f32[16,{space.size}]"} & set(text.split("{"))
 
 
 def check_from_matvec():
@@ -298,8 +311,8 @@ def check_from_matvec():
     rows = NamedSharding(mesh_of(), PartitionSpec())
     matvec = jax.tree_util.Partial(product_of, jax.device_put(matrix, rows))
     operator = curvature.from_matvec(matvec, jnp.zeros(21))
-    assert operator.columns == Columns(21, mesh_of())
-    assert operator.columns.padded == 24
+    assert operator.space == Space.of(jnp.zeros(21), mesh_of())
+    assert operator.space.length == 24
     close(eigenvalues(operator), jnp.asarray([20.0, 19.0, 18.0]))
 
 
@@ -307,30 +320,29 @@ def check_rows():
     """What is done to divided rows, deficient ones too, is as on one device."""
     rows = np.random.default_rng(0).normal(size=(5, 21)).astype(np.float32)
     rows[4] = rows[0]
-    columns = Columns(21, mesh_of())
-    parts = columns.divide(jnp.asarray(rows))
-    close(columns.join(parts), rows)
-    basis = np.asarray(columns.join(jax.jit(columns.orthonormal)(parts)))
+    space = Space.of(jnp.zeros(21), mesh_of())
+    parts = space.shard(jnp.asarray(rows))
+    close(space.gather(parts), rows)
+    basis = np.asarray(space.gather(jax.jit(space.orthonormal)(parts)))
     close(basis @ basis.T, np.eye(5))
     close((rows @ basis.T) @ basis, rows)
     # Joined, they are on each device, also where they would divide evenly.
-    even = Columns(24, mesh_of())
-    whole = jax.jit(lambda rows: even.join(2 * even.divide(rows)))(jnp.ones(24))
+    even = Space.of(jnp.zeros(24), mesh_of())
+    whole = jax.jit(lambda rows: even.gather(2 * even.shard(rows)))(jnp.ones(24))
     assert whole.sharding.is_fully_replicated
 
 
 def check_compilations():
     """A second product and a second step compile nothing."""
     _, operator = both()
-    state = curvature.top_eigenpairs_init(operator, 3, key=key(), max_basis=12)
-    step = curvature.top_eigenpairs_step
-    state = step(operator, state)
+    solver = curvature.top_eigenpairs_solver(operator, 3, key=key(), max_basis=12)
+    state = solver.step(solver.init())
     messages, handler = [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("jax").addHandler(handler)
     with jax.log_compiles():
         for _ in range(3):
-            state = step(operator, state)
+            state = solver.step(state)
         assert not any("XLA compilation" in message for message in messages), messages
         jax.jit(lambda x: x + 1)(jnp.ones(3))
     assert any("XLA compilation" in message for message in messages)
@@ -361,7 +373,7 @@ def check_command_line():
     settings = SpectrumSettings(**options, curvature_examples=16)
     expected = _analysis.operators(subject, settings)["network"]
     vector = vector_of(found)
-    close(_operators.product(found, vector), _operators.product(expected, vector))
+    close(product(found, vector), product(expected, vector))
 
 
 OPTIMIZED = ("products", "recomputed_products", "memory")

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from regjax import _jaxprs, curvature
-from regjax._sharding import Columns
-from regjax.curvature import _accumulation, _rounding
+from regjax._space import Space
+from regjax.curvature._engine import _accumulation
 from tests import oracles
 
 RANDOM = np.random.default_rng(0)
 
 
 def sums(rows, vector, accumulation):
-    return _accumulation.inner_products(rows, vector, Columns(vector.size), accumulation)
+    return _accumulation.inner_products(Space.of(vector), rows, vector, accumulation)
 
 
 @pytest.mark.parametrize("size", [5, 2047, 2048, 3001, 70_000, 300_001])
@@ -81,7 +81,8 @@ def test_float64_sums_give_float64_pairs():
     diagonal = jnp.asarray(integers, jnp.float32)
     start = jnp.asarray(np.concatenate([[1.0, 1, 1], np.zeros(size - 3)]), jnp.float32)
     with jax.enable_x64(True):
-        run = curvature.lanczos(lambda v: diagonal * v, start, 3, accumulation="float64")
+        operator = curvature.from_matvec(lambda v: diagonal * v, diagonal)
+        run = curvature.lanczos(operator, start, 3, accumulation="float64")
         pairs = curvature.ritz_pairs(run)
     assert pairs.values.dtype == jnp.float64
     np.testing.assert_allclose(np.asarray(pairs.values), [16, 32, 64], rtol=1e-7)
@@ -160,9 +161,7 @@ def test_bfloat16_gives_the_leading_eigenvalues_within_its_bounds(loss, streamed
 def test_the_narrowest_type_of_a_product():
     params, x, y = network()
     eps = lambda dtype: float(jnp.finfo(dtype).eps)
-    find = lambda loss, **options: _rounding.product_eps(
-        curvature.hessian(loss, params, x, y, **options)
-    )
+    find = lambda loss, **options: curvature.hessian(loss, params, x, y, **options).eps
     assert find(loss_fn) == eps(jnp.float32)
     assert find(narrow_inside) == eps(jnp.bfloat16)
     assert find(narrow_inside, chunk_size=16) == eps(jnp.bfloat16)
@@ -182,7 +181,7 @@ def test_matrix_products_beside_those_with_the_matrix_are_full_float32():
         "eigenpairs": lambda o: curvature.top_eigenpairs(o, 3, key=key, max_basis=8),
         "density": lambda o: curvature.spectral_density(o, key=key, num_steps=5),
         "ritz": lambda o: curvature.ritz_pairs(curvature.lanczos(o, jnp.ones(30), 5)),
-        "trace": lambda o: curvature.trace(o, key=key, num_probes=6, method="hutch++"),
+        "trace": lambda o: curvature.trace(o, key=key, num_matvecs=6, method="hutch++"),
     }
     for name, solve in solvers.items():
         traced = jax.make_jaxpr(solve)(operator)
@@ -203,4 +202,4 @@ def test_looking_for_the_type_warns_of_nothing():
         return jnp.mean(jax.lax.conv(x, params["k"].transpose(2, 3, 0, 1), (1, 1), "SAME") ** 2)
 
     operator = curvature.hessian(loss, kernel, jnp.ones((20, 1, 4, 4)), chunk_size=1)
-    assert _rounding.product_eps(operator) == float(jnp.finfo(jnp.float32).eps)
+    assert operator.eps == float(jnp.finfo(jnp.float32).eps)

@@ -5,23 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regjax.curvature import _basis
+from regjax._space import Space
+from regjax.curvature._engine import _basis
 
 SIZE = 70
+SPACE = Space.of(jnp.zeros(SIZE))
 
 
 def filled(num_rows, count):
-    basis = _basis.zeros(num_rows, SIZE, jnp.float32)
+    basis = _basis.zeros(SPACE, num_rows)
     rows = np.linalg.qr(np.random.default_rng(0).normal(size=(SIZE, count)))[0].T
     rows = rows.astype(np.float32)
     for i, row in enumerate(rows):
-        basis = _basis.put(basis, jnp.int32(i), jnp.asarray(row))
+        assert int(basis.filled) == i
+        basis = _basis.append(basis, jnp.asarray(row))
     return basis, rows
 
 
 @pytest.mark.parametrize(("num_rows", "blocks"), [(1, 1), (16, 1), (17, 2), (40, 3), (300, 8)])
 def test_rows_suffice_in_few_blocks(num_rows, blocks):
-    basis = _basis.zeros(num_rows, 3, jnp.float32)
+    basis = _basis.zeros(Space.of(jnp.zeros(3)), num_rows)
     assert len(basis.blocks) == blocks
     assert num_rows <= basis.num_rows < num_rows + 16 + 8 * blocks
 
@@ -31,7 +34,7 @@ def test_outside_is_a_projection_in_all_blocks(count):
     basis, rows = filled(40, count)
     np.testing.assert_array_equal(_basis.to_array(basis, count), rows)
     vector = np.random.default_rng(1).normal(size=SIZE).astype(np.float32)
-    rest, coefficients = jax.jit(_basis.outside)(basis, jnp.int32(count), vector)
+    rest, coefficients = jax.jit(_basis.outside)(basis, vector)
     np.testing.assert_allclose(coefficients[:count], rows @ vector, atol=1e-5)
     np.testing.assert_array_equal(coefficients[count:], 0)
     np.testing.assert_allclose(rest, vector - rows.T @ (rows @ vector), atol=1e-5)
@@ -45,5 +48,16 @@ def test_combining_and_recombining(width, monkeypatch):
     weights = np.random.default_rng(2).normal(size=(basis.num_rows,) * 2).astype(np.float32)
     expected = weights[:40].T @ rows
     np.testing.assert_allclose(_basis.combine(basis, weights), expected, atol=1e-4)
-    again = _basis.recombine(basis, jnp.asarray(weights))
+    again = _basis.recombine(basis, jnp.asarray(weights), jnp.int32(7))
+    assert (int(again.filled), int(again.generation)) == (7, 1)
     np.testing.assert_allclose(_basis.to_array(again, basis.num_rows), expected, atol=1e-4)
+    few = _basis.combined(basis, jnp.asarray(weights[:, :20]), jnp.int32(20))
+    assert len(few.blocks) == 2
+    np.testing.assert_allclose(_basis.to_array(few, 20), expected[:20], atol=1e-4)
+
+
+def test_nothing_is_outside_of_no_rows():
+    vector = jnp.arange(float(SIZE))
+    rest, coefficients = _basis.outside(_basis.zeros(SPACE, 0), vector)
+    np.testing.assert_array_equal(rest, vector)
+    assert coefficients.shape == (0,)

@@ -51,7 +51,7 @@ def test_only_the_block_is_differentiated():
 
     def operations(operator):
         vector = jnp.ones(operator.shape[0])
-        compiled = jax.jit(curvature._operators.product).lower(operator, vector).compile()
+        compiled = jax.jit(lambda o, v: o.product(v)).lower(operator, vector).compile()
         return compiled.cost_analysis()["flops"]
 
     blocks = curvature.by_block(operator)
@@ -60,7 +60,5 @@ def test_only_the_block_is_differentiated():
 
 def test_error_texts():
     operator = curvature.from_matvec(lambda v: v, jnp.zeros(3))
-    with pytest.raises(ValueError, match="`operator` must be made of a loss or a model"):
-        curvature.by_block(operator)
     with pytest.raises(ValueError, match="`depth` must be at least 1, got 0"):
         curvature.by_block(operator, depth=0)

@@ -49,10 +49,10 @@ def rows_of(gradients):
     return np.concatenate([np.asarray(g).reshape(len(g), -1) for g in leaves], 1)
 
 
-def sampled_gradients(problem, num_masks):
+def sampled_gradients(problem, num_samples):
     loss = bound(problem)
     of_key = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))
-    return rows_of(of_key(problem.params, jax.random.split(KEY, num_masks)))
+    return rows_of(of_key(problem.params, jax.random.split(KEY, num_samples)))
 
 
 def all_gradients(problem, shape):
@@ -71,7 +71,9 @@ def moments(rows, probabilities):
 
 def test_products_are_those_of_the_dense_covariance_of_500_masks():
     problem = small(dtype=np.float32)
-    operator = curvature.dropout_covariance(bound(problem), problem.params, key=KEY, num_masks=500)
+    operator = curvature.dropout_covariance(
+        bound(problem), problem.params, key=KEY, num_samples=500
+    )
     expected = np.cov(sampled_gradients(problem, 500).T.astype(np.float64), bias=True)
     np.testing.assert_allclose(operator.dense(), expected, rtol=1e-4, atol=1e-5)
     vector = jax.tree.map(lambda leaf: jnp.cos(leaf), problem.params)
@@ -82,13 +84,13 @@ def test_products_are_those_of_the_dense_covariance_of_500_masks():
     largest = curvature.top_eigenpairs(operator, 2, key=KEY)
     np.testing.assert_allclose(largest.values, np.linalg.eigvalsh(expected)[:-3:-1], rtol=1e-3)
     assert bool(largest.complete)
-    total = curvature.trace(operator, key=KEY, num_probes=200)
+    total = curvature.trace(operator, key=KEY, num_matvecs=200)
     assert abs(float(total.value) - np.trace(expected)) < 5 * float(total.standard_error)
 
 
 def test_the_factor_has_the_covariance_and_its_spectrum(double):
     problem = small()
-    options = {"key": KEY, "num_masks": 9}
+    options = {"key": KEY, "num_samples": 9}
     factor = curvature.dropout_covariance_factor(bound(problem), problem.params, **options)
     assert factor.shape == (9, 38)
     rows = sampled_gradients(problem, 9)
@@ -101,9 +103,9 @@ def test_gradient_penalty_of_the_same_masks_is_mean_and_trace(double):
     problem = small()
     compiled = jax.jit(
         lambda params: (
-            curvature.dropout_covariance(bound(problem), params, key=KEY, num_masks=9),
+            curvature.dropout_covariance(bound(problem), params, key=KEY, num_samples=9),
             regularizers.dropout_gradient_penalty(
-                bound(problem), params, key=KEY, learning_rate=4.0, num_masks=9
+                bound(problem), params, key=KEY, learning_rate=4.0, num_samples=9
             ).value,
         )
     )
@@ -131,7 +133,7 @@ def test_its_mean_over_draws_is_smaller_than_the_covariance_by_one_in_k(double):
     problem = small()
     exact = np.trace(moments(*all_gradients(problem, (1, 6)))[1])
     factor = lambda key: curvature.dropout_covariance_factor(
-        bound(problem), problem.params, key=key, num_masks=3
+        bound(problem), problem.params, key=key, num_samples=3
     )
     keys = jax.random.split(jax.random.key(1), 4000)
     traces = np.asarray(jax.jit(jax.vmap(lambda key: jnp.sum(factor(key) ** 2)))(keys))
@@ -140,11 +142,11 @@ def test_its_mean_over_draws_is_smaller_than_the_covariance_by_one_in_k(double):
     assert 10 * error < exact / 3
 
 
-@pytest.mark.parametrize("num_masks", [2, 7])
-def test_without_dropout_the_covariance_is_exactly_zero(num_masks):
+@pytest.mark.parametrize("num_samples", [2, 7])
+def test_without_dropout_the_covariance_is_exactly_zero(num_samples):
     problem = small(dtype=np.float32)
     factor = curvature.dropout_covariance_factor(
-        bound(problem, keep=1.0), problem.params, key=KEY, num_masks=num_masks
+        bound(problem, keep=1.0), problem.params, key=KEY, num_samples=num_samples
     )
     assert not np.any(factor)
 
@@ -165,7 +167,7 @@ def test_a_flax_model_with_parameters_of_two_types():
         outputs, _ = model.apply(params, model.state, problem.inputs, train=True, key=key)
         return oracles.squared_error(outputs, problem.targets)
 
-    operator = curvature.dropout_covariance(loss, model.params, key=KEY, num_masks=5)
+    operator = curvature.dropout_covariance(loss, model.params, key=KEY, num_samples=5)
     assert operator.dtype == jnp.float32
     image = operator.matvec(model.params)
     assert image["first"]["kernel"].dtype == jnp.bfloat16
@@ -178,11 +180,13 @@ def test_a_flax_model_with_parameters_of_two_types():
 
 def test_error_texts():
     problem = small(dtype=np.float32)
-    with pytest.raises(ValueError, match="`num_masks` must be at least 2, got 1"):
-        curvature.dropout_covariance(bound(problem), problem.params, key=KEY, num_masks=1)
+    with pytest.raises(ValueError, match="`num_samples` must be at least 2, got 1"):
+        curvature.dropout_covariance(bound(problem), problem.params, key=KEY, num_samples=1)
     with pytest.raises(TypeError, match="`key` must be a typed key"):
-        curvature.dropout_covariance(bound(problem), problem.params, key=0, num_masks=2)
+        curvature.dropout_covariance(bound(problem), problem.params, key=0, num_samples=2)
     with pytest.raises(ValueError, match=r"must return a scalar, the mean loss, got shape \(3,\)"):
-        curvature.dropout_covariance(lambda w, key: w, jnp.ones(3), key=KEY, num_masks=2)
+        curvature.dropout_covariance(lambda w, key: w, jnp.ones(3), key=KEY, num_samples=2)
     with pytest.raises(TypeError, match="must be real floating point, got int32"):
-        curvature.dropout_covariance(lambda w, key: jnp.sum(w), jnp.arange(3), key=KEY, num_masks=2)
+        curvature.dropout_covariance(
+            lambda w, key: jnp.sum(w), jnp.arange(3), key=KEY, num_samples=2
+        )

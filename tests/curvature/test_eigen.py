@@ -146,12 +146,13 @@ def test_tracks_the_top_eigenvalue_inside_a_training_scan():
         assert float(values[i]) == pytest.approx(np.linalg.eigvalsh(dense)[-1], rel=2e-3)
 
 
-def test_init_step_result_is_the_plain_function():
+def test_stages_by_hand_are_the_plain_function():
     _, operator = operator_with(np.random.default_rng(3).normal(size=80) ** 3)
-    state = curvature.top_eigenpairs_init(operator, 3, key=jax.random.key(0))
-    while not state.done:
-        state = curvature.top_eigenpairs_step(operator, state)
-    ours = curvature.top_eigenpairs_result(operator, state)
+    solver = curvature.top_eigenpairs_solver(operator, 3, key=jax.random.key(0))
+    state = solver.init()
+    while not solver.done(state):
+        state = solver.step(state)
+    ours = solver.result(state)
     plain = curvature.top_eigenpairs(operator, 3, key=jax.random.key(0))
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -19,8 +19,12 @@ def jacobian_and_probabilities(problem):
 def test_gauss_newton_of_cross_entropy(chunk_size):
     problem = oracles.problem()
     operator = curvature.gauss_newton(
-        oracles.model_fn, oracles.cross_entropy, problem.params, *problem.batch, chunk_size
-    )
+        oracles.model_fn,
+        oracles.cross_entropy,
+        problem.params,
+        *problem.batch,
+        chunk_size=chunk_size,
+    )  # fmt: skip
     jacobian, p = jacobian_and_probabilities(problem)
     middle = np.einsum("ic,cd->icd", p, np.eye(3)) - np.einsum("ic,id->icd", p, p)
     expected = np.einsum("icn,icd,idm->nm", jacobian, middle, jacobian) / 23
@@ -31,8 +35,12 @@ def test_gauss_newton_of_cross_entropy(chunk_size):
 def test_gauss_newton_of_squared_error_is_the_gram_matrix(chunk_size):
     problem = oracles.problem()
     operator = curvature.gauss_newton(
-        oracles.model_fn, oracles.squared_error, problem.params, *problem.batch, chunk_size
-    )
+        oracles.model_fn,
+        oracles.squared_error,
+        problem.params,
+        *problem.batch,
+        chunk_size=chunk_size,
+    )  # fmt: skip
     jacobian, _ = jacobian_and_probabilities(problem)
     expected = np.einsum("icn,icm->nm", jacobian, jacobian) / 23
     np.testing.assert_allclose(operator.dense(), expected, rtol=1e-4, atol=1e-6)
@@ -42,8 +50,12 @@ def test_gauss_newton_of_squared_error_is_the_gram_matrix(chunk_size):
 def test_empirical_fisher_is_the_mean_outer_product_of_example_gradients(chunk_size):
     problem = oracles.problem()
     operator = curvature.empirical_fisher(
-        oracles.model_fn, oracles.cross_entropy, problem.params, *problem.batch, chunk_size
-    )
+        oracles.model_fn,
+        oracles.cross_entropy,
+        problem.params,
+        *problem.batch,
+        chunk_size=chunk_size,
+    )  # fmt: skip
     jacobian, p = jacobian_and_probabilities(problem)
     scores = np.einsum("ic,icn->in", p - np.eye(3)[np.asarray(problem.targets)], jacobian)
     np.testing.assert_allclose(operator.dense(), scores.T @ scores / 23, rtol=1e-4, atol=1e-6)

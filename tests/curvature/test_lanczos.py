@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from regjax import curvature
+from regjax._space import Space
 from regjax.curvature import _lanczos
 from tests import oracles
 
@@ -14,6 +15,10 @@ def tridiagonal(result):
     return np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1)
 
 
+def operator(matvec, size):
+    return curvature.from_matvec(matvec, jnp.zeros(size))
+
+
 def start(size, seed=1):
     return jnp.asarray(np.random.default_rng(seed).normal(size=size), jnp.float32)
 
@@ -21,7 +26,7 @@ def start(size, seed=1):
 @pytest.mark.parametrize("num_steps", [1, 2, 13, 60])
 def test_the_recurrence_holds(num_steps):
     matrix = oracles.symmetric(np.linspace(-1, 4, 60) ** 3 / 16)
-    result = curvature.lanczos(oracles.matvec_of(matrix), start(60), num_steps)
+    result = curvature.lanczos(operator(oracles.matvec_of(matrix), 60), start(60), num_steps)
     basis = np.asarray(result.basis, np.float64)
     remainder = matrix @ basis.T - basis.T @ tridiagonal(result)
     expected = np.zeros((60, num_steps))
@@ -37,7 +42,7 @@ def test_rank_deficient_matrix_has_no_spurious_eigenvalues(key):
     random = np.random.default_rng(0)
     range_basis = np.linalg.qr(random.normal(size=(2000, 20)))[0]
     matrix = (range_basis * np.arange(1, 21)) @ range_basis.T
-    result = curvature.lanczos(oracles.matvec_of(matrix), start(2000), 40, key=key)
+    result = curvature.lanczos(operator(oracles.matvec_of(matrix), 2000), start(2000), 40, key=key)
     values = np.linalg.eigvalsh(tridiagonal(result))
     assert np.sum(values > 0.5) == 20
     np.testing.assert_allclose(values[values > 0.5], np.arange(1, 21), rtol=1e-5)
@@ -48,21 +53,21 @@ def test_rank_deficient_matrix_has_no_spurious_eigenvalues(key):
 
 
 def test_breakdown_at_once_is_not_divided_by():
-    result = curvature.lanczos(lambda v: 3 * v, start(50), 10)
+    result = curvature.lanczos(operator(lambda v: 3 * v, 50), start(50), 10)
     assert int(result.num_steps) == 1
     assert float(result.alphas[0]) == pytest.approx(3, rel=1e-6)
     assert np.all(np.isfinite(result.basis))
-    zero = curvature.lanczos(lambda v: 0 * v, start(50), 10, key=jax.random.key(0))
+    zero = curvature.lanczos(operator(lambda v: 0 * v, 50), start(50), 10, key=jax.random.key(0))
     np.testing.assert_array_equal(zero.alphas, np.zeros(10))
     np.testing.assert_allclose(zero.basis @ zero.basis.T, np.eye(10), atol=2e-6)
 
 
 def test_compiled_loop_gives_the_host_driven_result():
     matrix = oracles.symmetric(np.linspace(0, 1, 40))
-    operator = curvature.from_matvec(oracles.matvec_of(matrix), jnp.zeros(40))
+    of_matrix = operator(oracles.matvec_of(matrix), 40)
     solve = jax.jit(lambda operator, start: curvature.lanczos(operator, start, 15))
     for ours, theirs in zip(
-        curvature.lanczos(operator, start(40), 15), solve(operator, start(40)), strict=True
+        curvature.lanczos(of_matrix, start(40), 15), solve(of_matrix, start(40)), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
@@ -70,7 +75,9 @@ def test_compiled_loop_gives_the_host_driven_result():
 def test_starts_and_states_are_trees_and_the_callers_arrays_survive():
     like = {"a": start(3), "b": start(4, seed=2)}
     key = jax.random.key(0)
-    result = curvature.lanczos(lambda t: jax.tree.map(lambda x: 2 * x, t), like, 3, key=key)
+    result = curvature.lanczos(
+        curvature.from_matvec(lambda t: jax.tree.map(lambda x: 2 * x, t), like), like, 3, key=key
+    )
     assert result.basis.shape == (3, 7)
     assert not like["a"].is_deleted()
     assert not jax.random.key_data(key).is_deleted()
@@ -79,7 +86,10 @@ def test_starts_and_states_are_trees_and_the_callers_arrays_survive():
 def test_callback_counts_steps():
     calls = []
     curvature.lanczos(
-        lambda v: v * jnp.arange(9.0), start(9), 4, callback=lambda *c: calls.append(c)
+        operator(lambda v: v * jnp.arange(9.0), 9),
+        start(9),
+        4,
+        callback=lambda *c: calls.append(c),
     )
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
@@ -87,7 +97,8 @@ def test_callback_counts_steps():
 def test_compile_time_does_not_grow_with_the_steps():
     # The program of a step is the same text beyond eight blocks of rows, but for the sizes.
     def lines(num_steps):
-        krylov = _lanczos.empty(start(2_000), num_steps, jax.random.key(0))
+        space = Space.of(jnp.zeros(2_000))
+        krylov = _lanczos.empty(space, start(2_000), num_steps, jax.random.key(0))
         return len(_lanczos.expand.lower(krylov, start(2_000)).as_text().splitlines())
 
     assert lines(128) == lines(1000)
@@ -96,26 +107,25 @@ def test_compile_time_does_not_grow_with_the_steps():
 @pytest.mark.parametrize("num_steps", [10, 40])
 def test_several_blocks_of_rows_and_their_padding(num_steps):
     matrix = oracles.symmetric(np.linspace(0, 1, 60))
-    result = curvature.lanczos(oracles.matvec_of(matrix), start(60), num_steps)
+    result = curvature.lanczos(operator(oracles.matvec_of(matrix), 60), start(60), num_steps)
     assert result.basis.shape == (num_steps, 60)
     np.testing.assert_allclose(result.basis @ result.basis.T, np.eye(num_steps), atol=2e-6)
 
 
 def test_error_texts():
     with pytest.raises(ValueError, match="`num_steps` must be between 1 and 4, got 5"):
-        curvature.lanczos(lambda v: v, start(4), 5)
-    operator = curvature.from_matvec(lambda v: v, jnp.zeros(4))
+        curvature.lanczos(operator(lambda v: v, 4), start(4), 5)
     with pytest.raises(ValueError, match=r"`start` must have shape \(4,\), got \(5,\)"):
-        curvature.lanczos(operator, start(5), 2)
+        curvature.lanczos(operator(lambda v: v, 4), start(5), 2)
     with pytest.raises(TypeError, match="`key` must be a typed key"):
-        curvature.lanczos(operator, start(4), 2, key=0)
+        curvature.lanczos(operator(lambda v: v, 4), start(4), 2, key=0)
 
 
 @pytest.mark.parametrize("num_steps", [3, 6])
 def test_ritz_pairs_are_those_of_the_tridiagonal_matrix(num_steps):
     eigenvalues = jnp.asarray([5.0, -2.0, 1.0, 0.5, 0.0, 0.0])
     start = jnp.asarray([1.0, 2.0, 1.0, 0.0, 0.0, 0.0])
-    run = curvature.lanczos(lambda v: eigenvalues * v, start, num_steps)
+    run = curvature.lanczos(operator(lambda v: eigenvalues * v, 6), start, num_steps)
     pairs = curvature.ritz_pairs(run)
     # The start has three eigenvectors in it: beyond, there is no step.
     values = np.sort(np.asarray(pairs.values))[:3]
@@ -128,7 +138,7 @@ def test_ritz_pairs_are_those_of_the_tridiagonal_matrix(num_steps):
 
 def test_ritz_residuals_are_those_of_the_matrix():
     matrix = np.diag(np.arange(1.0, 9.0)).astype(np.float32)
-    run = curvature.lanczos(lambda v: jnp.asarray(matrix) @ v, jnp.ones(8), 4)
+    run = curvature.lanczos(operator(lambda v: jnp.asarray(matrix) @ v, 8), jnp.ones(8), 4)
     pairs = curvature.ritz_pairs(run)
     vectors = np.asarray(run.basis.T @ pairs.vectors)
     residuals = matrix @ vectors - vectors * np.asarray(pairs.values)[None]

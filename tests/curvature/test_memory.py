@@ -5,7 +5,7 @@ import pytest
 from jax.tree_util import Partial
 
 from regjax import curvature
-from regjax.curvature import _allocation
+from regjax.curvature._engine import _memory
 
 SIZE, EXAMPLES, WIDTH = 20_000, 64, 100
 ROW = 4 * SIZE
@@ -26,14 +26,20 @@ def diagonal(size=SIZE):
     return curvature.from_matvec(Partial(jnp.multiply, values), values)
 
 
+def estimate(solver, *arguments, key=jax.random.key(0), **options):  # noqa: B008
+    """The shapes do not depend on the key."""
+    options = options if solver is curvature.lanczos_solver else {"key": key, **options}
+    return curvature.memory_estimate(solver(*arguments, **options))
+
+
 def actual(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if isinstance(leaf.dtype, np.dtype))
 
 
 def test_bytes_of_the_basis_are_those_of_the_state():
     matrix, key = diagonal(), jax.random.key(0)
-    found = curvature.memory_estimate(curvature.top_eigenpairs, matrix, 10, max_basis=40)
-    state = curvature.top_eigenpairs_init(matrix, 10, key=key, max_basis=40)
+    found = estimate(curvature.top_eigenpairs_solver, matrix, 10, max_basis=40)
+    state = curvature.top_eigenpairs_solver(matrix, 10, key=key, max_basis=40).init()
     # Booleans and keys are a few bytes.
     assert found.basis == pytest.approx(actual(state), abs=200)
     assert found.basis >= 40 * ROW
@@ -46,25 +52,24 @@ def test_bytes_of_the_basis_are_those_of_the_state():
 
 def test_of_every_solver():
     matrix, key = diagonal(), jax.random.key(0)
-    estimate = curvature.memory_estimate
-    found = estimate(curvature.lanczos, matrix, jnp.ones(SIZE), num_steps=32)
+    found = estimate(curvature.lanczos_solver, matrix, jnp.ones(SIZE), num_steps=32)
     assert found.basis == pytest.approx(34 * ROW, rel=1e-2)
     assert found.result == pytest.approx(33 * ROW, rel=1e-2)
     # While the pairs that were found are taken out, their basis and the probes' are both there.
-    found = estimate(curvature.spectral_density, matrix, num_steps=16, deflate=32, key=key)
-    assert found.basis == pytest.approx((32 + 32 + 2) * ROW, rel=1e-2)
+    found = estimate(curvature.spectral_density_solver, matrix, num_steps=16, deflate=32, key=key)
+    assert found.basis == pytest.approx((32 + 2) * ROW, rel=1e-2)
     assert found.result == pytest.approx((32 + 16 + 2) * ROW, rel=1e-2)
-    plain = estimate(curvature.spectral_density, matrix, num_steps=16, deflate=0)
+    plain = estimate(curvature.spectral_density_solver, matrix, num_steps=16, deflate=0)
     assert plain.basis == pytest.approx(18 * ROW, rel=1e-2)
-    found = estimate(curvature.trace, matrix, num_probes=30, method="hutch++")
+    found = estimate(curvature.trace_solver, matrix, num_matvecs=30, method="hutch++")
     assert found.basis == pytest.approx((10 + 10 + 1) * ROW, rel=1e-2)
-    found = estimate(curvature.diagonal, matrix, num_probes=30)
+    found = estimate(curvature.diagonal_solver, matrix, num_matvecs=30)
     assert found.basis == pytest.approx(3 * ROW, rel=1e-2)
 
 
 def test_a_product_in_chunks_takes_less():
-    whole = curvature.memory_estimate(curvature.top_eigenpairs, operator(), 3)
-    chunked = curvature.memory_estimate(curvature.top_eigenpairs, operator(chunk_size=4), 3)
+    whole = estimate(curvature.top_eigenpairs_solver, operator(), 3)
+    chunked = estimate(curvature.top_eigenpairs_solver, operator(chunk_size=4), 3)
     assert whole.basis == chunked.basis
     assert whole.held > chunked.held  # the linearisation is kept
     recomputed = ROW + 4 * EXAMPLES * WIDTH
@@ -77,9 +82,12 @@ def test_a_product_in_chunks_takes_less():
 
 def test_several_products_at_once_take_more(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    estimate = curvature.memory_estimate
-    one = estimate(curvature.spectral_density, diagonal(), num_steps=8, num_probes=1, deflate=0)
-    four = estimate(curvature.spectral_density, diagonal(), num_steps=8, num_probes=4, deflate=0)
+    one = estimate(
+        curvature.spectral_density_solver, diagonal(), num_steps=8, num_probes=1, deflate=0
+    )
+    four = estimate(
+        curvature.spectral_density_solver, diagonal(), num_steps=8, num_probes=4, deflate=0
+    )
     assert four.product >= 4 * ROW
     assert four.product >= 3.9 * one.product
     assert four.basis == pytest.approx(4 * one.basis, rel=1e-2)
@@ -87,16 +95,14 @@ def test_several_products_at_once_take_more(monkeypatch):
 
 def test_wrong_arguments_are_named():
     matrix = diagonal(8)
-    with pytest.raises(ValueError, match="`solver` must be one of diagonal, lanczos"):
-        curvature.memory_estimate(curvature.exact_spectrum, matrix)
     with pytest.raises(TypeError, match="max_bases"):
-        curvature.memory_estimate(curvature.top_eigenpairs, matrix, 2, max_bases=4)
+        estimate(curvature.top_eigenpairs_solver, matrix, 2, max_bases=4)
     with pytest.raises(ValueError, match="`max_basis` must be between 4 and 8, got 9"):
-        curvature.memory_estimate(curvature.top_eigenpairs, matrix, 2, max_basis=9)
+        estimate(curvature.top_eigenpairs_solver, matrix, 2, max_basis=9)
     batches = [(jnp.ones((EXAMPLES, WIDTH)),)]
     streamed = curvature.stream(curvature.hessian, loss_fn, jnp.ones(SIZE), batches)
     with pytest.raises(TypeError, match="one that reads them; take that of one batch"):
-        curvature.memory_estimate(curvature.top_eigenpairs, streamed, 2)
+        estimate(curvature.top_eigenpairs_solver, streamed, 2)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,7 @@ def test_wrong_arguments_are_named():
     [(0, "0 B"), (999, "999 B"), (1024, "1 KiB"), (3 * 2**29, "1.5 GiB"), (2**53, "8.19e+03 TiB")],
 )
 def test_bytes_are_written_in_a_unit_that_fits(number, text):
-    assert _allocation._short(number) == text
+    assert _memory._short(number) == text
 
 
 def test_nothing_is_allocated():
@@ -113,5 +119,5 @@ def test_nothing_is_allocated():
     matrix = curvature.from_matvec(
         Partial(jnp.multiply, 2.0), jax.ShapeDtypeStruct((size,), np.float32)
     )
-    found = curvature.memory_estimate(curvature.top_eigenpairs, matrix, 10, max_basis=64)
+    found = estimate(curvature.top_eigenpairs_solver, matrix, 10, max_basis=64)
     assert found.basis >= 64 * 4 * size

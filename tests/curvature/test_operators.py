@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from regjax import curvature
-from regjax.curvature import _operators
+from regjax.curvature._operators import _curvature
 from tests import oracles
 
 
@@ -47,7 +47,7 @@ def test_recomputed_and_kept_linearisations_agree():
 
 
 def test_residuals_over_the_budget_are_not_kept(monkeypatch):
-    monkeypatch.setattr(_operators, "CACHE_BYTES", 100)
+    monkeypatch.setattr(_curvature, "CACHE_BYTES", 100)
     operator = curvature.hessian(oracles.loss_fn, *problem_args(oracles.problem()))
     assert operator.linear_map is None
 
@@ -130,7 +130,7 @@ def test_from_matvec_takes_trees_and_arrays():
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_from_gradient_is_the_hessian(kept, monkeypatch):
-    monkeypatch.setattr(_operators, "CACHE_BYTES", 2**30 if kept else 0)
+    monkeypatch.setattr(_curvature, "CACHE_BYTES", 2**30 if kept else 0)
     problem = oracles.problem()
     gradient = Partial(gradient_of_the_loss, problem.batch)
     operator = curvature.from_gradient(gradient, problem.params)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from regjax import curvature
-from regjax.curvature import _lanczos, _ritz, _search
+from regjax.curvature import _assessment, _lanczos, _search
 
 # The third eigenvalue is double: the first Krylov space holds one combination of its vectors.
 DIAGONAL = np.concatenate([[3.0, 2.5, 2.0, 2.0, 1.0], np.linspace(0.3, 0, 195)])
@@ -26,7 +26,9 @@ def first_space():
     # The part of the double eigenvalue's space that the start does not see.
     missed = np.zeros(200)
     missed[2:4] = [-start[3], start[2]]
-    return grow(_lanczos.empty(start, 30, jax.random.key(1)), 6), missed / np.linalg.norm(missed)
+    return grow(
+        _lanczos.empty(OPERATOR.space, start, 30, jax.random.key(1)), 6
+    ), missed / np.linalg.norm(missed)
 
 
 def test_overlaps_are_those_of_the_missed_eigenvector():
@@ -88,9 +90,10 @@ def test_overlaps_survive_a_restart():
     for _ in range(4):
         krylov = grow(krylov, 1)
         search = _search.follow(search, krylov)
-    state = curvature.top_eigenpairs_init(OPERATOR, 4, key=jax.random.key(2), max_basis=30)
-    state = _ritz.assess(dataclasses.replace(state, krylov=krylov, search=search))
-    state = _ritz.restart(dataclasses.replace(state, wants_search=jnp.bool_(False)))
+    solver = curvature.top_eigenpairs_solver(OPERATOR, 4, key=jax.random.key(2), max_basis=30)
+    state = solver.init()
+    state = _assessment.assess(dataclasses.replace(state, krylov=krylov, search=search))
+    state = _assessment.restart(dataclasses.replace(state, wants_search=jnp.bool_(False)))
     rows = np.concatenate(state.krylov.basis.blocks)
     overlaps = share * np.asarray(state.search.overlaps[0])
     assert np.max(np.abs(overlaps)) > 0.1

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from regjax._sharding import Columns, find
+from regjax._sharding import find
+from regjax._space import Space
 from regjax.experiments import SpectrumSettings, UsageError
 from regjax.experiments._validation import validate
 from tests import processes
@@ -34,9 +35,9 @@ def test_across_processes(num_processes):
 
 def test_one_device_has_no_placement():
     assert find((jnp.ones(3),), {"w": jnp.ones(2)}) is None
-    columns, rows = Columns(5), jnp.ones((2, 5))
-    assert columns.padded == 5
-    for function in (columns.divide, columns.join, columns.keep):
+    space, rows = Space.of(jnp.ones(5)), jnp.ones((2, 5))
+    assert space.length == 5
+    for function in (space.shard, space.gather, space.constrain):
         assert function(rows) is rows
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from regjax import curvature
-from regjax.curvature import _source, _streaming
+from regjax.curvature._operators import _source, _stream
 from tests import oracles
 from tests.curvature.streams import Source, close, pair
 
@@ -36,7 +36,7 @@ def test_as_many_batches_are_read_ahead_as_asked_for(prefetch):
 def test_no_more_batches_are_alive_than_that(prefetch, monkeypatch):
     streamed, _, source = pair(prefetch=prefetch)
     source.batches = source.batches * 5
-    alive, most, put, fused = set(), [], _source._put, _streaming._fused
+    alive, most, put, fused = set(), [], _source._put, _stream.StreamedOperator._fused
 
     def counted(batch):
         batch = put(batch)
@@ -50,7 +50,7 @@ def test_no_more_batches_are_alive_than_that(prefetch, monkeypatch):
         return fused(*arguments)
 
     monkeypatch.setattr(_source, "_put", counted)
-    monkeypatch.setattr(_streaming, "_fused", slow)
+    monkeypatch.setattr(_stream.StreamedOperator, "_fused", slow)
     streamed.matvec(streamed.params)
     assert len(most) == 15
     assert max(most) == prefetch + 1
@@ -62,7 +62,7 @@ def test_the_host_waits_for_the_batch_before_the_last(monkeypatch):
     # Dispatch returns at once on accelerators, and with it the reading of further batches.
     streamed, _, source = pair()
     source.batches = source.batches[:2] * 2
-    images, events, fused = [], [], _streaming._fused
+    images, events, fused = [], [], _stream.StreamedOperator._fused
 
     def noted(*arguments):
         events.append(f"product {len(images)}")
@@ -72,7 +72,7 @@ def test_the_host_waits_for_the_batch_before_the_last(monkeypatch):
     def wait(array):
         events.extend(f"wait {i}" for i, image in enumerate(images) if image is array)
 
-    monkeypatch.setattr(_streaming, "_fused", noted)
+    monkeypatch.setattr(_stream.StreamedOperator, "_fused", noted)
     monkeypatch.setattr(jax, "block_until_ready", wait)
     streamed.matvec(streamed.params)
     assert events == [
@@ -139,7 +139,7 @@ def test_the_thread_ends_when_the_consumer_fails(monkeypatch):
         raise ArithmeticError
 
     streamed.source.source = batches
-    monkeypatch.setattr(_streaming, "_add", fail)
+    monkeypatch.setattr(_stream, "_add", fail)
     with pytest.raises(ArithmeticError):
         streamed.matvec(streamed.params)
     assert threads() == []

@@ -6,7 +6,6 @@ import tensorflow_datasets as tfds
 from jax.flatten_util import ravel_pytree
 
 from regjax import curvature
-from regjax.curvature._operators import Operator
 from tests import oracles
 from tests.curvature.streams import KEY, KINDS, Source, close, pair
 from tests.curvature.test_operators import count_compilations
@@ -33,10 +32,10 @@ SOLVERS = {
     "spectral_density": (
         lambda o: curvature.spectral_density(o, key=KEY, num_steps=4, deflate=5), 9
     ),
-    "trace": (lambda o: curvature.trace(o, key=KEY, num_probes=7, method="hutch++"), 4),
-    "diagonal": (lambda o: curvature.diagonal(o, key=KEY, num_probes=3), 1),
+    "trace": (lambda o: curvature.trace(o, key=KEY, num_matvecs=7, method="hutch++"), 4),
+    "diagonal": (lambda o: curvature.diagonal(o, key=KEY, num_matvecs=3), 1),
     "by_block": (
-        lambda o: curvature.trace(curvature.by_block(o)["second"], key=KEY, num_probes=2), 1
+        lambda o: curvature.trace(curvature.by_block(o)["second"], key=KEY, num_matvecs=2), 1
     ),
 }  # fmt: skip
 
@@ -48,7 +47,7 @@ def test_solvers_give_the_same_and_share_their_passes(name, monkeypatch):
     result = solve(streamed)
     assert source.passes == (int(result.num_matvecs) if passes is None else passes)
     # In memory the probes of a density follow one another on CPU, with other draws.
-    monkeypatch.setattr(Operator, "takes_blocks", True)
+    monkeypatch.setattr(curvature.Operator, "takes_blocks", True)
     close(result, solve(whole), rtol=2e-3, atol=2e-4)
 
 

@@ -13,7 +13,7 @@ GRID = np.linspace(-1.0, 5.0, 61)
 def curve(centre=0.0, height=2.0):
     density = height * np.exp(-((GRID - centre) ** 2) / 0.1)
     density[-5:] = 0.0
-    return curvature.DensityCurve(GRID, density, 0.1 * density, 0.1)
+    return curvature.DensityCurveResult(GRID, density, 0.1 * density, 0.1)
 
 
 def axes_of(figure=None):
@@ -39,7 +39,9 @@ def test_density_band_and_eigenvalues_are_where_the_numbers_say():
 
 def test_the_axis_ends_below_the_lowest_bump_and_not_in_its_tails():
     density = curve().density + 1e-6 * curve(3.0).density
-    axes = plots.spectrum(curvature.DensityCurve(GRID, density, 0 * density, 0.1), axes=axes_of())
+    axes = plots.spectrum(
+        curvature.DensityCurveResult(GRID, density, 0 * density, 0.1), axes=axes_of()
+    )
     floor, top = axes.get_ylim()
     assert 1e-8 < floor < 2e-6
     assert top > 2

@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 
 import regjax
 from regjax import _loops, curvature, models, schedules, transforms
-from regjax.curvature import _operators
+from regjax.curvature._operators import _traced
 from regjax.transforms import _spectral_controller
 from tests import oracles
 from tests.transforms.runs import scan
@@ -112,7 +112,7 @@ def test_an_invariant_subspace_ends_the_run(double):
     state = measured(Partial(multiply, values), w, num_steps=10)
     np.testing.assert_allclose(state.largest, 5.0, rtol=1e-10)
     assert float(state.residual_norm) < 1e-10
-    run = curvature.lanczos(Partial(multiply, values), w, 10)
+    run = curvature.lanczos(curvature.from_matvec(Partial(multiply, values), w), w, 10)
     values, _, weights, _ = curvature.ritz_pairs(run)
     assert int(run.num_steps) == int(jnp.sum(weights > 0)) == 3
     np.testing.assert_allclose(values[weights > 0], [0, 2, 5], atol=1e-10)
@@ -239,7 +239,7 @@ def test_the_host_may_refresh_and_compiles_nothing_again():
     grad_fn = Partial(gradient, problem.batch)
     refreshed = transforms.refresh_spectral_controller(state, grad_fn, problem.params)
     sizes = lambda: (
-        _operators._whole_product._cache_size(),
+        _traced._product._cache_size(),
         _spectral_controller._read._cache_size(),
     )
     before = sizes()

@@ -13,25 +13,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from regjax import _checks, _loops
-from regjax._base import couples_examples
-from regjax.curvature._gauss_newton import (
+from regjax._base import Batch, Params, Tree, couples_examples
+from regjax._sharding import Placement
+from regjax._space import Space
+from regjax.curvature._operators._curvature import (
+    CurvatureOperator,
+    Rule,
+    build,
+    hessian,
+    of_subtree,
+)
+from regjax.curvature._operators._gauss_newton import (
     draw_keys,
     empirical_fisher,
     fisher,
     gauss_newton,
 )
-from regjax.curvature._operators import (
-    Operator,
-    block_product,
-    build,
-    hessian,
-    product,
-    rebuilt,
-)
-from regjax.curvature._rounding import product_eps
-from regjax.curvature._source import Source
+from regjax.curvature._operators._operator import Operator
+from regjax.curvature._operators._source import Source
 
 # What stands before the source among the arguments.
 _ARGUMENTS = {
@@ -44,29 +46,93 @@ _ARGUMENTS = {
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rule", "function", "params", "batch", "linear_map"],
-    meta_fields=["chunk_size", "placement", "source", "eps"],
+    data_fields=["rule", "function", "params"],
+    meta_fields=["placement", "source", "unit"],
 )
 @dataclasses.dataclass(frozen=True)
 class StreamedOperator(Operator):
     """An operator whose data come from a source; only the host can make its products.
 
     Attributes:
-      source: where the batches come from; `batch` is empty.
-      eps: unit of rounding of a product with a batch.
+      rule: how the matrix follows from `function`.
+      function: the loss or the model, a callable pytree.
+      params: the parameters.
+      placement: where the batches lie if they are on several devices; else None.
+      source: where the batches come from.
+      unit: unit of rounding of a product with a batch.
     """
 
-    source: Source = dataclasses.field(kw_only=True)
-    eps: float = dataclasses.field(kw_only=True)
+    rule: Rule
+    function: Partial
+    params: Params
+    placement: Placement | None
+    source: Source
+    unit: float
+
+    @property
+    def space(self) -> Space:
+        return Space.of(self.params, None if self.placement is None else self.placement.mesh)
 
     @property
     def takes_blocks(self) -> bool:
         """True: reading is what a pass costs."""
         return True
 
+    @property
+    def eps(self) -> float:
+        return self.unit
+
+    def product(self, vector: jax.Array) -> jax.Array:
+        return self._mean(vector, lambda batch: self._fused(batch, vector))
+
+    def block_product(self, rows: jax.Array) -> jax.Array:
+        # One linearisation of a batch serves all vectors.
+        part = lambda batch: build(self.rule, self.function, self.params, batch, None)
+        return self._mean(rows, lambda batch: part(batch).block_product(rows))
+
+    def facts(self) -> dict[str, Tree]:
+        return {"params": self.params, "function": self.function, "rule": self.rule}
+
+    def product_bytes(self, count: int) -> int:
+        raise TypeError(
+            "`operator` must have its data on the device, got one that reads them; take that of "
+            "one batch."
+        )
+
+    def submatrix(self, inside: tuple[bool, ...]) -> Operator:
+        function, params = of_subtree(self.function, self.params, inside)
+        return dataclasses.replace(self, function=function, params=params)
+
+    def _fused(self, batch: Batch, vector: jax.Array) -> jax.Array:
+        """The product with the matrix of a batch, of which nothing is kept."""
+        part = CurvatureOperator(
+            self.rule, self.function, self.params, batch, None, None, self.placement
+        )
+        return part.product(vector)
+
+    def _mean(self, vectors: jax.Array, multiply: Callable[[Batch], jax.Array]) -> jax.Array:
+        """The mean over the examples of a pass of the products, weighted by sizes of batches."""
+        if not _loops.is_concrete(self, vectors):
+            raise ValueError(
+                "`operator` must be used outside of jax.jit, jax.vmap and other transformations: "
+                "the host reads its data. `matmat` multiplies several vectors in one pass."
+            )
+        total, previous = jnp.zeros_like(vectors), None
+        with contextlib.closing(self.source.batches()) as batches:
+            for count, batch in batches:
+                images = multiply(batch)
+                total = _add(total, images, jnp.asarray(count, total.dtype))
+                # The device works on one batch while the host hands out the next one, never more.
+                jax.block_until_ready(previous)
+                previous = images
+        return total / jnp.asarray(self.source.num_examples, total.dtype)
+
 
 def stream(
-    operator_fn: Callable[..., Operator], *arguments: Any, prefetch: int = 2, **options: Any
+    operator_fn: Callable[..., CurvatureOperator],
+    *arguments: Any,
+    prefetch: int = 2,
+    **options: Any,
 ) -> Operator:
     """A curvature matrix over a data set that is read batch by batch in every product.
 
@@ -112,10 +178,7 @@ def stream(
     num_samples = options.get("num_samples", 1)
     if operator_fn is fisher and num_samples is not None:
         passes.draw = lambda first, count: draw_keys(options["key"], first, count, num_samples)
-    eps = product_eps(one)
-    return StreamedOperator(
-        one.rule, one.function, one.params, (), None, None, one.placement, source=passes, eps=eps
-    )
+    return StreamedOperator(one.rule, one.function, one.params, one.placement, passes, one.eps)
 
 
 def _split(
@@ -140,58 +203,6 @@ def _split(
             'source splits them; use mode="evaluation", or ask for mode="train_per_chunk" by name.'
         )
     return functions, params, source
-
-
-@product.register
-def _streamed_product(operator: StreamedOperator, vector: jax.Array) -> jax.Array:
-    return _mean(operator, vector, _fused)
-
-
-@block_product.register
-def _streamed_block_product(operator: StreamedOperator, vectors: jax.Array) -> jax.Array:
-    return _mean(operator, vectors, _linearized)
-
-
-@product_eps.register
-def _streamed_product_eps(operator: StreamedOperator) -> float:
-    return operator.eps
-
-
-@rebuilt.register
-def _streamed_rebuilt(operator: StreamedOperator, function: Any, params: Any) -> Operator:
-    return dataclasses.replace(operator, function=function, params=params)
-
-
-def _fused(operator: Operator, batch: tuple[Any, ...], vector: jax.Array) -> jax.Array:
-    part = Operator(
-        operator.rule, operator.function, operator.params, batch, None, None, operator.placement
-    )
-    return product(part, vector)
-
-
-def _linearized(operator: Operator, batch: tuple[Any, ...], vectors: jax.Array) -> jax.Array:
-    """One linearisation of a batch serves all vectors."""
-    rule: Any = operator.rule
-    part = build(rule, operator.function, operator.params, batch, None)
-    return block_product(part, vectors)
-
-
-def _mean(operator: StreamedOperator, vectors: jax.Array, multiply: Any) -> jax.Array:
-    """The mean over the examples of a pass of the products, weighted by the sizes of batches."""
-    if not _loops.is_concrete(operator, vectors):
-        raise ValueError(
-            "`operator` must be used outside of jax.jit, jax.vmap and other transformations: the "
-            "host reads its data. `matmat` multiplies several vectors in one pass."
-        )
-    total, previous = jnp.zeros_like(vectors), None
-    with contextlib.closing(operator.source.batches()) as batches:
-        for count, batch in batches:
-            images = multiply(operator, batch, vectors)
-            total = _add(total, images, jnp.asarray(count, total.dtype))
-            # The device works on one batch while the host hands out the next one, never more.
-            jax.block_until_ready(previous)
-            previous = images
-    return total / jnp.asarray(operator.source.num_examples, total.dtype)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from regjax import _checks
-from regjax._sharding import Columns
+from regjax._space import Space
 
 CHOICES = ("compensated", "float64")
 # Partial sums of a row; those of a block of rows stay in a core's own cache.
@@ -41,22 +41,22 @@ def small_dtype(dtype: Any, accumulation: str | None) -> Any:
 
 
 def inner_products(
-    rows: jax.Array, vector: jax.Array, columns: Columns, accumulation: str | None = None
+    space: Space, rows: jax.Array, vector: jax.Array, accumulation: str | None = None
 ) -> jax.Array:
-    """(r,), those of the rows (r, n) with `vector` (n,), both divided as `columns` says.
+    """(r,), those of the rows (r, length) with `vector`, all of them vectors of `space`.
 
     Args:
+      space: of the vectors.
       rows: any number of them.
       vector: of the same dtype.
-      columns: how both are divided.
       accumulation: None: in their dtype; "compensated": what rounding takes from each addition is
         added at the end; "float64": products and sums in float64, which the result has too.
     """
     if accumulation == "compensated":
-        high, low = columns.added(_compensated, rows, vector)
+        high, low = space.psum(_compensated, rows, vector)
         return high + low
     dtype = small_dtype(rows.dtype, accumulation)
-    return columns.added(functools.partial(_plain, dtype), rows, vector)
+    return space.psum(functools.partial(_plain, dtype), rows, vector)
 
 
 def _plain(dtype: Any, rows: jax.Array, vector: jax.Array) -> jax.Array:

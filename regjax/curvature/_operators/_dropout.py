@@ -7,21 +7,23 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from regjax import _checks, _chunks, _tree
-from regjax._base import as_partial, check_loss
-from regjax.curvature._operators import Operator, from_matvec
+from regjax import _checks, _chunks
+from regjax._base import Params, PRNGKey, as_partial, check_loss
+from regjax._space import Space
+from regjax.curvature._operators._matvec import from_matvec
+from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precision
 
 
 def dropout_covariance(
-    dropout_loss_fn: Callable[..., Any], params: Any, *, key: jax.Array, num_masks: int
+    dropout_loss_fn: Callable[..., Any], params: Params, *, key: PRNGKey, num_samples: int
 ) -> Operator:
-    """The covariance of dropout's gradient noise over sampled masks.
+    """Estimates the covariance of dropout's gradient noise over sampled masks.
 
         Sigma v = 1 / K sum_k (g_k - mean g) <g_k - mean g, v>,    g_k = grad R_drop under mask k
 
-    The K = `num_masks` gradients are computed once, one at a time, and kept; a product takes 4 K n
-    operations and no pass over the network. The mean of ||g_k||^2 is ||mean g||^2 + tr Sigma
+    The K = `num_samples` gradients are computed once, one at a time, and kept; a product takes
+    4 K n operations and no pass over the network. The mean of ||g_k||^2 is ||mean g||^2 + tr Sigma
     exactly; `regularizers.dropout_gradient_penalty` with the same key is lr / 4 times that.
 
     Against the covariance over all masks: the mean over draws of Sigma is (K - 1) / K of it, the
@@ -34,34 +36,36 @@ def dropout_covariance(
       dropout_loss_fn: (params, key) -> scalar, the mean loss under the mask of `key`. Data are
         bound as arguments: `jax.tree_util.Partial(loss, inputs=...)`.
       params: tree of real floating-point parameters, n in all.
-      key: typed key; the masks are those of `jax.random.split(key, num_masks)`.
-      num_masks: number of sampled masks, at least 2.
+      key: typed key; the masks are those of `jax.random.split(key, num_samples)`.
+      num_samples: number of sampled masks, at least 2.
 
     Returns:
       An `Operator` of shape (n, n), in squared units of the gradient.
 
     Raises:
-      ValueError: the loss is not a scalar, or `num_masks` is below 2.
+      ValueError: the loss is not a scalar, or `num_samples` is below 2.
       TypeError: a parameter is not real floating point, or `key` is not a typed key.
 
     References:
       Z. Zhang, Z.-Q. Xu (2024), Implicit regularization of dropout, arXiv:2207.05952, whose R2
       holds its trace. The estimate and its errors are ours.
     """
-    factor = dropout_covariance_factor(dropout_loss_fn, params, key=key, num_masks=num_masks)
+    factor = dropout_covariance_factor(dropout_loss_fn, params, key=key, num_samples=num_samples)
     return from_matvec(Partial(_multiply, factor), params)
 
 
 def dropout_covariance_factor(
-    dropout_loss_fn: Callable[..., Any], params: Any, *, key: jax.Array, num_masks: int
+    dropout_loss_fn: Callable[..., Any], params: Params, *, key: PRNGKey, num_samples: int
 ) -> jax.Array:
-    """The rows R with R' R = `dropout_covariance`, for exact functions of it through R R' (K, K).
+    """Computes the rows R with R' R = `dropout_covariance`.
+
+    Exact functions of it follow from the small R R' (K, K).
 
     Args:
       dropout_loss_fn: as in `dropout_covariance`.
       params: tree of real floating-point parameters, n in all.
       key: typed key, as in `dropout_covariance`.
-      num_masks: K, at least 2.
+      num_samples: K, at least 2.
 
     Returns:
       (K, n), rows (g_k - mean g) / sqrt(K) in the order of `jax.tree.leaves(params)`.
@@ -70,17 +74,17 @@ def dropout_covariance_factor(
       ValueError: as in `dropout_covariance`.
       TypeError: as in `dropout_covariance`.
     """
-    _checks.integer("num_masks", num_masks, minimum=2)
+    _checks.integer("num_samples", num_samples, minimum=2)
     check_loss(dropout_loss_fn, params, (_checks.key("key", key),))
-    keys = jax.random.split(key, num_masks)
+    keys = jax.random.split(key, num_samples)
     rows = _chunks.each(Partial(_gradient, as_partial(dropout_loss_fn)), params, (keys,), 1)
     return _centred(rows)
 
 
-def _gradient(dropout_loss_fn: Partial, params: Any, keys: jax.Array) -> jax.Array:
+def _gradient(dropout_loss_fn: Partial, params: Params, keys: jax.Array) -> jax.Array:
     with precision():
         gradient = jax.grad(dropout_loss_fn)(params, keys[0])
-    return _tree.ravel(gradient, _tree.vector_dtype(params))[None]
+    return Space.of(params).ravel(gradient)[None]
 
 
 @jax.jit
@@ -91,6 +95,6 @@ def _centred(rows: jax.Array) -> jax.Array:
     return (rows - jnp.mean(rows, 0, keepdims=True)) / scale
 
 
-def _multiply(factor: jax.Array, vector: Any) -> Any:
-    flat = _tree.ravel(vector, factor.dtype)
-    return _tree.unravel((factor @ flat) @ factor, vector)
+def _multiply(factor: jax.Array, vector: Params) -> Params:
+    space = Space.of(vector)
+    return space.unravel((factor @ space.ravel(vector, factor.dtype)) @ factor)

@@ -1,5 +1,6 @@
 """Whether two runs are of the same problem: what they are known by, and one product."""
 
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax import _files
-from regjax.curvature._operators import Operator
+from regjax import _files, _numerics
+from regjax._space import Space
+from regjax.curvature._engine._solver import Solver
 
 # The same product on another machine, in another order of summation or in chunks of another size
 # differs by some rounding; more than this share, and it is another matrix.
@@ -22,22 +24,36 @@ class OtherProblem(_files.CheckpointError):
     """A checkpoint of another problem."""
 
 
-def facts(solver: str, operator: Operator, arguments: dict[str, Any]) -> dict[str, Any]:
+def facts(solver: Solver[Any, Any]) -> dict[str, Any]:
     """What decides the answer: arguments as they are, arrays by their digest.
 
     The size of a chunk is not among them: after running out of memory one lowers it and goes on.
     """
     found: dict[str, Any] = {
-        "solver": solver,
-        "number of parameters": operator.shape[0],
-        "dtype": str(operator.dtype),
+        "solver": solver.name,
+        "number of parameters": solver.operator.size,
+        "dtype": str(solver.operator.dtype),
     }
-    for name, value in arguments.items():
+    for name, value in solver.arguments.items():
         plain = value is None or isinstance(value, bool | int | float | str)
         found[name] = value if plain else digest(value)
-    # Of `from_matvec` only the product counts; else that follows from the others.
-    names = ["params", "batch", "function", "rule"] if operator.rule else ["linear_map"]
-    return found | {name: digest(getattr(operator, name)) for name in names}
+    return found | {name: digest(tree) for name, tree in solver.operator.facts().items()}
+
+
+def first_product(space: Space, vectors: jax.Array, images: jax.Array) -> list[float]:
+    """Two numbers of a product: its components along the (first) vector and outside of it."""
+    if vectors.ndim == 2:
+        vectors, images = vectors[0], images[0]
+    return np.asarray(_components(space, vectors, images), np.float64).tolist()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _components(space: Space, vector: jax.Array, image: jax.Array) -> jax.Array:
+    unit = _numerics.divide(vector, space.norm(vector))
+    along = space.inner(unit, image)
+    return _numerics.divide(
+        jnp.stack([along, space.norm(image - along * unit)]), space.norm(vector)
+    )
 
 
 def check_facts(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -50,10 +66,9 @@ def check_facts(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> No
             )
 
 
-def check_product(path: Path, found: list[float], wanted: list[float], operator: Operator) -> None:
+def check_product(path: Path, found: list[float], wanted: list[float], space: Space) -> None:
     """Raises OtherProblem if the first product's numbers differ by more than rounding."""
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(operator.params)]
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in space.dtypes)
     allowed = min(_ROUNDING * eps, _LARGEST_SHARE) * math.hypot(*wanted)
     if not np.allclose(found, wanted, rtol=0, atol=allowed, equal_nan=True):
         raise OtherProblem(

@@ -9,12 +9,11 @@ states are kept. So there is a whole state at any moment, and one to fall back o
 
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax import _checks, _files, _loops
-from regjax.curvature import _identity
+from regjax import _checks, _files
+from regjax.curvature._engine import _identity
+from regjax.curvature._engine._basis import Basis
+from regjax.curvature._engine._solver import Solver, multiply
 
 _PATTERN = "*.products.npz"
 
@@ -38,7 +39,7 @@ class Checkpoint:
     Attributes:
       folder: made where it is not there; of one run alone, which deletes what it no longer needs.
         It takes up to twice the memory of the basis. Delete it to start anew.
-      every: number of products (rounds of them, where several probes are carried at once) between
+      every: number of steps (products; rounds of them, where several probes go at once) between
         two files. As many vectors are copied on the device each time.
     """
 
@@ -46,83 +47,52 @@ class Checkpoint:
     every: int = 10
 
 
-class Problem(NamedTuple):
-    """What a run is known by, and what its state is made of.
+class Position(NamedTuple):
+    """Where a run is.
 
     Attributes:
-      solver: the solver's name.
-      arguments: name -> what else decides the answer: Python values, or arrays.
-      init: () -> the state before the first product.
-      rows: state -> {path of a basis in the state: (number of filled rows, a number that changes
-        when filled rows do)}.
-      krylov: state -> the `Krylov` that knows the first product.
-      later: state -> a state of the other structure that it may have, None if there is none.
+      solver: that of the stage.
+      state: after `count` steps.
+      stage: how often a solver has handed over to the next one.
+      first: number of steps before this stage.
+      count: number of steps in all.
     """
 
-    solver: str
-    arguments: dict[str, Any]
-    init: Callable[[], Any]
-    rows: Callable[[Any], dict[str, tuple[Any, Any]]]
-    krylov: Callable[[Any], Any]
-    later: Callable[[Any], Any] | None = None
+    solver: Solver[Any, Any]
+    state: Any
+    stage: int
+    first: int
+    count: int
 
 
-def repeat_until(
-    step: Callable[[Any, Any], Any],
-    state: Any,
-    *,
-    operands: Any,
-    done: Callable[[Any], Any],
-    max_steps: int,
-    result: Callable[[Any], Any],
-    callback: Callable[[int, int], None] | None,
-    checkpoint: Checkpoint | None,
-    problem: Problem,
-) -> Any:
-    """As `_loops.repeat_until` from the last whole state in the checkpoint's folder, if any.
+class Chain:
+    """The files of a run; a context that waits for the last of them.
+
+    Args:
+      checkpoint: where.
+      begin: the run before its first step.
 
     Raises:
-      ValueError: a checkpoint inside of `jax.jit` or of several processes, or one of another
-        problem.
-      CheckpointError: a file cannot be written.
+      ValueError: several processes drive the solver.
+      CheckpointError: the folder cannot be made.
     """
-    run = functools.partial(_loops.repeat_until, operands=operands, done=done, result=result)
-    if checkpoint is None:
-        return run(step, state, max_steps=max_steps, callback=callback)
-    if not _loops.is_concrete(operands, state):
-        raise ValueError("`checkpoint` must be None inside of jax.jit, where no host can write it.")
-    if jax.process_count() > 1:
-        raise ValueError("`checkpoint` must be None with several processes: it is written by one.")
-    chain = _Chain(checkpoint, problem, operands, state)
-    state = chain.resume(step, operands, state)
-    start = chain.count
 
-    def report(count: int, _: int) -> None:
-        if callback is not None:
-            callback(start + count, max_steps)
-
-    def step_and_save(operands: Any, state: Any) -> Any:
-        state = step(operands, state)
-        chain.follow(state)
-        return state
-
-    try:
-        state = run(step_and_save, state, max_steps=max_steps - start, callback=report)
-        chain.wait()
-    finally:
-        chain.close()
-    return state
-
-
-class _Chain:
-    """The files of a run."""
-
-    def __init__(self, checkpoint: Checkpoint, problem: Problem, operator: Any, state: Any):
+    def __init__(self, checkpoint: Checkpoint, begin: Position):
+        if jax.process_count() > 1:
+            raise ValueError(
+                "`checkpoint` must be None with several processes: it is written by one."
+            )
         self.every = _checks.integer("every", checkpoint.every)
         self.folder = Path(checkpoint.folder)
-        self.problem = problem
-        self.facts = _identity.facts(problem.solver, operator, problem.arguments)
-        self.shapes = _shapes(state)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _files.CheckpointError(
+                f"`folder` must be one that can be made, got {self.folder}: {error.strerror}."
+            ) from error
+        self.begin = begin
+        self.facts = _identity.facts(begin.solver)
+        self.shapes = _shapes(begin.state)
         self.count = 0
         self.witness: list[float] = []
         self.parts: dict[str, Any] = {}
@@ -130,72 +100,76 @@ class _Chain:
         self.writer = concurrent.futures.ThreadPoolExecutor(1)
         self.pending: concurrent.futures.Future[None] | None = None
 
-    def resume(self, step: Callable[[Any, Any], Any], operator: Any, state: Any) -> Any:
-        """The last whole state, or the given one, before the first product, which is used up."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _files.CheckpointError(
-                f"`folder` must be one that can be made, got {self.folder}: {error.strerror}."
-            ) from error
-        checked = False
+    def __enter__(self) -> "Chain":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.writer.shutdown()
+
+    def newest(self) -> Position:
+        """The last whole position, or the beginning."""
         for path in sorted(self.folder.glob(_PATTERN), reverse=True):
             try:
                 metadata = _files.read_metadata(path)
-                if not checked:
-                    _identity.check_facts(path, metadata.get("facts", {}), self.facts)
-                    self._look(step(operator, state))
-                    _identity.check_product(path, metadata["product"], self.witness, operator)
-                    checked = True
+                self._check(path, metadata)
                 return self._restore(path, metadata)
             except _identity.OtherProblem:
                 raise
             except _files.CheckpointError as error:
-                warnings.warn(f"{error} Going back to the state before it.", stacklevel=5)
-        return self.problem.init() if checked else state
+                warnings.warn(f"{error} Going back to the state before it.", stacklevel=4)
+        return self.begin
 
-    def follow(self, state: Any) -> None:
-        """Counts a product, and writes the state if it is time."""
+    def look(self, vectors: jax.Array, images: jax.Array) -> None:
+        """Remembers the first product, by which the problem is known."""
+        if not self.witness:
+            space = self.begin.solver.operator.space
+            self.witness = _identity.first_product(space, vectors, images)
+
+    def follow(self, stage: int, state: Any) -> None:
+        """Counts a step, and writes the state if it is time."""
         self.count += 1
-        if self.count == 1:
-            self._look(state)
         if self.count % self.every == 0:
-            self._save(state)
+            self._save(stage, state)
 
     def wait(self) -> None:
         """Until the last file is whole."""
         if self.pending is not None:
             self.pending.result()
 
-    def close(self) -> None:
-        self.writer.shutdown()
+    def _check(self, path: Path, metadata: dict[str, Any]) -> None:
+        """Raises OtherProblem if the file is of another one."""
+        if self.witness:
+            return
+        _identity.check_facts(path, metadata.get("facts", {}), self.facts)
+        solver = self.begin.solver
+        vectors = solver.vectors(self.begin.state)
+        images = multiply(solver.operator, vectors)
+        self.look(vectors, images)
+        space = solver.operator.space
+        _identity.check_product(path, metadata["product"], self.witness, space)
 
-    def _look(self, state: Any) -> None:
-        krylov = self.problem.krylov(state)
-        numbers = jnp.stack([krylov.projected[..., 0, 0], krylov.beta])
-        self.witness = np.asarray(numbers, np.float64).ravel().tolist()
-
-    def _save(self, state: Any) -> None:
+    def _save(self, stage: int, state: Any) -> None:
         # Sorted by name they are sorted by age; names are never used twice, so that no file can
         # take the place of one that others refer to.
         name = f"{self.count:08d}.{secrets.token_hex(4)}{_PATTERN[1:]}"
         self.wait()
         rows, parts = {}, {}
         named = _named(state)
-        for prefix, (filled, generation) in self.problem.rows(state).items():
-            stop, part = int(filled), self.parts.get(prefix, {"generation": None})
-            pieces = part["pieces"] if part["generation"] == int(generation) else []
+        for prefix, basis in _bases(state).items():
+            # Of several bases at once the rows are filled together.
+            stop, generation = int(basis.filled.ravel()[0]), int(basis.generation.ravel()[0])
+            part = self.parts.get(prefix, {"generation": None})
+            pieces = part["pieces"] if part["generation"] == generation else []
             start = pieces[-1][2] if pieces else 0
             if start < stop:
                 pieces = [*pieces, [name, start, stop]]
                 rows[prefix] = _cut(_blocks(named, prefix), start, stop)
-            parts[prefix] = {"generation": int(generation), "pieces": pieces}
-        structures: list[Any] = [jax.tree.structure(tree) for tree in (state, self.shapes)]
+            parts[prefix] = {"generation": generation, "pieces": pieces}
         metadata = {
             "facts": self.facts,
             "product": self.witness,
             "count": self.count,
-            "is_later": structures[0] != structures[1],
+            "stage": stage,
             "parts": parts,
         }
         # The next step takes the state's memory: copies go to the thread that writes.
@@ -211,10 +185,12 @@ class _Chain:
             if path.name not in keep:
                 path.unlink(missing_ok=True)
 
-    def _restore(self, path: Path, metadata: dict[str, Any]) -> Any:
-        shapes, later = self.shapes, self.problem.later
-        if metadata["is_later"] and later is not None:
-            shapes = _shapes(later(self.problem.init()))
+    def _restore(self, path: Path, metadata: dict[str, Any]) -> Position:
+        solver, shapes, first = self.begin.solver, self.shapes, 0
+        for _ in range(metadata["stage"]):
+            # Only the structure counts, and where the arrays lie.
+            first, solver = first + solver.max_steps, _next(solver)
+            shapes = _shapes(solver.init())
         named, parts = _named(shapes), metadata["parts"]
         loaded = {name: self._read(name, named) for name in {path.name, *_files_of(parts)}}
         leaves: dict[str, Any] = dict(loaded[path.name]["rest"])
@@ -225,7 +201,8 @@ class _Chain:
         placed = [_place(leaves[name], shape) for name, shape in named.items()]
         self.count, self.witness = metadata["count"], metadata["product"]
         self.parts, self.needed = parts, set(loaded)
-        return jax.tree.unflatten(jax.tree.structure(shapes), placed)
+        state = jax.tree.unflatten(jax.tree.structure(shapes), placed)
+        return Position(solver, state, metadata["stage"], first, self.count)
 
     def _read(self, name: str, named: dict[str, Any]) -> Any:
         """The leaves in a file, and the rows that are new in it."""
@@ -250,6 +227,17 @@ def _shapes(state: Any) -> Any:
 def _named(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _next(solver: Solver[Any, Any]) -> Solver[Any, Any]:
+    return solver if solver.then is None else solver.then(solver.init())
+
+
+def _bases(state: Any) -> dict[str, Basis]:
+    """The bases in a state by the paths of their rows."""
+    is_basis = lambda node: isinstance(node, Basis)
+    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_basis)
+    return {f"{jax.tree_util.keystr(path)}.blocks": n for path, n in nodes if is_basis(n)}
 
 
 def _blocks(named: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ three matrices here differ in A alone.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,18 +13,19 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks
-from regjax._base import as_partial
-from regjax.curvature._operators import Operator, Rule, build
+from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree, as_partial
+from regjax.curvature._operators._curvature import CurvatureOperator, Rule, build
 
 
 def gauss_newton(
-    model_fn: Callable[..., Any],
-    output_loss_fn: Callable[..., Any],
-    params: Any,
-    inputs: Any,
-    targets: Any,
+    model_fn: ModelFn,
+    output_loss_fn: OutputLossFn,
+    params: Params,
+    inputs: Tree,
+    targets: Tree,
+    *,
     chunk_size: int | None = None,
-) -> Operator:
+) -> CurvatureOperator:
     """The generalised Gauss-Newton matrix J' (d2 loss / d outputs2) J.
 
     It is the Hessian without the curvature of the network itself: positive semi-definite for a
@@ -55,13 +55,14 @@ def gauss_newton(
 
 
 def empirical_fisher(
-    model_fn: Callable[..., Any],
-    output_loss_fn: Callable[..., Any],
-    params: Any,
-    inputs: Any,
-    targets: Any,
+    model_fn: ModelFn,
+    output_loss_fn: OutputLossFn,
+    params: Params,
+    inputs: Tree,
+    targets: Tree,
+    *,
     chunk_size: int | None = None,
-) -> Operator:
+) -> CurvatureOperator:
     """The mean over the examples of g_i g_i', g_i the gradient of example i's loss.
 
     Targets are the observed ones, so this is neither the Fisher matrix nor an approximation of
@@ -91,15 +92,15 @@ def empirical_fisher(
 
 
 def fisher(
-    model_fn: Callable[..., Any],
-    params: Any,
-    inputs: Any,
+    model_fn: ModelFn,
+    params: Params,
+    inputs: Tree,
     *,
-    key: jax.Array | None,
+    key: PRNGKey | None,
     num_samples: int | None = 1,
     likelihood: str = "categorical",
     chunk_size: int | None = None,
-) -> Operator:
+) -> CurvatureOperator:
     """The Fisher information matrix of the model's own predictive distribution.
 
     The mean over the examples of J' E[s s'] J, s the score of a target drawn from the model. With
@@ -151,24 +152,24 @@ def _draw_keys(key: jax.Array, first: jax.Array, num_examples: int, num_samples:
 
 def _sandwich(
     curvature: Partial,
-    model_fn: Callable[..., Any],
-    params: Any,
-    batch: tuple[Any, ...],
+    model_fn: ModelFn,
+    params: Params,
+    batch: Batch,
     chunk_size: int | None,
-) -> Operator:
+) -> CurvatureOperator:
     rule = Rule(Partial(_linearize_sandwich, curvature), Partial(_multiply_sandwich, curvature))
     return build(rule, as_partial(model_fn), params, batch, chunk_size)
 
 
 def _linearize_sandwich(
-    curvature: Partial, model_fn: Any, params: Any, inputs: Any, *rest: Any
+    curvature: Partial, model_fn: Any, params: Params, inputs: Tree, *rest: Any
 ) -> Partial:
     outputs, jacobian = jax.linearize(lambda p: model_fn(p, inputs), params)
     return Partial(_apply_sandwich, jacobian, Partial(curvature, outputs, *rest))
 
 
 def _multiply_sandwich(
-    curvature: Partial, model_fn: Any, params: Any, vector: Any, inputs: Any, *rest: Any
+    curvature: Partial, model_fn: Any, params: Params, vector: Any, inputs: Tree, *rest: Any
 ) -> Any:
     return _linearize_sandwich(curvature, model_fn, params, inputs, *rest)(vector)
 
@@ -177,11 +178,11 @@ def _apply_sandwich(jacobian: Partial, curvature: Partial, vector: Any) -> Any:
     return jax.linear_transpose(jacobian, vector)(curvature(jacobian(vector)))[0]
 
 
-def _loss_hessian(output_loss_fn: Partial, outputs: Any, targets: Any, tangent: Any) -> Any:
+def _loss_hessian(output_loss_fn: Partial, outputs: Any, targets: Tree, tangent: Any) -> Any:
     return jax.jvp(jax.grad(lambda o: output_loss_fn(o, targets)), (outputs,), (tangent,))[1]
 
 
-def _observed_score(output_loss_fn: Partial, outputs: Any, targets: Any, tangent: Any) -> Any:
+def _observed_score(output_loss_fn: Partial, outputs: Any, targets: Tree, tangent: Any) -> Any:
     # The gradient of a mean over N examples is 1/N times each example's own.
     scores = jax.grad(output_loss_fn)(outputs, targets) * outputs.shape[0]
     axes = tuple(range(1, outputs.ndim))
@@ -223,7 +224,7 @@ _SAMPLED = {"categorical": _sampled_categorical, "normal": _sampled_normal}
 
 
 def _check_output_loss(
-    model_fn: Callable[..., Any], output_loss_fn: Any, params: Any, inputs: Any, targets: Any
+    model_fn: ModelFn, output_loss_fn: Any, params: Params, inputs: Tree, targets: Any
 ) -> None:
     outputs = jax.eval_shape(as_partial(model_fn), params, inputs)
     shape = getattr(jax.eval_shape(as_partial(output_loss_fn), outputs, targets), "shape", None)

@@ -7,15 +7,15 @@ costs what reading the filled blocks costs. On a mesh each device has its share 
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 
-from regjax._sharding import Columns
-from regjax.curvature._accumulation import inner_products, small_dtype
+from regjax._space import Space
+from regjax.curvature._engine._accumulation import inner_products, small_dtype
 
 # Rows of a block, unless there would be too many blocks: each makes the program longer.
 _BLOCK_ROWS = 16
@@ -28,21 +28,25 @@ _RECOMBINED_WIDTH = 2**14
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["blocks"],
-    meta_fields=["columns", "accumulation"],
+    data_fields=["blocks", "filled", "generation"],
+    meta_fields=["space", "accumulation"],
 )
 @dataclasses.dataclass(frozen=True)
 class Basis:
     """Rows in order; those not yet filled are zero.
 
     Attributes:
-      blocks: arrays (rows of a block, n), all of the same shape; divided as `columns` says.
-      columns: whether and how the n columns are divided over devices.
+      blocks: arrays (rows of a block, length), all of the same shape.
+      filled: (), int32, number of filled rows.
+      generation: (), int32, changes when filled rows do.
+      space: of which the rows are vectors.
       accumulation: how inner products with the rows are summed; see `_accumulation`.
     """
 
     blocks: tuple[jax.Array, ...]
-    columns: Columns
+    filled: jax.Array
+    generation: jax.Array
+    space: Space
     accumulation: str | None
 
     @property
@@ -52,42 +56,36 @@ class Basis:
 
 
 def zeros(
-    num_rows: int,
-    size: int,
-    dtype: Any,
-    mesh: Mesh | None = None,
-    accumulation: str | None = None,
+    space: Space, num_rows: int, accumulation: str | None = None, generation: Any = 0
 ) -> Basis:
     """At least `num_rows` empty rows."""
-    columns = Columns(size, mesh)
     rows = max(_BLOCK_ROWS, -(-num_rows // _MOST_BLOCKS))
     rows = -(-rows // _ROUND_ROWS) * _ROUND_ROWS
-    count = -(-num_rows // rows)
-    return Basis(tuple(columns.zeros(rows, dtype) for _ in range(count)), columns, accumulation)
+    blocks = tuple(space.zeros(rows) for _ in range(-(-num_rows // rows)))
+    return Basis(blocks, jnp.int32(0), jnp.asarray(generation, jnp.int32), space, accumulation)
 
 
-def put(basis: Basis, row: jax.Array, vector: jax.Array) -> Basis:
-    """`vector` (n,) as row number `row`."""
-    vector = basis.columns.divide(vector)
+def append(basis: Basis, vector: jax.Array) -> Basis:
+    """`vector` as the next row."""
 
     def in_block(start: int, block: jax.Array) -> jax.Array:
-        holds = (row >= start) & (row < start + block.shape[0])
-        place = jnp.clip(row - start, 0, block.shape[0] - 1)
+        holds = (basis.filled >= start) & (basis.filled < start + block.shape[0])
+        place = jnp.clip(basis.filled - start, 0, block.shape[0] - 1)
         # A loop of one or no turn: unlike a branch it changes the block in place.
         write = lambda _, block: lax.dynamic_update_index_in_dim(block, vector, place, 0)
-        return basis.columns.keep(lax.fori_loop(0, jnp.where(holds, 1, 0), write, block))
+        return basis.space.constrain(lax.fori_loop(0, jnp.where(holds, 1, 0), write, block))
 
     blocks = tuple(in_block(start, block) for start, block in _placed(basis))
-    return dataclasses.replace(basis, blocks=blocks)
+    return dataclasses.replace(basis, blocks=blocks, filled=basis.filled + 1)
 
 
-def outside(basis: Basis, filled: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+def outside(basis: Basis, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`vector` less its part in the rows, and its coefficients (rows,): one pass over them."""
-    coefficients, vector = [], basis.columns.divide(vector)
+    coefficients = []
     dtype = small_dtype(vector.dtype, basis.accumulation)
 
     def remove(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-        part = inner_products(block, vector, basis.columns, basis.accumulation)
+        part = inner_products(basis.space, block, vector, basis.accumulation)
         # These roundings, one an element, do not add up.
         return vector - part.astype(vector.dtype) @ block, part
 
@@ -95,32 +93,41 @@ def outside(basis: Basis, filled: jax.Array, vector: jax.Array) -> tuple[jax.Arr
         return vector, jnp.zeros(block.shape[0], dtype)
 
     for start, block in _placed(basis):
-        vector, part = lax.cond(start < filled, remove, leave, block, vector)
+        vector, part = lax.cond(start < basis.filled, remove, leave, block, vector)
         coefficients.append(part)
-    return basis.columns.join(vector), jnp.concatenate(coefficients)
+    return vector, jnp.concatenate([*coefficients, jnp.zeros(0, dtype)])
 
 
-def vdot(basis: Basis, one: jax.Array, other: jax.Array) -> jax.Array:
-    """(), the inner product of two vectors (n,), summed as those with the rows are."""
+def inner(basis: Basis, one: jax.Array, other: jax.Array) -> jax.Array:
+    """(), the inner product of two vectors, summed as those with the rows are."""
     if basis.accumulation is None:
-        return jnp.vdot(one, other)
-    divide, accumulation = basis.columns.divide, basis.accumulation
-    return inner_products(divide(one)[None], divide(other), basis.columns, accumulation)[0]
+        return basis.space.inner(one, other)
+    return inner_products(basis.space, one[None], other, basis.accumulation)[0]
 
 
 def combine(basis: Basis, weights: jax.Array) -> jax.Array:
-    """The rows of weights' Q, (k, n) divided as `columns` says, from weights (rows, k)."""
-    weights = weights.astype(basis.blocks[0].dtype)
+    """The rows of weights' Q, (k, length), from weights (rows, k)."""
+    weights = weights.astype(basis.space.dtype)
     parts = [weights[start : start + block.shape[0]].T @ block for start, block in _placed(basis)]
-    return basis.columns.keep(sum(parts[1:], start=parts[0]))
+    return basis.space.constrain(sum(parts[1:], start=parts[0]))
 
 
-def recombine(basis: Basis, weights: jax.Array) -> Basis:
-    """The rows of weights' Q in place of Q, weights (rows, rows), a slab of columns at a time."""
+def recombine(basis: Basis, weights: jax.Array, filled: jax.Array) -> Basis:
+    """The rows of weights' Q in place of Q, weights (rows, rows), a slab of columns at a time.
+
+    Args:
+      basis: Q.
+      weights: zero in the columns beyond `filled`.
+      filled: (), int32, number of rows that are filled now.
+    """
     cuts = [start for start, _ in _placed(basis)][1:]
     recombined = functools.partial(_recombined, cuts)
-    blocks = basis.columns.locally(recombined, basis.blocks, weights)
-    return dataclasses.replace(basis, blocks=blocks)
+    return dataclasses.replace(
+        basis,
+        blocks=basis.space.map_shards(recombined, basis.blocks, weights),
+        filled=filled,
+        generation=basis.generation + 1,
+    )
 
 
 def _recombined(
@@ -147,11 +154,23 @@ def _recombined(
 
 
 def to_array(basis: Basis, num_rows: int) -> jax.Array:
-    """The first rows as one array (num_rows, n)."""
-    return jnp.concatenate(basis.blocks)[:num_rows, : basis.columns.size]
+    """The first rows as one array (num_rows, size)."""
+    return basis.space.crop(jnp.concatenate(basis.blocks)[:num_rows])
+
+
+def combined(basis: Basis, weights: jax.Array, filled: jax.Array) -> Basis:
+    """A basis of the rows of weights' Q, weights (rows, k), of which `filled` are not zero."""
+    num_rows = weights.shape[1]
+    empty = zeros(basis.space, num_rows, basis.accumulation)
+    weights = jnp.pad(weights, ((0, 0), (0, empty.num_rows - num_rows)))
+    blocks = tuple(
+        combine(basis, weights[:, start : start + block.shape[0]])
+        for start, block in _placed(empty)
+    )
+    return dataclasses.replace(empty, blocks=blocks, filled=filled)
 
 
 def _placed(basis: Basis) -> list[tuple[int, jax.Array]]:
     """Each block with the number of its first row."""
-    rows = basis.blocks[0].shape[0]
-    return [(i * rows, block) for i, block in enumerate(basis.blocks)]
+    starts = itertools.accumulate((block.shape[0] for block in basis.blocks), initial=0)
+    return list(zip(starts, basis.blocks, strict=False))

@@ -1,0 +1,252 @@
+"""What `top_eigenpairs` knows between two products, and how it goes on.
+
+From the Ritz pairs with their residual bounds follow which of the wanted ones have converged,
+whether a search for missed copies is due or over, and to what the basis is compressed when it is
+full.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from regjax.curvature import _search
+from regjax.curvature._engine import _basis
+from regjax.curvature._lanczos import Krylov, redirect
+from regjax.curvature._precision import floor, precisely
+from regjax.curvature._ritz import residual_parts, small_pairs
+
+# With so many rows left, the first search keeps the whole basis: what is known of the unwanted
+# eigenvalues makes it shorter.
+_ROOM = 10
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "krylov", "search", "tol", "num_matvecs", "num_restarts",
+        "weights", "values", "bounds", "small", "in_search",
+        "wants_restart", "wants_search", "done",
+    ],
+    meta_fields=["k", "which", "num_rows", "searches"],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class EigenState:
+    """The solver between two products.
+
+    Attributes:
+      krylov: the basis with Q A Q'.
+      search: the search for missed eigenvalues.
+      tol: (), relative tolerance.
+      num_matvecs: (), int32, products so far.
+      num_restarts: (), int32, how often the basis was compressed.
+      weights: (rows, rows), columns: the small eigenvectors, wanted ones first.
+      values: (rows,), Ritz values in the same order.
+      bounds: (rows,), their residual norms.
+      small: (rows,), bool, which of them meet the tolerance.
+      in_search: (rows,), bool, whether they live in the search's own directions.
+      wants_restart: (), bool, whether the basis must be compressed first.
+      wants_search: (), bool, whether it is time for a (further) search.
+      done: (), bool, whether nothing more is to be gained.
+      k: number of wanted pairs. which: end of the spectrum. num_rows: rows in use at most.
+      searches: whether missed copies are looked for.
+    """
+
+    krylov: Krylov
+    search: _search.Search
+    tol: jax.Array
+    num_matvecs: jax.Array
+    num_restarts: jax.Array
+    weights: jax.Array
+    values: jax.Array
+    bounds: jax.Array
+    small: jax.Array
+    in_search: jax.Array
+    wants_restart: jax.Array
+    wants_search: jax.Array
+    done: jax.Array
+    k: int
+    which: str
+    num_rows: int
+    searches: bool
+
+
+class _Pairs(NamedTuple):
+    """Ritz pairs, the wanted ones first; what does not belong to a filled row comes last.
+
+    Attributes:
+      values: (rows,), NaN for rows that are not filled.
+      weights: (rows, rows), columns: the small eigenvectors.
+      outside: (rows,), the part of the residual norms that goes on to shrink.
+      bounds: (rows,), of the residual norms.
+    """
+
+    values: jax.Array
+    weights: jax.Array
+    outside: jax.Array
+    bounds: jax.Array
+
+
+class _Standing(NamedTuple):
+    """How far the pairs have come.
+
+    Attributes:
+      threshold: (), the residual norm that is small enough.
+      small: (rows,), bool, which pairs meet it.
+      in_search: (rows,), bool, which live in the search's own directions.
+    """
+
+    threshold: jax.Array
+    small: jax.Array
+    in_search: jax.Array
+
+
+def assess(state: EigenState) -> EigenState:
+    """Ritz pairs with bounds, wanted first; then whether to search, to compress or to stop."""
+    pairs = _pairs(state)
+    standing = _standing(state, pairs)
+    return _decided(state, pairs, standing)
+
+
+def _pairs(state: EigenState) -> _Pairs:
+    krylov = state.krylov
+    values, weights, valid = small_pairs(krylov.projected, krylov.filled)
+    values = jnp.where(valid, values, jnp.nan)
+    order = jnp.argsort(_preference(values, state.which))
+    values, weights, valid = values[order], weights[:, order], valid[order]
+    outside, dropped = residual_parts(krylov, weights)
+    return _Pairs(values, weights, outside, jnp.where(valid, outside + dropped, jnp.inf))
+
+
+def _standing(state: EigenState, pairs: _Pairs) -> _Standing:
+    search, rows = state.search, jnp.arange(pairs.values.size, dtype=jnp.int32)
+    eps = float(jnp.finfo(state.krylov.direction.dtype).eps)
+    largest = jnp.max(jnp.abs(jnp.nan_to_num(pairs.values)), initial=0)
+    threshold = jnp.maximum(state.tol * largest, floor(pairs.values, eps))
+    is_own = (rows >= search.first_row)[:, None]
+    mass = jnp.sum(jnp.where(is_own, pairs.weights**2, 0), 0)
+    in_search = search.active & (mass > 0.5) & ~jnp.isnan(pairs.values)
+    return _Standing(threshold, pairs.bounds <= threshold, in_search)
+
+
+def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenState:
+    krylov, search, k = state.krylov, state.search, state.k
+    size = krylov.basis.space.size
+    small, bounds, outside = standing.small[:k], pairs.bounds[:k], pairs.outside[:k]
+    all_converged = jnp.all(small)
+    found_new = jnp.any(standing.in_search[:k])
+    spans_everything = krylov.filled >= size
+    is_broken = ~jnp.isfinite(krylov.beta)
+
+    if state.searches:
+        nothing_hides = _search.is_over(
+            search, pairs.values, standing.small, standing.in_search,
+            k=k, which=state.which, size=size,
+        )  # fmt: skip
+        search_is_done = search.active & all_converged & ~found_new & nothing_hides
+        # Searching drops the residuals of the kept pairs for good: they go in with room to spare,
+        # or with nothing to gain.
+        has_room = bounds <= standing.threshold / 2
+        gains_nothing = outside <= standing.threshold / 16
+        may_search = all_converged & jnp.all(has_room | gains_nothing)
+        # What the residual of the first space keeps from converging has to be found anew.
+        is_held_back = ~small & (outside <= standing.threshold / 2)
+        is_stuck = search.is_first & jnp.any(is_held_back)
+        done = spans_everything | is_broken | search_is_done
+        wants_search = ~done & ((may_search & (found_new | ~search.active)) | is_stuck)
+    else:
+        done = spans_everything | is_broken | all_converged
+        wants_search = jnp.zeros_like(all_converged)
+
+    # The first search keeps the whole basis, later ones what has converged.
+    is_cramped = search.active | (krylov.filled + _ROOM > state.num_rows)
+    is_full = krylov.filled >= state.num_rows
+    return dataclasses.replace(
+        state,
+        values=jnp.where(is_broken, jnp.nan, pairs.values),
+        weights=pairs.weights,
+        bounds=pairs.bounds,
+        small=standing.small,
+        in_search=standing.in_search,
+        wants_restart=jnp.where(wants_search, is_cramped, is_full) & ~done,
+        wants_search=wants_search,
+        done=done,
+    )
+
+
+def _preference(values: jax.Array, which: str) -> jax.Array:
+    """Sort key: wanted values first, NaN last."""
+    if which == "LA":
+        return -values
+    if which == "SA":
+        return values
+    if which == "LM":
+        return -jnp.abs(values)
+    # From both ends in turn, largest first: rank r from above is 2 r, from below 2 r + 1.
+    count = jnp.sum(~jnp.isnan(values))
+    from_below = jnp.argsort(jnp.argsort(values))
+    from_above = count - 1 - from_below
+    turn = jnp.where(from_above <= from_below, 2 * from_above, 2 * from_below + 1)
+    return jnp.where(jnp.isnan(values), jnp.inf, turn.astype(values.dtype))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+@precisely
+def begin_search(state: EigenState) -> EigenState:
+    """Goes on from a fresh direction; the residual of the rows so far is dropped and charged."""
+    targets = _search.targets_of(state.values, state.k, state.which)
+    return dataclasses.replace(
+        state,
+        krylov=redirect(state.krylov),
+        search=_search.begin(
+            targets,
+            num_rows=state.values.size,
+            filled=state.krylov.filled,
+            active=True,
+            is_first=~state.search.active,
+        ),
+        wants_search=jnp.zeros_like(state.wants_search),
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+@precisely
+def restart(state: EigenState) -> EigenState:
+    """Compresses the basis to Ritz vectors."""
+    krylov, k, search = state.krylov, state.k, state.search
+    rows = jnp.arange(krylov.basis.num_rows, dtype=jnp.int32)
+    valid = jnp.isfinite(state.values)
+    most = min(k + max(1, (state.num_rows - k) // 2), state.num_rows - 1)
+    # If a search follows, the residual is lost: what has not converged can no longer.
+    dropped = jnp.where(state.wants_search, krylov.beta, 0)
+    lost = krylov.lost.at[krylov.filled - 1].add(dropped) @ jnp.abs(state.weights)
+    kept = valid & (state.small | ~state.wants_search)
+    kept &= jnp.cumsum(kept) <= most
+    # Kept rows of the search stay behind the others, where `first_row` finds them.
+    order = jnp.argsort(jnp.where(kept, jnp.where(state.in_search, 1, 0), 2), stable=True)
+    inside = rows < jnp.sum(kept)
+    weights = jnp.where(inside[None], state.weights[:, order], 0)
+    # Every recombination of the rows rounds them once more.
+    largest = jnp.max(jnp.abs(state.values), where=valid, initial=0)
+    rounding = float(jnp.finfo(krylov.direction.dtype).eps) * largest
+    lost = lost[order] + rounding
+    krylov = krylov._replace(
+        basis=_basis.recombine(krylov.basis, weights, jnp.sum(kept, dtype=jnp.int32)),
+        newest=jnp.zeros_like(krylov.newest),
+        projected=jnp.diag(jnp.where(inside, state.values[order], 0)),
+        lost=jnp.where(inside, lost, 0),
+        beta=krylov.beta - dropped,
+    )
+    search = search._replace(
+        first_row=jnp.sum(kept & ~state.in_search, dtype=jnp.int32),
+        overlaps=search.overlaps @ weights,
+    )
+    return dataclasses.replace(
+        state,
+        krylov=krylov,
+        search=search,
+        num_restarts=state.num_restarts + 1,
+        wants_restart=jnp.zeros_like(state.wants_restart),
+    )

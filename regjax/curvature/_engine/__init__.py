@@ -1,0 +1,1 @@
+"""How a method runs: its driver, memory, checkpoints, and long rows with their inner products."""

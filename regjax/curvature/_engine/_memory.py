@@ -1,0 +1,92 @@
+"""What a solver takes of a device's memory, and what to lower when that is too much."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from regjax.curvature._engine._solver import Solver
+
+_EXHAUSTED = "RESOURCE_EXHAUSTED"
+
+
+class MemoryResult(NamedTuple):
+    """Bytes on each device that a solver needs; Python integers.
+
+    Attributes:
+      held: the operator's own arrays: parameters, batch, and what is kept of a linearisation.
+      basis: the solver's state: the rows of its bases and a few vectors.
+      product: temporaries and result of one product (of all that are made at once), from the
+        compiler's own account.
+      result: what is made beside the state: eigenvectors, or the probes of a density.
+      total: held + basis + the larger of product and result.
+    """
+
+    held: int
+    basis: int
+    product: int
+    result: int
+    total: int
+
+
+def memory_estimate(solver: Solver[Any, Any]) -> MemoryResult:
+    """Adds up the memory that a solver needs on each device, without running it.
+
+    For example `memory_estimate(top_eigenpairs_solver(operator, 10, key=key, max_basis=64))`. A
+    product is compiled, not run; of the state and the results the shapes are enough. What the
+    compiler adds to run a program (workspaces of libraries) and what fragments of freed memory
+    cost is not in it: leave a tenth.
+
+    Args:
+      solver: from a function such as `top_eigenpairs_solver`.
+
+    Returns:
+      A `MemoryResult`, in bytes.
+
+    Raises:
+      TypeError: the operator reads its data in batches.
+    """
+    operator, state = solver.operator, jax.eval_shape(solver.init)
+    num_bytes = operator.space.num_bytes
+    vectors = jax.eval_shape(solver.vectors, state)
+    held, basis = num_bytes(operator), num_bytes(state)
+    result = num_bytes(jax.eval_shape(solver.beside, state))
+    product = operator.product_bytes(1 if len(vectors.shape) == 1 else vectors.shape[0])
+    return MemoryResult(held, basis, product, result, held + basis + max(product, result))
+
+
+@contextlib.contextmanager
+def explained(solver: Solver[Any, Any]) -> Iterator[None]:
+    """Says what to lower when a device has no more memory.
+
+    Raises:
+      MemoryError: it has not, with the estimate.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if _EXHAUSTED not in str(error):
+            raise
+        names = " or ".join(f"`{name}`" for name in solver.lower)
+        raise MemoryError(
+            f"`{solver.name}` must fit into the memory of the device, got out of memory. Lower "
+            f"{names}, or the `chunk_size` of the operator.{_needed(solver)}"
+        ) from error
+
+
+def _needed(solver: Solver[Any, Any]) -> str:
+    try:
+        found = memory_estimate(solver)
+    except (TypeError, jax.errors.JaxRuntimeError):  # no account of a product
+        return ""
+    return (
+        f" It needs about {_short(found.total)} on each device: {_short(found.basis)} for its "
+        f"basis, {_short(found.product)} for a product, {_short(found.result)} for its result, "
+        f"{_short(found.held)} for parameters, data and what is kept of them."
+    )
+
+
+def _short(num_bytes: int) -> str:
+    power = min(max(num_bytes.bit_length() - 1, 0) // 10, 4)
+    return f"{num_bytes / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

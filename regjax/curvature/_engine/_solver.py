@@ -1,0 +1,80 @@
+"""What an iterative method on an operator consists of.
+
+A method says which vectors it wants multiplied and what it makes of the images. Who makes the
+products, in which loop, with how much memory, and what survives a kill, is the same for all of
+them (`_driver.py`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import jax
+
+from regjax.curvature._operators._operator import Operator
+
+State = TypeVar("State")
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver(Generic[State, Result]):
+    """An iterative method on an operator; drive it yourself, or let `run` do it.
+
+        state = solver.init()
+        while not solver.done(state):
+            state = solver.step(state)
+        result = solver.result(state)
+
+    A method ends as well after `max_steps` steps. All functions can be traced by `jax.jit`; a state
+    is a tree of arrays and, called from Python, used up by the step.
+
+    Some methods have two parts: when one is done, `then(state)` is the solver that goes on.
+
+    Attributes:
+      name: of the method.
+      operator: the matrix.
+      arguments: name -> what else decides the answer (numbers, words, arrays), by which a
+        checkpoint knows its problem.
+      init: () -> state before the first product.
+      vectors: state -> what is multiplied next, one vector of the operator's space or rows.
+      update: (state, images) -> state.
+      done: state -> whether nothing more is to be done.
+      result: state -> result so far.
+      max_steps: limit of the number of steps.
+      lower: names of the arguments that make the state smaller.
+      then: state at the end -> the solver that goes on from there; None: none.
+      later_steps: number of steps of what goes on.
+      block: number of products in a step.
+    """
+
+    name: str
+    operator: Operator
+    arguments: dict[str, Any]
+    init: Callable[[], State]
+    vectors: Callable[[State], jax.Array]
+    update: Callable[[State, jax.Array], State]
+    done: Callable[[State], jax.Array | bool]
+    result: Callable[[State], Result]
+    max_steps: int
+    lower: tuple[str, ...]
+    then: "Callable[[State], Solver[Any, Result]] | None" = None
+    later_steps: int = 0
+    block: int = 1
+
+    def step(self, state: State) -> State:
+        """Makes one product, or one of each row, and what follows from it."""
+        return self.update(state, multiply(self.operator, self.vectors(state)))
+
+    def beside(self, state: State) -> Any:
+        """The largest tree that is made while the state is still there."""
+        return self.result(state) if self.then is None else self.then(state).init()
+
+
+def multiply(operator: Operator, vectors: jax.Array) -> jax.Array:
+    """The images of a vector, or of rows."""
+    if vectors.ndim == 1:
+        return operator.product(vectors)
+    if vectors.shape[0] == 1:
+        return operator.product(vectors[0])[None]
+    return operator.block_product(vectors)

@@ -1,0 +1,304 @@
+"""The algebra of symmetric matrices: sums, multiples, D A D, the identity, principal submatrices.
+
+Each stands for its product and nothing else, so that what is made of streams reads its data, and
+what lies on a mesh stays there.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from regjax import _checks, _tree
+from regjax._base import Mask, Params, Tree
+from regjax._space import Space
+from regjax.curvature._operators._products import Products
+
+
+class Operator(Products):
+    """A symmetric matrix over the parameters, known by its products; n is their number.
+
+    A pytree, so that it passes through `jax.jit` as an argument: its leaves are parameters, data
+    and what is kept of a linearisation; functions are static. Operators of one space have an
+    algebra: `A + B`, `A - B`, `c * A`, `A + damping * identity(A.space)`, `A.scaled(diagonal)`,
+    `A.restricted(mask)`; `A @ v` is a product. A second operator of the same functions and shapes
+    compiles nothing; a new `lambda` is a new function and compiles again.
+    """
+
+    # NumPy's scalars are not to take a product with an operator for one of arrays.
+    __array_ufunc__ = None
+
+    @abc.abstractmethod
+    def submatrix(self, inside: tuple[bool, ...]) -> "Operator":
+        """The principal submatrix of some leaves of the tree, True for those that stay."""
+
+    def restricted(self, mask: Mask) -> "Operator":
+        """Makes the principal submatrix of some parameters.
+
+        Args:
+          mask: tree of Python bools like the parameters, True for those that stay.
+
+        Returns:
+          An `Operator` whose vectors are trees of the same structure with None elsewhere.
+
+        Raises:
+          ValueError: the mask has another structure, or nothing stays.
+          TypeError: the mask holds anything but Python bools.
+        """
+        inside = tuple(_checks.mask_leaves(mask, self.space.like()))
+        if not any(inside):
+            raise ValueError("`mask` must keep at least one leaf, got none.")
+        return self.submatrix(inside)
+
+    def scaled(self, diagonal: Params) -> "Operator":
+        """Makes D A D, D the diagonal matrix of `diagonal`, a tree like the parameters.
+
+        With the inverse square roots of a positive diagonal it is a preconditioned matrix: its
+        eigenvalues are those of A with respect to the metric.
+
+        Raises:
+          ValueError: `diagonal` has another structure or other shapes than the parameters.
+        """
+        _checks.same_tree("diagonal", diagonal, self.space.like())
+        return Congruent(self.space.ravel(diagonal), self)
+
+    def __add__(self, other: "Operator") -> "Operator":
+        if not isinstance(other, Operator):
+            return NotImplemented
+        if self.space != other.space:
+            raise ValueError(
+                "`other` must be an operator of the same space, got shapes "
+                f"{other.space.like()} on {other.space.mesh} instead of {self.space.like()} on "
+                f"{self.space.mesh}."
+            )
+        return Sum(self, other)
+
+    def __sub__(self, other: "Operator") -> "Operator":
+        return self + (-1) * other if isinstance(other, Operator) else NotImplemented
+
+    def __neg__(self) -> "Operator":
+        return (-1) * self
+
+    def __mul__(self, factor: ArrayLike) -> "Operator":
+        if isinstance(factor, Operator):
+            return NotImplemented
+        return Multiple(_factor(factor, self.dtype), self)
+
+    __rmul__ = __mul__
+
+
+def _factor(factor: ArrayLike, dtype: Any) -> jax.Array:
+    kind = jnp.result_type(factor)
+    if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
+        raise TypeError(f"`factor` must be a real number, got {kind}.")
+    if jnp.ndim(factor):
+        raise ValueError(f"`factor` must be one number, got shape {jnp.shape(factor)}.")
+    return jnp.asarray(factor, dtype)
+
+
+_Multiply = Callable[[Operator, jax.Array], jax.Array]
+
+
+class _Composed(Operator):
+    """Made of other operators of one space, the first of which stands for it."""
+
+    @property
+    @abc.abstractmethod
+    def parts(self) -> tuple[Operator, ...]:
+        """What it is made of."""
+
+    @abc.abstractmethod
+    def compose(self, multiply: _Multiply, vectors: jax.Array) -> jax.Array:
+        """The product with a vector or with rows, by `multiply(part, vectors)` of its parts."""
+
+    @property
+    def space(self) -> Space:
+        return self.parts[0].space
+
+    @property
+    def takes_blocks(self) -> bool:
+        return any(part.takes_blocks for part in self.parts)
+
+    @property
+    def eps(self) -> float:
+        return max(part.eps for part in self.parts)
+
+    def product(self, vector: jax.Array) -> jax.Array:
+        return self.compose(lambda part, vector: part.product(vector), vector)
+
+    def block_product(self, rows: jax.Array) -> jax.Array:
+        return self.compose(lambda part, rows: part.block_product(rows), rows)
+
+    def facts(self) -> dict[str, Tree]:
+        parts = enumerate(part.facts() for part in self.parts)
+        return {f"{i}.{name}": tree for i, part in parts for name, tree in part.items()}
+
+    def product_bytes(self, count: int) -> int:
+        # One part after the other, with what goes in and what comes out.
+        vector = self.space.num_bytes(jax.eval_shape(lambda: self.space.zeros(count)))
+        return max(part.product_bytes(count) for part in self.parts) + 2 * vector
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["one", "other"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Sum(_Composed):
+    """A + B."""
+
+    one: Operator
+    other: Operator
+
+    @property
+    def parts(self) -> tuple[Operator, ...]:
+        return (self.one, self.other)
+
+    def compose(self, multiply: _Multiply, vectors: jax.Array) -> jax.Array:
+        return multiply(self.one, vectors) + multiply(self.other, vectors)
+
+    def submatrix(self, inside: tuple[bool, ...]) -> Operator:
+        return Sum(self.one.submatrix(inside), self.other.submatrix(inside))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["factor", "operator"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Multiple(_Composed):
+    """c A."""
+
+    factor: jax.Array
+    operator: Operator
+
+    @property
+    def parts(self) -> tuple[Operator, ...]:
+        return (self.operator,)
+
+    def compose(self, multiply: _Multiply, vectors: jax.Array) -> jax.Array:
+        return self.factor * multiply(self.operator, vectors)
+
+    def facts(self) -> dict[str, Tree]:
+        return super().facts() | {"factor": self.factor}
+
+    def submatrix(self, inside: tuple[bool, ...]) -> Operator:
+        return Multiple(self.factor, self.operator.submatrix(inside))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["diagonal", "operator"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Congruent(_Composed):
+    """D A D, D diagonal; `diagonal` is a vector of the space."""
+
+    diagonal: jax.Array
+    operator: Operator
+
+    @property
+    def parts(self) -> tuple[Operator, ...]:
+        return (self.operator,)
+
+    def compose(self, multiply: _Multiply, vectors: jax.Array) -> jax.Array:
+        diagonal = self.diagonal.reshape(*[1] * (vectors.ndim - 1), -1)
+        return diagonal * multiply(self.operator, diagonal * vectors)
+
+    def facts(self) -> dict[str, Tree]:
+        return super().facts() | {"diagonal": self.diagonal}
+
+    def submatrix(self, inside: tuple[bool, ...]) -> Operator:
+        part = subtree(self.space.unravel(self.diagonal), inside)
+        return self.operator.submatrix(inside).scaled(part)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["operator"], meta_fields=["inside"]
+)
+@dataclasses.dataclass(frozen=True)
+class Submatrix(_Composed):
+    """P A P' of an operator that cannot do with less than a whole product."""
+
+    operator: Operator
+    inside: tuple[bool, ...]
+
+    @property
+    def parts(self) -> tuple[Operator, ...]:
+        return (self.operator,)
+
+    @property
+    def space(self) -> Space:
+        return subspace(self.operator.space, self.inside)
+
+    def compose(self, multiply: _Multiply, vectors: jax.Array) -> jax.Array:
+        ours, whole = self.space, self.operator.space
+        if vectors.ndim == 1:
+            one = lambda part, rows: multiply(part, rows[0])[None]
+            return self.compose(one, vectors[None])[0]
+        zeros = lambda leaf: jnp.zeros((len(vectors), *leaf.shape), leaf.dtype)
+        outside = jax.tree.map(zeros, subtree(whole.like(), [not here for here in self.inside]))
+        trees = _tree.merge(ours.unravel_rows(vectors), outside)
+        images = whole.unravel_rows(multiply(self.operator, whole.ravel_rows(trees)))
+        return ours.ravel_rows(subtree(images, self.inside))
+
+    def submatrix(self, inside: tuple[bool, ...]) -> Operator:
+        ours = iter(inside)
+        return Submatrix(self.operator, tuple(here and next(ours) for here in self.inside))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["trees"])
+@dataclasses.dataclass(frozen=True)
+class Identity(Operator):
+    """v -> v, on the trees of a space."""
+
+    trees: Space
+
+    @property
+    def space(self) -> Space:
+        return self.trees
+
+    @property
+    def eps(self) -> float:
+        return float(jnp.finfo(self.dtype).eps)
+
+    def product(self, vector: jax.Array) -> jax.Array:
+        return vector
+
+    def block_product(self, rows: jax.Array) -> jax.Array:
+        return rows
+
+    def facts(self) -> dict[str, Tree]:
+        return {}
+
+    def product_bytes(self, count: int) -> int:
+        return 0
+
+    def submatrix(self, inside: tuple[bool, ...]) -> Operator:
+        return Identity(subspace(self.space, inside))
+
+
+def identity(space: Space) -> Operator:
+    """Makes the operator that changes nothing, which a damping is a multiple of.
+
+        damped = A + 0.1 * identity(A.space)
+
+    Args:
+      space: `A.space` of an operator, or `Space.of(params)`.
+
+    Returns:
+      An `Operator` of shape (n, n).
+    """
+    return Identity(space)
+
+
+def subtree(tree: Params, inside: Sequence[bool]) -> Params:
+    """`tree` with None for the leaves that are not inside."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = zip(leaves, inside, strict=True)
+    return jax.tree.unflatten(treedef, [leaf if here else None for leaf, here in pairs])
+
+
+def subspace(space: Space, inside: Sequence[bool]) -> Space:
+    """The space of the subtrees."""
+    return Space.of(subtree(space.like(), inside), space.mesh)

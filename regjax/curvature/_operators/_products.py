@@ -1,0 +1,138 @@
+"""A symmetric matrix that is known by its products, and what follows from products alone."""
+
+import abc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.sparse.linalg import LinearOperator
+
+from regjax import _checks, _loops
+from regjax._base import Params, Tree
+from regjax._space import Space
+
+# A dense float32 matrix of this order takes 4 GiB.
+_MAX_DENSE = 2**15
+
+
+class Products(abc.ABC):
+    """What can be done with products alone; n is the order of the matrix."""
+
+    @property
+    @abc.abstractmethod
+    def space(self) -> Space:
+        """The space of its vectors: trees like the parameters, and where they lie."""
+
+    @abc.abstractmethod
+    def product(self, vector: jax.Array) -> jax.Array:
+        """A v for a vector of the space; every product of every kind comes from here."""
+
+    @property
+    @abc.abstractmethod
+    def eps(self) -> float:
+        """The unit of rounding of the narrowest type in a product, at least that of a vector."""
+
+    @abc.abstractmethod
+    def facts(self) -> dict[str, Tree]:
+        """What decides its products, by name, to tell one problem from another."""
+
+    @abc.abstractmethod
+    def product_bytes(self, count: int) -> int:
+        """Bytes on a device of temporaries and results of `count` products at once.
+
+        Raises:
+          TypeError: the compiler cannot know, since the host reads the data.
+        """
+
+    def block_product(self, rows: jax.Array) -> jax.Array:
+        """A V' for rows V (k, length) of vectors of the space, as rows."""
+        if self.takes_blocks:
+            return jax.vmap(self.product)(rows)
+        return _loops.scan(_set_row, jnp.zeros_like(rows), rows.shape[0], operands=(self, rows))
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether several vectors cost less together than one after the other."""
+        return jax.default_backend() != "cpu"
+
+    @property
+    def size(self) -> int:
+        """The number of parameters n."""
+        return self.space.size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return (self.size, self.size)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type of the flat vectors: the widest of the parameters, float32 at least."""
+        return self.space.dtype
+
+    def matvec(self, vector: Params) -> Params:
+        """Computes the product with `vector`, a tree like the parameters; returns another one.
+
+        Raises:
+          ValueError: `vector` has another structure or other shapes than the parameters.
+        """
+        _checks.same_tree("vector", vector, self.space.like())
+        return self.space.unravel(self.product(self.space.ravel(vector)))
+
+    def matmat(self, vectors: Params) -> Params:
+        """Computes the products with k vectors: a tree whose leaves have a leading axis k.
+
+        On accelerators the k products are one batched product; on CPU, where that gains nothing,
+        they follow one another.
+
+        Raises:
+          ValueError: `vectors` has another structure or other shapes than (k,) + the parameters'.
+        """
+        leading = jnp.shape(jax.tree.leaves(vectors)[0])[:1] if jax.tree.leaves(vectors) else ()
+        _checks.same_tree("vectors", vectors, self.space.like(leading))
+        return self.space.unravel_rows(self.block_product(self.space.ravel_rows(vectors)))
+
+    def __matmul__(self, vectors: Params) -> Params:
+        """`matvec` of a tree like the parameters, `matmat` of one with a leading axis more."""
+        leaves, shapes = jax.tree.leaves(vectors), self.space.shapes
+        is_block = bool(leaves) and jnp.ndim(leaves[0]) == len(shapes[0]) + 1
+        return self.matmat(vectors) if is_block else self.matvec(vectors)
+
+    def dense(self) -> jax.Array:
+        """Computes the matrix (n, n), made symmetric, in the order of `jax.tree.leaves`.
+
+        Raises:
+          ValueError: n is above 32768 (4 GiB in float32).
+        """
+        if self.size > _MAX_DENSE:
+            raise ValueError(
+                f"`dense` must have at most {_MAX_DENSE} parameters, got {self.size}; use "
+                "`top_eigenpairs` or `spectral_density`."
+            )
+        unit = self.space.shard(jnp.eye(self.size, dtype=self.dtype))
+        matrix = self.space.gather(self.block_product(unit))
+        return (matrix + matrix.T) / 2
+
+    def to_scipy(self) -> LinearOperator:
+        """Makes a `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors (n,) of it.
+
+        The order is that of `jax.tree.leaves`; matrices (n, k) hold vectors in their columns.
+        """
+        space = self.space
+
+        def matmat(columns: np.ndarray) -> np.ndarray:
+            rows = space.shard(jnp.asarray(np.asarray(columns).T, self.dtype))
+            return np.asarray(space.gather(self.block_product(rows))).T
+
+        def matvec(vector: np.ndarray) -> np.ndarray:
+            flat = space.shard(jnp.asarray(np.asarray(vector).reshape(-1), self.dtype))
+            return np.asarray(space.gather(self.product(flat)))
+
+        return LinearOperator(
+            self.shape, matvec, matvec, matmat, np.dtype(self.dtype), rmatmat=matmat
+        )
+
+
+def _set_row(operands: tuple[Products, jax.Array], rows: jax.Array, i: jax.Array) -> jax.Array:
+    operator, vectors = operands
+    return rows.at[i].set(operator.product(vectors[i]))

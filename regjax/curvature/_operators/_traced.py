@@ -1,0 +1,61 @@
+"""Matrices of which a product is one traced program on trees, compiled once."""
+
+import abc
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _checks
+from regjax._base import Params
+from regjax.curvature._operators._operator import Operator
+from regjax.curvature._precision import narrowest_eps, precision
+
+
+class TracedOperator(Operator):
+    """An operator that is applied to a tree by what JAX can trace."""
+
+    @abc.abstractmethod
+    def apply(self, tree: Params) -> Params:
+        """A v for a tree like the parameters, of all examples at once."""
+
+    def product(self, vector: jax.Array) -> jax.Array:
+        return _product(self, vector)
+
+    def matvec(self, vector: Params) -> Params:
+        _checks.same_tree("vector", vector, self.space.like())
+        # On a mesh a tree goes in and out as it is: the sum over the examples is the only message.
+        return _like_vectors(self, vector)
+
+    @property
+    def eps(self) -> float:
+        own = float(jnp.finfo(self.dtype).eps)
+        return max(own, narrowest_eps(_image, self, self.space.like()))
+
+    def product_bytes(self, count: int) -> int:
+        zeros = jax.eval_shape(lambda: self.space.zeros(count))
+        several = lambda operator, rows: jax.vmap(operator.product)(rows)
+        one = lambda operator, rows: operator.product(rows[0])
+        compiled = jax.jit(one if count == 1 else several).lower(self, zeros).compile()
+        account = compiled.memory_analysis()
+        return account.temp_size_in_bytes + account.output_size_in_bytes
+
+
+def _image(operator: TracedOperator, tree: Params) -> Params:
+    example = operator.space.like()
+    tree = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, example)
+    with precision():
+        image = operator.apply(tree)
+    _checks.same_tree("matvec(vector)", image, example)
+    return image
+
+
+@jax.jit
+def _product(operator: TracedOperator, vector: jax.Array) -> jax.Array:
+    return operator.space.ravel(_image(operator, operator.space.unravel(vector)), vector.dtype)
+
+
+@jax.jit
+def _like_vectors(operator: TracedOperator, tree: Params) -> Params:
+    example = operator.space.like()
+    image = _image(operator, tree)
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), image, example)
