@@ -28,8 +28,8 @@ def entropy_sgd(
     gamma: Any,
     *,
     key: jax.Array,
-    num_steps: int = 20,
-    step_size: Any = 0.1,
+    num_inner_steps: int = 20,
+    learning_rate: Any = 0.1,
     noise_scale: Any = 1e-4,
     averaging: Any = 0.25,
     momentum: Any = 0.9,
@@ -37,17 +37,17 @@ def entropy_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by x - mu, mu the running mean of a Langevin walk around x.
 
-        x' = mu = x, v = 0, and num_steps times
+        x' = mu = x, v = 0, and num_inner_steps times
         d = grad_fn(x', l);  v = momentum v + d;  d = d + momentum v               (Nesterov)
-        x' = x' - step_size (d - gamma (x - x')) + sqrt(step_size) noise_scale N(0, I)
+        x' = x' - learning_rate (d - gamma (x - x')) + sqrt(learning_rate) noise_scale N(0, I)
         mu = (1 - averaging) mu + averaging x'
 
     The local entropy F = log of the integral of exp(-f(x') - gamma/2 |x - x'|^2) has the gradient
     -gamma (x - <x'>): wide valleys have a large F. `optax.chain(entropy_sgd(...), optax.sgd(1.0))`;
-    an outer rate of 1 moves to mu. The incoming gradient is not read, unless `num_steps=0`, which
-    passes it through bit for bit. One update costs `num_steps` gradients: count epochs with that
-    factor. `grad_fn(x', l)` should give the mini-batch of inner step l. Batch statistics are the
-    caller's (`regjax.updated_statistics`).
+    an outer rate of 1 moves to mu. The incoming gradient is not read, unless `num_inner_steps=0`,
+    which passes it through bit for bit. One update costs `num_inner_steps` gradients: count epochs
+    with that factor. `grad_fn(x', l)` should give the mini-batch of inner step l. Batch statistics
+    are the caller's (`regjax.updated_statistics`).
 
     The defaults follow the official code, which weighs the new point with 0.25 and leaves gamma out
     of the outer gradient; the paper is reported (not checked) to weigh it with 0.75 and to multiply
@@ -57,9 +57,11 @@ def entropy_sgd(
       gamma: stiffness of the well, in units of the loss over the parameter squared, or a schedule
         of the outer count (`schedules.scoping_schedule`).
       key: typed key.
-      num_steps: inner steps L; compile time does not grow with it, but for convolutions on CPU.
-      step_size: inner learning rate.
-      noise_scale: standard deviation per square root of the step size, in units of the parameters.
+      num_inner_steps: number of inner steps; compile time does not grow with it, but for
+        convolutions on CPU.
+      learning_rate: of the inner steps.
+      noise_scale: standard deviation of the noise per square root of the inner learning rate, in
+        units of the parameters.
       averaging: weight of the new point in the running mean, between 0 and 1.
       momentum: of the inner steps.
       scale_by_gamma: whether to multiply the result by gamma.
@@ -77,7 +79,7 @@ def entropy_sgd(
     """
     for name, value in (
         ("gamma", gamma),
-        ("step_size", step_size),
+        ("learning_rate", learning_rate),
         ("noise_scale", noise_scale),
         ("averaging", averaging),
         ("momentum", momentum),
@@ -85,7 +87,7 @@ def entropy_sgd(
         _extra_args.check_size(name, value)
     if isinstance(averaging, (int, float)) and averaging > 1:
         raise ValueError(f"`averaging` must be at most 1, got {averaging}.")
-    _extra_args.check_static("num_steps", num_steps, 0)
+    _extra_args.check_static("num_inner_steps", num_inner_steps, 0)
     _checks.key("key", key)
 
     def init(params: Params) -> EntropySgdState:
@@ -103,7 +105,7 @@ def entropy_sgd(
         del extra
         next_key, noise_key = jax.random.split(state.key)
         next_state = EntropySgdState(state.num_updates + 1, next_key)
-        if num_steps == 0:
+        if num_inner_steps == 0:
             return updates, next_state
         params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
         stiffness = _extra_args.value_at(gamma, state.num_updates)
@@ -118,17 +120,17 @@ def entropy_sgd(
             position = langevin_step(
                 position,
                 grads,
-                jax.random.fold_in(noise_key, i),
+                key=jax.random.fold_in(noise_key, i),
                 anchor=params,
                 gamma=stiffness,
-                step_size=step_size,
+                learning_rate=learning_rate,
                 noise_scale=noise_scale,
             )
             return position, _mix(1 - averaging, mean, averaging, position), velocity
 
         mean = jax.tree.map(_extra_args.wide, params)
         velocity = () if _extra_args.is_zero(momentum) else jax.tree.map(jnp.zeros_like, mean)
-        _, mean, _ = _loops.scan(inner_step, (params, mean, velocity), num_steps)
+        _, mean, _ = _loops.scan(inner_step, (params, mean, velocity), num_inner_steps)
         new = _mix(1, params, -1, mean)
         if scale_by_gamma:
             new = jax.tree.map(lambda leaf: jnp.asarray(stiffness, leaf.dtype) * leaf, new)
@@ -137,7 +139,7 @@ def entropy_sgd(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-entropy_sgd.static_args = ("key", "num_steps", "scale_by_gamma")  # type: ignore[attr-defined]
+entropy_sgd.static_args = ("key", "num_inner_steps", "scale_by_gamma")  # type: ignore[attr-defined]
 
 
 def _mix(a: Any, one: Any, b: Any, other: Any) -> Any:

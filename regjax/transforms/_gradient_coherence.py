@@ -151,23 +151,23 @@ def always_gate() -> Gate:
     return Gate(lambda: (), lambda grads, added, state, count: (jnp.bool_(True), state))
 
 
-def delayed_gate(num_steps: int) -> Gate:
-    """A gate that opens for good at step `num_steps`, counted from 0.
+def delayed_gate(delay: int) -> Gate:
+    """A gate that opens for good at step `delay`, counted from 0.
 
     Args:
-      num_steps: the delay; five epochs is a start.
+      delay: number of steps; five epochs is a start.
 
     Returns:
       A `Gate` without state.
 
     Raises:
-      ValueError: `num_steps` is negative.
+      ValueError: `delay` is negative.
     """
-    _extra_args.check_static("num_steps", num_steps, 0)
-    return Gate(lambda: (), lambda grads, added, state, count: (count >= num_steps, state))
+    _extra_args.check_static("delay", delay, 0)
+    return Gate(lambda: (), lambda grads, added, state, count: (count >= delay, state))
 
 
-def cosine_gate(threshold: float = 0.5, hold: int | None = None) -> Gate:
+def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
     """Open while the cosine between g and g + r exceeds `threshold`.
 
     Norms go over all masked leaves together. At a stationary point of the penalised loss g = -r, so
@@ -197,7 +197,7 @@ def cosine_gate(threshold: float = 0.5, hold: int | None = None) -> Gate:
     return _held(is_coherent, hold)
 
 
-def ratio_gate(threshold: float = 1.0, hold: int | None = None) -> Gate:
+def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
     """A gate that is open while |g| > threshold |r|, norms over all masked leaves together.
 
     Args:

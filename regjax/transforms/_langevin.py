@@ -11,14 +11,14 @@ from regjax.transforms import _extra_args
 def langevin_step(
     position: Any,
     grads: Any,
-    key: jax.Array,
     *,
+    key: jax.Array,
     anchor: Any,
     gamma: Any,
-    step_size: Any,
+    learning_rate: Any,
     noise_scale: Any,
 ) -> Any:
-    """X' - step_size (g - gamma (x - x')) + sqrt(step_size) noise_scale N(0, I).
+    """X' - learning_rate (g - gamma (x - x')) + sqrt(learning_rate) noise_scale N(0, I).
 
     Args:
       position: tree, the point x'.
@@ -26,9 +26,9 @@ def langevin_step(
       key: typed key of this step's noise.
       anchor: tree like it, the centre x of the well.
       gamma: stiffness of the well, in units of the loss over the parameter squared.
-      step_size: inner learning rate.
-      noise_scale: standard deviation of the noise per square root of the step size, in units of the
-        parameters. sqrt(2) is temperature 1. A Python zero draws nothing.
+      learning_rate: inner learning rate.
+      noise_scale: standard deviation of the noise per square root of the learning rate, in units of
+        the parameters. sqrt(2) is temperature 1. A Python zero draws nothing.
 
     Returns:
       The next position, of the same dtypes.
@@ -44,7 +44,7 @@ def langevin_step(
     ):
         x, g = _extra_args.wide(leaf), _extra_args.wide(grad)
         pull = jnp.asarray(gamma, x.dtype) * (_extra_args.wide(centre) - x)
-        step = jnp.asarray(step_size, x.dtype)
+        step = jnp.asarray(learning_rate, x.dtype)
         x = x - step * (g - pull)
         if noise is not None:
             x = x + jnp.sqrt(step) * jnp.asarray(noise_scale, x.dtype) * noise

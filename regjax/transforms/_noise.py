@@ -26,7 +26,7 @@ class PerturbedGradientState(NamedTuple):
 
 
 def perturbed_gradient(
-    scale: Any,
+    std: Any,
     *,
     key: jax.Array,
     layerwise: bool = True,
@@ -38,18 +38,18 @@ def perturbed_gradient(
 
     In expectation this descends L + (sigma^2 / 2) tr Hess L + O(sigma^4). The weights themselves
     stay clean, and the incoming gradient is not read. Noise in all layers at once blows up with
-    the width; one group of leaves at a time does not. `scale=0` gives grad_fn(w, 0) bit for bit.
+    the width; one group of leaves at a time does not. `std=0` gives grad_fn(w, 0) bit for bit.
 
     Running batch statistics are the caller's: this method has no clean pass
     (`regjax.updated_statistics` makes one). The sum w + sigma eps is formed in float32 at least
     and rounded to the parameters' dtype: in bfloat16 small noise is lost, keep float32 weights.
 
     Args:
-      scale: standard deviation sigma, in units of the parameters, or a schedule of the update
+      std: standard deviation sigma, in units of the parameters, or a schedule of the update
         count. Used: 0.03 (ResNet-18, CIFAR-10).
       key: typed key.
-      layerwise: True: one group a step, with `scale`. False: every group, with
-        scale / sqrt(number of groups), which has the same regulariser to first order.
+      layerwise: True: one group a step, with `std`. False: every group, with
+        std / sqrt(number of groups), which has the same regulariser to first order.
       cyclic: group = count modulo number of groups. False: drawn uniformly.
       groups: tree of ints, the group of each leaf; None is one for each leaf, as in the official
         code. Better: kernel and bias of a layer together.
@@ -66,7 +66,7 @@ def perturbed_gradient(
       A. Orvieto, A. Raj, H. Kersting, F. Bach (2023), arXiv:2206.04613; the cyclic order and the
       division by sqrt(number of groups) are the official code's.
     """
-    _extra_args.check_size("scale", scale)
+    _extra_args.check_size("std", std)
     _checks.key("key", key)
 
     def init(params: Params) -> PerturbedGradientState:
@@ -85,7 +85,7 @@ def perturbed_gradient(
     ) -> tuple[Any, PerturbedGradientState]:
         del extra
         params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
-        sigma = _extra_args.value_at(scale, state.num_updates)
+        sigma = _extra_args.value_at(std, state.num_updates)
         next_key, noise_key, group_key = jax.random.split(state.key, 3)
         if not _extra_args.is_zero(sigma):
             numbers = _group_numbers(groups, params, mask)
@@ -125,17 +125,17 @@ class AnticorrelatedNoiseState(NamedTuple):
 
 
 def anticorrelated_noise(
-    scale: Any, *, key: jax.Array, mask: Mask = None
+    std: Any, *, key: jax.Array, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the difference of two successive noises to the update: u + xi_{t+1} - xi_t.
 
     The weights are z + xi with fresh noise each step, and z_t = w_t - xi_t follows
     z_{t+1} = z_t - lr grad L(z_t + xi_t) exactly: noise before the gradient, shifted, whatever
     optimiser comes before, if its update reads only gradients. Last in the chain. Evaluate,
-    checkpoint and decay z, which `denoise_params` gives. `scale=0` passes updates through.
+    checkpoint and decay z, which `denoise_params` gives. `std=0` passes updates through.
 
     Args:
-      scale: standard deviation of xi, in units of the parameters, or a schedule of the update
+      std: standard deviation of xi, in units of the parameters, or a schedule of the update
         count.
       key: typed key.
       mask: leaves that carry noise.
@@ -144,13 +144,13 @@ def anticorrelated_noise(
       A transformation that keeps one copy of the masked parameters.
 
     Raises:
-      ValueError: `scale` is negative.
+      ValueError: `std` is negative.
       TypeError: an argument has the wrong type.
 
     References:
       A. Orvieto, H. Kersting, F. Proske, F. Bach, A. Lucchi (2022), arXiv:2202.02831.
     """
-    _extra_args.check_size("scale", scale)
+    _extra_args.check_size("std", std)
     _checks.key("key", key)
 
     def init(params: Params) -> AnticorrelatedNoiseState:
@@ -166,7 +166,7 @@ def anticorrelated_noise(
     ) -> tuple[Any, AnticorrelatedNoiseState]:
         del params, extra
         next_key, noise_key = jax.random.split(state.key)
-        sigma, count = _extra_args.value_at(scale, state.num_updates), state.num_updates + 1
+        sigma, count = _extra_args.value_at(std, state.num_updates), state.num_updates + 1
         if _extra_args.is_zero(sigma):
             return updates, AnticorrelatedNoiseState(count, next_key, state.noise)
         leaves, treedef = jax.tree.flatten(updates)

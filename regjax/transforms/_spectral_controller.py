@@ -51,7 +51,7 @@ def spectral_controller(
     *,
     key: jax.Array,
     initial_learning_rate: Any,
-    refresh_every: int | None,
+    every: int | None,
     num_steps: int = 20,
     rule: Rule = schedules.nesterov_rule,
     nesterov: bool = True,
@@ -63,20 +63,20 @@ def spectral_controller(
         v' = momentum v - rate g;   update = momentum v' - rate g (Nesterov), or v' (heavy ball)
 
     with (rate, momentum) = rule(L, m) refreshed before the first step and after each
-    `refresh_every`, from the Ritz values of `num_steps` Lanczos steps (`schedules.spectral_ends`).
+    `every`, from the Ritz values of `num_steps` Lanczos steps (`schedules.spectral_ends`).
     Last in the chain, behind clipping or `optax.add_decayed_weights`. The velocity is in units of
     an update, so that a new rate does not rescale the past, as it does in `optax.sgd`.
 
     The curvature is the Jacobian of the extra argument `curvature_grad_fn(params)`, the gradient on
     a fixed subset (1024 examples in the official code), where it is given, else of grad_fn(., 0).
     No dropout in it. The refresh is a branch: under `vmap` it runs in every step, and on CPU with
-    convolutions inside `jit` it is slow. There pass `refresh_every=None` and have the host call
+    convolutions inside `jit` it is slow. There pass `every=None` and have the host call
     `refresh_spectral_controller` between the steps.
 
     Args:
       key: typed key of the Lanczos starts.
       initial_learning_rate: until a refresh finds a positive finite L; the momentum is 0 till then.
-      refresh_every: number of steps between refreshes, the first at step 0; None: never. The paper
+      every: number of steps between refreshes, the first at step 0; None: never. The paper
         has 20 epochs.
       num_steps: Lanczos steps, a Hessian product each; no more than there are parameters are made.
       rule: `schedules.nesterov_rule`; `schedules.polyak_rule` goes with `nesterov=False`.
@@ -100,8 +100,8 @@ def spectral_controller(
     """
     _checks.key("key", key)
     _checks.positive("initial_learning_rate", initial_learning_rate)
-    if refresh_every is not None:
-        _extra_args.check_static("refresh_every", refresh_every, 1)
+    if every is not None:
+        _extra_args.check_static("every", every, 1)
     _check_options(num_steps, smallest_ratio, max_momentum)
 
     def init(params: Params) -> SpectralControllerState:
@@ -131,12 +131,12 @@ def spectral_controller(
         **extra: Any,
     ) -> tuple[Any, SpectralControllerState]:
         del extra
-        if refresh_every is not None:
+        if every is not None:
             params = _extra_args.check_whole_params(params)
             if curvature_grad_fn is None:
                 curvature_grad_fn = Partial(_first, as_partial(_extra_args.check_grad_fn(grad_fn)))
             state = _loops.cond(
-                state.num_updates % refresh_every == 0,
+                state.num_updates % every == 0,
                 lambda state: refresh_spectral_controller(
                     state, curvature_grad_fn, params, num_steps=num_steps, rule=rule,
                     smallest_ratio=smallest_ratio, max_momentum=max_momentum,
@@ -152,7 +152,7 @@ def spectral_controller(
 
 
 spectral_controller.static_args = (  # type: ignore[attr-defined]
-    "key", "refresh_every", "num_steps", "rule", "nesterov",
+    "key", "every", "num_steps", "rule", "nesterov",
 )  # fmt: skip
 
 

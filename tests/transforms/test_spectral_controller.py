@@ -30,7 +30,7 @@ def double():
 
 
 def make(**options):
-    defaults = {"key": jax.random.key(0), "initial_learning_rate": 0.1, "refresh_every": 1000}
+    defaults = {"key": jax.random.key(0), "initial_learning_rate": 0.1, "every": 1000}
     return transforms.spectral_controller(**{**defaults, **options})
 
 
@@ -89,7 +89,7 @@ def test_the_printed_rate_diverges(double):
 
 @pytest.mark.parametrize("name", ["nesterov_rule", "polyak_rule", "paper_nesterov_rule"])
 def test_a_loss_times_ten_has_the_same_trajectory(name, double):
-    tx = make(rule=getattr(schedules, name), nesterov=name != "polyak_rule", refresh_every=4)
+    tx = make(rule=getattr(schedules, name), nesterov=name != "polyak_rule", every=4)
     problem = oracles.problem(dtype=np.float64)
 
     def scaled(factor):
@@ -152,7 +152,7 @@ def test_a_saddle_shows_in_the_state():
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_updates_by_hand_with_a_velocity_in_units_of_updates(nesterov, double):
     # The curvature 3 w^2 falls as w does, and the rate grows: old velocity is not rescaled.
-    tx = make(refresh_every=2, nesterov=nesterov, num_steps=6)
+    tx = make(every=2, nesterov=nesterov, num_steps=6)
     grad_fn = lambda params, i: params**3
     w = jnp.linspace(1.0, 3.0, 9)
     step = jax.jit(lambda w, state: tx.update(grad_fn(w, 0), state, w, grad_fn=grad_fn))
@@ -171,7 +171,7 @@ def test_updates_by_hand_with_a_velocity_in_units_of_updates(nesterov, double):
 
 
 def test_refreshes_come_when_they_are_due_and_compile_once():
-    tx, problem = make(refresh_every=3), oracles.problem()
+    tx, problem = make(every=3), oracles.problem()
     grad_fn = lambda params, i: gradient(problem.batch, params)
 
     @jax.jit
@@ -193,7 +193,7 @@ def test_refreshes_come_when_they_are_due_and_compile_once():
 
 
 def test_a_curvature_gradient_of_its_own():
-    tx = make(refresh_every=1)
+    tx = make(every=1)
     grads, w, own = jnp.ones(12), jnp.ones(12), diagonal([1.0, 3.0, 6.0, 8.0])
     update = functools.partial(tx.update, grads, tx.init(w), w)
     np.testing.assert_allclose(update(curvature_grad_fn=own)[1].largest, 8.0, rtol=1e-5)
@@ -233,7 +233,7 @@ def test_bounds_of_momentum_and_of_the_smallest():
 
 def test_the_host_may_refresh_and_compiles_nothing_again():
     problem = oracles.problem()
-    hosted = make(refresh_every=None)
+    hosted = make(every=None)
     state = hosted.init(problem.params)
     assert not hosted.update(problem.params, state)[1].refresh_ok  # without params and grad_fn
     grad_fn = Partial(gradient, problem.batch)
@@ -284,8 +284,8 @@ def test_error_texts():
         make(key=0)
     with pytest.raises(ValueError, match="`initial_learning_rate` must be positive, got 0"):
         make(initial_learning_rate=0)
-    with pytest.raises(ValueError, match="`refresh_every` must be at least 1, got 0"):
-        make(refresh_every=0)
+    with pytest.raises(ValueError, match="`every` must be at least 1, got 0"):
+        make(every=0)
     with pytest.raises(ValueError, match="`max_momentum` must be below 1, got 1"):
         make(max_momentum=1)
     w, refresh = jnp.ones(3), transforms.refresh_spectral_controller
