@@ -6,9 +6,6 @@ from regjax.transforms._decentralized import gossip_average as gossip_average
 from regjax.transforms._decentralized import mean_params as mean_params
 from regjax.transforms._entropy_sgd import EntropySgdState as EntropySgdState
 from regjax.transforms._entropy_sgd import entropy_sgd as entropy_sgd
-from regjax.transforms._extra_args import SkipNonfiniteState as SkipNonfiniteState
-from regjax.transforms._extra_args import only_extra as only_extra
-from regjax.transforms._extra_args import skip_nonfinite as skip_nonfinite
 from regjax.transforms._gradient_coherence import (
     CoherentRegularizationState as CoherentRegularizationState,
 )
@@ -49,3 +46,6 @@ from regjax.transforms._weight_rescaling import RescaleWeightsState as RescaleWe
 from regjax.transforms._weight_rescaling import remove_radial as remove_radial
 from regjax.transforms._weight_rescaling import rescale_velocity as rescale_velocity
 from regjax.transforms._weight_rescaling import rescale_weights as rescale_weights
+from regjax.transforms._wrappers import SkipNonfiniteState as SkipNonfiniteState
+from regjax.transforms._wrappers import only_extra as only_extra
+from regjax.transforms._wrappers import skip_nonfinite as skip_nonfinite

@@ -12,8 +12,9 @@ from regjax import _checks, _tree
 from regjax._adapters import Model
 from regjax._base import Params
 from regjax._statistics import population_statistics
-from regjax.transforms import _extra_args
+from regjax.transforms import _gradients
 from regjax.transforms._mixing import AxisName, Mixing, num_learners
+from regjax.transforms._static_args import static_args
 
 
 class GossipAverageState(NamedTuple):
@@ -26,6 +27,7 @@ class GossipAverageState(NamedTuple):
     num_updates: jax.Array
 
 
+@static_args("mixing", "axis_name")
 def gossip_average(
     mixing: Mixing, *, axis_name: AxisName = "learner"
 ) -> optax.GradientTransformationExtraArgs:
@@ -85,7 +87,7 @@ def gossip_average(
         updates: Any, state: GossipAverageState, params: Any = None, **extra: Any
     ) -> tuple[Any, GossipAverageState]:
         del extra
-        params = _extra_args.check_params(params)
+        params = _gradients.check_params(params)
         num_learners(axis_name)
         # The same on all learners anyway; now `jax.vmap` knows it and takes one branch, not all.
         count = lax.pmax(state.num_updates, axis_name)
@@ -95,9 +97,6 @@ def gossip_average(
         return updates, GossipAverageState(state.num_updates + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-gossip_average.static_args = ("mixing", "axis_name")  # type: ignore[attr-defined]
 
 
 def _added(update: jax.Array, mixed: jax.Array, param: jax.Array) -> jax.Array:

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax import _checks, _loops
+from regjax import _checks, _loops, _tree
 from regjax._base import Params
-from regjax.transforms import _extra_args
+from regjax.transforms import _gradients, _schedules
 from regjax.transforms._langevin import langevin_step
+from regjax.transforms._static_args import check_static, static_args
 
 
 class EntropySgdState(NamedTuple):
@@ -24,6 +25,7 @@ class EntropySgdState(NamedTuple):
     key: jax.Array
 
 
+@static_args("key", "num_inner_steps", "scale_by_gamma")
 def entropy_sgd(
     gamma: Any,
     *,
@@ -84,10 +86,10 @@ def entropy_sgd(
         ("averaging", averaging),
         ("momentum", momentum),
     ):
-        _extra_args.check_size(name, value)
+        _schedules.check_size(name, value)
     if isinstance(averaging, (int, float)) and averaging > 1:
         raise ValueError(f"`averaging` must be at most 1, got {averaging}.")
-    _extra_args.check_static("num_inner_steps", num_inner_steps, 0)
+    check_static("num_inner_steps", num_inner_steps, 0)
     _checks.key("key", key)
 
     def init(params: Params) -> EntropySgdState:
@@ -107,14 +109,14 @@ def entropy_sgd(
         next_state = EntropySgdState(state.num_updates + 1, next_key)
         if num_inner_steps == 0:
             return updates, next_state
-        params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
-        stiffness = _extra_args.value_at(gamma, state.num_updates)
+        params, grad_fn = _gradients.check_whole_params(params), _gradients.check_grad_fn(grad_fn)
+        stiffness = _schedules.value_at(gamma, state.num_updates)
         inner_momentum = momentum
 
         def inner_step(_: None, carry: Any, i: jax.Array) -> Any:
             position, mean, velocity = carry
             grads = grad_fn(position, i)
-            if not _extra_args.is_zero(inner_momentum):
+            if not _schedules.is_zero(inner_momentum):
                 velocity = _mix(inner_momentum, velocity, 1, grads)
                 grads = _mix(inner_momentum, velocity, 1, grads)
             position = langevin_step(
@@ -128,25 +130,22 @@ def entropy_sgd(
             )
             return position, _mix(1 - averaging, mean, averaging, position), velocity
 
-        mean = jax.tree.map(_extra_args.wide, params)
-        velocity = () if _extra_args.is_zero(momentum) else jax.tree.map(jnp.zeros_like, mean)
+        mean = jax.tree.map(_tree.wide, params)
+        velocity = () if _schedules.is_zero(momentum) else jax.tree.map(jnp.zeros_like, mean)
         _, mean, _ = _loops.scan(inner_step, (params, mean, velocity), num_inner_steps)
         new = _mix(1, params, -1, mean)
         if scale_by_gamma:
             new = jax.tree.map(lambda leaf: jnp.asarray(stiffness, leaf.dtype) * leaf, new)
-        return _extra_args.like(new, updates), next_state
+        return _gradients.like(new, updates), next_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-entropy_sgd.static_args = ("key", "num_inner_steps", "scale_by_gamma")  # type: ignore[attr-defined]
 
 
 def _mix(a: Any, one: Any, b: Any, other: Any) -> Any:
     """A one + b other, leaf by leaf, in float32 at least."""
 
     def mix(x: jax.Array, y: jax.Array) -> jax.Array:
-        x, y = _extra_args.wide(x), _extra_args.wide(y)
+        x, y = _tree.wide(x), _tree.wide(y)
         return jnp.asarray(a, x.dtype) * x + jnp.asarray(b, x.dtype) * y
 
     return jax.tree.map(mix, one, other)

@@ -9,8 +9,9 @@ import optax
 
 from regjax import _checks, _tree
 from regjax._base import Params
-from regjax.transforms import _extra_args
-from regjax.transforms._extra_args import Mask
+from regjax.transforms import _gradients, _masks, _schedules
+from regjax.transforms._masks import MaskOrFunction
+from regjax.transforms._static_args import check_static, static_args
 
 Leaves = list[jax.Array]
 
@@ -44,12 +45,13 @@ class CoherentRegularizationState(NamedTuple):
     num_on: jax.Array
 
 
+@static_args("gate", "penalty_gradient", "mask")
 def coherent_regularization(
     strength: Any,
     *,
     gate: Gate,
     penalty_gradient: Callable[[jax.Array], jax.Array] | None = None,
-    mask: Mask = None,
+    mask: MaskOrFunction = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds strength * penalty_gradient(w) to the gradient while the gate is open.
 
@@ -79,11 +81,11 @@ def coherent_regularization(
       D. Park, D. Ho, X. Chang, B. Zhang (2018), arXiv:1811.08056, of which only the abstract was
       read.
     """
-    _extra_args.check_size("strength", strength)
+    _schedules.check_size("strength", strength)
     penalty = l2_gradient if penalty_gradient is None else penalty_gradient
 
     def init(params: Params) -> CoherentRegularizationState:
-        _extra_args.mask_leaves(mask, params)
+        _masks.mask_leaves(mask, params)
         return CoherentRegularizationState(
             jnp.int32(0), gate.init(), jnp.bool_(False), jnp.int32(0)
         )
@@ -92,11 +94,11 @@ def coherent_regularization(
         updates: Any, state: CoherentRegularizationState, params: Any = None, **extra: Any
     ) -> tuple[Any, CoherentRegularizationState]:
         del extra
-        params = _extra_args.check_params(params)
+        params = _gradients.check_params(params)
         leaves, treedef = jax.tree.flatten(updates)
-        chosen = _extra_args.mask_leaves(mask, params)
-        weight = _extra_args.value_at(strength, state.num_updates)
-        if _extra_args.is_zero(weight):
+        chosen = _masks.mask_leaves(mask, params)
+        weight = _schedules.value_at(strength, state.num_updates)
+        if _schedules.is_zero(weight):
             return updates, state._replace(num_updates=state.num_updates + 1)
         places = [i for i, choose in enumerate(chosen) if choose]
         weights = jax.tree.leaves(params)
@@ -111,11 +113,6 @@ def coherent_regularization(
         return jax.tree.unflatten(treedef, leaves), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-coherent_regularization.static_args = (  # type: ignore[attr-defined]
-    "gate", "penalty_gradient", "mask",
-)  # fmt: skip
 
 
 def l2_gradient(weights: jax.Array) -> jax.Array:
@@ -163,7 +160,7 @@ def delayed_gate(delay: int) -> Gate:
     Raises:
       ValueError: `delay` is negative.
     """
-    _extra_args.check_static("delay", delay, 0)
+    check_static("delay", delay, 0)
     return Gate(lambda: (), lambda grads, added, state, count: (count >= delay, state))
 
 
@@ -222,7 +219,7 @@ def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
 def _held(is_open: Callable[[Leaves, Leaves], jax.Array], hold: int | None) -> Gate:
     """Open where `is_open`, and for good after `hold` open steps in a row."""
     if hold is not None:
-        _extra_args.check_static("hold", hold, 1)
+        check_static("hold", hold, 1)
 
     def decide(
         grads: Leaves, added: Leaves, state: jax.Array, count: jax.Array
@@ -248,7 +245,10 @@ class SoftThresholdState(NamedTuple):
     num_updates: jax.Array
 
 
-def soft_threshold(threshold: Any, *, mask: Mask = None) -> optax.GradientTransformationExtraArgs:
+@static_args("mask")
+def soft_threshold(
+    threshold: Any, *, mask: MaskOrFunction = None
+) -> optax.GradientTransformationExtraArgs:
     """L1 by its proximal step, last in the chain: exact zeros.
 
         updates = sign(q) max(|q| - threshold, 0) - w,   q = w + updates
@@ -264,20 +264,20 @@ def soft_threshold(threshold: Any, *, mask: Mask = None) -> optax.GradientTransf
     Raises:
       ValueError: `threshold` is negative, or `params` is missing in `update`.
     """
-    _extra_args.check_size("threshold", threshold)
+    _schedules.check_size("threshold", threshold)
 
     def init(params: Params) -> SoftThresholdState:
-        _extra_args.mask_leaves(mask, params)
+        _masks.mask_leaves(mask, params)
         return SoftThresholdState(jnp.int32(0))
 
     def update(
         updates: Any, state: SoftThresholdState, params: Any = None, **extra: Any
     ) -> tuple[Any, SoftThresholdState]:
         del extra
-        params = _extra_args.check_params(params)
-        cut = _extra_args.value_at(threshold, state.num_updates)
+        params = _gradients.check_params(params)
+        cut = _schedules.value_at(threshold, state.num_updates)
         state = SoftThresholdState(state.num_updates + 1)
-        if _extra_args.is_zero(cut):
+        if _schedules.is_zero(cut):
             return updates, state
         leaves, treedef = jax.tree.flatten(updates)
 
@@ -289,12 +289,9 @@ def soft_threshold(threshold: Any, *, mask: Mask = None) -> optax.GradientTransf
             # -w where the weight becomes zero, so that w + update is zero exactly.
             return (jnp.sign(q) * small - param).astype(leaf.dtype)
 
-        chosen = _extra_args.mask_leaves(mask, params)
+        chosen = _masks.mask_leaves(mask, params)
         return jax.tree.unflatten(
             treedef, map(shrink, leaves, jax.tree.leaves(params), chosen)
         ), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-soft_threshold.static_args = ("mask",)  # type: ignore[attr-defined]

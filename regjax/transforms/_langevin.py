@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from regjax.transforms import _extra_args
+from regjax import _tree
+from regjax.transforms import _gaussian, _schedules
 
 
 def langevin_step(
@@ -37,13 +38,13 @@ def langevin_step(
       P. Chaudhari et al. (2017), arXiv:1611.01838, the inner loop.
     """
     leaves, treedef = jax.tree.flatten(position)
-    moved, is_quiet = [], _extra_args.is_zero(noise_scale)
-    drawn = [None] * len(leaves) if is_quiet else _extra_args.normal_like(key, leaves)
+    moved, is_quiet = [], _schedules.is_zero(noise_scale)
+    drawn = [None] * len(leaves) if is_quiet else _gaussian.normal_like(key, leaves)
     for leaf, grad, centre, noise in zip(
         leaves, jax.tree.leaves(grads), jax.tree.leaves(anchor), drawn, strict=True
     ):
-        x, g = _extra_args.wide(leaf), _extra_args.wide(grad)
-        pull = jnp.asarray(gamma, x.dtype) * (_extra_args.wide(centre) - x)
+        x, g = _tree.wide(leaf), _tree.wide(grad)
+        pull = jnp.asarray(gamma, x.dtype) * (_tree.wide(centre) - x)
         step = jnp.asarray(learning_rate, x.dtype)
         x = x - step * (g - pull)
         if noise is not None:

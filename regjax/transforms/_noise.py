@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax import _checks
+from regjax import _checks, _tree
 from regjax._base import Params
-from regjax.transforms import _extra_args
-from regjax.transforms._extra_args import Mask
+from regjax.transforms import _gaussian, _gradients, _masks, _schedules
+from regjax.transforms._masks import MaskOrFunction
+from regjax.transforms._static_args import static_args
 
 
 class PerturbedGradientState(NamedTuple):
@@ -25,6 +26,7 @@ class PerturbedGradientState(NamedTuple):
     key: jax.Array
 
 
+@static_args("key", "layerwise", "cyclic", "groups", "mask")
 def perturbed_gradient(
     std: Any,
     *,
@@ -32,7 +34,7 @@ def perturbed_gradient(
     layerwise: bool = True,
     cyclic: bool = True,
     groups: Any = None,
-    mask: Mask = None,
+    mask: MaskOrFunction = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by the one at weights with Gaussian noise: grad_fn(w + sigma eps).
 
@@ -66,7 +68,7 @@ def perturbed_gradient(
       A. Orvieto, A. Raj, H. Kersting, F. Bach (2023), arXiv:2206.04613; the cyclic order and the
       division by sqrt(number of groups) are the official code's.
     """
-    _extra_args.check_size("std", std)
+    _schedules.check_size("std", std)
     _checks.key("key", key)
 
     def init(params: Params) -> PerturbedGradientState:
@@ -84,10 +86,10 @@ def perturbed_gradient(
         **extra: Any,
     ) -> tuple[Any, PerturbedGradientState]:
         del extra
-        params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
-        sigma = _extra_args.value_at(std, state.num_updates)
+        params, grad_fn = _gradients.check_whole_params(params), _gradients.check_grad_fn(grad_fn)
+        sigma = _schedules.value_at(std, state.num_updates)
         next_key, noise_key, group_key = jax.random.split(state.key, 3)
-        if not _extra_args.is_zero(sigma):
+        if not _schedules.is_zero(sigma):
             numbers = _group_numbers(groups, params, mask)
             num_groups = 1 + max((n for n in numbers if n is not None), default=0)
             chosen = None
@@ -98,15 +100,10 @@ def perturbed_gradient(
             else:
                 sigma = sigma / math.sqrt(num_groups)
             params = _perturb(params, numbers, chosen, sigma, noise_key)
-        grads = _extra_args.like(grad_fn(params, 0), updates)
+        grads = _gradients.like(grad_fn(params, 0), updates)
         return grads, PerturbedGradientState(state.num_updates + 1, next_key)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-perturbed_gradient.static_args = (  # type: ignore[attr-defined]
-    "key", "layerwise", "cyclic", "groups", "mask",
-)  # fmt: skip
 
 
 class AnticorrelatedNoiseState(NamedTuple):
@@ -124,8 +121,9 @@ class AnticorrelatedNoiseState(NamedTuple):
     noise: tuple[Any, ...]
 
 
+@static_args("key", "mask")
 def anticorrelated_noise(
-    std: Any, *, key: jax.Array, mask: Mask = None
+    std: Any, *, key: jax.Array, mask: MaskOrFunction = None
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the difference of two successive noises to the update: u + xi_{t+1} - xi_t.
 
@@ -150,11 +148,11 @@ def anticorrelated_noise(
     References:
       A. Orvieto, H. Kersting, F. Proske, F. Bach, A. Lucchi (2022), arXiv:2202.02831.
     """
-    _extra_args.check_size("std", std)
+    _schedules.check_size("std", std)
     _checks.key("key", key)
 
     def init(params: Params) -> AnticorrelatedNoiseState:
-        leaves, chosen = jax.tree.leaves(params), _extra_args.mask_leaves(mask, params)
+        leaves, chosen = jax.tree.leaves(params), _masks.mask_leaves(mask, params)
         noise = [
             jnp.zeros_like(leaf) if choose else optax.MaskedNode()
             for leaf, choose in zip(leaves, chosen, strict=True)
@@ -166,13 +164,13 @@ def anticorrelated_noise(
     ) -> tuple[Any, AnticorrelatedNoiseState]:
         del params, extra
         next_key, noise_key = jax.random.split(state.key)
-        sigma, count = _extra_args.value_at(std, state.num_updates), state.num_updates + 1
-        if _extra_args.is_zero(sigma):
+        sigma, count = _schedules.value_at(std, state.num_updates), state.num_updates + 1
+        if _schedules.is_zero(sigma):
             return updates, AnticorrelatedNoiseState(count, next_key, state.noise)
         leaves, treedef = jax.tree.flatten(updates)
         new = list(state.noise)
         places = [i for i, xi in enumerate(new) if not isinstance(xi, optax.MaskedNode)]
-        drawn = _extra_args.normal_like(noise_key, [new[i] for i in places])
+        drawn = _gaussian.normal_like(noise_key, [new[i] for i in places])
         for i, noise in zip(places, drawn, strict=True):
             old = new[i]
             new[i] = (jnp.asarray(sigma, noise.dtype) * noise).astype(old.dtype)
@@ -181,9 +179,6 @@ def anticorrelated_noise(
         return jax.tree.unflatten(treedef, leaves), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-anticorrelated_noise.static_args = ("key", "mask")  # type: ignore[attr-defined]
 
 
 def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
@@ -211,17 +206,17 @@ def _perturb(
     """Noise on the leaves of group `chosen`, or of all groups if it is None."""
     leaves, treedef = jax.tree.flatten(params)
     places = [i for i, number in enumerate(numbers) if number is not None]
-    noise = _extra_args.normal_like(key, [leaves[i] for i in places])
+    noise = _gaussian.normal_like(key, [leaves[i] for i in places])
     for i, drawn in zip(places, noise, strict=True):
-        noisy = _extra_args.wide(leaves[i]) + jnp.asarray(sigma, drawn.dtype) * drawn
+        noisy = _tree.wide(leaves[i]) + jnp.asarray(sigma, drawn.dtype) * drawn
         noisy = noisy.astype(jnp.result_type(leaves[i]))
         leaves[i] = noisy if chosen is None else jnp.where(chosen == numbers[i], noisy, leaves[i])
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _group_numbers(groups: Any, params: Params, mask: Mask) -> list[int | None]:
+def _group_numbers(groups: Any, params: Params, mask: MaskOrFunction) -> list[int | None]:
     """For each leaf its group, counted from 0 among the masked ones; None outside of the mask."""
-    chosen = _extra_args.mask_leaves(mask, params)
+    chosen = _masks.mask_leaves(mask, params)
     if groups is None:
         given: list[Any] = list(range(len(chosen)))
     else:

@@ -8,7 +8,8 @@ import optax
 
 from regjax import _checks, pruning
 from regjax._base import Params
-from regjax.transforms import _extra_args
+from regjax.transforms import _gradients
+from regjax.transforms._static_args import static_args
 
 
 class HoldMasksState(NamedTuple):
@@ -21,6 +22,7 @@ class HoldMasksState(NamedTuple):
     masks: Any
 
 
+@static_args("masks")
 def hold_masks(masks: Any = None) -> optax.GradientTransformationExtraArgs:
     """Corrects the update so that the weights masked out are 0 after it.
 
@@ -59,7 +61,7 @@ def hold_masks(masks: Any = None) -> optax.GradientTransformationExtraArgs:
         updates: Any, state: HoldMasksState, params: Any = None, *, masks: Any = None, **extra: Any
     ) -> tuple[Any, HoldMasksState]:
         del extra
-        params = _extra_args.check_params(params)
+        params = _gradients.check_params(params)
         held = _arrays(state.masks if masks is None else masks, params)
 
         def correct(mask: Any, leaf: Any, param: Any) -> Any:
@@ -72,9 +74,6 @@ def hold_masks(masks: Any = None) -> optax.GradientTransformationExtraArgs:
         return jax.tree.unflatten(treedef, corrected), HoldMasksState(held)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-hold_masks.static_args = ("masks",)  # type: ignore[attr-defined]
 
 
 def _arrays(masks: Any, params: Params) -> Any:

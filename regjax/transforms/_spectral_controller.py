@@ -11,7 +11,8 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _loops, _tree, curvature, schedules
 from regjax._base import Params, as_partial
-from regjax.transforms import _extra_args
+from regjax.transforms import _gradients
+from regjax.transforms._static_args import check_static, static_args
 
 Rule: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
 """(largest, smallest curvature) -> (learning rate, momentum)."""
@@ -47,6 +48,7 @@ class SpectralControllerState(NamedTuple):
     refresh_ok: jax.Array
 
 
+@static_args("key", "every", "num_steps", "rule", "nesterov")
 def spectral_controller(
     *,
     key: jax.Array,
@@ -101,7 +103,7 @@ def spectral_controller(
     _checks.key("key", key)
     _checks.positive("initial_learning_rate", initial_learning_rate)
     if every is not None:
-        _extra_args.check_static("every", every, 1)
+        check_static("every", every, 1)
     _check_options(num_steps, smallest_ratio, max_momentum)
 
     def init(params: Params) -> SpectralControllerState:
@@ -132,9 +134,9 @@ def spectral_controller(
     ) -> tuple[Any, SpectralControllerState]:
         del extra
         if every is not None:
-            params = _extra_args.check_whole_params(params)
+            params = _gradients.check_whole_params(params)
             if curvature_grad_fn is None:
-                curvature_grad_fn = Partial(_first, as_partial(_extra_args.check_grad_fn(grad_fn)))
+                curvature_grad_fn = Partial(_first, as_partial(_gradients.check_grad_fn(grad_fn)))
             state = _loops.cond(
                 state.num_updates % every == 0,
                 lambda state: refresh_spectral_controller(
@@ -149,11 +151,6 @@ def spectral_controller(
         return (_accelerated(state, velocity, updates) if nesterov else velocity), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-spectral_controller.static_args = (  # type: ignore[attr-defined]
-    "key", "every", "num_steps", "rule", "nesterov",
-)  # fmt: skip
 
 
 def refresh_spectral_controller(
@@ -202,7 +199,7 @@ def refresh_spectral_controller(
 
 
 def _check_options(num_steps: int, smallest_ratio: Any, max_momentum: Any) -> None:
-    _extra_args.check_static("num_steps", num_steps, 1)
+    check_static("num_steps", num_steps, 1)
     _checks.non_negative("smallest_ratio", smallest_ratio)
     _checks.non_negative("max_momentum", max_momentum)
     if isinstance(max_momentum, (int, float)) and max_momentum >= 1:
@@ -213,7 +210,7 @@ def _accelerated(state: SpectralControllerState, velocity: Any, grads: Any) -> A
     """Momentum times velocity - rate times gradient, leaf by leaf."""
 
     def combine(v: jax.Array, g: jax.Array) -> jax.Array:
-        wide = _extra_args.wide(v)
+        wide = _tree.wide(v)
         momentum = state.momentum.astype(wide.dtype)
         rate = state.learning_rate.astype(wide.dtype)
         return (momentum * wide - rate * g.astype(wide.dtype)).astype(v.dtype)

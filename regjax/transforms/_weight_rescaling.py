@@ -8,8 +8,9 @@ import optax
 
 from regjax import _checks, _tree
 from regjax._base import Params
-from regjax.transforms import _extra_args
-from regjax.transforms._extra_args import Mask
+from regjax.transforms import _gradients, _masks
+from regjax.transforms._masks import MaskOrFunction
+from regjax.transforms._static_args import check_static, static_args
 
 
 class RescaleWeightsState(NamedTuple):
@@ -22,8 +23,9 @@ class RescaleWeightsState(NamedTuple):
     num_updates: jax.Array
 
 
+@static_args("mask", "per_filter", "every")
 def rescale_weights(
-    *, mask: Mask, target_norm: Any = 1.0, per_filter: bool = True, every: int = 1
+    *, mask: MaskOrFunction, target_norm: Any = 1.0, per_filter: bool = True, every: int = 1
 ) -> optax.GradientTransformationExtraArgs:
     """Corrects the update so that the masked weights end with a given norm, group by group.
 
@@ -56,10 +58,10 @@ def rescale_weights(
       was read: granularity, period, and the treatment of momentum are our choices.
     """
     _checks.positive("target_norm", target_norm)
-    _extra_args.check_static("every", every, 1)
+    check_static("every", every, 1)
 
     def init(params: Params) -> RescaleWeightsState:
-        chosen = _extra_args.mask_leaves(mask, params)
+        chosen = _masks.mask_leaves(mask, params)
         paths = jax.tree_util.tree_leaves_with_path(params)
         for (path, leaf), choose in zip(paths, chosen, strict=True):
             if choose and per_filter and jnp.ndim(leaf) < 2:
@@ -73,26 +75,23 @@ def rescale_weights(
         updates: Any, state: RescaleWeightsState, params: Any = None, **extra: Any
     ) -> tuple[Any, RescaleWeightsState]:
         del extra
-        params = _extra_args.check_params(params)
+        params = _gradients.check_params(params)
         count = state.num_updates + 1
         leaves, treedef = jax.tree.flatten(updates)
 
         def correct(leaf: Any, param: Any, choose: bool) -> Any:
             if not choose:
                 return leaf
-            moved = _extra_args.wide(param) + _extra_args.wide(leaf)
+            moved = _tree.wide(param) + _tree.wide(leaf)
             rescaled = _with_norm(moved, target_norm, per_filter)
-            corrected = (rescaled - _extra_args.wide(param)).astype(leaf.dtype)
+            corrected = (rescaled - _tree.wide(param)).astype(leaf.dtype)
             return corrected if every == 1 else jnp.where(count % every == 0, corrected, leaf)
 
-        chosen = _extra_args.mask_leaves(mask, params)
+        chosen = _masks.mask_leaves(mask, params)
         corrected = map(correct, leaves, jax.tree.leaves(params), chosen)
         return jax.tree.unflatten(treedef, corrected), RescaleWeightsState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-rescale_weights.static_args = ("mask", "per_filter", "every")  # type: ignore[attr-defined]
 
 
 def rescale_velocity(velocity: Any, factor: Any) -> Any:
@@ -113,7 +112,10 @@ def rescale_velocity(velocity: Any, factor: Any) -> Any:
     return jax.tree.map(lambda leaf, f: leaf / jnp.asarray(f, leaf.dtype), velocity, factor)
 
 
-def remove_radial(*, mask: Mask, threshold: float = 0.1) -> optax.GradientTransformationExtraArgs:
+@static_args("mask")
+def remove_radial(
+    *, mask: MaskOrFunction, threshold: float = 0.1
+) -> optax.GradientTransformationExtraArgs:
     """Takes the part along the weights out of an update that is nearly orthogonal to them.
 
     For each masked leaf, first per output channel (all axes but the last), then as a whole: where
@@ -140,14 +142,14 @@ def remove_radial(*, mask: Mask, threshold: float = 0.1) -> optax.GradientTransf
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del extra
-        params = _extra_args.check_params(params)
+        params = _gradients.check_params(params)
         leaves, treedef = jax.tree.flatten(updates)
-        chosen = _extra_args.mask_leaves(mask, params)
+        chosen = _masks.mask_leaves(mask, params)
 
         def project(leaf: Any, param: Any, choose: bool) -> Any:
             if not choose or jnp.ndim(leaf) < 2:
                 return leaf
-            u, w = _extra_args.wide(leaf), _extra_args.wide(param)
+            u, w = _tree.wide(leaf), _tree.wide(param)
             per_channel, small_channel = _off(u, w, threshold, per_filter=True)
             per_layer, small_layer = _off(u, w, threshold, per_filter=False)
             projected = jnp.where(small_channel, per_channel, jnp.where(small_layer, per_layer, u))
@@ -158,9 +160,6 @@ def remove_radial(*, mask: Mask, threshold: float = 0.1) -> optax.GradientTransf
         ), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-remove_radial.static_args = ("mask",)  # type: ignore[attr-defined]
 
 
 def _off(
