@@ -155,7 +155,7 @@ def spectral_density_solver(
         rest = space.replicate((probe_key, zeros, zeros.copy(), jnp.int32(0), count))
         return _begin(deflation, *rest, block)
 
-    probes = Solver(
+    probes: Solver[Any, DensityResult] = Solver(
         name="spectral_density",
         operator=operator,
         arguments={

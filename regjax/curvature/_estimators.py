@@ -1,5 +1,6 @@
 """Trace and diagonal from random products, with standard errors; and the dense spectrum."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,10 @@ from regjax.curvature._hutchinson import hutchinson_solver
 from regjax.curvature._hutchpp import hutchpp_solver
 from regjax.curvature._operators._operator import Operator
 
-_METHODS = {"hutchinson": hutchinson_solver, "hutch++": hutchpp_solver}
+_METHODS: dict[str, Callable[..., Solver[Any, Any]]] = {
+    "hutchinson": hutchinson_solver,
+    "hutch++": hutchpp_solver,
+}
 # Hutch++ takes one product for each of its three parts.
 _FEWEST = {"hutchinson": 1, "hutch++": 3}
 
