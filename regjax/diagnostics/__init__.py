@@ -32,17 +32,16 @@ from regjax.diagnostics._low_dimensional import transversal_complexity as transv
 from regjax.diagnostics._low_dimensional import transversal_variation as transversal_variation
 from regjax.diagnostics._scale_invariance import ScaleInvarianceReport as ScaleInvarianceReport
 from regjax.diagnostics._scale_invariance import scale_invariant_mask as scale_invariant_mask
-from regjax.diagnostics._sharpness import SharpnessBetweenReport as SharpnessBetweenReport
-from regjax.diagnostics._sharpness import SharpnessReport as SharpnessReport
-from regjax.diagnostics._sharpness import lambda_max as lambda_max
+from regjax.diagnostics._sharpness import SharpnessBetweenResult as SharpnessBetweenResult
+from regjax.diagnostics._sharpness import SharpnessResult as SharpnessResult
 from regjax.diagnostics._sharpness import lambda_max_between as lambda_max_between
-from regjax.diagnostics._sharpness_flow import FlowReport as FlowReport
+from regjax.diagnostics._sharpness_flow import FlowResult as FlowResult
 from regjax.diagnostics._sharpness_flow import sharpness_reduction_flow as sharpness_reduction_flow
 from regjax.diagnostics._sparse_recovery import RecoveryBaselines as RecoveryBaselines
 from regjax.diagnostics._sparse_recovery import SparseRecoveryReport as SparseRecoveryReport
 from regjax.diagnostics._sparse_recovery import recovery_baselines as recovery_baselines
 from regjax.diagnostics._sparse_recovery import sparse_recovery as sparse_recovery
-from regjax.diagnostics._spherical_sharpness import EdgeReport as EdgeReport
+from regjax.diagnostics._spherical_sharpness import EdgeResult as EdgeResult
 from regjax.diagnostics._spherical_sharpness import edge_of_stability as edge_of_stability
 from regjax.diagnostics._spherical_sharpness import (
     effective_learning_rate as effective_learning_rate,

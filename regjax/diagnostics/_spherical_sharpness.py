@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from regjax import _checks, _chunks, _tree, curvature
 from regjax._base import as_partial, couples_examples
-from regjax.diagnostics._sharpness import SharpnessReport, report, ritz
+from regjax.diagnostics._sharpness import SharpnessResult, largest_eigenvalue
 
 
-class EdgeReport(NamedTuple):
+class EdgeResult(NamedTuple):
     """Where training stands to the edge of stability.
 
     Attributes:
@@ -44,10 +44,10 @@ def spherical_sharpness(
     key: jax.Array,
     mask: Any = None,
     tangent: bool = False,
-    num_steps: int = 50,
+    max_matvecs: int = 50,
     tol: Any = 1e-3,
     chunk_size: int | None = None,
-) -> SharpnessReport:
+) -> SharpnessResult:
     """The largest Hessian eigenvalue at unit norm of the weights that have no scale.
 
         ||w||^2 lambda_max(H(w)) = lambda_max(H(w / ||w||))
@@ -63,26 +63,25 @@ def spherical_sharpness(
         `scale_invariant_mask(...).mask`; None: all.
       tangent: whether P H P is meant, P = I - w w' / ||w||^2, the Hessian on the sphere. At a
         minimum it makes no difference; elsewhere H(w) w = -grad L(w).
-      num_steps: as in `lambda_max`.
-      tol: as in `lambda_max`.
-      chunk_size: as in `lambda_max`.
+      max_matvecs: limit of the number of Hessian products.
+      tol: relative tolerance, as in `curvature.top_eigenpairs`.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
-      A `SharpnessReport`, in units of the loss.
+      A `SharpnessResult`, in units of the loss.
 
     Raises:
-      ValueError: `mask` is another tree or chooses no leaf, or as in `lambda_max`.
-      TypeError: `mask` holds anything but Python bools, or as in `lambda_max`.
+      ValueError: `mask` is another tree or chooses no leaf, or as in `lambda_max_between`.
+      TypeError: `mask` holds anything but Python bools, or as in `lambda_max_between`.
 
     References:
       K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand: the identities
       were derived again.
     """
-    _checks.non_negative("tol", tol)
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     of_direction, at = displaced(loss_fn, params, mask, tangent)
     hessian = curvature.hessian(of_direction, at, *batch, chunk_size=chunk_size)
-    return report(ritz(hessian, key=key, num_steps=num_steps), tol)
+    return largest_eigenvalue(hessian, key=key, max_matvecs=max_matvecs, tol=tol)
 
 
 def spherical_sharpness_by_group(
@@ -92,10 +91,10 @@ def spherical_sharpness_by_group(
     key: jax.Array,
     mask: Any = None,
     tangent: bool = False,
-    num_steps: int = 50,
+    max_matvecs: int = 50,
     tol: Any = 1e-3,
     chunk_size: int | None = None,
-) -> dict[str, SharpnessReport]:
+) -> dict[str, SharpnessResult]:
     """Spherical sharpness of each masked leaf alone, all else held constant.
 
     Arguments, errors and reference as in `spherical_sharpness`, which is the largest eigenvalue of
@@ -108,12 +107,12 @@ def spherical_sharpness_by_group(
       key: typed key of the random starts.
       mask: the leaves, each of which has no scale of its own; None: all.
       tangent: as in `spherical_sharpness`.
-      num_steps: for each leaf, as in `lambda_max`.
-      tol: as in `lambda_max`.
-      chunk_size: as in `lambda_max`.
+      max_matvecs: for each leaf, as in `spherical_sharpness`.
+      tol: as in `spherical_sharpness`.
+      chunk_size: as in `spherical_sharpness`.
 
     Returns:
-      `SharpnessReport`s by the path of the leaf, such as {"layers/0/kernel": ...}.
+      `SharpnessResult`s by the path of the leaf, such as {"layers/0/kernel": ...}.
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     treedef, reports = jax.tree.structure(params), {}
@@ -123,7 +122,7 @@ def spherical_sharpness_by_group(
                 loss_fn, params, *batch,
                 key=jax.random.fold_in(_checks.key("key", key), i),
                 mask=jax.tree.unflatten(treedef, [j == i for j in range(len(paths))]),
-                tangent=tangent, num_steps=num_steps, tol=tol, chunk_size=chunk_size,
+                tangent=tangent, max_matvecs=max_matvecs, tol=tol, chunk_size=chunk_size,
             )  # fmt: skip
     return reports
 
@@ -169,16 +168,16 @@ def effective_learning_rate(
 def edge_of_stability(
     loss_fn: Callable[..., Any],
     params: Any,
-    next_params: Any,
+    other_params: Any,
     *batch: Any,
     key: jax.Array,
     learning_rate: Any,
     weight_decay: Any = 0.0,
     mask: Any = None,
-    num_steps: int = 50,
+    max_matvecs: int = 50,
     tol: Any = 1e-3,
     chunk_size: int | None = None,
-) -> EdgeReport:
+) -> EdgeResult:
     """Effective learning rate times spherical sharpness, between two iterates of descent.
 
     At the edge of stability the direction jumps from one side of the valley to the other at each
@@ -188,21 +187,21 @@ def edge_of_stability(
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.
       params: tree of parameters.
-      next_params: tree like `params`, after a step of full-batch descent.
+      other_params: tree like `params`, after a step of full-batch descent.
       *batch: arrays with a leading axis of examples.
       key: typed key of the random start.
       learning_rate: as in `effective_learning_rate`.
       weight_decay: as in `effective_learning_rate`.
       mask: tree of Python bools, the scale-invariant leaves w; None: all.
-      num_steps: as in `lambda_max`.
-      tol: as in `lambda_max`.
-      chunk_size: as in `lambda_max`.
+      max_matvecs: limit of the number of Hessian products.
+      tol: relative tolerance, as in `curvature.top_eigenpairs`.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
-      An `EdgeReport`.
+      An `EdgeResult`.
 
     Raises:
-      ValueError: `next_params` is another tree, or as in `effective_learning_rate` and
+      ValueError: `other_params` is another tree, or as in `effective_learning_rate` and
         `spherical_sharpness`.
       TypeError: as in `spherical_sharpness`.
 
@@ -211,13 +210,13 @@ def edge_of_stability(
       midpoint is taken is ours.
     """
     rate = effective_learning_rate(params, learning_rate, weight_decay, mask)
-    _checks.same_tree("next_params", next_params, params)
+    _checks.same_tree("other_params", other_params, params)
     sharpness = spherical_sharpness(
-        loss_fn, _midpoint(params, next_params, mask), *batch,
-        key=key, mask=mask, num_steps=num_steps, tol=tol, chunk_size=chunk_size,
+        loss_fn, _midpoint(params, other_params, mask), *batch,
+        key=key, mask=mask, max_matvecs=max_matvecs, tol=tol, chunk_size=chunk_size,
     )  # fmt: skip
-    value, residual_norm, converged, _ = sharpness
-    return EdgeReport(rate * value, rate, value, residual_norm, converged)
+    value, residual_norm, converged = sharpness
+    return EdgeResult(rate * value, rate, value, residual_norm, converged)
 
 
 @functools.partial(
@@ -277,8 +276,8 @@ def _chosen(mask: Any, params: Any) -> list[bool]:
     return leaves
 
 
-def _midpoint(params: Any, next_params: Any, mask: Any) -> Any:
-    (weights, rest), (next_weights, next_rest) = split(params, mask), split(next_params, mask)
-    shrink = jnp.sqrt(_tree.inner(weights, weights) / _tree.inner(next_weights, next_weights))
-    turned = jax.tree.map(lambda w, v: (w + shrink.astype(v.dtype) * v) / 2, weights, next_weights)
-    return _tree.merge(turned, jax.tree.map(lambda a, b: (a + b) / 2, rest, next_rest))
+def _midpoint(params: Any, other_params: Any, mask: Any) -> Any:
+    (weights, rest), (other_weights, other_rest) = split(params, mask), split(other_params, mask)
+    shrink = jnp.sqrt(_tree.inner(weights, weights) / _tree.inner(other_weights, other_weights))
+    turned = jax.tree.map(lambda w, v: (w + shrink.astype(v.dtype) * v) / 2, weights, other_weights)
+    return _tree.merge(turned, jax.tree.map(lambda a, b: (a + b) / 2, rest, other_rest))
