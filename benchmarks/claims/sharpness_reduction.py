@@ -69,7 +69,7 @@ def _run(settings: Settings) -> dict[str, float]:
         found |= {
             f"sharpness_{step}": float(edge.sharpness),
             f"residual_{step}": float(edge.residual_norm),
-            f"ratio_{step}": float(edge.ratio),
+            f"ratio_{step}": float(edge.edge_ratio),
             f"fitted_{step}": float(_accuracy(middle, split.x, split.x, split.y)),
             f"accuracy_{step}": float(_accuracy(middle, split.x_test, split.x, split.y_test)),
         }

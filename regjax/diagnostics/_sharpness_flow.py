@@ -68,11 +68,11 @@ def sharpness_reduction_flow(
     g is the third derivative of the loss along v, v and each direction, over lambda_1, projected on
     the tangent space of the minima: the null space of the Hessian on the sphere. Two runs of
     Lanczos: a random start gives v, the start g the projection, in which Ritz values up to
-    `flat_tol` lambda_1 count as zero. That is exact once the steps exhaust the Krylov space of g, at
-    the latest after as many as the Hessian has different eigenvalues; `gradient_error_bound` bounds
-    the error before. Assumed are a single leading eigenvalue, plain full-batch descent, one joint
-    norm of all masked leaves, and parameters at a minimum (or near one: the midpoint of two steps).
-    Costs 2 `num_steps` Hessian products and one third derivative.
+    `flat_tol` lambda_1 count as zero. That is exact once the steps exhaust the Krylov space of g,
+    at the latest after as many as the Hessian has different eigenvalues; `gradient_error_bound`
+    bounds the error before. Assumed are a single leading eigenvalue, plain full-batch descent, one
+    joint norm of all masked leaves, and parameters at a minimum (or near one: the midpoint of two
+    steps). Costs 2 `num_steps` Hessian products and one third derivative.
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.

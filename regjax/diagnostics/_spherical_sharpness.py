@@ -6,14 +6,15 @@ nothing without the norm, nor does a learning rate. On the unit sphere both do.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _tree, curvature
-from regjax._base import as_partial, couples_examples
+from regjax import _checks, _chunks, _numerics, _tree, curvature
+from regjax._base import LossFn, Mask, Params, PRNGKey, Tree, as_partial, couples_examples
 from regjax.diagnostics._sharpness import SharpnessResult, largest_eigenvalue
 
 
@@ -21,8 +22,8 @@ class EdgeResult(NamedTuple):
     """Where training stands to the edge of stability.
 
     Attributes:
-      ratio: (), effective learning rate times spherical sharpness: about 2 at the edge, below it
-        where descent on the direction is stable. Its error is `effective_learning_rate` times
+      edge_ratio: (), effective learning rate times spherical sharpness: about 2 at the edge, below
+        it where descent on the direction is stable. Its error is `effective_learning_rate` times
         `residual_norm`.
       effective_learning_rate: (), of the step from `params`.
       sharpness: (), spherical sharpness at the midpoint of the two directions.
@@ -30,7 +31,7 @@ class EdgeResult(NamedTuple):
       converged: (), bool, of the sharpness.
     """
 
-    ratio: jax.Array
+    edge_ratio: jax.Array
     effective_learning_rate: jax.Array
     sharpness: jax.Array
     residual_norm: jax.Array
@@ -38,17 +39,17 @@ class EdgeResult(NamedTuple):
 
 
 def spherical_sharpness(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
-    key: jax.Array,
-    mask: Any = None,
+    loss_fn: LossFn,
+    params: Params,
+    *batch: Tree,
+    key: PRNGKey,
+    mask: Mask = None,
     tangent: bool = False,
     max_matvecs: int = 50,
-    tol: Any = 1e-3,
+    tol: ArrayLike = 1e-3,
     chunk_size: int | None = None,
 ) -> SharpnessResult:
-    """The largest Hessian eigenvalue at unit norm of the weights that have no scale.
+    """Finds the largest Hessian eigenvalue at unit norm of the weights that have no scale.
 
         ||w||^2 lambda_max(H(w)) = lambda_max(H(w / ||w||))
 
@@ -85,17 +86,17 @@ def spherical_sharpness(
 
 
 def spherical_sharpness_by_group(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
-    key: jax.Array,
-    mask: Any = None,
+    loss_fn: LossFn,
+    params: Params,
+    *batch: Tree,
+    key: PRNGKey,
+    mask: Mask = None,
     tangent: bool = False,
     max_matvecs: int = 50,
-    tol: Any = 1e-3,
+    tol: ArrayLike = 1e-3,
     chunk_size: int | None = None,
 ) -> dict[str, SharpnessResult]:
-    """Spherical sharpness of each masked leaf alone, all else held constant.
+    """Finds the spherical sharpness of each masked leaf alone, all else held constant.
 
     Arguments, errors and reference as in `spherical_sharpness`, which is the largest eigenvalue of
     one matrix that holds these blocks only if the norms of the leaves are equal.
@@ -128,9 +129,13 @@ def spherical_sharpness_by_group(
 
 
 def effective_learning_rate(
-    params: Any, learning_rate: Any, weight_decay: Any = 0.0, mask: Any = None
+    params: Params,
+    *,
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike = 0.0,
+    mask: Mask = None,
 ) -> jax.Array:
-    """The rate at which a step of descent turns weights that have no scale.
+    """Computes the rate at which a step of descent turns weights that have no scale.
 
     With the learning rate eta and the decay lambda, the step (1 - eta lambda) w - eta grad L(w)
     moves the direction w / ||w|| as descent on the sphere with the rate
@@ -166,19 +171,19 @@ def effective_learning_rate(
 
 
 def edge_of_stability(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    other_params: Any,
-    *batch: Any,
-    key: jax.Array,
-    learning_rate: Any,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    loss_fn: LossFn,
+    params: Params,
+    other_params: Params,
+    *batch: Tree,
+    key: PRNGKey,
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike = 0.0,
+    mask: Mask = None,
     max_matvecs: int = 50,
-    tol: Any = 1e-3,
+    tol: ArrayLike = 1e-3,
     chunk_size: int | None = None,
 ) -> EdgeResult:
-    """Effective learning rate times spherical sharpness, between two iterates of descent.
+    """Multiplies effective learning rate and spherical sharpness, between two iterates of descent.
 
     At the edge of stability the direction jumps from one side of the valley to the other at each
     step, and the sharpness of the iterates with it, so that it is taken at the midpoint of the two
@@ -209,7 +214,9 @@ def edge_of_stability(
       K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand. That the
       midpoint is taken is ours.
     """
-    rate = effective_learning_rate(params, learning_rate, weight_decay, mask)
+    rate = effective_learning_rate(
+        params, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask
+    )
     _checks.same_tree("other_params", other_params, params)
     sharpness = spherical_sharpness(
         loss_fn, _midpoint(params, other_params, mask), *batch,
@@ -228,16 +235,16 @@ def edge_of_stability(
 class _Displaced:
     """u -> L(w + ||w|| u), or L(w + ||w|| P u): its Hessian at u = 0 is ||w||^2 H or P H P."""
 
-    loss_fn: Any
-    weights: Any
-    rest: Any
+    loss_fn: Partial
+    weights: Params
+    rest: Params
     tangent: bool
 
     @property
     def couples_examples(self) -> bool:
         return couples_examples(self.loss_fn)
 
-    def __call__(self, displacement: Any, *batch: Any) -> Any:
+    def __call__(self, displacement: Params, *batch: Tree) -> jax.Array:
         norm = _tree.norm(self.weights)
         along = _tree.inner(self.weights, displacement) / norm if self.tangent else 0.0
         moved = jax.tree.map(
@@ -248,8 +255,10 @@ class _Displaced:
         return self.loss_fn(_tree.merge(moved, self.rest), *batch)
 
 
-def displaced(loss_fn: Any, params: Any, mask: Any, tangent: bool) -> tuple[_Displaced, Any]:
-    """The loss as a function of a displacement of the masked leaves' direction, and zeros.
+def displaced(
+    loss_fn: LossFn, params: Params, mask: Mask, tangent: bool
+) -> tuple[_Displaced, Params]:
+    """Returns the loss as a function of a displacement of the masked leaves' direction, and zeros.
 
     Lengths are in units of the norm of these leaves, as if it were one. The zeros have the
     structure of `params`, with None in place of the other leaves.
@@ -259,8 +268,8 @@ def displaced(loss_fn: Any, params: Any, mask: Any, tangent: bool) -> tuple[_Dis
     return function, jax.tree.map(jnp.zeros_like, weights)
 
 
-def split(params: Any, mask: Any) -> tuple[Any, Any]:
-    """The masked leaves and the others, each with None in place of the rest."""
+def split(params: Params, mask: Mask) -> tuple[Params, Params]:
+    """Returns the masked leaves and the others, each with None in place of the rest."""
     leaves, treedef = jax.tree.flatten(params)
     pairs = list(zip(leaves, _chosen(mask, params), strict=True))
     weights = jax.tree.unflatten(treedef, [leaf if choose else None for leaf, choose in pairs])
@@ -268,16 +277,16 @@ def split(params: Any, mask: Any) -> tuple[Any, Any]:
     return weights, rest
 
 
-def _chosen(mask: Any, params: Any) -> list[bool]:
-    """One bool for each leaf of `params`, at least one of them True."""
+def _chosen(mask: Mask, params: Params) -> list[bool]:
+    """Returns one bool for each leaf of `params`, at least one of them True."""
     leaves = _checks.mask_leaves(mask, params)
     if not any(leaves):
         raise ValueError("`mask` must choose at least one leaf, got none.")
     return leaves
 
 
-def _midpoint(params: Any, other_params: Any, mask: Any) -> Any:
+def _midpoint(params: Params, other_params: Params, mask: Mask) -> Params:
     (weights, rest), (other_weights, other_rest) = split(params, mask), split(other_params, mask)
     shrink = jnp.sqrt(_tree.inner(weights, weights) / _tree.inner(other_weights, other_weights))
     turned = jax.tree.map(lambda w, v: (w + shrink.astype(v.dtype) * v) / 2, weights, other_weights)
-    return _tree.merge(turned, jax.tree.map(lambda a, b: (a + b) / 2, rest, other_rest))
+    return _tree.merge(turned, _numerics.between(rest, other_rest, 0.5))

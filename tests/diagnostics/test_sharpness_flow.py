@@ -210,7 +210,7 @@ def test_descent_follows_the_flow(rate):
             loss_fn, here, there, BED.x, BED.y,
             key=KEY, learning_rate=RATE, weight_decay=rate / RATE, max_matvecs=20,
         )  # fmt: skip
-        np.testing.assert_allclose(edge.ratio, 2, rtol=0.005)
+        np.testing.assert_allclose(edge.edge_ratio, 2, rtol=0.005)
         middle = {"w": jnp.asarray(directions[t] + directions[t + 1])}
         report = predict(loss_fn, middle, BED.x, BED.y, intrinsic_rate=rate)
         amplitude = np.linalg.norm(directions[t + 1] - directions[t]) / 2
@@ -228,14 +228,18 @@ def test_effective_rate_is_that_of_the_direction():
     theta = w / np.linalg.norm(w)
     gradient = lambda w: jax.grad(loss_fn)({"w": jnp.asarray(w)}, BED.x, BED.y)["w"]
     after = (1 - rate * decay) * w - rate * gradient(w)
-    effective = diagnostics.effective_learning_rate({"w": jnp.asarray(w)}, rate, decay)
+    effective = diagnostics.effective_learning_rate(
+        {"w": jnp.asarray(w)}, learning_rate=rate, weight_decay=decay
+    )
     turned = theta - effective * gradient(theta)
     np.testing.assert_allclose(
         turned / np.linalg.norm(turned), after / np.linalg.norm(after), rtol=1e-10
     )
     np.testing.assert_allclose(
         diagnostics.effective_learning_rate(
-            {"b": jnp.ones(3), "w": jnp.ones(2)}, jnp.asarray(0.5), mask={"b": False, "w": True}
+            {"b": jnp.ones(3), "w": jnp.ones(2)},
+            learning_rate=jnp.asarray(0.5),
+            mask={"b": False, "w": True},
         ),
         0.25,
     )
@@ -253,7 +257,7 @@ def test_edge_is_taken_between_the_directions():
     expected = diagnostics.spherical_sharpness(products, tree(1.5, one + two), *batch, **options)
     np.testing.assert_allclose(edge.sharpness, expected.value, rtol=1e-9)
     np.testing.assert_allclose(edge.effective_learning_rate, 0.4 / (0.8 * 4), rtol=1e-12)
-    np.testing.assert_allclose(edge.ratio, edge.effective_learning_rate * edge.sharpness)
+    np.testing.assert_allclose(edge.edge_ratio, edge.effective_learning_rate * edge.sharpness)
     assert bool(edge.converged)
 
 
@@ -266,9 +270,9 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match="`mask` must choose at least one leaf"):
         predict(loss_fn, params, *batch, intrinsic_rate=1, mask={"w": False})
     with pytest.raises(ValueError, match="`learning_rate` must be positive, got 0"):
-        diagnostics.effective_learning_rate(params, 0)
+        diagnostics.effective_learning_rate(params, learning_rate=0)
     with pytest.raises(ValueError, match="`weight_decay` must be non-negative, got -1"):
-        diagnostics.effective_learning_rate(params, 1, -1)
+        diagnostics.effective_learning_rate(params, learning_rate=1, weight_decay=-1)
     with pytest.raises(
         ValueError, match=r"`other_params\['w'\]` must have shape \(20,\), got \(3,\)"
     ):
