@@ -179,7 +179,7 @@ class _Iteration:
     def _first_order(
         self, operands: _Operands, params: Params, batch: Batch, other: Batch
     ) -> tuple[jax.Array, jax.Array, Params]:
-        """Norm, objective, and the derivative of whichever counts in the parameters.
+        """Computes norm, objective, and the derivative of whichever counts in the parameters.
 
         The derivative of the norm n is H u, u = dn/dg: that of the gradient along u at p on S. The
         other one is the gradient itself at p - step on S~. So one call with its place chosen.

@@ -33,7 +33,7 @@ class BatchEntropyTap(linen.Module):
 
     @linen.compact
     def __call__(self, activations: jax.Array) -> jax.Array:
-        """The activations (batch, ...) as they are."""
+        """Returns the activations (batch, ...) as they are."""
         target = self.param(
             _batch_entropy.TARGET,
             lambda key: jnp.asarray(self.initial_target_entropy, self.param_dtype),

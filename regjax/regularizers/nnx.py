@@ -47,7 +47,7 @@ class BatchEntropyTap(nnx.Module):
         )
 
     def __call__(self, activations: jax.Array) -> jax.Array:
-        """The activations (batch, ...) as they are."""
+        """Returns the activations (batch, ...) as they are."""
         if not self.deterministic:
             entropy = _batch_entropy.batch_entropy(
                 activations,
