@@ -16,9 +16,10 @@ class SharpnessResult(NamedTuple):
     Attributes:
       value: (), its Ritz value, never above the eigenvalue but for rounding. Units of the loss per
         squared parameter; of the loss if spherical.
-      residual_norm: (), ||H v - value v||: some eigenvalue lies within it of the value.
+      residual_norm: (), ||H v - value v||: some eigenvalue lies within it of the value. Not below
+        the rounding of products in low precision.
       converged: (), bool: the residual norm is at most max(tol, 8 eps) times the largest
-        |Ritz value|, as in `curvature.top_eigenpairs`.
+        |Ritz value|, were products exact; as in `curvature.EigenResult`.
     """
 
     value: jax.Array

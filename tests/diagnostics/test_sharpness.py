@@ -169,6 +169,19 @@ def test_between_has_converged_only_if_every_point_has(double):
     assert not bool(report.converged)
 
 
+def test_no_residual_norm_is_claimed_below_the_rounding_of_low_precision():
+    def loss(w):
+        return jnp.sum(jnp.arange(1, 5, dtype=w.dtype) * w**2)
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        ends, floor = (jnp.ones(4, dtype), jnp.zeros(4, dtype)), 8 * float(jnp.finfo(dtype).eps)
+        between = diagnostics.lambda_max_between(loss, *ends, key=KEY, num_points=2)
+        sphere = diagnostics.spherical_sharpness(loss, ends[0], key=KEY, tol=0)
+        for result, value in ((between, 8.0), (sphere, 4 * 8.0)):
+            np.testing.assert_allclose(result.value, value, rtol=2 * floor)
+            assert floor * value * 0.9 <= result.residual_norm <= max(floor, 1e-3) * value * 1.1
+
+
 # Weights without a scale
 
 
