@@ -95,11 +95,11 @@ def test_a_flax_model(default_promotion):
 def test_bad_input():
     params, inputs = (jnp.ones((5, 4)), jnp.ones(4)), jnp.ones((13, 5))
     find = functools.partial(diagnostics.decision_margin, linear, params, inputs)
-    with pytest.raises(ValueError, match="`labels` must be between 0 and 3, got 0 to 4"):
+    with pytest.raises(ValueError, match="`targets` must be between 0 and 3, got 0 to 4"):
         find(np.arange(13) % 5)
-    with pytest.raises(ValueError, match=r"`labels` must have shape \(13,\), got \(12,\)"):
+    with pytest.raises(ValueError, match=r"`targets` must have shape \(13,\), got \(12,\)"):
         find(LABELS[:12])
-    with pytest.raises(TypeError, match="`labels` must be integers, got float32"):
+    with pytest.raises(TypeError, match="`targets` must be integers, got float32"):
         find(jnp.ones(13))
     with pytest.raises(ValueError, match=r"`model_fn` must return logits of shape \(13, classes\)"):
         diagnostics.decision_margin(lambda p, x: x[:, :1], params, inputs, LABELS)
