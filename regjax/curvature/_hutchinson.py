@@ -116,7 +116,7 @@ def with_samples(moments: Moments, samples: jax.Array, num_new: jax.Array) -> Mo
     """The moments with the first `num_new` of some samples (block, length)."""
     if moments.mean.ndim == 0:
         samples = jnp.sum(samples, 1)
-    is_new = jnp.arange(samples.shape[0]) < num_new
+    is_new = jnp.arange(samples.shape[0], dtype=jnp.int32) < num_new
     is_new = is_new.reshape(-1, *[1] * moments.mean.ndim)
     before, new = (count.astype(samples.dtype) for count in (moments.num_samples, num_new))
     mean = jnp.sum(jnp.where(is_new, samples, 0), 0) / new

@@ -236,8 +236,8 @@ def _mean(measure: Callable[[Tree], Tree], batches: Tree, num_batches: int) -> T
     """Computes the mean over the batches of `measure(batch)`, a tree."""
     shapes = jax.eval_shape(measure, _batch(batches, 0))
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    total = _loops.fold_captured(
-        lambda total, i: jax.tree.map(jnp.add, total, measure(_batch(batches, i))),
+    total = _loops.scan(
+        lambda _, total, i: jax.tree.map(jnp.add, total, measure(_batch(batches, i))),
         zeros,
         num_batches,
     )
@@ -257,13 +257,13 @@ def _spread(
     """
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(average, mean))
 
-    def add(carry: Tree, i: jax.Array) -> Tree:
+    def add(_: None, carry: Tree, i: jax.Array) -> Tree:
         values = measure(_batch(batches, i))
         squares = average(jax.tree.map(lambda v, m: (v - m) ** 2, values, mean))
         fourths = jax.tree.map(jnp.square, squares)
         return jax.tree.map(jnp.add, carry, (squares, fourths))
 
-    totals = _loops.fold_captured(add, (zeros, zeros), num_batches)
+    totals = _loops.scan(add, (zeros, zeros), num_batches)
     variance = jax.tree.map(lambda total: total / (num_batches - 1), totals[0])
 
     def error(squares: jax.Array, fourths: jax.Array) -> jax.Array:

@@ -81,7 +81,7 @@ def condensation(
 def _greedy_cover(parallel: jax.Array, norms: jax.Array, kept: jax.Array) -> jax.Array:
     order = jnp.argsort(-norms)
     start = (~kept, jnp.int32(0))
-    return _loops.fold(_visit, start, len(norms), operands=(order, parallel))[1]
+    return _loops.scan(_visit, start, len(norms), operands=(order, parallel))[1]
 
 
 def _visit(

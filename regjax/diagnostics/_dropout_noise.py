@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _chunks, _numerics, _tree, curvature
+from regjax import _checks, _chunks, _numerics, curvature
 from regjax._base import LossFn, Params, PRNGKey, Tree
 
 
@@ -108,14 +108,15 @@ def dropout_noise_alignment(
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     mask_key, probe_key = jax.random.split(_checks.key("key", key))
     factor = curvature.dropout_covariance_factor(
-        dropout_loss_fn, params, key=mask_key, num_masks=num_samples
+        dropout_loss_fn, params, key=mask_key, num_samples=num_samples
     )
     probes = jax.random.rademacher(probe_key, (num_probes, factor.shape[1]), factor.dtype)
     rows = jnp.concatenate([factor, probes])
     hessian = curvature.hessian(loss_fn, params, *batch, chunk_size=chunk_size)
-    images = _ravel(hessian.matmat(_unravel(rows, params)), factor.dtype)
+    space = hessian.space
+    images = space.gather(hessian.block_product(space.shard(rows)))
     vectors, found = _compare(factor, probes, images, num_directions)
-    return DropoutNoiseResult(eigenvectors=_unravel(vectors, params), **found)
+    return DropoutNoiseResult(eigenvectors=_trees(space, vectors), **found)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -189,11 +190,6 @@ def _dot(one: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.matmul(one, other.T, precision="highest")
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _ravel(trees: Tree, dtype: jnp.dtype) -> jax.Array:
-    return jax.vmap(lambda tree: _tree.ravel(tree, dtype))(trees)
-
-
-@jax.jit
-def _unravel(rows: jax.Array, like: Params) -> Params:
-    return jax.vmap(lambda flat: _tree.unravel(flat, like))(rows)
+@functools.partial(jax.jit, static_argnums=0)
+def _trees(space: curvature.Space, rows: jax.Array) -> Params:
+    return space.unravel_rows(rows)

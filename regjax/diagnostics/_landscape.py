@@ -91,10 +91,12 @@ def line_probe(
     zeros = jnp.zeros(learning_rates.shape, _tree.wide_dtype(loss))
     operands = (differentiate, params, gradient, learning_rates, batch)
     if chunk_size is None:
-        losses, distances = _loops.fold_few(_probe, (zeros, zeros), len(zeros), operands=operands)
+        losses, distances = _loops.scan(
+            _probe, (zeros, zeros), len(zeros), operands=operands, unroll=True
+        )
     else:
-        losses, distances = _loops.fold_captured(
-            lambda found, i: _probe(operands, found, i, chunk_size), (zeros, zeros), len(zeros)
+        losses, distances = _loops.scan(
+            lambda _, found, i: _probe(operands, found, i, chunk_size), (zeros, zeros), len(zeros)
         )
     return _assessed(losses, distances, learning_rates, loss, gradient)
 
@@ -146,10 +148,10 @@ def internal_covariate_shift(
     found, num_others = (zeros, zeros.at[0].set(1)), len(layers) - 1
     operands = (differentiate, params, other_params, gradient, places, batch)
     if chunk_size is None:
-        found = _loops.fold_few(_shift, found, num_others, operands=operands)
+        found = _loops.scan(_shift, found, num_others, operands=operands, unroll=True)
     else:
-        found = _loops.fold_captured(
-            lambda found, i: _shift(operands, found, i, chunk_size), found, num_others
+        found = _loops.scan(
+            lambda _, found, i: _shift(operands, found, i, chunk_size), found, num_others
         )
     return CovariateShiftResult(*found)
 

@@ -90,14 +90,14 @@ def lambda_max_between(
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     keys = jax.random.split(_checks.key("key", key), num_points)
 
-    def measure(found: SharpnessResult, i: jax.Array) -> SharpnessResult:
+    def measure(_: None, found: SharpnessResult, i: jax.Array) -> SharpnessResult:
         here = _numerics.between(params, other_params, i / (num_points - 1))
         hessian = curvature.hessian(loss_fn, here, *batch, chunk_size=chunk_size)
         largest = largest_eigenvalue(hessian, key=keys[i], max_matvecs=max_matvecs, tol=tol)
         return jax.tree.map(lambda column, entry: column.at[i].set(entry), found, largest)
 
     zeros = jnp.zeros(num_points, _tree.vector_dtype(params))
-    values, residual_norms, converged = _loops.fold_captured(
+    values, residual_norms, converged = _loops.scan(
         measure, SharpnessResult(zeros, zeros, zeros.astype(bool)), num_points
     )
     largest = jnp.argmax(values)

@@ -106,11 +106,12 @@ def sharpness_reduction_flow(
     of_direction, origin = displaced(loss_fn, params, mask, tangent=True)
     hessian = curvature.hessian(of_direction, origin, *batch, chunk_size=chunk_size)
 
-    num_steps = min(_checks.integer("num_steps", num_steps), hessian.shape[0])
-    noise = jax.random.normal(_checks.key("key", key), hessian.shape[:1], hessian.dtype)
-    from_noise = curvature.lanczos(hessian, _tree.unravel(noise, origin), num_steps, key=key)
+    space = hessian.space
+    num_steps = min(_checks.integer("num_steps", num_steps), space.size)
+    noise = space.unravel(space.normal(_checks.key("key", key)))
+    from_noise = curvature.lanczos(hessian, noise, num_steps, key=key)
     pairs = curvature.ritz_pairs(from_noise)
-    leading = _tree.unravel(_combined(from_noise, pairs.vectors[:, -1]), origin)
+    leading = space.unravel(_combined(from_noise, pairs.vectors[:, -1]))
     third = _chunks.mean(
         Partial(_third_derivative, of_direction), (origin, leading), batch, chunk_size
     )
@@ -122,7 +123,7 @@ def sharpness_reduction_flow(
         _tree.norm(third),
         _Numbers(intrinsic_rate, flat_tol, tol),
     )
-    velocity = _tree.unravel(predicted.velocity, origin)
+    velocity = space.unravel(predicted.velocity)
     return predicted._replace(velocity=_tree.merge(velocity, jax.tree.map(jnp.zeros_like, params)))
 
 

@@ -183,7 +183,7 @@ def region_count(
     check_preactivations("preactivations_fn", preactivations_fn, params, points)
     function = Partial(_patterns, as_partial(preactivations_fn))
     words = _chunks.each(function, params, (points,), chunk_size)
-    ranks = _loops.fold(_refined, jnp.zeros(num_samples, jnp.int32), words.shape[1], operands=words)
+    ranks = _loops.scan(_refined, jnp.zeros(num_samples, jnp.int32), words.shape[1], operands=words)
     sizes = jnp.bincount(ranks, length=num_samples)
     alone = jnp.mean(sizes == 1, dtype=_tree.wide_dtype(points))
     return RegionCountResult(jnp.max(ranks) + 1, alone)

@@ -159,15 +159,15 @@ def _losses(
 def walk(
     body: Callable[[Tree, _Carry, jax.Array], _Carry], carry: _Carry, length: int, operands: Tree
 ) -> _Carry:
-    """Runs `_loops.fold` over `operands`, a `Path` or a tuple that begins with one.
+    """Runs `_loops.scan` over `operands`, a `Path` or a tuple that begins with one.
 
     Where every point goes over chunks, the host takes the points if it can, and the chunks' loop is
     compiled, or the host's too.
     """
     path = operands if isinstance(operands, Path) else operands[0]
     if path.chunk_size is None:
-        return _loops.fold(body, carry, length, operands=operands)
-    return _loops.fold_captured(lambda carry, i: body(operands, carry, i), carry, length)
+        return _loops.scan(body, carry, length, operands=operands)
+    return _loops.scan(lambda _, carry, i: body(operands, carry, i), carry, length)
 
 
 def _evaluate(path: Path, losses: jax.Array, i: jax.Array) -> jax.Array:

@@ -119,7 +119,7 @@ def gradinit(
         jnp.zeros(2, jnp.int32),
         (history, history, jnp.zeros(num_iterations, bool)),
     )
-    end = _loops.fold(iteration, carry, num_iterations, operands=operands)
+    end = _loops.scan(iteration, carry, num_iterations, operands=operands)
     scales = jax.tree.unflatten(jax.tree.structure(params), list(end.scales))
     return GradInitResult(_scaled(end.scales, params), scales, *end.history)
 

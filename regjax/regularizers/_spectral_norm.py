@@ -65,7 +65,7 @@ def spectral_norm_penalty(
             count = _checks.integer("num_iterations", num_iterations)
             start_key = jax.random.fold_in(_checks.key("key", key), i)
             start = jax.random.normal(start_key, fixed.shape[1:], fixed.dtype)
-            vector = _loops.fold(_power_step, start, count, operands=fixed)
+            vector = _loops.scan(_power_step, start, count, operands=fixed)
         total += (jnp.sum(_product(matrix, vector) ** 2) / 2).astype(total.dtype)
     return total
 

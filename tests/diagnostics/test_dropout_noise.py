@@ -134,7 +134,7 @@ def test_dropout_of_a_network_against_the_dense_matrices(double):
     hessian = oracles.dense_hessian(loss_fn, problem.params, *problem.batch)
     mask_key, _ = jax.random.split(KEY)
     factor = curvature.dropout_covariance_factor(
-        dropped, problem.params, key=mask_key, num_masks=12
+        dropped, problem.params, key=mask_key, num_samples=12
     )
     sigma = np.asarray(factor).T @ np.asarray(factor)
     check_exact_part(report, hessian, sigma, rtol=1e-8)

@@ -141,7 +141,6 @@ def test_bound_on_the_loss_in_a_ball(double):
 ENDS = np.array([1.0, -0.5, 0.2, 0.1, 0.3]), np.array([2.0, 0.3, 0.1, -0.1, 0.0])
 
 
-@pytest.mark.usefixtures("default_promotion")
 def test_between_two_points(double):
     ends, matrix = jax.tree.map(jnp.asarray, (ENDS, oracles.symmetric([-1.0, 0.5, 1.0, 2.0, 4.0])))
     same = diagnostics.lambda_max_between(quadratic, *ends, matrix, key=KEY)
