@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks
-from regjax._base import Callback, Params, PRNGKey
+from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._hutchinson import hutchinson_solver
@@ -87,7 +87,7 @@ def trace(
 
 def trace_solver(
     operator: Operator, *, key: PRNGKey, num_matvecs: int, method: str = "hutchinson"
-) -> Solver[Any, TraceResult]:
+) -> Solver[Tree, TraceResult]:
     """Makes the solver of `trace`, whose arguments these are, to drive by hand."""
     _check(method, key, num_matvecs)
     return _METHODS[method](
@@ -133,7 +133,7 @@ def diagonal(
 
 def diagonal_solver(
     operator: Operator, *, key: PRNGKey, num_matvecs: int, method: str = "hutchinson"
-) -> Solver[Any, DiagonalResult]:
+) -> Solver[Tree, DiagonalResult]:
     """Makes the solver of `diagonal`, whose arguments these are, to drive by hand."""
     _check(method, key, num_matvecs)
     tree = operator.space.unravel
