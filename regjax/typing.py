@@ -7,6 +7,7 @@ from regjax._base import LossFn as LossFn
 from regjax._base import Mask as Mask
 from regjax._base import MatVec as MatVec
 from regjax._base import ModelFn as ModelFn
+from regjax._base import OutputLossFn as OutputLossFn
 from regjax._base import Params as Params
 from regjax._base import PRNGKey as PRNGKey
 from regjax._base import ScalarOrSchedule as ScalarOrSchedule

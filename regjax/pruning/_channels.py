@@ -8,9 +8,10 @@ fixes them and says why.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+from jax.extend.core import JaxprEqn, Literal, Var
 
 FREE, DATA, CONSTANT, MIXED = -1, -2, -3, -4
 """Labels that are no atoms. FREE: the same value all along the axis, which may be of any length."""
@@ -47,7 +48,7 @@ class Graph:
     Attributes:
       atoms: of each axis of each leaf with more than one position.
       roles: what was done along each leaf axis, in the order of the forward pass: "consumed" where
-        it is contracted with channels, "scale" or "shift" where it multiplies or is added to them,
+        it is contracted with channels, "scale" or "bias" where it multiplies or is added to them,
         "carried" for other ways of passing them on.
       reasons: why an atom is fixed.
     """
@@ -125,12 +126,17 @@ def unlabelled(shape: Sequence[int], code: int) -> Value:
     return Value(tuple(rigid(length, code) for length in shape), (None,) * len(shape))
 
 
-def opaque(graph: Graph, equation: Any, operands: list[Value], reason: str) -> list[Value]:
+def shape_of(atom: Var | Literal) -> tuple[int, ...]:
+    """The shape of a value in a jaxpr."""
+    return getattr(atom.aval, "shape", ())
+
+
+def opaque(graph: Graph, equation: JaxprEqn, operands: list[Value], reason: str) -> list[Value]:
     """Fixes all channels of the operands."""
     for operand in operands:
         for labels in operand.labels:
             graph.fix(labels, reason)
-    outputs = [unlabelled(variable.aval.shape, MIXED) for variable in equation.outvars]
+    outputs = [unlabelled(shape_of(variable), MIXED) for variable in equation.outvars]
     return carried(graph, operands, outputs)
 
 

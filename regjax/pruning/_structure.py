@@ -1,13 +1,13 @@
 """The groups of units that can be removed from a model, found from its own forward pass."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from regjax import _checks
-from regjax._base import ModelFn, Params, as_partial
+from regjax._base import ModelFn, Params, Tree, as_partial
 from regjax.pruning._channels import CONSTANT, DATA, Graph, LeafAxis, components, unlabelled
 from regjax.pruning._rules import propagate
 
@@ -36,7 +36,7 @@ class Group(NamedTuple):
       num_units: how many.
       producers: the kernels that the units come out of, along their output axis.
       scales: vectors that multiply them: scales of normalizations, lengths of weight norm.
-      shifts: other vectors along them: biases, shifts of normalizations.
+      biases: other vectors along them: biases of layers and of normalizations.
       statistics: arrays of the state along them.
       consumers: the kernels that they go into, along the input axis.
     """
@@ -44,7 +44,7 @@ class Group(NamedTuple):
     num_units: int
     producers: tuple[Slice, ...]
     scales: tuple[Slice, ...]
-    shifts: tuple[Slice, ...]
+    biases: tuple[Slice, ...]
     statistics: tuple[Slice, ...]
     consumers: tuple[Slice, ...]
 
@@ -64,13 +64,13 @@ class Structure:
 
     groups: dict[str, Group]
     fixed: dict[str, str]
-    params: Any = dataclasses.field(repr=False)
-    state: list[Any] = dataclasses.field(repr=False)
-    inputs: Any = dataclasses.field(repr=False)
+    params: Params = dataclasses.field(repr=False)
+    state: list[jax.ShapeDtypeStruct] = dataclasses.field(repr=False)
+    inputs: Tree = dataclasses.field(repr=False)
 
 
-def find_structure(model_fn: ModelFn, params: Params, inputs: Any) -> Structure:
-    """The groups of units that can be removed, from a trace of the forward pass.
+def find_structure(model_fn: ModelFn, params: Params, inputs: Tree) -> Structure:
+    """Finds the groups of units that can be removed, from a trace of the forward pass.
 
     A unit is all that has to go together: channels joined by additions (a residual stage is one
     group), by elementwise operations and by products batch by batch, with their biases, norms and
@@ -111,11 +111,11 @@ def find_structure(model_fn: ModelFn, params: Params, inputs: Any) -> Structure:
     return Structure(groups, fixed, abstract(params), abstract(state), abstract(inputs))
 
 
-def _apply(function: Any, params: Params, inputs: Any) -> Any:
+def _apply(function: ModelFn, params: Params, inputs: Tree) -> Tree:
     return function(params, inputs)
 
 
-def _paths(tree: Any) -> list[str]:
+def _paths(tree: Tree) -> list[str]:
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
 
@@ -207,6 +207,6 @@ def _group(
         elif leaves.is_kernel(source):
             kind = "producers"
         else:
-            kind = "scales" if "scale" in roles else "shifts"
+            kind = "scales" if "scale" in roles else "biases"
         slices[kind].append(leaves.slice(source, units))
     return Group(len(members), **{name: tuple(found) for name, found in slices.items()})

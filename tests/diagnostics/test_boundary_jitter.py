@@ -187,7 +187,7 @@ def test_a_flax_model_with_the_statistics_of_each_batch(default_promotion):
     model = regjax.from_nnx(Preactivations(mlp))
 
     def given(params, inputs, batch):
-        state = regjax.population_statistics(model.apply, params, model.state, [batch])
+        state = regjax.population_statistics(model, params, [batch])
         return model.apply(params, state, inputs, train=False)[0]
 
     _, inputs, batches = arrays(5, 16)
