@@ -43,7 +43,9 @@ def test_mean_over_the_batches_whatever_the_momentum(norm, momentum):
 
 
 def test_evaluation_then_is_the_population_layer_and_other_state_stays():
-    model = regjax.from_nnx(models.MLP((1, 1, 5), 3, width=8, norm="noisy", rngs=nnx.Rngs(0)))
+    model = regjax.from_nnx(
+        models.MLP((1, 1, 5), 3, width=8, normalization="noisy", rngs=nnx.Rngs(0))
+    )
     inputs = [x.reshape(-1, 1, 1, 5) for x in BATCHES]
     state = regjax.population_statistics(model, model.params, inputs)
     first = np.concatenate(BATCHES) @ np.asarray(model.params["layer_0"]["layer"]["kernel"])

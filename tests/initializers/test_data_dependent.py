@@ -122,7 +122,9 @@ def test_fold_of_a_batch_norm_is_the_initialisation():
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_residual_nets_with_a_scale_for_each_layer(norm):
-    model = regjax.from_nnx(models.ResNet((6, 6, 2), 3, widths=(4, 6), norm=norm, rngs=nnx.Rngs(0)))
+    model = regjax.from_nnx(
+        models.ResNet((6, 6, 2), 3, widths=(4, 6), normalization=norm, rngs=nnx.Rngs(0))
+    )
     asked = []
 
     def scale(path):

@@ -162,7 +162,7 @@ def cross_entropy(logits, labels):
 def adapted(kind):
     x = jnp.asarray(np.random.default_rng(5).normal(size=(12, 5, 5, 1)), jnp.float32)
     if kind == "nnx":
-        network = ConvNet((5, 5, 1), 3, width=4, norm="batch", rngs=nnx.Rngs(0))
+        network = ConvNet((5, 5, 1), 3, width=4, normalization="batch", rngs=nnx.Rngs(0))
         return regjax.from_nnx(network), x
     layers = [linen.Conv(4, (3, 3)), linen.relu, lambda x: x.mean((1, 2)), linen.Dense(3)]
     network = linen.Sequential(layers)

@@ -194,7 +194,7 @@ def network(kind):
         variables = module.init(jax.random.key(0), images[0], train=False)
         return regjax.from_linen(module, variables), images
     norm = "none" if kind == "plain" else "batch"
-    mlp = models.MLP((1, 5, 1), 2, width=3, depth=1, norm=norm, rngs=nnx.Rngs(0))
+    mlp = models.MLP((1, 5, 1), 2, width=3, depth=1, normalization=norm, rngs=nnx.Rngs(0))
     return regjax.from_nnx(mlp), images
 
 
