@@ -38,7 +38,7 @@ def test_mean_over_the_batches_whatever_the_momentum(norm, momentum):
     # flax's E[x^2] - E[x]^2 cancels at a mean of 300.
     np.testing.assert_allclose(found["var"], variances.mean(0), rtol=2e-2 if is_flax else 1e-4)
     if not is_flax:
-        exact = normalization.exact_population_statistics(x.mean(1), x.var(1), 12)[1]
+        exact = normalization.exact_population_statistics(x.mean(1), x.var(1), num_values=12)[1]
         np.testing.assert_allclose(found["var"], exact, rtol=1e-4)
 
 

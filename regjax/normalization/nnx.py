@@ -121,13 +121,13 @@ class GroupNormPlus(Normalization):
 
 
 class BatchNormGroupNorm(Normalization):
-    """GroupNorm+, batch first; options of `regjax.normalization.BatchNormGroupNorm`."""
+    """GroupNorm+, batch first; options of `regjax.normalization.GroupNormPlus`."""
 
     layer_type = _group_norm.BatchNormGroupNorm
 
 
 class ParallelGroupBatchNorm(Normalization):
-    """GroupNorm+, parallel; options of `regjax.normalization.ParallelGroupBatchNorm`."""
+    """GroupNorm+, parallel; options of `regjax.normalization.GroupNormPlus`."""
 
     layer_type = _group_norm.ParallelGroupBatchNorm
 
