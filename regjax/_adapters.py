@@ -147,12 +147,12 @@ class ModelFunction:
 
     @property
     def couples_examples(self) -> bool:
-        """Whether one example's output depends on the others."""
+        """Tells whether one example's output depends on the others."""
         return self.coupled
 
     @property
     def differs_by_chunk(self) -> bool:
-        """Whether each chunk has statistics of its own, as asked for by name."""
+        """Tells whether each chunk has statistics of its own, as asked for by name."""
         return self.mode == "train_per_chunk"
 
     def __call__(self, params: Params, inputs: Tree, /) -> Tree:
@@ -178,12 +178,12 @@ class ModelLoss:
 
     @property
     def couples_examples(self) -> bool:
-        """Whether the loss is more than a mean over independent examples."""
+        """Tells whether the loss is more than a mean over independent examples."""
         return self.function.couples_examples
 
     @property
     def differs_by_chunk(self) -> bool:
-        """Whether each chunk has statistics of its own, as asked for by name."""
+        """Tells whether each chunk has statistics of its own, as asked for by name."""
         return self.function.differs_by_chunk
 
     def __call__(self, params: Params, inputs: Tree, targets: Tree) -> jax.Array:

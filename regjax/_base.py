@@ -53,7 +53,7 @@ class LossFn(Protocol):
     """(params, *batch) -> scalar, the mean over the examples."""
 
     def __call__(self, params: Params, /, *batch: Tree) -> jax.Array:
-        """The mean loss, shape ()."""
+        """Returns the mean loss, shape ()."""
         ...
 
 
@@ -61,7 +61,7 @@ class ModelFn(Protocol):
     """(params, inputs) -> outputs, leading axis the examples."""
 
     def __call__(self, params: Params, inputs: Tree, /) -> Tree:
-        """The outputs."""
+        """Returns the outputs."""
         ...
 
 

@@ -28,7 +28,7 @@ class ApplyFn(Protocol):
         train: bool,
         key: PRNGKey | None = None,
     ) -> tuple[Tree, State]:
-        """The outputs and the new state."""
+        """Returns the outputs and the new state."""
         ...
 
 

@@ -68,7 +68,7 @@ class DiagonalLinear(nnx.Module):
         self.v = nnx.Param(start) if signed else None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Predictions (batch,) of inputs (batch, num_inputs)."""
+        """Computes predictions (batch,) of inputs (batch, num_inputs)."""
         v = None if self.v is None else self.v[...]
         return inputs @ diagonal_weights(self.u[...], v, depth=self.depth)
 

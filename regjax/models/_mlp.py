@@ -55,7 +55,7 @@ class MLP(nnx.Module):
         self.head = nnx.Linear(num_inputs, num_classes, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
+        """Computes logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
         features = inputs.reshape(inputs.shape[0], -1)
         for i in range(self.depth):
             features = nnx.relu(getattr(self, f"layer_{i}")(features))

@@ -25,7 +25,7 @@ def _group_norm(num_features: int, *, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def _group_norm_plus(num_features: int, *, rngs: nnx.Rngs) -> nnx.Module:
-    """The usable variant, with groups of two channels at least."""
+    """Makes the usable variant, with groups of two channels at least."""
     num_groups = math.gcd(num_features, _NUM_GROUPS)
     if num_groups == num_features:
         num_groups = max(1, num_groups // 2)
@@ -85,7 +85,7 @@ class Normalized(nnx.Module):
         self.norm = _LAYERS[behind](num_features, rngs=rngs) if behind in _LAYERS else None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The normalized output, shape (batch, ..., num_features)."""
+        """Returns the normalized output, shape (batch, ..., num_features)."""
         outputs = self.layer(inputs)
         return outputs if self.norm is None else self.norm(outputs)
 

@@ -56,7 +56,7 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(channels, num_classes, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
+        """Computes logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
         features = nnx.relu(self.stem(inputs))
         for i in range(self.num_blocks):
             features = getattr(self, f"block_{i}")(features)

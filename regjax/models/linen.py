@@ -26,7 +26,7 @@ class DiagonalLinear(linen.Module):
 
     @linen.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Predictions (batch,) of inputs (batch, num_inputs)."""
+        """Computes predictions (batch,) of inputs (batch, num_inputs)."""
         _checks.positive("init_scale", self.init_scale)
         start = lambda key: jnp.full(inputs.shape[-1], self.init_scale, self.param_dtype)
         u = self.param("u", start)

@@ -66,13 +66,13 @@ class GroupNormPlus(Layer):
             raise ValueError("`batch_axes` must be None with `track_running`, got (0,).")
 
     def init_params(self, num_features: int) -> dict[str, jax.Array]:
-        """Scale one, bias zero, (channels,), and mix_logit ()."""
+        """Returns scale one, bias zero, (channels,), and mix_logit ()."""
         _group_size(num_features, self.num_groups)
         mix_logit = jnp.full((), self.mix_init, self.param_dtype)
         return {**super().init_params(num_features), "mix_logit": mix_logit}
 
     def init_state(self, num_features: int) -> dict[str, jax.Array]:
-        """Running mean zero and variance one of B, if it has such, (channels,)."""
+        """Returns running mean zero and variance one of B, if it has such, (channels,)."""
         if not self.track_running:
             return {}
         return {"mean": jnp.zeros(num_features), "var": jnp.ones(num_features)}
@@ -196,7 +196,7 @@ def mix(a: jax.Array, b: jax.Array | None, logit: jax.Array) -> jax.Array:
 def _group_part(
     x: jax.Array, num_groups: int, epsilon: float, degrees_of_freedom: int
 ) -> Standardized:
-    """The group part; without positions in a view (batch, groups, channels of a group)."""
+    """Normalizes groups; without positions in a view (batch, groups, channels of a group)."""
     size = _group_size(x.shape[-1], num_groups)
     if x.ndim == 2:
         x = x.reshape(-1, num_groups, size)
@@ -213,9 +213,10 @@ def _group_part(
 
 
 def _group_moments(x: jax.Array, num_groups: int, size: int) -> Moments:
-    """Of each example and group, repeated for its channels: (batch, 1, ..., 1, channels).
+    """Computes the moments of each example and group, (batch, 1, ..., 1, channels).
 
-    First over the positions, which is most of the work, then over the channels of each group.
+    The channels of a group have the same. First over the positions, which is most of the work, then
+    over the channels of each group.
     """
     positions = tuple(range(1, x.ndim - 1))
 

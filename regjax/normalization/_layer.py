@@ -88,7 +88,7 @@ class Layer:
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool
     ) -> tuple["Standardized", Arrays]:
-        """The normalized inputs and the new state; `_disturb` adds what is random."""
+        """Returns the normalized inputs and the new state; `_disturb` adds what is random."""
         raise NotImplementedError
 
     def _disturb(self, outputs: jax.Array, key: PRNGKey) -> jax.Array:

@@ -65,28 +65,28 @@ def moments(inputs: jax.Array, axes: Sequence[int], *, axis_name: str | None = N
 def from_shifted(
     reference: jax.Array, shift: jax.Array, square: jax.Array, num_values: int
 ) -> Moments:
-    """The moments of x from E[d] = `shift` and E[d^2] = `square`, d = x - reference."""
+    """Computes the moments of x from E[d] = `shift` and E[d^2] = `square`, d = x - reference."""
     variance = jnp.maximum(square - shift**2, 0)
     return Moments(reference + shift, variance, num_values, reference, shift)
 
 
 def first(inputs: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The first value along `axes`, which are kept; a constant to the derivative."""
+    """Takes the first value along `axes`, which are kept; a constant to the derivative."""
     index = tuple(slice(0, 1) if i in axes else slice(None) for i in range(inputs.ndim))
     return lax.stop_gradient(inputs[index])
 
 
 def gather(axis_name: str, *arrays: jax.Array) -> jax.Array:
-    """The arrays of all devices along a new axis, behind one of the arrays: one collective."""
+    """Gathers arrays of all devices along a new axis, behind one of the arrays: one collective."""
     return jnp.moveaxis(lax.all_gather(jnp.stack(arrays), axis_name), 1, 0)
 
 
 def root(square: jax.Array) -> jax.Array:
-    """The square root, with the derivative 0 at zero, where it has none."""
+    """Takes the square root, with the derivative 0 at zero, where it has none."""
     is_zero = square == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 def unbiased(variance: jax.Array, count: int) -> jax.Array:
-    """The variance times count / (count - 1); as it is where there is only one value."""
+    """Multiplies the variance by count / (count - 1); as it is where there is only one value."""
     return variance * (count / (count - 1)) if count > 1 else variance

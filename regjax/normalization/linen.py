@@ -37,7 +37,7 @@ class Normalization(linen.Module):
 
     @linen.compact
     def __call__(self, inputs: jax.Array, use_running_average: bool | None = None) -> jax.Array:
-        """The normalized inputs (batch, ..., channels); in training the statistics tick."""
+        """Returns the normalized inputs (batch, ..., channels); in training the statistics tick."""
         evaluates = linen.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
@@ -144,7 +144,7 @@ class _WeightNorm(linen.Module):
     def param(
         self, name: str, init_fn: Callable[..., Tree], *args: Any, **kwargs: Any
     ) -> jax.Array:
-        """The parameter of the layer; its kernel is made of `kernel` (v) and `scale` (g)."""
+        """Returns the layer's parameter; its kernel is made of `kernel` (v) and `scale` (g)."""
         value = super().param(name, init_fn, *args, **kwargs)
         if name != "kernel":
             return value
@@ -173,7 +173,7 @@ class _WeightStandardized(linen.Module):
     def param(
         self, name: str, init_fn: Callable[..., Tree], *args: Any, **kwargs: Any
     ) -> jax.Array:
-        """The parameter of the layer, the kernel standardized."""
+        """Returns the parameter of the layer, the kernel standardized."""
         value = super().param(name, init_fn, *args, **kwargs)
         return _weight_norm.standardize_weight(value) if name == "kernel" else value
 

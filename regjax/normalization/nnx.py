@@ -65,7 +65,7 @@ class Normalization(nnx.Module):
             self.rngs = rngs[rng_collection].fork()
 
     def __call__(self, inputs: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """The normalized inputs (batch, ..., channels); in training the statistics tick."""
+        """Returns the normalized inputs (batch, ..., channels); in training the statistics tick."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         key = None
@@ -150,7 +150,7 @@ class Reparametrized(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The outputs of the layer with the kernel that is made of the stored one."""
+        """Returns the outputs of the layer with the kernel that is made of the stored one."""
         graph, params = nnx.split(self.layer)
         layer = nnx.merge(graph, params)  # another object: the stored kernel is never written
         layer.kernel = nnx.Param(self._kernel(self.layer.kernel[...]))

@@ -61,7 +61,7 @@ class Graph:
         self._edges: list[np.ndarray] = []
 
     def leaf(self, index: int, shape: Sequence[int]) -> Value:
-        """The value of a leaf of the model, with atoms of its own."""
+        """Makes the value of a leaf of the model, with atoms of its own."""
         labels, sources = [], []
         for axis, length in enumerate(shape):
             is_channel = length > 1
@@ -73,7 +73,7 @@ class Graph:
         return Value(tuple(labels), tuple(sources))
 
     def couple(self, one: Labels, other: Labels) -> Labels:
-        """The labels of an axis that both share, position by position the same channel."""
+        """Joins an axis that both share, position by position the same channel; its labels."""
         for these, those in ((one, other), (other, one)):
             for code, reason in _WHY.items():
                 self.fix(these[those == code], reason)
@@ -93,13 +93,13 @@ class Graph:
             self.roles.setdefault(source, set()).add(role)
 
     def channels(self) -> np.ndarray:
-        """The component of each atom, (number of atoms,)."""
+        """Finds the component of each atom, (number of atoms,)."""
         edges = np.concatenate([np.zeros((2, 0), int), *self._edges], axis=1)
         return components(self._num_atoms, edges)
 
 
 def components(num_nodes: int, edges: np.ndarray) -> np.ndarray:
-    """The smallest node that each node is connected to; edges (2, number)."""
+    """Finds the smallest node that each node is connected to; edges (2, number)."""
     labels = np.arange(num_nodes)
     while True:
         found = labels.copy()
@@ -112,22 +112,22 @@ def components(num_nodes: int, edges: np.ndarray) -> np.ndarray:
 
 
 def free(length: int) -> Labels:
-    """Labels of an axis along which nothing changes."""
+    """Makes labels of an axis along which nothing changes."""
     return np.full(length, FREE)
 
 
 def rigid(length: int, code: int) -> Labels:
-    """Labels of an axis of `code`; one position alone is free, as it may be repeated."""
+    """Makes labels of an axis of `code`; one position alone is free, as it may be repeated."""
     return np.full(length, code if length > 1 else FREE)
 
 
 def unlabelled(shape: Sequence[int], code: int) -> Value:
-    """A value without channels."""
+    """Makes a value without channels."""
     return Value(tuple(rigid(length, code) for length in shape), (None,) * len(shape))
 
 
 def shape_of(atom: Var | Literal) -> tuple[int, ...]:
-    """The shape of a value in a jaxpr."""
+    """Returns the shape of a value in a jaxpr."""
     return getattr(atom.aval, "shape", ())
 
 
@@ -143,7 +143,7 @@ def opaque(graph: Graph, equation: JaxprEqn, operands: list[Value], reason: str)
 def carried(
     graph: Graph, operands: Sequence[Value], outputs: list[Value], role: str = "carried"
 ) -> list[Value]:
-    """The outputs; notes the leaf axes along which they are no longer a leaf's own values."""
+    """Returns the outputs; notes the leaf axes along which they are not a leaf's own any more."""
     kept = {source for output in outputs for source in output.sources}
     for operand in operands:
         for source in operand.sources:

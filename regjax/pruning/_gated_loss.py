@@ -32,12 +32,12 @@ class GatedLoss:
 
     @property
     def couples_examples(self) -> bool:
-        """Whether the loss is more than a mean over independent examples."""
+        """Tells whether the loss is more than a mean over independent examples."""
         return _base.couples_examples(self.loss_fn)
 
     @property
     def differs_by_chunk(self) -> bool:
-        """Whether each chunk has statistics of its own, as asked for by name."""
+        """Tells whether each chunk has statistics of its own, as asked for by name."""
         return _base.differs_by_chunk(self.loss_fn)
 
     def __call__(self, gates: Units, /, *batch: Tree) -> jax.Array:

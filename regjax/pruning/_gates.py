@@ -148,13 +148,13 @@ def check_units(name: str, structure: Structure, units: Units) -> Units:
 
 
 def _of_positions(part: Slice, values: jax.Array, other: ArrayLike) -> jax.Array:
-    """The value of the unit at each position along the axis, `other` where there is none."""
+    """Takes the value of the unit at each position along the axis, `other` where there is none."""
     values = jnp.asarray(values)
     return jnp.where(part.units >= 0, values[part.units], jnp.asarray(other, values.dtype))
 
 
 def _lifted(part: Slice, vector: jax.Array, ndim: int) -> jax.Array:
-    """The vector along the axis of the slice, all other axes of length one."""
+    """Lays the vector along the axis of the slice, all other axes of length one."""
     return jnp.expand_dims(vector, [i for i in range(ndim) if i != part.axis])
 
 

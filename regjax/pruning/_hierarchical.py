@@ -88,7 +88,7 @@ def mask_planned(plan: Mapping[str, int], scores: Units, masks: Units) -> Units:
 
 
 def _predicted_errors(result: RedundancyResult) -> list[float]:
-    """Of the directions beyond the rank, weakest first; at least one unit stays."""
+    """Lists those of the directions beyond the rank, weakest first; at least one unit stays."""
     if not result.has_enough_examples or result.is_vanishing:
         return []
     num_units, floor = int(result.num_units), max(int(result.rank), 1)

@@ -37,7 +37,7 @@ def broadcast(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[V
 
 
 def _pick(operand: Value, axes: Sequence[int]) -> Value:
-    """The value with some of its axes, in this order."""
+    """Takes some of the axes of a value, in this order."""
     return Value(
         tuple(operand.labels[axis] for axis in axes), tuple(operand.sources[axis] for axis in axes)
     )
@@ -79,7 +79,7 @@ def reshape(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Val
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The axes, shorter ones than two left out, in the smallest runs of equal size."""
+    """Splits the axes, shorter ones than two left out, into the smallest runs of equal size."""
     left = [axis for axis, length in enumerate(old) if length != 1]
     right = [axis for axis, length in enumerate(new) if length != 1]
     blocks = []
@@ -92,7 +92,7 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 
 
 def _flattened(graph: Graph, axes: list[Labels]) -> Labels:
-    """The labels of several axes as one, of which one may have channels."""
+    """Flattens the labels of several axes, of which one may have channels."""
     grids = np.meshgrid(*axes, indexing="ij")
     channels = [grid for grid, labels in zip(grids, axes, strict=True) if (labels >= 0).any()]
     if len(channels) > 1:
@@ -138,7 +138,7 @@ def window(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Valu
 def _along(
     graph: Graph, equation: JaxprEqn, operands: list[Value], changed: list[bool]
 ) -> list[Value]:
-    """The value with the same axes but those that the operation changes; they lose their labels."""
+    """Keeps the axes but those that the operation changes, which lose their labels."""
     operand, shape = operands[0], shape_of(equation.outvars[0])
     labels, sources = list(operand.labels), list(operand.sources)
     for axis in np.flatnonzero(changed):

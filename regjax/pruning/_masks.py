@@ -81,7 +81,7 @@ def mask_lowest(
 def _check_count(
     num_to_remove: int | jax.Array, removable: jax.Array, min_units: int, leaves: list[jax.Array]
 ) -> int | jax.Array:
-    """The count, compared with what can go as far as that is known at trace time."""
+    """Compares the count with what can go as far as that is known at trace time."""
     if isinstance(num_to_remove, jax.Array):
         if num_to_remove.shape or not jnp.issubdtype(num_to_remove.dtype, jnp.integer):
             raise TypeError(
@@ -103,14 +103,14 @@ def _check_count(
 
 
 def _ranks(scores: jax.Array, among: jax.Array) -> jax.Array:
-    """The rank of each score among those chosen, from 0; the others come behind all of them."""
+    """Ranks each score among those chosen, from 0; the others come behind all of them."""
     order = jnp.lexsort((scores, ~among))
     numbers = jnp.arange(scores.size, dtype=jnp.int32)
     return jnp.zeros(scores.size, jnp.int32).at[order].set(numbers)
 
 
 def _above_floor(scores: jax.Array, kept: jax.Array, min_units: int) -> jax.Array:
-    """Which of those kept may go so that the `min_units` highest stay."""
+    """Marks those kept that may go so that the `min_units` highest stay."""
     return kept & (_ranks(scores, kept) < jnp.sum(kept) - min_units)
 
 

@@ -83,7 +83,7 @@ def _by_unit_rows(
     function: Callable[..., jax.Array], gate_loss: LossFn, gates: Tree, batch: Batch,
     chunk_size: int | None, block_size: int, *, extra: int,
 ) -> jax.Array:  # fmt: skip
-    """`function` of each unit vector, and of as many zero vectors as `extra` says, as one array."""
+    """Applies `function` to each unit vector and `extra` zero vectors; the values as one array."""
     chunk_size = _chunks.checked_size(gate_loss, gates, batch, chunk_size)
     size, dtype = _tree.size(gates), _tree.vector_dtype(gates)
     length = size + extra
@@ -117,5 +117,5 @@ def _products(gate_loss: Partial, at: tuple[Tree, jax.Array], *batch: Tree) -> j
 
 
 def _unravel(vector: jax.Array, gates: Tree) -> Tree:
-    """`vector` as a tree like `gates`, but wide."""
+    """Shapes `vector` as a tree like `gates`, but wide."""
     return _tree.unravel(vector, jax.tree.map(_tree.wide, gates))

@@ -158,7 +158,7 @@ def _checked_masks(structure: Structure, model: Model, unit_masks: Units) -> dic
 
 
 def _smaller(tree: Tree, parts: Sequence[tuple[Slice, np.ndarray]]) -> Tree:
-    """The tree without the positions of removed units."""
+    """Drops the positions of removed units from the tree."""
     kept: dict[tuple[int, int], np.ndarray] = {}
     for part, mask in parts:
         # Several groups may lie along one axis, behind a concatenation.
@@ -207,7 +207,7 @@ _LAYOUT = {"broadcast_in_dim", "reshape", "squeeze"}
 
 
 def _steps(jaxpr: Jaxpr, constants: Sequence[jax.Array | np.ndarray]) -> list[str]:
-    """The primitives with their numbers: literals, and how many values a reduction takes."""
+    """Lists the primitives with their numbers: literals, and how many values a reduction takes."""
     steps = [f"constant {_digest(array)}" for array in constants]
     for equation in jaxpr.eqns:
         name = equation.primitive.name

@@ -56,7 +56,7 @@ _ROLES = {"mul": "scale", "div": "scale", "add": "bias", "sub": "bias"}
 def propagate(
     graph: Graph, jaxpr: Jaxpr, constants: Sequence[Value], arguments: Sequence[Value]
 ) -> list[Value]:
-    """The values of the outputs of a jaxpr; the graph notes what its equations do."""
+    """Computes the values of the outputs of a jaxpr; the graph notes what its equations do."""
     values = dict(zip(jaxpr.constvars, constants, strict=True))
     values |= zip(jaxpr.invars, arguments, strict=True)
     read = lambda atom: (
@@ -70,7 +70,7 @@ def propagate(
 
 
 def inner_jaxpr(equation: JaxprEqn) -> tuple[Jaxpr | None, Sequence[jax.Array]]:
-    """The jaxpr that a call runs, and its constants; None for other primitives."""
+    """Returns the jaxpr that a call runs, and its constants; None for other primitives."""
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     inner = next((equation.params[name] for name in names if name in equation.params), None)
     return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
@@ -103,7 +103,7 @@ def _elementwise(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> lis
 
 
 def _linear_source(name: str, operands: list[Value], axis: int) -> LeafAxis | None:
-    """The leaf axis along which an elementwise outcome is still linear in the leaf."""
+    """Finds the leaf axis along which an elementwise outcome is still linear in the leaf."""
     if name not in _LINEAR:
         return None
     varying = [o for o in operands if o.labels and (o.labels[axis] != FREE).any()]
@@ -113,7 +113,7 @@ def _linear_source(name: str, operands: list[Value], axis: int) -> LeafAxis | No
 
 
 def _contract(graph: Graph, left: Value, i: int, right: Value, j: int) -> None:
-    """The sum over axis i of the left and axis j of the right value.
+    """Notes the sum over axis i of the left and axis j of the right value.
 
     The one that is linear in a parameter consumes the channels of the other: to multiply its slice
     by a gate is to multiply the channel, seen from here.

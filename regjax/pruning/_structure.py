@@ -140,7 +140,7 @@ class _Leaves(NamedTuple):
 
 
 def _groups(graph: Graph, leaves: _Leaves) -> tuple[dict[str, Group], dict[str, str]]:
-    """The groups, and the reasons of what is no group, by the first producer."""
+    """Finds the groups, and the reasons of what is no group, by the first producer."""
     for source, roles in graph.roles.items():
         if "consumed" in roles and len(roles) > 1:
             graph.fix(graph.atoms[source], "goes into a kernel along an axis with another use")
@@ -174,7 +174,7 @@ _NOT_CONSUMED = "goes into no kernel"
 def _stages(
     graph: Graph, channels: dict[LeafAxis, np.ndarray], leaves: _Leaves
 ) -> list[list[LeafAxis]]:
-    """The output axes of kernels, in the order of the forward pass; those with a common channel."""
+    """Gathers the output axes of kernels that share channels, in the order of the forward pass."""
     kernels = [
         source
         for source, roles in graph.roles.items()
@@ -192,7 +192,7 @@ def _stages(
 def _group(
     graph: Graph, channels: dict[LeafAxis, np.ndarray], leaves: _Leaves, members: np.ndarray
 ) -> Group:
-    """All that runs along the channels `members`, the units in this order."""
+    """Gathers all that runs along the channels `members`, the units in this order."""
     unit = np.full(1 + max(int(labels.max()) for labels in channels.values()), -1)
     unit[members] = np.arange(len(members))
     slices: dict[str, list[Slice]] = {name: [] for name in Group._fields[1:]}

@@ -197,7 +197,7 @@ def _with_second_order(
 
 
 def _along(gate_loss: Partial, gates: Tree, part: Batch) -> Tree:
-    """The products z g: a removed unit scores 0."""
+    """Computes the products z g: a removed unit scores 0."""
     grads = jax.grad(gate_loss)(gates, *part)
     return jax.tree.map(lambda z, g: _tree.wide(z) * _tree.wide(g), gates, grads)
 
@@ -208,7 +208,7 @@ def _part(batch: Batch, i: jax.Array, size: int) -> Batch:
 
 
 def _added(moments: _Moments, values: Tree, i: jax.Array) -> _Moments:
-    """Mean and sum of squared deviations with one more value, by Welford's rule."""
+    """Updates mean and sum of squared deviations by one more value, by Welford's rule."""
     mean, squares = moments
     new = jax.tree.map(lambda m, v: m + (v - m) / (i + 1).astype(m.dtype), mean, values)
     squares = jax.tree.map(lambda s, v, old, m: s + (v - old) * (v - m), squares, values, mean, new)
