@@ -60,7 +60,13 @@ def _settings(preset: str) -> Sequence[Settings]:
 
 def _window_steps(scale: float, depth: int) -> int:
     """Twice as far as noise of the usual size needs to come, in round numbers."""
-    window = models.early_stopping_window(scale ** (1 / depth), depth, 1e-2, 1.0, 0.142)
+    window = models.early_stopping_window(
+        depth=depth,
+        init_scale=scale ** (1 / depth),
+        learning_rate=1e-2,
+        smallest_signal=1.0,
+        noise_level=0.142,
+    )
     return max(3000, int(round(2 * float(window.last), -3)))
 
 
@@ -78,7 +84,11 @@ def _window(settings: Settings) -> dict[str, float]:
     best = int(errors.argmin())
     near = errors <= 2 * errors[best]
     window = models.early_stopping_window(
-        _alpha(settings), settings["depth"], settings["rate"], 1.0, float(baselines.noise_level)
+        depth=settings["depth"],
+        init_scale=_alpha(settings),
+        learning_rate=settings["rate"],
+        smallest_signal=1.0,
+        noise_level=float(baselines.noise_level),
     )
     return {
         "best": float(errors[best]),
@@ -187,7 +197,7 @@ def _path(
 
     def step(pair: Any, _: Any) -> Any:
         u, v = pair
-        weights = models.diagonal_weights(u, v, depth)
+        weights = models.diagonal_weights(u, v, depth=depth)
         residual = (2 / len(y)) * (columns @ (x @ weights - y))
         seen = {"error": jnp.sum((weights - true) ** 2), "first": weights[:4]}
         if held is not None:
@@ -199,7 +209,7 @@ def _path(
     report = diagnostics.sparse_recovery(u, v, depth=depth, true_weights=true)
     return {
         **seen,
-        "weights": models.diagonal_weights(u, v, depth),
+        "weights": models.diagonal_weights(u, v, depth=depth),
         "positive": report.is_positive,
     }
 

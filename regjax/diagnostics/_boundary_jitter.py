@@ -87,7 +87,7 @@ def boundary_jitter(
       batch_preactivations_fn: (params, inputs, batch) -> tree of arrays (N, units...), what goes
         into the activations at `inputs` with the statistics of `batch` in all layers; each row a
         function of its own example and of the batch. With a `regjax.Model` of our batch norm: in
-        evaluation mode with `regjax.population_statistics(apply, params, state, [batch])`.
+        evaluation mode with `regjax.population_statistics(model, params, [batch])`.
       params: tree of parameters.
       inputs: (N, ...), real floating point, where distances are taken from.
       batches: (num_batches, B, ...), two at least, or a tree of such arrays.

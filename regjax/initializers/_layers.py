@@ -9,8 +9,9 @@ import jax
 from flax import linen, nnx
 
 from regjax import normalization
-from regjax._adapters import LinenRunner, Model, NnxRunner
+from regjax._adapters import Model
 from regjax._base import Params, PRNGKey, State, Tree
+from regjax._runners import LinenRunner, NnxRunner
 
 Path = tuple[str | int, ...]
 # (path, parameters, channel axis of the kernel, parameters -> outputs on the layer's inputs)

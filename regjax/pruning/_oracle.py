@@ -4,20 +4,23 @@ Both take one pass over the data for each gate, in blocks of gates, and in chunk
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _loops, _tree
-from regjax._base import Batch, LossFn, as_partial
+from regjax._base import Batch, LossFn, Tree, as_partial
 
 
 def oracle_importance(
-    gate_loss: LossFn, gates: Any, *batch: Any, chunk_size: int | None = None, block_size: int = 16
-) -> Any:
-    """The squared change of the loss when each gate alone is set to 0.
+    gate_loss: LossFn,
+    gates: Tree,
+    *batch: Tree,
+    chunk_size: int | None = None,
+    block_size: int = 16,
+) -> Tree:
+    """Computes the squared change of the loss when each gate alone is set to 0.
 
         I_c = (L(gates) - L(gates with z_c = 0))^2
 
@@ -47,9 +50,13 @@ def oracle_importance(
 
 
 def gate_hessian_diagonal(
-    gate_loss: LossFn, gates: Any, *batch: Any, chunk_size: int | None = None, block_size: int = 16
-) -> Any:
-    """The second derivatives of the loss with respect to each gate, exactly.
+    gate_loss: LossFn,
+    gates: Tree,
+    *batch: Tree,
+    chunk_size: int | None = None,
+    block_size: int = 16,
+) -> Tree:
+    """Computes the second derivatives of the loss with respect to each gate, exactly.
 
     By one Hessian product for each gate. There are few gates: for the diagonal over all parameters
     use `curvature.diagonal`.
@@ -73,10 +80,10 @@ def gate_hessian_diagonal(
 
 
 def _by_unit_rows(
-    function: Callable[..., jax.Array], gate_loss: Any, gates: Any, batch: Batch,
+    function: Callable[..., jax.Array], gate_loss: LossFn, gates: Tree, batch: Batch,
     chunk_size: int | None, block_size: int, *, extra: int,
 ) -> jax.Array:  # fmt: skip
-    """`function` of each unit vector, and of as many zero vectors as `extra` says, as one array."""
+    """Applies `function` to each unit vector and `extra` zero vectors; the values as one array."""
     chunk_size = _chunks.checked_size(gate_loss, gates, batch, chunk_size)
     size, dtype = _tree.size(gates), _tree.vector_dtype(gates)
     length = size + extra
@@ -94,14 +101,14 @@ def _by_unit_rows(
     return _loops.fold_captured(fill, zeros, num_blocks)[:length]
 
 
-def _losses(gate_loss: Partial, at: Any, *batch: Any) -> jax.Array:
+def _losses(gate_loss: Partial, at: tuple[Tree, jax.Array], *batch: Tree) -> jax.Array:
     gates, rows = at
     flat = _tree.ravel(gates, rows.dtype)
     without = lambda row: gate_loss(_tree.unravel(flat * (1 - row), gates), *batch)
     return _loops.spread(without, rows).astype(rows.dtype)
 
 
-def _products(gate_loss: Partial, at: Any, *batch: Any) -> jax.Array:
+def _products(gate_loss: Partial, at: tuple[Tree, jax.Array], *batch: Tree) -> jax.Array:
     gates, rows = at
     flat = _tree.ravel(gates, rows.dtype)
     gradient = jax.grad(lambda vector: gate_loss(_tree.unravel(vector, gates), *batch))
@@ -109,6 +116,6 @@ def _products(gate_loss: Partial, at: Any, *batch: Any) -> jax.Array:
     return _loops.spread(along, rows)
 
 
-def _unravel(vector: jax.Array, gates: Any) -> Any:
-    """`vector` as a tree like `gates`, but wide."""
+def _unravel(vector: jax.Array, gates: Tree) -> Tree:
+    """Shapes `vector` as a tree like `gates`, but wide."""
     return _tree.unravel(vector, jax.tree.map(_tree.wide, gates))

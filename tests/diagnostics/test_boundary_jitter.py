@@ -183,11 +183,11 @@ class Preactivations(nnx.Module):
 
 
 def test_a_flax_model_with_the_statistics_of_each_batch(default_promotion):
-    mlp = models.MLP((1, D, 1), 2, width=K, depth=1, norm="batch", rngs=nnx.Rngs(0))
+    mlp = models.MLP((1, D, 1), 2, width=K, depth=1, normalization="batch", rngs=nnx.Rngs(0))
     model = regjax.from_nnx(Preactivations(mlp))
 
     def given(params, inputs, batch):
-        state = regjax.population_statistics(model.apply, params, model.state, [batch])
+        state = regjax.population_statistics(model, params, [batch])
         return model.apply(params, state, inputs, train=False)[0]
 
     _, inputs, batches = arrays(5, 16)

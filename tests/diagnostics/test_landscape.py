@@ -70,7 +70,7 @@ def test_no_gradient_no_smoothness():
 def test_probe_and_shift_of_models_in_train_mode():
     """Batch norm in train mode, under jit, in nnx and linen; statistics stay where they are."""
     x, y = jnp.asarray(RANDOM.normal(size=(12, 4, 4, 1)), jnp.float32), jnp.arange(12) % 3
-    module = models.MLP((4, 4, 1), 3, width=5, norm="batch", rngs=nnx.Rngs(0))
+    module = models.MLP((4, 4, 1), 3, width=5, normalization="batch", rngs=nnx.Rngs(0))
     adapted = regjax.from_nnx(module)
 
     class Net(linen.Module):

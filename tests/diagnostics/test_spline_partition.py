@@ -257,7 +257,7 @@ class Linen(linen.Module):
 
 def test_flax_models(default_promotion):
     inputs = arrays(jnp.float32)[1]
-    mlp = models.MLP((1, D, 1), 2, width=4, norm="batch", rngs=nnx.Rngs(0))
+    mlp = models.MLP((1, D, 1), 2, width=4, normalization="batch", rngs=nnx.Rngs(0))
     mlp.layer_0.norm.mean[...] = jnp.arange(4.0)
     model = regjax.from_nnx(Preactivations(mlp))
     found = diagnostics.boundary_distances(regjax.model_function(model), model.params, inputs)

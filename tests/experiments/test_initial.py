@@ -9,7 +9,7 @@ import pytest
 
 from regjax import initializers
 from regjax.experiments import UsageError, _initial, _network, _settings, train
-from regjax.models import _norm
+from regjax.models import _normalized
 from tests.experiments.test_training import (
     assert_same_bits,
     make_dataset,
@@ -29,7 +29,11 @@ def settings_of(**changes):
 
 @pytest.mark.parametrize(
     ("norm", "model"),
-    [*((norm, "mlp") for norm in _norm.NORMS), ("group_plus", "convnet"), ("weight", "convnet")],
+    [
+        *((norm, "mlp") for norm in _normalized.NORMALIZATIONS),
+        ("group_plus", "convnet"),
+        ("weight", "convnet"),
+    ],
 )
 def test_every_normalization_trains_and_evaluates(norm, model, tmp_path):
     dataset = make_dataset()

@@ -114,7 +114,7 @@ def test_fold_of_a_batch_norm_is_the_initialisation():
     params = initializers.data_dependent(model, model.params, model.state, X)
     t = X @ module.kernel[...]
     kernel, bias = normalization.fold_batch_norm(
-        module.kernel[...], None, 1.0, 0.0, t.mean(0), t.var(0), 1e-10
+        module.kernel[...], None, 1.0, 0.0, t.mean(0), t.var(0), epsilon=1e-10
     )
     np.testing.assert_allclose(params["kernel"], kernel, rtol=1e-5)
     np.testing.assert_allclose(params["bias"], bias, rtol=1e-5, atol=1e-5)
@@ -122,7 +122,9 @@ def test_fold_of_a_batch_norm_is_the_initialisation():
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_residual_nets_with_a_deviation_for_each_layer(norm):
-    model = regjax.from_nnx(models.ResNet((6, 6, 2), 3, widths=(4, 6), norm=norm, rngs=nnx.Rngs(0)))
+    model = regjax.from_nnx(
+        models.ResNet((6, 6, 2), 3, widths=(4, 6), normalization=norm, rngs=nnx.Rngs(0))
+    )
     asked = []
 
     def std(path):

@@ -206,7 +206,9 @@ def test_same_shapes_compile_once_and_jit_agrees():
 
 
 def test_convnet_with_batch_norm_in_train_mode(default_promotion):
-    model = regjax.from_nnx(models.ConvNet((6, 6, 1), 3, width=4, norm="batch", rngs=nnx.Rngs(0)))
+    model = regjax.from_nnx(
+        models.ConvNet((6, 6, 1), 3, width=4, normalization="batch", rngs=nnx.Rngs(0))
+    )
     random = np.random.default_rng(0)
     images = jnp.asarray(random.normal(size=(3, 3, 8, 6, 6, 1)), jnp.float32)
     labels = jnp.asarray(random.integers(3, size=(3, 3, 8)), jnp.int32)
