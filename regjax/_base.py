@@ -65,14 +65,6 @@ class ModelFn(Protocol):
         ...
 
 
-class OutputLossFn(Protocol):
-    """(outputs, targets) -> scalar, the mean over the examples."""
-
-    def __call__(self, outputs: Any, targets: Any, /) -> jax.Array:
-        """The mean loss, shape ()."""
-        ...
-
-
 def couples_examples(function: Callable[..., Tree]) -> bool:
     """Tells whether `function` says that it couples the examples of a batch.
 

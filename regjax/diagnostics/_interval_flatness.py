@@ -1,6 +1,7 @@
 """How wide a minimum is: where the loss reaches a multiple of its value there."""
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import jax
@@ -73,7 +74,8 @@ def interval_flatness(
     _checks.same_tree("direction", direction, params)
     _checks.positive("max_distance", max_distance)
     _checks.integer("num_evaluations", num_evaluations, minimum=3)
-    if not isinstance(factor, jax.Array) and not _checks.positive("factor", factor) > 1:
+    _checks.positive("factor", factor)
+    if isinstance(factor, Real) and factor <= 1:
         raise ValueError(f"`factor` must be above 1, got {factor}.")
     start = _chunks.mean(loss_fn, params, batch, chunk_size)
     norm = _tree.norm(direction)

@@ -45,7 +45,7 @@ class GatedLoss:
         return self.loss_fn(apply_gates(self.structure, self.params, gates), *batch)
 
 
-def gated_loss(structure: Structure, loss_fn: LossFn, params: Params) -> GatedLoss:
+def gated_loss(structure: Structure, loss_fn: LossFn, params: Params) -> LossFn:
     """Turns the loss into a function of gates in front of the consumers of each unit.
 
     The gates multiply parameters (`apply_gates`), so that the model stays as it is; the optimiser
@@ -58,7 +58,7 @@ def gated_loss(structure: Structure, loss_fn: LossFn, params: Params) -> GatedLo
       params: tree of parameters.
 
     Returns:
-      A `GatedLoss`: (gates, *batch) -> scalar. Other parameters compile nothing again.
+      A loss (gates, *batch) -> scalar. Other parameters compile nothing again.
 
     Raises:
       TypeError: a parameter is not real floating point.

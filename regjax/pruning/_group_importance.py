@@ -6,8 +6,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _tree
+from regjax import _checks
 from regjax._base import Tree
+from regjax._space import Space
 
 _REDUCTIONS = ("square_of_sum", "sum_of_squares", "sum_of_absolute")
 
@@ -59,8 +60,8 @@ def group_importance(
         if not jnp.issubdtype(jnp.result_type(group), jnp.integer):
             raise TypeError(f"`groups` must hold integers, got {jnp.result_type(group)}.")
         labels.append(jnp.ravel(jnp.broadcast_to(group, jnp.shape(value))))
-    dtype = _tree.vector_dtype(values)
-    products = _tree.ravel(values, dtype) * _tree.ravel(grads, dtype)
+    space = Space.of(values)
+    products = space.ravel(values) * space.ravel(grads)
     sums = functools.partial(
         jax.ops.segment_sum, segment_ids=jnp.concatenate(labels), num_segments=num_groups
     )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from regjax import _checks, _tree
 from regjax._base import Params, PRNGKey, Tree
+from regjax._space import Space
 from regjax.pruning._gates import Units
 from regjax.pruning._structure import Group, Slice, Structure
 
@@ -94,8 +95,8 @@ def random_scores(gates: Tree, *, key: PRNGKey) -> Tree:
       TypeError: a leaf is not real floating point, or `key` is not a typed key.
     """
     _checks.floating_tree("gates", gates)
-    size, dtype = _tree.size(gates), _tree.vector_dtype(gates)
-    return _tree.unravel(jax.random.uniform(_checks.key("key", key), (size,), dtype), gates)
+    space = Space.of(gates)
+    return space.unravel(jax.random.uniform(_checks.key("key", key), (space.size,), space.dtype))
 
 
 def _norms(

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _loops, _tree
 from regjax._base import Batch, LossFn, Tree, as_partial
+from regjax._space import Space
 
 
 def oracle_importance(
@@ -91,31 +92,33 @@ def _by_unit_rows(
     num_blocks = -(-length // block)
     bound = Partial(function, as_partial(gate_loss))
 
-    def fill(values: jax.Array, i: jax.Array) -> jax.Array:
+    def fill(_: None, values: jax.Array, i: jax.Array) -> jax.Array:
         # Numbers beyond the last unit give rows of zeros.
         rows = jax.nn.one_hot(i * block + jnp.arange(block, dtype=jnp.int32), size, dtype=dtype)
         found = _chunks.mean(bound, (gates, rows), batch, chunk_size)
         return jax.lax.dynamic_update_slice_in_dim(values, found, i * block, 0)
 
     zeros = jnp.zeros(num_blocks * block, dtype)
-    return _loops.fold_captured(fill, zeros, num_blocks)[:length]
+    return _loops.scan(fill, zeros, num_blocks)[:length]
 
 
 def _losses(gate_loss: Partial, at: tuple[Tree, jax.Array], *batch: Tree) -> jax.Array:
     gates, rows = at
-    flat = _tree.ravel(gates, rows.dtype)
-    without = lambda row: gate_loss(_tree.unravel(flat * (1 - row), gates), *batch)
-    return _loops.spread(without, rows).astype(rows.dtype)
+    space = Space.of(gates)
+    flat = space.ravel(gates)
+    without = lambda row: gate_loss(space.unravel(flat * (1 - row)), *batch)
+    return _loops.map(without, rows).astype(rows.dtype)
 
 
 def _products(gate_loss: Partial, at: tuple[Tree, jax.Array], *batch: Tree) -> jax.Array:
     gates, rows = at
-    flat = _tree.ravel(gates, rows.dtype)
-    gradient = jax.grad(lambda vector: gate_loss(_tree.unravel(vector, gates), *batch))
+    space = Space.of(gates)
+    flat = space.ravel(gates)
+    gradient = jax.grad(lambda vector: gate_loss(space.unravel(vector), *batch))
     along = lambda row: jnp.vdot(row, jax.jvp(gradient, (flat,), (row,))[1])
-    return _loops.spread(along, rows)
+    return _loops.map(along, rows)
 
 
 def _unravel(vector: jax.Array, gates: Tree) -> Tree:
     """Shapes `vector` as a tree like `gates`, but wide."""
-    return _tree.unravel(vector, jax.tree.map(_tree.wide, gates))
+    return Space.of(jax.tree.map(_tree.wide, gates)).unravel(vector)

@@ -117,7 +117,7 @@ def taylor_scores(
     num_batches = _num_batches(gate_loss, gates, batch, batch_size)
     loss = as_partial(gate_loss)
 
-    def add(moments: _Moments, i: jax.Array) -> _Moments:
+    def add(_: None, moments: _Moments, i: jax.Array) -> _Moments:
         return _with_first_order(moments, loss, gates, batch, i, batch_size)
 
     return _over_batches(add, gates, num_batches)
@@ -152,7 +152,7 @@ def taylor_scores_second_order(
     num_batches = _num_batches(gate_loss, gates, batch, batch_size)
     loss = as_partial(gate_loss)
 
-    def add(moments: _Moments, i: jax.Array) -> _Moments:
+    def add(_: None, moments: _Moments, i: jax.Array) -> _Moments:
         part = _part(batch, i, batch_size)
         # A loop of its own over blocks of gates, and so not inside of one program with the rest.
         diagonal = gate_hessian_diagonal(loss, gates, *part, block_size=block_size)
@@ -168,10 +168,10 @@ def _num_batches(gate_loss: LossFn, gates: Tree, batch: Batch, batch_size: int) 
 
 
 def _over_batches(
-    add: Callable[[_Moments, jax.Array], _Moments], gates: Tree, num_batches: int
+    add: Callable[[None, _Moments, jax.Array], _Moments], gates: Tree, num_batches: int
 ) -> TaylorScoresResult:
     zeros = jax.tree.map(lambda gate: jnp.zeros_like(_tree.wide(gate)), gates)
-    scores, squares = _loops.fold_captured(add, (zeros, zeros), num_batches)
+    scores, squares = _loops.scan(add, (zeros, zeros), num_batches)
     # NaN with a single batch: 0 / 0.
     error = jax.tree.map(
         lambda s: jnp.sqrt(s / jnp.asarray((num_batches - 1.0) * num_batches, s.dtype)), squares
