@@ -16,17 +16,17 @@ The batch-norm mode decides what a Hessian means:
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 from flax import core, linen, nnx
 
 from regjax import _checks
-from regjax._base import Params
+from regjax._base import ModelFn, OutputLossFn, Params, PRNGKey, State, Tree
 from regjax._base import check_separable as check_separable
 from regjax._base import couples_examples as couples_examples
+from regjax._runners import Apply, ApplyFn, CallableRunner, LinenRunner, NnxRunner, Run
 
 _MODES = ("evaluation", "train", "train_per_chunk")
 
@@ -45,14 +45,14 @@ class Model(NamedTuple):
       has_batch_statistics: whether `state` holds batch statistics.
     """
 
-    apply: Callable[..., tuple[Any, Any]]
+    apply: ApplyFn
     params: Params
-    state: Any
+    state: State
     has_batch_statistics: bool
 
 
-def from_linen(module: linen.Module, variables: Any) -> Model:
-    """A linen module and its variables as a `Model`.
+def from_linen(module: linen.Module, variables: Mapping[str, Tree]) -> Model:
+    """Turns a linen module and its variables into a `Model`.
 
     Args:
       module: its `__call__` takes the inputs, and `train`, `training`, `deterministic` or
@@ -77,7 +77,7 @@ def from_linen(module: linen.Module, variables: Any) -> Model:
 
 
 def from_nnx(module: nnx.Module) -> Model:
-    """An nnx module as a `Model` of plain dicts.
+    """Turns an nnx module into a `Model` of plain dicts.
 
     Args:
       module: called with the inputs alone; `module.train()` and `module.eval()` set its mode. It
@@ -102,11 +102,11 @@ def from_nnx(module: nnx.Module) -> Model:
     return _model(run, nnx.to_pure_dict(params), nnx.to_pure_dict(state), has_statistics)
 
 
-def from_callable(function: Callable[..., Any], params: Params, state: Any = None) -> Model:
-    """A pure function (params, inputs) -> outputs as a `Model`.
+def from_callable(function: ModelFn, params: Params, state: State = None) -> Model:
+    """Turns a pure function into a `Model`.
 
     Args:
-      function: the same object again compiles nothing again.
+      function: (params, inputs) -> outputs; the same object again compiles nothing again.
       params: tree of real floating-point arrays.
       state: tree that travels with the model unread and unchanged; {} if None.
 
@@ -139,30 +139,30 @@ class ModelFunction:
       coupled: whether the mode couples the examples.
     """
 
-    state: Any
-    key: jax.Array | None
-    apply: Callable[..., tuple[Any, Any]]
+    state: State
+    key: PRNGKey | None
+    apply: ApplyFn
     mode: str
     coupled: bool
 
     @property
     def couples_examples(self) -> bool:
-        """Whether one example's output depends on the others."""
+        """Tells whether one example's output depends on the others."""
         return self.coupled
 
     @property
     def differs_by_chunk(self) -> bool:
-        """Whether each chunk has statistics of its own, as asked for by name."""
+        """Tells whether each chunk has statistics of its own, as asked for by name."""
         return self.mode == "train_per_chunk"
 
-    def __call__(self, params: Params, inputs: Any, /) -> Any:
-        """The outputs for `inputs`, leading axis the examples."""
+    def __call__(self, params: Params, inputs: Tree, /) -> Tree:
+        """Computes the outputs for `inputs`, leading axis the examples."""
         train = self.mode != "evaluation"
         return self.apply(params, self.state, inputs, train=train, key=self.key)[0]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["function"], meta_fields=["criterion"]
+    jax.tree_util.register_dataclass, data_fields=["function"], meta_fields=["output_loss_fn"]
 )
 @dataclasses.dataclass(frozen=True)
 class ModelLoss:
@@ -170,31 +170,31 @@ class ModelLoss:
 
     Attributes:
       function: the `ModelFunction`; its state and key are the leaves, the rest is static.
-      criterion: (outputs, targets) -> scalar mean.
+      output_loss_fn: (outputs, targets) -> scalar mean.
     """
 
     function: ModelFunction
-    criterion: Callable[[Any, Any], Any]
+    output_loss_fn: OutputLossFn
 
     @property
     def couples_examples(self) -> bool:
-        """Whether the loss is more than a mean over independent examples."""
+        """Tells whether the loss is more than a mean over independent examples."""
         return self.function.couples_examples
 
     @property
     def differs_by_chunk(self) -> bool:
-        """Whether each chunk has statistics of its own, as asked for by name."""
+        """Tells whether each chunk has statistics of its own, as asked for by name."""
         return self.function.differs_by_chunk
 
-    def __call__(self, params: Any, inputs: Any, targets: Any) -> Any:
-        """The mean loss over the examples."""
-        return self.criterion(self.function(params, inputs), targets)
+    def __call__(self, params: Params, inputs: Tree, targets: Tree) -> jax.Array:
+        """Computes the mean loss over the examples."""
+        return self.output_loss_fn(self.function(params, inputs), targets)
 
 
 def model_function(
-    model: Model, *, mode: str = "evaluation", key: jax.Array | None = None
+    model: Model, *, mode: str = "evaluation", key: PRNGKey | None = None
 ) -> ModelFunction:
-    """The model as (params, inputs) -> outputs.
+    """Binds state and mode: the model as (params, inputs) -> outputs.
 
     Args:
       model: from one of the adapters.
@@ -219,17 +219,17 @@ def model_function(
 
 def model_loss(
     model: Model,
-    criterion: Callable[[Any, Any], Any],
+    output_loss_fn: OutputLossFn,
     *,
     mode: str = "evaluation",
-    key: jax.Array | None = None,
+    key: PRNGKey | None = None,
 ) -> ModelLoss:
-    """The model's loss as (params, inputs, targets) -> scalar.
+    """Binds state and mode: the model's loss as (params, inputs, targets) -> scalar.
 
     Args:
       model: from one of the adapters.
-      criterion: (outputs, targets) -> scalar, the mean over the examples; hashable and static,
-        the same object again compiles nothing again.
+      output_loss_fn: (outputs, targets) -> scalar, the mean over the examples; hashable and
+        static, the same object again compiles nothing again.
       mode: as in `model_function`.
       key: as in `model_function`.
 
@@ -238,102 +238,13 @@ def model_loss(
 
     Raises:
       ValueError: `mode` is unknown.
-      TypeError: `key` is not a typed key, or `criterion` is not callable.
+      TypeError: `key` is not a typed key, or `output_loss_fn` is not callable.
     """
-    if not callable(criterion):
-        raise TypeError(f"`criterion` must be callable, got {type(criterion).__name__}.")
-    return ModelLoss(model_function(model, mode=mode, key=key), criterion)
+    if not callable(output_loss_fn):
+        raise TypeError(f"`output_loss_fn` must be callable, got {type(output_loss_fn).__name__}.")
+    return ModelLoss(model_function(model, mode=mode, key=key), output_loss_fn)
 
 
-def _model(run: Any, params: Params, state: Any, has_batch_statistics: bool) -> Model:
-    apply = _Apply(run, jax.tree.structure(params), jax.tree.structure(state))
+def _model(run: Run, params: Params, state: State, has_batch_statistics: bool) -> Model:
+    apply = Apply(run, jax.tree.structure(params), jax.tree.structure(state))
     return Model(apply, params, state, has_batch_statistics)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Apply:
-    """Checks the trees: nnx would pair the leaves of another model by position, silently."""
-
-    run: Callable[..., tuple[Any, Any]]
-    params_structure: Any
-    state_structure: Any
-
-    def __call__(
-        self, params: Params, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[Any, Any]:
-        for name, tree, expected in (
-            ("params", params, self.params_structure),
-            ("state", state, self.state_structure),
-        ):
-            if jax.tree.structure(tree) != expected:
-                raise ValueError(
-                    f"`{name}` must have the tree structure of the model's, {expected}, "
-                    f"got {jax.tree.structure(tree)}."
-                )
-        return self.run(params, state, inputs, train, key)
-
-
-@dataclasses.dataclass(frozen=True)
-class LinenRunner:
-    module: linen.Module
-
-    def __call__(
-        self, params: Any, state: Any, inputs: Any, train: bool, key: Any
-    ) -> tuple[Any, Any]:
-        variables = {"params": params, **state}
-        options = _mode_options(type(self.module), train)
-        if not train:
-            return self.module.apply(variables, inputs, **options), state
-        outputs, new_state = self.module.apply(
-            variables,
-            inputs,
-            rngs=None if key is None else {"dropout": key},
-            mutable=list(state),
-            **options,
-        )
-        return outputs, {**state, **new_state}
-
-
-def _mode_options(module_type: type, train: bool) -> dict[str, bool]:
-    meanings = {
-        "train": train,
-        "training": train,
-        "deterministic": not train,
-        "use_running_average": not train,
-    }
-    taken = inspect.signature(module_type.__call__).parameters
-    return {name: value for name, value in meanings.items() if name in taken}
-
-
-@dataclasses.dataclass(frozen=True)
-class NnxRunner:
-    evaluation: nnx.GraphDef
-    training: nnx.GraphDef
-
-    def __call__(
-        self, params: Any, state: Any, inputs: Any, train: bool, key: Any
-    ) -> tuple[Any, Any]:
-        # Merged from plain dicts: Variables of an outer trace may not be changed in an inner one.
-        module = nnx.merge(self.training if train else self.evaluation, params, state)
-        if train and key is not None:
-            _reseed(module, key)
-        outputs = module(inputs)
-        if not train:
-            return outputs, state
-        return outputs, nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
-
-
-def _reseed(module: nnx.Module, key: jax.Array) -> None:
-    streams = [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
-    tags = sorted({stream.key.tag for stream in streams})
-    nnx.reseed(module, **{tag: jax.random.fold_in(key, i) for i, tag in enumerate(tags)})
-
-
-@dataclasses.dataclass(frozen=True)
-class CallableRunner:
-    function: Callable[..., Any]
-
-    def __call__(
-        self, params: Any, state: Any, inputs: Any, train: bool, key: Any
-    ) -> tuple[Any, Any]:
-        return self.function(params, inputs), state

@@ -36,6 +36,9 @@ Mask: TypeAlias = Any
 Tree: TypeAlias = Any
 """Any other tree of arrays; what its leaves are is said where it is used."""
 
+OutputLossFn: TypeAlias = Callable[[Any, Any], jax.Array]
+"""(outputs, targets) -> scalar, the mean over the examples."""
+
 PRNGKey: TypeAlias = jax.Array
 """Typed key from `jax.random.key`."""
 
@@ -49,29 +52,21 @@ Callback: TypeAlias = Callable[[int, int], None]
 class LossFn(Protocol):
     """(params, *batch) -> scalar, the mean over the examples."""
 
-    def __call__(self, params: Params, /, *batch: Any) -> jax.Array:
-        """The mean loss, shape ()."""
+    def __call__(self, params: Params, /, *batch: Tree) -> jax.Array:
+        """Returns the mean loss, shape ()."""
         ...
 
 
 class ModelFn(Protocol):
     """(params, inputs) -> outputs, leading axis the examples."""
 
-    def __call__(self, params: Params, inputs: Any, /) -> Any:
-        """The outputs."""
+    def __call__(self, params: Params, inputs: Tree, /) -> Tree:
+        """Returns the outputs."""
         ...
 
 
-class OutputLossFn(Protocol):
-    """(outputs, targets) -> scalar, the mean over the examples."""
-
-    def __call__(self, outputs: Any, targets: Any, /) -> jax.Array:
-        """The mean loss, shape ()."""
-        ...
-
-
-def couples_examples(function: Any) -> bool:
-    """Whether `function` says that it couples the examples of a batch.
+def couples_examples(function: Callable[..., Tree]) -> bool:
+    """Tells whether `function` says that it couples the examples of a batch.
 
     Args:
       function: a loss or a model, perhaps inside of `functools.partial` or `jax.tree_util.Partial`.
@@ -82,18 +77,18 @@ def couples_examples(function: Any) -> bool:
     return _says(function, "couples_examples")
 
 
-def differs_by_chunk(function: Any) -> bool:
-    """Whether `function` says that each chunk of a batch is meant to be another function."""
+def differs_by_chunk(function: Callable[..., Tree]) -> bool:
+    """Tells whether `function` says that each chunk of a batch is meant to be another function."""
     return _says(function, "differs_by_chunk")
 
 
-def _says(function: Any, name: str) -> bool:
+def _says(function: Callable[..., Tree], name: str) -> bool:
     while isinstance(function, functools.partial) and not hasattr(function, name):
         function = function.func
     return bool(getattr(function, name, False))
 
 
-def check_separable(loss_fn: LossFn, params: Params, *batch: Any, tolerance: float = 1e-4) -> None:
+def check_separable(loss_fn: LossFn, params: Params, *batch: Tree, tol: float = 1e-4) -> None:
     """Checks that a loss is a mean over independent examples, by splitting the batch unevenly.
 
     Evaluates the loss three times, outside of `jit`.
@@ -103,14 +98,14 @@ def check_separable(loss_fn: LossFn, params: Params, *batch: Any, tolerance: flo
       params: tree of parameters.
       *batch: arrays with a leading axis of at least two examples. Of two, the parts are equal, and
         a mean that forgets the sizes goes unnoticed.
-      tolerance: allowed difference between the loss of the whole batch and the size-weighted mean
+      tol: allowed difference between the loss of the whole batch and the size-weighted mean
         of two unequal parts, relative to the largest magnitude of the three losses.
 
     Raises:
       ValueError: the losses differ (a sum, or batch norm in train mode), are not finite scalars,
         or there are fewer than two examples.
     """
-    _checks.non_negative("tolerance", tolerance)
+    _checks.non_negative("tol", tol)
     length = _checks.num_examples(batch)
     if length < 2:
         raise ValueError(f"`batch` must hold at least two examples to be split, got {length}.")
@@ -121,7 +116,7 @@ def check_separable(loss_fn: LossFn, params: Params, *batch: Any, tolerance: flo
     mean = (cut * one + (length - cut) * two) / length
     # At a minimum of zero the losses are squares of rounding, and no mean of one another.
     rounding = float(jnp.finfo(_tree.vector_dtype(params)).eps) ** 2
-    if abs(whole - mean) > tolerance * max(abs(whole), abs(one), abs(two)) + rounding:
+    if abs(whole - mean) > tol * max(abs(whole), abs(one), abs(two)) + rounding:
         raise ValueError(
             f"`loss_fn` must be the mean over independent examples: the whole batch gives "
             f"{whole:.6g}, the size-weighted mean of {cut} and {length - cut} examples gives "
@@ -129,14 +124,14 @@ def check_separable(loss_fn: LossFn, params: Params, *batch: Any, tolerance: flo
         )
 
 
-def as_partial(function: Callable[..., Any]) -> Any:
-    """`function` as a pytree: as it is if it is one already, else a static function."""
+def as_partial(function: Callable[..., Tree]) -> Any:
+    """Returns `function` as a pytree: as it is if it is one already, else a static function."""
     leaves = jax.tree.leaves(function)
     is_plain = len(leaves) == 1 and leaves[0] is function
     return Partial(function) if is_plain else function
 
 
-def check_loss(loss_fn: Callable[..., Any], params: Params, batch: Batch) -> None:
+def check_loss(loss_fn: Callable[..., Tree], params: Params, batch: Batch) -> None:
     """Checks, without evaluating it, that `loss_fn` gives a scalar."""
     _checks.floating_tree("params", params)
     # A second call for the same shapes traces nothing.
@@ -147,12 +142,12 @@ def check_loss(loss_fn: Callable[..., Any], params: Params, batch: Batch) -> Non
 
 
 @jax.jit
-def applied(function: Any, params: Params, batch: Batch) -> Any:
-    """function(params, *batch), compiled once for a function that is a pytree."""
+def applied(function: Callable[..., Tree], params: Params, batch: Batch) -> Tree:
+    """Calls function(params, *batch), compiled once for a function that is a pytree."""
     return function(params, *batch)
 
 
-def _finite_scalar(loss: Any) -> float:
+def _finite_scalar(loss: jax.Array) -> float:
     if jnp.shape(loss) != ():
         raise ValueError(f"`loss_fn` must return a scalar, got shape {jnp.shape(loss)}.")
     if not jnp.isfinite(loss):

@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+Number = TypeVar("Number")
 
-def integer(name: str, value: Any, *, minimum: int = 1, maximum: int | None = None) -> int:
+_Tree: TypeAlias = Any  # `_base` stands on this file
+
+
+def integer(name: str, value: object, *, minimum: int = 1, maximum: int | None = None) -> int:
     """Returns `value` as an `int` between `minimum` and `maximum`, or raises naming `name`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be a Python integer, got {value!r}.")
@@ -19,44 +23,43 @@ def integer(name: str, value: Any, *, minimum: int = 1, maximum: int | None = No
     return value
 
 
-def non_negative(name: str, value: Any) -> Any:
+def non_negative(name: str, value: Number) -> Number:
     """Returns `value`, a number that is not negative as far as can be seen at trace time."""
     if not isinstance(value, jax.Array) and not _real(name, value) >= 0:
         raise ValueError(f"`{name}` must be non-negative, got {value}.")
     return value
 
 
-def positive(name: str, value: Any) -> Any:
+def positive(name: str, value: Number) -> Number:
     """Returns `value`, a number above zero as far as can be seen at trace time."""
     if not isinstance(value, jax.Array) and not _real(name, value) > 0:
         raise ValueError(f"`{name}` must be positive, got {value}.")
     return value
 
 
-def _real(name: str, value: Any) -> float:
+def _real(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a real number, got {value!r}.")
     return float(value)
 
 
-def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+def choice(name: str, value: str, allowed: Sequence[str]) -> str:
     """Returns `value` if it is one of `allowed`, else raises ValueError."""
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
     return value
 
 
-def key(name: str, value: Any) -> jax.Array:
+def key(name: str, value: object) -> jax.Array:
     """Returns `value` if it is one typed PRNG key, else raises TypeError."""
-    is_key = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-    if not is_key:
+    if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         raise TypeError(f"`{name}` must be a typed key from jax.random.key, got {value!r}.")
     if value.shape:
         raise ValueError(f"`{name}` must be a single key, got an array of shape {value.shape}.")
     return value
 
 
-def floating_tree(name: str, tree: Any) -> Any:
+def floating_tree(name: str, tree: _Tree) -> _Tree:
     """Returns `tree` if it has leaves and all of them are real floating-point arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
@@ -70,7 +73,7 @@ def floating_tree(name: str, tree: Any) -> Any:
     return tree
 
 
-def same_structure(name: str, tree: Any, like: Any) -> Any:
+def same_structure(name: str, tree: _Tree, like: _Tree) -> _Tree:
     """Returns `tree` if it has the structure of `like`."""
     structure: Any = jax.tree.structure(tree)
     expected: Any = jax.tree.structure(like)
@@ -79,7 +82,7 @@ def same_structure(name: str, tree: Any, like: Any) -> Any:
     return tree
 
 
-def same_tree(name: str, tree: Any, like: Any, *, leading: tuple[int, ...] = ()) -> Any:
+def same_tree(name: str, tree: _Tree, like: _Tree, *, leading: tuple[int, ...] = ()) -> _Tree:
     """Returns `tree` if it has the structure of `like` and shapes `leading + like's shapes`."""
     same_structure(name, tree, like)
     for (path, leaf), reference in zip(
@@ -93,7 +96,7 @@ def same_tree(name: str, tree: Any, like: Any, *, leading: tuple[int, ...] = ())
     return tree
 
 
-def bool_tree(name: str, tree: Any) -> Any:
+def bool_tree(name: str, tree: _Tree) -> _Tree:
     """Returns `tree` if all leaves are boolean arrays."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.result_type(leaf) != jnp.bool_:
@@ -104,8 +107,8 @@ def bool_tree(name: str, tree: Any) -> Any:
     return tree
 
 
-def mask_leaves(mask: Any, like: Any) -> list[bool]:
-    """One bool for each leaf of `like`; None takes all."""
+def mask_leaves(mask: _Tree, like: _Tree) -> list[bool]:
+    """Returns one bool for each leaf of `like`; None takes all."""
     if mask is None:
         return [True] * len(jax.tree.leaves(like))
     leaves = jax.tree.leaves(same_structure("mask", mask, like))
@@ -115,7 +118,7 @@ def mask_leaves(mask: Any, like: Any) -> list[bool]:
     return leaves
 
 
-def num_examples(batch: Any) -> int:
+def num_examples(batch: _Tree) -> int:
     """Returns the length of the leading axis that all leaves of `batch` share."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:

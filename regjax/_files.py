@@ -14,11 +14,16 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from regjax._base import Tree
+
+Json: TypeAlias = dict[str, Any]
+"""What JSON calls an object."""
 
 _SCHEMA = "regjax.checkpoint"
 _VERSION = 1
@@ -43,7 +48,7 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` at the end: readers see the old one or the new one.
+    """Opens a file that takes the place of `path` at the end: readers see either one whole.
 
     The bytes go to a hidden name in the same folder and reach the disk before they take the place
     of `path`, so that a process killed at any time, or a power cut, leaves a whole file.
@@ -61,7 +66,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any]) -> None:
+def save(path: str | os.PathLike[str], tree: Tree, *, metadata: Json) -> None:
     """Writes a tree to a file, atomically: `path` is the old file or the new one, never a part.
 
     Args:
@@ -77,7 +82,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any]) -
       CheckpointError: the file cannot be written.
     """
     path = Path(path)
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray] = {}
     table = []
     for name, leaf in _named_leaves(tree):
         if name in arrays:
@@ -94,7 +99,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any]) -
 
 
 def _write(file: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
-    """As `np.savez`, but without the copies that it makes of each array while it holds the GIL."""
+    """Writes as `np.savez`, but without its copies of each array while it holds the GIL."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             array = np.asarray(array, order="C")
@@ -104,7 +109,7 @@ def _write(file: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
                 member.write(array.reshape(-1).view(np.uint8).data)
 
 
-def load(path: str | os.PathLike[str], like: Any) -> Any:
+def load(path: str | os.PathLike[str], like: Tree) -> Tree:
     """Reads the tree that `save` wrote, bit for bit, and checks it against an example.
 
     Containers without leaves are not in the file; those of the result are the example's.
@@ -135,7 +140,7 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike[str]) -> Json:
     """Reads the metadata that `save` was given, without the arrays.
 
     Args:
@@ -152,21 +157,21 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _read_header(path, archive)["metadata"]
 
 
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def _named_leaves(tree: Tree) -> list[tuple[str, Tree]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [("tree" + jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
 
 
-def _has_dtype(leaf: Any, kind: Any) -> bool:
+def _has_dtype(leaf: object, kind: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", np.object_), kind)
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: object) -> bool:
     return _has_dtype(leaf, jax.dtypes.prng_key)
 
 
-def _signature(name: str, leaf: Any) -> dict[str, Any]:
-    """The row of the table that a leaf, or its ShapeDtypeStruct, stands for."""
+def _signature(name: str, leaf: Any) -> Json:
+    """Returns the row of the table that a leaf, or its ShapeDtypeStruct, stands for."""
     if type(leaf) in _PYTHON_TYPES:
         return {"name": name, "dtype": f"Python {type(leaf).__name__}", "shape": []}
     if any(_has_dtype(leaf, kind) for kind in (np.number, np.bool_, jax.dtypes.prng_key)):
@@ -177,7 +182,7 @@ def _signature(name: str, leaf: Any) -> dict[str, Any]:
 
 
 def _stored_dtype(leaf: Any) -> np.dtype:
-    """The dtype in the file: unsigned integers for bfloat16 and others that NumPy does not know."""
+    """Returns the dtype in the file: unsigned integers for those that NumPy does not know."""
     if type(leaf) in _PYTHON_TYPES:
         return _PYTHON_TYPES[type(leaf)]
     if _is_key(leaf):
@@ -186,7 +191,7 @@ def _stored_dtype(leaf: Any) -> np.dtype:
     return dtype if dtype.isbuiltin != 2 else np.dtype(f"uint{8 * dtype.itemsize}")
 
 
-def _encode(name: str, leaf: Any) -> tuple[np.ndarray, dict[str, Any]]:
+def _encode(name: str, leaf: Any) -> tuple[np.ndarray, Json]:
     entry, dtype = _signature(name, leaf), _stored_dtype(leaf)
     if _is_key(leaf):
         entry["key_impl"] = str(jax.random.key_impl(leaf))
@@ -199,7 +204,7 @@ def _encode(name: str, leaf: Any) -> tuple[np.ndarray, dict[str, Any]]:
     return np.asarray(leaf).view(dtype), entry
 
 
-def _decode(path: Path, name: str, leaf: Any, entry: dict[str, Any], stored: np.ndarray) -> Any:
+def _decode(path: Path, name: str, leaf: Any, entry: Json, stored: np.ndarray) -> Tree:
     shape = stored.shape[:-1] if _is_key(leaf) else stored.shape
     if stored.dtype != _stored_dtype(leaf) or list(shape) != entry["shape"]:
         raise CheckpointError(
@@ -220,7 +225,7 @@ def _decode(path: Path, name: str, leaf: Any, entry: dict[str, Any], stored: np.
     return jnp.asarray(array)
 
 
-def _check_table(path: Path, table: dict[str, Any], named: list[tuple[str, Any]]) -> None:
+def _check_table(path: Path, table: Json, named: list[tuple[str, Tree]]) -> None:
     """Checks paths, shapes and dtypes, before any array is read."""
     expected = {name: _signature(name, leaf) for name, leaf in named}
     rule = f"{path} must be a checkpoint of the same model and optimiser: "
@@ -255,7 +260,7 @@ def _open(path: Path) -> zipfile.ZipFile:
         raise _damaged(path, error) from error
 
 
-def _read_header(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
+def _read_header(path: Path, archive: zipfile.ZipFile) -> Json:
     if "header.npy" not in archive.namelist():
         raise _not_ours(path)
     try:
@@ -288,7 +293,7 @@ def _not_ours(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} must be a checkpoint of regjax, got another kind of file.")
 
 
-def _to_json(header: dict[str, Any]) -> str:
+def _to_json(header: Json) -> str:
     metadata = header["metadata"]
     try:
         if isinstance(metadata, dict):

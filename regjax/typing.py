@@ -1,5 +1,7 @@
 """The types of public signatures, for annotations of one's own."""
 
+from regjax._adapters import ModelFunction as ModelFunction
+from regjax._adapters import ModelLoss as ModelLoss
 from regjax._base import Batch as Batch
 from regjax._base import Callback as Callback
 from regjax._base import GradFn as GradFn

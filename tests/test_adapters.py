@@ -310,7 +310,7 @@ def test_wrong_arguments_are_named():
         regjax.model_loss(model, oracles.cross_entropy, mode="eval")
     with pytest.raises(TypeError, match="`key` must be a typed key"):
         regjax.model_function(model, mode="train", key=0)
-    with pytest.raises(TypeError, match="`criterion` must be callable, got str"):
+    with pytest.raises(TypeError, match="`output_loss_fn` must be callable, got str"):
         regjax.model_loss(model, "cross_entropy")
     with pytest.raises(TypeError, match=r"must be a flax\.nnx\.Module, got LinenNet"):
         regjax.from_nnx(LinenNet())

@@ -1,13 +1,20 @@
 """The rules of the house that a program can check: layers, imports, names, docstrings, loops."""
 
 import ast
+import collections.abc
 import importlib
 import inspect
 import pathlib
 import re
 import types
+import typing
 
+import matplotlib.axes
+import matplotlib.figure
+import mpl_toolkits.mplot3d
 import pytest
+
+from regjax import curvature
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "regjax"
@@ -31,11 +38,13 @@ ROOMS = sorted(room for room in LAYERS if (PACKAGE / room / "__init__.py").exist
 # Everywhere else a loop goes through `_loops.py`, which knows about slow convolutions. These bodies
 # hold dense linear algebra on the basis alone, never a product or a gradient.
 LOOPS = {
-    "regjax.curvature._accumulation": {"fori_loop"},  # slabs of columns
     "regjax._loops": {"scan", "while_loop", "cond", "switch"},
-    "regjax.curvature._basis": {"fori_loop", "cond"},  # filled blocks only; slabs of columns
+    "regjax.curvature._engine._accumulation": {"fori_loop"},  # slabs of columns
+    "regjax.curvature._engine._basis": {"fori_loop", "cond"},  # filled blocks only; slabs
     "regjax.curvature._lanczos": {"cond"},  # a second pass
 }
+# What is multiplied knows nothing of how it runs, and neither of the methods.
+FLOORS = ("regjax.curvature._operators", "regjax.curvature._engine", "regjax.curvature")
 CONTROL_FLOW = {"scan", "while_loop", "fori_loop", "map", "cond", "switch", "associative_scan"}
 
 
@@ -112,7 +121,7 @@ def control_flow(source):
 @pytest.mark.parametrize(
     ("module", "target", "allowed"),
     [
-        ("regjax.curvature._eigen", "regjax._tree", True),
+        ("regjax.curvature._eigen", "regjax._space", True),
         ("regjax.curvature._eigen", "regjax.curvature._lanczos", True),
         ("regjax.experiments._training", "regjax.models", True),
         ("regjax", "regjax.curvature", True),
@@ -138,6 +147,22 @@ def test_the_readers_of_source_find_what_they_look_for():
     assert control_flow("jax.lax.scan(f)\nlax.map(g)\njax.tree.map(h)") == {"scan", "map"}
 
 
+def floor_of(module):
+    """The floor of a module of the curvature room; None for what all floors stand on."""
+    if module == "regjax.curvature._precision":
+        return None
+    return next((i for i, floor in enumerate(FLOORS) if module.startswith(f"{floor}.")), None)
+
+
+def test_floors_of_curvature():
+    for path in FILES:
+        module = module_name(path)
+        here = floor_of(module)
+        for target in imports(path.read_text(), module, NAMES) if here is not None else ():
+            there = floor_of(target)
+            assert there is None or there <= here, f"{module} imports {target}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_arrows_point_down(path):
     module = module_name(path)
@@ -153,7 +178,7 @@ def test_no_import_cycle():
 
 
 def test_every_folder_is_a_known_room():
-    folders = {path.parent.name for path in FILES if path.parent != PACKAGE}
+    folders = {path.relative_to(PACKAGE).parts[0] for path in FILES if path.parent != PACKAGE}
     assert folders <= set(LAYERS)
 
 
@@ -187,12 +212,12 @@ def public_methods(cls):
 def missing_sections(function):
     """What the docstring of `function` lacks: itself, `Args`, an argument's name, or `Returns`.
 
-    The stages of a solver (init, step, result) say their arguments at the plain function.
+    A function that makes a solver has the arguments of the plain function, which says them.
     """
     text = inspect.getdoc(function)
     if not text:
         return ["docstring"]
-    if re.search(r"_(init|step|result)$", function.__name__):
+    if function.__name__.endswith("_solver"):
         return []
     signature = inspect.signature(function)
     arguments = [name for name in signature.parameters if name != "self"]
@@ -231,8 +256,44 @@ def test_every_public_name_is_documented(name, value):
     assert not text.startswith(f"{value.__name__}("), f"{name} has no docstring of its own"
     fields = [field for field in getattr(value, "_fields", ()) if not field.startswith("_")]
     assert [field for field in fields if not re.search(rf"\b{field}\b", text)] == []
-    undocumented = [method for method, function in public_methods(value) if not function.__doc__]
+    undocumented = [m for m, _ in public_methods(value) if not inspect.getdoc(getattr(value, m))]
     assert undocumented == []
+
+
+# What the room of figures imports only while types are checked.
+ONLY_FOR_TYPES = {
+    "Axes": matplotlib.axes.Axes,
+    "Axes3D": mpl_toolkits.mplot3d.Axes3D,
+    "Figure": matplotlib.figure.Figure,
+    "Sequence": collections.abc.Sequence,
+    "DensityCurveResult": curvature.DensityCurveResult,
+}
+
+
+def types_in(annotation):
+    """The classes and type variables that an annotation is made of."""
+    arguments = typing.get_args(annotation)
+    if not arguments:
+        return {annotation}
+    parts = [part for a in arguments for part in (a if isinstance(a, list) else [a])]
+    return set().union(*(types_in(part) for part in parts), {typing.get_origin(annotation)})
+
+
+@pytest.mark.parametrize(("name", "value"), list(public_objects()))
+def test_types_in_public_signatures_have_public_names(name, value):
+    if not inspect.isfunction(value):
+        return
+    public = {id(value) for _, value in public_objects()} | {
+        id(value) for value in vars(importlib.import_module("regjax.typing")).values()
+    }
+    hints = typing.get_type_hints(value, localns=ONLY_FOR_TYPES)
+    found = set().union(*map(types_in, hints.values()), set())
+    ours = [
+        kind
+        for kind in found
+        if getattr(kind, "__module__", "").startswith("regjax") and inspect.isclass(kind)
+    ]
+    assert [kind for kind in ours if id(kind) not in public] == [], name
 
 
 def test_constraints_hold_names_and_versions_only():

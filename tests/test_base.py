@@ -64,9 +64,9 @@ def test_the_tolerance_of_check_separable_is_relative_to_the_loss(scale):
 
     regjax.check_separable(almost, jnp.float32(2 * scale), INPUTS)
     with pytest.raises(ValueError, match="mean over independent"):
-        regjax.check_separable(almost, jnp.float32(2 * scale), INPUTS, tolerance=5e-7)
-    with pytest.raises(ValueError, match="`tolerance` must be non-negative, got -1"):
-        regjax.check_separable(mean, jnp.float32(2), INPUTS, tolerance=-1)
+        regjax.check_separable(almost, jnp.float32(2 * scale), INPUTS, tol=5e-7)
+    with pytest.raises(ValueError, match="`tol` must be non-negative, got -1"):
+        regjax.check_separable(mean, jnp.float32(2), INPUTS, tol=-1)
 
 
 def test_check_separable_names_what_it_cannot_judge():

@@ -121,7 +121,7 @@ def test_the_accelerators_networks_have_the_sizes_that_are_quoted():
     modules = {
         124_475_904: lambda: GPT(rngs=nnx.Rngs(0), **gpt),
         11_173_962: lambda: ResNet(
-            shape, 10, widths=resnet["widths"], norm="batch", rngs=nnx.Rngs(0)
+            shape, 10, widths=resnet["widths"], normalization="batch", rngs=nnx.Rngs(0)
         ),
     }
     for count, build in modules.items():

@@ -29,7 +29,7 @@ class Linen(linen.Module):
 def test_mean_over_the_batches_whatever_the_momentum(norm, momentum):
     module = Linen(norm, momentum)
     model = regjax.from_linen(module, module.init(jax.random.key(0), BATCHES[0], train=False))
-    state = regjax.population_statistics(model.apply, model.params, model.state, iter(BATCHES))
+    state = regjax.population_statistics(model, model.params, iter(BATCHES))
     found = next(iter(state["batch_stats"].values()))
     x = np.asarray(BATCHES, np.float64)
     np.testing.assert_allclose(found["mean"], x.mean((0, 1)), rtol=1e-5)
@@ -38,14 +38,16 @@ def test_mean_over_the_batches_whatever_the_momentum(norm, momentum):
     # flax's E[x^2] - E[x]^2 cancels at a mean of 300.
     np.testing.assert_allclose(found["var"], variances.mean(0), rtol=2e-2 if is_flax else 1e-4)
     if not is_flax:
-        exact = normalization.exact_population_statistics(x.mean(1), x.var(1), 12)[1]
+        exact = normalization.exact_population_statistics(x.mean(1), x.var(1), num_values=12)[1]
         np.testing.assert_allclose(found["var"], exact, rtol=1e-4)
 
 
 def test_evaluation_then_is_the_population_layer_and_other_state_stays():
-    model = regjax.from_nnx(models.MLP((1, 1, 5), 3, width=8, norm="noisy", rngs=nnx.Rngs(0)))
+    model = regjax.from_nnx(
+        models.MLP((1, 1, 5), 3, width=8, normalization="noisy", rngs=nnx.Rngs(0))
+    )
     inputs = [x.reshape(-1, 1, 1, 5) for x in BATCHES]
-    state = regjax.population_statistics(model.apply, model.params, model.state, inputs)
+    state = regjax.population_statistics(model, model.params, inputs)
     first = np.concatenate(BATCHES) @ np.asarray(model.params["layer_0"]["layer"]["kernel"])
     norm = state["layer_0"]["norm"]
     np.testing.assert_allclose(norm["mean"], first.mean(0), rtol=1e-4, atol=1e-3)
@@ -59,7 +61,7 @@ def test_evaluation_then_is_the_population_layer_and_other_state_stays():
 
 def test_a_model_without_statistics_keeps_its_state():
     model = regjax.from_callable(lambda p, x: x @ p, jnp.ones((5, 2)), {"table": jnp.ones(3)})
-    state = regjax.population_statistics(model.apply, model.params, model.state, BATCHES)
+    state = regjax.population_statistics(model, model.params, BATCHES)
     np.testing.assert_array_equal(state["table"], 1)
     with pytest.raises(ValueError, match="`batches` must hold at least one batch, got none"):
-        regjax.population_statistics(model.apply, model.params, model.state, [])
+        regjax.population_statistics(model, model.params, [])

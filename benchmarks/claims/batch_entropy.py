@@ -126,7 +126,7 @@ def _epoch(
         logits, entropies = _outputs(params, x[rows])
         task = _networks.cross_entropy(logits, y[rows])
         return task + regularizers.layerwise_batch_entropy(
-            task, entropies, params["targets"], strength=strength, min_target=_MIN_TARGET
+            task, entropies, params["targets"], strength=strength, min_target_entropy=_MIN_TARGET
         )
 
     def step(carry: Any, rows: jax.Array) -> Any:

@@ -18,10 +18,15 @@ from regjax import diagnostics, regularizers
 _WIDTH, _RATE, _KEEPS = 300, 0.05, (0.5, 0.2)  # full-batch gradient descent
 _LINE_WIDTH, _LINE_POINTS, _LINE_RATE, _LINE_SEEDS = 100, 20, 1e-3, 5  # Adam
 _NOISE_KEEP, _MASKS, _DIRECTIONS = 0.5, 32, 10
-_NOISE = (
-    "hessian_trace", "hessian_trace_error", "alignment", "alignment_error",
-    "null_alignment", "null_alignment_error", "null_deviation",
-)  # fmt: skip
+_NOISE = {  # as recorded, and as measured
+    "hessian_trace": "hessian_trace",
+    "hessian_trace_error": "hessian_trace_standard_error",
+    "alignment": "alignment",
+    "alignment_error": "alignment_standard_error",
+    "null_alignment": "null_alignment",
+    "null_alignment_error": "null_alignment_standard_error",
+    "null_deviation": "null_std",
+}
 _AGREE, _LOUD = 0.15, (0.01, 0.03, 0.1)  # the latter of the largest amplitude
 _DATA: dict[str, tuple[Callable[[], _networks.Split], int, int]] = {  # with steps and seeds
     "digits": (_networks.digits, 5000, 5),
@@ -59,7 +64,7 @@ def _run(settings: Settings) -> dict[str, float]:
     params = _descend(_LOSSES["relu", method], _SGD, steps, params, key, x, y, keep)
     noise = diagnostics.dropout_noise_alignment(
         _RISK, Partial(_LOSSES["relu", "dropout"], x=x, y=y, keep=_NOISE_KEEP), params, x, y,
-        key=jax.random.key(seed), num_masks=_MASKS, num_directions=_DIRECTIONS,
+        key=jax.random.key(seed), num_samples=_MASKS, num_directions=_DIRECTIONS,
     )  # fmt: skip
     cosines = diagnostics.condensation(params[0]["kernel"], params[0]["bias"]).cosines
     return {
@@ -67,7 +72,7 @@ def _run(settings: Settings) -> dict[str, float]:
         "risk": float(_risk(jax.nn.relu, params, x, y)),
         "penalty": float(_penalty(jax.nn.relu, params, x, 0.5)),
         "pairs": float(jnp.mean(cosines[jnp.triu_indices(_WIDTH, 1)] > 0.95)),
-        **{name: float(getattr(noise, name)) for name in _NOISE},
+        **{name: float(getattr(noise, field)) for name, field in _NOISE.items()},
         "rank_correlation": _rank_correlation(noise.eigenvalues, noise.curvatures),
     }
 

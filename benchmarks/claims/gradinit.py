@@ -48,7 +48,7 @@ def _run(settings: Settings) -> dict[str, float]:
             _batches(split, seed, settings["iterations"]),
             gradient_norm_bound=_BOUND,
             learning_rate=_RATE,
-            step_size=_STEP,
+            first_step_learning_rate=_STEP,
         ).params
     trained = _networks.train(
         params,

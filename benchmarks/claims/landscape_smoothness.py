@@ -99,7 +99,9 @@ def _step(
 def _probed_step(
     layers: Any, apply: Any, loss: Any, params: Any, state: Any, x: Any, y: Any, rate: Any
 ) -> Any:
-    probe = diagnostics.line_probe(loss, params, x, y, step_sizes=rate * jnp.geomspace(0.5, 4.0, 8))
+    probe = diagnostics.line_probe(
+        loss, params, x, y, learning_rates=rate * jnp.geomspace(0.5, 4.0, 8)
+    )
     moved = jax.tree.map(lambda w, g: w - rate * g, params, jax.grad(loss)(params, x, y))
     shift = diagnostics.internal_covariate_shift(loss, params, moved, x, y, layers=layers)
     _, state = apply(params, state, x, train=True, key=loss.function.key)
@@ -107,8 +109,8 @@ def _probed_step(
         jnp.max(probe.losses) - jnp.min(probe.losses),
         jnp.max(probe.gradient_distances),
         jnp.max(probe.smoothness),
-        jnp.mean(shift.cosine[1:]),
-        shift.cosine[3],
+        jnp.mean(shift.cosines[1:]),
+        shift.cosines[3],
     )
     return moved, state, jnp.stack(numbers)
 
@@ -144,7 +146,7 @@ def _descend_linear(
             loss, params, descend(params), x, y, layers=layers
         )
         params = jax.lax.fori_loop(0, _LINEAR_EVERY, lambda _, p: descend(p), params)
-        return params, shift.cosine[1:]
+        return params, shift.cosines[1:]
 
     params, cosines = jax.lax.scan(look, params, None, length=num_looks)
     return cosines, loss(params, x, y)

@@ -114,7 +114,7 @@ def _run(settings: Settings) -> dict[str, float]:
         "accuracy": right(x_test),
         "accuracy_off": right(x_test + _OFF * aside),
         "change": report.change,
-        "ratio": report.ratio,
+        "ratio": report.norm_ratio,
         "law": complexity(end) / _law(end) if options.is_linear else np.nan,
     }
     return {name: float(value) for name, value in values.items()}

@@ -17,7 +17,7 @@ from regjax import pruning
 _EXAMPLES, _CHUNK = 1024, 64  # of the gradients
 _LOSS = 0.01  # of test accuracy
 _SPEARMAN = 0.7
-_RANKS = ("rank", "energy_rank", "entropy_rank", "stable_rank")
+_RANKS = ("rank", "energy_rank", "effective_rank", "stable_rank")
 
 
 def _settings(preset: str) -> Sequence[Settings]:
@@ -53,7 +53,7 @@ def _run(settings: Settings) -> dict[str, float]:
     return {
         "rank": int(report.rank),
         "energy_rank": int(pruning.energy_rank(values)),
-        "entropy_rank": float(pruning.entropy_rank(values)),
+        "effective_rank": float(pruning.effective_rank(values)),
         "stable_rank": float(pruning.stable_rank(values)),
         "smallest_null_energy": float(report.smallest_null_energy),
         "is_vanishing": bool(report.is_vanishing),
@@ -99,7 +99,7 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
         layers = "; ".join(
             f"{part[0]['units']} units: {_of(part, 'removable_by_saliency')} can go (by |w| "
             f"{_of(part, 'removable_by_norm')}), ranks {_of(part, 'rank')} / "
-            f"{_of(part, 'energy_rank')} / {_of(part, 'entropy_rank')} / "
+            f"{_of(part, 'energy_rank')} / {_of(part, 'effective_rank')} / "
             f"{_of(part, 'stable_rank')}"
             for part in _claims.groups(own, "layer").values()
         )
@@ -107,11 +107,11 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
         found = {rank: _forecast(own, rank) for rank in _RANKS}
         verdicts.append(
             Verdict(
-                f"{_claims.word(found['rank'] > _SPEARMAN)} ({data}): the effective rank foretells "
+                f"{_claims.word(found['rank'] > _SPEARMAN)} ({data}): the numerical rank foretells "
                 "how many units of a layer can go",
                 f"Spearman {_shown(found['rank'])} over {len(own)} layers and seeds of the "
                 f"redundant share with the share that can go at less than {_LOSS:.0%} of accuracy "
-                f"without training on; means over seeds of effective / energy / entropy / stable "
+                f"without training on; means over seeds of numerical / energy / effective / stable "
                 f"rank: {layers}; {flagged} reports flagged as vanishing",
             )
         )
@@ -120,10 +120,10 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
             Verdict(
                 f"{_claims.word(found['energy_rank'] > _SPEARMAN)} ({data}): so does the rank with "
                 "99% of the energy",
-                f"Spearman {_shown(found['energy_rank'])} (entropy rank "
-                f"{_shown(found['entropy_rank'])}, stable rank {_shown(found['stable_rank'])}); "
+                f"Spearman {_shown(found['energy_rank'])} (effective rank "
+                f"{_shown(found['effective_rank'])}, stable rank {_shown(found['stable_rank'])}); "
                 f"as many units as it says can go in {int(safe.sum())} of {len(own)} layers and "
-                "seeds; added after a look at two seeds, in which the effective rank was full",
+                "seeds; added after a look at two seeds, in which the numerical rank was full",
             )
         )
     return verdicts
@@ -169,7 +169,7 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
                     color=color, markersize=3.5, alpha=0.6, label=f"{data}, layer {layer + 1}",
                 )  # fmt: skip
     for axes, text in zip(
-        panels, ("1 - effective rank / units", "1 - energy rank / units"), strict=True
+        panels, ("1 - numerical rank / units", "1 - energy rank / units"), strict=True
     ):
         axes.axline((0, 0), slope=1, color="0.6", linewidth=0.6)
         _figures.label(axes, x=text, y="share of units that can go")

@@ -62,14 +62,14 @@ def _run(settings: Settings) -> dict[str, float]:
     found: dict[str, float] = {}
     for step in _checkpoints(settings):
         params = _descend(params, split.x, split.y, decay, settings["every"])
-        next_params = _descend(params, split.x, split.y, decay, 1)
-        edge = _edge(params, next_params, split.x, split.y, jax.random.key(seed), decay)
+        other_params = _descend(params, split.x, split.y, decay, 1)
+        edge = _edge(params, other_params, split.x, split.y, jax.random.key(seed), decay)
         # The norms of two successive iterates are the same but for a part in a thousand.
-        middle = jax.tree.map(lambda a, b: (a + b) / 2, params, next_params)
+        middle = jax.tree.map(lambda a, b: (a + b) / 2, params, other_params)
         found |= {
             f"sharpness_{step}": float(edge.sharpness),
             f"residual_{step}": float(edge.residual_norm),
-            f"ratio_{step}": float(edge.ratio),
+            f"ratio_{step}": float(edge.edge_ratio),
             f"fitted_{step}": float(_accuracy(middle, split.x, split.x, split.y)),
             f"accuracy_{step}": float(_accuracy(middle, split.x_test, split.x, split.y_test)),
         }
@@ -120,10 +120,10 @@ def _descend(params: Any, x: jax.Array, y: jax.Array, decay: Any, num_steps: Any
 
 @jax.jit
 def _edge(
-    params: Any, next_params: Any, x: jax.Array, y: jax.Array, key: jax.Array, decay: Any
-) -> diagnostics.EdgeReport:
+    params: Any, other_params: Any, x: jax.Array, y: jax.Array, key: jax.Array, decay: Any
+) -> diagnostics.EdgeResult:
     return diagnostics.edge_of_stability(
-        _loss, params, next_params, x, y,
+        _loss, params, other_params, x, y,
         key=key, learning_rate=_RATE, weight_decay=decay, mask=_MASK,
     )  # fmt: skip
 

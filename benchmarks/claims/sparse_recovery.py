@@ -60,7 +60,13 @@ def _settings(preset: str) -> Sequence[Settings]:
 
 def _window_steps(scale: float, depth: int) -> int:
     """Twice as far as noise of the usual size needs to come, in round numbers."""
-    window = models.early_stopping_window(scale ** (1 / depth), depth, 1e-2, 1.0, 0.142)
+    window = models.early_stopping_window(
+        depth=depth,
+        init_scale=scale ** (1 / depth),
+        learning_rate=1e-2,
+        smallest_signal=1.0,
+        noise_level=0.142,
+    )
     return max(3000, int(round(2 * float(window.last), -3)))
 
 
@@ -78,7 +84,11 @@ def _window(settings: Settings) -> dict[str, float]:
     best = int(errors.argmin())
     near = errors <= 2 * errors[best]
     window = models.early_stopping_window(
-        _alpha(settings), settings["depth"], settings["rate"], 1.0, float(baselines.noise_level)
+        depth=settings["depth"],
+        init_scale=_alpha(settings),
+        learning_rate=settings["rate"],
+        smallest_signal=1.0,
+        noise_level=float(baselines.noise_level),
     )
     return {
         "best": float(errors[best]),
@@ -86,8 +96,8 @@ def _window(settings: Settings) -> dict[str, float]:
         "last": int(len(near) - 1 - near[::-1].argmax()),
         "length": int(near.sum()),
         "final": float(errors[-1]),
-        "oracle": float(baselines.oracle_error),
-        "least_norm": float(baselines.least_norm_error),
+        "oracle": float(baselines.oracle_squared_error),
+        "least_norm": float(baselines.least_norm_squared_error),
         "distance": _distance(path["weights"], x, y),
         "predicted_first": float(window.first),
         "predicted_last": float(window.last),
@@ -131,7 +141,7 @@ def _image(settings: Settings) -> dict[str, float]:
         "best": float(errors.min()),
         "stopped": float(errors[int(np.argmin(path["held"]))]),
         "final": float(errors[-1]),
-        "least_norm": float(diagnostics.recovery_baselines(x, y, true).least_norm_error),
+        "least_norm": float(diagnostics.recovery_baselines(x, y, true).least_norm_squared_error),
         "lit": float(jnp.mean(true != 0)),
         "positive": float(path["positive"]),
     }
@@ -187,7 +197,7 @@ def _path(
 
     def step(pair: Any, _: Any) -> Any:
         u, v = pair
-        weights = models.diagonal_weights(u, v, depth)
+        weights = models.diagonal_weights(u, v, depth=depth)
         residual = (2 / len(y)) * (columns @ (x @ weights - y))
         seen = {"error": jnp.sum((weights - true) ** 2), "first": weights[:4]}
         if held is not None:
@@ -199,7 +209,7 @@ def _path(
     report = diagnostics.sparse_recovery(u, v, depth=depth, true_weights=true)
     return {
         **seen,
-        "weights": models.diagonal_weights(u, v, depth),
+        "weights": models.diagonal_weights(u, v, depth=depth),
         "positive": report.is_positive,
     }
 

@@ -84,7 +84,7 @@ def _run_density(settings: Settings) -> dict[str, float]:
     network, found = _network(settings), dict[str, float]()
     for name, part in inputs.items():
         report = diagnostics.boundary_density(layers_fn, network, part, radius=radius)
-        shares = enumerate(report.fraction_per_layer)
+        shares = enumerate(report.shares)
         found |= {f"{name}_{i}": float(share) for i, share in shares}
     return found
 

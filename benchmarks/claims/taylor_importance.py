@@ -13,6 +13,7 @@ from benchmarks import _claims
 from benchmarks._claims import Record, Settings, Verdict
 from benchmarks.claims import _figures, _networks, _pruning
 from regjax import Model, pruning
+from regjax.typing import LossFn
 
 _METHODS = ("random", "norm", "scale", "first", "second", "oracle")
 _EVERY, _BATCHES = 10, 10  # steps between rounds; batches of a score
@@ -49,7 +50,7 @@ class _Context(NamedTuple):
     rows: np.ndarray
     key: jax.Array
 
-    def gate_loss(self) -> pruning.GatedLoss:
+    def gate_loss(self) -> LossFn:
         """In evaluation mode, as it is what is deployed that should change little."""
         loss = regjax.model_loss(self.model, _networks.cross_entropy)
         return pruning.gated_loss(self.structure, loss, self.model.params)
@@ -202,7 +203,7 @@ def _end(
     }
 
 
-def _cost(model: Model, x: jax.Array) -> pruning.Cost:
+def _cost(model: Model, x: jax.Array) -> pruning.CostResult:
     return pruning.count_cost(regjax.model_function(model), model.params, x)
 
 

@@ -113,7 +113,7 @@ def _loss(strength: jax.Array, params: Any, tokens: jax.Array, targets: jax.Arra
     logits, entropies = _outputs(params, tokens)
     task = _tokens.cross_entropy(logits, targets)
     return task + regularizers.layerwise_batch_entropy(
-        task, entropies, params["targets"], strength=strength, min_target=_MIN_TARGET
+        task, entropies, params["targets"], strength=strength, min_target_entropy=_MIN_TARGET
     )
 
 

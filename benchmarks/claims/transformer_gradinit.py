@@ -58,8 +58,8 @@ def _run(settings: Settings) -> dict[str, float]:
         result = _gradinit(data, depth, seed, bound, settings["iterations"])
         params = result.params
         found = {
-            "norm_before": float(result.gradient_norm[0]),
-            "norm": float(result.gradient_norm[-1]),
+            "norm_before": float(result.gradient_norms[0]),
+            "norm": float(result.gradient_norms[-1]),
             "constrained": float(np.mean(result.constrained)),
         }
     num_rising = round(_RISING * num_steps) if method == "warm-up" else 0
@@ -95,8 +95,8 @@ def _gradinit(data: str, depth: int, seed: int, bound: float, iterations: int) -
         _tokens.inputs_and_targets(x[rows]),
         gradient_norm_bound=bound,
         learning_rate=_SCALE_RATE,
-        first_step=initializers.adam_step,
-        step_size=_STEP,
+        first_step="adam",
+        first_step_learning_rate=_STEP,
         clip=math.inf,
     )
 

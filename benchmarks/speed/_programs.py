@@ -79,7 +79,7 @@ def gpt(
 def resnet(num_examples: int, *, image_size: int, widths: tuple[int, ...]) -> Problem:
     """A residual network with batch norm, in evaluation mode, on random images of ten classes."""
     shape = (image_size, image_size, 3)
-    model = ResNet(shape, 10, widths=widths, norm="batch", rngs=nnx.Rngs(0))
+    model = ResNet(shape, 10, widths=widths, normalization="batch", rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (num_examples, *shape))
     return classifier(model, x, jax.random.randint(jax.random.key(2), (num_examples,), 0, 10))
 

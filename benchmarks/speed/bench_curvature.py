@@ -67,7 +67,7 @@ def _product(name: str, num_examples: int, bars: Mapping[str, float]) -> Case:
                 recomputed, loss_fn, params, vector, *batch
             )
             / base,
-            "operations kept / gradient": _operations(_product, operator, flat) / base,
+            "operations kept / gradient": _operations(_multiply, operator, flat) / base,
         }
 
     return Case(
@@ -305,7 +305,7 @@ def _reverse_over_reverse(loss_fn: Any, params: Any, vector: Any, *batch: Any) -
     return jax.flatten_util.ravel_pytree(product)[0]
 
 
-def _product(operator: curvature.Operator, vector: jax.Array) -> jax.Array:
+def _multiply(operator: curvature.Operator, vector: jax.Array) -> jax.Array:
     return operator.product(vector)
 
 

@@ -156,7 +156,9 @@ def _probe(name: str, examples: int, has_bars: bool) -> Case:
     return Case(
         candidates={
             "gradients": lambda: [gradient(params, x, y) for _ in range(_STEPS + 1)][-1],
-            "line_probe": lambda: diagnostics.line_probe(loss_fn, params, x, y, step_sizes=_RATES),
+            "line_probe": lambda: diagnostics.line_probe(
+                loss_fn, params, x, y, learning_rates=_RATES
+            ),
         },
         error=error,
         tolerance=1e-4,

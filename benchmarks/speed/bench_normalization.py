@@ -11,6 +11,7 @@ from flax import linen
 
 from benchmarks._timing import Case
 from regjax import normalization
+from regjax.normalization import _group_norm
 
 _SHAPES = ((512, 512), (64, 28, 28, 32), (128, 8, 8, 128))
 _WIDTH = 512  # of the weight-normalized layer
@@ -100,7 +101,7 @@ class _GroupPart(linen.Module):
                 ("bias", linen.initializers.zeros),
             )
         )
-        return normalization.group_normalize(inputs, _GROUPS, 1e-5) * scale + bias
+        return _group_norm.group_normalize(inputs, num_groups=_GROUPS, epsilon=1e-5) * scale + bias
 
 
 def _case(layers: dict[str, Any], shape: tuple[int, ...], bar: float | None) -> Case:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from benchmarks._timing import Case
 from benchmarks.speed import _problems
@@ -88,8 +87,7 @@ def _start(size: int) -> np.ndarray:
 
 def _like(operator: curvature.Operator, flat: np.ndarray) -> Any:
     """The vector as a tree like the parameters."""
-    example, unravel = ravel_pytree(operator.params)
-    return unravel(jnp.asarray(flat, example.dtype))
+    return operator.space.unravel(jnp.asarray(flat, operator.dtype))
 
 
 def _leading(run: curvature.LanczosResult) -> np.ndarray:

@@ -226,14 +226,15 @@ def restart(state: EigenState) -> EigenState:
     kept &= jnp.cumsum(kept) <= most
     # Kept rows of the search stay behind the others, where `first_row` finds them.
     order = jnp.argsort(jnp.where(kept, jnp.where(state.in_search, 1, 0), 2), stable=True)
-    inside = rows < jnp.sum(kept)
+    num_kept = jnp.sum(kept, dtype=jnp.int32)
+    inside = rows < num_kept
     weights = jnp.where(inside[None], state.weights[:, order], 0)
     # Every recombination of the rows rounds them once more.
     largest = jnp.max(jnp.abs(state.values), where=valid, initial=0)
     rounding = float(jnp.finfo(krylov.direction.dtype).eps) * largest
     lost = lost[order] + rounding
     krylov = krylov._replace(
-        basis=_basis.recombine(krylov.basis, weights, jnp.sum(kept, dtype=jnp.int32)),
+        basis=_basis.recombine(krylov.basis, weights, num_kept),
         newest=jnp.zeros_like(krylov.newest),
         projected=jnp.diag(jnp.where(inside, state.values[order], 0)),
         lost=jnp.where(inside, lost, 0),

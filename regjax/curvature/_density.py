@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops
-from regjax._base import Callback, PRNGKey
+from regjax._base import Callback, PRNGKey, Tree
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._accumulation import small_dtype
 from regjax.curvature._engine._checkpoint import Checkpoint
@@ -120,7 +120,7 @@ def spectral_density_solver(
     num_probes: int = 2,
     deflate: int | None = None,
     accumulation: str | None = None,
-) -> Solver[Any, DensityResult]:
+) -> Solver[Tree, DensityResult]:
     """Makes the solver of `spectral_density`, whose arguments these are, to drive by hand.
 
     It finds what is taken out; the solver of the probes is `then` of its last state.
@@ -155,7 +155,7 @@ def spectral_density_solver(
         rest = space.replicate((probe_key, zeros, zeros.copy(), jnp.int32(0), count))
         return _begin(deflation, *rest, block)
 
-    probes = Solver(
+    probes: Solver[Any, DensityResult] = Solver(
         name="spectral_density",
         operator=operator,
         arguments={

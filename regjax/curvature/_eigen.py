@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops
-from regjax._base import Callback, Params, PRNGKey
+from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.curvature import _search
 from regjax.curvature._assessment import EigenState, assess, begin_search, restart
@@ -135,7 +135,7 @@ def top_eigenpairs_solver(
     max_matvecs: int | None = None,
     search: bool = True,
     accumulation: str | None = None,
-) -> Solver[EigenState, EigenResult]:
+) -> Solver[Tree, EigenResult]:
     """Makes the solver of `top_eigenpairs`, whose arguments these are, to drive by hand."""
     space = operator.space
     _checks.integer("k", k, maximum=space.size)

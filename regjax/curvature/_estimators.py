@@ -1,19 +1,23 @@
 """Trace and diagonal from random products, with standard errors; and the dense spectrum."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from regjax import _checks
-from regjax._base import Callback, Params, PRNGKey
+from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._hutchinson import hutchinson_solver
 from regjax.curvature._hutchpp import hutchpp_solver
 from regjax.curvature._operators._operator import Operator
 
-_METHODS = {"hutchinson": hutchinson_solver, "hutch++": hutchpp_solver}
+_METHODS: dict[str, Callable[..., Solver[Any, Any]]] = {
+    "hutchinson": hutchinson_solver,
+    "hutch++": hutchpp_solver,
+}
 # Hutch++ takes one product for each of its three parts.
 _FEWEST = {"hutchinson": 1, "hutch++": 3}
 
@@ -83,7 +87,7 @@ def trace(
 
 def trace_solver(
     operator: Operator, *, key: PRNGKey, num_matvecs: int, method: str = "hutchinson"
-) -> Solver[Any, TraceResult]:
+) -> Solver[Tree, TraceResult]:
     """Makes the solver of `trace`, whose arguments these are, to drive by hand."""
     _check(method, key, num_matvecs)
     return _METHODS[method](
@@ -129,7 +133,7 @@ def diagonal(
 
 def diagonal_solver(
     operator: Operator, *, key: PRNGKey, num_matvecs: int, method: str = "hutchinson"
-) -> Solver[Any, DiagonalResult]:
+) -> Solver[Tree, DiagonalResult]:
     """Makes the solver of `diagonal`, whose arguments these are, to drive by hand."""
     _check(method, key, num_matvecs)
     tree = operator.space.unravel

@@ -24,12 +24,12 @@ class Moments(NamedTuple):
     Attributes:
       mean: (length,) or (), over the samples so far.
       squares: the same shape, sum of squared deviations from the mean.
-      count: (), int32, number of samples.
+      num_samples: (), int32.
     """
 
     mean: jax.Array
     squares: jax.Array
-    count: jax.Array
+    num_samples: jax.Array
 
 
 class HutchinsonState(NamedTuple):
@@ -80,7 +80,7 @@ def hutchinson_solver(
 
     def result(state: HutchinsonState) -> NamedTuple:
         moments = state.moments
-        return estimate(moments.mean, standard_error(moments), moments.count)
+        return estimate(moments.mean, standard_error(moments), moments.num_samples)
 
     return Solver(
         name=name,
@@ -116,9 +116,9 @@ def with_samples(moments: Moments, samples: jax.Array, num_new: jax.Array) -> Mo
     """The moments with the first `num_new` of some samples (block, length)."""
     if moments.mean.ndim == 0:
         samples = jnp.sum(samples, 1)
-    is_new = jnp.arange(samples.shape[0]) < num_new
+    is_new = jnp.arange(samples.shape[0], dtype=jnp.int32) < num_new
     is_new = is_new.reshape(-1, *[1] * moments.mean.ndim)
-    before, new = moments.count.astype(samples.dtype), num_new.astype(samples.dtype)
+    before, new = (count.astype(samples.dtype) for count in (moments.num_samples, num_new))
     mean = jnp.sum(jnp.where(is_new, samples, 0), 0) / new
     squares = jnp.sum(jnp.where(is_new, (samples - mean[None]) ** 2, 0), 0)
     # T. Chan, G. Golub, R. LeVeque (1983), of two parts.
@@ -126,13 +126,13 @@ def with_samples(moments: Moments, samples: jax.Array, num_new: jax.Array) -> Mo
     return Moments(
         mean=moments.mean + deviation * new / (before + new),
         squares=moments.squares + squares + deviation**2 * before * new / (before + new),
-        count=moments.count + num_new,
+        num_samples=moments.num_samples + num_new,
     )
 
 
 def standard_error(moments: Moments) -> jax.Array:
     """Of the mean; NaN with a single sample."""
-    count = moments.count.astype(moments.squares.dtype)
+    count = moments.num_samples.astype(moments.squares.dtype)
     variance = moments.squares / jnp.maximum(count - 1, 1)
     error = jnp.sqrt(variance / jnp.maximum(count, 1))
     return jnp.where(count > 1, error, jnp.nan)

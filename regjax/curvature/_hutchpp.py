@@ -37,7 +37,7 @@ class HutchPlusPlusState(NamedTuple):
       rows: (s, length), first the images of random signs, then their orthonormal basis Q.
       images: (s, length), rows of (A Q)'.
       moments: of u * A u, or of its sums.
-      count: (), int32, products so far that count.
+      num_matvecs: (), int32, products so far that count.
     """
 
     key: PRNGKey
@@ -45,7 +45,7 @@ class HutchPlusPlusState(NamedTuple):
     rows: jax.Array
     images: jax.Array
     moments: Moments
-    count: jax.Array
+    num_matvecs: jax.Array
 
 
 def hutchpp_solver(
@@ -71,21 +71,21 @@ def hutchpp_solver(
             rows=space.zeros(num_rows),
             images=space.zeros(num_rows),
             moments=no_samples(space, of_trace),
-            count=jnp.int32(0),
+            num_matvecs=jnp.int32(0),
         )
         return space.replicate(state)
 
     def update(state: HutchPlusPlusState, images: jax.Array) -> HutchPlusPlusState:
         state = _absorbed(state, images, num_matvecs, space)
         state = _loops.cond(
-            state.count == num_rows, functools.partial(_orthonormalized, space=space), state
+            state.num_matvecs == num_rows, functools.partial(_orthonormalized, space=space), state
         )
         return _with_vectors(state, space)
 
     def result(state: HutchPlusPlusState) -> NamedTuple:
         exact = jnp.sum(state.rows * state.images, axis=None if of_trace else 0)
         moments = state.moments
-        return estimate(moments.mean + exact, standard_error(moments), state.count)
+        return estimate(moments.mean + exact, standard_error(moments), state.num_matvecs)
 
     return Solver(
         name=name,
@@ -107,7 +107,7 @@ def hutchpp_solver(
 def _absorbed(
     state: HutchPlusPlusState, images: jax.Array, num_matvecs: int, space: Space
 ) -> HutchPlusPlusState:
-    count, num_rows, block = state.count, state.rows.shape[0], images.shape[0]
+    count, num_rows, block = state.num_matvecs, state.rows.shape[0], images.shape[0]
     start = count % num_rows
 
     def put(rows: jax.Array, is_wanted: jax.Array) -> jax.Array:
@@ -125,7 +125,7 @@ def _absorbed(
         moments=jax.tree.map(
             lambda new, old: jnp.where(is_sample, new, old), sampled, state.moments
         ),
-        count=jnp.minimum(count + block, num_matvecs),
+        num_matvecs=jnp.minimum(count + block, num_matvecs),
     )
 
 
@@ -143,12 +143,12 @@ def _with_vectors(state: HutchPlusPlusState, space: Space) -> HutchPlusPlusState
     key, subkey = jax.random.split(state.key)
     num_rows, block = state.rows.shape[0], state.vectors.shape[0]
     signs = space.signs(subkey, block)
-    start = jnp.clip(state.count - num_rows, 0, num_rows - block)
+    start = jnp.clip(state.num_matvecs - num_rows, 0, num_rows - block)
     of_range = jax.lax.dynamic_slice_in_dim(state.rows, start, block)
 
     def outside(vector: jax.Array) -> jax.Array:
         return vector - inner_products(space, state.rows, vector) @ state.rows
 
-    rest, stage = jax.vmap(outside)(signs), state.count // num_rows
+    rest, stage = jax.vmap(outside)(signs), state.num_matvecs // num_rows
     vectors = jnp.where(stage == 0, signs, jnp.where(stage == 1, of_range, rest))
     return state._replace(key=key, vectors=vectors)

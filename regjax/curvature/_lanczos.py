@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from regjax import _checks, _numerics
-from regjax._base import Callback, Params, PRNGKey
+from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._accumulation import small_dtype
@@ -129,7 +129,7 @@ def lanczos_solver(
     *,
     key: PRNGKey | None = None,
     accumulation: str | None = None,
-) -> Solver[Krylov, LanczosResult]:
+) -> Solver[Tree, LanczosResult]:
     """Makes the solver of `lanczos`, whose arguments these are, to drive by hand."""
     space = operator.space
     _checks.same_tree("start", start, space.like())

@@ -1,48 +1,49 @@
-"""Reports that change nothing."""
+"""Numbers that say what training has come to, and change nothing."""
 
-from regjax.diagnostics._batch_norm import BatchNormReport as BatchNormReport
+from regjax.diagnostics._batch_norm import BatchNormResult as BatchNormResult
 from regjax.diagnostics._batch_norm import batch_norm_regularization as batch_norm_regularization
-from regjax.diagnostics._boundary_jitter import JitterReport as JitterReport
-from regjax.diagnostics._boundary_jitter import LeastSquaresReport as LeastSquaresReport
-from regjax.diagnostics._boundary_jitter import MarginJitterReport as MarginJitterReport
+from regjax.diagnostics._boundary_jitter import JitterResult as JitterResult
+from regjax.diagnostics._boundary_jitter import LeastSquaresResult as LeastSquaresResult
+from regjax.diagnostics._boundary_jitter import MarginJitterResult as MarginJitterResult
 from regjax.diagnostics._boundary_jitter import boundary_jitter as boundary_jitter
 from regjax.diagnostics._boundary_jitter import least_squares_offset as least_squares_offset
 from regjax.diagnostics._boundary_jitter import margin_jitter as margin_jitter
-from regjax.diagnostics._condensation import CondensationReport as CondensationReport
+from regjax.diagnostics._condensation import CondensationResult as CondensationResult
 from regjax.diagnostics._condensation import condensation as condensation
-from regjax.diagnostics._decentralized import LandscapeNoiseReport as LandscapeNoiseReport
+from regjax.diagnostics._decentralized import LandscapeNoiseResult as LandscapeNoiseResult
 from regjax.diagnostics._decentralized import (
     landscape_dependent_noise as landscape_dependent_noise,
 )
 from regjax.diagnostics._decision_margin import decision_margin as decision_margin
-from regjax.diagnostics._dropout_noise import DropoutNoiseReport as DropoutNoiseReport
+from regjax.diagnostics._dropout_noise import DropoutNoiseResult as DropoutNoiseResult
 from regjax.diagnostics._dropout_noise import dropout_noise_alignment as dropout_noise_alignment
-from regjax.diagnostics._interval_flatness import FlatnessReport as FlatnessReport
+from regjax.diagnostics._interval_flatness import FlatnessResult as FlatnessResult
 from regjax.diagnostics._interval_flatness import interval_flatness as interval_flatness
-from regjax.diagnostics._landscape import CovariateShiftReport as CovariateShiftReport
-from regjax.diagnostics._landscape import LineProbeReport as LineProbeReport
+from regjax.diagnostics._landscape import CovariateShiftResult as CovariateShiftResult
+from regjax.diagnostics._landscape import LineProbeResult as LineProbeResult
 from regjax.diagnostics._landscape import internal_covariate_shift as internal_covariate_shift
 from regjax.diagnostics._landscape import line_probe as line_probe
-from regjax.diagnostics._low_dimensional import FrozenReport as FrozenReport
+from regjax.diagnostics._low_dimensional import FrozenResult as FrozenResult
 from regjax.diagnostics._low_dimensional import SubspaceResult as SubspaceResult
-from regjax.diagnostics._low_dimensional import TransversalVariation as TransversalVariation
+from regjax.diagnostics._low_dimensional import (
+    TransversalVariationResult as TransversalVariationResult,
+)
 from regjax.diagnostics._low_dimensional import frozen_component as frozen_component
 from regjax.diagnostics._low_dimensional import subspace_from_data as subspace_from_data
 from regjax.diagnostics._low_dimensional import transversal_complexity as transversal_complexity
 from regjax.diagnostics._low_dimensional import transversal_variation as transversal_variation
-from regjax.diagnostics._scale_invariance import ScaleInvarianceReport as ScaleInvarianceReport
+from regjax.diagnostics._scale_invariance import ScaleInvarianceResult as ScaleInvarianceResult
 from regjax.diagnostics._scale_invariance import scale_invariant_mask as scale_invariant_mask
-from regjax.diagnostics._sharpness import SharpnessBetweenReport as SharpnessBetweenReport
-from regjax.diagnostics._sharpness import SharpnessReport as SharpnessReport
-from regjax.diagnostics._sharpness import lambda_max as lambda_max
+from regjax.diagnostics._sharpness import SharpnessBetweenResult as SharpnessBetweenResult
+from regjax.diagnostics._sharpness import SharpnessResult as SharpnessResult
 from regjax.diagnostics._sharpness import lambda_max_between as lambda_max_between
-from regjax.diagnostics._sharpness_flow import FlowReport as FlowReport
+from regjax.diagnostics._sharpness_flow import FlowResult as FlowResult
 from regjax.diagnostics._sharpness_flow import sharpness_reduction_flow as sharpness_reduction_flow
-from regjax.diagnostics._sparse_recovery import RecoveryBaselines as RecoveryBaselines
-from regjax.diagnostics._sparse_recovery import SparseRecoveryReport as SparseRecoveryReport
+from regjax.diagnostics._sparse_recovery import RecoveryBaselinesResult as RecoveryBaselinesResult
+from regjax.diagnostics._sparse_recovery import SparseRecoveryResult as SparseRecoveryResult
 from regjax.diagnostics._sparse_recovery import recovery_baselines as recovery_baselines
 from regjax.diagnostics._sparse_recovery import sparse_recovery as sparse_recovery
-from regjax.diagnostics._spherical_sharpness import EdgeReport as EdgeReport
+from regjax.diagnostics._spherical_sharpness import EdgeResult as EdgeResult
 from regjax.diagnostics._spherical_sharpness import edge_of_stability as edge_of_stability
 from regjax.diagnostics._spherical_sharpness import (
     effective_learning_rate as effective_learning_rate,
@@ -51,8 +52,8 @@ from regjax.diagnostics._spherical_sharpness import spherical_sharpness as spher
 from regjax.diagnostics._spherical_sharpness import (
     spherical_sharpness_by_group as spherical_sharpness_by_group,
 )
-from regjax.diagnostics._spline_partition import BoundaryDensityReport as BoundaryDensityReport
-from regjax.diagnostics._spline_partition import RegionCountReport as RegionCountReport
+from regjax.diagnostics._spline_partition import BoundaryDensityResult as BoundaryDensityResult
+from regjax.diagnostics._spline_partition import RegionCountResult as RegionCountResult
 from regjax.diagnostics._spline_partition import boundary_density as boundary_density
 from regjax.diagnostics._spline_partition import boundary_distances as boundary_distances
 from regjax.diagnostics._spline_partition import region_count as region_count

@@ -1,23 +1,24 @@
 """What batch norm regularises: the quadratic constraint that it puts on a plain layer."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from regjax import _checks, _tree
+from regjax import _checks, _numerics, _tree
 
 
-class BatchNormReport(NamedTuple):
+class BatchNormResult(NamedTuple):
     """A batch-normalized layer as a plain layer with a penalty; k units.
 
     Attributes:
       equivalent_kernel: (d, k), w~ = scale w / sqrt(w' Sigma w + epsilon).
-      equivalent_bias: (k,), shift - w~' mean.
+      equivalent_bias: (k,), bias - w~' mean.
       multiplier: (k,), lambda of the penalty lambda (w~' Sigma w~) whose minimum the unit is at, in
         units of the loss over the outputs squared. A penalty with 1/2 has twice this one. It means
-        something only where `residual` is small.
-      residual: (k,), |g + 2 lambda Sigma w~| / |g|, 0 at a minimum along the constraint.
+        something only where `relative_residual` is small.
+      relative_residual: (k,), |g + 2 lambda Sigma w~| / |g|, 0 at a minimum along the constraint.
       isotropic_rate: (k,), lambda tr(Sigma) / d, the strength of the plain |w~|^2 of the same mean.
       signal_penalty: (k,), lambda w~' (Sigma - Sigma_noise) w~.
       noise_penalty: (k,), lambda w~' Sigma_noise w~; weight decay if the noise is isotropic.
@@ -26,7 +27,7 @@ class BatchNormReport(NamedTuple):
     equivalent_kernel: jax.Array
     equivalent_bias: jax.Array
     multiplier: jax.Array
-    residual: jax.Array
+    relative_residual: jax.Array
     isotropic_rate: jax.Array
     signal_penalty: jax.Array
     noise_penalty: jax.Array
@@ -34,15 +35,15 @@ class BatchNormReport(NamedTuple):
 
 def batch_norm_regularization(
     kernel: jax.Array,
-    scale: Any,
-    shift: Any,
+    scale: ArrayLike,
+    bias: ArrayLike,
     mean: jax.Array,
     covariance: jax.Array,
     grad: jax.Array,
     *,
     epsilon: float = 0.0,
     noise_covariance: jax.Array | None = None,
-) -> BatchNormReport:
+) -> BatchNormResult:
     """Expresses units behind batch norm as plain units with a data-dependent penalty.
 
     With inputs of mean mu and covariance Sigma, training the kernel w at a fixed scale minimises
@@ -52,12 +53,12 @@ def batch_norm_regularization(
         w~ = scale w / sqrt(w' Sigma w + epsilon),   lambda = -<w~, g> / (2 w~' Sigma w~)
 
     lambda is positive if the scale is below the one that the loss alone would choose, and zero if
-    scale and shift are trained to their optimum.
+    scale and bias are trained to their optimum.
 
     Args:
       kernel: (d, k), w.
       scale: (k,) or number, gamma of the batch norm.
-      shift: (k,) or number, beta of the batch norm.
+      bias: (k,) or number, beta of the batch norm.
       mean: (d,), mean of the inputs.
       covariance: (d, d), biased covariance Sigma of the inputs, noise included.
       grad: (d, k), gradient of the mean loss with respect to w~ (not w), statistics held constant.
@@ -66,7 +67,7 @@ def batch_norm_regularization(
         zero.
 
     Returns:
-      A `BatchNormReport`; zero kernels and gradients give zeros.
+      A `BatchNormResult`; zero kernels and gradients give zeros.
 
     Raises:
       ValueError: a shape does not fit, or `epsilon` is negative.
@@ -90,29 +91,24 @@ def batch_norm_regularization(
         if jnp.shape(array) != shape:
             raise ValueError(f"`{name}` must have shape {shape}, got {jnp.shape(array)}.")
     covariance, noise, grad = (jnp.asarray(a, kernel.dtype) for a in (covariance, noise, grad))
-    scale, shift = (jnp.broadcast_to(jnp.asarray(a, kernel.dtype), units) for a in (scale, shift))
+    scale, bias = (jnp.broadcast_to(jnp.asarray(a, kernel.dtype), units) for a in (scale, bias))
 
     def along(one: jax.Array, other: jax.Array) -> jax.Array:
         return jnp.sum(one * other, 0)
 
     variance = along(kernel, covariance @ kernel) + epsilon
-    equivalent = kernel * (scale * _inverse(jnp.sqrt(variance)))[None]
+    equivalent = kernel * _numerics.divide(scale, jnp.sqrt(variance))[None]
     spread = covariance @ equivalent
-    multiplier = -along(equivalent, grad) * _inverse(2 * along(equivalent, spread))
+    multiplier = _numerics.divide(-along(equivalent, grad), 2 * along(equivalent, spread))
     remainder = grad + 2 * multiplier[None] * spread
     norm = lambda tree: jnp.sqrt(along(tree, tree))
     noise_penalty = multiplier * along(equivalent, noise @ equivalent)
-    return BatchNormReport(
+    return BatchNormResult(
         equivalent_kernel=equivalent,
-        equivalent_bias=shift - jnp.asarray(mean, kernel.dtype) @ equivalent,
+        equivalent_bias=bias - jnp.asarray(mean, kernel.dtype) @ equivalent,
         multiplier=multiplier,
-        residual=norm(remainder) * _inverse(norm(grad)),
+        relative_residual=_numerics.divide(norm(remainder), norm(grad)),
         isotropic_rate=multiplier * jnp.trace(covariance) / size,
         signal_penalty=multiplier * along(equivalent, spread) - noise_penalty,
         noise_penalty=noise_penalty,
     )
-
-
-def _inverse(value: jax.Array) -> jax.Array:
-    """1 / value, 0 for 0."""
-    return jnp.where(value != 0, 1 / jnp.where(value != 0, value, 1), 0)

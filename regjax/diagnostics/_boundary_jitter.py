@@ -1,52 +1,53 @@
 """Batch norm and the boundaries of its units: a least-squares fit, which moves with the batch."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _loops, _tree
-from regjax._base import as_partial
+from regjax import _checks, _chunks, _loops, _numerics, _tree
+from regjax._base import Params, Tree, as_partial
 from regjax.diagnostics._decision_margin import check_classifier, margins
 from regjax.diagnostics._spline_partition import check_preactivations, signed_distances
 
 
-class JitterReport(NamedTuple):
+class JitterResult(NamedTuple):
     """How far the boundaries of units move; trees like the pre-activations, (units...).
 
     Inputs from which a unit has no boundary in one of the batches are left out; NaN where none is
     left.
 
     Attributes:
-      unit_std: root of the mean over the inputs of the variance, over the batches and unbiased, of
-        the signed distance between input and boundary, in the units of the inputs.
-      standard_error: of `unit_std` over the draw of the batches, for the given inputs; first order,
-        good for some dozen batches. NaN with two.
-      relative_std: `unit_std` over the root mean square, over the inputs, of the mean distance.
+      std: root of the mean over the inputs of the variance, over the batches and unbiased, of the
+        signed distance between input and boundary, in the units of the inputs.
+      std_standard_error: over the draw of the batches, for the given inputs; first order, good for
+        some dozen batches. NaN with two.
+      relative_std: `std` over the root mean square, over the inputs, of the mean distance.
     """
 
-    unit_std: Any
-    standard_error: Any
-    relative_std: Any
+    std: Tree
+    std_standard_error: Tree
+    relative_std: Tree
 
 
-class MarginJitterReport(NamedTuple):
+class MarginJitterResult(NamedTuple):
     """How far the decision boundaries move; NaN or infinite where a margin is infinite.
 
     Attributes:
       mean: (N,), mean over the batches of the margin of each input, in the units of the inputs.
       std: (N,), the standard deviation over the batches, from the unbiased variance.
-      standard_error: (N,), of `std` over the draw of the batches; first order, as for the units.
+      std_standard_error: (N,), over the draw of the batches; first order, as for the units.
     """
 
     mean: jax.Array
     std: jax.Array
-    standard_error: jax.Array
+    std_standard_error: jax.Array
 
 
-class LeastSquaresReport(NamedTuple):
+class LeastSquaresResult(NamedTuple):
     """The best hyperplane of each unit.
 
     Attributes:
@@ -59,22 +60,22 @@ class LeastSquaresReport(NamedTuple):
 
 
 def boundary_jitter(
-    preactivations_given_batch: Callable[..., Any],
-    params: Any,
+    batch_preactivations_fn: Callable[..., Tree],
+    params: Params,
     inputs: jax.Array,
-    batches: Any,
+    batches: Tree,
     *,
     chunk_size: int | None = None,
-) -> JitterReport:
-    """How far the boundary of each unit moves over mini-batches whose statistics it takes.
+) -> JitterResult:
+    """Measures how far the boundary of each unit moves over batches whose statistics it takes.
 
     The signed distance s_b = h_b / ||grad_x h_b|| of a fixed input from the boundary under the
     statistics of batch b, and its spread over b. For a first layer of weights w, with <w, x> of
-    deviation sigma and batch norm without shift behind it:
+    deviation sigma and batch norm without bias behind it:
 
         std_b(s_b) = sigma / (||w|| sqrt(B))
 
-    which is 1 / sqrt(B) of the RMS distance of the data, at any weights. With shift beta and scale
+    which is 1 / sqrt(B) of the RMS distance of the data, at any weights. With bias beta and scale
     gamma, sigma_b moves the boundary as well: for Gaussian data the variance is, to leading order,
     1 + (beta / gamma)^2 / 2 times this one. Draw the batches independently, with replacement:
     distinct examples out of n have sqrt((n - B) / (n - 1)) times the spread of the mean. Running
@@ -83,17 +84,17 @@ def boundary_jitter(
     Computes every distance twice, for the mean and for the spread about it.
 
     Args:
-      preactivations_given_batch: (params, inputs, batch) -> tree of arrays (N, units...), what goes
+      batch_preactivations_fn: (params, inputs, batch) -> tree of arrays (N, units...), what goes
         into the activations at `inputs` with the statistics of `batch` in all layers; each row a
         function of its own example and of the batch. With a `regjax.Model` of our batch norm: in
-        evaluation mode with `regjax.population_statistics(apply, params, state, [batch])`.
+        evaluation mode with `regjax.population_statistics(model, params, [batch])`.
       params: tree of parameters.
       inputs: (N, ...), real floating point, where distances are taken from.
       batches: (num_batches, B, ...), two at least, or a tree of such arrays.
       chunk_size: number of inputs per pass; None: all at once. Each pass computes the statistics.
 
     Returns:
-      A `JitterReport`.
+      A `JitterResult`.
 
     Raises:
       ValueError: the function couples the examples, an array lacks their axis, or there are fewer
@@ -104,11 +105,11 @@ def boundary_jitter(
       R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, on jitter; these measures are ours.
     """
     num_batches = _num_batches(batches)
-    name = "preactivations_given_batch"
-    check_preactivations(name, preactivations_given_batch, params, inputs, _batch(batches, 0))
+    name = "batch_preactivations_fn"
+    check_preactivations(name, batch_preactivations_fn, params, inputs, _batch(batches, 0))
 
-    def measure(batch: Any) -> Any:
-        given = Partial(_given, as_partial(preactivations_given_batch), batch)
+    def measure(batch: Tree) -> Tree:
+        given = Partial(_given, as_partial(batch_preactivations_fn), batch)
         function = Partial(signed_distances, given)
         distances = _chunks.each(function, params, (inputs,), chunk_size)
         # Of one sign, so that the sum stays infinite and a NaN is one of the inputs'.
@@ -120,37 +121,41 @@ def boundary_jitter(
     variance, error = _spread(measure, over_inputs, mean, batches, num_batches)
     distance = over_inputs(jax.tree.map(jnp.square, mean))
     std = jax.tree.map(jnp.sqrt, variance)
-    return JitterReport(
+    return JitterResult(
         std,
         _error_of_root(error, std),
-        jax.tree.map(lambda s, d: s / jnp.where(d > 0, jnp.sqrt(d), jnp.nan), std, distance),
+        jax.tree.map(
+            lambda s, d: _numerics.divide(s, jnp.sqrt(d), where=d > 0, otherwise=jnp.nan),
+            std,
+            distance,
+        ),
     )
 
 
 def margin_jitter(
-    model_given_batch: Callable[..., Any],
-    params: Any,
+    batch_model_fn: Callable[..., jax.Array],
+    params: Params,
     inputs: jax.Array,
-    labels: jax.Array,
-    batches: Any,
+    targets: jax.Array,
+    batches: Tree,
     *,
     chunk_size: int | None = None,
-) -> MarginJitterReport:
-    """How far the decision boundary moves over mini-batches whose statistics the network takes.
+) -> MarginJitterResult:
+    """Measures how far the decision boundary moves over batches whose statistics a network takes.
 
     The spread over the batches of `decision_margin`, input by input.
 
     Args:
-      model_given_batch: (params, inputs, batch) -> logits (N, classes) at `inputs` with the
+      batch_model_fn: (params, inputs, batch) -> logits (N, classes) at `inputs` with the
         statistics of `batch`, as in `boundary_jitter`.
       params: tree of parameters.
       inputs: (N, ...), real floating point.
-      labels: (N,), integers from 0 to classes - 1.
+      targets: (N,), integers from 0 to classes - 1.
       batches: (num_batches, B, ...), two at least, or a tree of such arrays; drawn independently.
       chunk_size: number of inputs per pass; None: all at once.
 
     Returns:
-      A `MarginJitterReport`.
+      A `MarginJitterResult`.
 
     Raises:
       ValueError: as in `decision_margin`, or there are fewer than two batches.
@@ -161,27 +166,27 @@ def margin_jitter(
       measure is ours.
     """
     num_batches = _num_batches(batches)
-    labels = check_classifier(
-        "model_given_batch", model_given_batch, params, inputs, labels, _batch(batches, 0)
+    targets = check_classifier(
+        "batch_model_fn", batch_model_fn, params, inputs, targets, _batch(batches, 0)
     )
 
-    def measure(batch: Any) -> Any:
-        given = Partial(_given, as_partial(model_given_batch), batch)
-        return _chunks.each(Partial(margins, given), params, (inputs, labels), chunk_size)
+    def measure(batch: Tree) -> jax.Array:
+        given = Partial(_given, as_partial(batch_model_fn), batch)
+        return _chunks.each(Partial(margins, given), params, (inputs, targets), chunk_size)
 
     mean = _mean(measure, batches, num_batches)
     variance, error = _spread(measure, lambda squares: squares, mean, batches, num_batches)
     std = jnp.sqrt(variance)
-    return MarginJitterReport(mean, std, _error_of_root(error, std))
+    return MarginJitterResult(mean, std, _error_of_root(error, std))
 
 
-def least_squares_offset(kernel: jax.Array, inputs: jax.Array) -> LeastSquaresReport:
-    """The offset of each unit's hyperplane that is closest to the inputs, as batch norm's mean is.
+def least_squares_offset(kernel: jax.Array, inputs: jax.Array) -> LeastSquaresResult:
+    """Computes the offset of each unit's hyperplane that is closest to the inputs.
 
         argmin_mu  mean_z (<w, z> - mu)^2 / ||w||^2  =  mean_z <w, z>
 
-    and the minimum is var(<w, z>) / ||w||^2, biased: batch norm without shift puts the boundary
-    there, and its output is the signed distance in units of the root of this minimum. A shift beta
+    and the minimum is var(<w, z>) / ||w||^2, biased: batch norm without bias puts the boundary
+    there, and its output is the signed distance in units of the root of this minimum. A bias beta
     at scale gamma moves it by (sigma / ||w||) (beta / gamma).
 
     Args:
@@ -189,7 +194,7 @@ def least_squares_offset(kernel: jax.Array, inputs: jax.Array) -> LeastSquaresRe
       inputs: z, (N, d): what the layer sees, patches for a convolution.
 
     Returns:
-      A `LeastSquaresReport`, in float32 at least.
+      A `LeastSquaresResult`, in float32 at least.
 
     Raises:
       ValueError: the shapes do not fit, or there is no input.
@@ -206,53 +211,59 @@ def least_squares_offset(kernel: jax.Array, inputs: jax.Array) -> LeastSquaresRe
     kernel = _tree.wide(kernel)
     outputs = jnp.matmul(_tree.wide(inputs), kernel, precision="highest")
     squares = jnp.sum(kernel**2, 0)
-    distance = jnp.var(outputs, 0) / jnp.where(squares > 0, squares, 1)
-    return LeastSquaresReport(jnp.mean(outputs, 0), jnp.where(squares > 0, distance, jnp.inf))
+    distance = _numerics.divide(jnp.var(outputs, 0), squares, otherwise=jnp.inf)
+    return LeastSquaresResult(jnp.mean(outputs, 0), distance)
 
 
-def _given(function: Any, batch: Any, params: Any, inputs: jax.Array) -> Any:
+def _given(function: Partial, batch: Tree, params: Params, inputs: jax.Array) -> Tree:
     return function(params, inputs, batch)
 
 
-def _num_batches(batches: Any) -> int:
+def _num_batches(batches: Tree) -> int:
     num_batches = _checks.num_examples(batches)
     if num_batches < 2:
         raise ValueError("`batches` must hold at least two batches, got 1.")
     return num_batches
 
 
-def _batch(batches: Any, i: Any) -> Any:
+def _batch(batches: Tree, i: ArrayLike) -> Tree:
     return jax.tree.map(
         lambda array: jax.lax.dynamic_index_in_dim(array, i, keepdims=False), batches
     )
 
 
-def _mean(measure: Any, batches: Any, num_batches: int) -> Any:
-    """The mean over the batches of `measure(batch)`, a tree."""
+def _mean(measure: Callable[[Tree], Tree], batches: Tree, num_batches: int) -> Tree:
+    """Computes the mean over the batches of `measure(batch)`, a tree."""
     shapes = jax.eval_shape(measure, _batch(batches, 0))
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    total = _loops.fold_captured(
-        lambda total, i: jax.tree.map(jnp.add, total, measure(_batch(batches, i))),
+    total = _loops.scan(
+        lambda _, total, i: jax.tree.map(jnp.add, total, measure(_batch(batches, i))),
         zeros,
         num_batches,
     )
     return jax.tree.map(lambda leaf: leaf / num_batches, total)
 
 
-def _spread(measure: Any, average: Any, mean: Any, batches: Any, num_batches: int) -> Any:
-    """Variance over the batches, averaged over inputs, and its standard error; trees.
+def _spread(
+    measure: Callable[[Tree], Tree],
+    average: Callable[[Tree], Tree],
+    mean: Tree,
+    batches: Tree,
+    num_batches: int,
+) -> tuple[Tree, Tree]:
+    """Computes the variance over the batches, averaged over inputs, and its standard error.
 
     The averages of one batch's squares are one draw: the inputs see the same batch.
     """
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(average, mean))
 
-    def add(carry: Any, i: jax.Array) -> Any:
+    def add(_: None, carry: Tree, i: jax.Array) -> Tree:
         values = measure(_batch(batches, i))
         squares = average(jax.tree.map(lambda v, m: (v - m) ** 2, values, mean))
         fourths = jax.tree.map(jnp.square, squares)
         return jax.tree.map(jnp.add, carry, (squares, fourths))
 
-    totals = _loops.fold_captured(add, (zeros, zeros), num_batches)
+    totals = _loops.scan(add, (zeros, zeros), num_batches)
     variance = jax.tree.map(lambda total: total / (num_batches - 1), totals[0])
 
     def error(squares: jax.Array, fourths: jax.Array) -> jax.Array:
@@ -264,11 +275,12 @@ def _spread(measure: Any, average: Any, mean: Any, batches: Any, num_batches: in
     return variance, jax.tree.map(error, *totals)
 
 
-def _error_of_root(error: Any, root: Any) -> Any:
-    return jax.tree.map(lambda e, r: e / jnp.where(r > 0, 2 * r, jnp.nan), error, root)
+def _error_of_root(error: Tree, root: Tree) -> Tree:
+    divide = lambda e, r: _numerics.divide(e, 2 * r, where=r > 0, otherwise=jnp.nan)
+    return jax.tree.map(divide, error, root)
 
 
 def _mean_where(values: jax.Array, is_defined: jax.Array) -> jax.Array:
-    """The mean over the inputs for which the values are defined; NaN without any."""
+    """Computes the mean over the inputs for which the values are defined; NaN without any."""
     total = jnp.sum(jnp.where(is_defined, values, 0), 0)
     return total / jnp.sum(is_defined, 0, dtype=values.dtype)

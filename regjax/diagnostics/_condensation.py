@@ -1,14 +1,15 @@
 """Condensation: how few directions the neurons of a layer point in."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from regjax import _checks, _loops, _tree
+from regjax import _checks, _loops, _numerics, _tree
 
 
-class CondensationReport(NamedTuple):
+class CondensationResult(NamedTuple):
     """The directions of a layer's m neurons.
 
     Attributes:
@@ -29,9 +30,9 @@ def condensation(
     bias: jax.Array | None = None,
     *,
     threshold: float = 0.95,
-    min_norm: float | jax.Array = 0.0,
-) -> CondensationReport:
-    """How many directions the neurons of a layer have, each neuron its incoming weights and bias.
+    min_norm: ArrayLike = 0.0,
+) -> CondensationResult:
+    """Counts the directions of a layer's neurons, each one its incoming weights and bias.
 
     Two neurons are parallel if the cosine of their vectors is above `threshold`; opposite ones are
     not. The effective number is that of neurons whose neighbourhoods cover all others. The least
@@ -47,7 +48,7 @@ def condensation(
         are zero. May be traced.
 
     Returns:
-      A `CondensationReport`.
+      A `CondensationResult`.
 
     Raises:
       ValueError: the shapes do not fit, `threshold` is not between -1 and 1, or `min_norm` is
@@ -71,19 +72,21 @@ def condensation(
         vectors = jnp.concatenate([vectors, _tree.wide(bias).astype(vectors.dtype)[None]])
     norms = jnp.sqrt(jnp.sum(vectors**2, 0))
     kept = norms > min_norm
-    units = jnp.where(kept[None], vectors / jnp.where(kept, norms, 1)[None], 0)
-    cosines = jnp.matmul(units.T, units, precision=jax.lax.Precision.HIGHEST)
+    units = _numerics.divide(vectors, norms[None], where=kept[None])
+    cosines = jnp.matmul(units.T, units, precision="highest")
     number = _greedy_cover(cosines > threshold, norms, kept)
-    return CondensationReport(cosines, number, number.astype(norms.dtype) / width, norms)
+    return CondensationResult(cosines, number, number.astype(norms.dtype) / width, norms)
 
 
 def _greedy_cover(parallel: jax.Array, norms: jax.Array, kept: jax.Array) -> jax.Array:
     order = jnp.argsort(-norms)
     start = (~kept, jnp.int32(0))
-    return _loops.fold(_visit, start, len(norms), operands=(order, parallel))[1]
+    return _loops.scan(_visit, start, len(norms), operands=(order, parallel))[1]
 
 
-def _visit(operands: Any, carry: Any, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _visit(
+    operands: tuple[jax.Array, jax.Array], carry: tuple[jax.Array, jax.Array], i: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     (order, parallel), (covered, number) = operands, carry
     neuron = order[i]
     stands = ~covered[neuron]

@@ -1,17 +1,17 @@
 """How the spread of decentralised learners acts on the step of their mean."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _tree, curvature
-from regjax._base import as_partial
+from regjax import _checks, _chunks, _numerics, _tree, curvature
+from regjax._base import LossFn, Params, Tree, as_partial
 
 
-class LandscapeNoiseReport(NamedTuple):
+class LandscapeNoiseResult(NamedTuple):
     """The step of the mean weights, split along the full gradient g at them.
 
     Attributes:
@@ -30,13 +30,13 @@ class LandscapeNoiseReport(NamedTuple):
 
 
 def landscape_dependent_noise(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    mean_grads: Any,
-    *batch: Any,
-    learning_rate: Any,
+    loss_fn: LossFn,
+    params: Params,
+    mean_grads: Params,
+    *batch: Tree,
+    learning_rate: ArrayLike,
     chunk_size: int | None = None,
-) -> LandscapeNoiseReport:
+) -> LandscapeNoiseResult:
     """Splits the step of the mean weights w_a into descent on the full loss and noise.
 
         w_a - lr g_a = w_a - alpha_e g + eta,   alpha_e = lr <g_a, g> / ||g||^2,   <eta, g> = 0
@@ -59,7 +59,7 @@ def landscape_dependent_noise(
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
-      A `LandscapeNoiseReport`.
+      A `LandscapeNoiseResult`.
 
     Raises:
       ValueError: `params` is not stacked like `mean_grads`, `learning_rate` is negative, or the
@@ -77,32 +77,35 @@ def landscape_dependent_noise(
     chunk_size = _chunks.checked_size(loss_fn, center, batch, chunk_size)
     gradient = _chunks.mean(Partial(_gradient, as_partial(loss_fn)), center, batch, chunk_size)
     hessian = curvature.hessian(loss_fn, center, *batch, chunk_size=chunk_size)
-    return _report(
+    return _split_step(
         mean_grads, gradient, deviations, hessian.matmat(deviations), jnp.asarray(learning_rate)
     )
 
 
 @jax.jit
-def _centered(params: Any) -> tuple[Any, Any]:
-    """The mean over the learners, and the deviations from it in float32 at least."""
+def _centered(params: Params) -> tuple[Params, Params]:
+    """Computes the mean over the learners, and the deviations from it in float32 at least."""
     means = jax.tree.map(lambda leaf: _tree.mean_rows(_tree.wide(leaf)), params)
     deviations = jax.tree.map(lambda leaf, mean: _tree.wide(leaf) - mean[None], params, means)
     center = jax.tree.map(lambda leaf, mean: mean.astype(leaf.dtype), params, means)
     return center, deviations
 
 
-def _gradient(loss_fn: Partial, params: Any, *batch: Any) -> Any:
+def _gradient(loss_fn: Partial, params: Params, *batch: Tree) -> Params:
     return jax.grad(lambda p: loss_fn(p, *batch))(params)
 
 
 @jax.jit
-def _report(
-    mean_grads: Any, gradient: Any, deviations: Any, products: Any, learning_rate: jax.Array
-) -> LandscapeNoiseReport:
+def _split_step(
+    mean_grads: Params,
+    gradient: Params,
+    deviations: Params,
+    products: Params,
+    learning_rate: jax.Array,
+) -> LandscapeNoiseResult:
     square = _tree.inner(gradient, gradient)
-    is_moving = square > 0
     rate = learning_rate.astype(square.dtype)
-    effective = rate * _tree.inner(mean_grads, gradient) / jnp.where(is_moving, square, 1)
+    effective = _numerics.divide(rate * _tree.inner(mean_grads, gradient), square)
     noise = jax.tree.map(
         lambda a, g: (
             effective.astype(_tree.wide_dtype(g)) * _tree.wide(g)
@@ -112,8 +115,8 @@ def _report(
         gradient,
     )
     num = len(jax.tree.leaves(deviations)[0])
-    return LandscapeNoiseReport(
-        effective_learning_rate=jnp.where(is_moving, effective, jnp.nan),
+    return LandscapeNoiseResult(
+        effective_learning_rate=jnp.where(square > 0, effective, jnp.nan),
         noise_power=_tree.inner(noise, noise),
         dispersion=jnp.sqrt(_tree.inner(deviations, deviations) / num),
         curvature_trace=_tree.inner(deviations, products) / num,

@@ -1,26 +1,26 @@
 """How far an input is from the decision boundary of its class."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
 from regjax import _chunks, _jacobian, _loops, _tree
-from regjax._base import as_partial
+from regjax._base import ModelFn, Params, Tree, as_partial
 from regjax.diagnostics._spline_partition import ratio
 
 
 def decision_margin(
-    model_fn: Callable[..., Any],
-    params: Any,
+    model_fn: ModelFn,
+    params: Params,
     inputs: jax.Array,
-    labels: jax.Array,
+    targets: jax.Array,
     *,
     chunk_size: int | None = None,
 ) -> jax.Array:
-    """The signed distance of each input from the decision boundary of its class.
+    """Computes the signed distance of each input from the decision boundary of its class.
 
         margin(x) = min_{j != y} (f_y(x) - f_j(x)) / ||grad_x (f_y - f_j)(x)||
 
@@ -33,41 +33,46 @@ def decision_margin(
         alone, such as `regjax.model_function(model)`.
       params: tree of parameters.
       inputs: (N, ...), real floating point.
-      labels: (N,), integers from 0 to classes - 1; others give NaN where they are traced.
+      targets: (N,), integers from 0 to classes - 1; others give NaN where they are traced.
       chunk_size: number of examples per pass; None: all at once.
 
     Returns:
       Margins (N,), in the units of the inputs and float32 at least.
 
     Raises:
-      ValueError: a label is out of range, shapes do not fit, or the model couples the examples.
-      TypeError: `labels` are not integers, or `inputs` not real floating point.
+      ValueError: a target is out of range, shapes do not fit, or the model couples the examples.
+      TypeError: `targets` are not integers, or `inputs` not real floating point.
 
     References:
       R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, on margins; the formula is the usual one
       for piecewise linear classifiers.
     """
-    labels = check_classifier("model_fn", model_fn, params, inputs, labels)
+    targets = check_classifier("model_fn", model_fn, params, inputs, targets)
     function = Partial(margins, as_partial(model_fn))
-    return _chunks.each(function, params, (inputs, labels), chunk_size)
+    return _chunks.each(function, params, (inputs, targets), chunk_size)
 
 
-def margins(model_fn: Partial, params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """`decision_margin` of one chunk."""
+def margins(model_fn: Partial, params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Computes the `decision_margin` of one chunk."""
     logits, rows = _jacobian.rows(lambda x: model_fn(params, x), inputs)
-    logits, rows, own = _tree.wide(logits), _tree.wide(rows), labels[:, None]
+    logits, rows, own = _tree.wide(logits), _tree.wide(rows), targets[:, None]
     difference = jnp.take_along_axis(logits, own, 1) - logits
     gradients = jnp.take_along_axis(rows, own.T[:, :, None], 0) - rows
     distances = ratio(difference, jnp.sqrt(jnp.sum(gradients**2, 2)).T)
     # The class itself is infinitely far: 0 / 0.
-    is_class = (labels >= 0) & (labels < logits.shape[1])
+    is_class = (targets >= 0) & (targets < logits.shape[1])
     return jnp.where(is_class, jnp.min(distances, 1), jnp.nan)
 
 
 def check_classifier(
-    name: str, function: Any, params: Any, inputs: Any, labels: Any, *rest: Any
+    name: str,
+    function: Callable[..., jax.Array],
+    params: Params,
+    inputs: jax.Array,
+    targets: ArrayLike,
+    *rest: Tree,
 ) -> jax.Array:
-    """The labels as an array, checked against the logits."""
+    """Returns the targets as an array, checked against the logits."""
     _jacobian.check_model(name, function, inputs)
     shape = getattr(jax.eval_shape(as_partial(function), params, inputs, *rest), "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != len(inputs) or shape[1] < 2:
@@ -75,13 +80,14 @@ def check_classifier(
             f"`{name}` must return logits of shape ({len(inputs)}, classes), two classes at least, "
             f"got {shape}."
         )
-    labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
-    if labels.shape != (len(inputs),):
-        raise ValueError(f"`labels` must have shape ({len(inputs)},), got {labels.shape}.")
-    if _loops.is_concrete(labels) and not (labels.min() >= 0 and labels.max() < shape[1]):
+    targets = jnp.asarray(targets)
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(f"`targets` must be integers, got {targets.dtype}.")
+    if targets.shape != (len(inputs),):
+        raise ValueError(f"`targets` must have shape ({len(inputs)},), got {targets.shape}.")
+    if _loops.is_concrete(targets) and not (targets.min() >= 0 and targets.max() < shape[1]):
         raise ValueError(
-            f"`labels` must be between 0 and {shape[1] - 1}, got {labels.min()} to {labels.max()}."
+            f"`targets` must be between 0 and {shape[1] - 1}, got {targets.min()} to "
+            f"{targets.max()}."
         )
-    return labels
+    return targets

@@ -2,73 +2,74 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _chunks, _tree, curvature
+from regjax import _checks, _chunks, _numerics, curvature
+from regjax._base import LossFn, Params, PRNGKey, Tree
 
 
-class DropoutNoiseReport(NamedTuple):
+class DropoutNoiseResult(NamedTuple):
     """Covariance Sigma of dropout's gradient over K masks, and the Hessian H of n parameters.
 
-    What only Sigma and H enter is exact for these masks; the errors are those of the random probes.
+    What only Sigma and H enter is exact for these masks; the standard errors are over the probes.
 
     Attributes:
       eigenvalues: (d,), the largest of Sigma, from above.
-      vectors: tree like the parameters with a leading axis d, their eigenvectors, orthonormal; 0
-        where the eigenvalue is at rounding level.
+      eigenvectors: tree like the parameters with a leading axis d, orthonormal; 0 where the
+        eigenvalue is at rounding level.
       curvatures: (d,), v' H v along them; NaN where the eigenvalue is at rounding level.
       noise_trace: (), tr Sigma.
       noise_norm: (), ||Sigma||_F.
       product_trace: (), tr(H Sigma).
       hessian_trace: (), tr H, estimated.
-      hessian_trace_error: (), its standard error; NaN with a single probe, as are those below.
+      hessian_trace_standard_error: (), NaN with a single probe, as are those below.
       hessian_norm: (), ||H||_F, estimated.
-      hessian_norm_error: (), its standard error.
+      hessian_norm_standard_error: ().
       alignment: (), tr(H Sigma) / (||H|| ||Sigma||), the cosine of the two matrices.
-      alignment_error: (), its standard error.
+      alignment_standard_error: ().
       null_alignment: (), mean alignment if Sigma's eigenvectors were random.
-      null_alignment_error: (), its standard error.
-      null_deviation: (), standard deviation of the alignment over such random eigenvectors.
+      null_alignment_standard_error: ().
+      null_std: (), standard deviation of the alignment over such random eigenvectors.
     """
 
     eigenvalues: jax.Array
-    vectors: Any
+    eigenvectors: Params
     curvatures: jax.Array
     noise_trace: jax.Array
     noise_norm: jax.Array
     product_trace: jax.Array
     hessian_trace: jax.Array
-    hessian_trace_error: jax.Array
+    hessian_trace_standard_error: jax.Array
     hessian_norm: jax.Array
-    hessian_norm_error: jax.Array
+    hessian_norm_standard_error: jax.Array
     alignment: jax.Array
-    alignment_error: jax.Array
+    alignment_standard_error: jax.Array
     null_alignment: jax.Array
-    null_alignment_error: jax.Array
-    null_deviation: jax.Array
+    null_alignment_standard_error: jax.Array
+    null_std: jax.Array
 
 
 def dropout_noise_alignment(
-    loss_fn: Callable[..., Any],
-    dropout_loss_fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
-    key: jax.Array,
-    num_masks: int,
+    loss_fn: LossFn,
+    dropout_loss_fn: Callable[[Params, PRNGKey], jax.Array],
+    params: Params,
+    *batch: Tree,
+    key: PRNGKey,
+    num_samples: int,
     num_directions: int,
     num_probes: int = 32,
     chunk_size: int | None = None,
-) -> DropoutNoiseReport:
+) -> DropoutNoiseResult:
     """Compares the covariance of dropout's gradient noise with the Hessian of a loss.
 
         alignment = tr(H Sigma) / (||H||_F ||Sigma||_F)
         null      = tr H tr Sigma / (n ||H||_F ||Sigma||_F)
 
     Two positive matrices with nothing in common have a positive alignment too: `null` is its mean
-    and `null_deviation` its spread if Sigma keeps its eigenvalues and its eigenvectors are random.
+    and `null_std` its spread if Sigma keeps its eigenvalues and its eigenvectors are random.
     What lies beyond is in the directions. Costs K gradients and K + `num_probes` Hessian products,
     and the memory of their n numbers each.
 
@@ -84,13 +85,13 @@ def dropout_noise_alignment(
       *batch: arrays with a leading axis of examples, of `loss_fn`.
       key: typed key; with first, second = `jax.random.split(key)`, the masks are those of
         `curvature.dropout_covariance` with the first.
-      num_masks: K, at least 2.
+      num_samples: K, number of masks, at least 2.
       num_directions: d, number of eigenvectors, at most K - 1.
       num_probes: random signs for the trace and the norm of H (Hutchinson); both of the same.
       chunk_size: examples per pass in the Hessian, None for all at once.
 
     Returns:
-      A `DropoutNoiseReport`.
+      A `DropoutNoiseResult`.
 
     Raises:
       ValueError: a count is out of its range, or a loss is no scalar or cannot be split.
@@ -101,20 +102,21 @@ def dropout_noise_alignment(
       arXiv:2207.05952. Their formulas for the two matrices were not checked, and none is used. The
       alignment as a cosine, its null model and all errors are ours.
     """
-    _checks.integer("num_masks", num_masks, minimum=2)
-    _checks.integer("num_directions", num_directions, maximum=num_masks - 1)
+    _checks.integer("num_samples", num_samples, minimum=2)
+    _checks.integer("num_directions", num_directions, maximum=num_samples - 1)
     _checks.integer("num_probes", num_probes)
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     mask_key, probe_key = jax.random.split(_checks.key("key", key))
     factor = curvature.dropout_covariance_factor(
-        dropout_loss_fn, params, key=mask_key, num_masks=num_masks
+        dropout_loss_fn, params, key=mask_key, num_samples=num_samples
     )
     probes = jax.random.rademacher(probe_key, (num_probes, factor.shape[1]), factor.dtype)
     rows = jnp.concatenate([factor, probes])
     hessian = curvature.hessian(loss_fn, params, *batch, chunk_size=chunk_size)
-    images = _ravel(hessian.matmat(_unravel(rows, params)), factor.dtype)
+    space = hessian.space
+    images = space.gather(hessian.block_product(space.shard(rows)))
     vectors, found = _compare(factor, probes, images, num_directions)
-    return DropoutNoiseReport(vectors=_unravel(vectors, params), **found)
+    return DropoutNoiseResult(eigenvectors=_trees(space, vectors), **found)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -128,11 +130,14 @@ def _compare(
     # Of the same probes, so that the errors of trace and norm are known together.
     forms = jnp.sum(probes * images[num_masks:], 1)
     squares = jnp.sum(images[num_masks:] ** 2, 1)
-    hessian_trace, hessian_norm = jnp.mean(forms), jnp.sqrt(jnp.mean(squares))
+    hessian_trace, trace_error = _numerics.mean_and_error(forms)
+    hessian_norm = jnp.sqrt(jnp.mean(squares))
     norm_errors = (squares - hessian_norm**2) / (2 * hessian_norm)
+    _, norm_error = _numerics.mean_and_error(norm_errors)
     alignment = jnp.trace(product) / (hessian_norm * noise_norm)
     per_null = noise_trace / (size * noise_norm * hessian_norm)
     null_errors = per_null * (forms - hessian_trace * norm_errors / hessian_norm)
+    _, null_error = _numerics.mean_and_error(null_errors)
     return vectors, {
         "eigenvalues": eigenvalues,
         "curvatures": curvatures,
@@ -140,35 +145,36 @@ def _compare(
         "noise_norm": noise_norm,
         "product_trace": jnp.trace(product),
         "hessian_trace": hessian_trace,
-        "hessian_trace_error": _standard_error(forms),
+        "hessian_trace_standard_error": trace_error,
         "hessian_norm": hessian_norm,
-        "hessian_norm_error": _standard_error(norm_errors),
+        "hessian_norm_standard_error": norm_error,
         "alignment": alignment,
-        "alignment_error": jnp.abs(alignment) * _standard_error(norm_errors) / hessian_norm,
+        "alignment_standard_error": jnp.abs(alignment) * norm_error / hessian_norm,
         "null_alignment": per_null * hessian_trace,
-        "null_alignment_error": _standard_error(null_errors),
-        "null_deviation": _null_deviation(
-            size, hessian_trace / hessian_norm, noise_trace / noise_norm
-        ),
+        "null_alignment_standard_error": null_error,
+        "null_std": _null_std(size, hessian_trace / hessian_norm, noise_trace / noise_norm),
     }
 
 
 def _principal(
     factor: jax.Array, gram: jax.Array, product: jax.Array, num_directions: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Leading eigenpairs of R' R from R R' = W diag(values) W', v = R' w / sqrt(value)."""
+    """Computes leading eigenpairs of R' R and the curvatures along them.
+
+    From R R' = W diag(values) W':  v = R' w / sqrt(value).
+    """
     values, weights = jnp.linalg.eigh(gram)
     values, weights = values[::-1][:num_directions], weights[:, ::-1][:, :num_directions]
     # What is below is rounding: masks beyond the rank, or none that drops anything.
     sound = values > len(gram) * jnp.finfo(values.dtype).eps * values[0]
-    scale = jnp.where(sound, values, 1)
-    vectors = _dot(weights.T, factor.T) / jnp.sqrt(scale)[:, None]
-    curvatures = jnp.sum(weights * _dot(product, weights.T), 0) / scale
-    return values, jnp.where(sound[:, None], vectors, 0), jnp.where(sound, curvatures, jnp.nan)
+    roots = jnp.sqrt(jnp.where(sound, values, 1))
+    vectors = _numerics.divide(_dot(weights.T, factor.T), roots[:, None], where=sound[:, None])
+    forms = jnp.sum(weights * _dot(product, weights.T), 0)
+    return values, vectors, _numerics.divide(forms, values, where=sound, otherwise=jnp.nan)
 
 
-def _null_deviation(size: int, hessian_share: jax.Array, noise_share: jax.Array) -> jax.Array:
-    """Standard deviation of the alignment over random rotations of one of the two matrices.
+def _null_std(size: int, hessian_share: jax.Array, noise_share: jax.Array) -> jax.Array:
+    """Computes the standard deviation of the alignment over random rotations of one matrix.
 
     For symmetric A and B without trace and Q uniform among the rotations, tr(A Q B Q') has the
     variance 2 ||A||^2 ||B||^2 / ((n - 1) (n + 2)), by Schur's lemma. A share is trace over norm.
@@ -179,23 +185,11 @@ def _null_deviation(size: int, hessian_share: jax.Array, noise_share: jax.Array)
     return jnp.sqrt(2 * jnp.maximum(without_trace, 0) / pairs)
 
 
-def _standard_error(samples: jax.Array) -> jax.Array:
-    # NaN with a single one: 0 / 0.
-    count = samples.shape[0]
-    deviation = samples - jnp.mean(samples)
-    return jnp.sqrt(jnp.sum(deviation**2) / jnp.asarray((count - 1.0) * count, samples.dtype))
-
-
 def _dot(one: jax.Array, other: jax.Array) -> jax.Array:
-    """The inner products of the rows of two matrices."""
-    return jnp.matmul(one, other.T, precision=jax.lax.Precision.HIGHEST)
+    """Computes the inner products of the rows of two matrices."""
+    return jnp.matmul(one, other.T, precision="highest")
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _ravel(trees: Any, dtype: Any) -> jax.Array:
-    return jax.vmap(lambda tree: _tree.ravel(tree, dtype))(trees)
-
-
-@jax.jit
-def _unravel(rows: jax.Array, like: Any) -> Any:
-    return jax.vmap(lambda flat: _tree.unravel(flat, like))(rows)
+@functools.partial(jax.jit, static_argnums=0)
+def _trees(space: curvature.Space, rows: jax.Array) -> Params:
+    return space.unravel_rows(rows)

@@ -1,26 +1,27 @@
 """How wide a minimum is: where the loss reaches a multiple of its value there."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _tree
-from regjax._base import as_partial
+from regjax import _checks, _chunks, _numerics, _tree
+from regjax._base import LossFn, Params, Tree, as_partial
 from regjax.diagnostics._surface import Path, walk
 
 
-class FlatnessReport(NamedTuple):
+class FlatnessResult(NamedTuple):
     """The interval around a minimum in which the loss stays below a level.
 
     Attributes:
       left: (), negative distance along the direction at which the level is reached first.
       right: (), the positive one.
       width: (), right - left.
-      error: (), half the brackets that are left of both ends, added: the width is known to this.
+      width_error_bound: (), half the brackets that are left of both ends, added.
       converged: (), bool: the level was reached on both sides. If not, the side that did not stands
         at the largest distance, a lower bound.
     """
@@ -28,21 +29,21 @@ class FlatnessReport(NamedTuple):
     left: jax.Array
     right: jax.Array
     width: jax.Array
-    error: jax.Array
+    width_error_bound: jax.Array
     converged: jax.Array
 
 
 def interval_flatness(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    direction: Any,
-    *batch: Any,
+    loss_fn: LossFn,
+    params: Params,
+    direction: Params,
+    *batch: Tree,
     max_distance: float,
-    factor: float = math.e,
-    num_steps: int = 60,
+    factor: ArrayLike = math.e,
+    num_evaluations: int = 60,
     chunk_size: int | None = None,
-) -> FlatnessReport:
-    """The width of the interval along a direction in which the loss stays below a multiple.
+) -> FlatnessResult:
+    """Measures the interval along a direction in which the loss stays below a multiple.
 
     The nearest l < 0 < r with L(w + l p) = L(w + r p) = factor * L(w), p the unit vector of the
     direction; the flatness is r - l. Each side is searched outwards, doubling the distance, and
@@ -56,11 +57,11 @@ def interval_flatness(
       *batch: arrays with a leading axis of examples.
       max_distance: where the search ends, in units of the parameters.
       factor: of the loss, above 1; e in the paper.
-      num_steps: losses evaluated on each side: a third at most for the doubling.
+      num_evaluations: losses evaluated on each side: a third at most for the doubling.
       chunk_size: number of examples per pass; None: all at once.
 
     Returns:
-      A `FlatnessReport`; NaN where the loss at `params` is not positive or the direction is zero.
+      A `FlatnessResult`; NaN where the loss at `params` is not positive or the direction is zero.
 
     Raises:
       ValueError: a number is out of its range, `direction` is another tree, or the loss is no
@@ -72,34 +73,37 @@ def interval_flatness(
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     _checks.same_tree("direction", direction, params)
     _checks.positive("max_distance", max_distance)
-    _checks.integer("num_steps", num_steps, minimum=3)
-    if not isinstance(factor, jax.Array) and not _checks.positive("factor", factor) > 1:
+    _checks.integer("num_evaluations", num_evaluations, minimum=3)
+    _checks.positive("factor", factor)
+    if isinstance(factor, Real) and factor <= 1:
         raise ValueError(f"`factor` must be above 1, got {factor}.")
     start = _chunks.mean(loss_fn, params, batch, chunk_size)
     norm = _tree.norm(direction)
-    first = jnp.asarray(max_distance * 2.0 ** (1 - num_steps // 3), norm.dtype)
+    first = jnp.asarray(max_distance * 2.0 ** (1 - num_evaluations // 3), norm.dtype)
     is_defined = (start > 0) & (norm > 0)
     ends, brackets, found = [], [], []
     for sign in (-1, 1):
-        scale = sign / jnp.where(norm > 0, norm, 1)
-        path = Path(
-            as_partial(loss_fn), Partial(_along, params, direction, scale), batch, chunk_size
-        )
+        place = Partial(_along, params, direction, _numerics.divide(sign, norm))
+        path = Path(as_partial(loss_fn), place, batch, chunk_size)
         zero = jnp.zeros((), norm.dtype)
         limits = (start * factor, first, jnp.asarray(max_distance, norm.dtype))
         low, high, is_found = walk(
-            _narrow, (zero, limits[2], jnp.bool_(False)), num_steps, (path, limits)
+            _narrow, (zero, limits[2], jnp.bool_(False)), num_evaluations, (path, limits)
         )
         ends.append(sign * jnp.where(is_found, (low + high) / 2, limits[2]))
         brackets.append(jnp.where(is_found, (high - low) / 2, 0))
         found.append(is_found)
     left, right = (jnp.where(is_defined, end, jnp.nan) for end in ends)
-    return FlatnessReport(
+    return FlatnessResult(
         left, right, right - left, brackets[0] + brackets[1], is_defined & found[0] & found[1]
     )
 
 
-def _narrow(operands: Any, bracket: Any, i: jax.Array) -> Any:
+def _narrow(
+    operands: tuple[Path, tuple[jax.Array, jax.Array, jax.Array]],
+    bracket: tuple[jax.Array, jax.Array, jax.Array],
+    i: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     path, (level, first, limit) = operands
     low, high, is_found = bracket
     outwards = jnp.minimum(jnp.where(low > 0, 2 * low, first), limit)
@@ -112,9 +116,9 @@ def _narrow(operands: Any, bracket: Any, i: jax.Array) -> Any:
     )
 
 
-def _along(params: Any, direction: Any, scale: jax.Array, distance: jax.Array) -> Any:
+def _along(params: Params, direction: Params, unit: jax.Array, distance: jax.Array) -> Params:
     return jax.tree.map(
-        lambda w, d: (w + (scale * distance) * d.astype(scale.dtype)).astype(w.dtype),
+        lambda w, d: (w + (unit * distance) * d.astype(unit.dtype)).astype(w.dtype),
         params,
         direction,
     )

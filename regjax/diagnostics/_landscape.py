@@ -1,19 +1,22 @@
 """How far the loss and its gradient can be trusted along a step, and what other layers do to it."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _loops, _tree
-from regjax._base import as_partial
+from regjax import _checks, _chunks, _loops, _numerics, _tree
+from regjax._base import Batch, LossFn, Params, Tree, as_partial
+
+_Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
 
-class LineProbeReport(NamedTuple):
-    """The loss and its gradient along the negative gradient; S step sizes.
+class LineProbeResult(NamedTuple):
+    """The loss and its gradient along the negative gradient; S learning rates.
 
     Attributes:
       losses: (S,), L(w - s g). Their range is the variation of the loss.
@@ -32,29 +35,29 @@ class LineProbeReport(NamedTuple):
     gradient_norm: jax.Array
 
 
-class CovariateShiftReport(NamedTuple):
+class CovariateShiftResult(NamedTuple):
     """How the gradient of each layer changes when the layers before it move.
 
     Attributes:
-      distance: (num_layers,), ||G' - G||; 0 for the first layer.
-      cosine: (num_layers,), of the angle between G' and G; 1 for the first layer, NaN at another
+      distances: (num_layers,), ||G' - G||; 0 for the first layer.
+      cosines: (num_layers,), of the angle between G' and G; 1 for the first layer, NaN at another
         where one of them is zero.
     """
 
-    distance: jax.Array
-    cosine: jax.Array
+    distances: jax.Array
+    cosines: jax.Array
 
 
 def line_probe(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
-    step_sizes: Any,
+    loss_fn: LossFn,
+    params: Params,
+    *batch: Tree,
+    learning_rates: ArrayLike,
     chunk_size: int | None = None,
-) -> LineProbeReport:
+) -> LineProbeResult:
     """Looks along the gradient step that is about to be taken, on the same batch.
 
-    With g = grad L(w), the raw gradient and not an optimiser's direction, for each step size s:
+    With g = grad L(w), the raw gradient and not an optimiser's direction, for each learning rate s:
 
         losses = L(w - s g),   gradient_distances = ||grad L(w - s g) - g||,
         smoothness = gradient_distances / (s ||g||)
@@ -66,44 +69,47 @@ def line_probe(
         landscape that training sees. Statistics that it would write are discarded.
       params: tree of parameters, w.
       *batch: arrays with a leading axis of examples.
-      step_sizes: (S,), s; the paper takes 1/2 to 4 times the learning rate.
+      learning_rates: (S,), s; the paper takes 1/2 to 4 times that of the training.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
-      A `LineProbeReport`.
+      A `LineProbeResult`.
 
     Raises:
-      ValueError: `step_sizes` is no vector, or the loss is no scalar or cannot be split in chunks.
+      ValueError: `learning_rates` is no vector, or the loss is no scalar or cannot be split in
+        chunks.
 
     References:
       S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, figure 4. There is no
       official code; reimplementations often compare consecutive gradients of separate runs.
     """
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
-    step_sizes = positions_of("step_sizes", step_sizes)
+    learning_rates = vector_of("learning_rates", learning_rates)
     differentiate = Partial(_value_and_grad, as_partial(loss_fn))
     loss, gradient = _chunks.mean(differentiate, params, batch, chunk_size)
 
-    zeros = jnp.zeros(step_sizes.shape, _tree.wide_dtype(loss))
-    operands = (differentiate, params, gradient, step_sizes, batch)
+    zeros = jnp.zeros(learning_rates.shape, _tree.wide_dtype(loss))
+    operands = (differentiate, params, gradient, learning_rates, batch)
     if chunk_size is None:
-        losses, distances = _loops.fold_few(_probe, (zeros, zeros), len(zeros), operands=operands)
-    else:
-        losses, distances = _loops.fold_captured(
-            lambda found, i: _probe(operands, found, i, chunk_size), (zeros, zeros), len(zeros)
+        losses, distances = _loops.scan(
+            _probe, (zeros, zeros), len(zeros), operands=operands, unroll=True
         )
-    return _line_report(losses, distances, step_sizes, loss, gradient)
+    else:
+        losses, distances = _loops.scan(
+            lambda _, found, i: _probe(operands, found, i, chunk_size), (zeros, zeros), len(zeros)
+        )
+    return _assessed(losses, distances, learning_rates, loss, gradient)
 
 
 def internal_covariate_shift(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    new_params: Any,
-    *batch: Any,
+    loss_fn: LossFn,
+    params: Params,
+    other_params: Params,
+    *batch: Tree,
     layers: Sequence[str | Sequence[str]],
     chunk_size: int | None = None,
-) -> CovariateShiftReport:
-    """How much each layer's gradient changes by the update of the layers before it.
+) -> CovariateShiftResult:
+    """Measures how much the update of the layers before it changes each layer's gradient.
 
     For layer i of k, on the same batch:
 
@@ -114,7 +120,7 @@ def internal_covariate_shift(
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode.
       params: tree of parameters, W.
-      new_params: tree like `params`, W', after a step.
+      other_params: tree like `params`, W', after a step.
       *batch: arrays with a leading axis of examples.
       layers: the layers from the first to the last, each by the path of its sub-tree, keys joined
         by "/", or by several paths, as in ("layer_0", "head") or (("Dense_0", "BatchNorm_0"),
@@ -122,17 +128,17 @@ def internal_covariate_shift(
       chunk_size: number of examples per pass; None: all at once.
 
     Returns:
-      A `CovariateShiftReport`.
+      A `CovariateShiftResult`.
 
     Raises:
-      ValueError: a layer is not in the tree or holds a leaf of another one, `new_params` is another
-        tree, or the loss is no scalar or cannot be split in chunks.
+      ValueError: a layer is not in the tree or holds a leaf of another one, `other_params` is
+        another tree, or the loss is no scalar or cannot be split in chunks.
 
     References:
       S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, definition 2.1.
     """
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
-    _checks.same_tree("new_params", new_params, params)
+    _checks.same_tree("other_params", other_params, params)
     places = _layer_numbers(params, layers)
     differentiate = Partial(_value_and_grad, as_partial(loss_fn))
     loss, gradient = _chunks.mean(differentiate, params, batch, chunk_size)
@@ -140,53 +146,68 @@ def internal_covariate_shift(
     # Nothing before the first layer moves.
     zeros = jnp.zeros(len(layers), _tree.wide_dtype(loss))
     found, num_others = (zeros, zeros.at[0].set(1)), len(layers) - 1
-    operands = (differentiate, params, new_params, gradient, places, batch)
+    operands = (differentiate, params, other_params, gradient, places, batch)
     if chunk_size is None:
-        found = _loops.fold_few(_shift, found, num_others, operands=operands)
+        found = _loops.scan(_shift, found, num_others, operands=operands, unroll=True)
     else:
-        found = _loops.fold_captured(
-            lambda found, i: _shift(operands, found, i, chunk_size), found, num_others
+        found = _loops.scan(
+            lambda _, found, i: _shift(operands, found, i, chunk_size), found, num_others
         )
-    return CovariateShiftReport(*found)
+    return CovariateShiftResult(*found)
 
 
-def positions_of(name: str, values: Any) -> jax.Array:
-    """`values` as a vector of at least one position."""
+def vector_of(name: str, values: ArrayLike) -> jax.Array:
+    """Returns `values` as a vector of at least one entry."""
     values = jnp.asarray(values)
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"`{name}` must be a vector with at least one entry, got {values.shape}.")
     return values
 
 
-def _value_and_grad(loss_fn: Partial, params: Any, *batch: Any) -> Any:
+def _value_and_grad(loss_fn: Partial, params: Params, *batch: Tree) -> tuple[jax.Array, Params]:
     return jax.value_and_grad(lambda p: loss_fn(p, *batch))(params)
 
 
 @jax.jit
-def _line_report(
-    losses: jax.Array, distances: jax.Array, step_sizes: jax.Array, loss: jax.Array, gradient: Any
-) -> LineProbeReport:
+def _assessed(
+    losses: jax.Array,
+    distances: jax.Array,
+    learning_rates: jax.Array,
+    loss: jax.Array,
+    gradient: Params,
+) -> LineProbeResult:
     norm = _tree.norm(gradient)
-    smoothness = _ratio(distances, step_sizes.astype(norm.dtype) * norm)
-    return LineProbeReport(losses, distances, smoothness, _tree.wide(loss), norm)
+    lengths = learning_rates.astype(norm.dtype) * norm
+    smoothness = _numerics.divide(distances, lengths, otherwise=jnp.nan)
+    return LineProbeResult(losses, distances, smoothness, _tree.wide(loss), norm)
 
 
-def _probe(operands: Any, found: Any, i: jax.Array, chunk_size: int | None = None) -> Any:
-    differentiate, params, gradient, step_sizes, batch = operands
+def _probe(
+    operands: tuple[Partial, Params, Params, jax.Array, Batch],
+    found: _Pair,
+    i: jax.Array,
+    chunk_size: int | None = None,
+) -> _Pair:
+    differentiate, params, gradient, learning_rates, batch = operands
     losses, distances = found
-    moved = jax.tree.map(lambda w, g: w - step_sizes[i].astype(w.dtype) * g, params, gradient)
+    moved = jax.tree.map(lambda w, g: w - learning_rates[i].astype(w.dtype) * g, params, gradient)
     loss, there = _chunks.mean(differentiate, moved, batch, chunk_size)
     distance = _tree.norm(jax.tree.map(jnp.subtract, there, gradient))
     return losses.at[i].set(loss.astype(losses.dtype)), distances.at[i].set(distance)
 
 
-def _shift(operands: Any, found: Any, i: jax.Array, chunk_size: int | None = None) -> Any:
+def _shift(
+    operands: tuple[Partial, Params, Params, Params, Tree, Batch],
+    found: _Pair,
+    i: jax.Array,
+    chunk_size: int | None = None,
+) -> _Pair:
     i = i + 1
-    differentiate, params, new_params, gradient, places, batch = operands
+    differentiate, params, other_params, gradient, places, batch = operands
     distances, cosines = found
     mixed = jax.tree.map(
         lambda new, old, place: jnp.where((place >= 0) & (place < i), new, old),
-        new_params,
+        other_params,
         params,
         places,
     )
@@ -196,12 +217,13 @@ def _shift(operands: Any, found: Any, i: jax.Array, chunk_size: int | None = Non
         for tree in (gradient, there)
     )
     distance = _tree.norm(jax.tree.map(jnp.subtract, new, old))
-    cosine = _ratio(_tree.inner(new, old), _tree.norm(new) * _tree.norm(old))
+    norms = _tree.norm(new) * _tree.norm(old)
+    cosine = _numerics.divide(_tree.inner(new, old), norms, otherwise=jnp.nan)
     return distances.at[i].set(distance), cosines.at[i].set(cosine)
 
 
-def _layer_numbers(params: Any, layers: Sequence[str | Sequence[str]]) -> Any:
-    """A tree like `params`: the number of each leaf's layer, -1 for none."""
+def _layer_numbers(params: Params, layers: Sequence[str | Sequence[str]]) -> Tree:
+    """Returns a tree like `params`: the number of each leaf's layer, -1 for none."""
     owners = [
         (path, i)
         for i, layer in enumerate(layers)
@@ -223,9 +245,3 @@ def _layer_numbers(params: Any, layers: Sequence[str | Sequence[str]]) -> Any:
             f"{missing[0] if missing else 'none'!r}."
         )
     return jax.tree.unflatten(jax.tree.structure(params), numbers)
-
-
-def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """The ratio, NaN where the denominator is zero."""
-    is_zero = denominator == 0
-    return jnp.where(is_zero, jnp.nan, numerator / jnp.where(is_zero, 1, denominator))

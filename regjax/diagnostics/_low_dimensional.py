@@ -5,16 +5,16 @@ complement, plain gradient descent leaves P times the first kernel where it was 
 depth. Weight decay, Adam outside of the coordinate axes, and noise in the complement do move it.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _jacobian, _loops, _tree
-from regjax._base import as_partial
+from regjax import _checks, _chunks, _jacobian, _loops, _numerics, _tree
+from regjax._base import ModelFn, Params, PRNGKey, as_partial
 
 # Of B'B - I: far above the float32 rounding of an SVD, far below a column that has no unit norm.
 _ORTHONORMAL = 1e-4
@@ -33,7 +33,7 @@ class SubspaceResult(NamedTuple):
     singular_values: jax.Array
 
 
-class TransversalVariation(NamedTuple):
+class TransversalVariationResult(NamedTuple):
     """How much the outputs change off the data.
 
     Attributes:
@@ -45,23 +45,23 @@ class TransversalVariation(NamedTuple):
     standard_error: jax.Array
 
 
-class FrozenReport(NamedTuple):
+class FrozenResult(NamedTuple):
     """What became of the transversal part of a first kernel.
 
     Attributes:
       change: (), the largest magnitude of an entry of P (kernel - initial kernel), in units of the
         parameters.
-      ratio: (), ||P kernel||_F / ||P initial kernel||_F; NaN where the latter is zero.
+      norm_ratio: (), ||P kernel||_F / ||P initial kernel||_F; NaN where the latter is zero.
     """
 
     change: jax.Array
-    ratio: jax.Array
+    norm_ratio: jax.Array
 
 
 def subspace_from_data(
-    inputs: jax.Array, *, tolerance: float = 1e-6, num_directions: int | None = None
+    inputs: jax.Array, *, tol: ArrayLike = 1e-6, num_directions: int | None = None
 ) -> SubspaceResult:
-    """An orthonormal basis of the linear subspace that the data span.
+    """Finds an orthonormal basis of the linear subspace that the data span.
 
     From the singular value decomposition of the data as they are. The subspace is linear: a
     constant that is added to all data adds a direction, and subtracting their mean may take one
@@ -69,7 +69,7 @@ def subspace_from_data(
 
     Args:
       inputs: (N, ...), real floating point, of size d each.
-      tolerance: k is the number of singular values above this times the largest one. The default is
+      tol: k is the number of singular values above this times the largest one. The default is
         for float32: data in a rotated subspace leave it by about 1e-7, in bfloat16 by about 1e-2.
         As k depends on the values, the host decides it, and `inputs` cannot be traced.
       num_directions: k, the leading ones, whatever their singular values; works under `jax.jit`.
@@ -83,7 +83,7 @@ def subspace_from_data(
         argument is out of its range.
       TypeError: `inputs` is not real floating point.
     """
-    _checks.non_negative("tolerance", tolerance)
+    _checks.non_negative("tol", tol)
     _checks.floating_tree("inputs", inputs)
     num_examples = _checks.num_examples(inputs)
     if num_directions is not None:
@@ -102,19 +102,19 @@ def subspace_from_data(
             raise ValueError("`inputs` must be finite, got NaN or infinity.")
         if not values[0] > 0:
             raise ValueError("`inputs` must span a subspace, got zeros only.")
-        rank = int(jnp.sum(values > tolerance * values[0]))
+        rank = int(jnp.sum(values > tol * values[0]))
         return SubspaceResult(directions[:rank].T, values)
 
 
 def transversal_complexity(
-    model_fn: Callable[..., Any],
-    params: Any,
+    model_fn: ModelFn,
+    params: Params,
     inputs: jax.Array,
     basis: jax.Array,
     *,
     chunk_size: int | None = None,
 ) -> jax.Array:
-    """The mean over the inputs of the squared Frobenius norm of the Jacobian off the subspace.
+    """Computes the mean squared Frobenius norm of the Jacobian off the subspace.
 
         (1 / N) sum_x ||J(x) P||_F^2,   J = d f(x) / d x,   P = I - basis basis'
 
@@ -148,17 +148,17 @@ def transversal_complexity(
 
 
 def transversal_variation(
-    model_fn: Callable[..., Any],
-    params: Any,
+    model_fn: ModelFn,
+    params: Params,
     inputs: jax.Array,
     basis: jax.Array,
     *,
-    key: jax.Array,
-    radius: Any,
+    key: PRNGKey,
+    radius: ArrayLike,
     num_samples: int,
     chunk_size: int | None = None,
-) -> TransversalVariation:
-    """The mean change of the outputs over steps of a given length off the subspace.
+) -> TransversalVariationResult:
+    """Estimates the mean change of the outputs over steps of a given length off the subspace.
 
         mean over x and y of ||f(x + y) - f(x)||,   y uniform on the sphere of `radius` in the
         complement of the subspace
@@ -174,7 +174,7 @@ def transversal_variation(
       chunk_size: number of examples per pass; None: all at once.
 
     Returns:
-      A `TransversalVariation`.
+      A `TransversalVariationResult`.
 
     Raises:
       ValueError: as in `transversal_complexity`, the subspace is the whole space, `radius` is
@@ -192,27 +192,27 @@ def transversal_variation(
         Partial(_changes, as_partial(model_fn)), rest, inputs,
         key=key, num_samples=num_samples, chunk_size=chunk_size,
     )  # fmt: skip
-    return TransversalVariation(value, error)
+    return TransversalVariationResult(value, error)
 
 
 def frozen_component(
-    first_kernel: jax.Array, initial_kernel: jax.Array, basis: jax.Array
-) -> FrozenReport:
-    """What training did to the part of a first kernel that the data do not reach.
+    kernel: jax.Array, initial_kernel: jax.Array, basis: jax.Array
+) -> FrozenResult:
+    """Measures what training did to the part of a first kernel that the data do not reach.
 
     With data in the subspace and no layer before the kernel, its gradient is a sum of x g(x)': the
     transversal part stays under gradient descent with or without momentum, whatever follows. Weight
-    decay lambda at rate eta, without momentum, makes the ratio (1 - eta lambda)^t after t steps.
-    Adam divides entry by entry and leaves the subspace, unless coordinate axes span it.
+    decay lambda at rate eta, without momentum, makes the norm's ratio (1 - eta lambda)^t after t
+    steps. Adam divides entry by entry and leaves the subspace, unless coordinate axes span it.
 
     Args:
-      first_kernel: (d, m) after training; a convolution's (height, width, c, m), with a basis of
+      kernel: (d, m) after training; a convolution's (height, width, c, m), with a basis of
         the space of patches (height, width, c).
       initial_kernel: the same before.
       basis: (d, k) with k < d, orthonormal, of the subspace.
 
     Returns:
-      A `FrozenReport`, in float32 at least.
+      A `FrozenResult`, in float32 at least.
 
     Raises:
       ValueError: a shape does not fit, the columns of `basis` are not orthonormal (seen outside of
@@ -222,33 +222,41 @@ def frozen_component(
     References:
       As in `transversal_complexity`; these statements are our derivation and are tested.
     """
-    kernels = [_tree.wide(_checks.floating_tree("first_kernel", first_kernel))]
+    kernels = [_tree.wide(_checks.floating_tree("kernel", kernel))]
     kernels.append(_tree.wide(_checks.floating_tree("initial_kernel", initial_kernel)))
-    _checks.same_tree("first_kernel", *kernels)
+    _checks.same_tree("kernel", *kernels)
     if kernels[0].ndim < 2:
-        raise ValueError(f"`first_kernel` must have shape (d, m), got {kernels[0].shape}.")
+        raise ValueError(f"`kernel` must have shape (d, m), got {kernels[0].shape}.")
     after, before = (kernel.reshape(-1, kernel.shape[-1]) for kernel in kernels)
     basis = _with_complement(_checked_basis(basis, before.shape[0]))
-    moved = _off(basis, (after - before).T)
-    norms = [jnp.sqrt(jnp.sum(_off(basis, kernel.T) ** 2)) for kernel in (after, before)]
-    ratio = jnp.where(norms[1] > 0, norms[0] / jnp.where(norms[1] > 0, norms[1], 1), jnp.nan)
-    return FrozenReport(jnp.max(jnp.abs(moved)), ratio)
+    moved, *parts = (_off(basis, matrix.T) for matrix in (after - before, after, before))
+    norms = [jnp.linalg.norm(part) for part in parts]
+    return FrozenResult(
+        jnp.max(jnp.abs(moved)), _numerics.divide(*norms, where=norms[1] > 0, otherwise=jnp.nan)
+    )
 
 
 def _decomposition(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Singular values (r,), descending, and right singular vectors (r, d) of the data."""
+    """Computes singular values (r,), descending, and right singular vectors (r, d) of the data."""
     matrix = _tree.wide(inputs).reshape(inputs.shape[0], -1)
     _, values, directions = jnp.linalg.svd(matrix, full_matrices=False)
     return values, directions
 
 
-def _squared_norms(model_fn: Partial, rest: Any, inputs: jax.Array) -> jax.Array:
+def _squared_norms(
+    model_fn: Partial, rest: tuple[Params, jax.Array], inputs: jax.Array
+) -> jax.Array:
     params, basis = rest
     return _jacobian.squared_norms(lambda x: model_fn(params, x), inputs, without=basis)
 
 
-def _changes(model_fn: Partial, rest: Any, inputs: jax.Array, keys: jax.Array) -> jax.Array:
-    """||f(x + y) - f(x)|| of each example (N,), with one y each."""
+def _changes(
+    model_fn: Partial,
+    rest: tuple[Params, jax.Array, jax.Array],
+    inputs: jax.Array,
+    keys: jax.Array,
+) -> jax.Array:
+    """Computes ||f(x + y) - f(x)|| of each example (N,), with one y each."""
     params, basis, radius = rest
     num_examples = inputs.shape[0]
     normal = lambda key: jax.random.normal(key, basis.shape[:1], basis.dtype)
@@ -263,15 +271,13 @@ def _changes(model_fn: Partial, rest: Any, inputs: jax.Array, keys: jax.Array) -
 
 
 def _off(basis: jax.Array, vectors: jax.Array) -> jax.Array:
-    """`vectors` (n, d) less their components in the subspace."""
-    basis = basis.astype(jnp.promote_types(basis.dtype, vectors.dtype))
-    vectors = vectors.astype(basis.dtype)
-    along = jnp.matmul(vectors, basis, precision="highest")
-    return vectors - jnp.matmul(along, basis.T, precision="highest")
+    """Subtracts from `vectors` (n, d) their parts in the subspace."""
+    dtype = jnp.promote_types(basis.dtype, vectors.dtype)
+    return _numerics.part_outside(vectors.astype(dtype), basis.T)
 
 
-def _checked_basis(basis: Any, size: int) -> jax.Array:
-    """`basis` in float32 at least, if it has shape (size, k) and orthonormal columns."""
+def _checked_basis(basis: ArrayLike, size: int) -> jax.Array:
+    """Returns `basis` in float32 at least, if it has shape (size, k) and orthonormal columns."""
     _checks.floating_tree("basis", basis)
     shape = jnp.shape(basis)
     if len(shape) != 2 or shape[0] != size or shape[1] > size:

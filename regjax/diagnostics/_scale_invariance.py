@@ -1,20 +1,21 @@
 """Which weights have no scale: those that a normalization divides out again."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from regjax import _checks, _tree
+from regjax import _checks, _numerics, _tree
+from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree
 
 # A gradient this small beside the largest one of any leaf is rounding (a bias before a batch norm).
 _INSENSITIVE = 1e-5
 
 
-class ScaleInvarianceReport(NamedTuple):
+class ScaleInvarianceResult(NamedTuple):
     """What was found of each leaf; trees like the parameters.
 
     Attributes:
@@ -22,24 +23,26 @@ class ScaleInvarianceReport(NamedTuple):
         on their directions.
       radial_fraction: (), |<w, g>| / (|w| |g|), the largest over the groups and two functionals g.
       function_change: (), |f(rescaled) - f| / |f| with each group multiplied by its own factor.
-      gradient_norm: (), the smallest |g| over the groups, over the largest of any leaf. Zero means
-        that the outputs do not depend on a group at all, which is not invariance to its scale.
+      relative_gradient_norm: (), the smallest |g| over the groups, over the largest of any leaf.
+        Zero means that the outputs do not depend on a group at all, which is not invariance to its
+        scale.
     """
 
-    mask: Any
-    radial_fraction: Any
-    function_change: Any
-    gradient_norm: Any
+    mask: Mask
+    radial_fraction: Tree
+    function_change: Tree
+    relative_gradient_norm: Tree
 
 
 def scale_invariant_mask(
-    apply_fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
-    key: jax.Array,
+    model_fn: ModelFn,
+    params: Params,
+    inputs: Tree,
+    *,
+    key: PRNGKey,
     per_filter: bool = True,
-    tolerance: float = 1e-3,
-) -> ScaleInvarianceReport:
+    tol: ArrayLike = 1e-3,
+) -> ScaleInvarianceResult:
     """Finds the leaves whose scale, group by group, the outputs do not depend on.
 
     A leaf passes if the gradient of a random linear functional of the outputs is orthogonal to
@@ -48,27 +51,27 @@ def scale_invariant_mask(
     every group. Costs two gradients and one forward pass for each leaf.
 
     Args:
-      apply_fn: (params, *batch) -> outputs in train mode, as
+      model_fn: (params, inputs) -> outputs in train mode, as
         `regjax.model_function(model, mode="train")` gives it: with stored statistics no weight is
         scale-invariant.
       params: tree of parameters.
-      *batch: inputs.
+      inputs: of the model.
       key: typed key of the functionals and the factors.
       per_filter: groups are output channels (all axes but the last); else each leaf is one group,
         as are leaves with one axis in any case.
-      tolerance: of the radial fraction and of the relative change of the outputs.
+      tol: tolerance of the radial fraction and of the relative change of the outputs.
 
     Returns:
-      A `ScaleInvarianceReport`; its mask is what `transforms.rescale_weights` takes.
+      A `ScaleInvarianceResult`; its mask is what `transforms.rescale_weights` takes.
 
     Raises:
-      ValueError: `tolerance` is negative.
+      ValueError: `tol` is negative.
       TypeError: a parameter is not real floating point, or `key` is not a typed key.
     """
     _checks.floating_tree("params", params)
-    _checks.non_negative("tolerance", tolerance)
+    _checks.non_negative("tol", tol)
     functional_key, factor_key = jax.random.split(_checks.key("key", key))
-    outputs, pull_back = jax.vjp(lambda p: apply_fn(p, *batch), params)
+    outputs, pull_back = jax.vjp(lambda p: model_fn(p, inputs), params)
     gradients = [
         jax.tree.leaves(pull_back(optax.tree.random_like(k, outputs))[0])
         for k in jax.random.split(functional_key)
@@ -80,14 +83,14 @@ def scale_invariant_mask(
         fraction, size = _radial([gradient[i] for gradient in gradients], leaf, per_filter)
         factors = _factors(jax.random.fold_in(factor_key, i), leaf, per_filter)
         moved = jax.tree.unflatten(treedef, [*leaves[:i], factors * leaf, *leaves[i + 1 :]])
-        change = _distance(apply_fn(moved, *batch), outputs)
-        size = jnp.where(largest > 0, size / jnp.where(largest > 0, largest, 1), 0)
-        invariant = (fraction < tolerance) & (change < tolerance) & (size > _INSENSITIVE)
+        change = _distance(model_fn(moved, inputs), outputs)
+        size = _numerics.divide(size, largest)
+        invariant = (fraction < tol) & (change < tol) & (size > _INSENSITIVE)
         fractions.append(fraction)
         changes.append(change)
         sizes.append(size)
         mask.append(bool(invariant))
-    return ScaleInvarianceReport(
+    return ScaleInvarianceResult(
         *(jax.tree.unflatten(treedef, found) for found in (mask, fractions, changes, sizes))
     )
 
@@ -95,23 +98,21 @@ def scale_invariant_mask(
 def _radial(
     gradients: list[jax.Array], leaf: jax.Array, per_filter: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Largest radial fraction, and smallest gradient norm, over the groups."""
+    """Finds the largest radial fraction, and the smallest gradient norm, over the groups."""
     axes = _tree.group_axes(leaf, per_filter)
     fractions, norms = [], []
     for gradient in gradients:
         along = jnp.abs(jnp.sum(leaf * gradient, axes))
         norm = jnp.sqrt(jnp.sum(gradient**2, axes))
         length = jnp.sqrt(jnp.sum(leaf**2, axes)) * norm
-        fractions.append(
-            jnp.max(jnp.where(length > 0, along / jnp.where(length > 0, length, 1), 0))
-        )
+        fractions.append(jnp.max(_numerics.divide(along, length)))
         # Weights that are zero have no direction to depend on.
         norms.append(jnp.min(jnp.where(jnp.sum(leaf**2, axes) > 0, norm, 0)))
     return jnp.maximum(*fractions), jnp.maximum(*norms)
 
 
 def _factors(key: jax.Array, leaf: jax.Array, per_filter: bool) -> jax.Array:
-    """A factor for each group, in [1/2, 2] and not near 1, of the shape of the leaf."""
+    """Draws a factor for each group, in [1/2, 2] and not near 1, of the shape of the leaf."""
     shape = jnp.sum(leaf, _tree.group_axes(leaf, per_filter), keepdims=True).shape
     sign_key, size_key = jax.random.split(key)
     size = jax.random.uniform(size_key, shape, leaf.dtype, math.log(2) / 2, math.log(2))
@@ -119,7 +120,6 @@ def _factors(key: jax.Array, leaf: jax.Array, per_filter: bool) -> jax.Array:
     return jnp.broadcast_to(factors, leaf.shape)
 
 
-def _distance(one: Any, other: Any) -> jax.Array:
-    difference = _tree.norm(jax.tree.map(jnp.subtract, one, other))
-    norm = _tree.norm(other)
-    return jnp.where(norm > 0, difference / jnp.where(norm > 0, norm, 1), difference)
+def _distance(one: Tree, other: Tree) -> jax.Array:
+    difference, norm = _tree.norm(jax.tree.map(jnp.subtract, one, other)), _tree.norm(other)
+    return _numerics.divide(difference, norm, otherwise=difference)

@@ -1,25 +1,25 @@
 """How descent with weight decay moves along the minima of a loss whose weights have no scale."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _tree, curvature
-from regjax.diagnostics._sharpness import Ritz, report, ritz
+from regjax import _checks, _chunks, _numerics, _tree, curvature
+from regjax._base import LossFn, Mask, Params, PRNGKey, Tree
 from regjax.diagnostics._spherical_sharpness import displaced
 
 
-class FlowReport(NamedTuple):
+class FlowResult(NamedTuple):
     """The predicted motion of the direction at the edge of stability; lambda_1 is the sharpness.
 
     Attributes:
       velocity: tree like the parameters, d zeta / d tau on the unit sphere; zero where unmasked.
       gradient_norm: (), ||grad log lambda_1|| along the minima, per radian.
-      gradient_error: (), how far that gradient can be from the true one: rigorous for the
-        projection if no Hessian eigenvalue but zero has a magnitude of at most `flat_tolerance`
+      gradient_error_bound: (), how far that gradient can be from the true one: rigorous for the
+        projection if no Hessian eigenvalue but zero has a magnitude of at most `flat_tol`
         lambda_1; that of the eigenvector is not in it.
       log_sharpness_rate: (), d log lambda_1 / d tau, never positive.
       amplitude: (), u, in radians: the direction is at zeta + u v and zeta - u v in turn.
@@ -33,9 +33,9 @@ class FlowReport(NamedTuple):
         most `tol` times its norm.
     """
 
-    velocity: Any
+    velocity: Params
     gradient_norm: jax.Array
-    gradient_error: jax.Array
+    gradient_error_bound: jax.Array
     log_sharpness_rate: jax.Array
     amplitude: jax.Array
     excess_loss: jax.Array
@@ -46,18 +46,18 @@ class FlowReport(NamedTuple):
 
 
 def sharpness_reduction_flow(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
-    key: jax.Array,
-    intrinsic_rate: Any,
-    mask: Any = None,
-    flat_tolerance: Any = 1e-3,
+    loss_fn: LossFn,
+    params: Params,
+    *batch: Tree,
+    key: PRNGKey,
+    intrinsic_rate: ArrayLike,
+    mask: Mask = None,
+    flat_tol: ArrayLike = 1e-3,
     num_steps: int = 50,
-    tol: Any = 1e-2,
+    tol: ArrayLike = 1e-2,
     chunk_size: int | None = None,
-) -> FlowReport:
-    """The slow flow that descent with weight decay follows after the fit, and its oscillation.
+) -> FlowResult:
+    """Predicts the slow flow of descent with weight decay after the fit, and its oscillation.
 
     At the edge of stability the direction w / ||w|| swings to both sides of a minimum zeta on the
     unit sphere, along the leading eigenvector v of the Hessian there, and zeta moves to lower
@@ -68,11 +68,11 @@ def sharpness_reduction_flow(
     g is the third derivative of the loss along v, v and each direction, over lambda_1, projected on
     the tangent space of the minima: the null space of the Hessian on the sphere. Two runs of
     Lanczos: a random start gives v, the start g the projection, in which Ritz values up to
-    `flat_tolerance` lambda_1 count as zero. That is exact once the steps exhaust the Krylov space
-    of g, at the latest after as many as the Hessian has different eigenvalues; the report bounds
-    the error before. Assumed are a single leading eigenvalue, plain full-batch descent, one joint
-    norm of all masked leaves, and parameters at a minimum (or near one: the midpoint of two steps).
-    Costs 2 `num_steps` Hessian products and one third derivative.
+    `flat_tol` lambda_1 count as zero. That is exact once the steps exhaust the Krylov space of g,
+    at the latest after as many as the Hessian has different eigenvalues; `gradient_error_bound`
+    bounds the error before. Assumed are a single leading eigenvalue, plain full-batch descent, one
+    joint norm of all masked leaves, and parameters at a minimum (or near one: the midpoint of two
+    steps). Costs 2 `num_steps` Hessian products and one third derivative.
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.
@@ -82,13 +82,13 @@ def sharpness_reduction_flow(
       intrinsic_rate: eta lambda, learning rate times weight decay, positive; the flow holds for
         small ones.
       mask: tree of Python bools, the scale-invariant leaves w; None: all.
-      flat_tolerance: curvature that counts as none, relative to lambda_1.
+      flat_tol: curvature that counts as none, relative to lambda_1.
       num_steps: of each run of Lanczos.
       tol: relative tolerance of `converged`.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
-      A `FlowReport`.
+      A `FlowResult`.
 
     Raises:
       ValueError: a number is out of its range, or as in `spherical_sharpness`.
@@ -100,29 +100,40 @@ def sharpness_reduction_flow(
       regression. The projection by Lanczos and its error are ours.
     """
     _checks.positive("intrinsic_rate", intrinsic_rate)
-    _checks.positive("flat_tolerance", flat_tolerance)
+    _checks.positive("flat_tol", flat_tol)
     _checks.non_negative("tol", tol)
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     of_direction, origin = displaced(loss_fn, params, mask, tangent=True)
     hessian = curvature.hessian(of_direction, origin, *batch, chunk_size=chunk_size)
 
-    found = ritz(hessian, key=key, num_steps=num_steps)
-    leading = _tree.unravel(_combine(found, found.weights[:, -1]), origin)
+    space = hessian.space
+    num_steps = min(_checks.integer("num_steps", num_steps), space.size)
+    noise = space.unravel(space.normal(_checks.key("key", key)))
+    from_noise = curvature.lanczos(hessian, noise, num_steps, key=key)
+    pairs = curvature.ritz_pairs(from_noise)
+    leading = space.unravel(_combined(from_noise, pairs.vectors[:, -1]))
     third = _chunks.mean(
         Partial(_third_derivative, of_direction), (origin, leading), batch, chunk_size
     )
-    norm = jnp.linalg.norm(_tree.ravel(third, hessian.dtype))
-    krylov = ritz(hessian, third, key=None, num_steps=num_steps)
-    predicted = _predict(found, krylov, norm, intrinsic_rate, flat_tolerance, tol)
-    velocity = _tree.unravel(predicted.velocity, origin)
+    from_third = curvature.lanczos(hessian, third, num_steps)
+    predicted = _predicted(
+        pairs,
+        from_third,
+        curvature.ritz_pairs(from_third),
+        _tree.norm(third),
+        _Numbers(intrinsic_rate, flat_tol, tol),
+    )
+    velocity = space.unravel(predicted.velocity)
     return predicted._replace(velocity=_tree.merge(velocity, jax.tree.map(jnp.zeros_like, params)))
 
 
-def _third_derivative(of_direction: Any, origin_and_leading: Any, *batch: Any) -> Any:
-    """The gradient of v' H v in the displacement, at a fixed v."""
+def _third_derivative(
+    of_direction: LossFn, origin_and_leading: tuple[Params, Params], *batch: Tree
+) -> Params:
+    """Computes the gradient of v' H v in the displacement, at a fixed v."""
     origin, leading = origin_and_leading
 
-    def curvature_along(displacement: Any) -> jax.Array:
+    def curvature_along(displacement: Params) -> jax.Array:
         line = lambda t: of_direction(
             jax.tree.map(lambda u, v: u + t.astype(v.dtype) * v, displacement, leading), *batch
         )
@@ -134,44 +145,63 @@ def _third_derivative(of_direction: Any, origin_and_leading: Any, *batch: Any) -
         return jax.grad(curvature_along)(origin)
 
 
+class _Numbers(NamedTuple):
+    """The numbers among the options."""
+
+    intrinsic_rate: ArrayLike
+    flat_tol: ArrayLike
+    tol: ArrayLike
+
+
 @jax.jit
-def _predict(
-    found: Ritz, krylov: Ritz, norm: jax.Array, intrinsic_rate: Any, flat_tolerance: Any, tol: Any
-) -> FlowReport:
-    """All that follows from the sharpness and from the Krylov space of its gradient."""
-    sharpness = report(found, tol)
-    largest, dtype = sharpness.value, norm.dtype
-    intrinsic_rate, flat_tolerance, tol = (
-        jnp.asarray(x, dtype) for x in (intrinsic_rate, flat_tolerance, tol)
-    )
-    scale, limit = norm / largest, flat_tolerance * largest
+def _predicted(
+    pairs: curvature.RitzResult,
+    from_third: curvature.LanczosResult,
+    third_pairs: curvature.RitzResult,
+    norm: jax.Array,
+    numbers: _Numbers,
+) -> FlowResult:
+    """Follows all from the sharpness and from the Krylov space of its gradient.
+
+    Args:
+      pairs: of the Hessian from a random start.
+      from_third: Lanczos from the third derivative.
+      third_pairs: its Ritz pairs.
+      norm: (), of the third derivative.
+      numbers: as in `sharpness_reduction_flow`.
+    """
+    largest, residual_norm = pairs.values[-1], pairs.residual_norms[-1]
+    intrinsic_rate, flat_tol, tol = (jnp.asarray(x, norm.dtype) for x in numbers)
+    slope, limit = norm / largest, flat_tol * largest
     # 0 for steps that were not done: the gradient lies in a space that the Hessian does not leave.
-    values = jnp.nan_to_num(krylov.values)
+    values = jnp.nan_to_num(third_pairs.values)
     flat = jnp.abs(values) <= limit
     # Of the gradient in the basis of the Ritz vectors, and of those vectors along the residual.
-    first, last = krylov.weights[0], krylov.beta * krylov.weights[-1]
+    first = third_pairs.vectors[0]
+    last = jnp.linalg.norm(from_third.residual) * third_pairs.vectors[-1]
     kept = jnp.where(flat, first, 0)
-    gradient, size = scale * _combine(krylov, krylov.weights @ kept), scale * jnp.linalg.norm(kept)
+    gradient = slope * _combined(from_third, third_pairs.vectors @ kept)
+    size = slope * jnp.linalg.norm(kept)
     # ||H g||, and how much of the dropped part H did not make: H Q s = Q T s + residual.
     curved = jnp.hypot(jnp.linalg.norm(values * kept), jnp.sum(last * kept))
-    missed = jnp.sum(jnp.where(flat, 0, last * first / jnp.where(flat, 1, values)))
-    error = scale * jnp.hypot(curved / limit, missed)
+    missed = jnp.sum(_numerics.divide(last * first, values, where=~flat))
+    error = slope * jnp.hypot(curved / limit, missed)
 
     denominator = 4 + size**2
     amplitude = jnp.sqrt(2 * intrinsic_rate / denominator)
-    return FlowReport(
+    return FlowResult(
         velocity=-2 * gradient / denominator,
         gradient_norm=size,
-        gradient_error=error,
+        gradient_error_bound=error,
         log_sharpness_rate=-2 * size**2 / denominator,
         amplitude=amplitude,
         excess_loss=largest * amplitude**2 / 2,
         sharpness=largest,
-        residual_norm=sharpness.residual_norm,
-        relative_gap=(largest - found.values[-2:][0]) / largest,
-        converged=sharpness.converged & (error <= tol * size),
+        residual_norm=residual_norm,
+        relative_gap=(largest - pairs.values[-2:][0]) / largest,
+        converged=(residual_norm <= tol * jnp.abs(largest)) & (error <= tol * size),
     )
 
 
-def _combine(found: Ritz, weights: jax.Array) -> jax.Array:
+def _combined(found: curvature.LanczosResult, weights: jax.Array) -> jax.Array:
     return jnp.matmul(weights, found.basis, precision="highest")

@@ -1,52 +1,53 @@
 """Sparse recovery: how near a diagonal linear network is to the weights that made its data."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from regjax import _checks
+from regjax import _checks, _numerics
 
 
-class SparseRecoveryReport(NamedTuple):
+class SparseRecoveryResult(NamedTuple):
     """A diagonal linear network beside true weights w*.
 
     Attributes:
-      error: (), ||w - w*||^2.
-      support_error: (), largest |w - w*| where w* is not 0; 0 if it is 0 everywhere.
-      off_support: (), largest |w| where w* is 0; 0 if it is so nowhere.
-      found: (), share of the support among the k largest |w|, k its size; NaN for k = 0.
+      squared_error: (), ||w - w*||^2.
+      largest_error: (), largest |w - w*| where w* is not 0; 0 if it is 0 everywhere.
+      largest_off_support: (), largest |w| where w* is 0; 0 if it is so nowhere.
+      share_found: (), share of the support among the k largest |w|, k its size; NaN for k = 0.
       is_positive: (), whether all of u and v are positive, as flow keeps them: descent that has
         crossed 0 has left the theory.
     """
 
-    error: jax.Array
-    support_error: jax.Array
-    off_support: jax.Array
-    found: jax.Array
+    squared_error: jax.Array
+    largest_error: jax.Array
+    largest_off_support: jax.Array
+    share_found: jax.Array
     is_positive: jax.Array
 
 
-class RecoveryBaselines(NamedTuple):
+class RecoveryBaselinesResult(NamedTuple):
     """What other estimates make of the same data.
 
     Attributes:
-      oracle_error: (), ||w - w*||^2 of least squares on the true support.
-      least_norm_error: (), the same of the solution of least norm, where descent of a plain linear
-        model from 0 ends.
+      oracle_squared_error: (), ||w - w*||^2 of least squares on the true support.
+      least_norm_squared_error: (), the same of the solution of least norm, where descent of a
+        plain linear model from 0 ends.
       noise_level: (), largest |X' xi / n|, with xi = y - X w* the noise; what
         `models.early_stopping_window` asks for.
     """
 
-    oracle_error: jax.Array
-    least_norm_error: jax.Array
+    oracle_squared_error: jax.Array
+    least_norm_squared_error: jax.Array
     noise_level: jax.Array
 
 
 def sparse_recovery(
     u: jax.Array, v: jax.Array | None, *, depth: int, true_weights: jax.Array
-) -> SparseRecoveryReport:
-    """The distance of w = u^N - v^N to the true weights, on their support and off it.
+) -> SparseRecoveryResult:
+    """Measures how far w = u^N - v^N is from the true weights, on their support and off it.
 
     Args:
       u: (p,), of `models.DiagonalLinear`.
@@ -55,7 +56,7 @@ def sparse_recovery(
       true_weights: (p,), w*; its entries that are not 0 are the support.
 
     Returns:
-      A `SparseRecoveryReport`.
+      A `SparseRecoveryResult`.
 
     Raises:
       ValueError: the shapes differ, or `depth` is below 2.
@@ -77,19 +78,19 @@ def sparse_recovery(
     ranks = jnp.argsort(jnp.argsort(-jnp.abs(weights)))
     hits = jnp.sum(support & (ranks < size)).astype(weights.dtype)
     is_positive = jnp.all(u > 0) if v is None else jnp.all((u > 0) & (v > 0))
-    return SparseRecoveryReport(
+    return SparseRecoveryResult(
         jnp.sum(difference**2),
         jnp.max(jnp.where(support, jnp.abs(difference), zero)),
         jnp.max(jnp.where(support, zero, jnp.abs(weights))),
-        jnp.where(size > 0, hits / jnp.maximum(size, 1).astype(weights.dtype), jnp.nan),
+        _numerics.divide(hits, size.astype(weights.dtype), otherwise=jnp.nan),
         is_positive,
     )
 
 
 def recovery_baselines(
     inputs: jax.Array, targets: jax.Array, true_weights: jax.Array
-) -> RecoveryBaselines:
-    """The errors of least squares on the true support and of the solution of least norm.
+) -> RecoveryBaselinesResult:
+    """Computes the errors of least squares on the true support and of the solution of least norm.
 
     Both by singular values, so that they are defined for any shape of the data.
 
@@ -99,7 +100,7 @@ def recovery_baselines(
       true_weights: (p,), w*; its entries that are not 0 are the support.
 
     Returns:
-      A `RecoveryBaselines`.
+      A `RecoveryBaselinesResult`.
 
     Raises:
       ValueError: the shapes do not fit.
@@ -120,10 +121,10 @@ def recovery_baselines(
     with jax.default_matmul_precision("highest"):
         noise = targets - inputs @ true_weights
         level = jnp.max(jnp.abs(inputs.T @ noise)) / num_examples
-        return RecoveryBaselines(error(inputs * support[None]), error(inputs), level)
+        return RecoveryBaselinesResult(error(inputs * support[None]), error(inputs), level)
 
 
-def _vector(name: str, value: Any) -> tuple[int, ...]:
+def _vector(name: str, value: ArrayLike) -> tuple[int, ...]:
     if jnp.ndim(value) != 1:
         raise ValueError(f"`{name}` must have one axis, got shape {jnp.shape(value)}.")
     return jnp.shape(value)

@@ -6,23 +6,24 @@ nothing without the norm, nor does a learning rate. On the unit sphere both do.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _tree, curvature
-from regjax._base import as_partial, couples_examples
-from regjax.diagnostics._sharpness import SharpnessReport, report, ritz
+from regjax import _checks, _chunks, _numerics, _tree, curvature
+from regjax._base import LossFn, Mask, Params, PRNGKey, Tree, as_partial, couples_examples
+from regjax.diagnostics._sharpness import SharpnessResult, largest_eigenvalue
 
 
-class EdgeReport(NamedTuple):
+class EdgeResult(NamedTuple):
     """Where training stands to the edge of stability.
 
     Attributes:
-      ratio: (), effective learning rate times spherical sharpness: about 2 at the edge, below it
-        where descent on the direction is stable. Its error is `effective_learning_rate` times
+      edge_ratio: (), effective learning rate times spherical sharpness: about 2 at the edge, below
+        it where descent on the direction is stable. Its error is `effective_learning_rate` times
         `residual_norm`.
       effective_learning_rate: (), of the step from `params`.
       sharpness: (), spherical sharpness at the midpoint of the two directions.
@@ -30,7 +31,7 @@ class EdgeReport(NamedTuple):
       converged: (), bool, of the sharpness.
     """
 
-    ratio: jax.Array
+    edge_ratio: jax.Array
     effective_learning_rate: jax.Array
     sharpness: jax.Array
     residual_norm: jax.Array
@@ -38,17 +39,17 @@ class EdgeReport(NamedTuple):
 
 
 def spherical_sharpness(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
-    key: jax.Array,
-    mask: Any = None,
+    loss_fn: LossFn,
+    params: Params,
+    *batch: Tree,
+    key: PRNGKey,
+    mask: Mask = None,
     tangent: bool = False,
-    num_steps: int = 50,
-    tol: Any = 1e-3,
+    max_matvecs: int = 50,
+    tol: ArrayLike = 1e-3,
     chunk_size: int | None = None,
-) -> SharpnessReport:
-    """The largest Hessian eigenvalue at unit norm of the weights that have no scale.
+) -> SharpnessResult:
+    """Finds the largest Hessian eigenvalue at unit norm of the weights that have no scale.
 
         ||w||^2 lambda_max(H(w)) = lambda_max(H(w / ||w||))
 
@@ -63,40 +64,39 @@ def spherical_sharpness(
         `scale_invariant_mask(...).mask`; None: all.
       tangent: whether P H P is meant, P = I - w w' / ||w||^2, the Hessian on the sphere. At a
         minimum it makes no difference; elsewhere H(w) w = -grad L(w).
-      num_steps: as in `lambda_max`.
-      tol: as in `lambda_max`.
-      chunk_size: as in `lambda_max`.
+      max_matvecs: limit of the number of Hessian products.
+      tol: relative tolerance, as in `curvature.top_eigenpairs`.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
-      A `SharpnessReport`, in units of the loss.
+      A `SharpnessResult`, in units of the loss.
 
     Raises:
-      ValueError: `mask` is another tree or chooses no leaf, or as in `lambda_max`.
-      TypeError: `mask` holds anything but Python bools, or as in `lambda_max`.
+      ValueError: `mask` is another tree or chooses no leaf, or as in `lambda_max_between`.
+      TypeError: `mask` holds anything but Python bools, or as in `lambda_max_between`.
 
     References:
       K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand: the identities
       were derived again.
     """
-    _checks.non_negative("tol", tol)
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     of_direction, at = displaced(loss_fn, params, mask, tangent)
     hessian = curvature.hessian(of_direction, at, *batch, chunk_size=chunk_size)
-    return report(ritz(hessian, key=key, num_steps=num_steps), tol)
+    return largest_eigenvalue(hessian, key=key, max_matvecs=max_matvecs, tol=tol)
 
 
 def spherical_sharpness_by_group(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
-    key: jax.Array,
-    mask: Any = None,
+    loss_fn: LossFn,
+    params: Params,
+    *batch: Tree,
+    key: PRNGKey,
+    mask: Mask = None,
     tangent: bool = False,
-    num_steps: int = 50,
-    tol: Any = 1e-3,
+    max_matvecs: int = 50,
+    tol: ArrayLike = 1e-3,
     chunk_size: int | None = None,
-) -> dict[str, SharpnessReport]:
-    """Spherical sharpness of each masked leaf alone, all else held constant.
+) -> dict[str, SharpnessResult]:
+    """Finds the spherical sharpness of each masked leaf alone, all else held constant.
 
     Arguments, errors and reference as in `spherical_sharpness`, which is the largest eigenvalue of
     one matrix that holds these blocks only if the norms of the leaves are equal.
@@ -108,12 +108,12 @@ def spherical_sharpness_by_group(
       key: typed key of the random starts.
       mask: the leaves, each of which has no scale of its own; None: all.
       tangent: as in `spherical_sharpness`.
-      num_steps: for each leaf, as in `lambda_max`.
-      tol: as in `lambda_max`.
-      chunk_size: as in `lambda_max`.
+      max_matvecs: for each leaf, as in `spherical_sharpness`.
+      tol: as in `spherical_sharpness`.
+      chunk_size: as in `spherical_sharpness`.
 
     Returns:
-      `SharpnessReport`s by the path of the leaf, such as {"layers/0/kernel": ...}.
+      `SharpnessResult`s by the path of the leaf, such as {"layers/0/kernel": ...}.
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     treedef, reports = jax.tree.structure(params), {}
@@ -123,15 +123,19 @@ def spherical_sharpness_by_group(
                 loss_fn, params, *batch,
                 key=jax.random.fold_in(_checks.key("key", key), i),
                 mask=jax.tree.unflatten(treedef, [j == i for j in range(len(paths))]),
-                tangent=tangent, num_steps=num_steps, tol=tol, chunk_size=chunk_size,
+                tangent=tangent, max_matvecs=max_matvecs, tol=tol, chunk_size=chunk_size,
             )  # fmt: skip
     return reports
 
 
 def effective_learning_rate(
-    params: Any, learning_rate: Any, weight_decay: Any = 0.0, mask: Any = None
+    params: Params,
+    *,
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike = 0.0,
+    mask: Mask = None,
 ) -> jax.Array:
-    """The rate at which a step of descent turns weights that have no scale.
+    """Computes the rate at which a step of descent turns weights that have no scale.
 
     With the learning rate eta and the decay lambda, the step (1 - eta lambda) w - eta grad L(w)
     moves the direction w / ||w|| as descent on the sphere with the rate
@@ -167,19 +171,19 @@ def effective_learning_rate(
 
 
 def edge_of_stability(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    next_params: Any,
-    *batch: Any,
-    key: jax.Array,
-    learning_rate: Any,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    num_steps: int = 50,
-    tol: Any = 1e-3,
+    loss_fn: LossFn,
+    params: Params,
+    other_params: Params,
+    *batch: Tree,
+    key: PRNGKey,
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike = 0.0,
+    mask: Mask = None,
+    max_matvecs: int = 50,
+    tol: ArrayLike = 1e-3,
     chunk_size: int | None = None,
-) -> EdgeReport:
-    """Effective learning rate times spherical sharpness, between two iterates of descent.
+) -> EdgeResult:
+    """Multiplies effective learning rate and spherical sharpness, between two iterates of descent.
 
     At the edge of stability the direction jumps from one side of the valley to the other at each
     step, and the sharpness of the iterates with it, so that it is taken at the midpoint of the two
@@ -188,21 +192,21 @@ def edge_of_stability(
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.
       params: tree of parameters.
-      next_params: tree like `params`, after a step of full-batch descent.
+      other_params: tree like `params`, after a step of full-batch descent.
       *batch: arrays with a leading axis of examples.
       key: typed key of the random start.
       learning_rate: as in `effective_learning_rate`.
       weight_decay: as in `effective_learning_rate`.
       mask: tree of Python bools, the scale-invariant leaves w; None: all.
-      num_steps: as in `lambda_max`.
-      tol: as in `lambda_max`.
-      chunk_size: as in `lambda_max`.
+      max_matvecs: limit of the number of Hessian products.
+      tol: relative tolerance, as in `curvature.top_eigenpairs`.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
-      An `EdgeReport`.
+      An `EdgeResult`.
 
     Raises:
-      ValueError: `next_params` is another tree, or as in `effective_learning_rate` and
+      ValueError: `other_params` is another tree, or as in `effective_learning_rate` and
         `spherical_sharpness`.
       TypeError: as in `spherical_sharpness`.
 
@@ -210,14 +214,16 @@ def edge_of_stability(
       K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand. That the
       midpoint is taken is ours.
     """
-    rate = effective_learning_rate(params, learning_rate, weight_decay, mask)
-    _checks.same_tree("next_params", next_params, params)
+    rate = effective_learning_rate(
+        params, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask
+    )
+    _checks.same_tree("other_params", other_params, params)
     sharpness = spherical_sharpness(
-        loss_fn, _midpoint(params, next_params, mask), *batch,
-        key=key, mask=mask, num_steps=num_steps, tol=tol, chunk_size=chunk_size,
+        loss_fn, _midpoint(params, other_params, mask), *batch,
+        key=key, mask=mask, max_matvecs=max_matvecs, tol=tol, chunk_size=chunk_size,
     )  # fmt: skip
-    value, residual_norm, converged, _ = sharpness
-    return EdgeReport(rate * value, rate, value, residual_norm, converged)
+    value, residual_norm, converged = sharpness
+    return EdgeResult(rate * value, rate, value, residual_norm, converged)
 
 
 @functools.partial(
@@ -229,16 +235,16 @@ def edge_of_stability(
 class _Displaced:
     """u -> L(w + ||w|| u), or L(w + ||w|| P u): its Hessian at u = 0 is ||w||^2 H or P H P."""
 
-    loss_fn: Any
-    weights: Any
-    rest: Any
+    loss_fn: Partial
+    weights: Params
+    rest: Params
     tangent: bool
 
     @property
     def couples_examples(self) -> bool:
         return couples_examples(self.loss_fn)
 
-    def __call__(self, displacement: Any, *batch: Any) -> Any:
+    def __call__(self, displacement: Params, *batch: Tree) -> jax.Array:
         norm = _tree.norm(self.weights)
         along = _tree.inner(self.weights, displacement) / norm if self.tangent else 0.0
         moved = jax.tree.map(
@@ -249,8 +255,10 @@ class _Displaced:
         return self.loss_fn(_tree.merge(moved, self.rest), *batch)
 
 
-def displaced(loss_fn: Any, params: Any, mask: Any, tangent: bool) -> tuple[_Displaced, Any]:
-    """The loss as a function of a displacement of the masked leaves' direction, and zeros.
+def displaced(
+    loss_fn: LossFn, params: Params, mask: Mask, tangent: bool
+) -> tuple[_Displaced, Params]:
+    """Returns the loss as a function of a displacement of the masked leaves' direction, and zeros.
 
     Lengths are in units of the norm of these leaves, as if it were one. The zeros have the
     structure of `params`, with None in place of the other leaves.
@@ -260,8 +268,8 @@ def displaced(loss_fn: Any, params: Any, mask: Any, tangent: bool) -> tuple[_Dis
     return function, jax.tree.map(jnp.zeros_like, weights)
 
 
-def split(params: Any, mask: Any) -> tuple[Any, Any]:
-    """The masked leaves and the others, each with None in place of the rest."""
+def split(params: Params, mask: Mask) -> tuple[Params, Params]:
+    """Returns the masked leaves and the others, each with None in place of the rest."""
     leaves, treedef = jax.tree.flatten(params)
     pairs = list(zip(leaves, _chosen(mask, params), strict=True))
     weights = jax.tree.unflatten(treedef, [leaf if choose else None for leaf, choose in pairs])
@@ -269,16 +277,16 @@ def split(params: Any, mask: Any) -> tuple[Any, Any]:
     return weights, rest
 
 
-def _chosen(mask: Any, params: Any) -> list[bool]:
-    """One bool for each leaf of `params`, at least one of them True."""
+def _chosen(mask: Mask, params: Params) -> list[bool]:
+    """Returns one bool for each leaf of `params`, at least one of them True."""
     leaves = _checks.mask_leaves(mask, params)
     if not any(leaves):
         raise ValueError("`mask` must choose at least one leaf, got none.")
     return leaves
 
 
-def _midpoint(params: Any, next_params: Any, mask: Any) -> Any:
-    (weights, rest), (next_weights, next_rest) = split(params, mask), split(next_params, mask)
-    shrink = jnp.sqrt(_tree.inner(weights, weights) / _tree.inner(next_weights, next_weights))
-    turned = jax.tree.map(lambda w, v: (w + shrink.astype(v.dtype) * v) / 2, weights, next_weights)
-    return _tree.merge(turned, jax.tree.map(lambda a, b: (a + b) / 2, rest, next_rest))
+def _midpoint(params: Params, other_params: Params, mask: Mask) -> Params:
+    (weights, rest), (other_weights, other_rest) = split(params, mask), split(other_params, mask)
+    shrink = jnp.sqrt(_tree.inner(weights, weights) / _tree.inner(other_weights, other_weights))
+    turned = jax.tree.map(lambda w, v: (w + shrink.astype(v.dtype) * v) / 2, weights, other_weights)
+    return _tree.merge(turned, _numerics.between(rest, other_rest, 0.5))

@@ -5,35 +5,36 @@ the inputs, and |h| / ||grad h|| is a distance, exactly so for the boundaries of
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _jacobian, _loops, _tree
-from regjax._base import as_partial
+from regjax import _checks, _chunks, _jacobian, _loops, _numerics, _tree
+from regjax._base import Params, PRNGKey, Tree, as_partial
 
 _WORD = 32  # units to a word of the sign pattern
 
 
-class BoundaryDensityReport(NamedTuple):
+class BoundaryDensityResult(NamedTuple):
     """How many boundaries pass near the examples.
 
     Attributes:
-      fraction_per_layer: tree like the pre-activations, (): the share of a layer's units whose
-        boundary is within the radius, mean over the examples.
-      standard_error: tree like it, (): of these means over the draw of the examples, the network
-        being given; NaN with a single example.
-      count_per_example: (N,), int32: boundaries within the radius, over all layers.
+      shares: tree like the pre-activations, (): the share of a layer's units whose boundary is
+        within the radius, mean over the examples.
+      shares_standard_error: tree like it, (): over the draw of the examples, the network being
+        given; NaN with a single example.
+      counts: (N,), int32: boundaries within the radius of each example, over all layers.
     """
 
-    fraction_per_layer: Any
-    standard_error: Any
-    count_per_example: jax.Array
+    shares: Tree
+    shares_standard_error: Tree
+    counts: jax.Array
 
 
-class RegionCountReport(NamedTuple):
+class RegionCountResult(NamedTuple):
     """How many pieces a sample of points hit.
 
     Attributes:
@@ -48,13 +49,13 @@ class RegionCountReport(NamedTuple):
 
 
 def boundary_distances(
-    preactivations_fn: Callable[..., Any],
-    params: Any,
+    preactivations_fn: Callable[[Params, jax.Array], Tree],
+    params: Params,
     inputs: jax.Array,
     *,
     chunk_size: int | None = None,
-) -> Any:
-    """The distance of each input from the boundary of each unit, in input space.
+) -> Tree:
+    """Computes the distance of each input from the boundary of each unit, in input space.
 
         d_k(x) = |h_k(x)| / ||grad_x h_k(x)||
 
@@ -93,14 +94,14 @@ def boundary_distances(
 
 
 def boundary_density(
-    preactivations_fn: Callable[..., Any],
-    params: Any,
+    preactivations_fn: Callable[[Params, jax.Array], Tree],
+    params: Params,
     inputs: jax.Array,
     *,
-    radius: Any,
+    radius: ArrayLike,
     chunk_size: int | None = None,
-) -> BoundaryDensityReport:
-    """The share of the units whose boundary passes within a radius of the inputs.
+) -> BoundaryDensityResult:
+    """Counts the share of the units whose boundary passes within a radius of the inputs.
 
         n_r(x) = #{k: d_k(x) < r}
 
@@ -116,7 +117,7 @@ def boundary_density(
       chunk_size: number of examples per pass; None: all at once.
 
     Returns:
-      A `BoundaryDensityReport`.
+      A `BoundaryDensityResult`.
 
     Raises:
       ValueError: `radius` is not positive, or as in `boundary_distances`.
@@ -130,25 +131,26 @@ def boundary_density(
     function = Partial(_near, as_partial(preactivations_fn), jnp.asarray(radius))
     counts = _chunks.each(function, params, (inputs,), chunk_size)
     shares = jax.tree.map(lambda count, shape: count / (shape.size // len(inputs)), counts, shapes)
-    errors = jax.tree.map(lambda share: jnp.std(share, ddof=1), shares)
-    return BoundaryDensityReport(
-        jax.tree.map(jnp.mean, shares),
-        jax.tree.map(lambda error: error / len(inputs) ** 0.5, errors),
+    leaves, treedef = jax.tree.flatten(shares)
+    means, errors = zip(*map(_numerics.mean_and_error, leaves), strict=True)
+    return BoundaryDensityResult(
+        jax.tree.unflatten(treedef, means),
+        jax.tree.unflatten(treedef, errors),
         jax.tree.reduce(jnp.add, counts),
     )
 
 
 def region_count(
-    preactivations_fn: Callable[..., Any],
-    params: Any,
+    preactivations_fn: Callable[[Params, jax.Array], Tree],
+    params: Params,
     center: jax.Array,
     *,
-    key: jax.Array,
-    radius: Any,
+    key: PRNGKey,
+    radius: ArrayLike,
     num_samples: int,
     chunk_size: int | None = None,
-) -> RegionCountReport:
-    """The number of linear pieces hit by points drawn uniformly in a ball.
+) -> RegionCountResult:
+    """Counts the linear pieces hit by points drawn uniformly in a ball.
 
     A piece is a pattern of the signs of all pre-activations; a ReLU network's are convex, so that
     each is one pattern. The count grows with the number of samples: compare at the same one only.
@@ -164,7 +166,7 @@ def region_count(
       chunk_size: number of points per pass; None: all at once.
 
     Returns:
-      A `RegionCountReport`. The count of what was hit is exact: patterns are compared, not hashed.
+      A `RegionCountResult`. The count of what was hit is exact: patterns are compared, not hashed.
 
     Raises:
       ValueError: `radius` or `num_samples` is not positive, or as in `boundary_distances`.
@@ -181,14 +183,14 @@ def region_count(
     check_preactivations("preactivations_fn", preactivations_fn, params, points)
     function = Partial(_patterns, as_partial(preactivations_fn))
     words = _chunks.each(function, params, (points,), chunk_size)
-    ranks = _loops.fold(_refined, jnp.zeros(num_samples, jnp.int32), words.shape[1], operands=words)
+    ranks = _loops.scan(_refined, jnp.zeros(num_samples, jnp.int32), words.shape[1], operands=words)
     sizes = jnp.bincount(ranks, length=num_samples)
     alone = jnp.mean(sizes == 1, dtype=_tree.wide_dtype(points))
-    return RegionCountReport(jnp.max(ranks) + 1, alone)
+    return RegionCountResult(jnp.max(ranks) + 1, alone)
 
 
-def signed_distances(function: Partial, params: Any, inputs: jax.Array) -> Any:
-    """Signed h / ||grad h|| of each unit, of one chunk; infinite ones have the sign of h too."""
+def signed_distances(function: Partial, params: Params, inputs: jax.Array) -> Tree:
+    """Computes signed h / ||grad h|| of each unit of a chunk; infinite ones have h's sign too."""
     leaves, treedef = jax.tree.flatten(jax.eval_shape(function, params, inputs))
 
     def layer(i: int) -> Callable[[jax.Array], jax.Array]:
@@ -198,8 +200,10 @@ def signed_distances(function: Partial, params: Any, inputs: jax.Array) -> Any:
     return jax.tree.unflatten(treedef, distances)
 
 
-def check_preactivations(name: str, function: Any, params: Any, inputs: Any, *rest: Any) -> Any:
-    """The shapes of the pre-activations, a tree of arrays with the axis of the examples each."""
+def check_preactivations(
+    name: str, function: Callable[..., Tree], params: Params, inputs: jax.Array, *rest: Tree
+) -> Tree:
+    """Returns the shapes of the pre-activations, each with the axis of the examples."""
     _jacobian.check_model(name, function, inputs)
     shapes = jax.eval_shape(as_partial(function), params, inputs, *rest)
     for path, leaf in jax.tree_util.tree_leaves_with_path(_checks.floating_tree(name, shapes)):
@@ -212,7 +216,7 @@ def check_preactivations(name: str, function: Any, params: Any, inputs: Any, *re
 
 
 def _distances(function: Callable[[jax.Array], jax.Array], inputs: jax.Array) -> jax.Array:
-    """Signed distances (N, k) of the k outputs of one layer."""
+    """Computes signed distances (N, k) of the k outputs of one layer."""
     outputs = _jacobian.flat(function(inputs), len(inputs))
     if inputs[0].size < outputs.shape[1]:
         basis = jnp.eye(inputs[0].size, dtype=inputs.dtype)
@@ -223,15 +227,16 @@ def _distances(function: Callable[[jax.Array], jax.Array], inputs: jax.Array) ->
 
 
 def ratio(values: jax.Array, norms: jax.Array) -> jax.Array:
-    """The values over the norms, infinite with the sign of the value where the norm is zero."""
-    is_flat = norms == 0  # a NaN is no zero; of either, it stays
+    """Divides values by norms, infinite with the sign of the value where the norm is zero."""
     infinite = jnp.where(values < 0, -jnp.inf, jnp.inf)
-    quotient = values / jnp.where(is_flat, 1, norms)
-    return jnp.where(is_flat & ~jnp.isnan(values), infinite, quotient)
+    # A NaN is no zero; of either, it stays.
+    return _numerics.divide(
+        values, norms, otherwise=jnp.where(jnp.isnan(values), jnp.nan, infinite)
+    )
 
 
-def _near(function: Partial, radius: jax.Array, params: Any, inputs: jax.Array) -> Any:
-    """Number of the units of each layer within the radius, (N,) each."""
+def _near(function: Partial, radius: jax.Array, params: Params, inputs: jax.Array) -> Tree:
+    """Counts the units of each layer within the radius, (N,) each."""
 
     def count(distances: jax.Array) -> jax.Array:
         is_near = jnp.abs(distances) < radius.astype(distances.dtype)
@@ -240,7 +245,7 @@ def _near(function: Partial, radius: jax.Array, params: Any, inputs: jax.Array) 
     return jax.tree.map(count, signed_distances(function, params, inputs))
 
 
-def _in_ball(key: jax.Array, center: jax.Array, radius: Any, num_samples: int) -> jax.Array:
+def _in_ball(key: PRNGKey, center: jax.Array, radius: ArrayLike, num_samples: int) -> jax.Array:
     direction_key, distance_key = jax.random.split(key)
     dtype = _tree.wide_dtype(center)
     directions = jax.random.normal(direction_key, (num_samples, center.size), dtype)
@@ -252,8 +257,8 @@ def _in_ball(key: jax.Array, center: jax.Array, radius: Any, num_samples: int) -
     return points.astype(center.dtype)
 
 
-def _patterns(function: Partial, params: Any, points: jax.Array) -> jax.Array:
-    """The signs of all pre-activations, as words (N, units / 32)."""
+def _patterns(function: Partial, params: Params, points: jax.Array) -> jax.Array:
+    """Packs the signs of all pre-activations, as words (N, units / 32)."""
     layers = jax.tree.leaves(function(params, points))
     bits = jnp.concatenate([layer.reshape(len(points), -1) > 0 for layer in layers], 1)
     bits = jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % _WORD)))
@@ -263,7 +268,7 @@ def _patterns(function: Partial, params: Any, points: jax.Array) -> jax.Array:
 
 
 def _refined(words: jax.Array, ranks: jax.Array, i: jax.Array) -> jax.Array:
-    """The ranks of the patterns up to word i, from those of the patterns up to the one before."""
+    """Ranks the patterns up to word i, from those of the patterns up to the one before."""
     order = jnp.lexsort((words[:, i], ranks))
     word, rank = words[order, i], ranks[order]
     is_new = (word[1:] != word[:-1]) | (rank[1:] != rank[:-1])

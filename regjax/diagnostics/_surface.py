@@ -3,23 +3,26 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _loops, _tree
-from regjax._base import as_partial
-from regjax.diagnostics._landscape import positions_of
+from regjax import _checks, _chunks, _loops, _numerics, _tree
+from regjax._base import Batch, LossFn, Params, PRNGKey, Tree, as_partial
+from regjax.diagnostics._landscape import vector_of
+
+_Carry = TypeVar("_Carry")
 
 
-def filter_normalized_direction(params: Any, *, key: jax.Array, per_filter: bool = True) -> Any:
-    """A random direction, each filter of it as long as the filter of the parameters.
+def filter_normalized_direction(params: Params, *, key: PRNGKey, per_filter: bool = True) -> Params:
+    """Draws a random direction, each filter of it as long as the filter of the parameters.
 
     For a normal draw d and filter r: d_r / ||d_r|| ||w_r||, so that nets with other scales of their
-    filters can be compared. Leaves with one axis or none (biases, scales and shifts of norms) stay
-    where they are: the direction is zero there.
+    filters can be compared. Leaves with one axis or none (biases, and what a normalization learns)
+    stay where they are: the direction is zero there.
 
     Args:
       params: tree of parameters.
@@ -50,55 +53,59 @@ def filter_normalized_direction(params: Any, *, key: jax.Array, per_filter: bool
 
 
 def interpolate(
-    loss_fn: Callable[..., Any],
-    start: Any,
-    end: Any,
-    *batch: Any,
-    positions: Any,
+    loss_fn: LossFn,
+    params: Params,
+    other_params: Params,
+    *batch: Tree,
+    positions: ArrayLike,
     chunk_size: int | None = None,
 ) -> jax.Array:
-    """The loss on the line through two points, L((1 - t) start + t end).
+    """Computes the loss on the line through two points.
+
+        L((1 - t) params + t other_params)
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
-      start: tree of parameters.
-      end: tree like `start`.
+      params: tree of parameters.
+      other_params: tree like `params`.
       *batch: arrays with a leading axis of examples.
-      positions: (len,), t; 0 is `start`, 1 is `end`.
+      positions: (len,), t; 0 is `params`, 1 is `other_params`.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
       Losses (len,), in the widest type of the parameters, float32 at least.
 
     Raises:
-      ValueError: `end` is another tree, `positions` is no vector, or the loss is no scalar or
-        cannot be split in chunks.
+      ValueError: `other_params` is another tree, `positions` is no vector, or the loss is no scalar
+        or cannot be split in chunks.
     """
-    chunk_size = _chunks.checked_size(loss_fn, start, batch, chunk_size)
-    _checks.same_tree("end", end, start)
-    positions = positions_of("positions", positions)
-    place = Partial(_between, start, end, positions)
+    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    _checks.same_tree("other_params", other_params, params)
+    positions = vector_of("positions", positions)
+    place = Partial(_between, params, other_params, positions)
     return _losses(loss_fn, place, len(positions), batch, chunk_size)
 
 
 def loss_surface(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    first: Any,
-    second: Any,
-    *batch: Any,
-    positions: Any,
+    loss_fn: LossFn,
+    params: Params,
+    direction: Params,
+    other_direction: Params,
+    *batch: Tree,
+    positions: ArrayLike,
     chunk_size: int | None = None,
 ) -> jax.Array:
-    """The loss over a plane, L(params + a first + b second).
+    """Computes the loss over a plane.
+
+        L(params + a direction + b other_direction)
 
     Costs one forward pass a point, in the memory of one more copy of the parameters.
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: tree of parameters, the origin.
-      first: tree like `params`, such as `filter_normalized_direction` gives.
-      second: another one.
+      direction: tree like `params`, such as `filter_normalized_direction` gives.
+      other_direction: another one.
       *batch: arrays with a leading axis of examples.
       positions: (len,), the values of both a and b, in units of the directions.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
@@ -115,10 +122,10 @@ def loss_surface(
       H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein (2018), arXiv:1712.09913.
     """
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
-    _checks.same_tree("first", first, params)
-    _checks.same_tree("second", second, params)
-    positions = positions_of("positions", positions)
-    place = Partial(_on_plane, params, first, second, positions)
+    _checks.same_tree("direction", direction, params)
+    _checks.same_tree("other_direction", other_direction, params)
+    positions = vector_of("positions", positions)
+    place = Partial(_on_plane, params, direction, other_direction, positions)
     losses = _losses(loss_fn, place, len(positions) ** 2, batch, chunk_size)
     return losses.reshape(len(positions), len(positions))
 
@@ -132,56 +139,60 @@ def loss_surface(
 class Path:
     """The loss at the points that `place` gives."""
 
-    loss_fn: Any
+    loss_fn: Partial
     place: Partial
-    batch: Any
+    batch: Batch
     chunk_size: int | None
 
-    def loss(self, point: Any) -> jax.Array:
+    def loss(self, point: jax.Array) -> jax.Array:
         return _chunks.mean(self.loss_fn, self.place(point), self.batch, self.chunk_size)
 
 
 def _losses(
-    loss_fn: Any, place: Partial, num_points: int, batch: Any, chunk_size: int | None
+    loss_fn: LossFn, place: Partial, num_points: int, batch: Batch, chunk_size: int | None
 ) -> jax.Array:
     path = Path(as_partial(loss_fn), place, batch, chunk_size)
     dtype = _tree.vector_dtype(place.args[0])
     return walk(_evaluate, jnp.zeros(num_points, dtype), num_points, path)
 
 
-def walk(body: Any, carry: Any, length: int, operands: Any) -> Any:
-    """`_loops.fold` over `operands`, a `Path` or a tuple that begins with one.
+def walk(
+    body: Callable[[Tree, _Carry, jax.Array], _Carry], carry: _Carry, length: int, operands: Tree
+) -> _Carry:
+    """Runs `_loops.scan` over `operands`, a `Path` or a tuple that begins with one.
 
     Where every point goes over chunks, the host takes the points if it can, and the chunks' loop is
     compiled, or the host's too.
     """
     path = operands if isinstance(operands, Path) else operands[0]
     if path.chunk_size is None:
-        return _loops.fold(body, carry, length, operands=operands)
-    return _loops.fold_captured(lambda carry, i: body(operands, carry, i), carry, length)
+        return _loops.scan(body, carry, length, operands=operands)
+    return _loops.scan(lambda _, carry, i: body(operands, carry, i), carry, length)
 
 
 def _evaluate(path: Path, losses: jax.Array, i: jax.Array) -> jax.Array:
     return losses.at[i].set(path.loss(i).astype(losses.dtype))
 
 
-def _between(start: Any, end: Any, positions: jax.Array, i: jax.Array) -> Any:
-    def at(a: jax.Array, b: jax.Array) -> jax.Array:
-        t = positions[i].astype(jnp.result_type(a))
-        return (1 - t) * a + t * b
-
-    return jax.tree.map(at, start, end)
+def _between(params: Params, other_params: Params, positions: jax.Array, i: jax.Array) -> Params:
+    return _numerics.between(params, other_params, positions[i])
 
 
-def _on_plane(params: Any, first: Any, second: Any, positions: jax.Array, i: jax.Array) -> Any:
+def _on_plane(
+    params: Params,
+    direction: Params,
+    other_direction: Params,
+    positions: jax.Array,
+    i: jax.Array,
+) -> Params:
     a, b = positions[i // len(positions)], positions[i % len(positions)]
     return jax.tree.map(
         lambda w, d, e: (
             w + a.astype(w.dtype) * d.astype(w.dtype) + b.astype(w.dtype) * e.astype(w.dtype)
         ),
         params,
-        first,
-        second,
+        direction,
+        other_direction,
     )
 
 

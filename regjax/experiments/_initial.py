@@ -35,7 +35,7 @@ def initialize(settings: TrainSettings, model: Model, dataset: Dataset) -> Model
         images = jnp.asarray(dataset.train_images[: options.num_examples])
         params = initializers.data_dependent(
             model, model.params, model.state, normalize(images, scaling),
-            scale=options.scale, epsilon=options.epsilon, key=key,
+            std=options.std, epsilon=options.epsilon, key=key,
         )  # fmt: skip
         return model._replace(params=params)
     return _gradinit(settings.gradinit, settings.seed, model, dataset, scaling, key)
@@ -53,11 +53,10 @@ def _gradinit(
     rows = np.stack(drawn).reshape(-1, 3, options.half_batch)
     batches = (jnp.asarray(dataset.train_images[rows]), jnp.asarray(dataset.train_labels[rows]))
     arguments = dataclasses.asdict(options)
-    step = getattr(initializers, arguments.pop("first_step"))
     for name in ("num_iterations", "half_batch"):
         del arguments[name]
     loss_fn = Partial(_loss, model_loss(model, criterion, mode="train", key=key), scaling)
-    result = initializers.gradinit(loss_fn, model.params, batches, first_step=step, **arguments)
+    result = initializers.gradinit(loss_fn, model.params, batches, **arguments)
     return model._replace(params=result.params)
 
 

@@ -34,9 +34,9 @@ Name = Literal["default", "data_dependent", "gradinit"]
 
 @dataclasses.dataclass(frozen=True)
 class DataDependent:
-    """Outputs of each layer with mean 0 and deviation `scale` on a first batch."""
+    """Outputs of each layer with mean 0 and deviation `std` on a first batch."""
 
-    scale: float = 1.0
+    std: float = 1.0
     """Standard deviation."""
 
     epsilon: float = 1e-10
@@ -62,10 +62,10 @@ class GradInit:
     half_batch: int = 64
     """Examples of a half batch; an iteration takes three."""
 
-    first_step: Literal["sgd_step", "adam_step"] = "sgd_step"
+    first_step: Literal["sgd", "adam"] = "sgd"
     """Step of which the loss after it is looked at."""
 
-    step_size: float = 0.1
+    first_step_learning_rate: float = 0.1
     """Length of that step."""
 
     clip: float = 1.0

@@ -79,11 +79,11 @@ def _probe(subject: Subject, settings: LandscapeSettings) -> Record:
     # The key is that of noise in the network: the same for all points.
     loss = model_loss(subject.model, criterion, mode="train", key=jax.random.key(settings.seed))
     report = diagnostics.line_probe(
-        loss, subject.model.params, inputs, targets, step_sizes=jnp.asarray(steps, inputs.dtype)
+        loss, subject.model.params, inputs, targets, learning_rates=jnp.asarray(steps, inputs.dtype)
     )
     return {
         "num_examples": len(targets),
-        "step_sizes": steps.tolist(),
+        "learning_rates": steps.tolist(),
         **{name: value.tolist() for name, value in report._asdict().items()},
     }
 
@@ -95,7 +95,7 @@ def _known_probes(path: Path, settings: LandscapeSettings) -> dict[int, Record]:
     # A number that was not finite was written as null.
     probes = json.loads(path.read_text().replace("null", "NaN")).get("probes", [])
     like = settings.probe_points, settings.probe_examples or settings.batch_size
-    made = lambda probe: (len(probe["step_sizes"]), probe["num_examples"])
+    made = lambda probe: (len(probe["learning_rates"]), probe["num_examples"])
     return {probe["epochs"]: probe for probe in probes if made(probe) == like}
 
 
@@ -148,7 +148,7 @@ def _surface(
     save()
 
 
-def _flatness(report: diagnostics.FlatnessReport, direction: Any) -> Record:
+def _flatness(report: diagnostics.FlatnessResult, direction: Any) -> Record:
     """In units of the direction, as the positions of the surface."""
     norm = float(_tree.norm(direction))
     lengths = {name: float(value) / norm for name, value in report._asdict().items()}

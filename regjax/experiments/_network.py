@@ -41,11 +41,11 @@ def build_model(settings: TrainSettings, dataset: Dataset) -> Model:
     if settings.model == "resnet":
         # Twice the channels at each of two reductions, as is usual.
         widths = tuple(channels * min(2**i, 4) for i in range(depth(settings)))
-        module = models.ResNet(shape, num_classes, widths=widths, norm=norm, rngs=rngs)
+        module = models.ResNet(shape, num_classes, widths=widths, normalization=norm, rngs=rngs)
     else:
         network = models.MLP if settings.model == "mlp" else models.ConvNet
         module = network(
-            shape, num_classes, width=channels, depth=depth(settings), norm=norm, rngs=rngs
+            shape, num_classes, width=channels, depth=depth(settings), normalization=norm, rngs=rngs
         )
     model = from_nnx(module)
     return model._replace(

@@ -108,9 +108,9 @@ def _validate_transformation(settings: TrainSettings) -> None:
 
 def _validate_initialization(settings: TrainSettings) -> None:
     rules: dict[str, dict[str, tuple[str, ...]]] = {
-        "data_dependent": {"above 0": ("scale", "num_examples"), "at least 0": ("epsilon",)},
+        "data_dependent": {"above 0": ("std", "num_examples"), "at least 0": ("epsilon",)},
         "gradinit": {
-            "above 0": ("num_iterations", "half_batch", "step_size"),
+            "above 0": ("num_iterations", "half_batch", "first_step_learning_rate"),
             "at least 0": ("gradient_norm_bound", "learning_rate", "clip"),
         },
     }

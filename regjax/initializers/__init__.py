@@ -2,6 +2,4 @@
 
 from regjax.initializers._data_dependent import data_dependent as data_dependent
 from regjax.initializers._gradinit import GradInitResult as GradInitResult
-from regjax.initializers._gradinit import adam_step as adam_step
 from regjax.initializers._gradinit import gradinit as gradinit
-from regjax.initializers._gradinit import sgd_step as sgd_step

@@ -1,7 +1,6 @@
 """Data-dependent initialisation: on one batch, outputs of mean zero and a chosen deviation."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from flax import traverse_util
 
 from regjax import _checks, _loops, _tree
 from regjax._adapters import Model
+from regjax._base import Mask, Params, PRNGKey, State, Tree
 from regjax.initializers import _layers
 from regjax.initializers._layers import Path
 
@@ -18,18 +18,18 @@ _PROBE = {"bias": 0, "scale": 1}
 
 def data_dependent(
     model: Model,
-    params: Any,
-    state: Any,
-    inputs: Any,
+    params: Params,
+    state: State,
+    inputs: Tree,
     *,
-    scale: float | Callable[[Path], float] = 1.0,
+    std: float | Callable[[Path], float] = 1.0,
     epsilon: float = 1e-10,
-    mask: Any = None,
-    key: jax.Array | None = None,
-) -> Any:
-    """Initial parameters with which each layer's outputs have mean 0 and deviation `scale`.
+    mask: Mask = None,
+    key: PRNGKey | None = None,
+) -> Params:
+    """Makes initial parameters with which each layer's outputs have mean 0 and deviation `std`.
 
-        t = v x / |v|,   g = scale / sqrt(var[t] + epsilon),   b = -mean[t] g
+        t = v x / |v|,   g = std / sqrt(var[t] + epsilon),   b = -mean[t] g
 
     unit by unit, over the batch and positions, layer by layer as they run: each layer sees what the
     ones before it have become. A weight-normalized layer gets g; a plain one its kernel times the
@@ -43,7 +43,7 @@ def data_dependent(
       params: tree of its parameters.
       state: its state. Running statistics are not changed: `updated_statistics` refreshes them.
       inputs: of one batch, leading axis the examples; some hundred, the official code has 500.
-      scale: standard deviation s, in units of the outputs, or a function of the layer's path in the
+      std: standard deviation, in units of the outputs, or a function of the layer's path in the
         parameters, such as ("block_0", "second", "layer"); PixelCNN++'s code has 0.1 on residual
         branches.
       epsilon: added to the variance. 1e-10 is the official code's for dense layers.
@@ -66,11 +66,13 @@ def data_dependent(
     chosen = jax.tree.map(lambda leaf: True, params) if mask is None else mask
     wanted = _kernels(params, _checks.same_structure("mask", chosen, params))
 
-    def visit(path: Path, layer: Any, axis: int, outputs: Callable[[Any], jax.Array]) -> Any:
+    def visit(
+        path: Path, layer: Params, axis: int, outputs: Callable[[Params], jax.Array]
+    ) -> Params:
         if not any(kernel[: len(path)] == path for kernel in wanted):
             return layer
-        size = scale(path) if callable(scale) else scale
-        return _initialized(path, layer, axis, outputs, _checks.positive("scale", size), epsilon)
+        own = _checks.positive("std", std(path) if callable(std) else std)
+        return _initialized(path, layer, axis, outputs, own, epsilon)
 
     found = _layers.run_layers(model, params, state, inputs, visit, key)
     missing = [k for k in wanted if not any(k[: len(path)] == path for path in found)]
@@ -85,19 +87,19 @@ def data_dependent(
     return params
 
 
-def _kernels(params: Any, chosen: Any) -> list[Path]:
+def _kernels(params: Params, chosen: Mask) -> list[Path]:
     flat, masks = (traverse_util.flatten_dict(tree) for tree in (params, chosen))
     return [path for path, leaf in flat.items() if masks[path] and jnp.ndim(leaf) >= 2]
 
 
 def _initialized(
     path: Path,
-    layer: Any,
+    layer: Params,
     axis: int,
-    outputs: Callable[[Any], jax.Array],
-    scale: float,
+    outputs: Callable[[Params], jax.Array],
+    std: float,
     epsilon: float,
-) -> Any:
+) -> Params:
     flat = traverse_util.flatten_dict(layer)
     at = {leaf[-1]: leaf for leaf in flat}  # kernel, bias, scale
     probe = {at[name]: jnp.full_like(flat[at[name]], v) for name, v in _PROBE.items() if name in at}
@@ -107,7 +109,7 @@ def _initialized(
     mean, variance = jnp.mean(t, axes), jnp.var(t, axes)
     # A deviation this small beside the mean is rounding.
     varies = variance > (16 * jnp.finfo(t.dtype).eps * mean) ** 2
-    factor = scale * jax.lax.rsqrt(jnp.where(varies, variance, 1) + epsilon)
+    factor = std * jax.lax.rsqrt(jnp.where(varies, variance, 1) + epsilon)
     new = {}
     if "scale" in at:
         factor = jnp.where(varies, factor, flat[at["scale"]].astype(t.dtype))
@@ -131,7 +133,7 @@ def _check_outputs(path: Path, t: jax.Array) -> None:
         raise ValueError(f"`inputs` must give finite outputs of {name}, got NaN or infinity.")
 
 
-def _replaced(tree: Any, path: Path, new: Any) -> Any:
+def _replaced(tree: Params, path: Path, new: Params) -> Params:
     if not path:
         return new
     return {**tree, path[0]: _replaced(tree[path[0]], path[1:], new)}

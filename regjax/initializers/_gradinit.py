@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
+from jax.typing import ArrayLike, DTypeLike
 
-from regjax import _checks, _loops, _tree
-from regjax._base import LossFn, Params, as_partial, check_loss
+from regjax import _checks, _loops, _numerics, _tree
+from regjax._base import Batch, LossFn, Params, Tree, as_partial, check_loss
 
 _B1, _B2, _EPSILON = 0.9, 0.999, 1e-8  # of Adam, as in the official code
 _MIN_SCALE = 0.01
@@ -22,56 +24,29 @@ class GradInitResult(NamedTuple):
     Attributes:
       params: tree of parameters, each array times its scale.
       scales: tree of scalars (), float32 at least.
-      gradient_norm: (iterations,), of the first two half batches, before each iteration.
-      objective: (iterations,), loss after the simulated step; NaN where `constrained`.
+      gradient_norms: (iterations,), of the first two half batches, before each iteration.
+      objectives: (iterations,), loss after the simulated step; NaN where `constrained`.
       constrained: (iterations,), bool, whether the norm was above its bound and was lowered.
     """
 
     params: Params
-    scales: Any
-    gradient_norm: jax.Array
-    objective: jax.Array
+    scales: Tree
+    gradient_norms: jax.Array
+    objectives: jax.Array
     constrained: jax.Array
-
-
-def sgd_step(grads: Params) -> Params:
-    """The step of SGD at unit length: grads / |grads|_2; zero for a zero gradient.
-
-    Args:
-      grads: tree of gradients.
-
-    Returns:
-      A tree like it.
-    """
-    norm = optax.tree.norm(grads)
-    inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
-    return jax.tree.map(lambda leaf: leaf * inverse.astype(leaf.dtype), grads)
-
-
-def adam_step(grads: Params) -> Params:
-    """The first step of Adam: the signs of the gradient.
-
-    Args:
-      grads: tree of gradients.
-
-    Returns:
-      A tree like it.
-    """
-    return jax.tree.map(jnp.sign, grads)
 
 
 def gradinit(
     loss_fn: LossFn,
     params: Params,
-    batches: Any,
+    batches: Batch,
     *,
-    gradient_norm_bound: float,
-    learning_rate: float,
-    first_step: Callable[[Params], Params] = sgd_step,
-    norm_order: int | None = None,
-    step_size: float = 0.1,
-    min_scale: Any = None,
-    clip: float = 1.0,
+    gradient_norm_bound: ArrayLike,
+    learning_rate: ArrayLike,
+    first_step: str = "sgd",
+    first_step_learning_rate: ArrayLike = 0.1,
+    min_scale: float | Tree = None,
+    clip: ArrayLike = 1.0,
     second_order: bool = False,
 ) -> GradInitResult:
     """Learns a scale for each parameter array from a few hundred batches.
@@ -80,28 +55,29 @@ def gradinit(
 
         g = grad L(S; p),  n = |g|
         n > bound:   d = derivative of n in the scales
-        otherwise:   d = derivative of L(S~; p - step_size first_step(g)) / step_size, step held
+        otherwise:   d = derivative of L(S~; p - s step(g)) / s, the step held
         scales move by Adam on clip(d), at least `min_scale`; p = scales times the initial params
 
-    Adam's first moment is kept for each of the two cases apart, each with its own bias correction;
-    the second moment is shared. Arrays that are zero keep their scale of 1 for good. An iteration
-    whose derivative is NaN changes nothing. Costs three gradients an iteration: both cases are one
-    derivative of the gradient, taken at another place. Make the optimiser's state afterwards.
+    with s the `first_step_learning_rate`. The step is g / |g|_2 of SGD (0 for 0), or the signs of
+    g, the first one of Adam. |g| is of order 2 with SGD and of order 1 with Adam, not divided by
+    the number of parameters. Adam's first moment is kept for each of the two cases apart, each with
+    its own bias correction; the second moment is shared. Arrays that are zero keep their scale of 1
+    for good. An iteration whose derivative is NaN changes nothing. Costs three gradients an
+    iteration: both cases are one derivative of the gradient, taken at another place. Make the
+    optimiser's state afterwards.
 
     Args:
-      loss_fn: (params, *batch) -> mean loss in train mode, such as `model_loss(model, criterion,
-        mode="train")`; running statistics are not written.
+      loss_fn: (params, *batch) -> mean loss in train mode, such as `model_loss(model,
+        output_loss_fn, mode="train")`; running statistics are not written.
       params: tree of parameters.
       batches: tuple of arrays, the arguments of `loss_fn`, with the axes (iterations, 3, half
         batch, ...): three independent half batches an iteration.
-      gradient_norm_bound: of |g|, in units of the loss per parameter. Used: 1 with `sgd_step`; a
+      gradient_norm_bound: of |g|, in units of the loss per parameter. Used: 1 with SGD; a
         norm of order 1 grows with the number of parameters, so that there is no default.
       learning_rate: of the scales. Used: 1e-3 (ResNet-110 with batch norm) to 1e-1 (VGG-19 with).
-      first_step: gradient -> step, `sgd_step`, `adam_step` or another.
-      norm_order: of |g|, 1 or 2. None: 1 with `adam_step`, else 2. Neither is divided by the number
-        of parameters.
-      step_size: of the simulated step, in units of the parameters over the step. Used: 0.1 (SGD),
-        1e-3 (Adam).
+      first_step: "sgd" or "adam", whose first step is simulated.
+      first_step_learning_rate: s, in units of the parameters over the step. Used: 0.1 (SGD), 1e-3
+        (Adam).
       min_scale: lower bound, a number or a tree of numbers. None: 0 for leaves named "bias", 0.01
         for all others, as in the official code.
       clip: bound of each derivative.
@@ -122,15 +98,12 @@ def gradinit(
     for name, value in (("gradient_norm_bound", gradient_norm_bound), ("clip", clip)):
         _checks.non_negative(name, value)
     _checks.non_negative("learning_rate", learning_rate)
-    _checks.positive("step_size", step_size)
+    _checks.positive("first_step_learning_rate", first_step_learning_rate)
     num_iterations = _num_iterations(batches)
     check_loss(loss_fn, params, jax.tree.map(lambda leaf: leaf[0, 0], batches))
-    if norm_order is None:
-        norm_order = 1 if first_step is adam_step else 2
-    _checks.integer("norm_order", norm_order, minimum=1, maximum=2)
-    iteration = _Iteration(first_step, norm_order, second_order)
+    iteration = _Iteration(_checks.choice("first_step", first_step, tuple(_STEPS)), second_order)
     dtype, num_leaves = _tree.vector_dtype(params), len(jax.tree.leaves(params))
-    numbers = (gradient_norm_bound, learning_rate, step_size, clip)
+    numbers = (gradient_norm_bound, learning_rate, first_step_learning_rate, clip)
     operands = _Operands(
         as_partial(loss_fn),
         params,
@@ -146,7 +119,7 @@ def gradinit(
         jnp.zeros(2, jnp.int32),
         (history, history, jnp.zeros(num_iterations, bool)),
     )
-    end = _loops.fold(iteration, carry, num_iterations, operands=operands)
+    end = _loops.scan(iteration, carry, num_iterations, operands=operands)
     scales = jax.tree.unflatten(jax.tree.structure(params), list(end.scales))
     return GradInitResult(_scaled(end.scales, params), scales, *end.history)
 
@@ -154,13 +127,13 @@ def gradinit(
 class _Operands(NamedTuple):
     """What an iteration reads."""
 
-    loss_fn: Any
+    loss_fn: Partial
     params: Params
-    batches: Any
+    batches: Batch
     lower: jax.Array
     bound: jax.Array
     learning_rate: jax.Array
-    step_size: jax.Array
+    step_rate: jax.Array
     clip: jax.Array
 
 
@@ -178,8 +151,7 @@ class _Carry(NamedTuple):
 class _Iteration:
     """One iteration as the body of a fold."""
 
-    first_step: Callable[[Params], Params]
-    norm_order: int
+    first_step: str
     second_order: bool
 
     def __call__(self, operands: _Operands, carry: _Carry, i: jax.Array) -> _Carry:
@@ -205,9 +177,9 @@ class _Iteration:
         return new._replace(history=history)
 
     def _first_order(
-        self, operands: _Operands, params: Params, batch: Any, other: Any
+        self, operands: _Operands, params: Params, batch: Batch, other: Batch
     ) -> tuple[jax.Array, jax.Array, Params]:
-        """Norm, objective, and the derivative of whichever counts in the parameters.
+        """Computes norm, objective, and the derivative of whichever counts in the parameters.
 
         The derivative of the norm n is H u, u = dn/dg: that of the gradient along u at p on S. The
         other one is the gradient itself at p - step on S~. So one call with its place chosen.
@@ -221,11 +193,11 @@ class _Iteration:
         (objective, slope), (_, turned) = jax.jvp(
             lambda p: value_and_grad(p, data), (place,), (direction,)
         )
-        slope = jax.tree.map(lambda leaf: leaf / operands.step_size.astype(leaf.dtype), slope)
+        slope = jax.tree.map(lambda leaf: leaf / operands.step_rate.astype(leaf.dtype), slope)
         return norm, objective, choose(turned, slope)
 
     def _second_order(
-        self, operands: _Operands, params: Params, batch: Any, other: Any
+        self, operands: _Operands, params: Params, batch: Batch, other: Batch
     ) -> tuple[jax.Array, jax.Array, Params]:
         """As `_first_order`, differentiated through the simulated step."""
         grad = lambda p: jax.grad(operands.loss_fn)(p, *batch)
@@ -236,20 +208,32 @@ class _Iteration:
         norm, turned = jax.value_and_grad(lambda p: self._norm(grad(p)))(params)
         objective, slope = jax.value_and_grad(ahead)(params)
         over = norm > operands.bound
-        slope = jax.tree.map(lambda leaf: leaf / operands.step_size.astype(leaf.dtype), slope)
+        slope = jax.tree.map(lambda leaf: leaf / operands.step_rate.astype(leaf.dtype), slope)
         return norm, objective, jax.tree.map(lambda a, b: jnp.where(over, a, b), turned, slope)
 
     def _moved(self, operands: _Operands, params: Params, grads: Params) -> Params:
-        move = lambda p, a: p - operands.step_size.astype(p.dtype) * a
-        return jax.tree.map(move, params, self.first_step(grads))
+        move = lambda p, a: p - operands.step_rate.astype(p.dtype) * a
+        return jax.tree.map(move, params, _STEPS[self.first_step](grads))
 
     def _norm(self, grads: Params) -> jax.Array:
         leaves = [_tree.wide(leaf) for leaf in jax.tree.leaves(grads)]
-        if self.norm_order == 1:
+        if self.first_step == "adam":
             return functools.reduce(jnp.add, [jnp.sum(jnp.abs(leaf)) for leaf in leaves])
         square = functools.reduce(jnp.add, [jnp.sum(leaf**2) for leaf in leaves])
         # The root has no derivative at zero.
         return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
+
+
+def _sgd_step(grads: Params) -> Params:
+    inverse = _numerics.divide(1, optax.tree.norm(grads))
+    return jax.tree.map(lambda leaf: leaf * inverse.astype(leaf.dtype), grads)
+
+
+def _adam_step(grads: Params) -> Params:
+    return jax.tree.map(jnp.sign, grads)
+
+
+_STEPS: dict[str, Callable[[Params], Params]] = {"sgd": _sgd_step, "adam": _adam_step}
 
 
 def _adam(carry: _Carry, derivative: jax.Array, case: jax.Array, operands: _Operands) -> _Carry:
@@ -278,10 +262,10 @@ def _inner(one: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.sum(_tree.wide(one) * _tree.wide(other))
 
 
-def _lower_bounds(min_scale: Any, params: Params, dtype: Any) -> jax.Array:
+def _lower_bounds(min_scale: float | Tree, params: Params, dtype: DTypeLike) -> jax.Array:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if min_scale is None:
-        values: list[Any] = [
+        values: list[float] = [
             0.0 if jax.tree_util.keystr(path[-1:]).strip("[]'.") == "bias" else _MIN_SCALE
             for path, _ in leaves
         ]
@@ -292,7 +276,7 @@ def _lower_bounds(min_scale: Any, params: Params, dtype: Any) -> jax.Array:
     return jnp.asarray([_checks.non_negative("min_scale", value) for value in values], dtype)
 
 
-def _num_iterations(batches: Any) -> int:
+def _num_iterations(batches: Batch) -> int:
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
     if not shapes or any(len(shape) < 3 or shape[1] != 3 for shape in shapes):
         raise ValueError(

@@ -4,18 +4,19 @@ What a visitor makes of a layer's parameters is what the layers behind it see.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import linen, nnx
 
 from regjax import normalization
-from regjax._adapters import LinenRunner, Model, NnxRunner
+from regjax._adapters import Model
+from regjax._base import Params, PRNGKey, State, Tree
+from regjax._runners import LinenRunner, NnxRunner
 
 Path = tuple[str | int, ...]
 # (path, parameters, channel axis of the kernel, parameters -> outputs on the layer's inputs)
 # -> new parameters
-Visit = Callable[[Path, Any, int, Callable[[Any], jax.Array]], Any]
+Visit = Callable[[Path, Params, int, Callable[[Params], jax.Array]], Params]
 
 _LINEN = (linen.Dense, linen.Conv, linen.ConvTranspose)
 _NNX = (nnx.Linear, nnx.Conv, nnx.ConvTranspose, normalization.nnx.WeightNorm)
@@ -27,9 +28,9 @@ _STANDARDIZED = (
 
 
 def run_layers(
-    model: Model, params: Any, state: Any, inputs: Any, visit: Visit, key: jax.Array | None
-) -> dict[Path, Any]:
-    """The new parameters of each dense and convolutional layer, by path, in the order they ran.
+    model: Model, params: Params, state: State, inputs: Tree, visit: Visit, key: PRNGKey | None
+) -> dict[Path, Params]:
+    """Returns the new parameters of each dense and convolutional layer, by path, as they ran.
 
     The model runs once, in train mode without dropout. A layer that runs twice is visited once.
     """
@@ -42,12 +43,14 @@ def run_layers(
 
 
 def _run_linen(
-    model: Model, params: Any, state: Any, inputs: Any, visit: Visit, key: Any
-) -> dict[Path, Any]:
-    found: dict[Path, Any] = {}
+    model: Model, params: Params, state: State, inputs: Tree, visit: Visit, key: PRNGKey | None
+) -> dict[Path, Params]:
+    found: dict[Path, Params] = {}
     is_inside = False
 
-    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(
+        call: Callable[..., Tree], args: tuple[Tree, ...], kwargs: dict[str, Tree], context: Tree
+    ) -> Tree:
         nonlocal is_inside
         module = context.module
         if isinstance(module, linen.Dropout):
@@ -72,11 +75,11 @@ def _run_linen(
 
 
 def _run_nnx(
-    runner: NnxRunner, params: Any, state: Any, inputs: Any, visit: Visit
-) -> dict[Path, Any]:
+    runner: NnxRunner, params: Params, state: State, inputs: Tree, visit: Visit
+) -> dict[Path, Params]:
     module = nnx.merge(runner.training, params, state)
     module.set_attributes(deterministic=True, raise_if_not_found=False)
-    found: dict[Path, Any] = {}
+    found: dict[Path, Params] = {}
     modules = dict(nnx.iter_modules(module))
     wrappers = normalization.nnx.Reparametrized
     wrapped = [path for path, node in modules.items() if isinstance(node, wrappers)]
@@ -88,13 +91,13 @@ def _run_nnx(
     return found
 
 
-def _watch(layer: Any, path: Path, visit: Visit, found: dict[Path, Any]) -> None:
+def _watch(layer: nnx.Module, path: Path, visit: Visit, found: dict[Path, Params]) -> None:
     """Makes `layer` an object of a class of its own, with a call that visits it first."""
     plain = type(layer)
     graph, params = nnx.split(layer)
     outputs = lambda params, inputs: plain.__call__(nnx.merge(graph, params), inputs)
 
-    def call(self: Any, inputs: Any) -> Any:
+    def call(self: nnx.Module, inputs: jax.Array) -> jax.Array:
         if path not in found:
             pure = nnx.to_pure_dict(params)
             axis = _channel_axis(self)
@@ -104,5 +107,5 @@ def _watch(layer: Any, path: Path, visit: Visit, found: dict[Path, Any]) -> None
     object.__setattr__(layer, "__class__", type(plain.__name__, (plain,), {"__call__": call}))
 
 
-def _channel_axis(layer: Any) -> int:
+def _channel_axis(layer: linen.Module | nnx.Module) -> int:
     return -2 if getattr(layer, "transpose_kernel", False) else -1

@@ -3,7 +3,7 @@
 from regjax.models import linen as linen
 from regjax.models._convnet import ConvNet as ConvNet
 from regjax.models._diagonal_linear import DiagonalLinear as DiagonalLinear
-from regjax.models._diagonal_linear import EarlyStoppingWindow as EarlyStoppingWindow
+from regjax.models._diagonal_linear import EarlyStoppingResult as EarlyStoppingResult
 from regjax.models._diagonal_linear import conserved_quantity as conserved_quantity
 from regjax.models._diagonal_linear import diagonal_flow as diagonal_flow
 from regjax.models._diagonal_linear import diagonal_weights as diagonal_weights

@@ -4,25 +4,26 @@ import jax
 from flax import nnx
 
 from regjax import _checks
-from regjax.models._norm import Normalized, image_shape, needs_bias
+from regjax.models._normalized import Normalized, image_shape, needs_bias
 
 
 class ConvNet(nnx.Module):
     """`depth` 3x3 convolutions of stride 2, each with normalization and ReLU; a linear head.
 
     The head sees all remaining positions. The convolutions have biases only without normalization,
-    whose shift does the same. Sub-trees of the parameters: "layer_0", ..., "head".
+    whose bias does the same. Sub-trees of the parameters: "layer_0", ..., "head".
 
     Args:
       input_shape: (height, width, channels) of one example.
       num_classes: number of outputs.
       width: channels of each convolution.
       depth: number of convolutions.
-      norm: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and others.
+      normalization: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and
+        others.
       rngs: stream "params" (or the default one) of the initial parameters, float32.
 
     Raises:
-      ValueError: a size is too small, or `norm` is unknown.
+      ValueError: a size is too small, or `normalization` is unknown.
       TypeError: a size is not a Python integer.
     """
 
@@ -33,7 +34,7 @@ class ConvNet(nnx.Module):
         *,
         width: int = 16,
         depth: int = 2,
-        norm: str = "none",
+        normalization: str = "none",
         rngs: nnx.Rngs,
     ):
         self.depth = _checks.integer("depth", depth)
@@ -42,15 +43,19 @@ class ConvNet(nnx.Module):
         height, breadth, channels = image_shape(input_shape)
         for i in range(depth):
             convolution = nnx.Conv(
-                channels, width, (3, 3), strides=2, use_bias=needs_bias(norm), rngs=rngs
+                channels, width, (3, 3), strides=2, use_bias=needs_bias(normalization), rngs=rngs
             )
-            setattr(self, f"layer_{i}", Normalized(convolution, width, norm=norm, rngs=rngs))
+            setattr(
+                self,
+                f"layer_{i}",
+                Normalized(convolution, width, normalization=normalization, rngs=rngs),
+            )
             # "SAME" padding: half the positions, rounded up.
             height, breadth, channels = -(-height // 2), -(-breadth // 2), width
         self.head = nnx.Linear(height * breadth * channels, num_classes, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
+        """Computes logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
         features = inputs
         for i in range(self.depth):
             features = nnx.relu(getattr(self, f"layer_{i}")(features))

@@ -8,16 +8,17 @@ r = (2 / n) X'(X w - y), gradient descent of rate eta is
 The formulas here are those of its gradient flow from u = v = alpha; descent leaves them by O(eta).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from regjax import _checks
 
 
-class EarlyStoppingWindow(NamedTuple):
+class EarlyStoppingResult(NamedTuple):
     """Between which steps of descent to stop, to leading order.
 
     Attributes:
@@ -57,7 +58,7 @@ class DiagonalLinear(nnx.Module):
         depth: int,
         init_scale: float,
         signed: bool = True,
-        param_dtype: Any = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         _checks.integer("num_inputs", num_inputs)
         self.depth = _checks.integer("depth", depth, minimum=2)
@@ -67,13 +68,15 @@ class DiagonalLinear(nnx.Module):
         self.v = nnx.Param(start) if signed else None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Predictions (batch,) of inputs (batch, num_inputs)."""
+        """Computes predictions (batch,) of inputs (batch, num_inputs)."""
         v = None if self.v is None else self.v[...]
-        return inputs @ diagonal_weights(self.u[...], v, self.depth)
+        return inputs @ diagonal_weights(self.u[...], v, depth=self.depth)
 
 
-def diagonal_weights(u: jax.Array, v: jax.Array | None, depth: int) -> jax.Array:
-    """The weights u^N - v^N of the linear map.
+def diagonal_weights(u: jax.Array, v: jax.Array | None, *, depth: int) -> jax.Array:
+    """Computes the weights of the linear map.
+
+        w = u^N - v^N
 
     Args:
       u: (p,).
@@ -90,8 +93,8 @@ def diagonal_weights(u: jax.Array, v: jax.Array | None, depth: int) -> jax.Array
     return u**depth if v is None else u**depth - v**depth
 
 
-def conserved_quantity(u: jax.Array, v: jax.Array, depth: int) -> jax.Array:
-    """What gradient flow keeps at each coordinate, whatever the data.
+def conserved_quantity(u: jax.Array, v: jax.Array, *, depth: int) -> jax.Array:
+    """Computes what gradient flow keeps at each coordinate, whatever the data.
 
         u v for N = 2,   u^(2 - N) + v^(2 - N) beyond
 
@@ -116,18 +119,21 @@ def conserved_quantity(u: jax.Array, v: jax.Array, depth: int) -> jax.Array:
     return u ** (2 - depth) + v ** (2 - depth)
 
 
-def diagonal_flow(init_scale: Any, depth: int, integrated_residual: jax.Array) -> jax.Array:
-    """The weights of gradient flow, from the integral S of r = (2 / n) X'(X w - y) over time.
+def diagonal_flow(
+    integrated_residual: jax.Array, *, depth: int, init_scale: float | jax.Array
+) -> jax.Array:
+    """Computes the weights of gradient flow, from the integral S of its residual over time.
 
         -2 alpha^2 sinh(4 S)                                                             for N = 2,
         (alpha^(2 - N) + N (N - 2) S)^(-N / (N - 2)) - (alpha^(2 - N) - N (N - 2) S)^(-N / (N - 2))
 
-    beyond. After t steps of descent S is the rate times the sum of r over them.
+    beyond. The residual is r = (2 / n) X'(X w - y); after t steps of descent S is the rate times
+    the sum of r over them.
 
     Args:
-      init_scale: alpha, positive; u = v = alpha at the start.
-      depth: N, at least 2.
       integrated_residual: (p,), S.
+      depth: N, at least 2.
+      init_scale: alpha, positive; u = v = alpha at the start.
 
     Returns:
       Weights (p,); NaN at a coordinate whose S no flow reaches.
@@ -151,9 +157,14 @@ def diagonal_flow(init_scale: Any, depth: int, integrated_residual: jax.Array) -
 
 
 def early_stopping_window(
-    init_scale: Any, depth: int, learning_rate: Any, smallest_signal: Any, noise_level: Any
-) -> EarlyStoppingWindow:
-    """When to stop descent: after the signal has come and before the noise does.
+    *,
+    depth: int,
+    init_scale: float | jax.Array,
+    learning_rate: float | jax.Array,
+    smallest_signal: float | jax.Array,
+    noise_level: float | jax.Array,
+) -> EarlyStoppingResult:
+    """Tells when to stop descent: after the signal has come and before the noise does.
 
     To leading order in small alpha, with orthonormal features and w* the smallest signal:
 
@@ -167,14 +178,14 @@ def early_stopping_window(
     Both grow as alpha^(2 - N), and so does their difference: deeper networks have longer windows.
 
     Args:
-      init_scale: alpha, positive and below 1.
       depth: N, at least 2.
+      init_scale: alpha, positive and below 1.
       learning_rate: eta, of plain descent on the loss without 1/2.
       smallest_signal: w*, the smallest magnitude of a true weight, positive.
       noise_level: e, largest magnitude of X' xi / n for noise xi, positive.
 
     Returns:
-      An `EarlyStoppingWindow`, in steps. `last` below `first` says that there is none.
+      An `EarlyStoppingResult`, in steps. `last` below `first` says that there is none.
 
     Raises:
       ValueError: a number is out of its range.
@@ -198,11 +209,11 @@ def early_stopping_window(
     )
     if depth == 2:
         rise, growth = jnp.log(jnp.sqrt(signal / 2) / alpha), -jnp.log(alpha) / 2
-        scale = 4.0
+        factor = 4.0
     else:
         start, power = alpha ** (2 - depth), (2 - depth) / depth
         rise, growth = start - (signal / 2) ** power, start - alpha ** ((2 - depth) / 2)
-        scale = 2.0 * depth * (depth - 2)
+        factor = 2.0 * depth * (depth - 2)
     # A start beyond half the signal has nothing to wait for.
-    first = jnp.maximum(rise, 0) / (scale * signal * rate)
-    return EarlyStoppingWindow(first, growth / (scale * noise * rate))
+    first = jnp.maximum(rise, 0) / (factor * signal * rate)
+    return EarlyStoppingResult(first, growth / (factor * noise * rate))

@@ -6,13 +6,13 @@ import jax
 from flax import nnx
 
 from regjax import _checks
-from regjax.models._norm import NORMS, Normalized, image_shape, needs_bias
+from regjax.models._normalized import NORMALIZATIONS, Normalized, image_shape, needs_bias
 
 
 class MLP(nnx.Module):
     """A perceptron with `depth` hidden layers: linear, normalization, ReLU; then a linear head.
 
-    The hidden layers have biases only without normalization, whose shift does the same. Sub-trees
+    The hidden layers have biases only without normalization, whose bias does the same. Sub-trees
     of the parameters: "layer_0", ..., "head".
 
     Args:
@@ -20,11 +20,12 @@ class MLP(nnx.Module):
       num_classes: number of outputs.
       width: units of each hidden layer.
       depth: number of hidden layers; 0 is a linear classifier.
-      norm: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and others.
+      normalization: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and
+        others.
       rngs: stream "params" (or the default one) of the initial parameters, float32.
 
     Raises:
-      ValueError: a size is too small, or `norm` is unknown.
+      ValueError: a size is too small, or `normalization` is unknown.
       TypeError: a size is not a Python integer.
     """
 
@@ -35,22 +36,26 @@ class MLP(nnx.Module):
         *,
         width: int = 256,
         depth: int = 2,
-        norm: str = "none",
+        normalization: str = "none",
         rngs: nnx.Rngs,
     ):
         self.depth = _checks.integer("depth", depth, minimum=0)
         _checks.integer("width", width)
         _checks.integer("num_classes", num_classes)
-        _checks.choice("norm", norm, NORMS)
+        _checks.choice("normalization", normalization, NORMALIZATIONS)
         num_inputs = math.prod(image_shape(input_shape))
         for i in range(depth):
-            linear = nnx.Linear(num_inputs, width, use_bias=needs_bias(norm), rngs=rngs)
-            setattr(self, f"layer_{i}", Normalized(linear, width, norm=norm, rngs=rngs))
+            linear = nnx.Linear(num_inputs, width, use_bias=needs_bias(normalization), rngs=rngs)
+            setattr(
+                self,
+                f"layer_{i}",
+                Normalized(linear, width, normalization=normalization, rngs=rngs),
+            )
             num_inputs = width
         self.head = nnx.Linear(num_inputs, num_classes, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
+        """Computes logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
         features = inputs.reshape(inputs.shape[0], -1)
         for i in range(self.depth):
             features = nnx.relu(getattr(self, f"layer_{i}")(features))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from regjax import _checks
-from regjax.models._norm import Normalized, image_shape
+from regjax.models._normalized import Normalized, image_shape
 
 
 class ResNet(nnx.Module):
@@ -18,11 +18,12 @@ class ResNet(nnx.Module):
       input_shape: (height, width, channels) of one example.
       num_classes: number of outputs.
       widths: channels of each block; where they change, the block has stride 2.
-      norm: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and others.
+      normalization: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and
+        others.
       rngs: stream "params" (or the default one) of the initial parameters, float32.
 
     Raises:
-      ValueError: a size is too small, `widths` is empty, or `norm` is unknown.
+      ValueError: a size is too small, `widths` is empty, or `normalization` is unknown.
       TypeError: a size is not a Python integer.
 
     References:
@@ -35,7 +36,7 @@ class ResNet(nnx.Module):
         num_classes: int,
         *,
         widths: tuple[int, ...] = (16, 32, 64, 64),
-        norm: str = "none",
+        normalization: str = "none",
         rngs: nnx.Rngs,
     ):
         if not widths:
@@ -45,15 +46,17 @@ class ResNet(nnx.Module):
         _checks.integer("num_classes", num_classes)
         self.num_blocks = len(widths)
         channels = image_shape(input_shape)[2]
-        self.stem = _convolution(channels, widths[0], norm=norm, rngs=rngs)
+        self.stem = _convolution(channels, widths[0], normalization=normalization, rngs=rngs)
         channels = widths[0]
         for i, width in enumerate(widths):
-            setattr(self, f"block_{i}", _Block(channels, width, norm=norm, rngs=rngs))
+            setattr(
+                self, f"block_{i}", _Block(channels, width, normalization=normalization, rngs=rngs)
+            )
             channels = width
         self.head = nnx.Linear(channels, num_classes, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
+        """Computes logits (batch, num_classes) of float inputs (batch, height, width, channels)."""
         features = nnx.relu(self.stem(inputs))
         for i in range(self.num_blocks):
             features = getattr(self, f"block_{i}")(features)
@@ -63,14 +66,18 @@ class ResNet(nnx.Module):
 class _Block(nnx.Module):
     """inputs -> relu(second(relu(first(inputs))) + shortcut(inputs))."""
 
-    def __init__(self, channels: int, width: int, *, norm: str, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, *, normalization: str, rngs: nnx.Rngs):
         stride = 1 if channels == width else 2
-        self.first = _convolution(channels, width, stride=stride, norm=norm, rngs=rngs)
-        self.second = _convolution(width, width, norm=norm, rngs=rngs)
+        self.first = _convolution(
+            channels, width, stride=stride, normalization=normalization, rngs=rngs
+        )
+        self.second = _convolution(width, width, normalization=normalization, rngs=rngs)
         self.shortcut = (
             None
             if channels == width
-            else _convolution(channels, width, size=1, stride=stride, norm=norm, rngs=rngs)
+            else _convolution(
+                channels, width, size=1, stride=stride, normalization=normalization, rngs=rngs
+            )
         )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -80,7 +87,7 @@ class _Block(nnx.Module):
 
 
 def _convolution(
-    channels: int, width: int, *, size: int = 3, stride: int = 1, norm: str, rngs: nnx.Rngs
+    channels: int, width: int, *, size: int = 3, stride: int = 1, normalization: str, rngs: nnx.Rngs
 ) -> Normalized:
     convolution = nnx.Conv(channels, width, (size, size), strides=stride, use_bias=False, rngs=rngs)
-    return Normalized(convolution, width, norm=norm, rngs=rngs)
+    return Normalized(convolution, width, normalization=normalization, rngs=rngs)

@@ -69,7 +69,7 @@ class GPT(nnx.Module):
         self.remat = remat
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Logits (batch, length, num_tokens) of the next token, of int tokens (batch, length)."""
+        """Computes logits (batch, length, num_tokens) of the next of int tokens (batch, length)."""
         if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise ValueError(
                 "`inputs` must be integer tokens of shape (batch, length), got "

@@ -1,10 +1,9 @@
 """The networks with known dynamics as flax linen modules."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen
+from jax.typing import DTypeLike
 
 from regjax import _checks
 from regjax.models import _diagonal_linear
@@ -23,13 +22,13 @@ class DiagonalLinear(linen.Module):
     depth: int
     init_scale: float
     signed: bool = True
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @linen.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Predictions (batch,) of inputs (batch, num_inputs)."""
+        """Computes predictions (batch,) of inputs (batch, num_inputs)."""
         _checks.positive("init_scale", self.init_scale)
         start = lambda key: jnp.full(inputs.shape[-1], self.init_scale, self.param_dtype)
         u = self.param("u", start)
         v = self.param("v", start) if self.signed else None
-        return inputs @ _diagonal_linear.diagonal_weights(u, v, self.depth)
+        return inputs @ _diagonal_linear.diagonal_weights(u, v, depth=self.depth)

@@ -6,24 +6,15 @@ from regjax.normalization._batch_norm import BatchNorm as BatchNorm
 from regjax.normalization._batch_norm import GhostBatchNorm as GhostBatchNorm
 from regjax.normalization._batch_norm import MeanOnlyBatchNorm as MeanOnlyBatchNorm
 from regjax.normalization._batch_norm import NoisyBatchNorm as NoisyBatchNorm
-from regjax.normalization._group_norm import BatchNormGroupNorm as BatchNormGroupNorm
 from regjax.normalization._group_norm import GroupNormPlus as GroupNormPlus
-from regjax.normalization._group_norm import ParallelGroupBatchNorm as ParallelGroupBatchNorm
-from regjax.normalization._group_norm import batch_normalize_positions as batch_normalize_positions
-from regjax.normalization._group_norm import group_normalize as group_normalize
-from regjax.normalization._group_norm import mix as mix
-from regjax.normalization._layer import Layer as Layer
 from regjax.normalization._lp_norm import LpNorm as LpNorm
 from regjax.normalization._population import (
     exact_population_statistics as exact_population_statistics,
 )
 from regjax.normalization._population import fold_batch_norm as fold_batch_norm
 from regjax.normalization._population import rescale_statistics as rescale_statistics
-from regjax.normalization._statistics import Moments as Moments
-from regjax.normalization._statistics import moments as moments
-from regjax.normalization._weight_norm import SplitWeight as SplitWeight
+from regjax.normalization._weight_norm import SplitWeightResult as SplitWeightResult
 from regjax.normalization._weight_norm import join_weights as join_weights
-from regjax.normalization._weight_norm import split_weight as split_weight
 from regjax.normalization._weight_norm import split_weights as split_weights
 from regjax.normalization._weight_norm import standardize_weight as standardize_weight
 from regjax.normalization._weight_norm import weight_normalize as weight_normalize

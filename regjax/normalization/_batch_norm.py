@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from regjax import _checks
+from regjax._base import PRNGKey
 from regjax.normalization import _statistics
 from regjax.normalization._layer import (
     Arrays,
@@ -21,7 +22,9 @@ from regjax.normalization._statistics import Moments
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchNorm(Layer):
-    """Outputs (x - mean) / sqrt(variance + epsilon) * scale + bias, channel by channel.
+    """Normalizes each channel by its mean and variance over the batch.
+
+        outputs = (x - mean) / sqrt(variance + epsilon) * scale + bias
 
     Mean and biased variance go over all axes but the last one, and over the devices of `axis_name`;
     in evaluation they are running averages. A batch of one value for each channel has variance zero
@@ -58,7 +61,7 @@ class BatchNorm(Layer):
         check_options(self.momentum, self.epsilon)
 
     def init_params(self, num_features: int) -> dict[str, jax.Array]:
-        """Scale one and bias zero, (channels,), as far as they are used."""
+        """Returns scale one and bias zero, (channels,), as far as they are used."""
         used = {"scale": self.use_scale, "bias": self.use_bias}
         params = super().init_params(num_features)
         return {name: value for name, value in params.items() if used[name]}
@@ -89,7 +92,7 @@ class BatchNorm(Layer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GhostBatchNorm(BatchNorm):
-    """Batch norm of each group of `ghost_size` consecutive examples by itself.
+    """Applies batch norm to each group of `ghost_size` consecutive examples by itself.
 
     Keeps the noise of small batches in large ones. The running averages take the mean over the
     groups, of the variances within them. Devices of `axis_name` share the running averages only.
@@ -134,8 +137,9 @@ class GhostBatchNorm(BatchNorm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoisyBatchNorm(BatchNorm):
-    """Batch norm, then in training s * outputs + m with random m and s: unstable on purpose.
+    """Adds noise to the outputs of batch norm in training: unstable on purpose.
 
+        s * outputs + m
         mu ~ U(-mean_range, mean_range),  sigma ~ U(1, scale_range)      for each channel and step
         m ~ U(mu - mean_jitter, mu + mean_jitter),  s ~ N(sigma, scale_jitter^2)      for each value
 
@@ -166,7 +170,7 @@ class NoisyBatchNorm(BatchNorm):
         if not self.scale_range >= 1:
             raise ValueError(f"`scale_range` must be at least 1, got {self.scale_range}.")
 
-    def _disturb(self, outputs: jax.Array, key: jax.Array) -> jax.Array:
+    def _disturb(self, outputs: jax.Array, key: PRNGKey) -> jax.Array:
         keys, shape, dtype = jax.random.split(key, 4), outputs.shape, outputs.dtype
         channels = (1,) * (len(shape) - 1) + shape[-1:]
         mu = jax.random.uniform(keys[0], channels, dtype, -self.mean_range, self.mean_range)
@@ -180,7 +184,9 @@ class NoisyBatchNorm(BatchNorm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanOnlyBatchNorm(Layer):
-    """Outputs x - mean + bias: batch norm without the variance, for weight-normalized layers.
+    """Subtracts the mean alone: batch norm without the variance, for weight-normalized layers.
+
+        outputs = x - mean + bias
 
     Attributes:
       momentum: weight of the old running mean, 0.9 in the official code.

@@ -19,7 +19,9 @@ from regjax.normalization._statistics import Moments
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupNormPlus(Layer):
-    """Outputs (s G(x) + (1 - s) B(G(x))) * scale + bias, s = sigmoid(mix_logit) learned.
+    """Mixes group normalization G with a batch normalization B of its outcome, by a learned share.
+
+        outputs = (s G(x) + (1 - s) B(G(x))) * scale + bias,   s = sigmoid(mix_logit)
 
         G: (x - mean) / (std + epsilon) for each example and group, over positions and its channels
         B: (x - mean) / (std + epsilon) over `batch_axes`
@@ -64,13 +66,13 @@ class GroupNormPlus(Layer):
             raise ValueError("`batch_axes` must be None with `track_running`, got (0,).")
 
     def init_params(self, num_features: int) -> dict[str, jax.Array]:
-        """Scale one, bias zero, (channels,), and mix_logit ()."""
+        """Returns scale one, bias zero, (channels,), and mix_logit ()."""
         _group_size(num_features, self.num_groups)
         mix_logit = jnp.full((), self.mix_init, self.param_dtype)
         return {**super().init_params(num_features), "mix_logit": mix_logit}
 
     def init_state(self, num_features: int) -> dict[str, jax.Array]:
-        """Running mean zero and variance one of B, if it has such, (channels,)."""
+        """Returns running mean zero and variance one of B, if it has such, (channels,)."""
         if not self.track_running:
             return {}
         return {"mean": jnp.zeros(num_features), "var": jnp.ones(num_features)}
@@ -111,7 +113,9 @@ class GroupNormPlus(Layer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchNormGroupNorm(GroupNormPlus):
-    """The mix in the other order, for the ablation: b = B(x), a = G(b).
+    """Mixes in the other order, for the ablation.
+
+        outputs = (s G(B(x)) + (1 - s) B(x)) * scale + bias
 
     References:
       A. Gunawan, X. Yin, K. Zhang (2022), arXiv:2207.01972.
@@ -130,7 +134,9 @@ class BatchNormGroupNorm(GroupNormPlus):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelGroupBatchNorm(GroupNormPlus):
-    """The mix of both on the inputs, for the ablation: a = G(x), b = B(x).
+    """Mixes both of the inputs, for the ablation.
+
+        outputs = (s G(x) + (1 - s) B(x)) * scale + bias
 
     References:
       A. Gunawan, X. Yin, K. Zhang (2022), arXiv:2207.01972.
@@ -146,9 +152,11 @@ class ParallelGroupBatchNorm(GroupNormPlus):
 
 
 def group_normalize(
-    x: jax.Array, num_groups: int, epsilon: float, *, degrees_of_freedom: int = 1
+    x: jax.Array, *, num_groups: int, epsilon: float, degrees_of_freedom: int = 1
 ) -> jax.Array:
-    """(x - mean) / (std + epsilon) for each example and group of channels.
+    """Normalizes each example and group of channels by itself.
+
+        (x - mean) / (std + epsilon)
 
     Args:
       x: (batch, ..., channels); mean and std go over the axes between and the group's channels.
@@ -166,33 +174,10 @@ def group_normalize(
     return _group_part(x, num_groups, epsilon, degrees_of_freedom).apply().reshape(x.shape)
 
 
-def batch_normalize_positions(
-    x: jax.Array, epsilon: float, *, degrees_of_freedom: int = 1
-) -> jax.Array:
-    """(x - mean) / (std + epsilon) over the examples, for each position and channel by itself.
-
-    Args:
-      x: (batch, ..., channels) with more examples than `degrees_of_freedom`.
-      epsilon: added to the standard deviation, in units of the inputs.
-      degrees_of_freedom: subtracted from the number of examples in the variance.
-
-    Returns:
-      An array like `x`, in float32 at least.
-
-    Raises:
-      ValueError: there are too few examples.
-    """
-    x = _tree.wide(x)
-    if x.shape[0] <= degrees_of_freedom:
-        raise ValueError(
-            f"`x` must hold more than {degrees_of_freedom} examples, got shape {x.shape}."
-        )
-    found = _corrected(_statistics.moments(x, (0,)), degrees_of_freedom)
-    return _standardize(x, found, epsilon).apply()
-
-
 def mix(a: jax.Array, b: jax.Array | None, logit: jax.Array) -> jax.Array:
-    """S a + (1 - s) b, s = sigmoid(logit).
+    """Mixes two arrays by a learned share.
+
+        s a + (1 - s) b,   s = sigmoid(logit)
 
     Args:
       a: array.
@@ -211,7 +196,7 @@ def mix(a: jax.Array, b: jax.Array | None, logit: jax.Array) -> jax.Array:
 def _group_part(
     x: jax.Array, num_groups: int, epsilon: float, degrees_of_freedom: int
 ) -> Standardized:
-    """The group part; without positions in a view (batch, groups, channels of a group)."""
+    """Normalizes groups; without positions in a view (batch, groups, channels of a group)."""
     size = _group_size(x.shape[-1], num_groups)
     if x.ndim == 2:
         x = x.reshape(-1, num_groups, size)
@@ -228,9 +213,10 @@ def _group_part(
 
 
 def _group_moments(x: jax.Array, num_groups: int, size: int) -> Moments:
-    """Of each example and group, repeated for its channels: (batch, 1, ..., 1, channels).
+    """Computes the moments of each example and group, (batch, 1, ..., 1, channels).
 
-    First over the positions, which is most of the work, then over the channels of each group.
+    The channels of a group have the same. First over the positions, which is most of the work, then
+    over the channels of each group.
     """
     positions = tuple(range(1, x.ndim - 1))
 
@@ -253,16 +239,13 @@ def _corrected(found: Moments, degrees_of_freedom: int) -> Moments:
 
 
 def _standardize(x: jax.Array, found: Moments, epsilon: float) -> Standardized:
-    """(x - mean) / (std + epsilon)."""
-    variance = found.variance
-    # The root has no derivative at zero.
-    std = jnp.where(variance == 0, 0, jnp.sqrt(jnp.where(variance == 0, 1, variance)))
-    factor = 1 / (std + epsilon)
+    """Normalizes by the standard deviation: (x - mean) / (std + epsilon)."""
+    factor = 1 / (_statistics.root(found.variance) + epsilon)
     return Standardized(x, found.reference, factor, -found.shift * factor)
 
 
 def _blend(x: jax.Array, inner: Standardized, share: jax.Array) -> Standardized:
-    """Share * x + (1 - share) * inner, where `inner` is of x: one product and one sum again."""
+    """Mixes x with what `inner` makes of it: one product and one sum again."""
     factor = share + (1 - share) * inner.factor
     offset = share * inner.reference + (1 - share) * inner.offset
     return Standardized(x, inner.reference, factor, offset)

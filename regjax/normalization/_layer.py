@@ -2,19 +2,21 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from regjax import _checks, _tree
+from regjax._base import PRNGKey
 
 Arrays: TypeAlias = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A normalization of inputs (batch, ..., channels), without arrays of its own.
+    """Normalizes inputs (batch, ..., channels), without arrays of its own.
 
     `regjax.normalization.nnx` and `regjax.normalization.linen` hold the arrays and call `apply`.
 
@@ -26,19 +28,19 @@ class Layer:
       needs_key: whether `apply` draws random numbers in training.
     """
 
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
     initial_params: ClassVar[Mapping[str, float]] = {"scale": 1.0, "bias": 0.0}
     initial_state: ClassVar[Mapping[str, float]] = {}
     needs_key: ClassVar[bool] = False
 
     def init_params(self, num_features: int) -> dict[str, jax.Array]:
-        """Initial parameters, (channels,) each, by name."""
+        """Returns the initial parameters, (channels,) each, by name."""
         values = self.initial_params
         return {name: jnp.full(num_features, v, self.param_dtype) for name, v in values.items()}
 
     def init_state(self, num_features: int) -> dict[str, jax.Array]:
-        """Initial running statistics, (channels,) in float32 each, by name."""
+        """Returns the initial running statistics, (channels,) in float32 each, by name."""
         values = self.initial_state
         return {name: jnp.full(num_features, v, jnp.float32) for name, v in values.items()}
 
@@ -49,9 +51,9 @@ class Layer:
         inputs: jax.Array,
         *,
         train: bool,
-        key: jax.Array | None = None,
+        key: PRNGKey | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Outputs and new running statistics.
+        """Computes the outputs and the new running statistics.
 
         Args:
           params: as from `init_params`.
@@ -86,15 +88,17 @@ class Layer:
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool
     ) -> tuple["Standardized", Arrays]:
-        """The normalized inputs and the new state; `_disturb` adds what is random."""
+        """Returns the normalized inputs and the new state; `_disturb` adds what is random."""
         raise NotImplementedError
 
-    def _disturb(self, outputs: jax.Array, key: jax.Array) -> jax.Array:
+    def _disturb(self, outputs: jax.Array, key: PRNGKey) -> jax.Array:
         raise NotImplementedError
 
 
 class Standardized(NamedTuple):
-    """(x - reference) * factor + offset, in a view of the inputs, the other arrays being small.
+    """A view of the inputs and the small arrays that normalize it.
+
+        (x - reference) * factor + offset
 
     With scale and bias it stays one product and one sum for each value, so that the derivative
     reduces the incoming gradient twice, where flax's does three times.
@@ -107,17 +111,19 @@ class Standardized(NamedTuple):
     """
 
     x: jax.Array
-    reference: Any = 0
-    factor: Any = 1
-    offset: Any = 0
+    reference: ArrayLike = 0
+    factor: ArrayLike = 1
+    offset: ArrayLike = 0
 
-    def apply(self, scale: Any = 1, bias: Any = 0) -> jax.Array:
-        """The normalized values times `scale`, plus `bias`."""
+    def apply(self, scale: ArrayLike = 1, bias: ArrayLike = 0) -> jax.Array:
+        """Returns the normalized values times `scale`, plus `bias`."""
         return (self.x - self.reference) * (self.factor * scale) + (self.offset * scale + bias)
 
 
 def running_average(momentum: float, old: jax.Array, new: jax.Array) -> jax.Array:
-    """Momentum * old + (1 - momentum) * new; the old one where the new one is not finite.
+    """Moves the old average towards the new value, but not to one that is not finite.
+
+        momentum * old + (1 - momentum) * new
 
     A batch with a NaN spoils its own outputs, not the statistics of all later ones.
     """

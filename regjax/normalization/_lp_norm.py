@@ -19,8 +19,9 @@ from regjax.normalization._layer import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LpNorm(Layer):
-    """Outputs (x - mean) / (norm + epsilon) * scale + bias, channel by channel.
+    """Normalizes each channel by another norm than the second.
 
+        outputs = (x - mean) / (norm + epsilon) * scale + bias
         norm = E[|x|], sqrt(E[x^2]) or max |x| of the un-centred inputs, over the batch
 
     Attributes:
@@ -72,5 +73,4 @@ class LpNorm(Layer):
             mean, reduced = jnp.mean(means, 0), combine(parts, 0)
         if self.order != 2:
             return mean, reduced
-        # The root has no derivative at zero.
-        return mean, jnp.where(reduced == 0, 0, jnp.sqrt(jnp.where(reduced == 0, 1, reduced)))
+        return mean, _statistics.root(reduced)

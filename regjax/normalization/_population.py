@@ -1,64 +1,65 @@
 """Statistics of the population: from many batches, into the layer before, behind a rescaled one."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from regjax import _checks
 from regjax.normalization import _statistics
 
 
 def exact_population_statistics(
-    batch_means: Any, batch_variances: Any, batch_size: int
+    batch_means: ArrayLike, batch_variances: ArrayLike, *, num_values: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Population mean and variance from those of many training batches of one size.
+    """Estimates population mean and variance from those of many training batches of one size.
 
         mean = E[mean_B],   variance = m / (m - 1) E[variance_B]
 
     Args:
       batch_means: (batches, channels).
       batch_variances: (batches, channels), biased, as batch norm computes them.
-      batch_size: values m behind each, examples times positions, at least 2.
+      num_values: m, the values behind each, examples times positions, at least 2.
 
     Returns:
       (mean, variance), (channels,) each.
 
     Raises:
-      ValueError: `batch_size` is below 2, or the arrays have other shapes.
+      ValueError: `num_values` is below 2, or the arrays have other shapes.
 
     References:
       S. Ioffe, C. Szegedy (2015), arXiv:1502.03167, algorithm 2, line 10.
     """
-    _checks.integer("batch_size", batch_size, minimum=2)
+    _checks.integer("num_values", num_values, minimum=2)
     means, variances = jnp.asarray(batch_means), jnp.asarray(batch_variances)
     if means.ndim != 2 or means.shape != variances.shape or not len(means):
         raise ValueError(
             "`batch_means` and `batch_variances` must both have shape (batches, channels), got "
             f"{means.shape} and {variances.shape}."
         )
-    return jnp.mean(means, 0), _statistics.unbiased(jnp.mean(variances, 0), batch_size)
+    return jnp.mean(means, 0), _statistics.unbiased(jnp.mean(variances, 0), num_values)
 
 
 def fold_batch_norm(
     kernel: jax.Array,
     bias: jax.Array | None,
-    scale: Any,
-    shift: Any,
+    norm_scale: ArrayLike,
+    norm_bias: ArrayLike,
     mean: jax.Array,
     variance: jax.Array,
+    *,
     epsilon: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """The layer that does what a layer and a batch norm in evaluation mode behind it do.
+    """Makes the layer that does what a layer and a batch norm in evaluation mode behind it do.
 
-        kernel' = kernel * f,   bias' = (bias - mean) * f + shift,   f = scale / sqrt(var + epsilon)
+        kernel' = kernel * f,   bias' = (bias - mean) * f + norm_bias
+        f = norm_scale / sqrt(variance + epsilon)
 
     Args:
       kernel: (..., channels), dense or convolution.
       bias: (channels,), or None for zero.
-      scale: (channels,) or number.
-      shift: (channels,) or number, the bias of the batch norm.
+      norm_scale: (channels,) or number, the scale of the batch norm.
+      norm_bias: (channels,) or number, its bias.
       mean: (channels,), running mean.
       variance: (channels,), running variance.
       epsilon: of the batch norm.
@@ -73,13 +74,15 @@ def fold_batch_norm(
       S. Ioffe, C. Szegedy (2015), arXiv:1502.03167, algorithm 2, line 11.
     """
     _checks.non_negative("epsilon", epsilon)
-    factor = scale * lax.rsqrt(variance + epsilon)
+    factor = norm_scale * lax.rsqrt(variance + epsilon)
     offset = -mean if bias is None else bias - mean
-    return kernel * jnp.broadcast_to(factor, kernel.shape), offset * factor + shift
+    return kernel * jnp.broadcast_to(factor, kernel.shape), offset * factor + norm_bias
 
 
-def rescale_statistics(mean: Any, variance: Any, factor: Any) -> tuple[Any, Any]:
-    """Running statistics after the kernel in front of the normalization was multiplied.
+def rescale_statistics(
+    mean: ArrayLike, variance: ArrayLike, factor: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """Rescales running statistics as the kernel in front of the normalization was.
 
     They are in units of the pre-activation: without this, a rescaled network in evaluation mode is
     another network. A bias in front of the normalization has to be multiplied by `factor` too.

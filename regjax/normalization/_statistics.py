@@ -1,7 +1,7 @@
 """Moments of a batch: one pass, in float32 at least, with one collective under a mapped axis."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Moments(NamedTuple):
 
 
 def moments(inputs: jax.Array, axes: Sequence[int], *, axis_name: str | None = None) -> Moments:
-    """Mean and biased variance over `axes`, and over the devices of a mapped axis.
+    """Computes mean and biased variance over `axes`, and over the devices of a mapped axis.
 
         d = x - x_0;   mean = x_0 + E[d];   variance = E[d^2] - E[d]^2
 
@@ -65,22 +65,28 @@ def moments(inputs: jax.Array, axes: Sequence[int], *, axis_name: str | None = N
 def from_shifted(
     reference: jax.Array, shift: jax.Array, square: jax.Array, num_values: int
 ) -> Moments:
-    """The moments of x from E[d] = `shift` and E[d^2] = `square`, d = x - reference."""
+    """Computes the moments of x from E[d] = `shift` and E[d^2] = `square`, d = x - reference."""
     variance = jnp.maximum(square - shift**2, 0)
     return Moments(reference + shift, variance, num_values, reference, shift)
 
 
 def first(inputs: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The first value along `axes`, which are kept; a constant to the derivative."""
+    """Takes the first value along `axes`, which are kept; a constant to the derivative."""
     index = tuple(slice(0, 1) if i in axes else slice(None) for i in range(inputs.ndim))
     return lax.stop_gradient(inputs[index])
 
 
 def gather(axis_name: str, *arrays: jax.Array) -> jax.Array:
-    """The arrays of all devices along a new axis, behind one of the arrays: one collective."""
+    """Gathers arrays of all devices along a new axis, behind one of the arrays: one collective."""
     return jnp.moveaxis(lax.all_gather(jnp.stack(arrays), axis_name), 1, 0)
 
 
-def unbiased(variance: Any, count: int) -> Any:
-    """The variance times count / (count - 1); as it is where there is only one value."""
+def root(square: jax.Array) -> jax.Array:
+    """Takes the square root, with the derivative 0 at zero, where it has none."""
+    is_zero = square == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+
+
+def unbiased(variance: jax.Array, count: int) -> jax.Array:
+    """Multiplies the variance by count / (count - 1); as it is where there is only one value."""
     return variance * (count / (count - 1)) if count > 1 else variance

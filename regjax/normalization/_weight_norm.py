@@ -1,15 +1,18 @@
 """Kernels made of others: direction and length apart, or standardized, for each output unit."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _tree
+from regjax._base import Mask, Params, Tree
 
 
-class SplitWeight(NamedTuple):
-    """A kernel w = g v / |v| as direction and length.
+class SplitWeightResult(NamedTuple):
+    """A kernel as direction and length.
+
+        w = g v / |v|
 
     Attributes:
       v: like the kernel, its direction; its own length does not change w.
@@ -21,7 +24,9 @@ class SplitWeight(NamedTuple):
 
 
 def weight_normalize(v: jax.Array, g: jax.Array, *, axis: int = -1) -> jax.Array:
-    """The kernel w = g v / |v|, one norm for each output unit.
+    """Makes a kernel of direction and length, one norm for each output unit.
+
+        w = g v / |v|
 
     A zero column of v gives zero and has gradient zero.
 
@@ -50,25 +55,27 @@ def weight_normalize(v: jax.Array, g: jax.Array, *, axis: int = -1) -> jax.Array
     return (wide * jnp.broadcast_to(factor, v.shape)).astype(v.dtype)
 
 
-def split_weight(w: jax.Array, *, axis: int = -1) -> SplitWeight:
-    """Direction v = w and length g = |w|: the same kernel, differently parametrised.
+def split_weight(w: jax.Array, *, axis: int = -1) -> SplitWeightResult:
+    """Splits a kernel into direction v = w and length g = |w|: the same kernel.
 
     Args:
       w: (..., channels, ...), kernel.
       axis: of the channels.
 
     Returns:
-      A `SplitWeight`.
+      A `SplitWeightResult`.
 
     Raises:
       ValueError: `w` has no input axes.
     """
     _check_kernel("w", w)
-    return SplitWeight(w, jnp.sqrt(jnp.sum(_tree.wide(w) ** 2, _others(w, axis))).astype(w.dtype))
+    return SplitWeightResult(
+        w, jnp.sqrt(jnp.sum(_tree.wide(w) ** 2, _others(w, axis))).astype(w.dtype)
+    )
 
 
-def split_weights(params: Any, mask: Any) -> Any:
-    """A tree in which the masked kernels are `SplitWeight`s: weight norm for any model.
+def split_weights(params: Params, *, mask: Mask) -> Tree:
+    """Splits the masked kernels into direction and length: weight norm for any model.
 
     `join_weights` is the inverse: `loss_fn(join_weights(params), *batch)`.
 
@@ -77,7 +84,7 @@ def split_weights(params: Any, mask: Any) -> Any:
       mask: tree of bools like it.
 
     Returns:
-      A tree like `params` with two leaves for each masked one.
+      A tree like `params` with a `SplitWeightResult` in the place of each masked kernel.
 
     Raises:
       ValueError: the mask is another tree, or a masked leaf has no input axes.
@@ -86,22 +93,24 @@ def split_weights(params: Any, mask: Any) -> Any:
     return jax.tree.map(lambda leaf, split: split_weight(leaf) if split else leaf, params, mask)
 
 
-def join_weights(params: Any) -> Any:
-    """The kernels of a tree from `split_weights`.
+def join_weights(params: Tree) -> Params:
+    """Joins the split kernels of a tree from `split_weights`.
 
     Args:
-      params: tree of parameters with `SplitWeight`s.
+      params: tree of parameters with `SplitWeightResult`s.
 
     Returns:
       The tree that the model knows.
     """
-    is_split = lambda leaf: isinstance(leaf, SplitWeight)
+    is_split = lambda leaf: isinstance(leaf, SplitWeightResult)
     join = lambda leaf: weight_normalize(leaf.v, leaf.g) if is_split(leaf) else leaf
     return jax.tree.map(join, params, is_leaf=is_split)
 
 
 def standardize_weight(kernel: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
-    """(kernel - mean) / sqrt(variance + epsilon), for each output channel.
+    """Standardizes the weights of each output channel.
+
+        (kernel - mean) / sqrt(variance + epsilon)
 
     A baseline for weight rescaling, applied inside of the forward pass: the gradient goes through.
     The form is the one in common use; the paper was not read.

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen
+from jax.typing import DTypeLike
 
+from regjax._base import Tree
 from regjax.normalization import _batch_norm, _group_norm, _lp_norm, _weight_norm
 from regjax.normalization._layer import Layer
 
@@ -30,12 +32,12 @@ class Normalization(linen.Module):
     layer_type: ClassVar[type[Layer]]
     use_running_average: bool | None = None
     rng_collection: str = "dropout"
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
 
     @linen.compact
     def __call__(self, inputs: jax.Array, use_running_average: bool | None = None) -> jax.Array:
-        """The normalized inputs (batch, ..., channels); in training the statistics tick."""
+        """Returns the normalized inputs (batch, ..., channels); in training the statistics tick."""
         evaluates = linen.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
@@ -125,13 +127,13 @@ class GroupNormPlus(Normalization):
 
 
 class BatchNormGroupNorm(GroupNormPlus):
-    """GroupNorm+, batch first; fields as in `regjax.normalization.BatchNormGroupNorm`."""
+    """GroupNorm+, batch first; fields as in `regjax.normalization.GroupNormPlus`."""
 
     layer_type = _group_norm.BatchNormGroupNorm
 
 
 class ParallelGroupBatchNorm(GroupNormPlus):
-    """GroupNorm+, parallel; fields as in `regjax.normalization.ParallelGroupBatchNorm`."""
+    """GroupNorm+, parallel; fields as in `regjax.normalization.GroupNormPlus`."""
 
     layer_type = _group_norm.ParallelGroupBatchNorm
 
@@ -139,8 +141,10 @@ class ParallelGroupBatchNorm(GroupNormPlus):
 class _WeightNorm(linen.Module):
     """Hands a layer the kernel g v / |v| where it asks for its own."""
 
-    def param(self, name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The parameter of the layer; its kernel is made of `kernel` (v) and `scale` (g)."""
+    def param(
+        self, name: str, init_fn: Callable[..., Tree], *args: Any, **kwargs: Any
+    ) -> jax.Array:
+        """Returns the layer's parameter; its kernel is made of `kernel` (v) and `scale` (g)."""
         value = super().param(name, init_fn, *args, **kwargs)
         if name != "kernel":
             return value
@@ -166,8 +170,10 @@ class WeightNormConv(_WeightNorm, linen.Conv):
 class _WeightStandardized(linen.Module):
     """Hands a layer the standardized kernel where it asks for its own."""
 
-    def param(self, name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The parameter of the layer, the kernel standardized."""
+    def param(
+        self, name: str, init_fn: Callable[..., Tree], *args: Any, **kwargs: Any
+    ) -> jax.Array:
+        """Returns the parameter of the layer, the kernel standardized."""
         value = super().param(name, init_fn, *args, **kwargs)
         return _weight_norm.standardize_weight(value) if name == "kernel" else value
 

@@ -65,7 +65,7 @@ class Normalization(nnx.Module):
             self.rngs = rngs[rng_collection].fork()
 
     def __call__(self, inputs: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """The normalized inputs (batch, ..., channels); in training the statistics tick."""
+        """Returns the normalized inputs (batch, ..., channels); in training the statistics tick."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         key = None
@@ -121,13 +121,13 @@ class GroupNormPlus(Normalization):
 
 
 class BatchNormGroupNorm(Normalization):
-    """GroupNorm+, batch first; options of `regjax.normalization.BatchNormGroupNorm`."""
+    """GroupNorm+, batch first; options of `regjax.normalization.GroupNormPlus`."""
 
     layer_type = _group_norm.BatchNormGroupNorm
 
 
 class ParallelGroupBatchNorm(Normalization):
-    """GroupNorm+, parallel; options of `regjax.normalization.ParallelGroupBatchNorm`."""
+    """GroupNorm+, parallel; options of `regjax.normalization.GroupNormPlus`."""
 
     layer_type = _group_norm.ParallelGroupBatchNorm
 
@@ -150,7 +150,7 @@ class Reparametrized(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The outputs of the layer with the kernel that is made of the stored one."""
+        """Returns the outputs of the layer with the kernel that is made of the stored one."""
         graph, params = nnx.split(self.layer)
         layer = nnx.merge(graph, params)  # another object: the stored kernel is never written
         layer.kernel = nnx.Param(self._kernel(self.layer.kernel[...]))

@@ -1,19 +1,11 @@
 """Which units a network can do without: scores and masks, and their real removal."""
 
-from regjax.pruning._gated_loss import GatedLoss as GatedLoss
 from regjax.pruning._gated_loss import gated_loss as gated_loss
 from regjax.pruning._gates import apply_gates as apply_gates
 from regjax.pruning._gates import gate_gradients as gate_gradients
-from regjax.pruning._gates import (
-    gate_gradients_from_batch_norm as gate_gradients_from_batch_norm,
-)
-from regjax.pruning._gates import gate_gradients_from_outgoing as gate_gradients_from_outgoing
 from regjax.pruning._gates import parameter_masks as parameter_masks
 from regjax.pruning._gates import unit_gates as unit_gates
 from regjax.pruning._group_importance import group_importance as group_importance
-from regjax.pruning._group_importance import square_of_sum as square_of_sum
-from regjax.pruning._group_importance import sum_of_absolute as sum_of_absolute
-from regjax.pruning._group_importance import sum_of_squares as sum_of_squares
 from regjax.pruning._hierarchical import hierarchical_plan as hierarchical_plan
 from regjax.pruning._hierarchical import mask_planned as mask_planned
 from regjax.pruning._magnitude import incoming_norm as incoming_norm
@@ -24,17 +16,16 @@ from regjax.pruning._magnitude import weight_magnitude as weight_magnitude
 from regjax.pruning._masks import full_masks as full_masks
 from regjax.pruning._masks import gates_from_masks as gates_from_masks
 from regjax.pruning._masks import mask_lowest as mask_lowest
-from regjax.pruning._oracle import gate_hessian_diagonal as gate_hessian_diagonal
 from regjax.pruning._oracle import oracle_importance as oracle_importance
-from regjax.pruning._redundancy import RedundancyReport as RedundancyReport
+from regjax.pruning._redundancy import RedundancyResult as RedundancyResult
 from regjax.pruning._redundancy import effective_rank as effective_rank
 from regjax.pruning._redundancy import energy_rank as energy_rank
-from regjax.pruning._redundancy import entropy_rank as entropy_rank
 from regjax.pruning._redundancy import gradient_matrix as gradient_matrix
 from regjax.pruning._redundancy import gradient_redundancy as gradient_redundancy
+from regjax.pruning._redundancy import numerical_rank as numerical_rank
 from regjax.pruning._redundancy import redundancy_saliency as redundancy_saliency
 from regjax.pruning._redundancy import stable_rank as stable_rank
-from regjax.pruning._removal import Cost as Cost
+from regjax.pruning._removal import CostResult as CostResult
 from regjax.pruning._removal import count_cost as count_cost
 from regjax.pruning._removal import remove_units as remove_units
 from regjax.pruning._schedule import average_scores as average_scores
@@ -45,10 +36,7 @@ from regjax.pruning._structure import Group as Group
 from regjax.pruning._structure import Slice as Slice
 from regjax.pruning._structure import Structure as Structure
 from regjax.pruning._structure import find_structure as find_structure
-from regjax.pruning._taylor import TaylorScores as TaylorScores
+from regjax.pruning._taylor import TaylorScoresResult as TaylorScoresResult
 from regjax.pruning._taylor import taylor_importance as taylor_importance
-from regjax.pruning._taylor import (
-    taylor_importance_second_order as taylor_importance_second_order,
-)
 from regjax.pruning._taylor import taylor_scores as taylor_scores
 from regjax.pruning._taylor import taylor_scores_second_order as taylor_scores_second_order

@@ -8,9 +8,10 @@ fixes them and says why.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+from jax.extend.core import JaxprEqn, Literal, Var
 
 FREE, DATA, CONSTANT, MIXED = -1, -2, -3, -4
 """Labels that are no atoms. FREE: the same value all along the axis, which may be of any length."""
@@ -47,7 +48,7 @@ class Graph:
     Attributes:
       atoms: of each axis of each leaf with more than one position.
       roles: what was done along each leaf axis, in the order of the forward pass: "consumed" where
-        it is contracted with channels, "scale" or "shift" where it multiplies or is added to them,
+        it is contracted with channels, "scale" or "bias" where it multiplies or is added to them,
         "carried" for other ways of passing them on.
       reasons: why an atom is fixed.
     """
@@ -60,7 +61,7 @@ class Graph:
         self._edges: list[np.ndarray] = []
 
     def leaf(self, index: int, shape: Sequence[int]) -> Value:
-        """The value of a leaf of the model, with atoms of its own."""
+        """Makes the value of a leaf of the model, with atoms of its own."""
         labels, sources = [], []
         for axis, length in enumerate(shape):
             is_channel = length > 1
@@ -72,7 +73,7 @@ class Graph:
         return Value(tuple(labels), tuple(sources))
 
     def couple(self, one: Labels, other: Labels) -> Labels:
-        """The labels of an axis that both share, position by position the same channel."""
+        """Joins an axis that both share, position by position the same channel; its labels."""
         for these, those in ((one, other), (other, one)):
             for code, reason in _WHY.items():
                 self.fix(these[those == code], reason)
@@ -92,13 +93,13 @@ class Graph:
             self.roles.setdefault(source, set()).add(role)
 
     def channels(self) -> np.ndarray:
-        """The component of each atom, (number of atoms,)."""
+        """Finds the component of each atom, (number of atoms,)."""
         edges = np.concatenate([np.zeros((2, 0), int), *self._edges], axis=1)
         return components(self._num_atoms, edges)
 
 
 def components(num_nodes: int, edges: np.ndarray) -> np.ndarray:
-    """The smallest node that each node is connected to; edges (2, number)."""
+    """Finds the smallest node that each node is connected to; edges (2, number)."""
     labels = np.arange(num_nodes)
     while True:
         found = labels.copy()
@@ -111,33 +112,38 @@ def components(num_nodes: int, edges: np.ndarray) -> np.ndarray:
 
 
 def free(length: int) -> Labels:
-    """Labels of an axis along which nothing changes."""
+    """Makes labels of an axis along which nothing changes."""
     return np.full(length, FREE)
 
 
 def rigid(length: int, code: int) -> Labels:
-    """Labels of an axis of `code`; one position alone is free, as it may be repeated."""
+    """Makes labels of an axis of `code`; one position alone is free, as it may be repeated."""
     return np.full(length, code if length > 1 else FREE)
 
 
 def unlabelled(shape: Sequence[int], code: int) -> Value:
-    """A value without channels."""
+    """Makes a value without channels."""
     return Value(tuple(rigid(length, code) for length in shape), (None,) * len(shape))
 
 
-def opaque(graph: Graph, equation: Any, operands: list[Value], reason: str) -> list[Value]:
+def shape_of(atom: Var | Literal) -> tuple[int, ...]:
+    """Returns the shape of a value in a jaxpr."""
+    return getattr(atom.aval, "shape", ())
+
+
+def opaque(graph: Graph, equation: JaxprEqn, operands: list[Value], reason: str) -> list[Value]:
     """Fixes all channels of the operands."""
     for operand in operands:
         for labels in operand.labels:
             graph.fix(labels, reason)
-    outputs = [unlabelled(variable.aval.shape, MIXED) for variable in equation.outvars]
+    outputs = [unlabelled(shape_of(variable), MIXED) for variable in equation.outvars]
     return carried(graph, operands, outputs)
 
 
 def carried(
     graph: Graph, operands: Sequence[Value], outputs: list[Value], role: str = "carried"
 ) -> list[Value]:
-    """The outputs; notes the leaf axes along which they are no longer a leaf's own values."""
+    """Returns the outputs; notes the leaf axes along which they are not a leaf's own any more."""
     kept = {source for output in outputs for source in output.sources}
     for operand in operands:
         for source in operand.sources:

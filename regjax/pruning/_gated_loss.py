@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 
 from regjax import _base, _checks
-from regjax.pruning._gates import apply_gates
+from regjax._base import LossFn, Params, Tree
+from regjax.pruning._gates import Units, apply_gates
 from regjax.pruning._structure import Structure
 
 
@@ -27,26 +27,26 @@ class GatedLoss:
     """
 
     structure: Structure
-    loss_fn: Any
-    params: Any
+    loss_fn: LossFn
+    params: Params
 
     @property
     def couples_examples(self) -> bool:
-        """Whether the loss is more than a mean over independent examples."""
+        """Tells whether the loss is more than a mean over independent examples."""
         return _base.couples_examples(self.loss_fn)
 
     @property
     def differs_by_chunk(self) -> bool:
-        """Whether each chunk has statistics of its own, as asked for by name."""
+        """Tells whether each chunk has statistics of its own, as asked for by name."""
         return _base.differs_by_chunk(self.loss_fn)
 
-    def __call__(self, gates: Any, *batch: Any) -> Any:
-        """The mean loss with the gates applied."""
+    def __call__(self, gates: Units, /, *batch: Tree) -> jax.Array:
+        """Computes the mean loss with the gates applied."""
         return self.loss_fn(apply_gates(self.structure, self.params, gates), *batch)
 
 
-def gated_loss(structure: Structure, loss_fn: _base.LossFn, params: Any) -> GatedLoss:
-    """The loss as a function of gates in front of the consumers of each unit.
+def gated_loss(structure: Structure, loss_fn: LossFn, params: Params) -> LossFn:
+    """Turns the loss into a function of gates in front of the consumers of each unit.
 
     The gates multiply parameters (`apply_gates`), so that the model stays as it is; the optimiser
     never sees them.
@@ -54,11 +54,11 @@ def gated_loss(structure: Structure, loss_fn: _base.LossFn, params: Any) -> Gate
     Args:
       structure: from `find_structure`.
       loss_fn: (params, *batch) -> scalar, the mean over the examples, such as
-        `regjax.model_loss(model, criterion)`.
+        `regjax.model_loss(model, output_loss_fn)`.
       params: tree of parameters.
 
     Returns:
-      A `GatedLoss`: (gates, *batch) -> scalar. Other parameters compile nothing again.
+      A loss (gates, *batch) -> scalar. Other parameters compile nothing again.
 
     Raises:
       TypeError: a parameter is not real floating point.

@@ -4,22 +4,23 @@ Multiplying a consumer's slice by z is multiplying the unit by z right in front 
 normalization, activation and pooling. No optimiser sees the gates, as they are no parameters.
 """
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from regjax import _checks, _tree
-from regjax._base import Params
+from regjax._base import Params, Tree
 from regjax.pruning._structure import Slice, Structure
 
-Units: TypeAlias = dict[str, Any]
+Units: TypeAlias = dict[str, jax.Array]
 """An array (num_units,) for each group of a `Structure`, by its name."""
 
 
 def unit_gates(structure: Structure, params: Params) -> Units:
-    """Gates that change nothing: ones.
+    """Makes gates that change nothing: ones.
 
     Args:
       structure: from `find_structure`.
@@ -37,7 +38,7 @@ def unit_gates(structure: Structure, params: Params) -> Units:
 
 
 def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
-    """The parameters with which the model computes what it does with gates at its units.
+    """Returns the parameters with which the model computes what it does with gates at its units.
 
     The slices of the consumers are multiplied by their unit's gate, so that
     `loss_fn(apply_gates(structure, params, gates), *batch)` is a loss of the gates.
@@ -64,11 +65,14 @@ def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
 
 
 def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units:
-    """The derivative of the loss by every gate, from its gradient by the parameters.
+    """Computes the derivative of the loss by every gate, from its gradient by the parameters.
 
     Summed over the weights w that a unit goes into,
 
         d loss / dz = sum w dw    at z = 1
+
+    Where all between a normalization and the consumers is homogeneous, as ReLU and pooling are, it
+    is gamma dgamma + beta dbeta of its scale and bias, the gate of the paper.
 
     Args:
       structure: from `find_structure`.
@@ -80,6 +84,9 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
 
     Raises:
       ValueError: `params` or `grads` are another tree.
+
+    References:
+      P. Molchanov et al. (2019), arXiv:1906.10771.
     """
     _checks.same_tree("params", params, structure.params)
     _checks.same_tree("grads", grads, structure.params)
@@ -88,67 +95,16 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
     for name, group in structure.groups.items():
         total = jnp.zeros(group.num_units, _tree.vector_dtype(params))
         for part in group.consumers:
-            products = gate_gradients_from_outgoing(
-                weights[part.leaf], slopes[part.leaf], axis=part.axis
-            )
+            kernel, others = weights[part.leaf], _others(part, weights[part.leaf])
+            products = jnp.sum(_tree.wide(kernel) * _tree.wide(slopes[part.leaf]), others)
             owned = np.flatnonzero(part.units >= 0)
             total = total.at[part.units[owned]].add(products[owned].astype(total.dtype))
         found[name] = total
     return found
 
 
-def gate_gradients_from_outgoing(
-    kernel: jax.Array, kernel_grad: jax.Array, *, axis: int = -2
-) -> jax.Array:
-    """The derivative of the loss by a gate at each input channel of a kernel, sum w dw.
-
-    Args:
-      kernel: w, (..., inputs, outputs), of a dense layer or a convolution.
-      kernel_grad: dw, the gradient of the loss, like it.
-      axis: of the input channels.
-
-    Returns:
-      Derivatives (inputs,), in float32 at least.
-
-    Raises:
-      ValueError: the shapes differ.
-    """
-    _checks.same_tree("kernel_grad", kernel_grad, kernel)
-    axis %= jnp.ndim(kernel)
-    others = tuple(i for i in range(jnp.ndim(kernel)) if i != axis)
-    return jnp.sum(_tree.wide(kernel) * _tree.wide(kernel_grad), others)
-
-
-def gate_gradients_from_batch_norm(
-    scale: jax.Array, shift: jax.Array, scale_grad: jax.Array, shift_grad: jax.Array
-) -> jax.Array:
-    """The derivative of the loss by a gate right behind a normalization, gamma dgamma + beta dbeta.
-
-    It is that of `gate_gradients` if all between there and the consumers is homogeneous, as ReLU
-    and pooling are.
-
-    Args:
-      scale: gamma, (channels,).
-      shift: beta, (channels,).
-      scale_grad: gradient of the loss by gamma.
-      shift_grad: gradient of the loss by beta.
-
-    Returns:
-      Derivatives (channels,), in float32 at least.
-
-    Raises:
-      ValueError: the shapes differ.
-
-    References:
-      P. Molchanov et al. (2019), arXiv:1906.10771, whose gates are behind batch norm.
-    """
-    for name, array in (("shift", shift), ("scale_grad", scale_grad), ("shift_grad", shift_grad)):
-        _checks.same_tree(name, array, scale)
-    return _tree.wide(scale) * _tree.wide(scale_grad) + _tree.wide(shift) * _tree.wide(shift_grad)
-
-
-def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> Any:
-    """Which weights remain when units are removed, as `transforms.hold_masks` takes it.
+def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> Tree:
+    """Marks the weights that remain when units are removed, as `transforms.hold_masks` takes it.
 
     Args:
       structure: from `find_structure`.
@@ -156,7 +112,7 @@ def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> 
       unit_masks: bool array (num_units,) for each group, False for units to be removed.
 
     Returns:
-      A tree like `params` of bool arrays: False in the producers, scales, shifts and consumers of
+      A tree like `params` of bool arrays: False in the producers, scales, biases and consumers of
       a removed unit.
 
     Raises:
@@ -168,7 +124,7 @@ def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> 
     leaves, treedef = jax.tree.flatten(params)
     masks = [jnp.ones(jnp.shape(leaf), bool) for leaf in leaves]
     for name, group in structure.groups.items():
-        for part in (*group.producers, *group.scales, *group.shifts, *group.consumers):
+        for part in (*group.producers, *group.scales, *group.biases, *group.consumers):
             kept = _of_positions(part, unit_masks[name], True)
             masks[part.leaf] &= _lifted(part, kept, masks[part.leaf].ndim)
     return jax.tree.unflatten(treedef, masks)
@@ -191,12 +147,16 @@ def check_units(name: str, structure: Structure, units: Units) -> Units:
     return units
 
 
-def _of_positions(part: Slice, values: Any, other: Any) -> jax.Array:
-    """The value of the unit at each position along the axis, `other` where there is none."""
+def _of_positions(part: Slice, values: jax.Array, other: ArrayLike) -> jax.Array:
+    """Takes the value of the unit at each position along the axis, `other` where there is none."""
     values = jnp.asarray(values)
     return jnp.where(part.units >= 0, values[part.units], jnp.asarray(other, values.dtype))
 
 
 def _lifted(part: Slice, vector: jax.Array, ndim: int) -> jax.Array:
-    """The vector along the axis of the slice, all other axes of length one."""
+    """Lays the vector along the axis of the slice, all other axes of length one."""
     return jnp.expand_dims(vector, [i for i in range(ndim) if i != part.axis])
+
+
+def _others(part: Slice, leaf: jax.Array) -> tuple[int, ...]:
+    return tuple(i for i in range(jnp.ndim(leaf)) if i != part.axis)

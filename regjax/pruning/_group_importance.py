@@ -1,69 +1,36 @@
 """Importance of groups of weights where there is no gate: of filters, of stages, of blocks."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _tree
+from regjax import _checks
+from regjax._base import Tree
+from regjax._space import Space
 
-GroupSums = Callable[[jax.Array], jax.Array]
-"""The sums (num_groups,) of an array of all weights over each group."""
-
-
-def square_of_sum(products: jax.Array, sums: GroupSums) -> jax.Array:
-    """(sum_s g_s w_s)^2, the first-order change of the loss when the whole group is removed.
-
-    For the filters in front of a batch norm in train mode the sum is 0, as their scale does not
-    change the loss; what is left is rounding.
-
-    Args:
-      products: (n,), gradient times value of each weight.
-      sums: adds an array (n,) up over each group.
-
-    Returns:
-      The importance of the groups (num_groups,).
-    """
-    return sums(products) ** 2
-
-
-def sum_of_squares(products: jax.Array, sums: GroupSums) -> jax.Array:
-    """sum_s (g_s w_s)^2, the weights' own importance added up.
-
-    Args:
-      products: (n,), gradient times value of each weight.
-      sums: adds an array (n,) up over each group.
-
-    Returns:
-      The importance of the groups (num_groups,).
-    """
-    return sums(products**2)
-
-
-def sum_of_absolute(products: jax.Array, sums: GroupSums) -> jax.Array:
-    """sum_s |g_s w_s|.
-
-    Args:
-      products: (n,), gradient times value of each weight.
-      sums: adds an array (n,) up over each group.
-
-    Returns:
-      The importance of the groups (num_groups,).
-    """
-    return sums(jnp.abs(products))
+_REDUCTIONS = ("square_of_sum", "sum_of_squares", "sum_of_absolute")
 
 
 def group_importance(
-    values: Any,
-    grads: Any,
-    groups: Any,
+    values: Tree,
+    grads: Tree,
+    groups: Tree,
     *,
     num_groups: int,
-    reduce: Callable[[jax.Array, GroupSums], jax.Array] = square_of_sum,
+    reduction: Literal["square_of_sum", "sum_of_squares", "sum_of_absolute"] = "square_of_sum",
 ) -> jax.Array:
-    """First-order importance of groups of weights, where there is no gate.
+    """Computes the first-order importance of groups of weights, where there is no gate.
+
+        "square_of_sum"     (sum_s g_s w_s)^2
+        "sum_of_squares"    sum_s (g_s w_s)^2
+        "sum_of_absolute"   sum_s |g_s w_s|
+
+    over the weights w_s of a group and the loss's gradients g_s there. The first is the change of
+    the loss when the whole group is removed, the criterion of the paper, the second that of its
+    code on weights: they rank differently. For the filters in front of a batch norm in train mode
+    the sum is 0, as their scale does not change the loss; what is left of the first is rounding.
 
     Args:
       values: tree of weights w.
@@ -71,14 +38,13 @@ def group_importance(
       groups: tree like `values` of int32 arrays that broadcast to its leaves: the number of each
         weight's group, -1 for none. `jnp.arange(c)` makes each of the c filters of a kernel one.
       num_groups: number of groups.
-      reduce: how the products g w of a group become one number: `square_of_sum` is the criterion
-        of the paper, `sum_of_squares` that of its code on weights; they rank differently.
+      reduction: how the products g w of a group become one number.
 
     Returns:
       The importance (num_groups,), in float32 at least.
 
     Raises:
-      ValueError: the trees differ, or `num_groups` is below 1.
+      ValueError: the trees differ, `num_groups` is below 1, or `reduction` is unknown.
       TypeError: a leaf has the wrong dtype.
 
     References:
@@ -88,14 +54,17 @@ def group_importance(
     _checks.same_tree("grads", grads, values)
     _checks.same_structure("groups", groups, values)
     _checks.integer("num_groups", num_groups)
+    _checks.choice("reduction", reduction, _REDUCTIONS)
     labels = []
     for value, group in zip(jax.tree.leaves(values), jax.tree.leaves(groups), strict=True):
         if not jnp.issubdtype(jnp.result_type(group), jnp.integer):
             raise TypeError(f"`groups` must hold integers, got {jnp.result_type(group)}.")
         labels.append(jnp.ravel(jnp.broadcast_to(group, jnp.shape(value))))
-    dtype = _tree.vector_dtype(values)
-    products = _tree.ravel(values, dtype) * _tree.ravel(grads, dtype)
+    space = Space.of(values)
+    products = space.ravel(values) * space.ravel(grads)
     sums = functools.partial(
         jax.ops.segment_sum, segment_ids=jnp.concatenate(labels), num_segments=num_groups
     )
-    return reduce(products, sums)
+    if reduction == "square_of_sum":
+        return sums(products) ** 2
+    return sums(products**2 if reduction == "sum_of_squares" else jnp.abs(products))

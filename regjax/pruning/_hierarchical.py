@@ -1,33 +1,32 @@
 """Hierarchical pruning: first how many units of which layer, then which units inside of it."""
 
 from collections.abc import Mapping
-from typing import Any
 
-import jax
 import numpy as np
 
 from regjax import _checks
+from regjax.pruning._gates import Units
 from regjax.pruning._masks import mask_lowest
-from regjax.pruning._redundancy import RedundancyReport
+from regjax.pruning._redundancy import RedundancyResult
 
 
 def hierarchical_plan(
-    reports: Mapping[str, RedundancyReport], costs: Mapping[str, float], budget: float
+    results: Mapping[str, RedundancyResult], costs: Mapping[str, float], *, budget: float
 ) -> dict[str, int]:
-    """How many units each group should lose, by predicted error per saved cost.
+    """Plans how many units each group should lose, by predicted error per saved cost.
 
     Removing a direction with the singular value sigma costs the loss about sigma^2 / (2 N). The
     plan takes direction after direction, always the one with the least predicted error per cost
     among the weakest ones left of the groups, as long as it fits into what is left of the budget.
-    No group falls below its rank, nor below one unit. Groups whose report has too few examples or
+    No group falls below its rank, nor below one unit. Groups whose result has too few examples or
     a vanishing gradient are left alone: their rank says nothing.
 
     A reconstruction: only the abstract and a summary of the paper were read. The greedy order, the
     budget and the floor are ours. One round of several: remove the units with the lowest scores
-    (`mask_planned`), train on, report again.
+    (`mask_planned`), train on, measure again.
 
     Args:
-      reports: of each group, concrete (outside of `jit`).
+      results: of each group, from `gradient_redundancy`, concrete (outside of `jit`).
       costs: what one unit of each group costs, in any unit (FLOPs, parameters), above 0; taken as
         constant during the round.
       budget: the most cost to save in this round, in the same unit.
@@ -41,20 +40,20 @@ def hierarchical_plan(
     References:
       Z. Zhou, L. Lian, Y. Yin, Z. Wang (2022), arXiv:2206.03596; a reconstruction.
     """
-    if set(costs) != set(reports):
+    if set(costs) != set(results):
         raise ValueError(
-            f"`costs` must have the groups of `reports`, {sorted(reports)}, got {sorted(costs)}."
+            f"`costs` must have the groups of `results`, {sorted(results)}, got {sorted(costs)}."
         )
     for name, cost in costs.items():
         _checks.positive(f"costs[{name!r}]", cost)
     left = _checks.non_negative("budget", budget)
-    # A group's own directions come weakest first, as they fall; ties go in the order of `reports`.
+    # A group's own directions come weakest first, as they fall; ties go in the order of `results`.
     offers = sorted(
         (error / costs[name], place, name)
-        for name, report in reports.items()
-        for place, error in enumerate(_predicted_errors(report))
+        for name, result in results.items()
+        for place, error in enumerate(_predicted_errors(result))
     )
-    plan = dict.fromkeys(reports, 0)
+    plan = dict.fromkeys(results, 0)
     for _, place, name in offers:
         # In order, or not at all: behind one that does not fit none of its group does.
         if plan[name] == place and costs[name] <= left:
@@ -63,7 +62,7 @@ def hierarchical_plan(
     return plan
 
 
-def mask_planned(plan: Mapping[str, int], scores: Any, masks: Any) -> dict[str, jax.Array]:
+def mask_planned(plan: Mapping[str, int], scores: Units, masks: Units) -> Units:
     """Removes from each group the planned number of units with its lowest scores.
 
     Args:
@@ -88,10 +87,10 @@ def mask_planned(plan: Mapping[str, int], scores: Any, masks: Any) -> dict[str, 
     }
 
 
-def _predicted_errors(report: RedundancyReport) -> list[float]:
-    """Of the directions beyond the rank, weakest first; at least one unit stays."""
-    if not report.has_enough_examples or report.is_vanishing:
+def _predicted_errors(result: RedundancyResult) -> list[float]:
+    """Lists those of the directions beyond the rank, weakest first; at least one unit stays."""
+    if not result.has_enough_examples or result.is_vanishing:
         return []
-    num_units, floor = int(report.num_units), max(int(report.rank), 1)
-    values = np.asarray(report.singular_values, np.float64)[floor:num_units][::-1]
-    return list(values**2 / (2 * int(report.num_examples)))
+    num_units, floor = int(result.num_units), max(int(result.rank), 1)
+    values = np.asarray(result.singular_values, np.float64)[floor:num_units][::-1]
+    return list(values**2 / (2 * int(result.num_examples)))

@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from jax.extend.core import JaxprEqn
 
 from regjax.pruning._channels import (
     CONSTANT,
@@ -17,15 +17,16 @@ from regjax.pruning._channels import (
     carried,
     opaque,
     rigid,
+    shape_of,
     unlabelled,
 )
 
 
-def unchanged(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def unchanged(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     return operands
 
 
-def broadcast(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def broadcast(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     shape, operand = equation.params["shape"], operands[0]
     output = unlabelled(shape, FREE)
     labels, sources = list(output.labels), list(output.sources)
@@ -36,28 +37,28 @@ def broadcast(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]
 
 
 def _pick(operand: Value, axes: Sequence[int]) -> Value:
-    """The value with some of its axes, in this order."""
+    """Takes some of the axes of a value, in this order."""
     return Value(
         tuple(operand.labels[axis] for axis in axes), tuple(operand.sources[axis] for axis in axes)
     )
 
 
-def transpose(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def transpose(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     return [_pick(operands[0], equation.params["permutation"])]
 
 
-def squeeze(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def squeeze(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     dropped = equation.params["dimensions"]
     return [_pick(operands[0], [i for i in range(len(operands[0].labels)) if i not in dropped])]
 
 
-def reverse(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def reverse(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     turned = equation.params["dimensions"]
     labels = [x[::-1] if axis in turned else x for axis, x in enumerate(operands[0].labels)]
     return [Value(tuple(labels), operands[0].sources)]
 
 
-def reshape(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def reshape(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     operand, shape = operands[0], equation.params["new_sizes"]
     if equation.params.get("dimensions") is not None or 0 in shape:
         return opaque(graph, equation, operands, "passes through an odd `reshape`")
@@ -78,7 +79,7 @@ def reshape(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The axes, shorter ones than two left out, in the smallest runs of equal size."""
+    """Splits the axes, shorter ones than two left out, into the smallest runs of equal size."""
     left = [axis for axis, length in enumerate(old) if length != 1]
     right = [axis for axis, length in enumerate(new) if length != 1]
     blocks = []
@@ -91,7 +92,7 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 
 
 def _flattened(graph: Graph, axes: list[Labels]) -> Labels:
-    """The labels of several axes as one, of which one may have channels."""
+    """Flattens the labels of several axes, of which one may have channels."""
     grids = np.meshgrid(*axes, indexing="ij")
     channels = [grid for grid, labels in zip(grids, axes, strict=True) if (labels >= 0).any()]
     if len(channels) > 1:
@@ -100,7 +101,7 @@ def _flattened(graph: Graph, axes: list[Labels]) -> Labels:
     return np.maximum.reduce(channels or [np.minimum.reduce(grids)]).ravel()
 
 
-def reduction(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def reduction(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     operand, axes = operands[0], equation.params["axes"]
     for axis in axes:
         graph.fix(operand.labels[axis], f"is reduced by `{equation.primitive.name}`")
@@ -108,23 +109,23 @@ def reduction(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]
     return carried(graph, operands, [output._replace(sources=(None,) * len(output.labels))])
 
 
-def cumulative(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def cumulative(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     changed = [equation.params["axis"] == i for i in range(len(operands[0].labels))]
     return _along(graph, equation, operands, changed)
 
 
-def cut(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def cut(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     lengths = [len(labels) for labels in operands[0].labels]
-    new = equation.outvars[0].aval.shape
+    new = shape_of(equation.outvars[0])
     return _along(graph, equation, operands, [a != b for a, b in zip(lengths, new, strict=True)])
 
 
-def pad(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def pad(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     changed = [tuple(widths) != (0, 0, 0) for widths in equation.params["padding_config"]]
     return _along(graph, equation, operands, changed)
 
 
-def window(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def window(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     names = "window_dimensions", "window_strides", "base_dilation", "window_dilation"
     sizes = zip(*(equation.params[name] for name in names), strict=True)
     changed = [
@@ -134,9 +135,11 @@ def window(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
     return _along(graph, equation, operands, changed)
 
 
-def _along(graph: Graph, equation: Any, operands: list[Value], changed: list[bool]) -> list[Value]:
-    """The value with the same axes but those that the operation changes; they lose their labels."""
-    operand, shape = operands[0], equation.outvars[0].aval.shape
+def _along(
+    graph: Graph, equation: JaxprEqn, operands: list[Value], changed: list[bool]
+) -> list[Value]:
+    """Keeps the axes but those that the operation changes, which lose their labels."""
+    operand, shape = operands[0], shape_of(equation.outvars[0])
     labels, sources = list(operand.labels), list(operand.sources)
     for axis in np.flatnonzero(changed):
         graph.fix(labels[axis], f"is cut or mixed by `{equation.primitive.name}`")
@@ -144,7 +147,7 @@ def _along(graph: Graph, equation: Any, operands: list[Value], changed: list[boo
     return carried(graph, operands[:1], [Value(tuple(labels), tuple(sources))])
 
 
-def concatenate(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def concatenate(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     joined = equation.params["dimension"]
     parts = [operand.labels for operand in operands]
     # What does not change along a part does so from one part to the next.
@@ -156,15 +159,15 @@ def concatenate(graph: Graph, equation: Any, operands: list[Value]) -> list[Valu
     return carried(graph, operands, [Value(tuple(labels), (None,) * len(labels))])
 
 
-def stack(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def stack(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     parts = [operand.labels for operand in operands]
     labels = [functools.reduce(graph.couple, along) for along in zip(*parts, strict=True)]
     labels.insert(equation.params["axis"], rigid(len(operands), DATA))
     return carried(graph, operands, [Value(tuple(labels), (None,) * len(labels))])
 
 
-def iota(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def iota(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     counted = equation.params["dimension"]
-    shape = equation.outvars[0].aval.shape
+    shape = shape_of(equation.outvars[0])
     labels = [rigid(n, CONSTANT if i == counted else FREE) for i, n in enumerate(shape)]
     return [Value(tuple(labels), (None,) * len(shape))]

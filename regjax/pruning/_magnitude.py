@@ -1,17 +1,19 @@
 """Scores without data: the size of weights, and chance. What other scores have to beat."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _tree
+from regjax._base import Params, PRNGKey, Tree
+from regjax._space import Space
+from regjax.pruning._gates import Units
 from regjax.pruning._structure import Group, Slice, Structure
 
 
-def incoming_norm(structure: Structure, params: Any) -> dict[str, jax.Array]:
-    """The norm of the weights that make each unit, biases left out.
+def incoming_norm(structure: Structure, params: Params) -> Units:
+    """Computes the norm of the weights that make each unit, biases left out.
 
     Args:
       structure: from `find_structure`.
@@ -26,8 +28,8 @@ def incoming_norm(structure: Structure, params: Any) -> dict[str, jax.Array]:
     return _norms(structure, params, lambda group: group.producers)
 
 
-def outgoing_norm(structure: Structure, params: Any) -> dict[str, jax.Array]:
-    """The norm of the weights that read each unit.
+def outgoing_norm(structure: Structure, params: Params) -> Units:
+    """Computes the norm of the weights that read each unit.
 
     Args:
       structure: from `find_structure`.
@@ -42,8 +44,10 @@ def outgoing_norm(structure: Structure, params: Any) -> dict[str, jax.Array]:
     return _norms(structure, params, lambda group: group.consumers)
 
 
-def scale_magnitude(structure: Structure, params: Any) -> dict[str, jax.Array]:
-    """|gamma|, the size of each unit's scale in the normalization behind it.
+def scale_magnitude(structure: Structure, params: Params) -> Units:
+    """Takes the size of each unit's scale in the normalization behind it.
+
+        |gamma|
 
     Args:
       structure: from `find_structure`.
@@ -62,8 +66,8 @@ def scale_magnitude(structure: Structure, params: Any) -> dict[str, jax.Array]:
     return _norms(structure, params, lambda group: group.scales)
 
 
-def weight_magnitude(params: Any) -> Any:
-    """|w| of each single weight, for unstructured pruning with `mask_lowest`.
+def weight_magnitude(params: Params) -> Params:
+    """Takes the size |w| of each single weight, for unstructured pruning with `mask_lowest`.
 
     Args:
       params: tree of parameters.
@@ -77,8 +81,8 @@ def weight_magnitude(params: Any) -> Any:
     return jax.tree.map(jnp.abs, _checks.floating_tree("params", params))
 
 
-def random_scores(gates: Any, *, key: jax.Array) -> Any:
-    """Scores by chance, uniform in [0, 1).
+def random_scores(gates: Tree, *, key: PRNGKey) -> Tree:
+    """Draws scores by chance, uniform in [0, 1).
 
     Args:
       gates: tree of gates, or of scores.
@@ -91,13 +95,13 @@ def random_scores(gates: Any, *, key: jax.Array) -> Any:
       TypeError: a leaf is not real floating point, or `key` is not a typed key.
     """
     _checks.floating_tree("gates", gates)
-    size, dtype = _tree.size(gates), _tree.vector_dtype(gates)
-    return _tree.unravel(jax.random.uniform(_checks.key("key", key), (size,), dtype), gates)
+    space = Space.of(gates)
+    return space.unravel(jax.random.uniform(_checks.key("key", key), (space.size,), space.dtype))
 
 
 def _norms(
-    structure: Structure, params: Any, slices: Callable[[Group], tuple[Slice, ...]]
-) -> dict[str, jax.Array]:
+    structure: Structure, params: Params, slices: Callable[[Group], tuple[Slice, ...]]
+) -> Units:
     _checks.floating_tree("params", params)
     return {
         name: _norm(slices(group), params, group.num_units)
@@ -105,7 +109,7 @@ def _norms(
     }
 
 
-def _norm(slices: tuple[Slice, ...], params: Any, num_units: int) -> jax.Array:
+def _norm(slices: tuple[Slice, ...], params: Params, num_units: int) -> jax.Array:
     leaves = jax.tree.leaves(params)
     total = jnp.zeros(num_units, _tree.vector_dtype(params))
     for found in slices:

@@ -1,18 +1,18 @@
 """Masks: which units, or single weights, are still there. True is kept, False removed.
 
-Trees of scores are compared as a whole, by rank: a threshold would take all that tie with it.
+Trees of scores are compared as a whole, by their order: a threshold would take all that tie.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from regjax import _checks, _loops, _tree
+from regjax._base import Tree
 
 
-def full_masks(scores: Any) -> Any:
-    """Masks that keep everything.
+def full_masks(scores: Tree) -> Tree:
+    """Makes masks that keep everything.
 
     Args:
       scores: tree of arrays: scores, gates or parameters.
@@ -23,8 +23,8 @@ def full_masks(scores: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), scores)
 
 
-def gates_from_masks(masks: Any, dtype: Any = jnp.float32) -> Any:
-    """Gates of 1 for what is kept and 0 for what is removed.
+def gates_from_masks(masks: Tree, *, dtype: DTypeLike = jnp.float32) -> Tree:
+    """Makes gates of 1 for what is kept and 0 for what is removed.
 
     Args:
       masks: tree of bool arrays.
@@ -40,7 +40,9 @@ def gates_from_masks(masks: Any, dtype: Any = jnp.float32) -> Any:
     return jax.tree.map(lambda mask: jnp.asarray(mask).astype(dtype), masks)
 
 
-def mask_lowest(scores: Any, masks: Any, num_to_remove: Any, *, min_units: int = 1) -> Any:
+def mask_lowest(
+    scores: Tree, masks: Tree, num_to_remove: int | jax.Array, *, min_units: int = 1
+) -> Tree:
     """Removes those with the lowest scores of all leaves together, `num_to_remove` exactly.
 
     Ties go in the order of `jax.tree.leaves`, first come first removed; NaN counts as highest. In
@@ -77,9 +79,9 @@ def mask_lowest(scores: Any, masks: Any, num_to_remove: Any, *, min_units: int =
 
 
 def _check_count(
-    num_to_remove: Any, removable: jax.Array, min_units: int, leaves: list[jax.Array]
-) -> Any:
-    """The count, compared with what can go as far as that is known at trace time."""
+    num_to_remove: int | jax.Array, removable: jax.Array, min_units: int, leaves: list[jax.Array]
+) -> int | jax.Array:
+    """Compares the count with what can go as far as that is known at trace time."""
     if isinstance(num_to_remove, jax.Array):
         if num_to_remove.shape or not jnp.issubdtype(num_to_remove.dtype, jnp.integer):
             raise TypeError(
@@ -101,18 +103,18 @@ def _check_count(
 
 
 def _ranks(scores: jax.Array, among: jax.Array) -> jax.Array:
-    """The rank of each score among those chosen, from 0; the others come behind all of them."""
+    """Ranks each score among those chosen, from 0; the others come behind all of them."""
     order = jnp.lexsort((scores, ~among))
     numbers = jnp.arange(scores.size, dtype=jnp.int32)
     return jnp.zeros(scores.size, jnp.int32).at[order].set(numbers)
 
 
 def _above_floor(scores: jax.Array, kept: jax.Array, min_units: int) -> jax.Array:
-    """Which of those kept may go so that the `min_units` highest stay."""
+    """Marks those kept that may go so that the `min_units` highest stay."""
     return kept & (_ranks(scores, kept) < jnp.sum(kept) - min_units)
 
 
-def _like(flat: jax.Array, masks: Any) -> Any:
+def _like(flat: jax.Array, masks: Tree) -> Tree:
     pieces, start = [], 0
     for leaf in jax.tree.leaves(masks):
         pieces.append(flat[start : start + jnp.size(leaf)].reshape(jnp.shape(leaf)))

@@ -4,20 +4,24 @@ Both take one pass over the data for each gate, in blocks of gates, and in chunk
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _loops, _tree
-from regjax._base import Batch, LossFn, as_partial
+from regjax._base import Batch, LossFn, Tree, as_partial
+from regjax._space import Space
 
 
 def oracle_importance(
-    gate_loss: LossFn, gates: Any, *batch: Any, chunk_size: int | None = None, block_size: int = 16
-) -> Any:
-    """The squared change of the loss when each gate alone is set to 0.
+    gate_loss: LossFn,
+    gates: Tree,
+    *batch: Tree,
+    chunk_size: int | None = None,
+    block_size: int = 16,
+) -> Tree:
+    """Computes the squared change of the loss when each gate alone is set to 0.
 
         I_c = (L(gates) - L(gates with z_c = 0))^2
 
@@ -47,9 +51,13 @@ def oracle_importance(
 
 
 def gate_hessian_diagonal(
-    gate_loss: LossFn, gates: Any, *batch: Any, chunk_size: int | None = None, block_size: int = 16
-) -> Any:
-    """The second derivatives of the loss with respect to each gate, exactly.
+    gate_loss: LossFn,
+    gates: Tree,
+    *batch: Tree,
+    chunk_size: int | None = None,
+    block_size: int = 16,
+) -> Tree:
+    """Computes the second derivatives of the loss with respect to each gate, exactly.
 
     By one Hessian product for each gate. There are few gates: for the diagonal over all parameters
     use `curvature.diagonal`.
@@ -73,10 +81,10 @@ def gate_hessian_diagonal(
 
 
 def _by_unit_rows(
-    function: Callable[..., jax.Array], gate_loss: Any, gates: Any, batch: Batch,
+    function: Callable[..., jax.Array], gate_loss: LossFn, gates: Tree, batch: Batch,
     chunk_size: int | None, block_size: int, *, extra: int,
 ) -> jax.Array:  # fmt: skip
-    """`function` of each unit vector, and of as many zero vectors as `extra` says, as one array."""
+    """Applies `function` to each unit vector and `extra` zero vectors; the values as one array."""
     chunk_size = _chunks.checked_size(gate_loss, gates, batch, chunk_size)
     size, dtype = _tree.size(gates), _tree.vector_dtype(gates)
     length = size + extra
@@ -84,31 +92,33 @@ def _by_unit_rows(
     num_blocks = -(-length // block)
     bound = Partial(function, as_partial(gate_loss))
 
-    def fill(values: jax.Array, i: jax.Array) -> jax.Array:
+    def fill(_: None, values: jax.Array, i: jax.Array) -> jax.Array:
         # Numbers beyond the last unit give rows of zeros.
         rows = jax.nn.one_hot(i * block + jnp.arange(block, dtype=jnp.int32), size, dtype=dtype)
         found = _chunks.mean(bound, (gates, rows), batch, chunk_size)
         return jax.lax.dynamic_update_slice_in_dim(values, found, i * block, 0)
 
     zeros = jnp.zeros(num_blocks * block, dtype)
-    return _loops.fold_captured(fill, zeros, num_blocks)[:length]
+    return _loops.scan(fill, zeros, num_blocks)[:length]
 
 
-def _losses(gate_loss: Partial, at: Any, *batch: Any) -> jax.Array:
+def _losses(gate_loss: Partial, at: tuple[Tree, jax.Array], *batch: Tree) -> jax.Array:
     gates, rows = at
-    flat = _tree.ravel(gates, rows.dtype)
-    without = lambda row: gate_loss(_tree.unravel(flat * (1 - row), gates), *batch)
-    return _loops.spread(without, rows).astype(rows.dtype)
+    space = Space.of(gates)
+    flat = space.ravel(gates)
+    without = lambda row: gate_loss(space.unravel(flat * (1 - row)), *batch)
+    return _loops.map(without, rows).astype(rows.dtype)
 
 
-def _products(gate_loss: Partial, at: Any, *batch: Any) -> jax.Array:
+def _products(gate_loss: Partial, at: tuple[Tree, jax.Array], *batch: Tree) -> jax.Array:
     gates, rows = at
-    flat = _tree.ravel(gates, rows.dtype)
-    gradient = jax.grad(lambda vector: gate_loss(_tree.unravel(vector, gates), *batch))
+    space = Space.of(gates)
+    flat = space.ravel(gates)
+    gradient = jax.grad(lambda vector: gate_loss(space.unravel(vector), *batch))
     along = lambda row: jnp.vdot(row, jax.jvp(gradient, (flat,), (row,))[1])
-    return _loops.spread(along, rows)
+    return _loops.map(along, rows)
 
 
-def _unravel(vector: jax.Array, gates: Any) -> Any:
-    """`vector` as a tree like `gates`, but wide."""
-    return _tree.unravel(vector, jax.tree.map(_tree.wide, gates))
+def _unravel(vector: jax.Array, gates: Tree) -> Tree:
+    """Shapes `vector` as a tree like `gates`, but wide."""
+    return Space.of(jax.tree.map(_tree.wide, gates)).unravel(vector)

@@ -10,21 +10,22 @@ A unit is redundant only as a whole: two units with equal incoming weights but o
 are not proportional do different things, and G has full rank.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _tree
-from regjax._base import LossFn, as_partial, check_loss, couples_examples
+from regjax._base import LossFn, Tree, as_partial, check_loss, couples_examples
+from regjax._numerics import divide
 
 
-class RedundancyReport(NamedTuple):
-    """The rank of one group of C units; arrays.
+class RedundancyResult(NamedTuple):
+    """What is redundant in one group of C units; arrays.
 
     Attributes:
-      rank: (), int32, number of directions that the loss depends on, `effective_rank`.
+      rank: (), int32, number of directions that the loss depends on, `numerical_rank`.
       num_units: (), int32, units that are still there.
       rate: (), the redundant share 1 - rank / num_units.
       smallest_null_energy: (), sigma^2 / N of the weakest of the `num_units` directions, the
@@ -50,9 +51,9 @@ class RedundancyReport(NamedTuple):
 
 
 def gradient_matrix(
-    gate_loss: LossFn, gates: Any, *batch: Any, chunk_size: int | None = None
-) -> Any:
-    """The gradient of each example's loss with respect to the gates.
+    gate_loss: LossFn, gates: Tree, *batch: Tree, chunk_size: int | None = None
+) -> Tree:
+    """Computes the gradient of each example's loss with respect to the gates.
 
     With convolutions each example has a gradient of the whole kernel behind its gate: choose a
     `chunk_size`.
@@ -84,20 +85,20 @@ def gradient_redundancy(
     matrix: jax.Array,
     *,
     mask: jax.Array | None = None,
-    threshold: float = 1e-2,
-    vanishing: float = 1e-6,
-) -> RedundancyReport:
-    """The rank of a group's per-example gradients, and what it leaves redundant.
+    tol: float = 1e-2,
+    vanishing_threshold: float = 1e-6,
+) -> RedundancyResult:
+    """Computes the rank of a group's per-example gradients, and what it leaves redundant.
 
     Args:
       matrix: (N, C), per-example gradients, as `gradient_matrix` gives them for each group.
       mask: (C,), False for units that are removed already; None: none is.
-      threshold: of the singular values, relative to the largest, see `effective_rank`.
-      vanishing: of sigma_1 / sqrt(N), in units of the loss, see `is_vanishing`. Our choice, a few
-        roundings of a loss of 1 in float32.
+      tol: of the singular values, relative to the largest, see `numerical_rank`.
+      vanishing_threshold: of sigma_1 / sqrt(N), in units of the loss, see `is_vanishing`. Our
+        choice, a few roundings of a loss of 1 in float32.
 
     Returns:
-      A `RedundancyReport`.
+      A `RedundancyResult`.
 
     Raises:
       ValueError: `matrix` has not two axes, `mask` has another length, or a number is negative.
@@ -110,7 +111,7 @@ def gradient_redundancy(
     _checks.floating_tree("matrix", matrix)
     if jnp.ndim(matrix) != 2:
         raise ValueError(f"`matrix` must have shape (N, C), got {jnp.shape(matrix)}.")
-    _checks.non_negative("vanishing", vanishing)
+    _checks.non_negative("vanishing_threshold", vanishing_threshold)
     num_examples, size = matrix.shape
     mask = jnp.ones(size, bool) if mask is None else _check_mask(mask, size)
     matrix = jnp.where(mask[None], _tree.wide(matrix), 0)
@@ -118,9 +119,9 @@ def gradient_redundancy(
     padded = jnp.pad(matrix, ((0, max(size - num_examples, 0)), (0, 0)))
     _, values, rows = jnp.linalg.svd(padded, full_matrices=False)
     num_units = jnp.sum(mask, dtype=jnp.int32)
-    rank = effective_rank(values, threshold=threshold)
+    rank = numerical_rank(values, tol=tol)
     energies = values**2 / num_examples
-    return RedundancyReport(
+    return RedundancyResult(
         rank=rank,
         num_units=num_units,
         rate=1 - rank / jnp.maximum(num_units, 1),
@@ -129,15 +130,17 @@ def gradient_redundancy(
         directions=rows.T,
         num_examples=jnp.int32(num_examples),
         has_enough_examples=num_units <= num_examples,
-        is_vanishing=jnp.sqrt(energies[0]) < vanishing,
+        is_vanishing=jnp.sqrt(energies[0]) < vanishing_threshold,
     )
 
 
-def redundancy_saliency(report: RedundancyReport) -> jax.Array:
-    """How much each unit takes part in the directions that count, sum_{i <= rank} sigma_i^2 V_ci^2.
+def redundancy_saliency(result: RedundancyResult) -> jax.Array:
+    """Scores each unit by its part in the directions that count.
+
+        s_c = sum_{i <= rank} sigma_i^2 V_ci^2
 
     Args:
-      report: of a group.
+      result: of a group, from `gradient_redundancy`.
 
     Returns:
       The scores (C,), in squared units of the loss; over all directions they would be the sums of
@@ -146,31 +149,31 @@ def redundancy_saliency(report: RedundancyReport) -> jax.Array:
     References:
       As `gradient_redundancy`; ours.
     """
-    number = jnp.arange(report.singular_values.size, dtype=jnp.int32)
-    energies = jnp.where(number < report.rank, report.singular_values**2, 0)
-    return jnp.matmul(report.directions**2, energies, precision="highest")
+    number = jnp.arange(result.singular_values.size, dtype=jnp.int32)
+    energies = jnp.where(number < result.rank, result.singular_values**2, 0)
+    return jnp.matmul(result.directions**2, energies, precision="highest")
 
 
-def effective_rank(singular_values: jax.Array, *, threshold: float = 1e-2) -> jax.Array:
-    """The number of singular values above `threshold` times the largest.
+def numerical_rank(singular_values: jax.Array, *, tol: float = 1e-2) -> jax.Array:
+    """Counts the singular values above `tol` times the largest.
 
     Args:
       singular_values: (C,), falling.
-      threshold: relative to the largest one.
+      tol: relative to the largest one.
 
     Returns:
       The rank (), int32; 0 if all are 0.
 
     Raises:
-      ValueError: `threshold` is negative.
+      ValueError: `tol` is negative.
     """
-    _checks.non_negative("threshold", threshold)
-    above = singular_values > threshold * singular_values[0]
+    _checks.non_negative("tol", tol)
+    above = singular_values > tol * singular_values[0]
     return jnp.sum(above, dtype=jnp.int32)
 
 
 def energy_rank(singular_values: jax.Array, *, share: float = 0.99) -> jax.Array:
-    """The least r for which the r largest hold this share of the sum of squares.
+    """Finds the least r for which the r largest hold this share of the sum of squares.
 
     Args:
       singular_values: (C,), falling.
@@ -190,7 +193,9 @@ def energy_rank(singular_values: jax.Array, *, share: float = 0.99) -> jax.Array
 
 
 def stable_rank(singular_values: jax.Array) -> jax.Array:
-    """The squared Frobenius norm over the squared spectral norm, sum sigma^2 / sigma_1^2.
+    """Divides the squared Frobenius norm by the squared spectral norm.
+
+        sum_i sigma_i^2 / sigma_1^2
 
     Args:
       singular_values: (C,), falling.
@@ -199,12 +204,13 @@ def stable_rank(singular_values: jax.Array) -> jax.Array:
       The rank (), a real number between 1 and C; 0 if all are 0.
     """
     largest = singular_values[0] ** 2
-    total = jnp.sum(singular_values**2)
-    return jnp.where(largest > 0, total / jnp.where(largest > 0, largest, 1), 0)
+    return divide(jnp.sum(singular_values**2), largest, where=largest > 0)
 
 
-def entropy_rank(singular_values: jax.Array) -> jax.Array:
-    """The exponential of the entropy of the singular values over their sum.
+def effective_rank(singular_values: jax.Array) -> jax.Array:
+    """Computes the exponential of the entropy of the singular values over their sum.
+
+        exp(-sum_i p_i log p_i),   p_i = sigma_i / sum_j sigma_j
 
     Args:
       singular_values: (C,).
@@ -216,13 +222,13 @@ def entropy_rank(singular_values: jax.Array) -> jax.Array:
       O. Roy, M. Vetterli (2007), "The effective rank", EUSIPCO.
     """
     total = jnp.sum(singular_values)
-    shares = singular_values / jnp.where(total > 0, total, 1)
+    shares = divide(singular_values, total, where=total > 0)
     logarithms = jnp.log(jnp.where(shares > 0, shares, 1))
     return jnp.where(total > 0, jnp.exp(-jnp.sum(shares * logarithms)), 0)
 
 
-def _gradients(gate_loss: Partial, gates: Any, *batch: Any) -> Any:
-    def gradient(*example: Any) -> Any:
+def _gradients(gate_loss: Partial, gates: Tree, *batch: Tree) -> Tree:
+    def gradient(*example: Tree) -> Tree:
         return jax.grad(gate_loss)(gates, *jax.tree.map(lambda leaf: leaf[None], example))
 
     return jax.vmap(gradient)(*batch)

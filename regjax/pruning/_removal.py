@@ -12,17 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen
-from jax.extend.core import Literal
+from jax.extend.core import Jaxpr, Literal
 
 from regjax import _checks, _loops, _tree
-from regjax._adapters import Model, ModelFunction, NnxRunner, model_function
-from regjax._base import ModelFn, Params, applied, as_partial
+from regjax._adapters import Model, ModelFunction, model_function
+from regjax._base import ModelFn, Params, PRNGKey, State, Tree, applied, as_partial
+from regjax._runners import ApplyFn, NnxRunner
+from regjax.pruning._channels import shape_of
 from regjax.pruning._gates import Units, check_units
 from regjax.pruning._rules import inner_jaxpr
 from regjax.pruning._structure import Slice, Structure
 
 
-class Cost(NamedTuple):
+class CostResult(NamedTuple):
     """What a forward pass costs.
 
     Attributes:
@@ -36,7 +38,7 @@ class Cost(NamedTuple):
 
 
 def remove_units(structure: Structure, model: Model, unit_masks: Units) -> Model:
-    """The model without the units whose mask is False.
+    """Removes the units whose mask is False from a model.
 
     Its outputs are those of the model with `apply_gates` of the masks, in evaluation as in train
     mode, as far as no random numbers are drawn for each unit. It can be trained, with a new state
@@ -64,7 +66,7 @@ def remove_units(structure: Structure, model: Model, unit_masks: Units) -> Model
     of_params = [
         (part, mask)
         for group, mask in groups
-        for part in (*group.producers, *group.scales, *group.shifts, *group.consumers)
+        for part in (*group.producers, *group.scales, *group.biases, *group.consumers)
     ]
     of_state = [(part, mask) for group, mask in groups for part in group.statistics]
     params, state = _smaller(model.params, of_params), _smaller(model.state, of_state)
@@ -78,8 +80,8 @@ def remove_units(structure: Structure, model: Model, unit_masks: Units) -> Model
     return pruned
 
 
-def count_cost(model_fn: ModelFn, params: Params, inputs: Any) -> Cost:
-    """Parameters and operations of the forward pass, as the compiler counts them.
+def count_cost(model_fn: ModelFn, params: Params, inputs: Tree) -> CostResult:
+    """Counts parameters and operations of the forward pass, these as the compiler does.
 
     A multiplication and an addition are two operations. The count is that of XLA's cost analysis of
     the program as it is compiled for this backend, optimisations included; nothing is run.
@@ -90,7 +92,7 @@ def count_cost(model_fn: ModelFn, params: Params, inputs: Any) -> Cost:
       inputs: a batch, or `jax.ShapeDtypeStruct`s; operations are those of all of its examples.
 
     Returns:
-      A `Cost`.
+      A `CostResult`.
 
     Raises:
       TypeError: a parameter is not real floating point.
@@ -99,18 +101,24 @@ def count_cost(model_fn: ModelFn, params: Params, inputs: Any) -> Cost:
     _checks.floating_tree("params", params)
     compiled = applied.lower(as_partial(model_fn), params, (inputs,)).compile()
     counted = compiled.cost_analysis() or {}
-    return Cost(_tree.size(params), float(counted.get("flops", math.nan)))
+    return CostResult(_tree.size(params), float(counted.get("flops", math.nan)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _AnyShape:
     """`apply` of a model whose parameters need not have the shapes that linen would give them."""
 
-    apply: Callable[..., tuple[Any, Any]]
+    apply: ApplyFn
 
     def __call__(
-        self, params: Params, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[Any, Any]:
+        self,
+        params: Params,
+        state: State,
+        inputs: Tree,
+        *,
+        train: bool,
+        key: PRNGKey | None = None,
+    ) -> tuple[Tree, State]:
         with linen.intercept_methods(_accept_stored):
             return self.apply(params, state, inputs, train=train, key=key)
 
@@ -149,8 +157,8 @@ def _checked_masks(structure: Structure, model: Model, unit_masks: Units) -> dic
     return masks
 
 
-def _smaller(tree: Any, parts: Sequence[tuple[Slice, np.ndarray]]) -> Any:
-    """The tree without the positions of removed units."""
+def _smaller(tree: Tree, parts: Sequence[tuple[Slice, np.ndarray]]) -> Tree:
+    """Drops the positions of removed units from the tree."""
     kept: dict[tuple[int, int], np.ndarray] = {}
     for part, mask in parts:
         # Several groups may lie along one axis, behind a concatenation.
@@ -165,7 +173,7 @@ def _smaller(tree: Any, parts: Sequence[tuple[Slice, np.ndarray]]) -> Any:
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _check_same_program(model: Model, pruned: Model, inputs: Any) -> None:
+def _check_same_program(model: Model, pruned: Model, inputs: Tree) -> None:
     """Checks that the model's code does the same with smaller arrays, but for their sizes."""
     try:
         after = _program(model_function(pruned), pruned.params, inputs)
@@ -182,14 +190,14 @@ def _check_same_program(model: Model, pruned: Model, inputs: Any) -> None:
             )
 
 
-def _program(model_fn: ModelFunction, params: Params, inputs: Any) -> list[str]:
+def _program(model_fn: ModelFunction, params: Params, inputs: Tree) -> list[str]:
     traced = jax.make_jaxpr(lambda function, *arguments: function(*arguments))(
         model_fn, params, inputs
     )
     return _steps(traced.jaxpr, traced.consts)
 
 
-def _digest(array: Any) -> str:
+def _digest(array: jax.Array | np.ndarray) -> str:
     is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
     plain = np.asarray(jax.random.key_data(array) if is_key else array)
     return f"{plain.dtype}{list(plain.shape)} {zlib.crc32(plain.tobytes()):08x}"
@@ -198,14 +206,14 @@ def _digest(array: Any) -> str:
 _LAYOUT = {"broadcast_in_dim", "reshape", "squeeze"}
 
 
-def _steps(jaxpr: Any, constants: Sequence[Any]) -> list[str]:
-    """The primitives with their numbers: literals, and how many values a reduction takes."""
+def _steps(jaxpr: Jaxpr, constants: Sequence[jax.Array | np.ndarray]) -> list[str]:
+    """Lists the primitives with their numbers: literals, and how many values a reduction takes."""
     steps = [f"constant {_digest(array)}" for array in constants]
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         numbers = [str(atom.val) for atom in equation.invars if isinstance(atom, Literal)]
         if name.startswith("reduce_") and "axes" in equation.params:
-            shape = equation.invars[0].aval.shape
+            shape = shape_of(equation.invars[0])
             numbers += [f"axis of {shape[axis]}" for axis in equation.params["axes"]]
         # A single unit needs no broadcast.
         if numbers or name not in _LAYOUT:

@@ -8,10 +8,11 @@ the primitive. Without a rule all channels that meet the primitive are fixed, wh
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
+import jax
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from regjax.pruning import _layouts
 from regjax.pruning._channels import (
@@ -26,10 +27,11 @@ from regjax.pruning._channels import (
     free,
     opaque,
     rigid,
+    shape_of,
     unlabelled,
 )
 
-Rule: TypeAlias = Callable[[Graph, Any, list[Value]], list[Value]]
+Rule: TypeAlias = Callable[[Graph, JaxprEqn, list[Value]], list[Value]]
 
 _ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
@@ -48,13 +50,13 @@ remat remat2
 """
 # The outcome is linear in the first operand; of a product in each.
 _LINEAR = {"convert_element_type", "copy", "copy_p", "div", "mul", "neg", "stop_gradient"}
-_ROLES = {"mul": "scale", "div": "scale", "add": "shift", "sub": "shift"}
+_ROLES = {"mul": "scale", "div": "scale", "add": "bias", "sub": "bias"}
 
 
 def propagate(
-    graph: Graph, jaxpr: Any, constants: Sequence[Value], arguments: Sequence[Value]
+    graph: Graph, jaxpr: Jaxpr, constants: Sequence[Value], arguments: Sequence[Value]
 ) -> list[Value]:
-    """The values of the outputs of a jaxpr; the graph notes what its equations do."""
+    """Computes the values of the outputs of a jaxpr; the graph notes what its equations do."""
     values = dict(zip(jaxpr.constvars, constants, strict=True))
     values |= zip(jaxpr.invars, arguments, strict=True)
     read = lambda atom: (
@@ -67,26 +69,28 @@ def propagate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def inner_jaxpr(equation: Any) -> tuple[Any, Sequence[Any]]:
-    """The jaxpr that a call runs, and its constants; None for other primitives."""
+def inner_jaxpr(equation: JaxprEqn) -> tuple[Jaxpr | None, Sequence[jax.Array]]:
+    """Returns the jaxpr that a call runs, and its constants; None for other primitives."""
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     inner = next((equation.params[name] for name in names if name in equation.params), None)
     return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
 
 
-def _without_rule(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def _without_rule(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     reason = f"passes through `{equation.primitive.name}`, which has no rule"
     return opaque(graph, equation, operands, reason)
 
 
-def _call(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def _call(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     jaxpr, arrays = inner_jaxpr(equation)
+    if jaxpr is None:
+        return _without_rule(graph, equation, operands)
     constants = [unlabelled(np.shape(array), CONSTANT) for array in arrays]
     return propagate(graph, jaxpr, constants, operands)
 
 
-def _elementwise(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
-    name, shape = equation.primitive.name, equation.outvars[0].aval.shape
+def _elementwise(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+    name, shape = equation.primitive.name, shape_of(equation.outvars[0])
     arrays = [operand for operand in operands if operand.labels]  # a scalar has no axes
     spread = lambda labels, length: labels if len(labels) == length else free(length)
     labels = [
@@ -99,7 +103,7 @@ def _elementwise(graph: Graph, equation: Any, operands: list[Value]) -> list[Val
 
 
 def _linear_source(name: str, operands: list[Value], axis: int) -> LeafAxis | None:
-    """The leaf axis along which an elementwise outcome is still linear in the leaf."""
+    """Finds the leaf axis along which an elementwise outcome is still linear in the leaf."""
     if name not in _LINEAR:
         return None
     varying = [o for o in operands if o.labels and (o.labels[axis] != FREE).any()]
@@ -109,7 +113,7 @@ def _linear_source(name: str, operands: list[Value], axis: int) -> LeafAxis | No
 
 
 def _contract(graph: Graph, left: Value, i: int, right: Value, j: int) -> None:
-    """The sum over axis i of the left and axis j of the right value.
+    """Notes the sum over axis i of the left and axis j of the right value.
 
     The one that is linear in a parameter consumes the channels of the other: to multiply its slice
     by a gate is to multiply the channel, seen from here.
@@ -130,7 +134,7 @@ def _carry_axis(graph: Graph, operand: Value, axis: int) -> Labels:
     return operand.labels[axis]
 
 
-def _dot(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def _dot(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     left, right = operands
     (left_sum, right_sum), (left_batch, right_batch) = equation.params["dimension_numbers"]
     for i, j in zip(left_sum, right_sum, strict=True):
@@ -145,9 +149,9 @@ def _dot(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
     return [Value(tuple(labels), (None,) * len(labels))]
 
 
-def _convolution(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+def _convolution(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     inputs, kernel = operands
-    numbers, shape = equation.params["dimension_numbers"], equation.outvars[0].aval.shape
+    numbers, shape = equation.params["dimension_numbers"], shape_of(equation.outvars[0])
     if equation.params["feature_group_count"] > 1 or equation.params["batch_group_count"] > 1:
         return opaque(graph, equation, operands, "passes through `conv_general_dilated` in groups")
     (batch, features, *places), (out, into, *window) = numbers.lhs_spec, numbers.rhs_spec

@@ -1,23 +1,22 @@
 """When how much is removed: pure functions of the step, and an average of the scores of rounds."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _tree
+from regjax._base import Tree
 
 
 def linear_removal(
-    step: Any, *, every: int, num_each: int, total: int, begin: int = 0
+    step: int | jax.Array, *, every: int, num_each: int, total: int, begin: int = 0
 ) -> jax.Array:
-    """How many are removed by `step`: `num_each` after each `every` steps, `total` in the end.
+    """Counts what is removed by `step`: `num_each` after each `every` steps, `total` in the end.
 
         min(total, num_each * floor((step - begin) / every))
 
     Args:
       step: number of steps done, a Python integer or an integer array ().
-      every: steps between two rounds.
+      every: number of steps between two rounds.
       num_each: units, or weights, a round.
       total: the most that is removed.
       begin: steps before the first interval.
@@ -42,7 +41,7 @@ def linear_removal(
 
 
 def cubic_removal(
-    step: Any,
+    step: int | jax.Array,
     *,
     num_units: int,
     final: float,
@@ -51,7 +50,7 @@ def cubic_removal(
     initial: float = 0.0,
     begin: int = 0,
 ) -> jax.Array:
-    """How many are removed by `step` where the sparsity rises as a cubic, fast first and then slow.
+    """Counts what is removed by `step` where the sparsity rises as a cubic, fast and then slow.
 
         s(t) = final + (initial - final) (1 - (t - begin) / (num_rounds every))^3
 
@@ -62,7 +61,7 @@ def cubic_removal(
       step: number of steps done, a Python integer or an integer array ().
       num_units: of what the sparsity is a share: all units, or all weights.
       final: share removed in the end, in [0, 1].
-      every: steps between two rounds.
+      every: number of steps between two rounds.
       num_rounds: n of the paper: rounds after the first one.
       initial: share removed by the first round.
       begin: step of the first round.
@@ -90,8 +89,8 @@ def cubic_removal(
     return jnp.where(done < 0, 0, jnp.round(share * num_units).astype(jnp.int32))
 
 
-def num_missing(masks: Any, num_removed: Any) -> jax.Array:
-    """How many are still to go, for `mask_lowest`, until so many are removed.
+def num_missing(masks: Tree, num_removed: int | jax.Array) -> jax.Array:
+    """Counts what is still to go, for `mask_lowest`, until so many are removed.
 
     Args:
       masks: tree of bool arrays, False for what is removed.
@@ -108,36 +107,38 @@ def num_missing(masks: Any, num_removed: Any) -> jax.Array:
     return jnp.maximum(jnp.asarray(num_removed, jnp.int32) - gone, 0)
 
 
-def average_scores(previous: Any, scores: Any, *, momentum: float = 0.9) -> Any:
-    """The moving average of scores over rounds, momentum previous + (1 - momentum) scores.
+def average_scores(previous: Tree | None, scores: Tree, *, decay: float = 0.9) -> Tree:
+    """Averages scores over rounds, the older ones with less and less weight.
+
+        decay previous + (1 - decay) scores
 
     Args:
       previous: average so far, a tree like `scores`; None in the first round.
       scores: of this round.
-      momentum: in [0, 1).
+      decay: weight of the average so far, in [0, 1).
 
     Returns:
       The new average; `scores` in the first round.
 
     Raises:
-      ValueError: the trees differ, or `momentum` is not in [0, 1).
+      ValueError: the trees differ, or `decay` is not in [0, 1).
 
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771, whose code offers it with 0.9.
     """
-    if not 0 <= _checks.non_negative("momentum", momentum) < 1:
-        raise ValueError(f"`momentum` must be below 1, got {momentum}.")
+    if not 0 <= _checks.non_negative("decay", decay) < 1:
+        raise ValueError(f"`decay` must be below 1, got {decay}.")
     if previous is None:
         return scores
     _checks.same_tree("previous", previous, scores)
     return jax.tree.map(
-        lambda old, new: momentum * _tree.wide(old) + (1 - momentum) * _tree.wide(new),
+        lambda old, new: decay * _tree.wide(old) + (1 - decay) * _tree.wide(new),
         previous,
         scores,
     )
 
 
-def _step(step: Any) -> jax.Array:
+def _step(step: int | jax.Array) -> jax.Array:
     if not isinstance(step, jax.Array):
         step = _checks.integer("step", step, minimum=0)
     elif not jnp.issubdtype(step.dtype, jnp.integer):

@@ -1,13 +1,13 @@
 """The groups of units that can be removed from a model, found from its own forward pass."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from regjax import _checks
-from regjax._base import ModelFn, Params, as_partial
+from regjax._base import ModelFn, Params, Tree, as_partial
 from regjax.pruning._channels import CONSTANT, DATA, Graph, LeafAxis, components, unlabelled
 from regjax.pruning._rules import propagate
 
@@ -36,7 +36,7 @@ class Group(NamedTuple):
       num_units: how many.
       producers: the kernels that the units come out of, along their output axis.
       scales: vectors that multiply them: scales of normalizations, lengths of weight norm.
-      shifts: other vectors along them: biases, shifts of normalizations.
+      biases: other vectors along them: biases of layers and of normalizations.
       statistics: arrays of the state along them.
       consumers: the kernels that they go into, along the input axis.
     """
@@ -44,7 +44,7 @@ class Group(NamedTuple):
     num_units: int
     producers: tuple[Slice, ...]
     scales: tuple[Slice, ...]
-    shifts: tuple[Slice, ...]
+    biases: tuple[Slice, ...]
     statistics: tuple[Slice, ...]
     consumers: tuple[Slice, ...]
 
@@ -64,13 +64,13 @@ class Structure:
 
     groups: dict[str, Group]
     fixed: dict[str, str]
-    params: Any = dataclasses.field(repr=False)
-    state: list[Any] = dataclasses.field(repr=False)
-    inputs: Any = dataclasses.field(repr=False)
+    params: Params = dataclasses.field(repr=False)
+    state: list[jax.ShapeDtypeStruct] = dataclasses.field(repr=False)
+    inputs: Tree = dataclasses.field(repr=False)
 
 
-def find_structure(model_fn: ModelFn, params: Params, inputs: Any) -> Structure:
-    """The groups of units that can be removed, from a trace of the forward pass.
+def find_structure(model_fn: ModelFn, params: Params, inputs: Tree) -> Structure:
+    """Finds the groups of units that can be removed, from a trace of the forward pass.
 
     A unit is all that has to go together: channels joined by additions (a residual stage is one
     group), by elementwise operations and by products batch by batch, with their biases, norms and
@@ -111,11 +111,11 @@ def find_structure(model_fn: ModelFn, params: Params, inputs: Any) -> Structure:
     return Structure(groups, fixed, abstract(params), abstract(state), abstract(inputs))
 
 
-def _apply(function: Any, params: Params, inputs: Any) -> Any:
+def _apply(function: ModelFn, params: Params, inputs: Tree) -> Tree:
     return function(params, inputs)
 
 
-def _paths(tree: Any) -> list[str]:
+def _paths(tree: Tree) -> list[str]:
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
 
@@ -140,7 +140,7 @@ class _Leaves(NamedTuple):
 
 
 def _groups(graph: Graph, leaves: _Leaves) -> tuple[dict[str, Group], dict[str, str]]:
-    """The groups, and the reasons of what is no group, by the first producer."""
+    """Finds the groups, and the reasons of what is no group, by the first producer."""
     for source, roles in graph.roles.items():
         if "consumed" in roles and len(roles) > 1:
             graph.fix(graph.atoms[source], "goes into a kernel along an axis with another use")
@@ -174,7 +174,7 @@ _NOT_CONSUMED = "goes into no kernel"
 def _stages(
     graph: Graph, channels: dict[LeafAxis, np.ndarray], leaves: _Leaves
 ) -> list[list[LeafAxis]]:
-    """The output axes of kernels, in the order of the forward pass; those with a common channel."""
+    """Gathers the output axes of kernels that share channels, in the order of the forward pass."""
     kernels = [
         source
         for source, roles in graph.roles.items()
@@ -192,7 +192,7 @@ def _stages(
 def _group(
     graph: Graph, channels: dict[LeafAxis, np.ndarray], leaves: _Leaves, members: np.ndarray
 ) -> Group:
-    """All that runs along the channels `members`, the units in this order."""
+    """Gathers all that runs along the channels `members`, the units in this order."""
     unit = np.full(1 + max(int(labels.max()) for labels in channels.values()), -1)
     unit[members] = np.arange(len(members))
     slices: dict[str, list[Slice]] = {name: [] for name in Group._fields[1:]}
@@ -207,6 +207,6 @@ def _group(
         elif leaves.is_kernel(source):
             kind = "producers"
         else:
-            kind = "scales" if "scale" in roles else "shifts"
+            kind = "scales" if "scale" in roles else "biases"
         slices[kind].append(leaves.slice(source, units))
     return Group(len(members), **{name: tuple(found) for name, found in slices.items()})

@@ -7,31 +7,34 @@ H. All functions work on trees of gates {group: (num_units,)}, of any shape.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _loops, _tree
-from regjax._base import Batch, LossFn, as_partial, check_loss
+from regjax._base import Batch, LossFn, Tree, as_partial, check_loss
 from regjax.pruning._oracle import gate_hessian_diagonal
 
+_Moments: TypeAlias = tuple[Tree, Tree]
+"""Mean and sum of squared deviations, trees like the gates."""
 
-class TaylorScores(NamedTuple):
+
+class TaylorScoresResult(NamedTuple):
     """Importance of the units from a data set; trees like the gates.
 
     Attributes:
       scores: mean over the batches, in squared units of the loss.
-      standard_errors: of these means, from the spread over the batches; NaN with a single batch.
+      standard_error: of these means, from the spread over the batches; NaN with a single batch.
     """
 
-    scores: Any
-    standard_errors: Any
+    scores: Tree
+    standard_error: Tree
 
 
-def taylor_importance(gate_grads: Any) -> Any:
-    """First-order importance of one batch, g^2 at gates of 1.
+def taylor_importance(gate_grads: Tree) -> Tree:
+    """Squares the gate gradients of one batch: its first-order importance, at gates of 1.
 
     Average it over batches: the mean of the squares, not the square of the mean gradient. With B
     examples a batch the two differ by the variance of the examples' gradients over B.
@@ -53,8 +56,10 @@ def taylor_importance(gate_grads: Any) -> Any:
     return jax.tree.map(lambda g: _tree.wide(g) ** 2, gate_grads)
 
 
-def taylor_importance_second_order(gate_grads: Any, gate_hessian_diagonal: Any) -> Any:
-    """Second-order importance of one batch, (g - H / 2)^2 at gates of 1.
+def taylor_importance_second_order(gate_grads: Tree, gate_hessian_diagonal: Tree) -> Tree:
+    """Computes the second-order importance of one batch at gates of 1.
+
+        (g - H / 2)^2
 
     Exact for a loss that is quadratic in each gate.
 
@@ -81,8 +86,12 @@ def taylor_importance_second_order(gate_grads: Any, gate_hessian_diagonal: Any) 
     )
 
 
-def taylor_scores(gate_loss: LossFn, gates: Any, *batch: Any, batch_size: int) -> TaylorScores:
-    """First-order importance from a data set: the mean over its batches of (z g)^2.
+def taylor_scores(
+    gate_loss: LossFn, gates: Tree, *batch: Tree, batch_size: int
+) -> TaylorScoresResult:
+    """Computes the first-order importance from a data set, the mean over its batches.
+
+        E_B[(z g_B)^2]
 
     One gradient with respect to the gates for each batch; memory is that of one batch. A removed
     unit, whose gate is 0, scores 0.
@@ -96,7 +105,7 @@ def taylor_scores(gate_loss: LossFn, gates: Any, *batch: Any, batch_size: int) -
         does; what is left over after the last whole batch is not used.
 
     Returns:
-      A `TaylorScores`.
+      A `TaylorScoresResult`.
 
     Raises:
       ValueError: `gate_loss` is no scalar, or `batch_size` is not between 1 and N.
@@ -108,16 +117,18 @@ def taylor_scores(gate_loss: LossFn, gates: Any, *batch: Any, batch_size: int) -
     num_batches = _num_batches(gate_loss, gates, batch, batch_size)
     loss = as_partial(gate_loss)
 
-    def add(moments: Any, i: jax.Array) -> Any:
+    def add(_: None, moments: _Moments, i: jax.Array) -> _Moments:
         return _with_first_order(moments, loss, gates, batch, i, batch_size)
 
     return _over_batches(add, gates, num_batches)
 
 
 def taylor_scores_second_order(
-    gate_loss: LossFn, gates: Any, *batch: Any, batch_size: int, block_size: int = 16
-) -> TaylorScores:
-    """Second-order importance from a data set: the mean over its batches of (z g - z^2 H / 2)^2.
+    gate_loss: LossFn, gates: Tree, *batch: Tree, batch_size: int, block_size: int = 16
+) -> TaylorScoresResult:
+    """Computes the second-order importance from a data set, the mean over its batches.
+
+        E_B[(z g_B - z^2 H_B / 2)^2]
 
     The diagonal is exact: as many Hessian products for each batch as there are gates.
 
@@ -129,7 +140,7 @@ def taylor_scores_second_order(
       block_size: Hessian products at a time.
 
     Returns:
-      A `TaylorScores`.
+      A `TaylorScoresResult`.
 
     Raises:
       ValueError: as in `taylor_scores`, or `block_size` is below 1.
@@ -141,7 +152,7 @@ def taylor_scores_second_order(
     num_batches = _num_batches(gate_loss, gates, batch, batch_size)
     loss = as_partial(gate_loss)
 
-    def add(moments: Any, i: jax.Array) -> Any:
+    def add(_: None, moments: _Moments, i: jax.Array) -> _Moments:
         part = _part(batch, i, batch_size)
         # A loop of its own over blocks of gates, and so not inside of one program with the rest.
         diagonal = gate_hessian_diagonal(loss, gates, *part, block_size=block_size)
@@ -150,43 +161,43 @@ def taylor_scores_second_order(
     return _over_batches(add, gates, num_batches)
 
 
-def _num_batches(gate_loss: LossFn, gates: Any, batch: Batch, batch_size: int) -> int:
+def _num_batches(gate_loss: LossFn, gates: Tree, batch: Batch, batch_size: int) -> int:
     check_loss(gate_loss, gates, batch)
     length = _checks.num_examples(batch)
     return length // _checks.integer("batch_size", batch_size, maximum=length)
 
 
 def _over_batches(
-    add: Callable[[Any, jax.Array], Any], gates: Any, num_batches: int
-) -> TaylorScores:
+    add: Callable[[None, _Moments, jax.Array], _Moments], gates: Tree, num_batches: int
+) -> TaylorScoresResult:
     zeros = jax.tree.map(lambda gate: jnp.zeros_like(_tree.wide(gate)), gates)
-    scores, squares = _loops.fold_captured(add, (zeros, zeros), num_batches)
+    scores, squares = _loops.scan(add, (zeros, zeros), num_batches)
     # NaN with a single batch: 0 / 0.
-    errors = jax.tree.map(
+    error = jax.tree.map(
         lambda s: jnp.sqrt(s / jnp.asarray((num_batches - 1.0) * num_batches, s.dtype)), squares
     )
-    return TaylorScores(scores, errors)
+    return TaylorScoresResult(scores, error)
 
 
 # A single program a batch: beside a small network's gradient a second call would show.
 @functools.partial(jax.jit, static_argnums=5)
 def _with_first_order(
-    moments: Any, gate_loss: Partial, gates: Any, batch: Batch, i: jax.Array, size: int
-) -> Any:
+    moments: _Moments, gate_loss: Partial, gates: Tree, batch: Batch, i: jax.Array, size: int
+) -> _Moments:
     return _added(moments, taylor_importance(_along(gate_loss, gates, _part(batch, i, size))), i)
 
 
 @jax.jit
 def _with_second_order(
-    moments: Any, gate_loss: Partial, gates: Any, part: Batch, diagonal: Any, i: jax.Array
-) -> Any:
+    moments: _Moments, gate_loss: Partial, gates: Tree, part: Batch, diagonal: Tree, i: jax.Array
+) -> _Moments:
     curved = jax.tree.map(lambda z, h: _tree.wide(z) ** 2 * h, gates, diagonal)
     scores = taylor_importance_second_order(_along(gate_loss, gates, part), curved)
     return _added(moments, scores, i)
 
 
-def _along(gate_loss: Partial, gates: Any, part: Batch) -> Any:
-    """The products z g: a removed unit scores 0."""
+def _along(gate_loss: Partial, gates: Tree, part: Batch) -> Tree:
+    """Computes the products z g: a removed unit scores 0."""
     grads = jax.grad(gate_loss)(gates, *part)
     return jax.tree.map(lambda z, g: _tree.wide(z) * _tree.wide(g), gates, grads)
 
@@ -196,8 +207,8 @@ def _part(batch: Batch, i: jax.Array, size: int) -> Batch:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * size, size), batch)
 
 
-def _added(moments: Any, values: Any, i: jax.Array) -> Any:
-    """Mean and sum of squared deviations with one more value, by Welford's rule."""
+def _added(moments: _Moments, values: Tree, i: jax.Array) -> _Moments:
+    """Updates mean and sum of squared deviations by one more value, by Welford's rule."""
     mean, squares = moments
     new = jax.tree.map(lambda m, v: m + (v - m) / (i + 1).astype(m.dtype), mean, values)
     squares = jax.tree.map(lambda s, v, old, m: s + (v - old) * (v - m), squares, values, mean, new)

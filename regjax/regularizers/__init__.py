@@ -3,13 +3,14 @@
 from regjax.regularizers import linen as linen
 from regjax.regularizers import nnx as nnx
 from regjax.regularizers._batch_entropy import batch_entropy as batch_entropy
-from regjax.regularizers._batch_entropy import entropies_and_targets as entropies_and_targets
 from regjax.regularizers._batch_entropy import layerwise_batch_entropy as layerwise_batch_entropy
-from regjax.regularizers._dropout import DropoutGradientPenalty as DropoutGradientPenalty
+from regjax.regularizers._dropout import (
+    DropoutGradientPenaltyResult as DropoutGradientPenaltyResult,
+)
 from regjax.regularizers._dropout import dropout_gradient_penalty as dropout_gradient_penalty
 from regjax.regularizers._dropout import dropout_penalty as dropout_penalty
 from regjax.regularizers._geometric_complexity import (
-    GeometricComplexityEstimate as GeometricComplexityEstimate,
+    GeometricComplexityResult as GeometricComplexityResult,
 )
 from regjax.regularizers._geometric_complexity import geometric_complexity as geometric_complexity
 from regjax.regularizers._geometric_complexity import (

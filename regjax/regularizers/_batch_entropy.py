@@ -2,30 +2,33 @@
 
 import math
 import re
-from typing import Any
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import DictKey
+from jax.typing import ArrayLike
 
 from regjax import _checks, _tree
+from regjax._base import Params, State, Tree
 
 # The leaves of a tap by which its parameter and its state are found in any model.
-TARGET, ENTROPY = "entropy_target", "batch_entropy"
+TARGET, ENTROPY = "target_entropy", "batch_entropy"
 
 
 def batch_entropy(
     activations: jax.Array, *, degrees_of_freedom: int = 1, axis_name: str | None = None
 ) -> jax.Array:
-    """The entropy of a layer's units over the batch, each unit as if it were Gaussian.
+    """Computes the entropy of a layer's units over the batch, each as if it were Gaussian.
 
         H = mean_i log(1 + pi e v_i) / 2,    v_i = sum_n (x_ni - mean_n x_ni)^2 / (N - dof)
 
     In nats, with x = `activations`, i the units and dof = `degrees_of_freedom`. It is 0 where all
-    examples look the same, never negative, and blind to a shift of a unit. (The differential
-    entropy of a Gaussian, log(2 pi e v) / 2, has neither the 1 nor a minimum.) A unit with no
-    variance at all has gradient 0; below a variance of 1e-38 float32 has no value but a gradient.
+    examples look the same, never negative, and blind to a constant added to a unit. (The
+    differential entropy of a Gaussian, log(2 pi e v) / 2, has neither the 1 nor a minimum.) A unit
+    with no variance at all has gradient 0; below a variance of 1e-38 float32 has no value but a
+    gradient.
 
     Args:
       activations: (N, ...), real floating point; every entry of an example is a unit.
@@ -72,37 +75,37 @@ def batch_entropy(
 def layerwise_batch_entropy(
     task_loss: jax.Array,
     entropies: jax.Array,
-    targets: jax.Array,
+    target_entropies: jax.Array,
     *,
-    strength: Any,
-    min_target: Any,
+    strength: ArrayLike,
+    min_target_entropy: ArrayLike,
 ) -> jax.Array:
-    """A penalty on layers whose batch entropy is off its trainable target, to add to the loss.
+    """Penalises layers whose batch entropy is off its trainable target; to add to the loss.
 
-        penalty = task_loss * strength * mean_l (H_l - max(min_target, |target_l|))^2
+        penalty = task_loss * strength * mean_l (H_l - max(min_target_entropy, |target_l|))^2
 
     The task loss is not a constant here: the gradient of the sum is (1 + strength mean d^2) times
     that of the task plus the task loss times that of strength mean d^2. Very deep networks without
     skip connections or normalization get gradients by it. The targets train with the optimiser of
-    the weights, without weight decay. A target has no gradient where its magnitude is `min_target`
-    or below (where both are equal, that is our choice). A start that worked for us, in perceptrons
-    of 10 to 50 layers: targets 0.5, `strength` 0.1, `min_target` 0.2; the authors' code has 2.0,
-    0.1 and 0.2 for 500 layers.
+    the weights, without weight decay. A target has no gradient where its magnitude is
+    `min_target_entropy` or below (where both are equal, that is our choice). A start that worked
+    for us, in perceptrons of 10 to 50 layers: targets 0.5, `strength` 0.1, `min_target_entropy`
+    0.2; the authors' code has 2.0, 0.1 and 0.2 for 500 layers.
 
     Args:
       task_loss: (), mean loss over the batch.
       entropies: (num_layers,), in nats: `batch_entropy` of each layer's activations.
-      targets: (num_layers,), trainable, in nats.
+      target_entropies: (num_layers,), trainable, in nats.
       strength: per squared nat, relative to the task loss; non-negative.
-      min_target: in nats, non-negative; without one the targets could fall to 0 and the penalty
-        with them.
+      min_target_entropy: in nats, non-negative; without one the targets could fall to 0 and the
+        penalty with them.
 
     Returns:
       The penalty (), in float32 at least. The loss of the training is `task_loss` plus this.
 
     Raises:
-      ValueError: `strength` or `min_target` is negative, `task_loss` is not a scalar, or
-        `entropies` and `targets` are not vectors of one length.
+      ValueError: `strength` or `min_target_entropy` is negative, `task_loss` is not a scalar, or
+        `entropies` and `target_entropies` are not vectors of one length.
 
     References:
       D. Peer and others (2022), arXiv:2208.01134; as in the authors' code. There `entropies` are
@@ -110,30 +113,30 @@ def layerwise_batch_entropy(
       network's blocks behind addition and ReLU.
     """
     _checks.non_negative("strength", strength)
-    _checks.non_negative("min_target", min_target)
-    task_loss, entropies, targets = (_tree.wide(a) for a in (task_loss, entropies, targets))
+    _checks.non_negative("min_target_entropy", min_target_entropy)
+    task_loss, entropies, targets = map(_tree.wide, (task_loss, entropies, target_entropies))
     if task_loss.ndim:
         raise ValueError(f"`task_loss` must be a scalar, got shape {task_loss.shape}.")
     if entropies.shape != targets.shape or entropies.ndim != 1 or not entropies.size:
         raise ValueError(
-            "`entropies` and `targets` must be vectors with an entry for each layer, got shapes "
-            f"{entropies.shape} and {targets.shape}."
+            "`entropies` and `target_entropies` must be vectors with an entry for each layer, got "
+            f"shapes {entropies.shape} and {targets.shape}."
         )
     size = jnp.abs(targets)
     # Not `maximum`, which halves the gradient between the two where they are equal.
-    wanted = jnp.where(size > min_target, size, jnp.asarray(min_target, size.dtype))
+    wanted = jnp.where(size > min_target_entropy, size, jnp.asarray(min_target_entropy, size.dtype))
     return task_loss * jnp.asarray(strength, size.dtype) * jnp.mean((entropies - wanted) ** 2)
 
 
-def entropies_and_targets(params: Any, state: Any) -> tuple[jax.Array, jax.Array]:
-    """What the taps of a model hold: the entropies of the last batch, and their targets.
+def tapped_entropies(params: Params, state: State) -> tuple[jax.Array, jax.Array]:
+    """Collects what the taps of a model hold: the entropies of the last batch and their targets.
 
     A training loss, with `model` from `regjax.from_nnx` or `regjax.from_linen`:
 
         outputs, new_state = model.apply(params, state, inputs, train=True)
-        loss = criterion(outputs, labels)
-        entropies, targets = entropies_and_targets(params, new_state)
-        return loss + layerwise_batch_entropy(loss, entropies, targets, ...), new_state
+        loss = output_loss_fn(outputs, targets)
+        penalty = layerwise_batch_entropy(loss, *tapped_entropies(params, new_state), ...)
+        return loss + penalty, new_state
 
     Args:
       params: nested dicts with the targets of `BatchEntropyTap` modules, such as those of a
@@ -179,8 +182,8 @@ def _mean(values: jax.Array, axis_name: str | None) -> jax.Array:
     return mean if axis_name is None else lax.pmean(mean, axis_name)
 
 
-def _leaves_named(name: str, tree: Any) -> dict[tuple[Any, ...], Any]:
-    """The leaves under the key `name`, by the keys above it."""
+def _leaves_named(name: str, tree: Tree) -> dict[tuple[Hashable, ...], jax.Array]:
+    """Finds the leaves under the key `name`, by the keys above it."""
     paths = [
         # Behind the keys there may be the value of a variable of nnx.
         (tuple(entry.key for entry in path if isinstance(entry, DictKey)), leaf)
@@ -189,11 +192,11 @@ def _leaves_named(name: str, tree: Any) -> dict[tuple[Any, ...], Any]:
     return {path[:-1]: leaf for path, leaf in paths if path and path[-1] == name}
 
 
-def _by_number(key: Any) -> list[Any]:
-    """A key in its order: "tap_2" comes before "tap_10"."""
+def _by_number(key: Hashable) -> list[str | int]:
+    """Puts a key in its order: "tap_2" comes before "tap_10"."""
     parts = re.split(r"(\d+)", str(key))
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def _readable(path: tuple[Any, ...]) -> str:
+def _readable(path: tuple[Hashable, ...]) -> str:
     return "/".join(map(str, path)) or "the model itself"

@@ -1,18 +1,19 @@
 """Dropout as penalties: what its masks add to the loss on average, and what a finite rate adds."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _tree
-from regjax._base import as_partial, check_loss
+from regjax import _checks, _chunks, _numerics, _tree
+from regjax._base import Params, PRNGKey, as_partial, check_loss
 from regjax.regularizers._gradient_norm import squared_gradient_norm
 
 
-class DropoutGradientPenalty(NamedTuple):
+class DropoutGradientPenaltyResult(NamedTuple):
     """The penalty of a finite learning rate, from some masks.
 
     Attributes:
@@ -24,8 +25,10 @@ class DropoutGradientPenalty(NamedTuple):
     standard_error: jax.Array
 
 
-def dropout_penalty(features: jax.Array, kernel: jax.Array, *, keep_probability: Any) -> jax.Array:
-    """What dropout before the last layer adds to half the mean squared error, on average.
+def dropout_penalty(
+    features: jax.Array, kernel: jax.Array, *, keep_probability: float | jax.Array
+) -> jax.Array:
+    """Computes what dropout before the last layer adds to half the mean squared error, on average.
 
         R1 = (1 - p) / (2 n p) sum_i sum_j ||W_j||^2 f_j(x_i)^2
 
@@ -71,14 +74,14 @@ def dropout_penalty(features: jax.Array, kernel: jax.Array, *, keep_probability:
 
 
 def dropout_gradient_penalty(
-    dropout_loss_fn: Callable[..., Any],
-    params: Any,
+    dropout_loss_fn: Callable[[Params, PRNGKey], jax.Array],
+    params: Params,
     *,
-    key: jax.Array,
-    learning_rate: Any,
-    num_masks: int = 1,
-) -> DropoutGradientPenalty:
-    """What a finite learning rate adds to the loss that dropout descends, from sampled masks.
+    key: PRNGKey,
+    learning_rate: ArrayLike,
+    num_samples: int = 1,
+) -> DropoutGradientPenaltyResult:
+    """Estimates what a finite learning rate adds to the loss that dropout descends.
 
         R2 = lr / 4 E ||grad R_drop||^2 = lr / 4 (||grad E R_drop||^2 + tr Cov(grad R_drop))
 
@@ -91,16 +94,16 @@ def dropout_gradient_penalty(
       dropout_loss_fn: (params, key) -> scalar, the mean loss under the mask of `key`. Data are
         bound as arguments: `jax.tree_util.Partial(loss, inputs=...)`.
       params: tree of parameters; differentiable.
-      key: typed key; the masks are those of `jax.random.split(key, num_masks)`, the same as in
+      key: typed key; the masks are those of `jax.random.split(key, num_samples)`, the same as in
         `curvature.dropout_covariance`.
       learning_rate: of plain gradient descent, non-negative; may be traced.
-      num_masks: number of sampled masks.
+      num_samples: number of masks.
 
     Returns:
-      A `DropoutGradientPenalty`, in units of the loss.
+      A `DropoutGradientPenaltyResult`, in units of the loss.
 
     Raises:
-      ValueError: the loss is not a scalar, `num_masks` below 1, or `learning_rate` is negative.
+      ValueError: the loss is not a scalar, `num_samples` below 1, or `learning_rate` is negative.
       TypeError: a parameter is not real floating point, or `key` is not a typed key.
 
     References:
@@ -108,16 +111,14 @@ def dropout_gradient_penalty(
       the standard error are ours.
     """
     _checks.non_negative("learning_rate", learning_rate)
-    _checks.integer("num_masks", num_masks)
+    _checks.integer("num_samples", num_samples)
     check_loss(dropout_loss_fn, params, (_checks.key("key", key),))
-    keys = jax.random.split(key, num_masks)
+    keys = jax.random.split(key, num_samples)
     norms = _chunks.each(Partial(_squared_norm, as_partial(dropout_loss_fn)), params, (keys,), 1)
     factor = jnp.asarray(learning_rate, norms.dtype) / 4
-    # NaN with a single mask: 0 / 0.
-    spread = jax.lax.stop_gradient(norms - jnp.mean(norms))
-    variance = jnp.sum(spread**2) / jnp.asarray((num_masks - 1.0) * num_masks, norms.dtype)
-    return DropoutGradientPenalty(factor * jnp.mean(norms), factor * jnp.sqrt(variance))
+    _, error = _numerics.mean_and_error(jax.lax.stop_gradient(norms))
+    return DropoutGradientPenaltyResult(factor * jnp.mean(norms), factor * error)
 
 
-def _squared_norm(dropout_loss_fn: Partial, params: Any, keys: jax.Array) -> jax.Array:
+def _squared_norm(dropout_loss_fn: Partial, params: Params, keys: jax.Array) -> jax.Array:
     return squared_gradient_norm(dropout_loss_fn, params, (keys[0],))[None]

@@ -1,19 +1,19 @@
 """Geometric complexity: how fast the outputs of a network move with its inputs."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import DTypeLike
 
 from regjax import _checks, _chunks, _jacobian, _tree
-from regjax._base import as_partial
+from regjax._base import ModelFn, Params, PRNGKey, as_partial
 
 _SIDES = ("outputs", "inputs")
 
 
-class GeometricComplexityEstimate(NamedTuple):
+class GeometricComplexityResult(NamedTuple):
     """Geometric complexity from random projections.
 
     Attributes:
@@ -26,9 +26,9 @@ class GeometricComplexityEstimate(NamedTuple):
 
 
 def geometric_complexity(
-    model_fn: Callable[..., Any], params: Any, inputs: jax.Array, *, chunk_size: int | None = None
+    model_fn: ModelFn, params: Params, inputs: jax.Array, *, chunk_size: int | None = None
 ) -> jax.Array:
-    """The mean over the inputs of the squared Frobenius norm of the input-output Jacobian.
+    """Computes the mean squared Frobenius norm of the input-output Jacobian.
 
         GC = (1 / N) sum_x ||d f(x) / d x||_F^2
 
@@ -63,16 +63,16 @@ def geometric_complexity(
 
 
 def geometric_complexity_estimate(
-    model_fn: Callable[..., Any],
-    params: Any,
+    model_fn: ModelFn,
+    params: Params,
     inputs: jax.Array,
     *,
-    key: jax.Array,
-    num_projections: int = 1,
+    key: PRNGKey,
+    num_probes: int = 1,
     side: str = "outputs",
     chunk_size: int | None = None,
-) -> GeometricComplexityEstimate:
-    """Geometric complexity from random projections of the Jacobian, for penalties.
+) -> GeometricComplexityResult:
+    """Estimates geometric complexity from random projections of the Jacobian, for penalties.
 
     For v ~ N(0, I), drawn for each example, ||J' v||^2 (`side` "outputs", a reverse pass) and
     ||J v||^2 ("inputs", a forward pass, whose gradient is one of reverse over forward mode and
@@ -83,45 +83,45 @@ def geometric_complexity_estimate(
       params: of the model; differentiable.
       inputs: (N, ...), real floating point.
       key: typed key of the projections; they do not depend on the chunks.
-      num_projections: for each example.
+      num_probes: number of random vectors for each example.
       side: "outputs" or "inputs", where the random vector lives.
       chunk_size: number of examples per pass; None: all at once.
 
     Returns:
-      A `GeometricComplexityEstimate`.
+      A `GeometricComplexityResult`.
 
     Raises:
-      ValueError: `side` is unknown, `num_projections` below 1, or as in `geometric_complexity`.
+      ValueError: `side` is unknown, `num_probes` below 1, or as in `geometric_complexity`.
       TypeError: as in `geometric_complexity`, or `key` is not a typed key.
 
     References:
       M. Hutchinson (1990), Communications in Statistics 19(2), for J J' and J' J.
     """
     _jacobian.check_model("model_fn", model_fn, inputs)
-    _checks.integer("num_projections", num_projections)
+    _checks.integer("num_probes", num_probes)
     project = {"outputs": _reverse, "inputs": _forward}[_checks.choice("side", side, _SIDES)]
     value, error = _chunks.sampled(
         Partial(project, as_partial(model_fn)), params, inputs,
-        key=key, num_samples=num_projections, chunk_size=chunk_size,
+        key=key, num_samples=num_probes, chunk_size=chunk_size,
     )  # fmt: skip
-    return GeometricComplexityEstimate(value, error)
+    return GeometricComplexityResult(value, error)
 
 
-def _squared_norms(model_fn: Partial, params: Any, inputs: jax.Array) -> jax.Array:
+def _squared_norms(model_fn: Partial, params: Params, inputs: jax.Array) -> jax.Array:
     return _jacobian.squared_norms(lambda x: model_fn(params, x), inputs)
 
 
-def _reverse(model_fn: Partial, params: Any, inputs: jax.Array, keys: jax.Array) -> jax.Array:
+def _reverse(model_fn: Partial, params: Params, inputs: jax.Array, keys: jax.Array) -> jax.Array:
     outputs, pull_back = _jacobian.linearize(lambda x: model_fn(params, x), inputs)
     draws = _draws(keys, outputs.shape[1], outputs.dtype)
     return jnp.sum(_tree.wide(pull_back(draws)) ** 2, 1)
 
 
-def _forward(model_fn: Partial, params: Any, inputs: jax.Array, keys: jax.Array) -> jax.Array:
+def _forward(model_fn: Partial, params: Params, inputs: jax.Array, keys: jax.Array) -> jax.Array:
     draws = _draws(keys, inputs[0].size, inputs.dtype)
     images = _jacobian.push_forward(lambda x: model_fn(params, x), inputs, draws)
     return jnp.sum(_tree.wide(images) ** 2, 1)
 
 
-def _draws(keys: jax.Array, size: int, dtype: Any) -> jax.Array:
+def _draws(keys: jax.Array, size: int, dtype: DTypeLike) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, (size,), dtype))(keys)

@@ -1,18 +1,17 @@
 """The squared norm of the loss gradient, with a derivative that costs one Hessian product."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from regjax import _tree
-from regjax._base import as_partial, check_loss
+from regjax._base import Batch, LossFn, Params, Tree, as_partial, check_loss
 
 
-def gradient_norm_penalty(loss_fn: Callable[..., Any], params: Any, *batch: Any) -> jax.Array:
-    """||d L / d params||^2 of the mean loss over the batch.
+def gradient_norm_penalty(loss_fn: LossFn, params: Params, *batch: Tree) -> jax.Array:
+    """Computes the squared norm of the gradient of the mean loss over the batch.
+
+        ||d L / d params||^2
 
     Its derivative with respect to the parameters is 2 H g. It is computed as that, one Hessian
     product of forward over reverse mode, where plain automatic differentiation takes reverse over
@@ -40,13 +39,21 @@ def gradient_norm_penalty(loss_fn: Callable[..., Any], params: Any, *batch: Any)
 
 
 @jax.custom_jvp
-def squared_gradient_norm(loss_fn: Any, params: Any, batch: Any) -> jax.Array:
-    """||d loss_fn(params, *batch) / d params||^2, in float32 at least."""
+def squared_gradient_norm(loss_fn: Tree, params: Params, batch: Batch) -> jax.Array:
+    """Computes ||d loss_fn(params, *batch) / d params||^2, in float32 at least.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, a pytree.
+      params: tree of parameters.
+      batch: further arguments of the loss.
+    """
     gradient = jax.grad(lambda p: loss_fn(p, *batch))(params)
     return _tree.inner(gradient, gradient)
 
 
-def _tangent(primals: Any, tangents: Any) -> Any:
+def _tangent(
+    primals: tuple[Tree, Params, Batch], tangents: tuple[Tree, Tree, Tree]
+) -> tuple[jax.Array, jax.Array]:
     loss_fn, params, batch = primals
     gradient_of = lambda p: jax.grad(lambda p: loss_fn(p, *batch))(p)
     gradient = gradient_of(params)
@@ -66,16 +73,16 @@ def _tangent(primals: Any, tangents: Any) -> Any:
 squared_gradient_norm.defjvp(_tangent, symbolic_zeros=True)
 
 
-def _is_zero(tree: Any) -> bool:
+def _is_zero(tree: Tree) -> bool:
     return all(isinstance(leaf, SymbolicZero) for leaf in _leaves(tree))
 
 
-def _dense(tree: Any) -> Any:
-    def dense(leaf: Any) -> Any:
+def _dense(tree: Tree) -> Tree:
+    def dense(leaf: jax.Array | SymbolicZero) -> jax.Array:
         return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, SymbolicZero) else leaf
 
     return jax.tree.map(dense, tree, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
 
 
-def _leaves(tree: Any) -> list[Any]:
+def _leaves(tree: Tree) -> list[jax.Array | SymbolicZero]:
     return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))

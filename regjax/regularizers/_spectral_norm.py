@@ -1,21 +1,20 @@
 """The largest singular values of the kernels, as a penalty."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _loops, _tree
+from regjax import _checks, _loops, _numerics, _tree
+from regjax._base import Mask, Params, PRNGKey
 
 
 def spectral_norm_penalty(
-    params: Any,
+    params: Params,
     *,
     num_iterations: int | None = None,
-    key: jax.Array | None = None,
-    mask: Any = None,
+    key: PRNGKey | None = None,
+    mask: Mask = None,
 ) -> jax.Array:
-    """Half the sum over the kernels of the squared largest singular value.
+    """Computes half the sum over the kernels of the squared largest singular value.
 
         R = (1 / 2) sum_l sigma(W_l)^2 = (1 / 2) sum_l ||W_l v_l||^2
 
@@ -66,12 +65,12 @@ def spectral_norm_penalty(
             count = _checks.integer("num_iterations", num_iterations)
             start_key = jax.random.fold_in(_checks.key("key", key), i)
             start = jax.random.normal(start_key, fixed.shape[1:], fixed.dtype)
-            vector = _loops.fold(_power_step, start, count, operands=fixed)
+            vector = _loops.scan(_power_step, start, count, operands=fixed)
         total += (jnp.sum(_product(matrix, vector) ** 2) / 2).astype(total.dtype)
     return total
 
 
-def _kernels(params: Any, mask: Any) -> list[jax.Array]:
+def _kernels(params: Params, mask: Mask) -> list[jax.Array]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if mask is None:
         return [leaf for _, leaf in leaves if jnp.ndim(leaf) >= 2]
@@ -93,9 +92,8 @@ def _power_step(matrix: jax.Array, vector: jax.Array, i: jax.Array) -> jax.Array
 
 
 def _unit(vector: jax.Array) -> jax.Array:
-    """`vector` at length 1; zeros stay zeros."""
-    norm = jnp.sqrt(jnp.sum(vector**2))
-    return jnp.where(norm > 0, vector / jnp.where(norm > 0, norm, 1), 0)
+    """Scales `vector` to length 1; zeros stay zeros."""
+    return _numerics.divide(vector, jnp.linalg.norm(vector))
 
 
 def _product(one: jax.Array, other: jax.Array) -> jax.Array:

@@ -1,13 +1,13 @@
 """The tap of the batch entropy as a flax linen module: it holds a target and the last entropy."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen
+from jax.typing import DTypeLike
 
 from regjax import _tree
 from regjax.regularizers import _batch_entropy
+from regjax.regularizers._batch_entropy import tapped_entropies as tapped_entropies
 
 
 class BatchEntropyTap(linen.Module):
@@ -15,27 +15,28 @@ class BatchEntropyTap(linen.Module):
 
     Where the collection "batch_entropy" is mutable, as in training, it stores
     `regjax.regularizers.batch_entropy` of its inputs there; elsewhere it computes nothing and
-    needs no such collection. The target is the parameter "entropy_target".
-    `regjax.regularizers.entropies_and_targets` collects both from all taps of a model; one tap for
+    needs no such collection. The target is the parameter "target_entropy".
+    `tapped_entropies` collects both from all taps of a model; one tap for
     each layer.
 
     Attributes:
-      target: initial one, in nats.
+      initial_target_entropy: target entropy to begin with, in nats.
       degrees_of_freedom: as in `batch_entropy`.
       axis_name: as in `batch_entropy`.
       param_dtype: of the target, and of the entropy, in float32 at least.
     """
 
-    target: float = 0.5
+    initial_target_entropy: float = 0.5
     degrees_of_freedom: int = 1
     axis_name: str | None = None
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @linen.compact
     def __call__(self, activations: jax.Array) -> jax.Array:
-        """The activations (batch, ...) as they are."""
+        """Returns the activations (batch, ...) as they are."""
         target = self.param(
-            _batch_entropy.TARGET, lambda key: jnp.asarray(self.target, self.param_dtype)
+            _batch_entropy.TARGET,
+            lambda key: jnp.asarray(self.initial_target_entropy, self.param_dtype),
         )
         if not self.is_mutable_collection(_batch_entropy.ENTROPY):
             return activations

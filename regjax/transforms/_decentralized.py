@@ -146,7 +146,7 @@ def consensus_model(
     _checks.same_tree("params", params, model.params, leading=(_num_stacked(params),))
     mean, state = mean_params(params), model.state
     if model.has_batch_statistics:
-        state = population_statistics(model.apply, mean, state, batches, key=key)
+        state = population_statistics(model, mean, batches, state=state, key=key)
     return model._replace(params=mean, state=state)
 
 

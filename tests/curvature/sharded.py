@@ -316,6 +316,18 @@ def check_from_matvec():
     close(eigenvalues(operator), jnp.asarray([20.0, 19.0, 18.0]))
 
 
+def check_algebra():
+    """Of operators that are divided, as on one device."""
+    alone, together = both(chunk_size=3)
+    scales = jax.tree.map(lambda leaf: 1 + 0.1 * leaf, problem()[0])
+    make = lambda a: (2 * a.scaled(scales) + 0.5 * curvature.identity(a.space)).restricted(
+        jax.tree.map(lambda leaf: leaf.ndim == 2, scales)
+    )
+    assert make(together).space.mesh.size == 8
+    close(eigenvalues(make(together)), eigenvalues(make(alone)))
+    close(make(together).dense(), make(alone).dense(), 1e-4)
+
+
 def check_rows():
     """What is done to divided rows, deficient ones too, is as on one device."""
     rows = np.random.default_rng(0).normal(size=(5, 21)).astype(np.float32)
@@ -379,7 +391,7 @@ def check_command_line():
 OPTIMIZED = ("products", "recomputed_products", "memory")
 QUICK = (
     "convolutions", "coupled_examples", "two_axes", "eigenpairs", "lanczos", "density",
-    "trace_and_diagonal", "inside_jit", "from_matvec", "rows", "compilations", "errors",
+    "trace_and_diagonal", "inside_jit", "from_matvec", "algebra", "rows", "compilations", "errors",
     "command_line",
 )  # fmt: skip
 

@@ -158,6 +158,23 @@ def test_bfloat16_gives_the_leading_eigenvalues_within_its_bounds(loss, streamed
         assert np.nanmin(density.residual_norms) > 7 * unit * scale
 
 
+@pytest.mark.parametrize("loss", [loss_fn, narrow_inside])
+def test_ritz_pairs_have_the_floor_of_low_precision(loss):
+    params, x, y = network()
+    if loss is loss_fn:
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    operator = curvature.hessian(loss, params, x, y)
+    run = curvature.lanczos(operator, params, 20)
+    unit = float(jnp.finfo(jnp.bfloat16).eps)
+    assert float(run.eps) == unit
+    pairs = curvature.ritz_pairs(run)
+    # Of a converged pair; the residual alone is at the rounding of the vectors.
+    largest = float(jnp.max(jnp.abs(pairs.values)))
+    np.testing.assert_allclose(pairs.residual_norms[-1], 8 * unit * largest, rtol=1e-5)
+    outside = jnp.linalg.norm(run.residual) * jnp.abs(pairs.vectors[-1, -1])
+    assert float(outside) < unit * largest
+
+
 def test_the_narrowest_type_of_a_product():
     params, x, y = network()
     eps = lambda dtype: float(jnp.finfo(dtype).eps)

@@ -65,7 +65,7 @@ def test_samples_of_a_block_are_those_of_numpy():
             num_new = jnp.int32(min(block, total - i * block))
             moments = _hutchinson.with_samples(moments, vectors * (vectors @ matrix), num_new)
         samples = np.einsum("bi,ij,bj->b", signs, matrix, signs)[:total]
-        assert int(moments.count) == total
+        assert int(moments.num_samples) == total
         assert float(moments.mean) == pytest.approx(samples.mean(), rel=1e-6)
         error = samples.std(ddof=1) / np.sqrt(total)
         assert float(_hutchinson.standard_error(moments)) == pytest.approx(error, rel=1e-5)

@@ -61,6 +61,37 @@ def test_float64_stays_float64():
         np.testing.assert_allclose(operator.dense(), expected, rtol=1e-11, atol=1e-13)
 
 
+SOLVERS = {
+    "lanczos": lambda o, key: curvature.lanczos(o, o.params, 8, key=key).alphas,
+    "density": lambda o, key: curvature.spectral_density(o, key=key, num_steps=8).trace,
+    **{
+        which: lambda o, key, which=which: (
+            curvature.top_eigenpairs(
+                o, 3, key=key, which=which, max_basis=9, max_matvecs=200
+            ).values
+        )
+        for which in ("LA", "SA", "LM", "BE")
+    },
+    **{
+        f"{name} {method}": lambda o, key, name=name, method=method: (
+            getattr(curvature, name)(o, key=key, num_matvecs=9, method=method).value
+        )
+        for name in ("trace", "diagonal")
+        for method in ("hutchinson", "hutch++")
+    },
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_solvers_stay_in_float64_under_strict_promotion(name, wrap):
+    with jax.enable_x64(True):
+        problem = oracles.problem(dtype=np.float64)
+        operator = curvature.hessian(oracles.loss_fn, *problem_args(problem))
+        found = wrap(SOLVERS[name])(operator, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float64)}
+
+
 def test_bfloat16_parameters_get_float32_vectors_and_their_own_dtype_back():
     params = {"w": jnp.arange(3.0, dtype=jnp.bfloat16)}
     inputs = jnp.ones(4, jnp.bfloat16)

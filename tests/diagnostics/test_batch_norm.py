@@ -45,7 +45,7 @@ def test_multiplier_at_the_constrained_minimum(share, double):
     # The penalty with 1/2 has best / scale - 1; ours has none.
     np.testing.assert_allclose(report.multiplier, (best / scale - 1) / 2, atol=1e-10)
     if share != 1:
-        assert float(report.residual[0]) < 1e-10
+        assert float(report.relative_residual[0]) < 1e-10
         assert np.sign(report.multiplier[0]) == np.sign(1 - share)
     np.testing.assert_allclose(
         report.isotropic_rate, report.multiplier * np.trace(SIGMA) / D, rtol=1e-12
@@ -56,20 +56,20 @@ def test_away_from_the_minimum_the_residual_says_so(double):
     w = RANDOM.normal(size=(D, 2))
     w *= 0.7 / np.sqrt(np.sum(w * (SIGMA @ w), 0))
     report = diagnostics.batch_norm_regularization(w, 0.7, 0.0, MEAN, SIGMA, gradient(w))
-    assert np.all(report.residual > 0.05)
+    assert np.all(report.relative_residual > 0.05)
 
 
 def test_unit_with_batch_norm_is_the_equivalent_plain_unit(double):
     x = jnp.asarray(RANDOM.normal(size=(40, D)) @ ROOT.T + MEAN)
     kernel = jnp.asarray(RANDOM.normal(size=(D, 3)))
-    scale, shift = jnp.asarray([1.7, -0.5, 2.0]), jnp.asarray([0.1, 0.2, -0.3])
+    scale, bias = jnp.asarray([1.7, -0.5, 2.0]), jnp.asarray([0.1, 0.2, -0.3])
     layer = normalization.BatchNorm(epsilon=1e-2)
-    params = {"scale": scale, "bias": shift}
+    params = {"scale": scale, "bias": bias}
     outputs, _ = layer.apply(params, layer.init_state(3), x @ kernel, train=True)
     report = diagnostics.batch_norm_regularization(
         kernel,
         scale,
-        shift,
+        bias,
         x.mean(0),
         jnp.cov(x.T, bias=True),
         jnp.ones((D, 3)),

@@ -99,11 +99,11 @@ def test_jitter_against_all_distances_at_once(double):
         assert np.all(np.isfinite(distances))
         squares = np.mean((distances - distances.mean(0)) ** 2, 1)  # of each batch
         std = np.sqrt(distances.var(0, ddof=1).mean(0))
-        np.testing.assert_allclose(report.unit_std[layer], std, rtol=1e-9)
+        np.testing.assert_allclose(report.std[layer], std, rtol=1e-9)
         size = np.sqrt(np.mean(distances.mean(0) ** 2, 0))
         np.testing.assert_allclose(report.relative_std[layer], std / size, rtol=1e-9)
         error = squares.std(0) / np.sqrt(9 - 2) / (2 * std)
-        np.testing.assert_allclose(report.standard_error[layer], error, rtol=1e-6)
+        np.testing.assert_allclose(report.std_standard_error[layer], error, rtol=1e-6)
 
 
 @pytest.mark.optimized
@@ -116,11 +116,11 @@ def test_the_movement_of_gaussian_batches_of_32(chunk_size):
     sigma = np.linalg.norm(ROOT @ KERNEL, axis=0) / np.linalg.norm(KERNEL, axis=0)
     expected = sigma / np.sqrt(size) * np.sqrt(1 + SHIFT**2 / 2)
     # The second term is good to the next order, 1 / B.
-    tolerance = 5 * report.standard_error[0] + expected * SHIFT**2 / size
-    assert np.all(np.abs(report.unit_std[0] - expected) < tolerance)
+    tolerance = 5 * report.std_standard_error[0] + expected * SHIFT**2 / size
+    assert np.all(np.abs(report.std[0] - expected) < tolerance)
     # All inputs see the same batch: they are no independent draws.
-    error = report.unit_std[0] / np.sqrt(2 * num_batches)
-    np.testing.assert_allclose(report.standard_error[0], error, rtol=0.2)
+    error = report.std[0] / np.sqrt(2 * num_batches)
+    np.testing.assert_allclose(report.std_standard_error[0], error, rtol=0.2)
 
 
 @pytest.mark.optimized
@@ -134,7 +134,7 @@ def test_in_units_of_the_distance_of_the_data_the_weights_do_not_matter():
     np.testing.assert_allclose(report.relative_std, 32**-0.5, rtol=0.12)
     # The same weights times any number: the same movement, exactly.
     again = find(3 * kernel, data, batches)
-    np.testing.assert_allclose(again.unit_std, report.unit_std, rtol=1e-3)
+    np.testing.assert_allclose(again.std, report.std, rtol=1e-3)
 
 
 def test_margins_move_as_the_margins_of_each_batch(double):
@@ -149,7 +149,7 @@ def test_margins_move_as_the_margins_of_each_batch(double):
     np.testing.assert_allclose(report.std, margins.std(0, ddof=1), rtol=1e-9)
     squares = (margins - margins.mean(0)) ** 2
     error = squares.std(0) / np.sqrt(9 - 2) / (2 * margins.std(0, ddof=1))
-    np.testing.assert_allclose(report.standard_error, error, rtol=1e-6)
+    np.testing.assert_allclose(report.std_standard_error, error, rtol=1e-6)
 
 
 def half_dead(params, inputs, batch):
@@ -164,12 +164,12 @@ def test_inputs_without_a_boundary_are_left_out():
     batches = jnp.asarray([[1.0], [-1.0], [3.0]])
     find = jax.jit(functools.partial(diagnostics.boundary_jitter, half_dead, {}))
     report = find(jnp.ones((4, 1)), batches)
-    np.testing.assert_allclose(report.unit_std, [np.nan, 2], rtol=1e-6)
+    np.testing.assert_allclose(report.std, [np.nan, 2], rtol=1e-6)
     # A NaN in the data is not left out.
     spoiled = jnp.ones((4, 1)).at[2].set(jnp.nan)
-    assert np.isnan(find(spoiled, batches).unit_std[1])
+    assert np.isnan(find(spoiled, batches).std[1])
     pair = find(jnp.ones((4, 1)), batches[:2])
-    assert np.isnan(pair.standard_error[1])
+    assert np.isnan(pair.std_standard_error[1])
 
 
 class Preactivations(nnx.Module):
@@ -183,11 +183,11 @@ class Preactivations(nnx.Module):
 
 
 def test_a_flax_model_with_the_statistics_of_each_batch(default_promotion):
-    mlp = models.MLP((1, D, 1), 2, width=K, depth=1, norm="batch", rngs=nnx.Rngs(0))
+    mlp = models.MLP((1, D, 1), 2, width=K, depth=1, normalization="batch", rngs=nnx.Rngs(0))
     model = regjax.from_nnx(Preactivations(mlp))
 
     def given(params, inputs, batch):
-        state = regjax.population_statistics(model.apply, params, model.state, [batch])
+        state = regjax.population_statistics(model, params, [batch])
         return model.apply(params, state, inputs, train=False)[0]
 
     _, inputs, batches = arrays(5, 16)
@@ -195,20 +195,20 @@ def test_a_flax_model_with_the_statistics_of_each_batch(default_promotion):
     report = find(model.params, inputs, batches)
     kernel = np.asarray(model.params["model"]["layer_0"]["layer"]["kernel"])
     means = np.mean(batches @ kernel, 1) / np.linalg.norm(kernel, axis=0)
-    np.testing.assert_allclose(report.unit_std, means.std(0, ddof=1), rtol=1e-3)
+    np.testing.assert_allclose(report.std, means.std(0, ddof=1), rtol=1e-3)
 
 
 def test_bad_input():
     params, inputs, batches = arrays(3, 8)
     with pytest.raises(ValueError, match="`batches` must hold at least two batches, got 1"):
         diagnostics.boundary_jitter(network, params, inputs, batches[:1])
-    with pytest.raises(ValueError, match="`preactivations_given_batch` must return arrays with"):
+    with pytest.raises(ValueError, match="`batch_preactivations_fn` must return arrays with"):
         diagnostics.boundary_jitter(lambda p, x, batch: batch, params, inputs, batches)
     coupled = lambda p, x, batch: x
     coupled.couples_examples = True
-    with pytest.raises(ValueError, match="`preactivations_given_batch` must not couple"):
+    with pytest.raises(ValueError, match="`batch_preactivations_fn` must not couple"):
         diagnostics.boundary_jitter(coupled, params, inputs, batches)
-    with pytest.raises(ValueError, match="`labels` must be between 0 and 1, got 0 to 2"):
+    with pytest.raises(ValueError, match="`targets` must be between 0 and 1, got 0 to 2"):
         diagnostics.margin_jitter(logits, params, inputs, np.arange(7) % 3, batches)
     with pytest.raises(
         ValueError, match=r"shapes \(d, k\) and \(N, d\), got \(4, 6\) and \(8, 3\)"

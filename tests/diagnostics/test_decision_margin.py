@@ -84,7 +84,9 @@ def test_labels_that_are_traced_cannot_be_refused(wrong):
 
 
 def test_a_flax_model(default_promotion):
-    model = regjax.from_nnx(models.MLP((1, 5, 1), 4, depth=0, norm="batch", rngs=nnx.Rngs(0)))
+    model = regjax.from_nnx(
+        models.MLP((1, 5, 1), 4, depth=0, normalization="batch", rngs=nnx.Rngs(0))
+    )
     params = {"head": {"kernel": jnp.asarray(KERNEL), "bias": jnp.asarray(BIAS)}}
     margins = diagnostics.decision_margin(
         regjax.model_function(model), params, jnp.asarray(INPUTS), LABELS
@@ -95,15 +97,15 @@ def test_a_flax_model(default_promotion):
 def test_bad_input():
     params, inputs = (jnp.ones((5, 4)), jnp.ones(4)), jnp.ones((13, 5))
     find = functools.partial(diagnostics.decision_margin, linear, params, inputs)
-    with pytest.raises(ValueError, match="`labels` must be between 0 and 3, got 0 to 4"):
+    with pytest.raises(ValueError, match="`targets` must be between 0 and 3, got 0 to 4"):
         find(np.arange(13) % 5)
-    with pytest.raises(ValueError, match=r"`labels` must have shape \(13,\), got \(12,\)"):
+    with pytest.raises(ValueError, match=r"`targets` must have shape \(13,\), got \(12,\)"):
         find(LABELS[:12])
-    with pytest.raises(TypeError, match="`labels` must be integers, got float32"):
+    with pytest.raises(TypeError, match="`targets` must be integers, got float32"):
         find(jnp.ones(13))
     with pytest.raises(ValueError, match=r"`model_fn` must return logits of shape \(13, classes\)"):
         diagnostics.decision_margin(lambda p, x: x[:, :1], params, inputs, LABELS)
-    mlp = models.MLP((1, 5, 1), 4, width=3, norm="batch", rngs=nnx.Rngs(0))
+    mlp = models.MLP((1, 5, 1), 4, width=3, normalization="batch", rngs=nnx.Rngs(0))
     model = regjax.from_nnx(mlp)
     coupled = regjax.model_function(model, mode="train")
     with pytest.raises(ValueError, match="`model_fn` must not couple the examples"):

@@ -59,17 +59,17 @@ def problem_and_dropout(dtype=np.float64):
     return problem, Partial(dropout_loss, inputs=problem.inputs, targets=problem.targets)
 
 
-def on_diagonal(key=KEY, num_masks=9, num_probes=2, num_directions=3):
+def on_diagonal(key=KEY, num_samples=9, num_probes=2, num_directions=3):
     return diagnostics.dropout_noise_alignment(
         diagonal_loss, Partial(normal_noise, mixing=MIXING), jnp.ones(N), SLOPES,
-        key=key, num_masks=num_masks, num_directions=num_directions, num_probes=num_probes,
+        key=key, num_samples=num_samples, num_directions=num_directions, num_probes=num_probes,
     )  # fmt: skip
 
 
-def matrices_on_diagonal(num_masks=9):
+def matrices_on_diagonal(num_samples=9):
     """H and Sigma in float64."""
     draws = jax.vmap(lambda key: jax.random.normal(key, (N,)))(
-        jax.random.split(jax.random.split(KEY)[0], num_masks)
+        jax.random.split(jax.random.split(KEY)[0], num_samples)
     )
     gradients = np.asarray(draws, np.float64) @ np.asarray(MIXING, np.float64).T
     hessian = np.diag(np.asarray(SLOPES, np.float64).mean(0))
@@ -82,7 +82,7 @@ def check_exact_part(report, hessian, sigma, rtol):
     top = len(report.eigenvalues)
     values, vectors = values[::-1][:top], vectors[:, ::-1][:, :top]
     np.testing.assert_allclose(report.eigenvalues, values, rtol=rtol)
-    found = np.stack([np.asarray(ravel_pytree(v)[0]) for v in rows(report.vectors, top)])
+    found = np.stack([np.asarray(ravel_pytree(v)[0]) for v in rows(report.eigenvectors, top)])
     np.testing.assert_allclose(np.abs(found @ vectors), np.eye(top), atol=10 * rtol)
     curvatures = np.einsum("in,nm,im->i", vectors.T, hessian, vectors.T)
     np.testing.assert_allclose(report.curvatures, curvatures, rtol=10 * rtol)
@@ -108,7 +108,7 @@ def test_diagonal_hessian_and_normal_noise_in_closed_form():
     }
     for name, value in expected.items():
         assert float(getattr(report, name)) == pytest.approx(value, rel=1e-4)
-        assert float(getattr(report, f"{name}_error")) < 1e-4 * value
+        assert float(getattr(report, f"{name}_standard_error")) < 1e-4 * value
 
 
 def test_null_model_is_that_of_random_eigenvectors():
@@ -122,19 +122,19 @@ def test_null_model_is_that_of_random_eigenvectors():
     report, error = on_diagonal(), alignments.std() / np.sqrt(len(alignments))
     assert float(report.null_alignment) == pytest.approx(alignments.mean(), abs=5 * error)
     # A standard deviation of near-normal samples has the relative error 1 / sqrt(2 R).
-    assert float(report.null_deviation) == pytest.approx(alignments.std(), rel=5 / np.sqrt(4e4))
+    assert float(report.null_std) == pytest.approx(alignments.std(), rel=5 / np.sqrt(4e4))
 
 
 def test_dropout_of_a_network_against_the_dense_matrices(double):
     problem, dropped = problem_and_dropout()
     report = diagnostics.dropout_noise_alignment(
         loss_fn, dropped, problem.params, *problem.batch,
-        key=KEY, num_masks=12, num_directions=4, num_probes=300,
+        key=KEY, num_samples=12, num_directions=4, num_probes=300,
     )  # fmt: skip
     hessian = oracles.dense_hessian(loss_fn, problem.params, *problem.batch)
     mask_key, _ = jax.random.split(KEY)
     factor = curvature.dropout_covariance_factor(
-        dropped, problem.params, key=mask_key, num_masks=12
+        dropped, problem.params, key=mask_key, num_samples=12
     )
     sigma = np.asarray(factor).T @ np.asarray(factor)
     check_exact_part(report, hessian, sigma, rtol=1e-8)
@@ -146,7 +146,7 @@ def test_dropout_of_a_network_against_the_dense_matrices(double):
         "null_alignment": np.trace(hessian) * np.trace(sigma) / (38 * norms),
     }
     for name, value in expected.items():
-        error = float(getattr(report, f"{name}_error"))
+        error = float(getattr(report, f"{name}_standard_error"))
         assert float(getattr(report, name)) == pytest.approx(value, abs=5 * error)
         assert error < 0.2 * abs(value)
 
@@ -160,16 +160,16 @@ def test_errors_are_those_of_repeated_draws():
     def draw(key):
         report = diagnostics.dropout_noise_alignment(
             projected_loss, Partial(normal_noise, mixing=MIXING), jnp.ones(N), slopes,
-            key=key, num_masks=3, num_directions=1, num_probes=50,
+            key=key, num_samples=3, num_directions=1, num_probes=50,
         )  # fmt: skip
         # Free of the masks, which follow the key as well.
         noise = report.noise_trace / report.noise_norm
         aligned = report.product_trace / report.noise_norm
         return {
-            "trace": (report.hessian_trace, report.hessian_trace_error),
-            "norm": (report.hessian_norm, report.hessian_norm_error),
-            "null": (report.null_alignment / noise, report.null_alignment_error / noise),
-            "alignment": (report.alignment / aligned, report.alignment_error / aligned),
+            "trace": (report.hessian_trace, report.hessian_trace_standard_error),
+            "norm": (report.hessian_norm, report.hessian_norm_standard_error),
+            "null": (report.null_alignment / noise, report.null_alignment_standard_error / noise),
+            "alignment": (report.alignment / aligned, report.alignment_standard_error / aligned),
         }
 
     for values, errors in draw(jax.random.split(KEY, 1000)).values():
@@ -183,7 +183,7 @@ def test_chunks_and_jit_change_nothing(double):
 
     def measure(params, chunk_size):
         return diagnostics.dropout_noise_alignment(
-            loss_fn, dropped, params, *problem.batch, key=KEY, num_masks=5, num_directions=2,
+            loss_fn, dropped, params, *problem.batch, key=KEY, num_samples=5, num_directions=2,
             num_probes=4, chunk_size=chunk_size,
         )  # fmt: skip
 
@@ -198,12 +198,12 @@ def test_directions_without_noise_have_no_curvature():
     loud = Partial(normal_noise, mixing=MIXING[:, :2])
     measure = functools.partial(
         diagnostics.dropout_noise_alignment, diagonal_loss,
-        key=KEY, num_masks=6, num_directions=4, num_probes=1,
+        key=KEY, num_samples=6, num_directions=4, num_probes=1,
     )  # fmt: skip
     report = measure(loud, jnp.ones(N), SLOPES)
     np.testing.assert_array_equal(np.isnan(report.curvatures), [False, False, True, True])
-    np.testing.assert_array_equal(report.vectors[2:], np.zeros((2, N)))
-    assert np.isnan(report.alignment_error)  # of a single probe
+    np.testing.assert_array_equal(report.eigenvectors[2:], np.zeros((2, N)))
+    assert np.isnan(report.alignment_standard_error)  # of a single probe
     silent = measure(Partial(normal_noise, mixing=0 * MIXING), jnp.ones(N), SLOPES)
     assert float(silent.noise_norm) == 0
     assert np.isnan(silent.alignment)
@@ -214,13 +214,13 @@ def test_more_parameters_than_the_root_of_the_largest_integer():
     slopes = jnp.ones((2, size)).at[:, 0].set(300)
     report = diagnostics.dropout_noise_alignment(
         diagonal_loss, lambda w, key: jnp.dot(w, jax.random.normal(key, w.shape)),
-        jnp.ones(size), slopes, key=KEY, num_masks=2, num_directions=1, num_probes=2,
+        jnp.ones(size), slopes, key=KEY, num_samples=2, num_directions=1, num_probes=2,
     )  # fmt: skip
     # Sigma has one eigenvalue; H has one of 300 and else ones.
     total, norm = size + 299, np.sqrt(size + 300**2 - 1)
     shares = 1 - total**2 / norm**2 / size, 1 - 1 / size
     expected = np.sqrt(2 * shares[0] * shares[1]) / size
-    assert float(report.null_deviation) == pytest.approx(expected, rel=1e-3)
+    assert float(report.null_std) == pytest.approx(expected, rel=1e-3)
 
 
 class Net(nnx.Module):
@@ -244,17 +244,17 @@ def test_a_flax_model():
 
     loss = regjax.model_loss(model, oracles.squared_error)
     report = diagnostics.dropout_noise_alignment(
-        loss, dropped, model.params, *problem.batch, key=KEY, num_masks=8, num_directions=2
+        loss, dropped, model.params, *problem.batch, key=KEY, num_samples=8, num_directions=2
     )
-    assert report.vectors["first"]["kernel"].shape == (2, 3, 6)
-    assert float(report.alignment) > float(report.null_alignment + 5 * report.null_deviation)
+    assert report.eigenvectors["first"]["kernel"].shape == (2, 3, 6)
+    assert float(report.alignment) > float(report.null_alignment + 5 * report.null_std)
 
 
 def test_error_texts():
     with pytest.raises(ValueError, match="`num_directions` must be between 1 and 2, got 3"):
-        on_diagonal(num_masks=3, num_directions=3)
-    with pytest.raises(ValueError, match="`num_masks` must be at least 2, got 1"):
-        on_diagonal(num_masks=1)
+        on_diagonal(num_samples=3, num_directions=3)
+    with pytest.raises(ValueError, match="`num_samples` must be at least 2, got 1"):
+        on_diagonal(num_samples=1)
     with pytest.raises(ValueError, match="`num_probes` must be at least 1, got 0"):
         on_diagonal(num_probes=0)
     with pytest.raises(TypeError, match="`key` must be a typed key"):

@@ -47,7 +47,7 @@ def test_an_exponential_of_the_square(chunk_size, double):
     report = flatness(lambda t: 0.2 * jnp.exp(0.5 * m * t**2), chunk_size=chunk_size)
     np.testing.assert_allclose(report.width, math.sqrt(8 / m), rtol=1e-4)
     assert bool(report.converged)
-    assert float(report.error) < 1e-6
+    assert float(report.width_error_bound) < 1e-6
 
 
 @pytest.mark.optimized
@@ -100,8 +100,8 @@ def test_bad_input():
         flatness(shape, factor=0.5)
     with pytest.raises(ValueError, match="`max_distance` must be positive, got 0"):
         flatness(shape, max_distance=0.0)
-    with pytest.raises(ValueError, match="`num_steps` must be at least 3, got 2"):
-        flatness(shape, num_steps=2)
+    with pytest.raises(ValueError, match="`num_evaluations` must be at least 3, got 2"):
+        flatness(shape, num_evaluations=2)
     params, other, rows = {"w": jnp.ones(2)}, {"v": jnp.ones(2)}, jnp.ones((4, 1))
     with pytest.raises(ValueError, match="`direction` must have the tree structure"):
         diagnostics.interval_flatness(of_distance(shape), params, other, rows, max_distance=1.0)

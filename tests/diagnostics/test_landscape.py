@@ -32,7 +32,7 @@ def test_probe_of_a_quadratic(chunk_size, double):
     matrix = rows.T @ rows / 11
     g = matrix @ w
     report = diagnostics.line_probe(
-        quadratic, {"w": jnp.asarray(w)}, rows, step_sizes=STEPS, chunk_size=chunk_size
+        quadratic, {"w": jnp.asarray(w)}, rows, learning_rates=STEPS, chunk_size=chunk_size
     )
     losses = [0.5 * w @ matrix @ w - s * g @ g + 0.5 * s**2 * g @ matrix @ g for s in STEPS]
     np.testing.assert_allclose(report.losses, losses, rtol=1e-10)
@@ -50,7 +50,7 @@ def test_float32_is_good_for_steps_that_are_not_tiny():
     rows, w = RANDOM.normal(size=(11, 3)), RANDOM.normal(size=3)
     matrix = rows.T @ rows / 11
     report = diagnostics.line_probe(
-        quadratic, {"w": jnp.float32(w)}, jnp.float32(rows), step_sizes=jnp.float32(STEPS)
+        quadratic, {"w": jnp.float32(w)}, jnp.float32(rows), learning_rates=jnp.float32(STEPS)
     )
     g = matrix @ w
     np.testing.assert_allclose(
@@ -60,7 +60,7 @@ def test_float32_is_good_for_steps_that_are_not_tiny():
 
 def test_no_gradient_no_smoothness():
     report = diagnostics.line_probe(
-        quadratic, {"w": jnp.zeros(2)}, jnp.ones((3, 2)), step_sizes=jnp.ones(2)
+        quadratic, {"w": jnp.zeros(2)}, jnp.ones((3, 2)), learning_rates=jnp.ones(2)
     )
     assert np.all(np.isnan(report.smoothness))
     np.testing.assert_array_equal(report.gradient_distances, 0)
@@ -70,7 +70,7 @@ def test_no_gradient_no_smoothness():
 def test_probe_and_shift_of_models_in_train_mode():
     """Batch norm in train mode, under jit, in nnx and linen; statistics stay where they are."""
     x, y = jnp.asarray(RANDOM.normal(size=(12, 4, 4, 1)), jnp.float32), jnp.arange(12) % 3
-    module = models.MLP((4, 4, 1), 3, width=5, norm="batch", rngs=nnx.Rngs(0))
+    module = models.MLP((4, 4, 1), 3, width=5, normalization="batch", rngs=nnx.Rngs(0))
     adapted = regjax.from_nnx(module)
 
     class Net(linen.Module):
@@ -87,7 +87,9 @@ def test_probe_and_shift_of_models_in_train_mode():
     ):
         before = jax.tree.map(np.asarray, model.state)
         loss = regjax.model_loss(model, oracles.cross_entropy, mode="train")
-        probe = jax.jit(lambda loss, p: diagnostics.line_probe(loss, p, x, y, step_sizes=STEPS[:2]))
+        probe = jax.jit(
+            lambda loss, p: diagnostics.line_probe(loss, p, x, y, learning_rates=STEPS[:2])
+        )
         report = probe(loss, model.params)
         g = jax.grad(loss)(model.params, x, y)
         moved = jax.tree.map(lambda w, g: w - STEPS[1] * g, model.params, g)
@@ -97,15 +99,15 @@ def test_probe_and_shift_of_models_in_train_mode():
             report.gradient_distances[1], optax.tree.norm(difference), rtol=1e-3
         )
         shift = diagnostics.internal_covariate_shift(loss, model.params, moved, x, y, layers=layers)
-        assert float(shift.distance[0]) == 0
-        assert float(shift.distance[-1]) > 0
+        assert float(shift.distances[0]) == 0
+        assert float(shift.distances[-1]) > 0
         jax.tree.map(np.testing.assert_array_equal, model.state, before)
         with pytest.raises(ValueError, match="`chunk_size` must not split a batch"):
-            diagnostics.line_probe(loss, model.params, x, y, step_sizes=STEPS, chunk_size=5)
+            diagnostics.line_probe(loss, model.params, x, y, learning_rates=STEPS, chunk_size=5)
         # Statistics of each chunk are another loss, which is asked for by name.
         by_chunk = regjax.model_loss(model, oracles.cross_entropy, mode="train_per_chunk")
         report = diagnostics.line_probe(
-            by_chunk, model.params, x, y, step_sizes=STEPS[:1], chunk_size=8
+            by_chunk, model.params, x, y, learning_rates=STEPS[:1], chunk_size=8
         )
         parts = (8 * loss(model.params, x[:8], y[:8]) + 4 * loss(model.params, x[8:], y[8:])) / 12
         np.testing.assert_allclose(report.loss, parts, rtol=1e-5)
@@ -132,15 +134,15 @@ def test_covariate_shift_of_a_linear_net(chunk_size, double):
     )
     old = (x @ w1).T @ (x @ w1 @ w2 - y) / 9
     new = (x @ v1).T @ (x @ v1 @ w2 - y) / 9
-    np.testing.assert_allclose(report.distance, [0, np.linalg.norm(new - old)], rtol=1e-10)
+    np.testing.assert_allclose(report.distances, [0, np.linalg.norm(new - old)], rtol=1e-10)
     cosine = np.sum(new * old) / np.linalg.norm(new) / np.linalg.norm(old)
-    np.testing.assert_allclose(report.cosine, [1, cosine], rtol=1e-10)
+    np.testing.assert_allclose(report.cosines, [1, cosine], rtol=1e-10)
     # With the layers in the other order it is the first that sees the second.
     turned = diagnostics.internal_covariate_shift(
         loss, tree(w1, w2), tree(v1, v2), x, y, layers=("b", "a")
     )
     old, new = (x.T @ ((x @ w1 @ w - y) @ w.T) / 9 for w in (w2, v2))
-    np.testing.assert_allclose(turned.distance, [0, np.linalg.norm(new - old)], rtol=1e-10)
+    np.testing.assert_allclose(turned.distances, [0, np.linalg.norm(new - old)], rtol=1e-10)
 
 
 def test_bad_input():
@@ -156,12 +158,12 @@ def test_bad_input():
         shift(layers=["c"])
     with pytest.raises(ValueError, match="`layers` must be disjoint, got a in more than one"):
         shift(layers=["a", "a"])
-    with pytest.raises(ValueError, match="`new_params` must have the tree structure"):
+    with pytest.raises(ValueError, match="`other_params` must have the tree structure"):
         shift(new={"a": jnp.ones(2)})
-    with pytest.raises(ValueError, match="`step_sizes` must be a vector"):
-        diagnostics.line_probe(loss, params, rows, step_sizes=0.1)
+    with pytest.raises(ValueError, match="`learning_rates` must be a vector"):
+        diagnostics.line_probe(loss, params, rows, learning_rates=0.1)
     summed = lambda params, rows: 4 * loss(params, rows) * rows.shape[0]
     with pytest.raises(ValueError, match="`loss_fn` must be the mean over independent examples"):
-        diagnostics.line_probe(summed, params, rows, step_sizes=STEPS, chunk_size=2)
+        diagnostics.line_probe(summed, params, rows, learning_rates=STEPS, chunk_size=2)
     with pytest.raises(ValueError, match="`loss_fn` must return a scalar"):
-        diagnostics.line_probe(lambda p, x: x @ p["a"], params, rows, step_sizes=STEPS)
+        diagnostics.line_probe(lambda p, x: x @ p["a"], params, rows, learning_rates=STEPS)

@@ -84,7 +84,7 @@ def test_gradient_descent_cannot_reach_the_transversal_part(depth, momentum, dou
     tx = optax.sgd(0.01, momentum=momentum)
     report, end, start = trained(tx, depth, jnp.float64)
     assert float(report.change) < 1e-12
-    assert float(report.ratio) == pytest.approx(1, abs=1e-12)
+    assert float(report.norm_ratio) == pytest.approx(1, abs=1e-12)
     assert np.max(np.abs(end[0][0] - start[0][0])) > 0.05  # along the data it moved
     # The same numbers, by NumPy.
     moved = OFF @ np.asarray(end[0][0] - start[0][0])
@@ -101,8 +101,8 @@ def test_in_float32_it_moves_by_rounding():
 def test_weight_decay_shrinks_it_at_a_known_rate(double):
     tx = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.05))
     report, *_ = trained(tx, 2, jnp.float64)
-    assert float(report.ratio) == pytest.approx((1 - 5e-4) ** 300, abs=1e-12)
-    assert float(report.ratio) == pytest.approx(0.860676, abs=1e-6)
+    assert float(report.norm_ratio) == pytest.approx((1 - 5e-4) ** 300, abs=1e-12)
+    assert float(report.norm_ratio) == pytest.approx(0.860676, abs=1e-6)
 
 
 @pytest.mark.usefixtures("default_promotion")
@@ -112,7 +112,7 @@ def test_adam_moves_it_unless_the_subspace_follows_the_axes():
     aligned, end, start = trained(tx, 2, jnp.float32, np.eye(D)[:, :K])
     assert float(rotated.change) > 0.1
     assert float(aligned.change) == 0
-    assert float(aligned.ratio) == 1
+    assert float(aligned.norm_ratio) == 1
     assert np.max(np.abs(end[0][0] - start[0][0])) > 0.1
 
 
@@ -122,14 +122,14 @@ def test_frozen_component_of_known_parts(double):
     report = diagnostics.frozen_component(start + along + 0.1 * off, start, BASIS)
     np.testing.assert_allclose(report.change, np.max(np.abs(0.1 * off)), rtol=1e-12)
     ratio = np.linalg.norm(OFF @ start + 0.1 * off) / np.linalg.norm(OFF @ start)
-    np.testing.assert_allclose(report.ratio, ratio, rtol=1e-12)
+    np.testing.assert_allclose(report.norm_ratio, ratio, rtol=1e-12)
     # A convolution's kernel, on patches of two by two pixels with two channels.
     shaped = [a.reshape(2, 2, 2, 4) for a in (start + along + 0.1 * off, start)]
     again = jax.jit(diagnostics.frozen_component)(*shaped, BASIS)
     np.testing.assert_allclose(again, report, rtol=1e-12)
     nothing = diagnostics.frozen_component(np.eye(D)[:, :2], np.zeros((D, 2)), np.eye(D)[:, :3])
     assert float(nothing.change) == 0
-    assert np.isnan(nothing.ratio)
+    assert np.isnan(nothing.norm_ratio)
 
 
 def test_noise_in_the_complement_decays_it_slowly(double):
@@ -142,7 +142,7 @@ def test_noise_in_the_complement_decays_it_slowly(double):
     for _ in range(steps):
         w = w - rate * jax.grad(population_loss)(w)
     report = diagnostics.frozen_component(w, start, BASIS)
-    assert float(report.ratio) == pytest.approx((1 - rate * scale**2) ** steps, abs=1e-10)
+    assert float(report.norm_ratio) == pytest.approx((1 - rate * scale**2) ** steps, abs=1e-10)
 
 
 # The function off the data.
@@ -358,7 +358,7 @@ def test_subspace_is_linear_and_its_size_follows_the_tolerance(double):
     assert rank(line + BASIS[:, 1]) == 2
     assert rank(np.tile(BASIS[:, :1].T, (5, 1))) == 1
     uneven = (COORDINATES * [1, 1e-3, 1e-5]) @ BASIS.T
-    assert [rank(uneven, tolerance=t) for t in (1e-1, 1e-4, 1e-7)] == [1, 2, 3]
+    assert [rank(uneven, tol=t) for t in (1e-1, 1e-4, 1e-7)] == [1, 2, 3]
     # Fewer examples than dimensions; and all directions.
     assert rank(RANDOM.normal(size=(4, D))) == 4
     assert rank(RANDOM.normal(size=(N, D))) == D
@@ -392,7 +392,7 @@ def test_a_concrete_subspace_may_be_found_and_used_while_tracing():
         (np.zeros((4, D)), {}, "`inputs` must span a subspace, got zeros only"),
         (np.full((4, D), np.nan), {}, "`inputs` must be finite, got NaN or infinity"),
         (np.full((4, D), np.inf), {}, "`inputs` must be finite"),
-        (np.ones((4, D)), {"tolerance": -1.0}, "`tolerance` must be non-negative"),
+        (np.ones((4, D)), {"tol": -1.0}, "`tol` must be non-negative"),
         (np.ones((4, D)), {"num_directions": 5}, "`num_directions` must be between 1 and 4"),
         (np.ones((0, D)), {}, "`batch` must hold at least one example"),
     ],
@@ -443,9 +443,9 @@ def test_other_bad_arguments_are_refused():
         variation(np.eye(D), **good)
     with pytest.raises(ValueError, match="`basis` must leave a complement"):
         diagnostics.frozen_component(kernel, kernel, np.eye(D))
-    with pytest.raises(ValueError, match=r"`first_kernel` must have shape \(8, 3\), got \(8, 2\)"):
+    with pytest.raises(ValueError, match=r"`kernel` must have shape \(8, 3\), got \(8, 2\)"):
         diagnostics.frozen_component(kernel, jnp.ones((D, 3)), np.eye(D)[:, :2])
-    with pytest.raises(ValueError, match=r"`first_kernel` must have shape \(d, m\), got \(8,\)"):
+    with pytest.raises(ValueError, match=r"`kernel` must have shape \(d, m\), got \(8,\)"):
         diagnostics.frozen_component(kernel[:, 0], kernel[:, 0], np.eye(D)[:, :2])
     with pytest.raises(TypeError, match="`inputs` must be one array of real floating point"):
         diagnostics.transversal_complexity(linear_fn, kernel, jnp.ones((3, D), int), np.eye(D))

@@ -58,7 +58,7 @@ def test_batch_norm_frees_each_filter_of_the_kernel_before_it(per_filter):
     }
     # The bias before the norm does not matter at all, which is another thing.
     assert float(found.function_change["first"]["bias"]) < 1e-3
-    assert float(found.gradient_norm["first"]["bias"]) < 1e-5
+    assert float(found.relative_gradient_norm["first"]["bias"]) < 1e-5
     assert float(found.radial_fraction["first"]["kernel"]) < 1e-5
     assert float(found.function_change["last"]["kernel"]) > 0.05
 
@@ -88,7 +88,7 @@ def test_a_dead_filter_is_insensitive_and_not_invariant():
         return {**params, "last": {**params["last"], "kernel": kernel}}
 
     found = report(Dense(linen.BatchNorm), FLAT, change=dead)
-    assert float(found.gradient_norm["first"]["kernel"]) == 0
+    assert float(found.relative_gradient_norm["first"]["kernel"]) == 0
     assert found.mask["first"]["kernel"] is False
 
 
@@ -109,8 +109,8 @@ def test_the_mask_fits_rescale_weights():
 
 def test_error_texts():
     function = lambda params, x: params["a"] * x
-    with pytest.raises(ValueError, match="`tolerance` must be non-negative, got -1"):
-        diagnostics.scale_invariant_mask(function, {"a": jnp.ones(2)}, 1.0, key=KEY, tolerance=-1)
+    with pytest.raises(ValueError, match="`tol` must be non-negative, got -1"):
+        diagnostics.scale_invariant_mask(function, {"a": jnp.ones(2)}, 1.0, key=KEY, tol=-1)
     with pytest.raises(TypeError, match="must be real floating point, got int32"):
         diagnostics.scale_invariant_mask(function, {"a": jnp.ones(2, jnp.int32)}, 1.0, key=KEY)
     with pytest.raises(TypeError, match="`key` must be a typed key"):
@@ -119,7 +119,7 @@ def test_error_texts():
 
 def test_each_of_the_two_probes_is_needed():
     w = jnp.asarray([0.6, 0.8], jnp.float32)
-    find = lambda f: diagnostics.scale_invariant_mask(f, {"w": w}, key=KEY)
+    find = lambda f: diagnostics.scale_invariant_mask(lambda p, _: f(p), {"w": w}, None, key=KEY)
     direction = lambda p: p["w"] / jnp.linalg.norm(p["w"])
     # At |w| = 1 the radial derivative vanishes, farther off the scale matters.
     turning = find(lambda p: direction(p) + (jnp.sum(p["w"] ** 2) - 1) ** 2)

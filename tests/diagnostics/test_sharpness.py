@@ -10,7 +10,8 @@ from flax import linen, nnx
 from jax.flatten_util import ravel_pytree
 
 import regjax
-from regjax import diagnostics
+from regjax import curvature, diagnostics
+from regjax.diagnostics._spherical_sharpness import displaced
 from tests import oracles
 
 KEY = jax.random.key(0)
@@ -58,45 +59,57 @@ def dense_hessian(loss, params, *batch):
     return np.asarray(jax.jit(jax.hessian(lambda v: loss(unravel(v), *batch)))(vector))
 
 
+def largest(loss, params, *batch, chunk_size=None, **options):
+    hessian = curvature.hessian(loss, params, *batch, chunk_size=chunk_size)
+    return curvature.top_eigenpairs(hessian, 1, key=KEY, search=False, **options)
+
+
 # The largest eigenvalue
 
 
 def test_largest_eigenvalue_of_a_network(double):
     problem = oracles.in_double(oracles.problem())
     eigenvalues = np.linalg.eigvalsh(dense_hessian(oracles.loss_fn, problem.params, *problem.batch))
-    few, many, chunked = (
-        diagnostics.lambda_max(
-            oracles.loss_fn, problem.params, *problem.batch, key=KEY, num_steps=m, chunk_size=size
-        )
-        for m, size in ((8, None), (35, None), (35, 7))
-    )
-    np.testing.assert_allclose(many.value, eigenvalues[-1], rtol=1e-9)
-    np.testing.assert_allclose(chunked.value, many.value, rtol=1e-9)
-    np.testing.assert_allclose(chunked.smallest, many.smallest, rtol=1e-6)
-    assert bool(many.converged)
-    # With few steps both ends are approached from inside, and the bound is one and no idle one.
-    assert eigenvalues[0] <= many.smallest <= few.smallest < 0
-    assert few.value <= eigenvalues[-1]
-    distance = np.abs(eigenvalues - few.value).min()
-    assert distance <= few.residual_norm < 0.2 * few.value
-    assert not bool(few.converged)
+    (few, many, chunked), (low_few, low_many, low_chunked) = (
+        [
+            largest(
+                oracles.loss_fn, problem.params, *problem.batch,
+                which=which, tol=0, max_matvecs=m, chunk_size=size,
+            )
+            for m, size in ((8, None), (35, None), (35, 7))
+        ]
+        for which in ("LA", "SA")
+    )  # fmt: skip
+    np.testing.assert_allclose(many.values[0], eigenvalues[-1], rtol=1e-9)
+    np.testing.assert_allclose(chunked.values[0], many.values[0], rtol=1e-9)
+    np.testing.assert_allclose(low_chunked.values[0], low_many.values[0], rtol=1e-6)
+    assert bool(many.converged[0])
+    # With few products both ends are approached from inside, and the bound is one and no idle one.
+    assert eigenvalues[0] <= low_many.values[0] <= low_few.values[0] < 0
+    assert few.values[0] <= eigenvalues[-1]
+    distance = np.abs(eigenvalues - few.values[0]).min()
+    assert distance <= few.residual_norms[0] < 0.2 * few.values[0]
+    assert not bool(few.converged[0])
 
 
 def test_on_a_saddle_the_sign_decides_or_the_magnitude(double):
     matrix = jnp.asarray(oracles.symmetric([-3.0, -1.0, 0.0, 0.5, 2.0]))
-    measure = functools.partial(diagnostics.lambda_max, quadratic, jnp.ones(5), matrix, key=KEY)
-    signed, farthest = measure(), measure(largest_magnitude=True)
-    np.testing.assert_allclose([signed.value, farthest.value], [2, -3], rtol=1e-9)
-    np.testing.assert_allclose([signed.smallest, farthest.smallest], [-3, -3], rtol=1e-9)
-    assert bool(signed.converged)
-    assert bool(farthest.converged)
+    measure = functools.partial(largest, quadratic, jnp.ones(5), matrix)
+    signed, farthest, smallest = measure(), measure(which="LM"), measure(which="SA")
+    values = [result.values[0] for result in (signed, farthest, smallest)]
+    np.testing.assert_allclose(values, [2, -3, -3], rtol=1e-9)
+    assert bool(signed.converged[0])
+    assert bool(farthest.converged[0])
 
 
-@pytest.mark.parametrize("curvature", [0.0, -1.0])
-def test_a_single_eigenvalue_is_found_in_the_first_step(curvature, double):
-    report = diagnostics.lambda_max(quadratic, jnp.ones(5), curvature * jnp.eye(5), key=KEY)
-    np.testing.assert_allclose([report.value, report.smallest], curvature, rtol=1e-12)
-    assert bool(report.converged)
+@pytest.mark.parametrize("eigenvalue", [0.0, -1.0])
+def test_a_single_eigenvalue_is_found_in_the_first_step(eigenvalue, double):
+    matrix = eigenvalue * jnp.eye(5)
+    for which in ("LA", "SA"):
+        result = largest(quadratic, jnp.ones(5), matrix, which=which)
+        np.testing.assert_allclose(result.values[0], eigenvalue, rtol=1e-12)
+        assert bool(result.converged[0])
+        assert result.num_matvecs == 1
 
 
 @pytest.mark.parametrize(("rate", "sharpness"), [(0.2, 9.50), (0.35, 3.21)])
@@ -104,7 +117,7 @@ def test_descent_ends_where_it_is_stable(rate, sharpness, double):
     loss = lambda w: 0.5 * (w[0] * w[1] - 1) ** 2
     w = jnp.asarray([3.2, 0.4])
     w = jax.lax.fori_loop(0, 3000, lambda _, w: w - rate * jax.grad(loss)(w), w)
-    value = diagnostics.lambda_max(loss, w, key=KEY).value
+    value = largest(loss, w).values[0]
     np.testing.assert_allclose(value, jnp.sum(w**2), rtol=1e-8)  # at the minima x y = 1
     np.testing.assert_allclose(value, sharpness, rtol=0.01)
     assert value < 2 / rate
@@ -116,8 +129,8 @@ def test_bound_on_the_loss_in_a_ball(double):
     leading, rho = jnp.linalg.eigh(matrix)[1][:, -1], 0.3
     for w in (jnp.zeros(5), 0.7 * leading):
         gradient = jax.grad(quadratic)(w, matrix)
-        report = diagnostics.lambda_max(quadratic, w, matrix, key=KEY)
-        bound = quadratic(w, matrix) + rho * jnp.linalg.norm(gradient) + rho**2 * report.value / 2
+        value = largest(quadratic, w, matrix).values[0]
+        bound = quadratic(w, matrix) + rho * jnp.linalg.norm(gradient) + rho**2 * value / 2
         ball = RANDOM.normal(size=(2000, 5))
         ball *= rho / np.linalg.norm(ball, axis=1, keepdims=True)
         there = jax.vmap(quadratic, (0, None))(w[None] + ball, matrix)
@@ -132,7 +145,9 @@ def test_between_two_points(double):
     ends, matrix = jax.tree.map(jnp.asarray, (ENDS, oracles.symmetric([-1.0, 0.5, 1.0, 2.0, 4.0])))
     same = diagnostics.lambda_max_between(quadratic, *ends, matrix, key=KEY)
     np.testing.assert_allclose(same.values, np.full(8, 4.0), rtol=1e-9)
-    measure = functools.partial(diagnostics.lambda_max_between, quartic, key=KEY, num_points=5)
+    measure = functools.partial(
+        diagnostics.lambda_max_between, quartic, key=KEY, num_points=5, tol=1e-9
+    )
     for first, last, at in ((*ends, -1), (*ends[::-1], 0)):
         report = measure(first, last)
         np.testing.assert_allclose(report.values, 12 * np.linspace(first[0], last[0], 5) ** 2)
@@ -146,11 +161,24 @@ def test_between_two_points(double):
 def test_between_has_converged_only_if_every_point_has(double):
     # At the first end the Hessian is 12 I and a single step is exact; at the other one it is not.
     ends = jnp.ones(5), jnp.asarray([1.0, 0.9, 0.8, 0.7, 0.6])
-    report = diagnostics.lambda_max_between(quartic, *ends, key=KEY, num_points=2, num_steps=1)
+    report = diagnostics.lambda_max_between(quartic, *ends, key=KEY, num_points=2, max_matvecs=1)
     small = report.residual_norms <= 1e-3 * report.values
     np.testing.assert_array_equal(small, [True, False])
     assert report.value == report.values[0]
     assert not bool(report.converged)
+
+
+def test_no_residual_norm_is_claimed_below_the_rounding_of_low_precision():
+    def loss(w):
+        return jnp.sum(jnp.arange(1, 5, dtype=w.dtype) * w**2)
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        ends, floor = (jnp.ones(4, dtype), jnp.zeros(4, dtype)), 8 * float(jnp.finfo(dtype).eps)
+        between = diagnostics.lambda_max_between(loss, *ends, key=KEY, num_points=2)
+        sphere = diagnostics.spherical_sharpness(loss, ends[0], key=KEY, tol=0)
+        for result, value in ((between, 8.0), (sphere, 4 * 8.0)):
+            np.testing.assert_allclose(result.value, value, rtol=2 * floor)
+            assert floor * value * 0.9 <= result.residual_norm <= max(floor, 1e-3) * value * 1.1
 
 
 # Weights without a scale
@@ -161,7 +189,7 @@ def test_spherical_sharpness_of_two_kernels(double):
     whole = dense_hessian(normalized, params, *batch)
     dense, weights = whole[3:, 3:], flat(params["layers"])
     square = weights @ weights
-    measure = functools.partial(diagnostics.spherical_sharpness, normalized, key=KEY)
+    measure = functools.partial(diagnostics.spherical_sharpness, normalized, key=KEY, tol=1e-9)
     report = measure(params, *batch, mask=MASK)
     np.testing.assert_allclose(report.value, square * np.linalg.eigvalsh(dense)[-1], rtol=1e-9)
     scaled = {**params, "layers": jax.tree.map(lambda leaf: 7 * leaf, params["layers"])}
@@ -176,11 +204,13 @@ def test_spherical_sharpness_of_two_kernels(double):
     projection = np.eye(weights.size) - np.outer(weights, weights) / square
     expected = np.linalg.eigvalsh(projection @ dense @ projection)
     np.testing.assert_allclose(tangent.value, square * expected[-1], rtol=1e-9)
-    np.testing.assert_allclose(tangent.smallest, square * expected[0], rtol=1e-6)
+    on_sphere, origin = displaced(normalized, params, MASK, tangent=True)
+    smallest = largest(on_sphere, origin, *batch, which="SA", tol=1e-9).values[0]
+    np.testing.assert_allclose(smallest, square * expected[0], rtol=1e-6)
     assert abs(tangent.value / report.value - 1) > 1e-3
 
     groups = diagnostics.spherical_sharpness_by_group(
-        normalized, params, *batch, key=KEY, mask=MASK
+        normalized, params, *batch, key=KEY, mask=MASK, tol=1e-9
     )
     assert list(groups) == ["layers/first", "layers/second"]
     for group, place in zip(groups.values(), (slice(0, 9), slice(9, 18)), strict=True):
@@ -238,11 +268,13 @@ def test_flax_models_under_jit():
 
 def test_bad_inputs(double):
     params, batch = network()
-    measure = functools.partial(diagnostics.lambda_max, normalized, params, *batch, key=KEY)
+    measure = functools.partial(
+        diagnostics.spherical_sharpness, normalized, params, *batch, key=KEY
+    )
     with pytest.raises(ValueError, match="`tol` must be non-negative, got -1"):
         measure(tol=-1)
-    with pytest.raises(ValueError, match="`num_steps` must be at least 1, got 0"):
-        measure(num_steps=0)
+    with pytest.raises(ValueError, match="`max_matvecs` must be at least 1, got 0"):
+        measure(max_matvecs=0)
     with pytest.raises(TypeError, match="`key` must be a typed key"):
         measure(key=0)
     with pytest.raises(ValueError, match="`loss_fn` must be the mean over independent examples"):
@@ -250,14 +282,11 @@ def test_bad_inputs(double):
     between = functools.partial(diagnostics.lambda_max_between, normalized, params, key=KEY)
     with pytest.raises(ValueError, match="`num_points` must be at least 2, got 1"):
         between(params, *batch, num_points=1)
-    with pytest.raises(ValueError, match="`next_params` must have the tree structure"):
+    with pytest.raises(ValueError, match="`other_params` must have the tree structure"):
         between(params["head"], *batch)
-    spherical = functools.partial(
-        diagnostics.spherical_sharpness, normalized, params, *batch, key=KEY
-    )
     with pytest.raises(ValueError, match="`mask` must choose at least one leaf, got none"):
-        spherical(mask=jax.tree.map(lambda _: False, MASK))
+        measure(mask=jax.tree.map(lambda _: False, MASK))
     with pytest.raises(TypeError, match="`mask` must hold Python bools, got 0"):
-        spherical(mask=jax.tree.map(int, MASK))
+        measure(mask=jax.tree.map(int, MASK))
     with pytest.raises(ValueError, match="`mask` must have the tree structure"):
-        spherical(mask=MASK["layers"])
+        measure(mask=MASK["layers"])

@@ -28,19 +28,19 @@ def test_errors_on_the_support_and_off_it(depth, transform):
     report = transform(
         lambda u, v, w: diagnostics.sparse_recovery(u, v, depth=depth, true_weights=w)
     )(u, v, jnp.asarray(TRUE))
-    np.testing.assert_allclose(report.error, np.sum((weights - TRUE) ** 2), rtol=1e-5)
-    np.testing.assert_allclose(report.support_error, 0.3, rtol=1e-5)
-    np.testing.assert_allclose(report.off_support, 0.6, rtol=1e-5)
+    np.testing.assert_allclose(report.squared_error, np.sum((weights - TRUE) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(report.largest_error, 0.3, rtol=1e-5)
+    np.testing.assert_allclose(report.largest_off_support, 0.6, rtol=1e-5)
     # 0.6 off the support is larger than the 0.55 on it.
-    np.testing.assert_allclose(report.found, 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(report.share_found, 2 / 3, rtol=1e-6)
     assert report.is_positive
 
 
 def test_without_v_the_weights_are_the_powers_of_u():
     u = jnp.asarray([1.0, 2.0])
     report = diagnostics.sparse_recovery(u, None, depth=3, true_weights=jnp.asarray([0.0, 7.0]))
-    assert (float(report.off_support), float(report.support_error)) == (1.0, 1.0)
-    assert float(report.found) == 1
+    assert (float(report.largest_off_support), float(report.largest_error)) == (1.0, 1.0)
+    assert float(report.share_found) == 1
 
 
 @pytest.mark.parametrize("which", ["u", "v"])
@@ -55,10 +55,10 @@ def test_a_crossed_sign_is_seen(which):
 def test_no_support_and_nothing_else():
     u = jnp.asarray([0.5, 1.0])
     empty = diagnostics.sparse_recovery(u, None, depth=2, true_weights=jnp.zeros(2))
-    assert (float(empty.support_error), float(empty.off_support)) == (0, 1)
-    assert np.isnan(empty.found)
+    assert (float(empty.largest_error), float(empty.largest_off_support)) == (0, 1)
+    assert np.isnan(empty.share_found)
     full = diagnostics.sparse_recovery(u, None, depth=2, true_weights=jnp.ones(2))
-    assert (float(full.support_error), float(full.off_support)) == (0.75, 0)
+    assert (float(full.largest_error), float(full.largest_off_support)) == (0.75, 0)
 
 
 def test_baselines_are_those_of_the_normal_equations():
@@ -68,8 +68,10 @@ def test_baselines_are_those_of_the_normal_equations():
     oracle = np.zeros(6)
     oracle[support] = np.linalg.solve(x[:, support].T @ x[:, support], x[:, support].T @ y)
     whole = np.linalg.solve(x.T @ x, x.T @ y)
-    np.testing.assert_allclose(found.oracle_error, np.sum((oracle - true) ** 2), rtol=1e-4)
-    np.testing.assert_allclose(found.least_norm_error, np.sum((whole - true) ** 2), rtol=1e-4)
+    np.testing.assert_allclose(found.oracle_squared_error, np.sum((oracle - true) ** 2), rtol=1e-4)
+    np.testing.assert_allclose(
+        found.least_norm_squared_error, np.sum((whole - true) ** 2), rtol=1e-4
+    )
     np.testing.assert_allclose(
         found.noise_level, np.max(np.abs(x.T @ (y - x @ true))) / 20, rtol=1e-4
     )
@@ -82,7 +84,9 @@ def test_with_fewer_examples_than_weights_the_norm_is_least():
     )
     x = np.asarray(X[few], np.float64)
     weights = x.T @ np.linalg.solve(x @ x.T, Y[few])
-    np.testing.assert_allclose(found.least_norm_error, np.sum((weights - TRUE) ** 2), rtol=1e-4)
+    np.testing.assert_allclose(
+        found.least_norm_squared_error, np.sum((weights - TRUE) ** 2), rtol=1e-4
+    )
 
 
 def test_the_network_of_the_library_goes_in():
@@ -90,7 +94,7 @@ def test_the_network_of_the_library_goes_in():
     report = diagnostics.sparse_recovery(
         model.u[...], model.v[...], depth=model.depth, true_weights=jnp.asarray([0.0, 1.0, 0.0])
     )
-    np.testing.assert_allclose(report.error, 1)
+    np.testing.assert_allclose(report.squared_error, 1)
 
 
 def test_bad_input():

@@ -125,8 +125,8 @@ def test_units_without_a_boundary_are_at_infinity():
     assert np.all(np.isinf(found["second"]))  # 0 / 0 without the double where
     assert np.all(np.isfinite(found["first"]))
     report = diagnostics.boundary_density(preactivations, dead, inputs, radius=1e9)
-    assert float(report.fraction_per_layer["second"]) == 0
-    assert np.all(report.count_per_example == WIDTHS[0])
+    assert float(report.shares["second"]) == 0
+    assert np.all(report.counts == WIDTHS[0])
 
 
 def test_what_is_no_number_does_not_hide_as_a_unit_without_a_boundary():
@@ -154,12 +154,12 @@ def test_density_counts_what_is_near(chunk_size):
         near = (np.asarray(distances[name]) < 0.5).reshape(len(inputs), -1).sum(1)
         total = total + near
         share = near / width
-        np.testing.assert_allclose(report.fraction_per_layer[name], share.mean(), rtol=1e-6)
+        np.testing.assert_allclose(report.shares[name], share.mean(), rtol=1e-6)
         error = share.std(ddof=1) / np.sqrt(len(inputs))
-        np.testing.assert_allclose(report.standard_error[name], error, rtol=1e-5)
-    np.testing.assert_array_equal(report.count_per_example, total)
+        np.testing.assert_allclose(report.shares_standard_error[name], error, rtol=1e-5)
+    np.testing.assert_array_equal(report.counts, total)
     single = diagnostics.boundary_density(preactivations, params, inputs[:1], radius=0.5)
-    assert np.isnan(single.standard_error["first"])
+    assert np.isnan(single.shares_standard_error["first"])
 
 
 def perceptron(params, inputs):
@@ -194,7 +194,7 @@ def test_statistics_gather_the_boundaries_around_the_data():
             for n, m in itertools.pairwise(sizes)
         ]
         nets = initialized_from(x, kernels), [(kernel, jnp.zeros(64)) for kernel in kernels]
-        found.append([[density(p, d).fraction_per_layer for d in (on, off)] for p in nets])
+        found.append([[density(p, d).shares for d in (on, off)] for p in nets])
     (on_data, off_data), plain = np.mean(found, 0)
     assert np.all(on_data > 2 * off_data)
     # Means of twelve other networks in plain NumPy; single ones spread by 0.006 and by 0.03.
@@ -257,7 +257,7 @@ class Linen(linen.Module):
 
 def test_flax_models(default_promotion):
     inputs = arrays(jnp.float32)[1]
-    mlp = models.MLP((1, D, 1), 2, width=4, norm="batch", rngs=nnx.Rngs(0))
+    mlp = models.MLP((1, D, 1), 2, width=4, normalization="batch", rngs=nnx.Rngs(0))
     mlp.layer_0.norm.mean[...] = jnp.arange(4.0)
     model = regjax.from_nnx(Preactivations(mlp))
     found = diagnostics.boundary_distances(regjax.model_function(model), model.params, inputs)

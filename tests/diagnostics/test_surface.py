@@ -90,11 +90,11 @@ def test_bad_input():
     params, rows = {"w": jnp.ones(2)}, jnp.ones((4, 2))
     loss = lambda params, rows: jnp.mean(rows @ params["w"])
     other, wrong = {"v": jnp.ones(2)}, {"w": jnp.ones(3)}
-    with pytest.raises(ValueError, match="`second` must have the tree structure"):
+    with pytest.raises(ValueError, match="`other_direction` must have the tree structure"):
         diagnostics.loss_surface(loss, params, params, other, rows, positions=POSITIONS)
-    with pytest.raises(ValueError, match="`end` must have the tree structure"):
+    with pytest.raises(ValueError, match="`other_params` must have the tree structure"):
         diagnostics.interpolate(loss, params, other, rows, positions=POSITIONS)
-    with pytest.raises(ValueError, match=r"`first\['w'\]` must have shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"`direction\['w'\]` must have shape \(2,\)"):
         diagnostics.loss_surface(loss, params, wrong, params, rows, positions=POSITIONS)
     with pytest.raises(ValueError, match="`positions` must be a vector"):
         diagnostics.interpolate(loss, params, params, rows, positions=np.ones((2, 2)))

@@ -9,7 +9,7 @@ import pytest
 
 from regjax import initializers
 from regjax.experiments import UsageError, _initial, _network, _settings, train
-from regjax.models import _norm
+from regjax.models import _normalized
 from tests.experiments.test_training import (
     assert_same_bits,
     make_dataset,
@@ -29,7 +29,11 @@ def settings_of(**changes):
 
 @pytest.mark.parametrize(
     ("norm", "model"),
-    [*((norm, "mlp") for norm in _norm.NORMS), ("group_plus", "convnet"), ("weight", "convnet")],
+    [
+        *((norm, "mlp") for norm in _normalized.NORMALIZATIONS),
+        ("group_plus", "convnet"),
+        ("weight", "convnet"),
+    ],
 )
 def test_every_normalization_trains_and_evaluates(norm, model, tmp_path):
     dataset = make_dataset()
@@ -63,7 +67,7 @@ def test_data_dependent_start(norm):
         _initial.initialize(too_many, plain, dataset)
 
 
-@pytest.mark.parametrize("step", ["sgd_step", "adam_step"])
+@pytest.mark.parametrize("step", ["sgd", "adam"])
 def test_gradinit_start(step):
     dataset = make_dataset()
     settings = settings_of(
@@ -94,6 +98,6 @@ def test_resumed_run_does_not_initialise_again(tmp_path, monkeypatch):
     monkeypatch.setattr(initializers, "data_dependent", None)
     train(dataclasses.replace(settings, resume=True), dataset, path=half)
     assert_same_bits(*(state_in(p, settings, dataset) for p in (path, half)))
-    other = _settings.replace(settings, {"data_dependent.scale": 2.0, "resume": True})
-    with pytest.raises(UsageError, match=r"--data-dependent.scale must be 1.0 as in the"):
+    other = _settings.replace(settings, {"data_dependent.std": 2.0, "resume": True})
+    with pytest.raises(UsageError, match=r"--data-dependent.std must be 1.0 as in the"):
         train(other, dataset, path=half)

@@ -69,7 +69,7 @@ def test_the_record_holds_the_surface_and_a_probe_for_each_epoch(tmp_path):
     assert [probe["epochs"] for probe in record["probes"]] == [0, 1, 2]
     for probe, epochs in ((record["probes"][0], 0), (record["probes"][2], 2)):
         loss, params = loss_of(settings, epochs)
-        step = probe["step_sizes"][1]
+        step = probe["learning_rates"][1]
         assert step == pytest.approx(4 * 0.05)
         gradient = jax.grad(loss)(params, 5)
         moved = jax.tree.map(lambda w, g, step=step: w - step * g, params, gradient)

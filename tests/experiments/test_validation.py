@@ -82,7 +82,7 @@ def test_options_of_the_models_are_those_of_the_command_line():
     import typing
 
     from regjax.experiments import _initialization
-    from regjax.models import _norm
+    from regjax.models import _normalized
 
-    assert set(typing.get_args(_initialization.Normalization)) == set(_norm.NORMS)
-    assert _initialization.GHOST_SIZE == _norm.GHOST_SIZE
+    assert set(typing.get_args(_initialization.Normalization)) == set(_normalized.NORMALIZATIONS)
+    assert _initialization.GHOST_SIZE == _normalized.GHOST_SIZE

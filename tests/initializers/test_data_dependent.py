@@ -49,24 +49,24 @@ class LinenPlain(linen.Module):
         return x
 
 
-def check(outputs, scale=1.0):
+def check(outputs, std=1.0):
     assert len(outputs) == 3
     for t in outputs:
         np.testing.assert_allclose(np.mean(t, 0), 0, atol=1e-4)
-        np.testing.assert_allclose(np.std(t, 0), scale, rtol=1e-4)
+        np.testing.assert_allclose(np.std(t, 0), std, rtol=1e-4)
 
 
 @pytest.mark.parametrize("wrap", [lambda layer: layer, normalization.nnx.WeightNorm])
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_nnx(wrap, scale):
+@pytest.mark.parametrize("std", [1.0, 0.3])
+def test_nnx(wrap, std):
     module = NnxPlain(wrap)
     model = regjax.from_nnx(module)
-    params = initializers.data_dependent(model, model.params, model.state, X, scale=scale)
+    params = initializers.data_dependent(model, model.params, model.state, X, std=std)
     nnx.update(module, nnx.State(params))
     module.eval()
     module.seen = []
     module(X)
-    check(module.seen, scale)
+    check(module.seen, std)
     # The weight-normalized layer keeps its direction.
     if wrap is normalization.nnx.WeightNorm:
         jax.tree.map(
@@ -114,22 +114,24 @@ def test_fold_of_a_batch_norm_is_the_initialisation():
     params = initializers.data_dependent(model, model.params, model.state, X)
     t = X @ module.kernel[...]
     kernel, bias = normalization.fold_batch_norm(
-        module.kernel[...], None, 1.0, 0.0, t.mean(0), t.var(0), 1e-10
+        module.kernel[...], None, 1.0, 0.0, t.mean(0), t.var(0), epsilon=1e-10
     )
     np.testing.assert_allclose(params["kernel"], kernel, rtol=1e-5)
     np.testing.assert_allclose(params["bias"], bias, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
-def test_residual_nets_with_a_scale_for_each_layer(norm):
-    model = regjax.from_nnx(models.ResNet((6, 6, 2), 3, widths=(4, 6), norm=norm, rngs=nnx.Rngs(0)))
+def test_residual_nets_with_a_deviation_for_each_layer(norm):
+    model = regjax.from_nnx(
+        models.ResNet((6, 6, 2), 3, widths=(4, 6), normalization=norm, rngs=nnx.Rngs(0))
+    )
     asked = []
 
-    def scale(path):
+    def std(path):
         asked.append(path)
         return 0.1 if "second" in path else 1.0
 
-    params = initializers.data_dependent(model, model.params, model.state, IMAGES, scale=scale)
+    params = initializers.data_dependent(model, model.params, model.state, IMAGES, std=std)
     assert asked[:3] == [
         ("stem", "layer"), ("block_0", "first", "layer"), ("block_0", "second", "layer")
     ]  # fmt: skip
@@ -204,5 +206,5 @@ def test_mask_and_error_texts():
         run(model, X[:1])
     with pytest.raises(ValueError, match=r"`inputs` must give finite outputs of layers/0"):
         run(model, X.at[0, 0].set(jnp.nan))
-    with pytest.raises(ValueError, match="`scale` must be positive, got 0"):
-        run(model, scale=0)
+    with pytest.raises(ValueError, match="`std` must be positive, got 0"):
+        run(model, std=0)

@@ -33,11 +33,11 @@ def descend(depth, num_steps, rate, x, y, momentum=0.0):
     """u, v and the integrated residual after so many steps."""
 
     def loss(pair):
-        return jnp.mean((x @ models.diagonal_weights(*pair, depth) - y) ** 2)
+        return jnp.mean((x @ models.diagonal_weights(*pair, depth=depth) - y) ** 2)
 
     def step(carry, _):
         pair, velocity, integral = carry
-        weights = models.diagonal_weights(*pair, depth)
+        weights = models.diagonal_weights(*pair, depth=depth)
         residual = 2 / len(y) * x.T @ (x @ weights - y)
         velocity = jax.tree.map(lambda m, g: momentum * m + g, velocity, jax.grad(loss)(pair))
         pair = jax.tree.map(lambda p, m: p - rate * m, pair, velocity)
@@ -52,14 +52,14 @@ def descend(depth, num_steps, rate, x, y, momentum=0.0):
 def violation(depth, rate, momentum=0.0):
     u, v, _ = descend(depth, round(0.5 / rate), rate, jnp.asarray(X), jnp.asarray(Y), momentum)
     start = jnp.asarray([alpha_of(depth)])
-    exact = models.conserved_quantity(start, start, depth)
-    return float(jnp.max(jnp.abs(models.conserved_quantity(u, v, depth) / exact - 1)))
+    exact = models.conserved_quantity(start, start, depth=depth)
+    return float(jnp.max(jnp.abs(models.conserved_quantity(u, v, depth=depth) / exact - 1)))
 
 
 def test_the_sign_is_that_of_u():
     u, v = jnp.asarray([2.0, 1.0]), jnp.asarray([1.0, 3.0])
-    np.testing.assert_array_equal(models.diagonal_weights(u, v, 2), [3, -8])
-    np.testing.assert_array_equal(models.diagonal_weights(u, None, 3), [8, 1])
+    np.testing.assert_array_equal(models.diagonal_weights(u, v, depth=2), [3, -8])
+    np.testing.assert_array_equal(models.diagonal_weights(u, None, depth=3), [8, 1])
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4])
@@ -76,15 +76,20 @@ def test_momentum_does_not(double):
 @pytest.mark.parametrize("depth", [2, 3, 4])
 def test_weights_follow_from_the_integrated_residual(depth, double):
     u, v, integral = descend(depth, 5000, 1e-4, jnp.asarray(X), jnp.asarray(Y))
-    weights = models.diagonal_weights(u, v, depth)
+    weights = models.diagonal_weights(u, v, depth=depth)
     assert float(jnp.max(jnp.abs(weights))) > 0.05  # it has gone somewhere
-    np.testing.assert_allclose(
-        models.diagonal_flow(alpha_of(depth), depth, integral), weights, rtol=1e-2, atol=1e-5
-    )
+    flow = functools.partial(models.diagonal_flow, depth=depth, init_scale=alpha_of(depth))
+    np.testing.assert_allclose(flow(integral), weights, rtol=1e-2, atol=1e-5)
     # From the start on, and not beyond what a flow reaches.
-    np.testing.assert_array_equal(models.diagonal_flow(alpha_of(depth), depth, jnp.zeros(2)), 0)
-    far = models.diagonal_flow(0.5, 4, jnp.asarray([1.0, 0.1]))
+    np.testing.assert_array_equal(flow(jnp.zeros(2)), 0)
+    far = models.diagonal_flow(jnp.asarray([1.0, 0.1]), depth=4, init_scale=0.5)
     np.testing.assert_array_equal(np.isnan(far), [True, False])
+
+
+def window_of(alpha, depth, rate, signal, noise):
+    return models.early_stopping_window(
+        depth=depth, init_scale=alpha, learning_rate=rate, smallest_signal=signal, noise_level=noise
+    )
 
 
 # Time to half of a signal of 1 by quadrature of the flow's equation; orthonormal features.
@@ -100,7 +105,7 @@ def test_the_signal_comes_when_the_flow_says(depth, alpha, half, double):
 
     _, weights = jax.lax.scan(step, jnp.asarray(alpha), None, length=round(1.2 * half / rate))
     assert rate * int(np.argmax(weights >= 0.5)) == pytest.approx(half, rel=5e-4)
-    window = models.early_stopping_window(alpha, depth, rate, 1.0, 0.01)
+    window = window_of(alpha, depth, rate, 1.0, 0.01)
     assert float(rate * window.first) == pytest.approx(half, rel=0.2)  # to leading order
     if depth == 2:
         times = rate * np.arange(len(weights))
@@ -109,18 +114,15 @@ def test_the_signal_comes_when_the_flow_says(depth, alpha, half, double):
 
 
 def test_the_window_is_that_of_the_formulas_and_grows_with_depth(double):
-    window = models.early_stopping_window(0.01, 2, 0.1, 0.5, 0.05)
+    window = window_of(0.01, 2, 0.1, 0.5, 0.05)
     np.testing.assert_allclose(window.first, np.log(0.5 / 0.01) / (4 * 0.5 * 0.1), rtol=1e-12)
     np.testing.assert_allclose(window.last, np.log(10) / (4 * 0.05 * 0.1), rtol=1e-12)
-    window = models.early_stopping_window(0.1, 4, 0.1, 0.5, 0.05)
+    window = window_of(0.1, 4, 0.1, 0.5, 0.05)
     np.testing.assert_allclose(window.first, (100 - 0.25**-0.5) / (16 * 0.5 * 0.1), rtol=1e-12)
     np.testing.assert_allclose(window.last, (100 - 10) / (16 * 0.05 * 0.1), rtol=1e-12)
-    lengths = [
-        models.early_stopping_window(1e-5 ** (1 / depth), depth, 0.01, 1.0, 0.14)
-        for depth in (2, 3, 4)
-    ]
+    lengths = [window_of(1e-5 ** (1 / depth), depth, 0.01, 1.0, 0.14) for depth in (2, 3, 4)]
     assert np.all(np.diff([float(w.last - w.first) for w in lengths]) > 0)
-    assert float(models.early_stopping_window(0.9, 3, 0.1, 0.5, 0.05).first) == 0
+    assert float(window_of(0.9, 3, 0.1, 0.5, 0.05).first) == 0
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -165,9 +167,9 @@ def test_bad_input():
     with pytest.raises(ValueError, match="`init_scale` must be positive, got 0"):
         models.DiagonalLinear(3, depth=2, init_scale=0.0)
     with pytest.raises(ValueError, match="`init_scale` must be below 1, got 2"):
-        models.early_stopping_window(2.0, 3, 0.1, 1.0, 0.1)
+        window_of(2.0, 3, 0.1, 1.0, 0.1)
     with pytest.raises(ValueError, match="`noise_level` must be positive, got 0"):
-        models.early_stopping_window(0.1, 3, 0.1, 1.0, 0.0)
+        window_of(0.1, 3, 0.1, 1.0, 0.0)
     with pytest.raises(TypeError, match="`depth` must be a Python integer"):
-        models.conserved_quantity(jnp.ones(2), jnp.ones(2), 2.5)
+        models.conserved_quantity(jnp.ones(2), jnp.ones(2), depth=2.5)
     assert isinstance(models.DiagonalLinear(3, depth=2, init_scale=0.1), nnx.Module)

@@ -39,7 +39,7 @@ def num_convolutions(model, shape=SHAPE):
 def test_plain_networks_have_the_agreed_sizes():
     assert count(make(MLP, width=256, depth=2).params) == 784 * 256 + 256 + 256 * 257 + 257 * 10
     assert count(make(MLP, width=256, depth=2).params) == 269_322
-    resnet = make(ResNet, norm="none")
+    resnet = make(ResNet, normalization="none")
     assert count(resnet.params) == 150_810
     assert num_convolutions(resnet) == 11
     convnet = make(ConvNet, width=16, depth=2)
@@ -116,14 +116,14 @@ def test_the_residual_network_is_the_one_written_out():
 def test_norm_variants(network, norm):
     shape = (8, 8, 3)
     options = {"widths": (6, 12)} if network is ResNet else {"width": 12, "depth": 2}
-    model = make(network, shape, norm=norm, **options)
+    model = make(network, shape, normalization=norm, **options)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.float32)}
     # ResNet: stem and block 0 (3 norms of 6), block 1 with its projection (3 norms of 12).
     normalized = 3 * 6 + 3 * 12 if network is ResNet else 2 * 12
     assert model.has_batch_statistics == (norm == "batch")
     assert count(model.state) == (2 * normalized if norm == "batch" else 0)
-    plain = count(make(network, shape, norm="none", **options).params)
-    biases = 0 if network is ResNet else 24  # the norm's shift takes the place of the bias
+    plain = count(make(network, shape, normalization="none", **options).params)
+    biases = 0 if network is ResNet else 24  # the norm's bias takes the place of the bias
     assert count(model.params) == plain + (2 * normalized - biases if norm != "none" else 0)
 
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=(6, *shape)), jnp.float32)
@@ -141,7 +141,7 @@ def test_norm_variants(network, norm):
 @pytest.mark.parametrize("norm", ["batch", "layer", "group"])
 def test_outputs_do_not_feel_the_scale_of_a_normalized_layer(norm):
     # Exact invariance of norm(c W x) in c > 0, up to the norm's epsilon.
-    model = make(ConvNet, (8, 8, 1), width=16, norm=norm)
+    model = make(ConvNet, (8, 8, 1), width=16, normalization=norm)
     inputs = 10 * jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 8, 1)), jnp.float32)
     layer = model.params["layer_0"]
     scaled = {**layer, "layer": jax.tree.map(lambda leaf: 3 * leaf, layer["layer"])}
@@ -155,7 +155,7 @@ def test_outputs_do_not_feel_the_scale_of_a_normalized_layer(norm):
 
 @pytest.mark.parametrize("num_features", [6, 12, 16, 24])
 def test_group_norm_takes_any_width(num_features):
-    model = make(MLP, (2, 2, 1), width=num_features, depth=1, norm="group")
+    model = make(MLP, (2, 2, 1), width=num_features, depth=1, normalization="group")
     outputs, _ = model.apply(model.params, model.state, jnp.ones((2, 2, 2, 1)), train=False)
     assert jnp.isfinite(outputs).all()
 
@@ -163,10 +163,20 @@ def test_group_norm_takes_any_width(num_features):
 @pytest.mark.parametrize(
     ("network", "options", "error", "message"),
     [
-        (MLP, {"norm": "instance"}, ValueError, "`norm` must be one of none, batch, layer, group"),
-        (MLP, {"norm": "instance", "depth": 0}, ValueError, "`norm` must be one of"),
-        (ConvNet, {"norm": "instance"}, ValueError, "`norm` must be one of"),
-        (ResNet, {"norm": "instance"}, ValueError, "`norm` must be one of"),
+        (
+            MLP,
+            {"normalization": "instance"},
+            ValueError,
+            "`normalization` must be one of none, batch, layer, group",
+        ),
+        (
+            MLP,
+            {"normalization": "instance", "depth": 0},
+            ValueError,
+            "`normalization` must be one of",
+        ),
+        (ConvNet, {"normalization": "instance"}, ValueError, "`normalization` must be one of"),
+        (ResNet, {"normalization": "instance"}, ValueError, "`normalization` must be one of"),
         (MLP, {"depth": -1}, ValueError, "`depth` must be at least 0, got -1"),
         (ConvNet, {"depth": 0}, ValueError, "`depth` must be at least 1, got 0"),
         (ConvNet, {"depth": 2.0}, TypeError, "`depth` must be a Python integer, got 2.0"),

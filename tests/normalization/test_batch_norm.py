@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import linen
 
-from regjax import normalization
 from regjax.normalization import BatchNorm, GhostBatchNorm, MeanOnlyBatchNorm, NoisyBatchNorm
+from regjax.normalization._layer import Layer
 
 RANDOM = np.random.default_rng(0)
 
@@ -229,4 +229,4 @@ def test_error_texts():
         NoisyBatchNorm(scale_range=0.5)
     with pytest.raises(ValueError, match=r"`inputs` must have shape \(batch, ..., channels\)"):
         noisy.apply(*start(noisy, 3), normal(3), train=False)
-    assert isinstance(layer, normalization.Layer)
+    assert isinstance(layer, Layer)

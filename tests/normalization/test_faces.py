@@ -36,7 +36,7 @@ def batch():
 @pytest.mark.parametrize("name", OPTIONS)
 def test_linen_nnx_and_the_layer_agree_over_three_updates(name):
     options = OPTIONS[name]
-    layer = getattr(normalization, name)(**options)
+    layer = getattr(normalization.nnx, name).layer_type(**options)
     params, state = layer.init_params(8), layer.init_state(8)
     one = getattr(normalization.nnx, name)(8, rngs=nnx.Rngs(0), **options)
     other = getattr(normalization.linen, name)(**options)
@@ -69,7 +69,9 @@ def test_linen_nnx_and_the_layer_agree_over_three_updates(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_have_one_name_and_one_default(name):
-    fields = {f.name: f.default for f in dataclasses.fields(getattr(normalization, name))}
+    fields = {
+        f.name: f.default for f in dataclasses.fields(getattr(normalization.nnx, name).layer_type)
+    }
     in_linen = {f.name: f.default for f in dataclasses.fields(getattr(normalization.linen, name))}
     assert fields.items() <= in_linen.items()
     extra = set(in_linen) - set(fields)
@@ -95,7 +97,7 @@ def test_adapters_train_and_evaluate_them(name):
             return self.head(self.norm(x).mean((1, 2)))
 
     module = Linen()
-    layer = getattr(normalization, name)(**OPTIONS[name])
+    layer = getattr(normalization.nnx, name).layer_type(**OPTIONS[name])
     x, key = batch(), jax.random.key(3) if layer.needs_key else None
     for model in (
         regjax.from_linen(module, module.init(jax.random.key(0), x, train=False)),

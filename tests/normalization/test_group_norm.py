@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regjax import normalization
-from regjax.normalization import BatchNormGroupNorm, GroupNormPlus, ParallelGroupBatchNorm
+from regjax.normalization import _group_norm
+from regjax.normalization._group_norm import (
+    BatchNormGroupNorm,
+    GroupNormPlus,
+    ParallelGroupBatchNorm,
+)
 
 RANDOM = np.random.default_rng(0)
 X = jnp.asarray(RANDOM.normal(1, 2, size=(8, 5, 5, 16)), jnp.float32)
@@ -59,9 +63,8 @@ def test_ends_of_the_mix():
     np.testing.assert_allclose(only_group, group_part(X), atol=1e-5)
     only_batch, _ = apply(GroupNormPlus(num_groups=4), logit=-50)
     np.testing.assert_allclose(only_batch, batch_part(group_part(X)), atol=1e-5)
-    np.testing.assert_allclose(
-        normalization.batch_normalize_positions(X, EPSILON), batch_part(X), atol=1e-5
-    )
+    raw, _ = apply(ParallelGroupBatchNorm(num_groups=4), logit=-50)
+    np.testing.assert_allclose(raw, batch_part(X), atol=1e-5)
 
 
 def test_parallel_form_does_not_see_an_affine_change():
@@ -114,7 +117,7 @@ def test_usable_variant_evaluates_each_example_by_itself():
 
 
 def test_vectors_have_groups_of_channels():
-    y = normalization.group_normalize(X[:, 0, 0], 4, EPSILON)
+    y = _group_norm.group_normalize(X[:, 0, 0], num_groups=4, epsilon=EPSILON)
     np.testing.assert_allclose(y, group_part(X[:, 0, 0]), atol=1e-5)
 
 
@@ -122,11 +125,9 @@ def test_error_texts():
     with pytest.raises(ValueError, match=r"`num_groups` must divide .* channels, 16, got 5"):
         GroupNormPlus(num_groups=5).init_params(16)
     with pytest.raises(ValueError, match="must leave more than 1 values to a group, got 16"):
-        normalization.group_normalize(X[:, 0, 0], 16, EPSILON)
+        _group_norm.group_normalize(X[:, 0, 0], num_groups=16, epsilon=EPSILON)
     with pytest.raises(ValueError, match=r"`batch_axes` must be None with `track_running`"):
         GroupNormPlus(track_running=True)
     layer = GroupNormPlus(num_groups=4, batch_axes=(0, 1), track_running=True)
     with pytest.raises(ValueError, match="must be all axes but the channels with `track_running`"):
         apply(layer)
-    with pytest.raises(ValueError, match=r"`x` must hold more than 1 examples, got shape \(1, 3\)"):
-        normalization.batch_normalize_positions(jnp.ones((1, 3)), EPSILON)

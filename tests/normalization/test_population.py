@@ -32,7 +32,7 @@ def test_exact_statistics_of_a_partition_are_unbiased():
     data = RANDOM.normal(3, 2, size=(600, 4))
     batches = data.reshape(50, 12, 4)
     mean, variance = normalization.exact_population_statistics(
-        batches.mean(1), batches.var(1), batch_size=12
+        batches.mean(1), batches.var(1), num_values=12
     )
     np.testing.assert_allclose(mean, data.mean(0), rtol=1e-6)
     expected = (12 / 11) * batches.var(1).mean(0)
@@ -46,7 +46,7 @@ def test_exact_statistics_of_a_partition_are_unbiased():
 def test_folded_layer_is_the_layer_with_its_norm_in_evaluation(shape):
     normal = lambda *size: jnp.asarray(RANDOM.normal(size=size), jnp.float32)
     kernel, bias = normal(*shape), normal(3)
-    scale, shift, mean = normal(3), normal(3), normal(3)
+    scale, norm_bias, mean = normal(3), normal(3), normal(3)
     variance = jnp.abs(normal(3)) + 0.5
 
     def layer(kernel, bias):
@@ -60,15 +60,17 @@ def test_folded_layer_is_the_layer_with_its_norm_in_evaluation(shape):
     norm = normalization.BatchNorm(epsilon=1e-3)
     state = {"mean": mean, "var": variance}
     for b in (bias, None):
-        params = {"scale": scale, "bias": shift}
+        params = {"scale": scale, "bias": norm_bias}
         outputs = layer(kernel, jnp.zeros(3) if b is None else b)
         expected, _ = norm.apply(params, state, outputs, train=False)
-        folded = normalization.fold_batch_norm(kernel, b, scale, shift, mean, variance, 1e-3)
+        folded = normalization.fold_batch_norm(
+            kernel, b, scale, norm_bias, mean, variance, epsilon=1e-3
+        )
         np.testing.assert_allclose(layer(*folded), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_error_texts():
-    with pytest.raises(ValueError, match="`batch_size` must be at least 2, got 1"):
-        normalization.exact_population_statistics(np.ones((2, 3)), np.ones((2, 3)), 1)
+    with pytest.raises(ValueError, match="`num_values` must be at least 2, got 1"):
+        normalization.exact_population_statistics(np.ones((2, 3)), np.ones((2, 3)), num_values=1)
     with pytest.raises(ValueError, match=r"shape \(batches, channels\), got \(3,\) and \(3,\)"):
-        normalization.exact_population_statistics(np.ones(3), np.ones(3), 4)
+        normalization.exact_population_statistics(np.ones(3), np.ones(3), num_values=4)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regjax import normalization
+from regjax.normalization import _statistics
 
 RANDOM = np.random.default_rng(0)
 
@@ -11,7 +11,7 @@ RANDOM = np.random.default_rng(0)
 @pytest.mark.parametrize("axes", [(0,), (0, 1), (0, -2), (1,)])
 def test_moments_are_those_of_numpy(axes):
     x = RANDOM.normal(size=(5, 6, 4))
-    found = normalization.moments(jnp.asarray(x, jnp.float32), axes)
+    found = _statistics.moments(jnp.asarray(x, jnp.float32), axes)
     np.testing.assert_allclose(found.mean, x.mean(axes, keepdims=True), atol=1e-6)
     np.testing.assert_allclose(found.variance, x.var(axes, keepdims=True), atol=1e-6)
     assert found.num_values == x.size // found.mean.size
@@ -21,7 +21,7 @@ def test_moments_are_those_of_numpy(axes):
 def test_far_values_do_not_cancel(offset):
     x = jnp.asarray(RANDOM.normal(size=(64, 3)) + offset, jnp.float32)
     exact = np.asarray(x, np.float64).var(0, keepdims=True)
-    np.testing.assert_allclose(normalization.moments(x, (0,)).variance, exact, rtol=1e-4)
+    np.testing.assert_allclose(_statistics.moments(x, (0,)).variance, exact, rtol=1e-4)
     # E[x^2] - E[x]^2 fails here.
     naive = jnp.mean(x**2, 0) - jnp.mean(x, 0) ** 2
     assert jnp.abs(naive / exact[0] - 1).max() > 1e-2
@@ -29,7 +29,7 @@ def test_far_values_do_not_cancel(offset):
 
 def test_half_precision_is_reduced_in_float32():
     x = jnp.asarray(RANDOM.normal(size=(4096, 2)) + 3, jnp.bfloat16)
-    found = normalization.moments(x, (0,))
+    found = _statistics.moments(x, (0,))
     assert found.mean.dtype == jnp.float32
     np.testing.assert_allclose(found.mean[0], np.asarray(x, np.float64).mean(0), rtol=1e-5)
 
@@ -40,7 +40,7 @@ def test_gradient_is_that_of_the_two_pass_form():
         weight = jnp.asarray(RANDOM.normal(size=(2, 3)))
 
         def one(x):
-            found = normalization.moments(x, (0,))
+            found = _statistics.moments(x, (0,))
             return jnp.sum(weight[:1] * found.mean + weight[1:] * found.variance)
 
         def two(x):
@@ -56,7 +56,7 @@ def test_gradient_is_that_of_the_two_pass_form():
 def test_devices_of_a_mapped_axis_share_one_collective():
     x = RANDOM.normal(size=(4, 6, 3)) + 50 * np.arange(4).reshape(4, 1, 1)
     shards = jnp.asarray(x, jnp.float32)
-    parted = jax.vmap(lambda x: normalization.moments(x, (0,), axis_name="d"), axis_name="d")
+    parted = jax.vmap(lambda x: _statistics.moments(x, (0,), axis_name="d"), axis_name="d")
     mean, variance = jax.jit(lambda x: parted(x)[:2])(shards)
     whole = x.reshape(24, 3)
     for device in range(4):
@@ -64,13 +64,13 @@ def test_devices_of_a_mapped_axis_share_one_collective():
         np.testing.assert_allclose(variance[device, 0], whole.var(0), rtol=1e-5)
     seen = []
     jax.vmap(
-        lambda x: seen.append(normalization.moments(x, (0,), axis_name="d").num_values) or x,
+        lambda x: seen.append(_statistics.moments(x, (0,), axis_name="d").num_values) or x,
         axis_name="d",
     )(shards)
     assert seen == [24]
     jaxpr = str(
         jax.make_jaxpr(
-            lambda x: normalization.moments(x, (0,), axis_name="d")[:2], axis_env=[("d", 4)]
+            lambda x: _statistics.moments(x, (0,), axis_name="d")[:2], axis_env=[("d", 4)]
         )(shards[0])
     )
     assert jaxpr.count("all_gather[") == 1

@@ -69,13 +69,13 @@ def test_length_of_the_direction_does_not_matter_and_a_zero_one_is_finite():
 
 def test_split_trees_are_the_same_model():
     params = {"kernel": jnp.asarray(RANDOM.normal(size=(6, 4)), jnp.float32), "bias": jnp.ones(4)}
-    split = normalization.split_weights(params, {"kernel": True, "bias": False})
+    split = normalization.split_weights(params, mask={"kernel": True, "bias": False})
     assert len(jax.tree.leaves(split)) == 3
     np.testing.assert_allclose(
         normalization.join_weights(split)["kernel"], params["kernel"], rtol=1e-6
     )
     with pytest.raises(ValueError, match="`mask` must have the tree structure"):
-        normalization.split_weights(params, {"kernel": True})
+        normalization.split_weights(params, mask={"kernel": True})
 
 
 def layers(kind):

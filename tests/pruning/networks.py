@@ -121,7 +121,7 @@ def linen_model(kind):
 def packaged_model(kind, norm, **sizes):
     """A network of the library, its arrays abstract."""
     return regjax.from_nnx(
-        nnx.eval_shape(lambda: kind((6, 6, 2), 3, norm=norm, rngs=nnx.Rngs(0), **sizes))
+        nnx.eval_shape(lambda: kind((6, 6, 2), 3, normalization=norm, rngs=nnx.Rngs(0), **sizes))
     )
 
 

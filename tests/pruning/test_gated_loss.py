@@ -16,7 +16,7 @@ def squared_error(outputs, targets):
 
 
 def problem(mode="evaluation"):
-    network = MLP((3, 1, 1), 2, width=4, norm="batch", rngs=nnx.Rngs(0))
+    network = MLP((3, 1, 1), 2, width=4, normalization="batch", rngs=nnx.Rngs(0))
     model, x = regjax.from_nnx(network), jnp.arange(12.0).reshape(4, 3, 1, 1) / 6
     structure = pruning.find_structure(regjax.model_function(model), model.params, x)
     loss_fn = regjax.model_loss(model, squared_error, mode=mode)

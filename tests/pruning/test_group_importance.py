@@ -37,7 +37,7 @@ def test_filters_before_a_batch_norm_in_train_mode(double):
     for epsilon, limit in ((0.0, 1e-20), (1e-5, 1e-10)):
         grads = jax.grad(loss)(params, epsilon)
         assert importance(grads).max() < limit
-        assert importance(grads, reduce=pruning.sum_of_squares).min() > 1e-7
+        assert importance(grads, reduction="sum_of_squares").min() > 1e-7
 
 
 def test_groups_over_several_leaves_by_hand():
@@ -48,10 +48,10 @@ def test_groups_over_several_leaves_by_hand():
     importance = functools.partial(pruning.group_importance, values, grads, num_groups=2)
     np.testing.assert_allclose(importance(groups), [(1 + 6 - 5) ** 2, (-2 + 4 + 3) ** 2])
     np.testing.assert_allclose(
-        importance(groups, reduce=pruning.sum_of_squares), [1 + 36 + 25, 4 + 16 + 9]
+        importance(groups, reduction="sum_of_squares"), [1 + 36 + 25, 4 + 16 + 9]
     )
     np.testing.assert_allclose(
-        importance(groups, reduce=pruning.sum_of_absolute), [1 + 6 + 5, 2 + 4 + 3]
+        importance(groups, reduction="sum_of_absolute"), [1 + 6 + 5, 2 + 4 + 3]
     )
     without_bias = {**groups, "b": jnp.asarray([-1, -1])}
     np.testing.assert_allclose(importance(without_bias), [(1 + 6) ** 2, (-2 + 4) ** 2])
@@ -65,3 +65,7 @@ def test_error_texts():
         pruning.group_importance(values, {"b": values["a"]}, values, num_groups=1)
     with pytest.raises(ValueError, match="`num_groups` must be at least 1, got 0"):
         pruning.group_importance(values, values, {"a": jnp.arange(3)}, num_groups=0)
+    with pytest.raises(ValueError, match=r"`reduction` must be one of .*, got 'sum'"):
+        pruning.group_importance(
+            values, values, {"a": jnp.arange(3)}, num_groups=3, reduction="sum"
+        )

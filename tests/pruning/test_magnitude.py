@@ -39,7 +39,7 @@ def test_norms_of_a_group_with_two_producers():
 
 
 def test_norms_of_a_convolutional_network():
-    network = ConvNet((4, 4, 1), 3, width=4, depth=2, norm="batch", rngs=nnx.Rngs(0))
+    network = ConvNet((4, 4, 1), 3, width=4, depth=2, normalization="batch", rngs=nnx.Rngs(0))
     model = regjax.from_nnx(network)
     x = jnp.zeros((2, 4, 4, 1))
     structure = pruning.find_structure(regjax.model_function(model), model.params, x)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from regjax import pruning
+from regjax.pruning import _oracle
 from tests.pruning import gated
 
 
@@ -19,7 +20,7 @@ def test_oracle_and_diagonal_in_chunks_and_against_plain_loops():
             loss, gates, *batch, chunk_size=chunk_size, block_size=block_size
         )
         np.testing.assert_allclose(found["hidden"], expected, rtol=1e-4)
-        found = pruning.gate_hessian_diagonal(
+        found = _oracle.gate_hessian_diagonal(
             loss, gates, *batch, chunk_size=chunk_size, block_size=block_size
         )
         hessian = jax.jit(jax.hessian(loss))(gates, *batch)["hidden"]["hidden"]

@@ -59,7 +59,7 @@ def zero_outgoing(params):
 def test_a_deficit_needs_redundancy_of_the_whole_unit(change, rank, double):
     loss, gates, batch = toy(change)
     matrix = pruning.gradient_matrix(loss, gates, *batch)["hidden"]
-    report = pruning.gradient_redundancy(matrix, threshold=1e-3)
+    report = pruning.gradient_redundancy(matrix, tol=1e-3)
     assert int(report.rank) == rank
     assert int(report.num_units) == 12
     assert float(report.rate) == pytest.approx(1 - rank / 12)
@@ -109,19 +109,19 @@ def test_the_matrix_holds_the_gradient_of_each_example():
 
 def test_ranks_of_known_singular_values():
     values = jnp.asarray([10.0, 5.0, 1.0, 0.05, 0.0])
-    assert int(pruning.effective_rank(values)) == 3
-    assert int(pruning.effective_rank(values, threshold=1e-3)) == 4
+    assert int(pruning.numerical_rank(values)) == 3
+    assert int(pruning.numerical_rank(values, tol=1e-3)) == 4
     # Shares of the sum of squares: 100, 125 and 126 of 126.0025.
     shares = {0.5: 1, 0.793: 1, 0.794: 2, 0.992: 2, 0.993: 3}
     assert {s: int(pruning.energy_rank(values, share=s)) for s in shares} == shares
     assert float(pruning.stable_rank(values)) == pytest.approx(1.260025)
     flat = jnp.full(4, 3.0)
     assert float(pruning.stable_rank(flat)) == pytest.approx(4)
-    assert float(pruning.entropy_rank(flat)) == pytest.approx(4, rel=1e-5)
-    two = pruning.entropy_rank(jnp.asarray([3.0, 1.0, 0.0]))
+    assert float(pruning.effective_rank(flat)) == pytest.approx(4, rel=1e-5)
+    two = pruning.effective_rank(jnp.asarray([3.0, 1.0, 0.0]))
     assert float(two) == pytest.approx(np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25)), rel=1e-5)
     zeros = jnp.zeros(3)
-    ranks = pruning.effective_rank, pruning.energy_rank, pruning.stable_rank, pruning.entropy_rank
+    ranks = pruning.numerical_rank, pruning.energy_rank, pruning.stable_rank, pruning.effective_rank
     assert [float(rank(zeros)) for rank in ranks] == [0, 0, 0, 0]
 
 
@@ -187,5 +187,5 @@ def test_error_texts():
         pruning.gradient_redundancy(jnp.ones((3, 2)), mask=jnp.ones(2))
     with pytest.raises(ValueError, match="`share` must be at most 1, got 2"):
         pruning.energy_rank(jnp.ones(2), share=2)
-    with pytest.raises(ValueError, match="`threshold` must be non-negative"):
-        pruning.effective_rank(jnp.ones(2), threshold=-1)
+    with pytest.raises(ValueError, match="`tol` must be non-negative"):
+        pruning.numerical_rank(jnp.ones(2), tol=-1)

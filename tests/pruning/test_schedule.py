@@ -62,7 +62,7 @@ def test_average_over_rounds():
     rounds = [{"a": jnp.asarray([value])} for value in (1.0, 2.0, 4.0)]
     average = None
     for scores in rounds:
-        average = pruning.average_scores(average, scores, momentum=0.75)
+        average = pruning.average_scores(average, scores, decay=0.75)
     np.testing.assert_allclose(average["a"], 0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4)
 
 
@@ -73,7 +73,7 @@ def test_error_texts():
         pruning.linear_removal(jnp.float32(3), every=1, num_each=1, total=1)
     with pytest.raises(ValueError, match="`final` must be at most 1, got 50"):
         pruning.cubic_removal(0, num_units=5, final=50, every=1, num_rounds=1)
-    with pytest.raises(ValueError, match="`momentum` must be below 1, got 1"):
-        pruning.average_scores(None, {"a": jnp.ones(2)}, momentum=1.0)
+    with pytest.raises(ValueError, match="`decay` must be below 1, got 1"):
+        pruning.average_scores(None, {"a": jnp.ones(2)}, decay=1.0)
     with pytest.raises(ValueError, match=r"`previous\['a'\]` must have shape \(2,\)"):
         pruning.average_scores({"a": jnp.ones(3)}, {"a": jnp.ones(2)})

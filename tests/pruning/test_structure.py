@@ -46,7 +46,7 @@ def test_a_residual_stage_is_one_group_with_all_that_belongs_to_it():
     assert paths(structure.groups["stem/kernel"]) == {
         "producers": [("a_out/kernel", 3), ("stem/kernel", 3)],
         "scales": [("norm/scale", 0)],
-        "shifts": [("a_out/bias", 0), ("norm/bias", 0)],
+        "biases": [("a_out/bias", 0), ("norm/bias", 0)],
         "statistics": [("state/norm/mean", 0), ("state/norm/var", 0)],
         "consumers": [("a/kernel", 2), ("b/kernel", 2), ("shortcut/kernel", 2)],
     }

@@ -16,7 +16,7 @@ from regjax import regularizers
 
 RANDOM = np.random.default_rng(0)
 PI_E = math.pi * math.e
-OPTIONS = {"strength": 0.1, "min_target": 0.2}
+OPTIONS = {"strength": 0.1, "min_target_entropy": 0.2}
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_taps_keep_entropies_that_have_gradients(name):
     def step(params, state):
         def loss(params):
             outputs, new = model.apply(params, state, x, train=True)
-            entropies, targets = regularizers.entropies_and_targets(params, new)
+            entropies, targets = regularizers.nnx.tapped_entropies(params, new)
             task = jnp.mean(outputs**2)
             penalty = regularizers.layerwise_batch_entropy(task, entropies, targets, **OPTIONS)
             return task + penalty, (outputs, new, entropies, targets)
@@ -243,7 +243,7 @@ def test_taps_keep_entropies_that_have_gradients(name):
         slopes[0],
     )
     # The slopes of the targets, by the same function that orders the targets.
-    of_targets = regularizers.entropies_and_targets(slope, new)[1]
+    of_targets = regularizers.nnx.tapped_entropies(slope, new)[1]
     np.testing.assert_allclose(of_targets, slopes[1], rtol=1e-4, atol=1e-8)
     # The state goes round: same structure, shapes and dtypes, and the next step runs on it.
     assert jax.tree.structure(new) == jax.tree.structure(model.state)
@@ -266,11 +266,11 @@ def test_taps_alone_and_stacked():
     np.testing.assert_array_equal(tap(x), x)
     # nnx states are trees with names as well; the module itself has no name.
     split = nnx.state(tap, nnx.Param), nnx.state(tap, regularizers.nnx.BatchEntropy)
-    entropies, targets = regularizers.entropies_and_targets(*split)
+    entropies, targets = regularizers.nnx.tapped_entropies(*split)
     expected = regularizers.batch_entropy(x, degrees_of_freedom=0)
     np.testing.assert_allclose(entropies, expected[None], rtol=1e-6)
     np.testing.assert_array_equal(targets, np.array([2.0]))
-    assert tap.entropy_target.dtype == jnp.bfloat16
+    assert tap.target_entropy.dtype == jnp.bfloat16
     tap.eval()
     tap(x[:1])
     stack = linen.vmap(
@@ -283,17 +283,17 @@ def test_taps_alone_and_stacked():
     _, new = stack.apply(variables, layers, mutable=["batch_entropy"])
     # Without the collection nothing is needed.
     stack.apply({"params": variables["params"]}, layers)
-    entropies, targets = regularizers.entropies_and_targets(variables["params"], new)
+    entropies, targets = regularizers.linen.tapped_entropies(variables["params"], new)
     expected = [regularizers.batch_entropy(layer) for layer in layers]
     np.testing.assert_allclose(entropies, np.array(expected), rtol=1e-6)
     np.testing.assert_array_equal(targets, np.full(3, 0.5))
 
 
 def test_a_path_that_starts_with_the_name_of_the_collection():
-    leaf = {"entropy_target": jnp.ones(())}
+    leaf = {"target_entropy": jnp.ones(())}
     state = {"batch_entropy": {"batch_entropy": jnp.zeros(())}}
     for params in ({"batch_entropy": leaf}, leaf):  # nnx, with such an attribute; linen
-        entropies, targets = regularizers.entropies_and_targets(params, state)
+        entropies, targets = regularizers.nnx.tapped_entropies(params, state)
         np.testing.assert_array_equal(entropies, 0)
         np.testing.assert_array_equal(targets, 1)
 
@@ -318,18 +318,23 @@ def test_bad_activations(activations, options, text):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"targets": jnp.ones(3)}, r"got shapes \(2,\) and \(3,\)"),
+        ({"target_entropies": jnp.ones(3)}, r"got shapes \(2,\) and \(3,\)"),
         (
-            {"entropies": jnp.ones(0), "targets": jnp.ones(0)},
+            {"entropies": jnp.ones(0), "target_entropies": jnp.ones(0)},
             "must be vectors with an entry for each layer",
         ),
         ({"task_loss": jnp.ones(2)}, "`task_loss` must be a scalar"),
         ({"strength": -0.1}, "`strength` must be non-negative"),
-        ({"min_target": -0.2}, "`min_target` must be non-negative"),
+        ({"min_target_entropy": -0.2}, "`min_target_entropy` must be non-negative"),
     ],
 )
 def test_bad_penalties(options, text):
-    arguments = {"task_loss": 1.0, "entropies": jnp.ones(2), "targets": jnp.ones(2), **OPTIONS}
+    arguments = {
+        "task_loss": 1.0,
+        "entropies": jnp.ones(2),
+        "target_entropies": jnp.ones(2),
+        **OPTIONS,
+    }
     with pytest.raises(ValueError, match=text):
         regularizers.layerwise_batch_entropy(**{**arguments, **options})
 
@@ -337,14 +342,14 @@ def test_bad_penalties(options, text):
 @pytest.mark.parametrize(
     ("targets", "entropies", "text"),
     [
-        ({}, {}, "`params` must hold the `entropy_target` of a BatchEntropyTap, got none"),
+        ({}, {}, "`params` must hold the `target_entropy` of a BatchEntropyTap, got none"),
         ({"a": 0}, {}, "`state` must hold the `batch_entropy` of a BatchEntropyTap, got none"),
         ({"a": 0, "c": 0}, {"a": 0, "b": 0}, "no pair for b, c"),
         ({"a": np.ones(2)}, {"a": np.ones(3)}, "no pair for a"),
     ],
 )
 def test_taps_that_do_not_pair_up(targets, entropies, text):
-    params = {name: {"entropy_target": value} for name, value in targets.items()}
+    params = {name: {"target_entropy": value} for name, value in targets.items()}
     state = {name: {"batch_entropy": value} for name, value in entropies.items()}
     with pytest.raises(ValueError, match=text):
-        regularizers.entropies_and_targets({"kernel": 0, **params}, state)
+        regularizers.nnx.tapped_entropies({"kernel": 0, **params}, state)

@@ -113,13 +113,13 @@ def test_gradient_penalty_over_all_masks_is_mean_and_covariance(double):
     np.testing.assert_allclose(flat(gradient), flat(expected_gradient), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("num_masks", [1, 5])
-def test_gradient_penalty_of_sampled_masks(num_masks, double):
+@pytest.mark.parametrize("num_samples", [1, 5])
+def test_gradient_penalty_of_sampled_masks(num_samples, double):
     problem = small()
     inputs, targets = problem.batch
     loss = Partial(dropout_loss, inputs=inputs, targets=targets)
     penalty = functools.partial(
-        regularizers.dropout_gradient_penalty, loss, key=KEY, num_masks=num_masks
+        regularizers.dropout_gradient_penalty, loss, key=KEY, num_samples=num_samples
     )
     found = penalty(problem.params, learning_rate=RATE)
     vector, unravel = ravel_pytree(problem.params)
@@ -130,14 +130,14 @@ def test_gradient_penalty_of_sampled_masks(num_masks, double):
         gradient = gradient_of(vector)
         return gradient, jax.jit(jax.jacrev(gradient_of))(vector) @ gradient
 
-    found_by_key = map(gradient_and_product, jax.random.split(KEY, num_masks))
+    found_by_key = map(gradient_and_product, jax.random.split(KEY, num_samples))
     gradients, products = zip(*found_by_key, strict=True)
     norms = np.sum(np.asarray(gradients) ** 2, 1)
     assert float(found.value) == pytest.approx(RATE / 4 * norms.mean(), rel=1e-12)
-    if num_masks == 1:
+    if num_samples == 1:
         assert np.isnan(found.standard_error)
     else:
-        error = RATE / 4 * norms.std(ddof=1) / np.sqrt(num_masks)
+        error = RATE / 4 * norms.std(ddof=1) / np.sqrt(num_samples)
         assert float(found.standard_error) == pytest.approx(error, rel=1e-10)
     # Its derivative is rate / 2 times the mean of H g, which stop_gradient would lose.
     derivative = jax.jit(jax.grad(lambda p, rate: penalty(p, learning_rate=rate).value))
@@ -278,8 +278,8 @@ def test_error_texts():
     with pytest.raises(ValueError, match=r"`keep_probability` must be at most 1, got 1.5"):
         regularizers.dropout_penalty(hidden, kernel, keep_probability=1.5)
     penalty = functools.partial(regularizers.dropout_gradient_penalty, lambda w, key: jnp.sum(w))
-    with pytest.raises(ValueError, match="`num_masks` must be at least 1, got 0"):
-        penalty(kernel, key=KEY, learning_rate=0.1, num_masks=0)
+    with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
+        penalty(kernel, key=KEY, learning_rate=0.1, num_samples=0)
     with pytest.raises(ValueError, match="`learning_rate` must be non-negative, got -1"):
         penalty(kernel, key=KEY, learning_rate=-1)
     with pytest.raises(TypeError, match="`key` must be a typed key"):

@@ -141,7 +141,7 @@ def test_estimate_and_its_standard_error(side, double):
     params, x = layers((5, 7, 3)), jnp.asarray(RANDOM.normal(size=(4, 5)))
     run = jax.jit(
         lambda key, number: estimate(
-            tanh_network, params, x, key=key, num_projections=number, side=side
+            tanh_network, params, x, key=key, num_probes=number, side=side
         ),
         static_argnums=1,
     )
@@ -158,9 +158,7 @@ def test_estimate_and_its_standard_error(side, double):
     # The spread over keys is what it says.
     values = jax.jit(
         jax.vmap(
-            lambda key: (
-                estimate(tanh_network, params, x, key=key, num_projections=2, side=side).value
-            )
+            lambda key: estimate(tanh_network, params, x, key=key, num_probes=2, side=side).value
         )
     )(jax.random.split(jax.random.key(3), 500))
     np.testing.assert_allclose(np.std(values), error * np.sqrt(1000), rtol=0.15)
@@ -171,7 +169,7 @@ def test_examples_and_projections_draw_their_own():
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(x, number):
-        return estimate(linear_fn, kernel, x, key=key, num_projections=number)
+        return estimate(linear_fn, kernel, x, key=key, num_probes=number)
 
     one, two = (run(jnp.ones((1, 4)), number) for number in (1, 2))
     # Equal examples differ.
@@ -206,7 +204,7 @@ def test_gradient_agrees_with_finite_differences(sizes, double):
 def test_gradient_of_the_estimate(side, double):
     params, x = layers((4, 5, 3)), jnp.asarray(RANDOM.normal(size=(3, 4)))
     of = lambda p: (
-        estimate(tanh_network, p, x, key=jax.random.key(0), num_projections=2, side=side).value
+        estimate(tanh_network, p, x, key=jax.random.key(0), num_probes=2, side=side).value
     )
     np.testing.assert_allclose(*directional(of, params), rtol=1e-6)
 
@@ -216,7 +214,7 @@ def test_the_standard_error_has_no_gradient():
     x, key = jnp.ones((2, 3)), jax.random.key(0)
 
     def penalty(params, weight):
-        result = estimate(tanh_network, params, x, key=key, num_projections=2)
+        result = estimate(tanh_network, params, x, key=key, num_probes=2)
         return result.value + weight * result.standard_error
 
     both = jax.jit(jax.grad(penalty))
@@ -247,7 +245,7 @@ def test_gradient_is_finite_where_the_jacobian_vanishes():
     key = jax.random.key(0)
     for of in (
         lambda p: exact(tanh_network, p, x),
-        lambda p: estimate(tanh_network, p, x, key=key, num_projections=2).value,
+        lambda p: estimate(tanh_network, p, x, key=key, num_probes=2).value,
     ):
         value, grads = jax.jit(jax.value_and_grad(of))(params)
         assert float(value) == 0
@@ -266,7 +264,7 @@ def test_chunks_change_nothing():
     np.testing.assert_allclose(inside, whole, rtol=1e-5)
     for side in ("outputs", "inputs"):
         run = functools.partial(
-            estimate, tanh_network, params, x, key=jax.random.key(0), num_projections=2, side=side
+            estimate, tanh_network, params, x, key=jax.random.key(0), num_probes=2, side=side
         )
         np.testing.assert_allclose(run(chunk_size=3), run(), rtol=1e-4)
 
@@ -277,7 +275,7 @@ def test_narrow_types_sum_in_float32():
     value = exact(linear_fn, kernel, x)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, np.sum(np.asarray(kernel, np.float64) ** 2), rtol=1e-5)
-    result = estimate(linear_fn, kernel, x, key=jax.random.key(0), num_projections=2)
+    result = estimate(linear_fn, kernel, x, key=jax.random.key(0), num_probes=2)
     assert result.value.dtype == result.standard_error.dtype == jnp.float32
 
 
@@ -314,7 +312,7 @@ def test_bad_arguments_are_named():
     kernel, x, key = jnp.ones((4, 3)), jnp.ones((2, 4)), jax.random.key(0)
     for options, error, message in (
         ({"side": "both"}, ValueError, "`side` must be one of outputs, inputs, got 'both'"),
-        ({"num_projections": 0}, ValueError, "`num_projections` must be at least 1, got 0"),
+        ({"num_probes": 0}, ValueError, "`num_probes` must be at least 1, got 0"),
         ({"key": 0}, TypeError, "`key` must be a typed key"),
     ):
         with pytest.raises(error, match=message):

@@ -116,7 +116,7 @@ def test_statistics_tick_once_and_are_those_of_the_clean_weights(name, kind):
     params, state, opt_state = model.params, model.state, tx.init(model.params)
     expected = state
     for _ in range(2):
-        expected = regjax.updated_statistics(model.apply, params, expected, INPUTS)
+        expected = regjax.updated_statistics(model, params, INPUTS, state=expected)
         params, state, opt_state = step(params, state, opt_state)
     compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     jax.tree.map(compare, state, expected)
@@ -128,11 +128,11 @@ def test_statistics_tick_once_and_are_those_of_the_clean_weights(name, kind):
 def test_statistics_of_perturbed_weights_are_others(kind):
     # The named wrong version of the test above: keeping the state that the perturbed pass leaves.
     model = make(kind)
-    clean = regjax.updated_statistics(model.apply, model.params, model.state, INPUTS)
+    clean = regjax.updated_statistics(model, model.params, INPUTS)
     seen = []
 
     def grad_fn(params, i):
-        seen.append(regjax.updated_statistics(model.apply, params, model.state, INPUTS))
+        seen.append(regjax.updated_statistics(model, params, INPUTS))
         return params
 
     tx = ROWS["perturbed_gradient_everywhere"].make()

@@ -194,7 +194,7 @@ def network(kind):
         variables = module.init(jax.random.key(0), images[0], train=False)
         return regjax.from_linen(module, variables), images
     norm = "none" if kind == "plain" else "batch"
-    mlp = models.MLP((1, 5, 1), 2, width=3, depth=1, norm=norm, rngs=nnx.Rngs(0))
+    mlp = models.MLP((1, 5, 1), 2, width=3, depth=1, normalization=norm, rngs=nnx.Rngs(0))
     return regjax.from_nnx(mlp), images
 
 
@@ -220,7 +220,7 @@ def test_networks_train_and_are_evaluated_at_the_mean_with_its_own_statistics(ki
         params, state, opt_state = step(params, state, opt_state, jnp.roll(images, t, 0)[:4])
     consensus = transforms.consensus_model(model, params, images)
     mean = jax.tree.map(lambda leaf: np.mean(leaf, 0), params)
-    expected = regjax.population_statistics(model.apply, mean, model.state, images)
+    expected = regjax.population_statistics(model, mean, images)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), consensus.params, mean)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4), consensus.state, expected

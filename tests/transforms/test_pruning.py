@@ -88,7 +88,7 @@ def squared_error(outputs, targets):
 
 
 def test_from_scores_to_a_smaller_model_that_was_trained_on():
-    network = MLP((4, 1, 1), 2, width=6, norm="batch", rngs=nnx.Rngs(0))
+    network = MLP((4, 1, 1), 2, width=6, normalization="batch", rngs=nnx.Rngs(0))
     model = regjax.from_nnx(network)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4, 1, 1)), jnp.float32)
     batch = x, jnp.stack([x.sum((1, 2, 3)), x[:, 0, 0, 0] ** 2], 1)

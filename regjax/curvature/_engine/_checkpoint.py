@@ -52,17 +52,17 @@ class Position(NamedTuple):
 
     Attributes:
       solver: that of the stage.
-      state: after `count` steps.
+      state: after so many steps.
       stage: how often a solver has handed over to the next one.
       first: number of steps before this stage.
-      count: number of steps in all.
+      steps: number of steps in all.
     """
 
     solver: Solver[Any, Any]
     state: Any
     stage: int
     first: int
-    count: int
+    steps: int
 
 
 class Chain:

@@ -46,7 +46,7 @@ def run(
             callback(count, total)
 
     with explained(solver):
-        begin = Position(solver, solver.init(), stage=0, first=0, count=0)
+        begin = Position(solver, solver.init(), stage=0, first=0, steps=0)
         if checkpoint is None:
             return _drive(begin, report, None)
         if not _loops.is_concrete(solver.operator, begin.state):
@@ -59,7 +59,7 @@ def run(
 
 def _drive(position: Position, report: Callable[[int], None], chain: Chain | None) -> Any:
     """The result, from a position on."""
-    solver, state, stage, first, count = position
+    solver, state, stage, first, done = position
 
     def step(operator: Operator, state: Any) -> Any:
         vectors = solver.vectors(state)
@@ -76,9 +76,9 @@ def _drive(position: Position, report: Callable[[int], None], chain: Chain | Non
         state,
         operands=solver.operator,
         done=solver.done,
-        max_steps=first + solver.max_steps - count,
+        max_steps=first + solver.max_steps - done,
         result=solver.result,
-        callback=lambda steps, _: report(count + steps),
+        callback=lambda steps, _: report(done + steps),
     )
     if solver.then is None:
         if chain is not None:

@@ -1,6 +1,7 @@
 """Matrices of which a product is one traced program on trees, compiled once."""
 
 import abc
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,8 @@ class TracedOperator(Operator):
         several = lambda operator, rows: jax.vmap(operator.product)(rows)
         one = lambda operator, rows: operator.product(rows[0])
         compiled = jax.jit(one if count == 1 else several).lower(self, zeros).compile()
-        account = compiled.memory_analysis()
-        return account.temp_size_in_bytes + account.output_size_in_bytes
+        account: Any = compiled.memory_analysis()
+        return int(account.temp_size_in_bytes + account.output_size_in_bytes)
 
 
 def _image(operator: TracedOperator, tree: Params) -> Params:

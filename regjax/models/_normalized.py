@@ -25,7 +25,7 @@ def _group_norm(num_features: int, *, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def _group_norm_plus(num_features: int, *, rngs: nnx.Rngs) -> nnx.Module:
-    """The usable variant, with groups of two channels at least."""
+    """Makes the usable variant, with groups of two channels at least."""
     num_groups = math.gcd(num_features, _NUM_GROUPS)
     if num_groups == num_features:
         num_groups = max(1, num_groups // 2)
@@ -54,11 +54,13 @@ _KERNELS: dict[str, Callable[..., nnx.Module]] = {
     "weight": normalization.nnx.WeightNorm,
     "weight_standardized": normalization.nnx.WeightStandardized,
 }
-NORMS = ("none", *_LAYERS, *_KERNELS, "weight_mean_only")
+NORMALIZATIONS = ("none", *_LAYERS, *_KERNELS, "weight_mean_only")
 
 
 class Normalized(nnx.Module):
-    """inputs -> norm(layer(inputs)), channels last.
+    """A layer and its normalization, channels last.
+
+        inputs -> norm(layer(inputs))
 
     "layer" and "group" are flax's, over the channels of each position and over positions and groups
     of channels (8, or the greatest common divisor of 8 and the number of channels). All others are
@@ -72,23 +74,25 @@ class Normalized(nnx.Module):
         layer: Callable[[jax.Array], jax.Array],
         num_features: int,
         *,
-        norm: str,
+        normalization: str,
         rngs: nnx.Rngs,
     ):
-        _checks.choice("norm", norm, NORMS)
-        kernel, behind = ("weight", "mean_only") if norm == "weight_mean_only" else (norm, norm)
+        _checks.choice("normalization", normalization, NORMALIZATIONS)
+        kernel = behind = normalization
+        if normalization == "weight_mean_only":
+            kernel, behind = "weight", "mean_only"
         self.layer = _KERNELS[kernel](layer) if kernel in _KERNELS else layer
         self.norm = _LAYERS[behind](num_features, rngs=rngs) if behind in _LAYERS else None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The normalized output, shape (batch, ..., num_features)."""
+        """Returns the normalized output, shape (batch, ..., num_features)."""
         outputs = self.layer(inputs)
         return outputs if self.norm is None else self.norm(outputs)
 
 
-def needs_bias(norm: str) -> bool:
-    """Whether the layer needs a bias of its own: the normalizations behind it have one."""
-    return norm == "none" or norm in _KERNELS
+def needs_bias(normalization: str) -> bool:
+    """Tells whether the layer needs a bias of its own: the normalizations behind it have one."""
+    return normalization == "none" or normalization in _KERNELS
 
 
 def image_shape(value: tuple[int, ...]) -> tuple[int, int, int]:

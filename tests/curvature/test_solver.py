@@ -1,0 +1,122 @@
+"""What a method gets by being a `Solver`: power iteration, written here, through the one driver."""
+
+import _thread
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+import regjax
+from regjax import curvature
+from tests.curvature.streams import pair
+
+VALUES = np.float32([5.0, 3.0, 2.0, 1.0, 0.5])
+OPERATOR = curvature.from_matvec(Partial(jnp.multiply, jnp.asarray(VALUES)), jnp.zeros(5))
+KEY = jax.random.key(0)
+
+
+class PowerState(NamedTuple):
+    vector: jax.Array
+    value: jax.Array
+    change: jax.Array
+
+
+def power_solver(operator, *, key, num_steps=60, tol=1e-6):
+    space = operator.space
+
+    def init():
+        vector = space.normal(key)
+        infinite = jnp.asarray(jnp.inf, space.dtype)
+        return space.replicate(PowerState(vector / space.norm(vector), infinite, infinite))
+
+    def update(state, image):
+        value = space.inner(state.vector, image)
+        return PowerState(image / space.norm(image), value, jnp.abs(value - state.value))
+
+    return curvature.Solver(
+        name="power",
+        operator=operator,
+        arguments={"key": key, "num_steps": num_steps, "tol": tol},
+        init=init,
+        vectors=lambda state: state.vector,
+        update=update,
+        done=lambda state: state.change < tol,
+        result=lambda state: (state.value, space.unravel(state.vector)),
+        max_steps=num_steps,
+        lower=("nothing",),
+    )
+
+
+def test_the_driver_runs_it_and_stops_early():
+    calls = []
+    value, vector = curvature.run(
+        power_solver(OPERATOR, key=KEY), callback=lambda *call: calls.append(call)
+    )
+    assert float(value) == pytest.approx(5, rel=1e-5)
+    np.testing.assert_allclose(np.abs(vector), [1, 0, 0, 0, 0], atol=1e-2)
+    assert calls == [(i + 1, 60) for i in range(len(calls))]
+    assert 5 < len(calls) < 60
+
+
+def test_compiled_by_hand_and_on_a_stream():
+    driven, _ = curvature.run(power_solver(OPERATOR, key=KEY))
+    run = jax.jit(lambda operator, key: curvature.run(power_solver(operator, key=key))[0])
+    assert float(run(OPERATOR, KEY)) == pytest.approx(float(driven), rel=1e-6)
+    solver = power_solver(OPERATOR, key=KEY)
+    state = solver.init()
+    while not solver.done(state):
+        state = solver.step(state)
+    assert float(solver.result(state)[0]) == float(driven)
+    streamed, whole, source = pair("gauss_newton")
+    found, _ = curvature.run(power_solver(streamed, key=KEY, num_steps=30, tol=0))
+    assert source.passes == 30
+    expected, _ = curvature.run(power_solver(whole, key=KEY, num_steps=30, tol=0))
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_it_survives_interruptions(tmp_path):
+    solver = power_solver(OPERATOR, key=KEY, tol=0)
+    undisturbed = curvature.run(solver)
+    checkpoint = curvature.Checkpoint(tmp_path, every=7)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(after):
+        counts = []
+
+        def callback(count, total):
+            counts.append(count)
+            if count == after:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            curvature.run(solver, callback=callback, checkpoint=checkpoint)
+        return counts[0]
+
+    assert [stop(after) for after in (10, 25, 40)] == [1, 8, 22]
+    again = curvature.run(solver, checkpoint=checkpoint)
+    jax.tree.map(np.testing.assert_array_equal, again, undisturbed)
+    other = power_solver(OPERATOR, key=KEY, tol=0, num_steps=50)
+    with pytest.raises(ValueError, match="`num_steps` must be 50, got 60"):
+        curvature.run(other, checkpoint=checkpoint)
+
+
+def test_ctrl_c_keeps_what_was_computed():
+    def callback(count, total):
+        if count == 4:
+            _thread.interrupt_main()
+
+    with pytest.raises(regjax.Interrupted) as caught:
+        curvature.run(power_solver(OPERATOR, key=KEY), callback=callback)
+    assert 3 < float(caught.value.result[0]) <= 5
+
+
+def test_its_memory_is_known():
+    found = curvature.memory_estimate(power_solver(OPERATOR, key=KEY))
+    assert found.basis == 5 * 4 + 2 * 4
+    assert found.result == 5 * 4 + 4
+    assert found.held == 2 * 5 * 4
