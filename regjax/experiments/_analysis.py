@@ -15,14 +15,9 @@ from regjax._adapters import Model, check_separable, model_function, model_loss
 from regjax._base import applied
 from regjax._loops import Interrupted
 from regjax.experiments._data import Dataset
-from regjax.experiments._network import Scaling, criterion, normalize
-from regjax.experiments._settings import (
-    AnalysisSettings,
-    SpectrumSettings,
-    UsageError,
-    num_devices,
-    option,
-)
+from regjax.experiments._inputs import Scaling, cross_entropy, normalize
+from regjax.experiments._options import UsageError, option
+from regjax.experiments._settings import AnalysisSettings, SpectrumSettings, num_devices
 
 Record = dict[str, Any]
 
@@ -233,7 +228,7 @@ def _operator(
     own = len(targets) // num_devices(settings)
     chunk_size = settings.chunk_size if settings.chunk_size < own else None
     if settings.matrix == "hessian":
-        loss = model_loss(model, criterion, mode=mode)
+        loss = model_loss(model, cross_entropy, mode=mode)
         return curvature.hessian(loss, model.params, inputs, targets, chunk_size=chunk_size)
     function = model_function(model, mode=mode)
     if settings.matrix == "fisher":
@@ -247,7 +242,7 @@ def _operator(
         )
     is_observed = settings.matrix == "empirical_fisher"
     make = curvature.empirical_fisher if is_observed else curvature.gauss_newton
-    return make(function, criterion, model.params, inputs, targets, chunk_size=chunk_size)
+    return make(function, cross_entropy, model.params, inputs, targets, chunk_size=chunk_size)
 
 
 def _check_at_most(settings: AnalysisSettings, name: str, limit: int, what: str) -> None:
@@ -274,7 +269,7 @@ def check_examples(
         return
     some = slice(min(_SEPARABLE_EXAMPLES, len(targets)))
     try:
-        loss = model_loss(model, criterion, mode=mode)
+        loss = model_loss(model, cross_entropy, mode=mode)
         check_separable(
             lambda params, *part: applied(loss, params, part),
             model.params,

@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 from regjax.experiments import _figure, _record
 from regjax.experiments._landscape_run import run_landscape
+from regjax.experiments._options import UsageError, option
 from regjax.experiments._settings import (
     AnalysisSettings,
     LandscapeSettings,
-    UsageError,
     methods,
-    option,
     option_types,
     out_dir,
     replace,

@@ -13,7 +13,8 @@ from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, analyse, operators
 from regjax.experiments._data import load
 from regjax.experiments._geometry import measure_geometry
-from regjax.experiments._network import build_model, evaluate, measure_scaling
+from regjax.experiments._inputs import measure_scaling
+from regjax.experiments._network import build_model, evaluate
 from regjax.experiments._settings import (
     AnalysisSettings,
     SpectrumSettings,

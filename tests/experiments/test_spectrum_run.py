@@ -11,6 +11,7 @@ import regjax
 from regjax.experiments import (
     SpectrumSettings,
     UsageError,
+    _inputs,
     _network,
     _report,
     _spectrum_run,
@@ -213,9 +214,9 @@ def test_loss_that_couples_examples_is_refused(tmp_path, monkeypatch):
     from regjax.experiments import _analysis
 
     def summed(outputs, targets):
-        return _network.criterion(outputs, targets) * len(targets)
+        return _inputs.cross_entropy(outputs, targets) * len(targets)
 
-    monkeypatch.setattr(_analysis, "criterion", summed)
+    monkeypatch.setattr(_analysis, "cross_entropy", summed)
     with pytest.raises(UsageError, match="mean over the examples"):
         run_spectrum(make_settings(tmp_path), silent)
     # What came before is on disk.

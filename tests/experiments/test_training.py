@@ -13,6 +13,7 @@ from regjax.experiments import (
     TrainSettings,
     UsageError,
     _epochs,
+    _inputs,
     _network,
     _training,
     load,
@@ -107,7 +108,7 @@ def test_learns_digits(tmp_path):
     dataset = load("digits")
     settings = TrainSettings(epochs=8)
     result = train(settings, dataset, path=tmp_path / "checkpoint.npz")
-    scaling = _network.measure_scaling(dataset, "float32")
+    scaling = _inputs.measure_scaling(dataset, "float32")
     test = _network.evaluate(result.model, dataset.test_images, dataset.test_labels, scaling)
     # Ten seeds gave 0.960 to 0.980.
     assert test.accuracy > 0.93
@@ -249,7 +250,7 @@ def test_scaling_is_mean_and_deviation_of_each_channel():
     dataset = make_dataset(shape=(4, 4, 3))
     images = dataset.train_images.copy()
     images[..., 2] = 7
-    scaling = _network.measure_scaling(dataset._replace(train_images=images), "float32")
+    scaling = _inputs.measure_scaling(dataset._replace(train_images=images), "float32")
     np.testing.assert_allclose(scaling.mean, (images / 255).mean(axis=(0, 1, 2)), rtol=1e-6)
     deviation = (images / 255).std(axis=(0, 1, 2))
     np.testing.assert_allclose(scaling.deviation[:2], deviation[:2], rtol=1e-6)
@@ -260,7 +261,7 @@ def test_evaluation_in_chunks_matches_numpy(monkeypatch):
     monkeypatch.setattr(_network, "_EVALUATION_CHUNK", 9)
     dataset = make_dataset()
     model = _network.build_model(make_settings(depth=0), dataset)
-    scaling = _network.measure_scaling(dataset, "float32")
+    scaling = _inputs.measure_scaling(dataset, "float32")
     found = _network.evaluate(model, dataset.train_images, dataset.train_labels, scaling)
     head = model.params["head"]
     kernel, bias = np.float64(head["kernel"]), np.float64(head["bias"])
