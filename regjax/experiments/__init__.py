@@ -1,6 +1,5 @@
 """Data, training runs, and the runs of the command line."""
 
-from regjax._files import CheckpointError as CheckpointError
 from regjax.experiments._compare import compared_settings as compared_settings
 from regjax.experiments._compare import run_compare as run_compare
 from regjax.experiments._data import DataError as DataError

@@ -84,10 +84,10 @@ def training_examples(
     _, dataset, scaling = subject
     count = getattr(settings, name)
     if count is not None:
-        limit = len(dataset.train_labels)
+        limit = len(dataset.train_targets)
         _check_at_most(settings, name, limit, "number of training examples")
-    inputs = normalize(jnp.asarray(dataset.train_images[:count]), scaling)
-    return inputs, jnp.asarray(dataset.train_labels[:count])
+    inputs = normalize(jnp.asarray(dataset.train_inputs[:count]), scaling)
+    return inputs, jnp.asarray(dataset.train_targets[:count])
 
 
 def analyse(
@@ -121,7 +121,7 @@ def analyse(
             operator,
             min(settings.num_eigenvalues, size),
             key=eigen_key,
-            tol=settings.tolerance,
+            tol=settings.tol,
             # How many products it will take is not known.
             callback=lambda done, _: progress("eigenvalues", done, None),
         ),
@@ -140,7 +140,7 @@ def analyse(
         functools.partial(
             _describe_density,
             largest=abs(float(result.values[0])),
-            scale=settings.effective_dimension_scale,
+            damping=settings.damping,
         ),
         functools.partial(_keep, record, "density", save),
     )
@@ -177,7 +177,9 @@ def _describe_eigenvalues(result: curvature.EigenResult) -> Record:
     }
 
 
-def _describe_density(density: curvature.DensityResult, *, largest: float, scale: float) -> Record:
+def _describe_density(
+    density: curvature.DensityResult, *, largest: float, damping: float
+) -> Record:
     def count(low: float, high: float) -> Record:
         def inside(values: jax.Array) -> jax.Array:
             return ((values > low) & (values <= high)).astype(values.dtype)
@@ -201,8 +203,8 @@ def _describe_density(density: curvature.DensityResult, *, largest: float, scale
         },
         "smallest_ritz_value": float(np.min(ritz_values)),
         "effective_dimension": {
-            "scale": scale,
-            **_estimate(curvature.effective_dimension(density, scale)),
+            "damping": damping,
+            **_estimate(curvature.effective_dimension(density, damping)),
         },
         "counts": {
             "outlier_threshold": outlier,
@@ -236,8 +238,8 @@ def _operator(
             function,
             model.params,
             inputs,
-            key=jax.random.key(settings.seed) if settings.fisher_samples else None,
-            num_samples=settings.fisher_samples or None,
+            key=None if settings.num_samples is None else jax.random.key(settings.seed),
+            num_samples=settings.num_samples,
             chunk_size=chunk_size,
         )
     is_observed = settings.matrix == "empirical_fisher"

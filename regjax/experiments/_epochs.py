@@ -114,7 +114,7 @@ class Epochs:
     """
 
     def __init__(self, settings: TrainSettings, dataset: Dataset, step: Step):
-        images, labels, self._step = dataset.train_images, dataset.train_labels, step
+        images, labels, self._step = dataset.train_inputs, dataset.train_targets, step
         self._scaling = measure_scaling(dataset, settings.dtype)
         self._num_examples, self._batch_size = len(labels), settings.batch_size
         self.num_batches = self._num_examples // self._batch_size

@@ -26,7 +26,7 @@ def measure_geometry(subject: Subject, settings: SpectrumSettings) -> Record:
     chunk_size = settings.chunk_size
     function = model_function(model)
     key = jax.random.key(settings.seed)
-    unseen = normalize(jnp.asarray(dataset.test_images), scaling)
+    unseen = normalize(jnp.asarray(dataset.test_inputs), scaling)
     return {
         "num_examples": len(targets),
         "geometric_complexity": float(
@@ -38,7 +38,7 @@ def measure_geometry(subject: Subject, settings: SpectrumSettings) -> Record:
                     function, model.params, x, jnp.asarray(y), chunk_size=chunk_size
                 )
             )
-            for name, x, y in (("train", inputs, targets), ("test", unseen, dataset.test_labels))
+            for name, x, y in (("train", inputs, targets), ("test", unseen, dataset.test_targets))
         },
         "spherical_sharpness": _spherical_sharpness(subject, inputs, targets, chunk_size, key),
     }

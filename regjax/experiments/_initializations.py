@@ -48,10 +48,10 @@ class Initialization(Options, abc.ABC):
         return {}
 
     def _check_enough(self, field: str, number: int, dataset: Dataset) -> None:
-        if number > len(dataset.train_labels):
+        if number > len(dataset.train_targets):
             raise UsageError(
                 f"{self.option(field)} must take at most the training examples, "
-                f"{len(dataset.train_labels)}, got {number}."
+                f"{len(dataset.train_targets)}, got {number}."
             )
 
 
@@ -81,7 +81,7 @@ class DataDependent(Initialization):
     def make(self, model: Model, dataset: Dataset, *, dtype: str, seed: int) -> Params:
         """Makes parameters by `initializers.data_dependent`."""
         self._check_enough("num_examples", self.num_examples, dataset)
-        images = jnp.asarray(dataset.train_images[: self.num_examples])
+        images = jnp.asarray(dataset.train_inputs[: self.num_examples])
         return initializers.data_dependent(
             model,
             model.params,
@@ -132,14 +132,17 @@ class Gradinit(Initialization):
 
     def make(self, model: Model, dataset: Dataset, *, dtype: str, seed: int) -> Params:
         """Makes parameters by `initializers.gradinit`, each iteration on other examples."""
-        num_examples, size = len(dataset.train_labels), 3 * self.half_batch
+        num_examples, size = len(dataset.train_targets), 3 * self.half_batch
         self._check_enough("half_batch", size, dataset)
         random = np.random.default_rng(seed)
         drawn = [
             random.choice(num_examples, size, replace=False) for _ in range(self.num_iterations)
         ]
         rows = np.stack(drawn).reshape(-1, 3, self.half_batch)
-        batches = (jnp.asarray(dataset.train_images[rows]), jnp.asarray(dataset.train_labels[rows]))
+        batches = (
+            jnp.asarray(dataset.train_inputs[rows]),
+            jnp.asarray(dataset.train_targets[rows]),
+        )
         loss = model_loss(model, cross_entropy, mode="train", key=_noise_key(seed))
         result = initializers.gradinit(
             Partial(_loss, loss, measure_scaling(dataset, dtype)),

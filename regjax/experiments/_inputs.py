@@ -22,8 +22,8 @@ def measure_scaling(dataset: Dataset, dtype: str) -> Scaling:
     """Measures the mean and the standard deviation of each channel over the training images."""
     levels = np.arange(256) / 255
     means, deviations = [], []
-    for channel in range(dataset.train_images.shape[-1]):
-        counts = np.bincount(dataset.train_images[..., channel].ravel(), minlength=256)
+    for channel in range(dataset.train_inputs.shape[-1]):
+        counts = np.bincount(dataset.train_inputs[..., channel].ravel(), minlength=256)
         mean = np.average(levels, weights=counts)
         means.append(mean)
         # A channel of one value carries nothing; 1 leaves it at zero.

@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
 def build_model(settings: TrainSettings, dataset: Dataset) -> Model:
     """The network with its initial parameters, in the type of the options."""
     rngs = nnx.Rngs(settings.seed)
-    shape, num_classes = dataset.train_images.shape[1:], dataset.num_classes
+    shape, num_classes = dataset.train_inputs.shape[1:], dataset.num_classes
     module = ARCHITECTURES[settings.model].build(
         shape,
         num_classes,

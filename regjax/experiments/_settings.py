@@ -126,8 +126,8 @@ class SpectrumSettings(AnalysisSettings):
     matrix: Literal["hessian", "gauss_newton", "fisher", "empirical_fisher"] = "hessian"
     """Curvature matrix of the mean training loss."""
 
-    fisher_samples: int = 0
-    """Labels drawn per example for the fisher matrix. 0: the exact expectation."""
+    num_samples: int | None = None
+    """Labels drawn per example for the fisher matrix. None: the exact expectation."""
 
     curvature_examples: int | None = None
     """Number of training examples in the matrix, the first ones. None: all."""
@@ -135,7 +135,7 @@ class SpectrumSettings(AnalysisSettings):
     num_eigenvalues: int = 10
     """Number of largest eigenvalues."""
 
-    tolerance: float = 1e-3
+    tol: float = 1e-3
     """An eigenvalue's residual norm relative to the largest eigenvalue, when converged."""
 
     num_probes: int = 2
@@ -151,8 +151,8 @@ class SpectrumSettings(AnalysisSettings):
     """data=N divides the examples of the matrix, and the vectors that the solvers keep, over N
     devices; of all the training examples it takes the largest multiple of N. None: one device."""
 
-    effective_dimension_scale: float = 0.01
-    """The c in the sum over the eigenvalues l of max(l, 0) / (max(l, 0) + c)."""
+    damping: float = 0.01
+    """The c of the effective dimension: sum over eigenvalues l of max(l, 0) / (max(l, 0) + c)."""
 
     report: bool = False
     """Geometric complexity, spherical sharpness and margins of the network as well."""

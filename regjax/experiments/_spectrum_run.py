@@ -156,8 +156,8 @@ def trained(
 
 def _generalization(subject: Subject) -> Record:
     model, data, scaling = subject
-    seen = evaluate(model, data.train_images, data.train_labels, scaling)
-    unseen = evaluate(model, data.test_images, data.test_labels, scaling)
+    seen = evaluate(model, data.train_inputs, data.train_targets, scaling)
+    unseen = evaluate(model, data.test_inputs, data.test_targets, scaling)
     return {
         "train_loss": seen.loss,
         "test_loss": unseen.loss,

@@ -88,7 +88,7 @@ def train(
       UsageError: the batch is larger than the data, or the checkpoint is another run's.
       CheckpointError: the checkpoint is missing, damaged or of another model.
     """
-    num_examples = len(dataset.train_labels)
+    num_examples = len(dataset.train_targets)
     if settings.batch_size > num_examples:
         raise UsageError(
             f"--batch-size must be at most the number of training examples, {num_examples}, "

@@ -34,8 +34,8 @@ def validate(settings: TrainSettings) -> None:
     (non_negative if can_be_flat else positive).append("depth")
     if isinstance(settings, SpectrumSettings):
         positive += ["curvature_examples", "num_eigenvalues", "num_probes", "num_steps"]
-        positive += ["effective_dimension_scale"]
-        non_negative += ["tolerance", "fisher_samples"]
+        positive += ["damping", "num_samples"]
+        non_negative += ["tol"]
         _validate_mesh(settings)
     if isinstance(settings, LandscapeSettings):
         positive += ["points", "span", "surface_examples", "probe_examples", "probe_points"]

@@ -42,7 +42,7 @@ def test_every_normalization_trains_and_evaluates(norm, model, tmp_path):
     result = train(settings, dataset, path=tmp_path / "checkpoint.npz")
     assert all(np.isfinite(result.losses))
     scaling = _inputs.measure_scaling(dataset, "float32")
-    evaluation = _network.evaluate(result.model, dataset.test_images, dataset.test_labels, scaling)
+    evaluation = _network.evaluate(result.model, dataset.test_inputs, dataset.test_targets, scaling)
     assert np.isfinite(evaluation.loss)
     if norm == "group_plus":  # the variant whose evaluation does not couple the examples
         assert result.model.has_batch_statistics
@@ -57,7 +57,7 @@ def test_data_dependent_start(norm):
     plain = _network.build_model(settings, dataset)
     model = _training.initialized(settings, plain, dataset)
     images = _inputs.normalize(
-        jnp.asarray(dataset.train_images[:20]), _inputs.measure_scaling(dataset, "float32")
+        jnp.asarray(dataset.train_inputs[:20]), _inputs.measure_scaling(dataset, "float32")
     )
     outputs, _ = model.apply(model.params, model.state, images, train=True)
     np.testing.assert_allclose(np.mean(outputs, 0), 0, atol=1e-4)
