@@ -6,14 +6,13 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from regjax._files import CheckpointError
 from regjax.experiments import _compare, _landscape_run, _report, _spectrum_run
 from regjax.experiments._data import DataError
 from regjax.experiments._options import UsageError
 from regjax.experiments._settings import (
-    AnalysisSettings,
     LandscapeSettings,
     SpectrumSettings,
     TrainSettings,
@@ -23,7 +22,7 @@ from regjax.experiments._settings import (
 )
 from regjax.experiments._training import TrainingError, read_run
 
-_COMMANDS: dict[str, Any] = {
+_COMMANDS: dict[str, type[TrainSettings]] = {
     "spectrum": SpectrumSettings,
     "landscape": LandscapeSettings,
     "train": TrainSettings,
@@ -71,21 +70,21 @@ def _run(words: list[str], bar: "_Bar") -> None:
 
 def _text_of(settings: TrainSettings, bar: "_Bar") -> str:
     """Runs what `settings` describe and returns what is to be printed."""
-    if not isinstance(settings, AnalysisSettings):
-        return _report.training_text(_spectrum_run.run_train(settings, bar))
-    if settings.compare:
-        is_landscape = isinstance(settings, LandscapeSettings)
-        text = _report.landscapes_text if is_landscape else _report.comparison_text
-        return text(_compare.run_compare(settings, bar))
     if isinstance(settings, LandscapeSettings):
+        if settings.compare:
+            return _report.landscapes_text(_compare.run_compare(settings, bar))
         record = _landscape_run.run_landscape(settings, bar)
-        return "\n\n".join([_report.training_text(record), _report.landscape_text(record)])
-    record = _spectrum_run.run_spectrum(cast(SpectrumSettings, settings), bar)
-    return "\n\n".join([_report.training_text(record), _report.spectrum_text(record)])
+        return f"{_report.training_text(record)}\n\n{_report.landscape_text(record)}"
+    if isinstance(settings, SpectrumSettings):
+        if settings.compare:
+            return _report.comparison_text(_compare.run_compare(settings, bar))
+        record = _spectrum_run.run_spectrum(settings, bar)
+        return f"{_report.training_text(record)}\n\n{_report.spectrum_text(record)}"
+    return _report.training_text(_spectrum_run.run_train(settings, bar))
 
 
-def _parse(words: list[str], default: Any = None) -> TrainSettings:
-    """The options in `words`, with one line instead of tyro's box if they are wrong."""
+def _parse(words: list[str], default: TrainSettings | None = None) -> TrainSettings:
+    """Parses `words`, with one line instead of tyro's box if they are wrong."""
     import tyro
 
     told = io.StringIO()
@@ -94,7 +93,7 @@ def _parse(words: list[str], default: Any = None) -> TrainSettings:
             command = words[0] if words else ""
             if command not in _COMMANDS:
                 return tyro.extras.subcommand_cli_from_dict(
-                    _COMMANDS, prog=_PROGRAM, description=_DESCRIPTION, args=words
+                    {**_COMMANDS}, prog=_PROGRAM, description=_DESCRIPTION, args=words
                 )
             return tyro.cli(
                 _COMMANDS[command],
@@ -109,7 +108,7 @@ def _parse(words: list[str], default: Any = None) -> TrainSettings:
 
 
 def _from_checkpoint(words: list[str], settings: TrainSettings) -> TrainSettings:
-    """The settings with the training options of the checkpoint that they start from.
+    """Returns the settings with the training options of the checkpoint that they start from.
 
     Parsed again with these for defaults, an option keeps a value of its own only if it was given:
     `restore` then finds the conflict.
@@ -127,7 +126,7 @@ def _from_checkpoint(words: list[str], settings: TrainSettings) -> TrainSettings
 
 
 def _first_sentence(box: str) -> str:
-    """What tyro says between its title and its next rule, on one line, whatever the frame."""
+    """Returns what tyro says between its title and its next rule, on one line, without frame."""
     lines = [line.strip(" │") for line in box.splitlines()[1:]]
     paragraph: list[str] = []
     for line in lines:
@@ -141,7 +140,7 @@ def _first_sentence(box: str) -> str:
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether the user can mend it: our own errors, and files that cannot be read or written."""
+    """Tells whether the user can mend it: our own errors, and files that cannot be used."""
     return isinstance(error, (UsageError, DataError, CheckpointError, TrainingError, OSError))
 
 
@@ -160,7 +159,7 @@ class _Bar:
     def __enter__(self) -> "_Bar":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:

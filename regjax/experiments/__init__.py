@@ -1,12 +1,10 @@
 """Data, training runs, and the runs of the command line."""
 
-from regjax.experiments._compare import compared_settings as compared_settings
 from regjax.experiments._compare import run_compare as run_compare
 from regjax.experiments._data import DataError as DataError
 from regjax.experiments._data import Dataset as Dataset
 from regjax.experiments._data import load as load
 from regjax.experiments._landscape_run import run_landscape as run_landscape
-from regjax.experiments._optimizer import optimizer as optimizer
 from regjax.experiments._options import UsageError as UsageError
 from regjax.experiments._settings import LandscapeSettings as LandscapeSettings
 from regjax.experiments._settings import SpectrumSettings as SpectrumSettings

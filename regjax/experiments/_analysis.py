@@ -17,9 +17,8 @@ from regjax._loops import Interrupted
 from regjax.experiments._data import Dataset
 from regjax.experiments._inputs import Scaling, cross_entropy, normalize
 from regjax.experiments._options import UsageError, option
+from regjax.experiments._record import Record
 from regjax.experiments._settings import AnalysisSettings, SpectrumSettings, num_devices
-
-Record = dict[str, Any]
 
 # Enough examples to tell a mean from anything else.
 _SEPARABLE_EXAMPLES = 512
@@ -36,7 +35,7 @@ class Subject(NamedTuple):
 
 
 def operators(subject: Subject, settings: SpectrumSettings) -> dict[str, curvature.Operator]:
-    """The matrix of the options: {"network": ...}, and its layers if they are asked for.
+    """Makes the matrix of the options: {"network": ...}, and its layers if they are asked for.
 
     Raises:
       UsageError: an option does not fit the model or the data, or the loss is no mean over
@@ -57,7 +56,7 @@ def operators(subject: Subject, settings: SpectrumSettings) -> dict[str, curvatu
 def _on_mesh(
     settings: SpectrumSettings, inputs: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The examples divided over the devices of the options, as many as divide evenly."""
+    """Divides the examples over the devices of the options, as many as divide evenly."""
     number = num_devices(settings)
     if number == 1:
         return inputs, targets
@@ -76,7 +75,7 @@ def _on_mesh(
 def training_examples(
     subject: Subject, settings: AnalysisSettings, name: str
 ) -> tuple[jax.Array, jax.Array]:
-    """The first training examples, as many as the option `name` says; all for None.
+    """Returns the first training examples, as many as the option `name` says; all for None.
 
     Raises:
       UsageError: there are fewer.
@@ -229,22 +228,25 @@ def _operator(
     # A whole batch keeps its linearisation.
     own = len(targets) // num_devices(settings)
     chunk_size = settings.chunk_size if settings.chunk_size < own else None
-    if settings.matrix == "hessian":
-        loss = model_loss(model, cross_entropy, mode=mode)
-        return curvature.hessian(loss, model.params, inputs, targets, chunk_size=chunk_size)
-    function = model_function(model, mode=mode)
-    if settings.matrix == "fisher":
-        return curvature.fisher(
-            function,
-            model.params,
-            inputs,
-            key=None if settings.num_samples is None else jax.random.key(settings.seed),
-            num_samples=settings.num_samples,
-            chunk_size=chunk_size,
-        )
-    is_observed = settings.matrix == "empirical_fisher"
-    make = curvature.empirical_fisher if is_observed else curvature.gauss_newton
-    return make(function, cross_entropy, model.params, inputs, targets, chunk_size=chunk_size)
+    params, model_fn = model.params, model_function(model, mode=mode)
+    key = None if settings.num_samples is None else jax.random.key(settings.seed)
+    matrices = {
+        "hessian": lambda: curvature.hessian(
+            model_loss(model, cross_entropy, mode=mode),
+            params, inputs, targets, chunk_size=chunk_size,
+        ),
+        "gauss_newton": lambda: curvature.gauss_newton(
+            model_fn, cross_entropy, params, inputs, targets, chunk_size=chunk_size
+        ),
+        "fisher": lambda: curvature.fisher(
+            model_fn, params, inputs,
+            key=key, num_samples=settings.num_samples, chunk_size=chunk_size,
+        ),
+        "empirical_fisher": lambda: curvature.empirical_fisher(
+            model_fn, cross_entropy, params, inputs, targets, chunk_size=chunk_size
+        ),
+    }  # fmt: skip
+    return matrices[settings.matrix]()
 
 
 def _check_at_most(settings: AnalysisSettings, name: str, limit: int, what: str) -> None:
@@ -256,7 +258,7 @@ def _check_at_most(settings: AnalysisSettings, name: str, limit: int, what: str)
 def check_examples(
     model: Model, settings: AnalysisSettings, inputs: jax.Array, targets: jax.Array
 ) -> None:
-    """Only batch norm in train mode may couple the examples, and only as it was asked for.
+    """Checks that only batch norm in train mode couples the examples, and only as asked for.
 
     Raises:
       UsageError: examples couple in another way, or the batch would be split though they do.

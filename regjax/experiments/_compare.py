@@ -6,15 +6,18 @@ import functools
 import io
 import re
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from regjax.experiments import _figure, _record
 from regjax.experiments._landscape_run import run_landscape
 from regjax.experiments._options import UsageError, option
+from regjax.experiments._record import Record
 from regjax.experiments._settings import (
     AnalysisSettings,
     LandscapeSettings,
+    SpectrumSettings,
     methods,
     option_types,
     out_dir,
@@ -24,14 +27,14 @@ from regjax.experiments._settings import (
 from regjax.experiments._spectrum_run import Progress, run_spectrum
 from regjax.experiments._validation import validate
 
-Record = dict[str, Any]
+Compared = TypeVar("Compared", SpectrumSettings, LandscapeSettings)
 
 # They belong to the comparison as a whole.
 _COMMON = ("compare", "checkpoint", "resume", "out")
 
 
-def compared_settings(settings: AnalysisSettings) -> dict[str, Any]:
-    """The settings of each item of `compare`, by the item.
+def compared_settings(settings: Compared) -> dict[str, Compared]:
+    """Returns the settings of each item of `compare`, by the item.
 
     An item is a comma-separated list of option=value, such as sam,rho=0.1. A bare word stands for
     option=word, if it is one of the choices of exactly one option; those of a single method give
@@ -47,7 +50,7 @@ def compared_settings(settings: AnalysisSettings) -> dict[str, Any]:
       UsageError: an item cannot be read, is given twice, or holds a bad value.
     """
     folder = out_dir(settings)
-    result: dict[str, Any] = {}
+    result: dict[str, Compared] = {}
     folders: dict[str, Path] = {}
     for item in settings.compare:
         out = folder / re.sub(r"[^\w.=-]+", "_", item)
@@ -66,7 +69,9 @@ def compared_settings(settings: AnalysisSettings) -> dict[str, Any]:
     return result
 
 
-def run_compare(settings: AnalysisSettings, progress: Progress) -> dict[str, Record]:
+def run_compare(
+    settings: SpectrumSettings | LandscapeSettings, progress: Progress
+) -> dict[str, Record]:
     """Runs all items of `compare` and leaves `compare.json` and figures of all behind.
 
     Args:
@@ -80,9 +85,17 @@ def run_compare(settings: AnalysisSettings, progress: Progress) -> dict[str, Rec
     Raises:
       UsageError: an item cannot be read, before anything is computed; else as those functions.
     """
-    is_landscape = isinstance(settings, LandscapeSettings)
-    run: Any = run_landscape if is_landscape else run_spectrum
-    draw = _figure.draw_landscapes if is_landscape else _figure.draw_comparison
+    if isinstance(settings, LandscapeSettings):
+        return _run_all(settings, progress, run_landscape, _figure.draw_landscapes)
+    return _run_all(settings, progress, run_spectrum, _figure.draw_comparison)
+
+
+def _run_all(
+    settings: Compared,
+    progress: Progress,
+    run: Callable[[Compared, Progress], Record],
+    draw: Callable[[Path, dict[str, Record]], None],
+) -> dict[str, Record]:
     records: dict[str, Record] = {}
     for item, own in compared_settings(settings).items():
         records[item] = run(own, functools.partial(_of_item, progress, item))
@@ -114,7 +127,7 @@ def _overrides(item: str, settings: AnalysisSettings) -> dict[str, Any]:
 
 
 def _option_of(word: str, settings: AnalysisSettings) -> str:
-    """The one option that has `word` among its choices, of a method only if no other has."""
+    """Returns the one option with the choice `word`, of a method only if there is no other."""
     choices = _choices(settings)
     found = [name for name, words in choices.items() if word in words]
     names = [name for name in found if "." not in name] or found
@@ -136,7 +149,7 @@ def _choices(settings: AnalysisSettings) -> dict[str, tuple[str, ...]]:
 
 
 def _parse(name: str, text: str, settings: AnalysisSettings) -> Any:
-    """`text` as the command line reads it for the option `name`."""
+    """Reads `text` as the command line does for the option `name`."""
     import tyro
 
     hint = option_types(type(settings))[name]

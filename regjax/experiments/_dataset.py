@@ -57,5 +57,5 @@ class Source(NamedTuple):
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray) -> Split:
-    """The split of `images` (n, height, width, channels) and `labels` (n,) as they stand."""
+    """Makes the split of `images` (n, height, width, channels) and `labels` (n,) as they stand."""
     return Split(len(labels), lambda indices: (images[indices], labels[indices]))

@@ -9,14 +9,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from regjax import _loops
+from regjax._base import Params, State
+from regjax._runners import ApplyFn
 from regjax.experiments._data import Dataset
 from regjax.experiments._inputs import Scaling, cross_entropy, measure_scaling, normalize
 from regjax.experiments._settings import TrainSettings
@@ -29,9 +32,9 @@ _BLOCK_BATCHES = 64
 class Weights(NamedTuple):
     """What training changes: parameters, batch statistics, and the optimiser's state."""
 
-    params: Any
-    model_state: Any
-    optimizer_state: Any
+    params: Params
+    model_state: State
+    optimizer_state: optax.OptState
 
 
 class Block(NamedTuple):
@@ -63,25 +66,27 @@ class Step:
         the index counts the batches that follow in the block, those of an inner loop.
     """
 
-    apply: Callable[..., tuple[Any, Any]]
+    apply: ApplyFn
     optimizer: optax.GradientTransformationExtraArgs
     num_shards: int = 1
 
     def __call__(
         self, block: Block, carry: tuple[Weights, jax.Array], i: jax.Array
     ) -> tuple[Weights, jax.Array]:
-        """The carry after batch `i` of `block`."""
+        """Returns the carry after batch `i` of `block`."""
         weights, total = carry
         key = jax.random.fold_in(block.key, block.first_step + i)
 
-        def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+        def loss_fn(
+            params: Params, images: jax.Array, labels: jax.Array
+        ) -> tuple[jax.Array, State]:
             inputs = normalize(images, block.scaling)
             outputs, model_state = self.apply(
                 params, weights.model_state, inputs, train=True, key=key
             )
             return cross_entropy(outputs, labels), model_state
 
-        def grad_fn(params: Any, index: Any) -> Any:
+        def grad_fn(params: Params, index: ArrayLike) -> Params:
             batch = self._inner_batch(block, i, index)
             return jax.grad(loss_fn, has_aux=True)(params, *batch)[0]
 
@@ -93,7 +98,9 @@ class Step:
         params = optax.apply_updates(weights.params, updates)
         return Weights(params, model_state, optimizer_state), total + loss
 
-    def _inner_batch(self, block: Block, i: jax.Array, index: Any) -> tuple[jax.Array, jax.Array]:
+    def _inner_batch(
+        self, block: Block, i: jax.Array, index: ArrayLike
+    ) -> tuple[jax.Array, jax.Array]:
         if self.num_shards == 1:
             following = (i + jnp.asarray(index, i.dtype)) % block.labels.shape[0]
             return block.images[following], block.labels[following]
@@ -129,7 +136,7 @@ class Epochs:
     def run(
         self, weights: Weights, key: jax.Array, callback: Callable[[int], None]
     ) -> tuple[Weights, jax.Array]:
-        """One epoch.
+        """Runs one epoch.
 
         Args:
           weights: not changed, so that it is still there if the epoch goes wrong.

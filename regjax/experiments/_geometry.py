@@ -1,7 +1,5 @@
 """What `--report` adds to a spectrum: complexity, spherical sharpness and margins."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +8,12 @@ from regjax import diagnostics, regularizers
 from regjax._adapters import model_function, model_loss
 from regjax.experiments._analysis import Subject, training_examples
 from regjax.experiments._inputs import cross_entropy, normalize
+from regjax.experiments._record import Record
 from regjax.experiments._settings import SpectrumSettings
-
-Record = dict[str, Any]
 
 
 def measure_geometry(subject: Subject, settings: SpectrumSettings) -> Record:
-    """Geometric complexity and margins of the network, and the spherical sharpness of its loss.
+    """Measures geometric complexity, margins, and the spherical sharpness of the loss.
 
     With batch statistics the sharpness is that of the training loss, of the first `chunk_size`
     examples together, at the leaves that have no scale there; else of all leaves and examples.

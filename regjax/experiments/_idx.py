@@ -107,7 +107,7 @@ def read_file(path: Path, shape: tuple[int, ...], sha256: str) -> np.ndarray:
 
 
 def _content(path: Path, limit: int) -> bytes:
-    """The first `limit` bytes, so that no file can fill the memory."""
+    """Reads the first `limit` bytes, so that no file can fill the memory."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             return file.read(limit)

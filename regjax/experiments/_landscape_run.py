@@ -5,22 +5,22 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from regjax import _tree, diagnostics
 from regjax._adapters import model_loss
+from regjax._base import Params
 from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, check_examples, training_examples
 from regjax.experiments._inputs import cross_entropy
+from regjax.experiments._record import Record
 from regjax.experiments._settings import LandscapeSettings, learning_rate, out_dir
 from regjax.experiments._spectrum_run import Progress, precision, trained
 from regjax.experiments._validation import validate
-
-Record = dict[str, Any]
 
 # Of the learning rate: where a probe begins and ends (Santurkar et al. 2018, figure 4).
 _FIRST_STEP, _LAST_STEP = 0.5, 4.0
@@ -71,7 +71,7 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
 
 
 def _probe(subject: Subject, settings: LandscapeSettings) -> Record:
-    """Along the gradient, always on the same examples, in train mode."""
+    """Probes along the gradient, always on the same examples, in train mode."""
     inputs, targets = training_examples(subject, settings, "probe_examples")
     if settings.probe_examples is None:
         inputs, targets = inputs[: settings.batch_size], targets[: settings.batch_size]
@@ -89,7 +89,7 @@ def _probe(subject: Subject, settings: LandscapeSettings) -> Record:
 
 
 def _known_probes(path: Path, settings: LandscapeSettings) -> dict[int, Record]:
-    """The probes of the epochs before an interruption, by epoch, if they were made like these."""
+    """Returns the probes before an interruption, by epoch, if they were made like these."""
     if not path.exists():
         return {}
     # A number that was not finite was written as null.
@@ -106,7 +106,7 @@ def _surface(
     save: Callable[[], None],
     progress: Progress,
 ) -> None:
-    """The losses row by row, then how wide the minimum is along both directions."""
+    """Computes the losses row by row, then how wide the minimum is along both directions."""
     start, params = time.monotonic(), subject.model.params
     inputs, targets = training_examples(subject, settings, "surface_examples")
     check_examples(subject.model, settings, inputs, targets)
@@ -126,9 +126,9 @@ def _surface(
         "num_examples": len(targets),
     }
     for row, position in enumerate(positions.tolist()):
-        centre = _moved(params, first, position)
+        centre = optax.tree.add_scale(params, position, first)
         line = diagnostics.interpolate(
-            loss, centre, _moved(centre, second, 1.0), inputs, targets,
+            loss, centre, optax.tree.add(centre, second), inputs, targets,
             positions=jnp.asarray(positions, inputs.dtype), chunk_size=chunk_size,
         )  # fmt: skip
         rows.append(line.tolist())
@@ -148,12 +148,8 @@ def _surface(
     save()
 
 
-def _flatness(report: diagnostics.FlatnessResult, direction: Any) -> Record:
-    """In units of the direction, as the positions of the surface."""
+def _flatness(report: diagnostics.FlatnessResult, direction: Params) -> Record:
+    """Gives the lengths in units of the direction, as the positions of the surface."""
     norm = float(_tree.norm(direction))
     lengths = {name: float(value) / norm for name, value in report._asdict().items()}
     return {**lengths, "converged": bool(report.converged)}
-
-
-def _moved(params: Any, direction: Any, distance: float) -> Any:
-    return jax.tree.map(lambda w, d: w + distance * d, params, direction)

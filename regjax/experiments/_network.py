@@ -1,7 +1,7 @@
 """The network of the options, and its evaluation."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ import numpy as np
 from flax import nnx
 
 from regjax._adapters import Model, from_nnx
+from regjax._base import Params, State, Tree
+from regjax._runners import ApplyFn
 from regjax.experiments._architectures import ARCHITECTURES
 from regjax.experiments._dataset import Dataset
 from regjax.experiments._inputs import Scaling, cross_entropy, normalize
@@ -25,7 +27,7 @@ class Evaluation(NamedTuple):
 
 
 def build_model(settings: TrainSettings, dataset: Dataset) -> Model:
-    """The network with its initial parameters, in the type of the options."""
+    """Builds the network with its initial parameters, in the type of the options."""
     rngs = nnx.Rngs(settings.seed)
     shape, num_classes = dataset.train_inputs.shape[1:], dataset.num_classes
     module = ARCHITECTURES[settings.model].build(
@@ -43,7 +45,7 @@ def build_model(settings: TrainSettings, dataset: Dataset) -> Model:
 
 
 def evaluate(model: Model, images: np.ndarray, labels: np.ndarray, scaling: Scaling) -> Evaluation:
-    """Mean loss and accuracy in evaluation mode, in chunks."""
+    """Computes mean loss and accuracy in evaluation mode, in chunks."""
     loss, correct = 0.0, 0
     for start in range(0, len(labels), _EVALUATION_CHUNK):
         part = slice(start, start + _EVALUATION_CHUNK)
@@ -56,14 +58,19 @@ def evaluate(model: Model, images: np.ndarray, labels: np.ndarray, scaling: Scal
 
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluate_chunk(
-    apply: Any, params: Any, state: Any, images: jax.Array, labels: jax.Array, scaling: Scaling
+    apply: ApplyFn,
+    params: Params,
+    state: State,
+    images: jax.Array,
+    labels: jax.Array,
+    scaling: Scaling,
 ) -> tuple[jax.Array, jax.Array]:
     outputs, _ = apply(params, state, normalize(images, scaling), train=False)
     loss = cross_entropy(outputs, labels) * len(labels)
     return loss, jnp.sum(jnp.argmax(outputs, axis=1) == labels, dtype=jnp.int32)
 
 
-def _cast(tree: Any, dtype: str) -> Any:
+def _cast(tree: Tree, dtype: str) -> Tree:
     def cast(leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 

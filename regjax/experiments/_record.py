@@ -4,7 +4,7 @@ import json
 import math
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax
 import jax
@@ -15,7 +15,8 @@ import regjax
 from regjax import _files
 from regjax.experiments._data import Dataset
 
-Record = dict[str, Any]
+Record: TypeAlias = dict[str, Any]
+"""What a JSON file holds, by name: numbers, texts, and lists and records of these."""
 
 
 def write(path: Path, record: Record) -> None:
@@ -37,14 +38,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def versions() -> Record:
-    """Versions of Python and of the packages that decide the numbers."""
+    """Returns the versions of Python and of the packages that decide the numbers."""
     packages = {"jax": jax, "flax": flax, "optax": optax, "numpy": np, "regjax": regjax}
     found = {name: package.__version__ for name, package in packages.items()}
     return {"python": platform.python_version(), **found}
 
 
 def describe(dataset: Dataset) -> Record:
-    """Name, source, hash and sizes of the data."""
+    """Returns name, source, hash and sizes of the data."""
     return {
         "name": dataset.name,
         "source": dataset.source,
@@ -57,7 +58,7 @@ def describe(dataset: Dataset) -> Record:
 
 
 def title(matrix: str) -> str:
-    """The name of a matrix among the options as one reads it."""
+    """Returns the name of a matrix among the options as one reads it."""
     return matrix.replace("_", " ").title()
 
 

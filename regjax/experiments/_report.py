@@ -4,13 +4,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from regjax.experiments._record import title
-
-Record = dict[str, Any]
+from regjax.experiments._record import Record, title
 
 
 def training_text(record: Record) -> str:
-    """The data, the network, and how well it does on both parts of the data."""
+    """Describes the data, the network, and how well it does on both parts of the data."""
     options, data, numbers = record["settings"], record["data"], record["generalization"]
     header = (
         f"{data['name']}, {data['num_train']} training and {data['num_test']} test examples; "
@@ -30,7 +28,7 @@ def training_text(record: Record) -> str:
 
 
 def spectrum_text(record: Record) -> str:
-    """The eigenvalues with their bounds and the summary of the density, block by block."""
+    """Lists the eigenvalues with their bounds and the summary of the density, block by block."""
     matrix = title(record["settings"]["matrix"])
     what = f"{matrix} of the mean loss over {record['num_curvature_examples']} training examples"
     blocks = [_block_text(what, name, block) for name, block in record["blocks"].items()]
@@ -39,7 +37,7 @@ def spectrum_text(record: Record) -> str:
 
 
 def comparison_text(records: dict[str, Record]) -> str:
-    """One column for each record."""
+    """Makes one column for each record."""
     rows = [["", *records]]
     shared = _COMPARED
     if all("geometry" in record for record in records.values()):
@@ -50,7 +48,7 @@ def comparison_text(records: dict[str, Record]) -> str:
 
 
 def landscape_text(record: Record) -> str:
-    """The surface in a few numbers, and the probes at the end of training."""
+    """Describes the surface in a few numbers, and the probes at the end of training."""
     surface, probe = record["surface"], record["probes"][-1]
     header = (
         f"Loss surface of {surface['num_examples']} training examples, "
@@ -62,7 +60,7 @@ def landscape_text(record: Record) -> str:
 
 
 def landscapes_text(records: dict[str, Record]) -> str:
-    """One column for each record."""
+    """Makes one column for each record."""
     rows = [["", *records]]
     names = {name: text for name, text in _COMPARED.items() if name not in _OF_SPECTRUM}
     for name, text in {**names, **_LANDSCAPE}.items():
@@ -71,7 +69,7 @@ def landscapes_text(records: dict[str, Record]) -> str:
 
 
 def with_error(value: float | None, error: float | None) -> str:
-    """`value` to the second digit of its error (seven digits at most), and the error."""
+    """Formats `value` to the second digit of its error (seven digits at most), and the error."""
     if value is None or error is None:
         return "not known"
     digits = 7
@@ -129,7 +127,7 @@ def _estimate(entry: Record) -> str:
 
 
 def _table(rows: list[list[str]]) -> str:
-    """Rows in columns: the first to the left, the others to the right."""
+    """Sets rows in columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:

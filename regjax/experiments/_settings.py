@@ -19,6 +19,7 @@ from regjax.experiments._options import UsageError, option
 from regjax.experiments._transformations import TRANSFORMATIONS
 
 Class = TypeVar("Class", bound=type)
+Settings = TypeVar("Settings", bound="TrainSettings")
 
 
 def _with_options(cls: Class) -> Class:
@@ -225,7 +226,7 @@ def momentum(settings: TrainSettings) -> float:
 
 
 def num_devices(settings: SpectrumSettings) -> int:
-    """The number of devices of the analysis, of settings that are valid."""
+    """Returns the number of devices of the analysis, of settings that are valid."""
     return 1 if settings.mesh is None else int(settings.mesh.removeprefix("data="))
 
 
@@ -235,7 +236,7 @@ def num_shards(settings: TrainSettings) -> int:
 
 
 def option_types(settings_type: type) -> dict[str, Any]:
-    """The type of each option by name; "sam.rho" is `rho` of the field `sam`."""
+    """Returns the type of each option by name; "sam.rho" is `rho` of the field `sam`."""
     types: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(settings_type).items():
         if dataclasses.is_dataclass(hint):
@@ -247,7 +248,7 @@ def option_types(settings_type: type) -> dict[str, Any]:
 
 
 def out_dir(settings: TrainSettings) -> Path:
-    """The folder of the results."""
+    """Returns the folder of the results."""
     if settings.out is not None:
         return settings.out
     if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:
@@ -256,12 +257,12 @@ def out_dir(settings: TrainSettings) -> Path:
 
 
 def checkpoint_path(path: Path) -> Path:
-    """The checkpoint that a folder or a file name stands for."""
+    """Returns the checkpoint that a folder or a file name stands for."""
     return path / "checkpoint.npz" if path.is_dir() else path
 
 
 def training_options(settings: TrainSettings) -> dict[str, Any]:
-    """The options that decide which network comes out, as JSON has them, defaults filled in."""
+    """Returns the options that decide which network comes out, as JSON has them, none left out."""
     values = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(TrainSettings)
@@ -284,12 +285,12 @@ def training_options(settings: TrainSettings) -> dict[str, Any]:
 
 
 def methods(settings: TrainSettings) -> list[str]:
-    """The chosen transformation and initialisation, as far as they have options of their own."""
+    """Returns the chosen methods that have options of their own."""
     return [name for name in (settings.transformation, settings.init) if hasattr(settings, name)]
 
 
-def replace(settings: Any, changes: dict[str, Any]) -> Any:
-    """`settings` with other values; "sam.rho" is `rho` of the field `sam`."""
+def replace(settings: Settings, changes: dict[str, Any]) -> Settings:
+    """Returns `settings` with other values; "sam.rho" is `rho` of the field `sam`."""
     for name, value in changes.items():
         outer, _, inner = name.partition(".")
         new = dataclasses.replace(getattr(settings, outer), **{inner: value}) if inner else value
@@ -297,8 +298,8 @@ def replace(settings: Any, changes: dict[str, Any]) -> Any:
     return settings
 
 
-def with_training_options(settings: TrainSettings, stored: dict[str, Any]) -> Any:
-    """`settings` with the options of a checkpoint; those that it does not know stay.
+def with_training_options(settings: Settings, stored: dict[str, Any]) -> Settings:
+    """Returns `settings` with the options of a checkpoint; those that it does not know stay.
 
     Raises:
       UsageError: the checkpoint holds an option that this version does not have.

@@ -15,6 +15,7 @@ from regjax.experiments._data import load
 from regjax.experiments._geometry import measure_geometry
 from regjax.experiments._inputs import measure_scaling
 from regjax.experiments._network import build_model, evaluate
+from regjax.experiments._record import Record
 from regjax.experiments._settings import (
     AnalysisSettings,
     SpectrumSettings,
@@ -26,8 +27,6 @@ from regjax.experiments._settings import (
 )
 from regjax.experiments._training import TrainingResult, restore, train, trained_model
 from regjax.experiments._validation import validate
-
-Record = dict[str, Any]
 
 Progress = Callable[[str, int, int | None], None]
 """Called as progress(stage, done, total or None)."""
@@ -112,7 +111,7 @@ def trained(
     *,
     look: Callable[[int, Subject], None] | None = None,
 ) -> tuple[Subject, Record]:
-    """The trained network, or that of the checkpoint, and what is known of it.
+    """Returns the trained network, or that of the checkpoint, and what is known of it.
 
     Calls look(epochs, subject) before the first epoch of training and after each one.
     """
@@ -169,6 +168,6 @@ def _generalization(subject: Subject) -> Record:
 
 
 def precision(settings: TrainSettings) -> contextlib.AbstractContextManager[Any]:
-    """What a run in the type of the options happens in."""
+    """Returns the context in which a run has the type of the options."""
     is_double = settings.dtype == "float64"
     return jax.enable_x64(True) if is_double else contextlib.nullcontext()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from regjax import _files
 from regjax._adapters import Model
+from regjax._base import Tree
 from regjax.experiments._data import Dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
 from regjax.experiments._network import build_model
@@ -144,7 +145,7 @@ def initialized(settings: TrainSettings, model: Model, dataset: Dataset) -> Mode
 
 
 def trained_model(settings: TrainSettings, model: Model, weights: Weights) -> Model:
-    """The model with trained weights, without the noise that a transformation left on them."""
+    """Returns the model with trained weights, without what a transformation left on them."""
     method = transformation(settings)
     params = method.params_to_evaluate(weights.params, weights.optimizer_state)
     return model._replace(params=params, state=weights.model_state)
@@ -166,7 +167,7 @@ def save(
 def restore(
     path: Path, settings: TrainSettings, dataset: Dataset, model: Model
 ) -> tuple[TrainingState, list[float]]:
-    """The state and the losses in a checkpoint of these options (but `epochs`) and data.
+    """Reads the state and the losses in a checkpoint of these options (but `epochs`) and data.
 
     Raises:
       UsageError: it was trained with other options or on other data, or for more epochs.
@@ -188,7 +189,7 @@ def restore(
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], list[float], str]:
-    """The training options, the losses and the SHA-256 of the data in a checkpoint.
+    """Reads the training options, the losses and the SHA-256 of the data in a checkpoint.
 
     Raises:
       CheckpointError: it is missing, damaged or not one of a training run.
@@ -209,7 +210,7 @@ def _initial(settings: TrainSettings, model: Model) -> TrainingState:
 
 
 @jax.jit
-def _is_finite(tree: Any) -> jax.Array:
+def _is_finite(tree: Tree) -> jax.Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 

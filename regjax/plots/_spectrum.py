@@ -198,7 +198,7 @@ def _eigenvalues_by_index(
 def _layout(
     num_rows: int, figure_width: float, has_eigenvalues: bool
 ) -> "tuple[Figure, list[Axes], Axes | None]":
-    """The figure, one axes for each density, sharing both scales, and one for the eigenvalues."""
+    """Makes the figure: axes for each density, sharing both scales, and for the eigenvalues."""
     row_height = 1.6 if num_rows == 1 else 1.1
     densities, beside = row_height * num_rows + 0.4, has_eigenvalues and figure_width >= 5
     if beside:
@@ -229,7 +229,7 @@ def _set_scale(setter: Callable[..., None], threshold: float | None) -> None:
 def _threshold(
     axis_scale: str, linear_threshold: float | None, curves: "Sequence[DensityCurveResult]"
 ) -> float | None:
-    """None on a linear scale, else where the symmetric-log scale turns linear."""
+    """Returns None on a linear scale, else where the symmetric-log scale turns linear."""
     if _checks.choice("axis_scale", axis_scale, _SCALES) == "linear":
         return None
     if linear_threshold is not None:
@@ -238,7 +238,7 @@ def _threshold(
 
 
 def _limits(density: np.ndarray, error: np.ndarray) -> tuple[float, float]:
-    """From below the lowest bump of the curve to above its error band."""
+    """Goes from below the lowest bump of the curve to above its error band."""
     peak = np.max(density)
     sides = np.concatenate([[0.0], density, [0.0]])
     is_bump = (density >= sides[:-2]) & (density >= sides[2:]) & (density > _LEAST_BUMP * peak)

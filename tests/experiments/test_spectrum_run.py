@@ -11,12 +11,12 @@ import regjax
 from regjax.experiments import (
     SpectrumSettings,
     UsageError,
+    _compare,
     _inputs,
     _network,
     _report,
     _spectrum_run,
     _training,
-    compared_settings,
     run_compare,
     run_spectrum,
     run_train,
@@ -238,7 +238,9 @@ def test_comparison_runs_each_item_in_its_folder(tmp_path):
 
 
 def test_items_trained_alike_are_trained_once(tmp_path):
-    items = compared_settings(make_settings(tmp_path, compare=("hessian", "gauss_newton", "adam")))
+    items = _compare.compared_settings(
+        make_settings(tmp_path, compare=("hessian", "gauss_newton", "adam"))
+    )
     assert items["hessian"].checkpoint is None
     assert items["gauss_newton"].checkpoint == tmp_path / "run" / "hessian" / "checkpoint.npz"
     assert items["adam"].checkpoint is None
@@ -261,7 +263,7 @@ def test_items_trained_alike_are_trained_once(tmp_path):
 )
 def test_items_set_the_options_they_name(item, expected, tmp_path):
     settings = make_settings(tmp_path, compare=(item,), normalization="group")
-    (own,) = compared_settings(settings).values()
+    (own,) = _compare.compared_settings(settings).values()
     expected = {**expected, "compare": (), "out": own.out}
     assert own == dataclasses.replace(settings, **expected)
     assert own.out.parent == settings.out
@@ -285,19 +287,17 @@ def test_items_set_the_options_they_name(item, expected, tmp_path):
 def test_items_that_cannot_be_read_are_refused(items, text, tmp_path):
     settings = make_settings(tmp_path, compare=tuple(items))
     if text is None:
-        assert compared_settings(settings)["train"].batch_norm_mode == "train"
+        assert _compare.compared_settings(settings)["train"].batch_norm_mode == "train"
         return
     with pytest.raises(UsageError, match=text):
-        compared_settings(settings)
+        _compare.compared_settings(settings)
 
 
 def test_word_of_two_options_is_refused(tmp_path, monkeypatch):
-    from regjax.experiments import _compare
-
     choices = {"normalization": ("none",), "transformation": ("plain", "none")}
     monkeypatch.setattr(_compare, "_choices", lambda settings: choices)
     with pytest.raises(UsageError, match="normalization=none or transformation=none, got 'none'"):
-        compared_settings(make_settings(tmp_path, compare=("none",)))
+        _compare.compared_settings(make_settings(tmp_path, compare=("none",)))
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from regjax.experiments import (
     _epochs,
     _inputs,
     _network,
+    _optimizer,
     _training,
     load,
-    optimizer,
     train,
 )
 
@@ -273,7 +273,7 @@ def test_evaluation_in_chunks_matches_numpy(monkeypatch):
 def test_optimizer_takes_extra_arguments():
     params = {"w": jnp.ones(3)}
     for name in ("sgd", "adam"):
-        transformation = optimizer(make_settings(optimizer=name))
+        transformation = _optimizer.optimizer(make_settings(optimizer=name))
         state = transformation.init(params)
         updates, _ = transformation.update(params, state, params, grad_fn=None, unknown=1)
         assert updates["w"].shape == (3,)
