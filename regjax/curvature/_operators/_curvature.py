@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,10 +151,12 @@ class _OfSubtree:
         return self.function(_tree.merge(block, self.rest), *batch)
 
 
-def of_subtree(function: Any, params: Params, inside: tuple[bool, ...]) -> tuple[Any, Params]:
+def of_subtree(
+    function: Partial, params: Params, inside: tuple[bool, ...]
+) -> tuple[Partial, Params]:
     """`function` of the parameters inside, and these; only they are differentiated."""
     rest = subtree(params, [not here for here in inside])
-    return _OfSubtree(function, rest), subtree(params, inside)
+    return as_partial(_OfSubtree(function, rest)), subtree(params, inside)
 
 
 def hvp(loss_fn: LossFn, params: Params, vector: Params, *batch: Tree) -> Params:
@@ -229,7 +231,7 @@ def from_gradient(grad_fn: Callable[[Params], Params], params: Params) -> Curvat
 
 def build(
     rule: Rule,
-    function: Any,
+    function: Partial,
     params: Params,
     batch: Batch,
     chunk_size: int | None,
@@ -254,21 +256,21 @@ def build(
     return CurvatureOperator(rule, function, params, batch, linear_map, chunk_size, placement)
 
 
-def _linearize_gradient(loss_fn: Callable[..., Any], params: Any, *batch: Any) -> Any:
+def _linearize_gradient(loss_fn: Callable[..., Tree], params: Params, *batch: Tree) -> Tree:
     return jax.linearize(jax.grad(lambda p: loss_fn(p, *batch)), params)[1]
 
 
 def differentiate_gradient(
-    loss_fn: Callable[..., Any], params: Any, vector: Any, *batch: Any
-) -> Any:
+    loss_fn: Callable[..., Tree], params: Params, vector: Params, *batch: Tree
+) -> Tree:
     return jax.jvp(jax.grad(lambda p: loss_fn(p, *batch)), (params,), (vector,))[1]
 
 
-def _linearize(function: Callable[[Any], Any], params: Any) -> Any:
+def _linearize(function: Callable[[Tree], Tree], params: Params) -> Tree:
     return jax.linearize(function, params)[1]
 
 
-def _differentiate(function: Callable[[Any], Any], params: Any, vector: Any) -> Any:
+def _differentiate(function: Callable[[Tree], Tree], params: Params, vector: Params) -> Tree:
     return jax.jvp(function, (params,), (vector,))[1]
 
 
@@ -276,7 +278,7 @@ _JACOBIAN = Rule(Partial(_linearize), Partial(_differentiate))
 
 
 @jax.jit
-def _linear_map(rule: Rule, function: Any, params: Any, batch: Any) -> Partial:
+def _linear_map(rule: Rule, function: Callable[..., Tree], params: Params, batch: Batch) -> Partial:
     with precision():
         return rule.linearize(function, params, *batch)
 

@@ -6,7 +6,6 @@ three matrices here differ in A alone.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,27 +161,27 @@ def _sandwich(
 
 
 def _linearize_sandwich(
-    curvature: Partial, model_fn: Any, params: Params, inputs: Tree, *rest: Any
+    curvature: Partial, model_fn: ModelFn, params: Params, inputs: Tree, *rest: Tree
 ) -> Partial:
     outputs, jacobian = jax.linearize(lambda p: model_fn(p, inputs), params)
     return Partial(_apply_sandwich, jacobian, Partial(curvature, outputs, *rest))
 
 
 def _multiply_sandwich(
-    curvature: Partial, model_fn: Any, params: Params, vector: Any, inputs: Tree, *rest: Any
-) -> Any:
+    curvature: Partial, model_fn: ModelFn, params: Params, vector: Params, inputs: Tree, *rest: Tree
+) -> Tree:
     return _linearize_sandwich(curvature, model_fn, params, inputs, *rest)(vector)
 
 
-def _apply_sandwich(jacobian: Partial, curvature: Partial, vector: Any) -> Any:
+def _apply_sandwich(jacobian: Partial, curvature: Partial, vector: Params) -> Tree:
     return jax.linear_transpose(jacobian, vector)(curvature(jacobian(vector)))[0]
 
 
-def _loss_hessian(output_loss_fn: Partial, outputs: Any, targets: Tree, tangent: Any) -> Any:
+def _loss_hessian(output_loss_fn: Partial, outputs: Tree, targets: Tree, tangent: Tree) -> Tree:
     return jax.jvp(jax.grad(lambda o: output_loss_fn(o, targets)), (outputs,), (tangent,))[1]
 
 
-def _observed_score(output_loss_fn: Partial, outputs: Any, targets: Tree, tangent: Any) -> Any:
+def _observed_score(output_loss_fn: Partial, outputs: Tree, targets: Tree, tangent: Tree) -> Tree:
     # The gradient of a mean over N examples is 1/N times each example's own.
     scores = jax.grad(output_loss_fn)(outputs, targets) * outputs.shape[0]
     axes = tuple(range(1, outputs.ndim))
@@ -224,7 +223,7 @@ _SAMPLED = {"categorical": _sampled_categorical, "normal": _sampled_normal}
 
 
 def _check_output_loss(
-    model_fn: ModelFn, output_loss_fn: Any, params: Params, inputs: Tree, targets: Any
+    model_fn: ModelFn, output_loss_fn: OutputLossFn, params: Params, inputs: Tree, targets: Tree
 ) -> None:
     outputs = jax.eval_shape(as_partial(model_fn), params, inputs)
     shape = getattr(jax.eval_shape(as_partial(output_loss_fn), outputs, targets), "shape", None)
