@@ -89,8 +89,8 @@ def gradinit(
     derivative of the gradient, taken at another place. Make the optimiser's state afterwards.
 
     Args:
-      loss_fn: (params, *batch) -> mean loss in train mode, such as `model_loss(model, criterion,
-        mode="train")`; running statistics are not written.
+      loss_fn: (params, *batch) -> mean loss in train mode, such as
+        `model_loss(model, output_loss_fn, mode="train")`; running statistics are not written.
       params: tree of parameters.
       batches: tuple of arrays, the arguments of `loss_fn`, with the axes (iterations, 3, half
         batch, ...): three independent half batches an iteration.
