@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 
 from regjax import _checks
 from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree, as_partial
-from regjax.curvature._operators._curvature import CurvatureOperator, Rule, build
+from regjax.curvature._operators._curvature import CurvatureOperator, Linearization, build
 
 
 def gauss_newton(
@@ -156,8 +156,10 @@ def _sandwich(
     batch: Batch,
     chunk_size: int | None,
 ) -> CurvatureOperator:
-    rule = Rule(Partial(_linearize_sandwich, curvature), Partial(_multiply_sandwich, curvature))
-    return build(rule, as_partial(model_fn), params, batch, chunk_size)
+    linearization = Linearization(
+        Partial(_linearize_sandwich, curvature), Partial(_multiply_sandwich, curvature)
+    )
+    return build(linearization, as_partial(model_fn), params, batch, chunk_size)
 
 
 def _linearize_sandwich(
