@@ -19,7 +19,6 @@ from regjax.transforms._gradient_coherence import l1_gradient as l1_gradient
 from regjax.transforms._gradient_coherence import l2_gradient as l2_gradient
 from regjax.transforms._gradient_coherence import ratio_gate as ratio_gate
 from regjax.transforms._gradient_coherence import soft_threshold as soft_threshold
-from regjax.transforms._langevin import langevin_step as langevin_step
 from regjax.transforms._mixing import dense_mixing as dense_mixing
 from regjax.transforms._mixing import exponential_mixing as exponential_mixing
 from regjax.transforms._mixing import full_mixing as full_mixing
