@@ -6,17 +6,18 @@ sees its own alone. So the mean of the weights stays, and learners who agree kee
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree
-from regjax._base import Params
+from regjax._base import Params, PRNGKey
 
-AxisName: TypeAlias = Any
+AxisName: TypeAlias = str | tuple[str, str]
 """Name of the axis of the learners; or (axis of the mesh, axis of `jax.vmap` on each device)."""
 
 Mixing: TypeAlias = Callable[[Params, jax.Array, AxisName], Params]
@@ -27,7 +28,9 @@ _ROUNDING = 1e-5
 
 
 def ring_mixing() -> Mixing:
-    """Mixes with both neighbours on a ring: (w + left + right) / 3.
+    """Mixes with both neighbours on a ring.
+
+        (w + left + right) / 3
 
     W is symmetric with eigenvalues (1 + 2 cos(2 pi k / n)) / 3. Of two learners each is the other's
     only neighbour: (w + other) / 2. A single one keeps its weights.
@@ -47,8 +50,10 @@ def ring_mixing() -> Mixing:
     return mix
 
 
-def random_pair_mixing(*, key: jax.Array) -> Mixing:
-    """Mixes with a random partner each step: (w + partner) / 2, every learner in one pair.
+def random_pair_mixing(*, key: PRNGKey) -> Mixing:
+    """Mixes with a random partner each step, every learner in one pair.
+
+        (w + partner) / 2
 
     The pairing of step t is drawn from `fold_in(key, t)`, alike on all learners, out of the n - 1
     rounds of a tournament in which each meets each once. In expectation a step leaves the share
@@ -138,8 +143,10 @@ def full_mixing() -> Mixing:
     return mix
 
 
-def dense_mixing(matrix: Any) -> Mixing:
-    """Mixes by any doubly stochastic matrix: sum_k W_jk w_k for learner j.
+def dense_mixing(matrix: ArrayLike) -> Mixing:
+    """Mixes by any doubly stochastic matrix.
+
+        sum_k W_jk w_k   for learner j
 
     Every learner is sent the weights of all others, and holds them for the moment. For topologies
     without a mixing of their own, and as the reference for those that have one.

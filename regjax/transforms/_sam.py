@@ -220,7 +220,8 @@ def _less_orthogonal(top: Params, grads: Params, weight: ArrayLike) -> Params:
     Without the projection where gp = 0.
     """
     ours, clean = jax.tree.leaves(top), jax.tree.leaves(grads)
-    along = _numerics.divide(_tree.inner(clean, ours), _tree.inner(ours, ours))
+    square = _tree.inner(ours, ours)
+    along = _numerics.divide(_tree.inner(clean, ours), square, where=square > 0)
 
     def combine(gp: jax.Array, g: jax.Array) -> jax.Array:
         gp, g = _tree.wide(gp), _tree.wide(g)
