@@ -151,7 +151,7 @@ def consensus_model(
 
 
 def _num_stacked(params: Params) -> int:
-    """The length of the leading axis that all leaves share."""
+    """Returns the length of the leading axis that all leaves share."""
     leaves = jax.tree.leaves(_checks.floating_tree("params", params))
     lengths = {jnp.shape(leaf)[:1] for leaf in leaves}
     if len(lengths) != 1 or () in lengths:

@@ -53,7 +53,7 @@ def coherent_regularization(
     penalty_gradient: Callable[[jax.Array], jax.Array] | None = None,
     mask: MaskOrFunction = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds strength * penalty_gradient(w) to the gradient while the gate is open.
+    """Adds the gradient of a penalty to that of the loss while a gate is open.
 
         r = strength penalty_gradient(w);   on = gate(g, r);   updates = g + r where on, else g
 

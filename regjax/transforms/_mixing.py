@@ -200,7 +200,7 @@ def dense_mixing(matrix: ArrayLike) -> Mixing:
 
 
 def num_learners(axis_name: AxisName) -> int:
-    """The size of the axis, or an error that says how to bind it."""
+    """Returns the size of the axis, or raises an error that says how to bind it."""
     try:
         return lax.axis_size(axis_name)
     except NameError:
@@ -211,7 +211,7 @@ def num_learners(axis_name: AxisName) -> int:
 
 
 def matchings(num: int) -> list[list[int]]:
-    """The partner of each of `num` learners (even) in num - 1 rounds: each meets each once.
+    """Lists the partner of each of `num` learners (even) in num - 1 rounds: each meets each once.
 
     The circle method: one stays in the middle, the others stand around and turn by one each round.
     """
@@ -225,7 +225,7 @@ def matchings(num: int) -> list[list[int]]:
 
 
 def _shifted(params: Params, offset: int, axis_name: AxisName) -> Params:
-    """What the learner `offset` places before this one on the circle holds."""
+    """Fetches what the learner `offset` places before this one on the circle holds."""
     if isinstance(axis_name, tuple):
         shift = functools.partial(_shifted_in_blocks, offset=offset, axis_names=axis_name)
         return jax.tree.map(shift, params)
@@ -234,7 +234,7 @@ def _shifted(params: Params, offset: int, axis_name: AxisName) -> Params:
 
 
 def _shifted_in_blocks(leaf: jax.Array, offset: int, axis_names: tuple[str, str]) -> jax.Array:
-    """The same for learners in blocks on devices: only rows that change the device are sent."""
+    """Does the same for blocks of learners; only rows that change the device are sent."""
     devices, inside = axis_names
     block = lax.all_gather(leaf, inside)
     num_devices, size = lax.axis_size(devices), block.shape[0]
@@ -251,7 +251,7 @@ def _shifted_in_blocks(leaf: jax.Array, offset: int, axis_names: tuple[str, str]
 
 
 def _gathered(leaf: jax.Array, axis_name: AxisName) -> jax.Array:
-    """`leaf` of all learners, in their order along a leading axis."""
+    """Gathers `leaf` of all learners, in their order along a leading axis."""
     gathered = leaf
     for name in reversed(_names(axis_name)):
         gathered = lax.all_gather(gathered, name)
@@ -259,7 +259,7 @@ def _gathered(leaf: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def _average(leaf: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The mean of `leaf` over the learners."""
+    """Averages `leaf` over the learners."""
     for name in reversed(_names(axis_name)):
         if name in jax.sharding.get_abstract_mesh().manual_axes:
             leaf = lax.pmean(leaf, name)
@@ -274,7 +274,7 @@ def _names(axis_name: AxisName) -> tuple[str, ...]:
 
 
 def _mean(params: Params, *others: Params) -> Params:
-    """The mean of equal weights, summed in float32 at least, in the dtypes of `params`."""
+    """Averages trees with equal weights, summed in float32 at least, in the dtypes of `params`."""
 
     def mean(leaf: jax.Array, *theirs: jax.Array) -> jax.Array:
         total = functools.reduce(jnp.add, map(_tree.wide, theirs), _tree.wide(leaf))

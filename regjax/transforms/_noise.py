@@ -37,7 +37,9 @@ def perturbed_gradient(
     groups: Tree = None,
     mask: MaskOrFunction = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradient by the one at weights with Gaussian noise: grad_fn(w + sigma eps).
+    """Replaces the gradient by the one at weights with Gaussian noise.
+
+        updates = grad_fn(w + sigma eps)
 
     In expectation this descends L + (sigma^2 / 2) tr Hess L + O(sigma^4). The weights themselves
     stay clean, and the incoming gradient is not read. Noise in all layers at once blows up with
@@ -126,7 +128,9 @@ class AnticorrelatedNoiseState(NamedTuple):
 def anticorrelated_noise(
     std: ScalarOrSchedule, *, key: PRNGKey, mask: MaskOrFunction = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds the difference of two successive noises to the update: u + xi_{t+1} - xi_t.
+    """Adds the difference of two successive noises to the update.
+
+        updates = u + xi_{t+1} - xi_t
 
     The weights are z + xi with fresh noise each step, and z_t = w_t - xi_t follows
     z_{t+1} = z_t - lr grad L(z_t + xi_t) exactly: noise before the gradient, shifted, whatever
@@ -213,7 +217,7 @@ def _perturb(
     sigma: ArrayLike,
     key: PRNGKey,
 ) -> Params:
-    """Noise on the leaves of group `chosen`, or of all groups if it is None."""
+    """Adds noise to the leaves of group `chosen`, or of all groups if it is None."""
     leaves, treedef = jax.tree.flatten(params)
     places = [i for i, number in enumerate(numbers) if number is not None]
     noise = _gaussian.normal_like(key, [leaves[i] for i in places])
@@ -225,7 +229,7 @@ def _perturb(
 
 
 def _group_numbers(groups: Tree, params: Params, mask: MaskOrFunction) -> list[int | None]:
-    """For each leaf its group, counted from 0 among the masked ones; None outside of the mask."""
+    """Numbers the group of each leaf from 0 among the masked ones; None outside of the mask."""
     chosen = _masks.mask_leaves(mask, params)
     if groups is None:
         given: list[int] = list(range(len(chosen)))

@@ -62,15 +62,15 @@ def spectral_controller(
     smallest_ratio: ArrayLike = 1e-3,
     max_momentum: ArrayLike = 0.99,
 ) -> optax.GradientTransformationExtraArgs:
-    """Descends with a learning rate and a momentum that follow the curvature; for `optax.sgd`.
+    """Descends with a learning rate and a momentum that follow the curvature of the loss.
 
         v' = momentum v - rate g;   update = momentum v' - rate g (Nesterov), or v' (heavy ball)
 
     with (rate, momentum) = rule(L, m) refreshed before the first step and after each
-    `every`, from the Ritz values of `num_steps` Lanczos steps: L is the largest magnitude, m
-    the smallest one outside of the bulk at zero.
-    Last in the chain, behind clipping or `optax.add_decayed_weights`. The velocity is in units of
-    an update, so that a new rate does not rescale the past, as it does in `optax.sgd`.
+    `every`, from the Ritz values of `num_steps` Lanczos steps: L is the largest magnitude, m the
+    smallest one outside of the bulk at zero. Last in the chain in place of `optax.sgd`, behind
+    clipping or `optax.add_decayed_weights`. The velocity is in units of an update, so that a new
+    rate does not rescale the past, as it does in `optax.sgd`.
 
     The curvature is the Jacobian of the extra argument `curvature_grad_fn(params)`, the gradient on
     a fixed subset (1024 examples in the official code), where it is given, else of grad_fn(., 0).
