@@ -75,7 +75,7 @@ def _chain(method: str, budget: int) -> Any:
     entropy = transforms.entropy_sgd(
         schedules.scoping_schedule(1e-4, 10 ** (1 / updates) - 1),
         key=jax.random.key(0),
-        num_steps=num_steps,
+        num_inner_steps=num_steps,
     )
     rate = optax.piecewise_constant_schedule(1.0, {updates // 2: 0.1})
     return optax.chain(entropy, optax.sgd(rate))

@@ -110,7 +110,7 @@ def _controller(data: str, method: str) -> Any:
     controller = transforms.spectral_controller(
         key=jax.random.key(0),
         initial_learning_rate=_INITIAL,
-        refresh_every=num_train // _BATCH,
+        every=num_train // _BATCH,
         rule=schedules.polyak_rule if is_polyak else schedules.nesterov_rule,
         nesterov=not is_polyak,
     )

@@ -61,8 +61,8 @@ def _transformations(batch_size: int) -> dict[str, Any]:
         "entropy_sgd": transforms.entropy_sgd(
             1e-4,
             key=key,
-            num_steps=_STEPS,
-            step_size=_INNER_RATE,
+            num_inner_steps=_STEPS,
+            learning_rate=_INNER_RATE,
             noise_scale=1e-7,  # it costs what any noise costs, and the answer can be checked
             momentum=0.0,
         ),
@@ -260,7 +260,7 @@ def _refresh(name: str, num_examples: int, has_bars: bool) -> Case:
     params, data = problem.params, (problem.x, problem.y)
     gradient = Partial(_gradient, problem.loss_fn, data)
     state = transforms.spectral_controller(
-        key=jax.random.key(0), initial_learning_rate=_RATE, refresh_every=None
+        key=jax.random.key(0), initial_learning_rate=_RATE, every=None
     ).init(params)
     kept = curvature.hessian(problem.loss_fn, params, *data)
     reference = curvature.top_eigenpairs(

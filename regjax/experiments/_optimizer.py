@@ -57,7 +57,7 @@ def _controller(settings: TrainSettings, rate: float) -> optax.GradientTransform
     return transforms.spectral_controller(
         key=jax.random.fold_in(jax.random.key(settings.seed), _NOISE),
         initial_learning_rate=rate,
-        refresh_every=options.refresh_every,
+        every=options.refresh_every,
         num_steps=options.num_steps,
         rule=getattr(schedules, f"{options.rule}_rule"),
         nesterov=options.rule != "polyak",
@@ -112,14 +112,19 @@ def _wrap(
     if name in ("sam", "gsam"):
         return optax.chain(getattr(transforms, name)(**arguments), descent)
     if name == "perturbed_gradient":
-        return optax.chain(transforms.perturbed_gradient(**arguments, key=key), descent)
+        return optax.chain(
+            transforms.perturbed_gradient(arguments.pop("scale"), **arguments, key=key), descent
+        )
     if name == "entropy_sgd":
         growth, gamma = arguments.pop("growth"), arguments.pop("gamma")
+        arguments["num_inner_steps"] = arguments.pop("num_steps")
+        arguments["learning_rate"] = arguments.pop("step_size")
         gamma = schedules.scoping_schedule(_checks.non_negative("gamma", gamma), growth)
         return optax.chain(transforms.entropy_sgd(gamma, **arguments, key=key), descent)
     if name == "anticorrelated_noise":
-        return optax.chain(descent, transforms.anticorrelated_noise(**arguments, key=key))
+        return optax.chain(descent, transforms.anticorrelated_noise(options.scale, key=key))
     if name == "rescale_weights":
+        arguments["target_norm"] = arguments.pop("target")
         return optax.chain(descent, transforms.rescale_weights(**arguments, mask=normalized))
     if name == "soft_threshold":
         return optax.chain(descent, transforms.soft_threshold(**arguments, mask=kernels))
@@ -138,4 +143,4 @@ def _gate(options: CoherentRegularization) -> transforms.Gate:
     if options.gate == "delayed":
         return transforms.delayed_gate(options.num_steps)
     make = transforms.cosine_gate if options.gate == "cosine" else transforms.ratio_gate
-    return make(options.threshold, options.hold)
+    return make(options.threshold, hold=options.hold)

@@ -1,15 +1,17 @@
 """Entropy-SGD: the gradient of the local entropy, from a few Langevin steps around the weights."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from regjax import _checks, _loops
-from regjax._base import Params
-from regjax.transforms import _extra_args
+from regjax import _checks, _loops, _numerics, _tree
+from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule
+from regjax.transforms import _gradients, _schedules
 from regjax.transforms._langevin import langevin_step
+from regjax.transforms._static_args import check_static, static_args
 
 
 class EntropySgdState(NamedTuple):
@@ -21,33 +23,34 @@ class EntropySgdState(NamedTuple):
     """
 
     num_updates: jax.Array
-    key: jax.Array
+    key: PRNGKey
 
 
+@static_args("key", "num_inner_steps", "scale_by_gamma")
 def entropy_sgd(
-    gamma: Any,
+    gamma: ScalarOrSchedule,
     *,
-    key: jax.Array,
-    num_steps: int = 20,
-    step_size: Any = 0.1,
-    noise_scale: Any = 1e-4,
-    averaging: Any = 0.25,
-    momentum: Any = 0.9,
+    key: PRNGKey,
+    num_inner_steps: int = 20,
+    learning_rate: ArrayLike = 0.1,
+    noise_scale: ArrayLike = 1e-4,
+    averaging: ArrayLike = 0.25,
+    momentum: ArrayLike = 0.9,
     scale_by_gamma: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by x - mu, mu the running mean of a Langevin walk around x.
 
-        x' = mu = x, v = 0, and num_steps times
+        x' = mu = x, v = 0, and num_inner_steps times
         d = grad_fn(x', l);  v = momentum v + d;  d = d + momentum v               (Nesterov)
-        x' = x' - step_size (d - gamma (x - x')) + sqrt(step_size) noise_scale N(0, I)
+        x' = x' - learning_rate (d - gamma (x - x')) + sqrt(learning_rate) noise_scale N(0, I)
         mu = (1 - averaging) mu + averaging x'
 
     The local entropy F = log of the integral of exp(-f(x') - gamma/2 |x - x'|^2) has the gradient
     -gamma (x - <x'>): wide valleys have a large F. `optax.chain(entropy_sgd(...), optax.sgd(1.0))`;
-    an outer rate of 1 moves to mu. The incoming gradient is not read, unless `num_steps=0`, which
-    passes it through bit for bit. One update costs `num_steps` gradients: count epochs with that
-    factor. `grad_fn(x', l)` should give the mini-batch of inner step l. Batch statistics are the
-    caller's (`regjax.updated_statistics`).
+    an outer rate of 1 moves to mu. The incoming gradient is not read, unless `num_inner_steps=0`,
+    which passes it through bit for bit. One update costs `num_inner_steps` gradients: count epochs
+    with that factor. `grad_fn(x', l)` should give the mini-batch of inner step l. Batch statistics
+    are the caller's (`regjax.updated_statistics`).
 
     The defaults follow the official code, which weighs the new point with 0.25 and leaves gamma out
     of the outer gradient; the paper is reported (not checked) to weigh it with 0.75 and to multiply
@@ -57,9 +60,11 @@ def entropy_sgd(
       gamma: stiffness of the well, in units of the loss over the parameter squared, or a schedule
         of the outer count (`schedules.scoping_schedule`).
       key: typed key.
-      num_steps: inner steps L; compile time does not grow with it, but for convolutions on CPU.
-      step_size: inner learning rate.
-      noise_scale: standard deviation per square root of the step size, in units of the parameters.
+      num_inner_steps: number of inner steps; compile time does not grow with it, but for
+        convolutions on CPU.
+      learning_rate: of the inner steps.
+      noise_scale: standard deviation of the noise per square root of the inner learning rate, in
+        units of the parameters.
       averaging: weight of the new point in the running mean, between 0 and 1.
       momentum: of the inner steps.
       scale_by_gamma: whether to multiply the result by gamma.
@@ -77,15 +82,15 @@ def entropy_sgd(
     """
     for name, value in (
         ("gamma", gamma),
-        ("step_size", step_size),
+        ("learning_rate", learning_rate),
         ("noise_scale", noise_scale),
         ("averaging", averaging),
         ("momentum", momentum),
     ):
-        _extra_args.check_size(name, value)
+        _schedules.check_size(name, value)
     if isinstance(averaging, (int, float)) and averaging > 1:
         raise ValueError(f"`averaging` must be at most 1, got {averaging}.")
-    _extra_args.check_static("num_steps", num_steps, 0)
+    check_static("num_inner_steps", num_inner_steps, 0)
     _checks.key("key", key)
 
     def init(params: Params) -> EntropySgdState:
@@ -93,58 +98,68 @@ def entropy_sgd(
         return EntropySgdState(jnp.int32(0), jax.random.clone(key))
 
     def update(
-        updates: Any,
+        updates: Params,
         state: EntropySgdState,
-        params: Any = None,
+        params: Params | None = None,
         *,
-        grad_fn: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, EntropySgdState]:
+        grad_fn: GradFn | None = None,
+        **extra: object,
+    ) -> tuple[Params, EntropySgdState]:
         del extra
         next_key, noise_key = jax.random.split(state.key)
         next_state = EntropySgdState(state.num_updates + 1, next_key)
-        if num_steps == 0:
+        if num_inner_steps == 0:
             return updates, next_state
-        params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
-        stiffness = _extra_args.value_at(gamma, state.num_updates)
-        inner_momentum = momentum
+        params = _gradients.check_whole_params(params)
+        grad_fn = _gradients.check_grad_fn(grad_fn)
+        stiffness = _schedules.value_at(gamma, state.num_updates)
+        has_momentum = not _schedules.is_zero(momentum)
 
-        def inner_step(_: None, carry: Any, i: jax.Array) -> Any:
-            position, mean, velocity = carry
-            grads = grad_fn(position, i)
-            if not _extra_args.is_zero(inner_momentum):
-                velocity = _mix(inner_momentum, velocity, 1, grads)
-                grads = _mix(inner_momentum, velocity, 1, grads)
+        def inner_step(_: None, carry: _Walk, i: jax.Array) -> _Walk:
+            grads, velocity = grad_fn(carry.position, i), carry.velocity
+            if has_momentum:
+                velocity = _accelerated(momentum, velocity, grads)
+                grads = _accelerated(momentum, velocity, grads)
             position = langevin_step(
-                position,
+                carry.position,
                 grads,
-                jax.random.fold_in(noise_key, i),
+                key=jax.random.fold_in(noise_key, i),
                 anchor=params,
                 gamma=stiffness,
-                step_size=step_size,
+                learning_rate=learning_rate,
                 noise_scale=noise_scale,
             )
-            return position, _mix(1 - averaging, mean, averaging, position), velocity
+            return _Walk(position, _numerics.between(carry.mean, position, averaging), velocity)
 
-        mean = jax.tree.map(_extra_args.wide, params)
-        velocity = () if _extra_args.is_zero(momentum) else jax.tree.map(jnp.zeros_like, mean)
-        _, mean, _ = _loops.scan(inner_step, (params, mean, velocity), num_steps)
-        new = _mix(1, params, -1, mean)
+        start = jax.tree.map(_tree.wide, params)
+        velocity = jax.tree.map(jnp.zeros_like, start) if has_momentum else ()
+        walk = _loops.scan(inner_step, _Walk(params, start, velocity), num_inner_steps)
+        new = jax.tree.map(lambda x, mean: _tree.wide(x) - mean, params, walk.mean)
         if scale_by_gamma:
             new = jax.tree.map(lambda leaf: jnp.asarray(stiffness, leaf.dtype) * leaf, new)
-        return _extra_args.like(new, updates), next_state
+        return _gradients.like(new, updates), next_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-entropy_sgd.static_args = ("key", "num_steps", "scale_by_gamma")  # type: ignore[attr-defined]
+class _Walk(NamedTuple):
+    """Where a Langevin walk is.
+
+    Attributes:
+      position: tree like the parameters, the point x'.
+      mean: tree like them in float32 at least, the running mean mu.
+      velocity: tree like `mean`, or () without momentum.
+    """
+
+    position: Params
+    mean: Params
+    velocity: Params
 
 
-def _mix(a: Any, one: Any, b: Any, other: Any) -> Any:
-    """A one + b other, leaf by leaf, in float32 at least."""
+def _accelerated(momentum: ArrayLike, velocity: Params, grads: Params) -> Params:
+    """Computes momentum times velocity plus gradient, leaf by leaf, in float32 at least."""
 
-    def mix(x: jax.Array, y: jax.Array) -> jax.Array:
-        x, y = _extra_args.wide(x), _extra_args.wide(y)
-        return jnp.asarray(a, x.dtype) * x + jnp.asarray(b, x.dtype) * y
+    def combine(v: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.asarray(momentum, v.dtype) * v + _tree.wide(g).astype(v.dtype)
 
-    return jax.tree.map(mix, one, other)
+    return jax.tree.map(combine, velocity, grads)

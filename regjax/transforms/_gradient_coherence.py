@@ -1,16 +1,17 @@
 """Strong L1 or L2 regularisation that waits: the penalty is on while a gate says so."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from regjax import _checks, _tree
-from regjax._base import Params
-from regjax.transforms import _extra_args
-from regjax.transforms._extra_args import Mask
+from regjax._base import Params, ScalarOrSchedule, Tree
+from regjax.transforms import _gradients, _masks, _schedules
+from regjax.transforms._masks import MaskOrFunction
+from regjax.transforms._static_args import check_static, static_args
 
 Leaves = list[jax.Array]
 
@@ -24,8 +25,8 @@ class Gate(NamedTuple):
         lists of the masked leaves; on is a bool array ().
     """
 
-    init: Callable[[], Any]
-    decide: Callable[[Leaves, Leaves, Any, jax.Array], tuple[jax.Array, Any]]
+    init: Callable[[], Tree]
+    decide: Callable[[Leaves, Leaves, Tree, jax.Array], tuple[jax.Array, Tree]]
 
 
 class CoherentRegularizationState(NamedTuple):
@@ -39,19 +40,20 @@ class CoherentRegularizationState(NamedTuple):
     """
 
     num_updates: jax.Array
-    gate: Any
+    gate: Tree
     on: jax.Array
     num_on: jax.Array
 
 
+@static_args("gate", "penalty_gradient", "mask")
 def coherent_regularization(
-    strength: Any,
+    strength: ScalarOrSchedule,
     *,
     gate: Gate,
     penalty_gradient: Callable[[jax.Array], jax.Array] | None = None,
-    mask: Mask = None,
+    mask: MaskOrFunction = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds strength * penalty_gradient(w) to the gradient while the gate is open.
+    """Adds the gradient of a penalty to that of the loss while a gate is open.
 
         r = strength penalty_gradient(w);   on = gate(g, r);   updates = g + r where on, else g
 
@@ -79,24 +81,27 @@ def coherent_regularization(
       D. Park, D. Ho, X. Chang, B. Zhang (2018), arXiv:1811.08056, of which only the abstract was
       read.
     """
-    _extra_args.check_size("strength", strength)
+    _schedules.check_size("strength", strength)
     penalty = l2_gradient if penalty_gradient is None else penalty_gradient
 
     def init(params: Params) -> CoherentRegularizationState:
-        _extra_args.mask_leaves(mask, params)
+        _masks.mask_leaves(mask, params)
         return CoherentRegularizationState(
             jnp.int32(0), gate.init(), jnp.bool_(False), jnp.int32(0)
         )
 
     def update(
-        updates: Any, state: CoherentRegularizationState, params: Any = None, **extra: Any
-    ) -> tuple[Any, CoherentRegularizationState]:
+        updates: Params,
+        state: CoherentRegularizationState,
+        params: Params | None = None,
+        **extra: object,
+    ) -> tuple[Params, CoherentRegularizationState]:
         del extra
-        params = _extra_args.check_params(params)
+        params = _gradients.check_params(params)
         leaves, treedef = jax.tree.flatten(updates)
-        chosen = _extra_args.mask_leaves(mask, params)
-        weight = _extra_args.value_at(strength, state.num_updates)
-        if _extra_args.is_zero(weight):
+        chosen = _masks.mask_leaves(mask, params)
+        weight = _schedules.value_at(strength, state.num_updates)
+        if _schedules.is_zero(weight):
             return updates, state._replace(num_updates=state.num_updates + 1)
         places = [i for i, choose in enumerate(chosen) if choose]
         weights = jax.tree.leaves(params)
@@ -113,13 +118,8 @@ def coherent_regularization(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-coherent_regularization.static_args = (  # type: ignore[attr-defined]
-    "gate", "penalty_gradient", "mask",
-)  # fmt: skip
-
-
 def l2_gradient(weights: jax.Array) -> jax.Array:
-    """Gradient of |w|^2 / 2.
+    """Returns the gradient of |w|^2 / 2.
 
     Args:
       weights: a leaf.
@@ -131,7 +131,9 @@ def l2_gradient(weights: jax.Array) -> jax.Array:
 
 
 def l1_gradient(weights: jax.Array) -> jax.Array:
-    """Subgradient of |w|_1. Descent along it never reaches zero; `soft_threshold` does.
+    """Returns the subgradient of |w|_1.
+
+    Descent along it never reaches zero; `soft_threshold` does.
 
     Args:
       weights: a leaf.
@@ -143,7 +145,7 @@ def l1_gradient(weights: jax.Array) -> jax.Array:
 
 
 def always_gate() -> Gate:
-    """A gate that is open from the first step: an ordinary penalty.
+    """Makes a gate that is open from the first step: an ordinary penalty.
 
     Returns:
       A `Gate` without state.
@@ -151,24 +153,24 @@ def always_gate() -> Gate:
     return Gate(lambda: (), lambda grads, added, state, count: (jnp.bool_(True), state))
 
 
-def delayed_gate(num_steps: int) -> Gate:
-    """A gate that opens for good at step `num_steps`, counted from 0.
+def delayed_gate(delay: int) -> Gate:
+    """Makes a gate that opens for good at step `delay`, counted from 0.
 
     Args:
-      num_steps: the delay; five epochs is a start.
+      delay: number of steps; five epochs is a start.
 
     Returns:
       A `Gate` without state.
 
     Raises:
-      ValueError: `num_steps` is negative.
+      ValueError: `delay` is negative.
     """
-    _extra_args.check_static("num_steps", num_steps, 0)
-    return Gate(lambda: (), lambda grads, added, state, count: (count >= num_steps, state))
+    check_static("delay", delay, 0)
+    return Gate(lambda: (), lambda grads, added, state, count: (count >= delay, state))
 
 
-def cosine_gate(threshold: float = 0.5, hold: int | None = None) -> Gate:
-    """Open while the cosine between g and g + r exceeds `threshold`.
+def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
+    """Makes a gate that is open while the cosine between g and g + r exceeds `threshold`.
 
     Norms go over all masked leaves together. At a stationary point of the penalised loss g = -r, so
     the cosine falls off where training ends, and the gate would close: give `hold`.
@@ -197,8 +199,10 @@ def cosine_gate(threshold: float = 0.5, hold: int | None = None) -> Gate:
     return _held(is_coherent, hold)
 
 
-def ratio_gate(threshold: float = 1.0, hold: int | None = None) -> Gate:
-    """A gate that is open while |g| > threshold |r|, norms over all masked leaves together.
+def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
+    """Makes a gate that is open while the gradient of the loss is the larger one.
+
+        |g| > threshold |r|,   norms over all masked leaves together
 
     Args:
       threshold: at least 0.
@@ -220,9 +224,9 @@ def ratio_gate(threshold: float = 1.0, hold: int | None = None) -> Gate:
 
 
 def _held(is_open: Callable[[Leaves, Leaves], jax.Array], hold: int | None) -> Gate:
-    """Open where `is_open`, and for good after `hold` open steps in a row."""
+    """Makes a gate that is open where `is_open`, and for good after `hold` open steps in a row."""
     if hold is not None:
-        _extra_args.check_static("hold", hold, 1)
+        check_static("hold", hold, 1)
 
     def decide(
         grads: Leaves, added: Leaves, state: jax.Array, count: jax.Array
@@ -248,8 +252,11 @@ class SoftThresholdState(NamedTuple):
     num_updates: jax.Array
 
 
-def soft_threshold(threshold: Any, *, mask: Mask = None) -> optax.GradientTransformationExtraArgs:
-    """L1 by its proximal step, last in the chain: exact zeros.
+@static_args("mask")
+def soft_threshold(
+    threshold: ScalarOrSchedule, *, mask: MaskOrFunction = None
+) -> optax.GradientTransformationExtraArgs:
+    """Takes the proximal step of an L1 penalty, which gives exact zeros; last in the chain.
 
         updates = sign(q) max(|q| - threshold, 0) - w,   q = w + updates
 
@@ -264,24 +271,24 @@ def soft_threshold(threshold: Any, *, mask: Mask = None) -> optax.GradientTransf
     Raises:
       ValueError: `threshold` is negative, or `params` is missing in `update`.
     """
-    _extra_args.check_size("threshold", threshold)
+    _schedules.check_size("threshold", threshold)
 
     def init(params: Params) -> SoftThresholdState:
-        _extra_args.mask_leaves(mask, params)
+        _masks.mask_leaves(mask, params)
         return SoftThresholdState(jnp.int32(0))
 
     def update(
-        updates: Any, state: SoftThresholdState, params: Any = None, **extra: Any
-    ) -> tuple[Any, SoftThresholdState]:
+        updates: Params, state: SoftThresholdState, params: Params | None = None, **extra: object
+    ) -> tuple[Params, SoftThresholdState]:
         del extra
-        params = _extra_args.check_params(params)
-        cut = _extra_args.value_at(threshold, state.num_updates)
+        params = _gradients.check_params(params)
+        cut = _schedules.value_at(threshold, state.num_updates)
         state = SoftThresholdState(state.num_updates + 1)
-        if _extra_args.is_zero(cut):
+        if _schedules.is_zero(cut):
             return updates, state
         leaves, treedef = jax.tree.flatten(updates)
 
-        def shrink(leaf: Any, param: Any, choose: bool) -> Any:
+        def shrink(leaf: jax.Array, param: jax.Array, choose: bool) -> jax.Array:
             if not choose:
                 return leaf
             q = param + leaf.astype(jnp.result_type(param))
@@ -289,12 +296,9 @@ def soft_threshold(threshold: Any, *, mask: Mask = None) -> optax.GradientTransf
             # -w where the weight becomes zero, so that w + update is zero exactly.
             return (jnp.sign(q) * small - param).astype(leaf.dtype)
 
-        chosen = _extra_args.mask_leaves(mask, params)
+        chosen = _masks.mask_leaves(mask, params)
         return jax.tree.unflatten(
             treedef, map(shrink, leaves, jax.tree.leaves(params), chosen)
         ), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-soft_threshold.static_args = ("mask",)  # type: ignore[attr-defined]

@@ -1,16 +1,18 @@
 """Gaussian noise in the weights before the gradient, and its mirror image in the update."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from regjax import _checks
-from regjax._base import Params
-from regjax.transforms import _extra_args
-from regjax.transforms._extra_args import Mask
+from regjax import _checks, _tree
+from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule, Tree
+from regjax.transforms import _gaussian, _gradients, _masks, _schedules
+from regjax.transforms._masks import MaskOrFunction
+from regjax.transforms._static_args import static_args
 
 
 class PerturbedGradientState(NamedTuple):
@@ -22,34 +24,37 @@ class PerturbedGradientState(NamedTuple):
     """
 
     num_updates: jax.Array
-    key: jax.Array
+    key: PRNGKey
 
 
+@static_args("key", "layerwise", "cyclic", "groups", "mask")
 def perturbed_gradient(
-    scale: Any,
+    std: ScalarOrSchedule,
     *,
-    key: jax.Array,
+    key: PRNGKey,
     layerwise: bool = True,
     cyclic: bool = True,
-    groups: Any = None,
-    mask: Mask = None,
+    groups: Tree = None,
+    mask: MaskOrFunction = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradient by the one at weights with Gaussian noise: grad_fn(w + sigma eps).
+    """Replaces the gradient by the one at weights with Gaussian noise.
+
+        updates = grad_fn(w + sigma eps)
 
     In expectation this descends L + (sigma^2 / 2) tr Hess L + O(sigma^4). The weights themselves
     stay clean, and the incoming gradient is not read. Noise in all layers at once blows up with
-    the width; one group of leaves at a time does not. `scale=0` gives grad_fn(w, 0) bit for bit.
+    the width; one group of leaves at a time does not. `std=0` gives grad_fn(w, 0) bit for bit.
 
     Running batch statistics are the caller's: this method has no clean pass
     (`regjax.updated_statistics` makes one). The sum w + sigma eps is formed in float32 at least
     and rounded to the parameters' dtype: in bfloat16 small noise is lost, keep float32 weights.
 
     Args:
-      scale: standard deviation sigma, in units of the parameters, or a schedule of the update
+      std: standard deviation sigma, in units of the parameters, or a schedule of the update
         count. Used: 0.03 (ResNet-18, CIFAR-10).
       key: typed key.
-      layerwise: True: one group a step, with `scale`. False: every group, with
-        scale / sqrt(number of groups), which has the same regulariser to first order.
+      layerwise: True: one group a step, with `std`. False: every group, with
+        std / sqrt(number of groups), which has the same regulariser to first order.
       cyclic: group = count modulo number of groups. False: drawn uniformly.
       groups: tree of ints, the group of each leaf; None is one for each leaf, as in the official
         code. Better: kernel and bias of a layer together.
@@ -66,7 +71,7 @@ def perturbed_gradient(
       A. Orvieto, A. Raj, H. Kersting, F. Bach (2023), arXiv:2206.04613; the cyclic order and the
       division by sqrt(number of groups) are the official code's.
     """
-    _extra_args.check_size("scale", scale)
+    _schedules.check_size("std", std)
     _checks.key("key", key)
 
     def init(params: Params) -> PerturbedGradientState:
@@ -76,18 +81,18 @@ def perturbed_gradient(
         return PerturbedGradientState(jnp.int32(0), jax.random.clone(key))
 
     def update(
-        updates: Any,
+        updates: Params,
         state: PerturbedGradientState,
-        params: Any = None,
+        params: Params | None = None,
         *,
-        grad_fn: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, PerturbedGradientState]:
+        grad_fn: GradFn | None = None,
+        **extra: object,
+    ) -> tuple[Params, PerturbedGradientState]:
         del extra
-        params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
-        sigma = _extra_args.value_at(scale, state.num_updates)
+        params, grad_fn = _gradients.check_whole_params(params), _gradients.check_grad_fn(grad_fn)
+        sigma = _schedules.value_at(std, state.num_updates)
         next_key, noise_key, group_key = jax.random.split(state.key, 3)
-        if not _extra_args.is_zero(sigma):
+        if not _schedules.is_zero(sigma):
             numbers = _group_numbers(groups, params, mask)
             num_groups = 1 + max((n for n in numbers if n is not None), default=0)
             chosen = None
@@ -98,15 +103,10 @@ def perturbed_gradient(
             else:
                 sigma = sigma / math.sqrt(num_groups)
             params = _perturb(params, numbers, chosen, sigma, noise_key)
-        grads = _extra_args.like(grad_fn(params, 0), updates)
+        grads = _gradients.like(grad_fn(params, 0), updates)
         return grads, PerturbedGradientState(state.num_updates + 1, next_key)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-perturbed_gradient.static_args = (  # type: ignore[attr-defined]
-    "key", "layerwise", "cyclic", "groups", "mask",
-)  # fmt: skip
 
 
 class AnticorrelatedNoiseState(NamedTuple):
@@ -120,22 +120,25 @@ class AnticorrelatedNoiseState(NamedTuple):
     """
 
     num_updates: jax.Array
-    key: jax.Array
-    noise: tuple[Any, ...]
+    key: PRNGKey
+    noise: tuple[Tree, ...]
 
 
+@static_args("key", "mask")
 def anticorrelated_noise(
-    scale: Any, *, key: jax.Array, mask: Mask = None
+    std: ScalarOrSchedule, *, key: PRNGKey, mask: MaskOrFunction = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds the difference of two successive noises to the update: u + xi_{t+1} - xi_t.
+    """Adds the difference of two successive noises to the update.
+
+        updates = u + xi_{t+1} - xi_t
 
     The weights are z + xi with fresh noise each step, and z_t = w_t - xi_t follows
     z_{t+1} = z_t - lr grad L(z_t + xi_t) exactly: noise before the gradient, shifted, whatever
     optimiser comes before, if its update reads only gradients. Last in the chain. Evaluate,
-    checkpoint and decay z, which `denoise_params` gives. `scale=0` passes updates through.
+    checkpoint and decay z, which `denoise_params` gives. `std=0` passes updates through.
 
     Args:
-      scale: standard deviation of xi, in units of the parameters, or a schedule of the update
+      std: standard deviation of xi, in units of the parameters, or a schedule of the update
         count.
       key: typed key.
       mask: leaves that carry noise.
@@ -144,17 +147,17 @@ def anticorrelated_noise(
       A transformation that keeps one copy of the masked parameters.
 
     Raises:
-      ValueError: `scale` is negative.
+      ValueError: `std` is negative.
       TypeError: an argument has the wrong type.
 
     References:
       A. Orvieto, H. Kersting, F. Proske, F. Bach, A. Lucchi (2022), arXiv:2202.02831.
     """
-    _extra_args.check_size("scale", scale)
+    _schedules.check_size("std", std)
     _checks.key("key", key)
 
     def init(params: Params) -> AnticorrelatedNoiseState:
-        leaves, chosen = jax.tree.leaves(params), _extra_args.mask_leaves(mask, params)
+        leaves, chosen = jax.tree.leaves(params), _masks.mask_leaves(mask, params)
         noise = [
             jnp.zeros_like(leaf) if choose else optax.MaskedNode()
             for leaf, choose in zip(leaves, chosen, strict=True)
@@ -162,17 +165,20 @@ def anticorrelated_noise(
         return AnticorrelatedNoiseState(jnp.int32(0), jax.random.clone(key), tuple(noise))
 
     def update(
-        updates: Any, state: AnticorrelatedNoiseState, params: Any = None, **extra: Any
-    ) -> tuple[Any, AnticorrelatedNoiseState]:
+        updates: Params,
+        state: AnticorrelatedNoiseState,
+        params: Params | None = None,
+        **extra: object,
+    ) -> tuple[Params, AnticorrelatedNoiseState]:
         del params, extra
         next_key, noise_key = jax.random.split(state.key)
-        sigma, count = _extra_args.value_at(scale, state.num_updates), state.num_updates + 1
-        if _extra_args.is_zero(sigma):
+        sigma, count = _schedules.value_at(std, state.num_updates), state.num_updates + 1
+        if _schedules.is_zero(sigma):
             return updates, AnticorrelatedNoiseState(count, next_key, state.noise)
         leaves, treedef = jax.tree.flatten(updates)
         new = list(state.noise)
         places = [i for i, xi in enumerate(new) if not isinstance(xi, optax.MaskedNode)]
-        drawn = _extra_args.normal_like(noise_key, [new[i] for i in places])
+        drawn = _gaussian.normal_like(noise_key, [new[i] for i in places])
         for i, noise in zip(places, drawn, strict=True):
             old = new[i]
             new[i] = (jnp.asarray(sigma, noise.dtype) * noise).astype(old.dtype)
@@ -183,18 +189,17 @@ def anticorrelated_noise(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-anticorrelated_noise.static_args = ("key", "mask")  # type: ignore[attr-defined]
-
-
 def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
-    """The weights z = w - xi that `anticorrelated_noise` trains, without the noise they carry.
+    """Takes from the weights the noise that `anticorrelated_noise` keeps on them.
+
+        z = w - xi
 
     Args:
       params: tree of the weights w.
       state: of `anticorrelated_noise`; in a chain, its last state.
 
     Returns:
-      A tree like `params`.
+      A tree like `params`, the weights z that are trained.
     """
     leaves, treedef = jax.tree.flatten(params)
     carried = state.noise
@@ -206,24 +211,28 @@ def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
 
 
 def _perturb(
-    params: Params, numbers: list[int | None], chosen: Any, sigma: Any, key: jax.Array
+    params: Params,
+    numbers: list[int | None],
+    chosen: jax.Array | None,
+    sigma: ArrayLike,
+    key: PRNGKey,
 ) -> Params:
-    """Noise on the leaves of group `chosen`, or of all groups if it is None."""
+    """Adds noise to the leaves of group `chosen`, or of all groups if it is None."""
     leaves, treedef = jax.tree.flatten(params)
     places = [i for i, number in enumerate(numbers) if number is not None]
-    noise = _extra_args.normal_like(key, [leaves[i] for i in places])
+    noise = _gaussian.normal_like(key, [leaves[i] for i in places])
     for i, drawn in zip(places, noise, strict=True):
-        noisy = _extra_args.wide(leaves[i]) + jnp.asarray(sigma, drawn.dtype) * drawn
+        noisy = _tree.wide(leaves[i]) + jnp.asarray(sigma, drawn.dtype) * drawn
         noisy = noisy.astype(jnp.result_type(leaves[i]))
         leaves[i] = noisy if chosen is None else jnp.where(chosen == numbers[i], noisy, leaves[i])
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _group_numbers(groups: Any, params: Params, mask: Mask) -> list[int | None]:
-    """For each leaf its group, counted from 0 among the masked ones; None outside of the mask."""
-    chosen = _extra_args.mask_leaves(mask, params)
+def _group_numbers(groups: Tree, params: Params, mask: MaskOrFunction) -> list[int | None]:
+    """Numbers the group of each leaf from 0 among the masked ones; None outside of the mask."""
+    chosen = _masks.mask_leaves(mask, params)
     if groups is None:
-        given: list[Any] = list(range(len(chosen)))
+        given: list[int] = list(range(len(chosen)))
     else:
         given = jax.tree.leaves(_checks.same_structure("groups", groups, params))
         for group in given:

@@ -1,15 +1,18 @@
 """Sharpness-aware minimisation: the gradient at the top of a small ascent step."""
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from regjax import _checks, _loops, _tree
-from regjax._base import Params
-from regjax.transforms import _extra_args
-from regjax.transforms._extra_args import Mask
+from regjax import _checks, _loops, _numerics, _tree
+from regjax._base import GradFn, Params, ScalarOrSchedule
+from regjax.transforms import _gradients, _masks, _schedules
+from regjax.transforms._masks import MaskOrFunction
+from regjax.transforms._static_args import check_static, static_args
 
 
 class SamState(NamedTuple):
@@ -22,13 +25,14 @@ class SamState(NamedTuple):
     num_updates: jax.Array
 
 
+@static_args("adaptive", "num_shards", "mask")
 def sam(
-    rho: Any,
+    rho: ScalarOrSchedule,
     *,
-    adaptive: Any = False,
+    adaptive: bool | MaskOrFunction = False,
     eta: float = 0.01,
     num_shards: int = 1,
-    mask: Mask = None,
+    mask: MaskOrFunction = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by the one at w + e, the top of an ascent step of length rho.
 
@@ -65,39 +69,53 @@ def sam(
       official code adapts only tensors named "weight", here `adaptive` says which.
     """
     _check(rho, eta)
-    _extra_args.check_static("num_shards", num_shards, 1)
+    check_static("num_shards", num_shards, 1)
 
     def update(
-        updates: Any, state: SamState, params: Any = None, *, grad_fn: Any = None, **extra: Any
-    ) -> tuple[Any, SamState]:
+        updates: Params,
+        state: SamState,
+        params: Params | None = None,
+        *,
+        grad_fn: GradFn | None = None,
+        **extra: object,
+    ) -> tuple[Params, SamState]:
         del extra
-        params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
-        radius = _extra_args.value_at(rho, state.num_updates)
+        params = _gradients.check_whole_params(params)
+        grad_fn = _gradients.check_grad_fn(grad_fn)
+        climb = functools.partial(
+            ascend,
+            rho=_schedules.value_at(rho, state.num_updates),
+            adaptive=adaptive,
+            eta=eta,
+            mask=mask,
+        )
         if num_shards == 1:
-            new = grad_fn(ascend(params, updates, radius, adaptive, eta, mask), 0)
+            new = grad_fn(climb(params, updates), 0)
         else:
 
             def add_shard(_: None, total: Params, i: jax.Array) -> Params:
-                above = params
-                if not _extra_args.is_zero(radius):
-                    above = ascend(params, grad_fn(params, i), radius, adaptive, eta, mask)
-                return jax.tree.map(lambda a, b: a + _extra_args.wide(b), total, grad_fn(above, i))
+                # No gradient is needed to stay where one is.
+                top = params if _schedules.is_zero(rho) else climb(params, grad_fn(params, i))
+                return jax.tree.map(lambda a, b: a + _tree.wide(b), total, grad_fn(top, i))
 
-            zeros = jax.tree.map(lambda leaf: jnp.zeros_like(_extra_args.wide(leaf)), params)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros_like(_tree.wide(leaf)), params)
             total = _loops.scan(add_shard, zeros, num_shards)
             new = jax.tree.map(lambda leaf: leaf / num_shards, total)
-        return _extra_args.like(new, updates), SamState(state.num_updates + 1)
+        return _gradients.like(new, updates), SamState(state.num_updates + 1)
 
     return optax.GradientTransformationExtraArgs(_init, update)
 
 
-sam.static_args = ("adaptive", "num_shards", "mask")  # type: ignore[attr-defined]
-
-
+@static_args("adaptive", "mask")
 def gsam(
-    rho: Any, *, alpha: Any, adaptive: Any = False, eta: float = 0.01, mask: Mask = None
+    rho: ScalarOrSchedule,
+    *,
+    alpha: ScalarOrSchedule,
+    adaptive: bool | MaskOrFunction = False,
+    eta: float = 0.01,
+    mask: MaskOrFunction = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SAM, less `alpha` times the part of the clean gradient orthogonal to SAM's.
+    """Takes from SAM's gradient `alpha` times the part of the clean one orthogonal to it.
 
         gp = grad_fn(w + e),   u = gp / ||gp||,   r = g - <g, u> u,   updates = gp - alpha r
 
@@ -122,74 +140,98 @@ def gsam(
       gradient instead is in the authors' code, not here.
     """
     _check(rho, eta)
-    _extra_args.check_size("alpha", alpha)
+    _schedules.check_size("alpha", alpha)
 
     def update(
-        updates: Any, state: SamState, params: Any = None, *, grad_fn: Any = None, **extra: Any
-    ) -> tuple[Any, SamState]:
+        updates: Params,
+        state: SamState,
+        params: Params | None = None,
+        *,
+        grad_fn: GradFn | None = None,
+        **extra: object,
+    ) -> tuple[Params, SamState]:
         del extra
-        params, grad_fn = _extra_args.check_whole_params(params), _extra_args.check_grad_fn(grad_fn)
-        radius = _extra_args.value_at(rho, state.num_updates)
-        above = grad_fn(ascend(params, updates, radius, adaptive, eta, mask), 0)
-        weight = _extra_args.value_at(alpha, state.num_updates)
-        if not _extra_args.is_zero(weight):
-            above = _less_orthogonal(above, updates, weight)
-        return _extra_args.like(above, updates), SamState(state.num_updates + 1)
+        params = _gradients.check_whole_params(params)
+        grad_fn = _gradients.check_grad_fn(grad_fn)
+        top = ascend(
+            params,
+            updates,
+            rho=_schedules.value_at(rho, state.num_updates),
+            adaptive=adaptive,
+            eta=eta,
+            mask=mask,
+        )
+        new, weight = grad_fn(top, 0), _schedules.value_at(alpha, state.num_updates)
+        if not _schedules.is_zero(weight):
+            new = _less_orthogonal(new, updates, weight)
+        return _gradients.like(new, updates), SamState(state.num_updates + 1)
 
     return optax.GradientTransformationExtraArgs(_init, update)
 
 
-gsam.static_args = ("adaptive", "mask")  # type: ignore[attr-defined]
-
-
 def ascend(
-    params: Params, grads: Params, radius: Any, adaptive: Any, eta: Any, mask: Mask
+    params: Params,
+    grads: Params,
+    *,
+    rho: ArrayLike,
+    adaptive: bool | MaskOrFunction,
+    eta: ArrayLike,
+    mask: MaskOrFunction,
 ) -> Params:
-    """W + rho T T g / ||T g||; w itself for a radius of zero or a zero gradient."""
-    if _extra_args.is_zero(radius):
+    """Moves the weights by a step of length rho along the gradient.
+
+        w + rho T T g / ||T g||
+
+    `rho=0` or a zero gradient gives w itself.
+    """
+    if _schedules.is_zero(rho):
         return params
     leaves, treedef = jax.tree.flatten(params)
-    climbs = _extra_args.mask_leaves(mask, params)
-    adapts = [adaptive] * len(leaves)
-    if not isinstance(adaptive, bool):
-        adapts = _extra_args.mask_leaves(adaptive, params)
+    climbs = _masks.mask_leaves(mask, params)
+    if isinstance(adaptive, bool):
+        adapts = [adaptive] * len(leaves)
+    else:
+        adapts = _masks.mask_leaves(adaptive, params)
     scales = [
-        jnp.abs(_extra_args.wide(leaf)) + eta if adapt else None
+        jnp.abs(_tree.wide(leaf)) + eta if adapt else None
         for leaf, adapt in zip(leaves, adapts, strict=True)
     ]
     scaled = [
-        _extra_args.wide(grad) if scale is None else scale * _extra_args.wide(grad)
+        _tree.wide(grad) if scale is None else scale * _tree.wide(grad)
         for grad, scale in zip(jax.tree.leaves(grads), scales, strict=True)
     ]
-    chosen = [leaf for leaf, climb in zip(scaled, climbs, strict=True) if climb]
-    norm = _tree.norm(chosen)
-    factor = jnp.asarray(radius, norm.dtype) / jnp.where(norm > 0, norm, 1)
-    factor = jnp.where(norm > 0, factor, 0)
+    norm = _tree.norm([leaf for leaf, climb in zip(scaled, climbs, strict=True) if climb])
+    factor = _numerics.divide(jnp.asarray(rho, norm.dtype), norm, where=norm > 0)
 
-    def move(leaf: Any, scale: Any, grad: jax.Array, climb: bool) -> Any:
+    def move(leaf: jax.Array, scale: jax.Array | None, grad: jax.Array, climb: bool) -> jax.Array:
         if not climb:
             return leaf
         step = factor.astype(grad.dtype) * (grad if scale is None else scale * grad)
-        return (_extra_args.wide(leaf) + step).astype(jnp.result_type(leaf))
+        return (_tree.wide(leaf) + step).astype(jnp.result_type(leaf))
 
     return jax.tree.unflatten(treedef, map(move, leaves, scales, scaled, climbs))
 
 
-def _less_orthogonal(above: Params, grads: Params, weight: Any) -> Params:
-    """SAM's gp - alpha (g - <g, u> u), u = gp / ||gp||; without the projection where gp = 0."""
-    ours, clean = jax.tree.leaves(above), jax.tree.leaves(grads)
+def _less_orthogonal(top: Params, grads: Params, weight: ArrayLike) -> Params:
+    """Takes from SAM's gradient the part of the clean one that is orthogonal to it.
+
+        gp - alpha (g - <g, u> u),   u = gp / ||gp||
+
+    Without the projection where gp = 0.
+    """
+    ours, clean = jax.tree.leaves(top), jax.tree.leaves(grads)
     square = _tree.inner(ours, ours)
-    along = _tree.inner(clean, ours) / jnp.where(square > 0, square, 1)
+    along = _numerics.divide(_tree.inner(clean, ours), square, where=square > 0)
 
     def combine(gp: jax.Array, g: jax.Array) -> jax.Array:
-        gp, g = _extra_args.wide(gp), _extra_args.wide(g)
+        gp, g = _tree.wide(gp), _tree.wide(g)
         return gp - jnp.asarray(weight, gp.dtype) * (g - along.astype(g.dtype) * gp)
 
-    return jax.tree.map(combine, above, grads)
+    return jax.tree.map(combine, top, grads)
 
 
-def _check(rho: Any, eta: Any) -> None:
-    _extra_args.check_size("rho", rho)
+def _check(rho: ScalarOrSchedule, eta: ArrayLike) -> None:
+    _schedules.check_size("rho", rho)
     _checks.non_negative("eta", eta)
 
 

@@ -1,15 +1,17 @@
 """Unit-norm filters: weights that feed a normalisation have no scale, only a direction."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from regjax import _checks, _tree
-from regjax._base import Params
-from regjax.transforms import _extra_args
-from regjax.transforms._extra_args import Mask
+from regjax import _checks, _numerics, _tree
+from regjax._base import Params, Tree
+from regjax.transforms import _gradients, _masks
+from regjax.transforms._masks import MaskOrFunction
+from regjax.transforms._static_args import check_static, static_args
 
 
 class RescaleWeightsState(NamedTuple):
@@ -22,12 +24,13 @@ class RescaleWeightsState(NamedTuple):
     num_updates: jax.Array
 
 
+@static_args("mask", "per_filter", "every")
 def rescale_weights(
-    *, mask: Mask, target: Any = 1.0, per_filter: bool = True, every: int = 1
+    *, mask: MaskOrFunction, target_norm: ArrayLike = 1.0, per_filter: bool = True, every: int = 1
 ) -> optax.GradientTransformationExtraArgs:
-    """Corrects the update so that the masked weights end with the norm `target`, group by group.
+    """Corrects the update so that the masked weights end with a given norm, group by group.
 
-        q = params + updates;   where masked, every so many steps:  q_r = target q_r / |q_r|
+        q = params + updates;   where masked, every so many steps:  q_r = target_norm q_r / |q_r|
 
     Last in the chain. For weights whose scale does not change the loss (they feed a batch norm),
     the norm only sets the effective learning rate, eta / |w|^2; weight decay belongs on the other
@@ -39,7 +42,7 @@ def rescale_weights(
     Args:
       mask: leaves to rescale; only scale-invariant ones are legitimate
         (`diagnostics.scale_invariant_mask` finds them).
-      target: norm after the step, in units of the parameters.
+      target_norm: norm after the step, in units of the parameters.
       per_filter: one norm for each output channel (all axes but the last), else for each leaf.
       every: rescale after each so many steps.
 
@@ -55,11 +58,11 @@ def rescale_weights(
       Z. Liu, Y. Cui, J. Wan, Y. Mao, A. Chan (2021), arXiv:2102.03497, of which only the abstract
       was read: granularity, period, and the treatment of momentum are our choices.
     """
-    _checks.positive("target", target)
-    _extra_args.check_static("every", every, 1)
+    _checks.positive("target_norm", target_norm)
+    check_static("every", every, 1)
 
     def init(params: Params) -> RescaleWeightsState:
-        chosen = _extra_args.mask_leaves(mask, params)
+        chosen = _masks.mask_leaves(mask, params)
         paths = jax.tree_util.tree_leaves_with_path(params)
         for (path, leaf), choose in zip(paths, chosen, strict=True):
             if choose and per_filter and jnp.ndim(leaf) < 2:
@@ -70,33 +73,32 @@ def rescale_weights(
         return RescaleWeightsState(jnp.int32(0))
 
     def update(
-        updates: Any, state: RescaleWeightsState, params: Any = None, **extra: Any
-    ) -> tuple[Any, RescaleWeightsState]:
+        updates: Params, state: RescaleWeightsState, params: Params | None = None, **extra: object
+    ) -> tuple[Params, RescaleWeightsState]:
         del extra
-        params = _extra_args.check_params(params)
+        params = _gradients.check_params(params)
         count = state.num_updates + 1
         leaves, treedef = jax.tree.flatten(updates)
 
-        def correct(leaf: Any, param: Any, choose: bool) -> Any:
+        def correct(leaf: jax.Array, param: jax.Array, choose: bool) -> jax.Array:
             if not choose:
                 return leaf
-            moved = _extra_args.wide(param) + _extra_args.wide(leaf)
-            rescaled = _with_norm(moved, target, per_filter)
-            corrected = (rescaled - _extra_args.wide(param)).astype(leaf.dtype)
+            moved = _tree.wide(param) + _tree.wide(leaf)
+            rescaled = _with_norm(moved, target_norm, per_filter)
+            corrected = (rescaled - _tree.wide(param)).astype(leaf.dtype)
             return corrected if every == 1 else jnp.where(count % every == 0, corrected, leaf)
 
-        chosen = _extra_args.mask_leaves(mask, params)
+        chosen = _masks.mask_leaves(mask, params)
         corrected = map(correct, leaves, jax.tree.leaves(params), chosen)
         return jax.tree.unflatten(treedef, corrected), RescaleWeightsState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-rescale_weights.static_args = ("mask", "per_filter", "every")  # type: ignore[attr-defined]
+def rescale_velocity(velocity: Params, factor: ArrayLike | Tree) -> Params:
+    """Computes the momentum that goes with weights w -> factor w of a scale-invariant loss.
 
-
-def rescale_velocity(velocity: Any, factor: Any) -> Any:
-    """Momentum after weights w -> factor w of a scale-invariant loss: velocity / factor.
+        velocity / factor
 
     The gradient scales by 1 / factor, so the same trajectory needs this buffer and the learning
     rate times factor squared.
@@ -113,43 +115,49 @@ def rescale_velocity(velocity: Any, factor: Any) -> Any:
     return jax.tree.map(lambda leaf, f: leaf / jnp.asarray(f, leaf.dtype), velocity, factor)
 
 
-def remove_radial(*, mask: Mask, delta: float = 0.1) -> optax.GradientTransformationExtraArgs:
+@static_args("mask")
+def remove_radial(
+    *, mask: MaskOrFunction, threshold: float = 0.1
+) -> optax.GradientTransformationExtraArgs:
     """Takes the part along the weights out of an update that is nearly orthogonal to them.
 
     For each masked leaf, first per output channel (all axes but the last), then as a whole: where
-    all cosines between update and weights are below delta / sqrt(number of weights in a group), the
-    update is projected off the weights; the first view that passes is taken.
+    all cosines between update and weights are below threshold / sqrt(number of weights in a group),
+    the update is projected off the weights; the first view that passes is taken.
 
     Deviation: the official code tests the cosine of the raw gradient; an optax transformation sees
     the update made of it. The reduced weight decay of AdamP is the caller's.
 
     Args:
       mask: leaves to look at.
-      delta: threshold of the cosine, 0.1 in the official code.
+      threshold: of the cosine times the root of the size of a group. 0.1 is the default of the
+        official code, where it is delta.
 
     Returns:
       A transformation without state whose `update` needs `params`. Last in the chain.
 
     Raises:
-      ValueError: `delta` is negative, or `params` is missing in `update`.
+      ValueError: `threshold` is negative, or `params` is missing in `update`.
 
     References:
       B. Heo et al. (2021), arXiv:2006.08217, AdamP.
     """
-    _checks.non_negative("delta", delta)
+    _checks.non_negative("threshold", threshold)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        updates: Params, state: optax.OptState, params: Params | None = None, **extra: object
+    ) -> tuple[Params, optax.OptState]:
         del extra
-        params = _extra_args.check_params(params)
+        params = _gradients.check_params(params)
         leaves, treedef = jax.tree.flatten(updates)
-        chosen = _extra_args.mask_leaves(mask, params)
+        chosen = _masks.mask_leaves(mask, params)
 
-        def project(leaf: Any, param: Any, choose: bool) -> Any:
+        def project(leaf: jax.Array, param: jax.Array, choose: bool) -> jax.Array:
             if not choose or jnp.ndim(leaf) < 2:
                 return leaf
-            u, w = _extra_args.wide(leaf), _extra_args.wide(param)
-            per_channel, small_channel = _off(u, w, delta, per_filter=True)
-            per_layer, small_layer = _off(u, w, delta, per_filter=False)
+            u, w = _tree.wide(leaf), _tree.wide(param)
+            per_channel, small_channel = _off(u, w, threshold, per_filter=True)
+            per_layer, small_layer = _off(u, w, threshold, per_filter=False)
             projected = jnp.where(small_channel, per_channel, jnp.where(small_layer, per_layer, u))
             return projected.astype(leaf.dtype)
 
@@ -160,24 +168,23 @@ def remove_radial(*, mask: Mask, delta: float = 0.1) -> optax.GradientTransforma
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-remove_radial.static_args = ("mask",)  # type: ignore[attr-defined]
-
-
 def _off(
-    u: jax.Array, w: jax.Array, delta: Any, *, per_filter: bool
+    u: jax.Array, w: jax.Array, threshold: ArrayLike, *, per_filter: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """`u` less its part along `w` in each group; whether all cosines are small."""
+    """Takes from `u` its part along `w` in each group, and says whether all cosines are small."""
     axes = _tree.group_axes(w, per_filter)
     along = jnp.sum(u * w, axes, keepdims=True)
     square = jnp.sum(w * w, axes, keepdims=True)
     length = jnp.sqrt(square * jnp.sum(u * u, axes, keepdims=True))
-    cosine = jnp.where(length > 0, jnp.abs(along) / jnp.where(length > 0, length, 1), 0)
+    cosine = _numerics.divide(jnp.abs(along), length, where=length > 0)
     size = w.size // along.size
-    radial = jnp.where(square > 0, along / jnp.where(square > 0, square, 1), 0)
-    return u - jnp.broadcast_to(radial, w.shape) * w, jnp.max(cosine) < delta / size**0.5
+    radial = _numerics.divide(along, square, where=square > 0)
+    return u - jnp.broadcast_to(radial, w.shape) * w, jnp.max(cosine) < threshold / size**0.5
 
 
-def _with_norm(weights: jax.Array, target: Any, per_filter: bool) -> jax.Array:
+def _with_norm(weights: jax.Array, target_norm: ArrayLike, per_filter: bool) -> jax.Array:
     norm = jnp.sqrt(jnp.sum(weights**2, _tree.group_axes(weights, per_filter), keepdims=True))
-    factor = jnp.asarray(target, norm.dtype) / jnp.where(norm > 0, norm, 1)
-    return weights * jnp.broadcast_to(jnp.where(norm > 0, factor, 1), weights.shape)
+    factor = _numerics.divide(
+        jnp.asarray(target_norm, norm.dtype), norm, where=norm > 0, otherwise=1
+    )
+    return weights * jnp.broadcast_to(factor, weights.shape)

@@ -144,7 +144,7 @@ def test_statistics_of_perturbed_weights_are_others(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "batch norm" in kind])
 def test_rescaling_leaves_the_outputs_in_train_mode(kind):
     model = make(kind)
-    tx = transforms.rescale_weights(mask=convolutions, target=2.0)
+    tx = transforms.rescale_weights(mask=convolutions, target_norm=2.0)
     zero = jax.tree.map(jnp.zeros_like, model.params)
     updates, _ = tx.update(zero, tx.init(model.params), model.params)
     rescaled = optax.apply_updates(model.params, updates)

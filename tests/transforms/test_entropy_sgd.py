@@ -26,8 +26,10 @@ def grad_fn(x, i):
 
 
 def quiet(num_steps, **options):
-    arguments = {"step_size": 0.1, "noise_scale": 0.0, "averaging": 0.25, "momentum": 0.0}
-    return transforms.entropy_sgd(GAMMA, key=KEY, num_steps=num_steps, **{**arguments, **options})
+    arguments = {"learning_rate": 0.1, "noise_scale": 0.0, "averaging": 0.25, "momentum": 0.0}
+    return transforms.entropy_sgd(
+        GAMMA, key=KEY, num_inner_steps=num_steps, **{**arguments, **options}
+    )
 
 
 @pytest.mark.parametrize("averaging", [0.25, 0.75, 1.0])
@@ -46,11 +48,11 @@ def test_noise_free_running_mean(num_steps, averaging):
 
 
 def test_a_long_walk_descends_the_local_entropy():
-    updates = runs.once(quiet(4000, step_size=0.05), jnp.asarray(POINT), grad_fn)
+    updates = runs.once(quiet(4000, learning_rate=0.05), jnp.asarray(POINT), grad_fn)
     centre = np.linalg.solve(A + GAMMA * np.eye(2), GAMMA * POINT - B)
     np.testing.assert_allclose(POINT - updates, centre, atol=1e-6)
     scaled = runs.once(
-        quiet(4000, step_size=0.05, scale_by_gamma=True), jnp.asarray(POINT), grad_fn
+        quiet(4000, learning_rate=0.05, scale_by_gamma=True), jnp.asarray(POINT), grad_fn
     )
     np.testing.assert_allclose(scaled, GAMMA * (POINT - centre), atol=1e-6)
 
@@ -63,7 +65,7 @@ def test_without_well_average_and_noise_it_is_plain_descent():
         return grad_fn(x, i)
 
     tx = transforms.entropy_sgd(
-        0.0, key=KEY, num_steps=4, noise_scale=0.0, averaging=1.0, momentum=0.0
+        0.0, key=KEY, num_inner_steps=4, noise_scale=0.0, averaging=1.0, momentum=0.0
     )
     updates = tx.update(POINT, tx.init(POINT), jnp.asarray(POINT), grad_fn=recorded)[0]
     np.testing.assert_allclose(updates, 0.1 * sum(g for g, _ in seen), atol=1e-12)
@@ -71,21 +73,27 @@ def test_without_well_average_and_noise_it_is_plain_descent():
 
 
 def test_inner_momentum_is_nesterov():
-    tx = transforms.entropy_sgd(0.0, key=KEY, num_steps=5, noise_scale=0.0, averaging=1.0)
+    tx = transforms.entropy_sgd(0.0, key=KEY, num_inner_steps=5, noise_scale=0.0, averaging=1.0)
     end, _ = runs.scan(optax.sgd(0.1, momentum=0.9, nesterov=True), jnp.asarray(POINT), grad_fn, 5)
     updates = runs.once(tx, jnp.asarray(POINT), grad_fn)
     np.testing.assert_allclose(POINT - updates, end, atol=1e-12)
 
 
 def test_a_stiff_well_holds():
-    stiff = transforms.entropy_sgd(1e6, key=KEY, step_size=1e-7, noise_scale=0.0, momentum=0.0)
+    stiff = transforms.entropy_sgd(1e6, key=KEY, learning_rate=1e-7, noise_scale=0.0, momentum=0.0)
     assert np.abs(runs.once(stiff, jnp.asarray(POINT), grad_fn)).max() < 1e-5
 
 
 def test_noise_is_fresh_in_every_inner_step():
     # One key for all steps would sum the same noise: variance num_steps times as large.
     tx = transforms.entropy_sgd(
-        0.0, key=KEY, num_steps=8, step_size=0.1, noise_scale=1.0, averaging=1.0, momentum=0.0
+        0.0,
+        key=KEY,
+        num_inner_steps=8,
+        learning_rate=0.1,
+        noise_scale=1.0,
+        averaging=1.0,
+        momentum=0.0,
     )
     params = jnp.zeros(4000)
     updates = runs.once(tx, params, lambda x, i: jnp.zeros_like(x))
@@ -95,13 +103,18 @@ def test_noise_is_fresh_in_every_inner_step():
 def test_gamma_follows_its_schedule_once_an_update():
     schedule = schedules.scoping_schedule(0.5, 0.2)
     tx = transforms.entropy_sgd(
-        schedule, key=KEY, num_steps=3, noise_scale=0.0, averaging=1.0, momentum=0.0
+        schedule, key=KEY, num_inner_steps=3, noise_scale=0.0, averaging=1.0, momentum=0.0
     )
     state = tx.init(POINT)
     for count in range(3):
         updates, state = tx.update(POINT, state, jnp.asarray(POINT), grad_fn=grad_fn)
         fixed = transforms.entropy_sgd(
-            0.5 * 1.2**count, key=KEY, num_steps=3, noise_scale=0.0, averaging=1.0, momentum=0.0
+            0.5 * 1.2**count,
+            key=KEY,
+            num_inner_steps=3,
+            noise_scale=0.0,
+            averaging=1.0,
+            momentum=0.0,
         )
         np.testing.assert_allclose(
             updates, runs.once(fixed, jnp.asarray(POINT), grad_fn), rtol=1e-6
@@ -122,5 +135,5 @@ def test_error_texts():
         transforms.entropy_sgd(-1, key=KEY)
     with pytest.raises(ValueError, match=r"`averaging` must be at most 1, got 2"):
         transforms.entropy_sgd(0.1, key=KEY, averaging=2)
-    with pytest.raises(ValueError, match=r"`num_steps` must be at least 0, got -1"):
-        transforms.entropy_sgd(0.1, key=KEY, num_steps=-1)
+    with pytest.raises(ValueError, match=r"`num_inner_steps` must be at least 0, got -1"):
+        transforms.entropy_sgd(0.1, key=KEY, num_inner_steps=-1)

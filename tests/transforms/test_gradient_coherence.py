@@ -193,7 +193,7 @@ def test_error_texts():
         transforms.coherent_regularization(-1, gate=gate)
     with pytest.raises(ValueError, match=r"`hold` must be at least 1, got 0"):
         transforms.cosine_gate(hold=0)
-    with pytest.raises(ValueError, match=r"`num_steps` must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"`delay` must be at least 0, got -1"):
         transforms.delayed_gate(-1)
     with pytest.raises(ValueError, match=r"`threshold` must be non-negative, got -0.1"):
         transforms.soft_threshold(-0.1)

@@ -235,7 +235,7 @@ def test_widening_valley():
 
 def test_error_texts():
     key = jax.random.key(0)
-    with pytest.raises(ValueError, match=r"`scale` must be non-negative, got -1"):
+    with pytest.raises(ValueError, match=r"`std` must be non-negative, got -1"):
         transforms.perturbed_gradient(-1, key=key)
     with pytest.raises(TypeError, match="`key` must be a typed key"):
         transforms.anticorrelated_noise(0.1, key=jax.random.PRNGKey(0))

@@ -49,7 +49,7 @@ def test_norm_of_each_filter_after_the_step(shape):
     random = np.random.default_rng(1)
     params = {"k": jnp.asarray(random.normal(size=shape), jnp.float32)}
     updates = {"k": jnp.asarray(random.normal(size=shape), jnp.float32)}
-    per_filter = transforms.rescale_weights(mask=None, target=2.0)
+    per_filter = transforms.rescale_weights(mask=None, target_norm=2.0)
     after = optax.apply_updates(
         params, per_filter.update(updates, per_filter.init(params), params)[0]
     )
@@ -189,8 +189,8 @@ def test_radial_part_is_removed_where_nearly_orthogonal():
 
 
 def test_error_texts():
-    with pytest.raises(ValueError, match=r"`target` must be positive, got 0"):
-        transforms.rescale_weights(mask=None, target=0)
+    with pytest.raises(ValueError, match=r"`target_norm` must be positive, got 0"):
+        transforms.rescale_weights(mask=None, target_norm=0)
     with pytest.raises(ValueError, match=r"`every` must be at least 1, got 0"):
         transforms.rescale_weights(mask=None, every=0)
     tx = transforms.rescale_weights(mask=None)

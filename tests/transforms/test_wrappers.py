@@ -1,4 +1,4 @@
-"""Wrappers, and what the transformations share."""
+"""What the wrappers let through, and what they leave out."""
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,79 @@
+"""Transformations around a transformation."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from regjax._base import Params
+
+
+def only_extra(
+    tx: optax.GradientTransformation, *names: str
+) -> optax.GradientTransformationExtraArgs:
+    """Passes only the named extra arguments on to `tx`, and drops the others.
+
+    For members of a chain that reject what they do not know, such as optax's line searches:
+    `only_extra(optax.scale_by_backtracking_linesearch(15), "value", "grad", "value_fn")`.
+
+    Args:
+      tx: a transformation.
+      *names: of the extra arguments that it knows.
+
+    Returns:
+      A transformation that takes any extra argument.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(
+        updates: Params, state: optax.OptState, params: Params | None = None, **extra: object
+    ) -> tuple[Params, optax.OptState]:
+        kept = {name: value for name, value in extra.items() if name in names}
+        return tx.update(updates, state, params, **kept)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+class SkipNonfiniteState(NamedTuple):
+    """State of `skip_nonfinite`.
+
+    Attributes:
+      inner: of the wrapped transformation.
+      num_skipped: (), int32, steps left out so far.
+    """
+
+    inner: optax.OptState
+    num_skipped: jax.Array
+
+
+def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Leaves a step out, state and all, if an update that comes out of `tx` is not finite.
+
+    `optax.apply_if_finite` looks at the gradient that comes in, which a transformation that takes
+    another gradient does not use; and it wraps `tx` in a branch, in which XLA on CPU runs
+    convolutions an order of magnitude slower. Here `tx` always runs, and its results are selected.
+
+    Args:
+      tx: a transformation, or a whole chain.
+
+    Returns:
+      A transformation whose state counts the steps left out.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: Params) -> SkipNonfiniteState:
+        return SkipNonfiniteState(tx.init(params), jnp.int32(0))
+
+    def update(
+        updates: Params, state: SkipNonfiniteState, params: Params | None = None, **extra: object
+    ) -> tuple[Params, SkipNonfiniteState]:
+        new, inner_state = tx.update(updates, state.inner, params, **extra)
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]
+        keep = jnp.all(jnp.stack(finite)) if finite else jnp.bool_(True)
+        new = jax.tree.map(lambda leaf: jnp.where(keep, leaf, jnp.zeros_like(leaf)), new)
+        inner_state = jax.tree.map(lambda a, b: jnp.where(keep, a, b), inner_state, state.inner)
+        skipped = state.num_skipped + jnp.where(keep, 0, 1).astype(jnp.int32)
+        return new, SkipNonfiniteState(inner_state, skipped)
+
+    return optax.GradientTransformationExtraArgs(init, update)
