@@ -15,7 +15,8 @@ class MemoryResult(NamedTuple):
     """Bytes on each device that a solver needs; Python integers.
 
     Attributes:
-      operator_bytes: the operator's own arrays: parameters, batch, and what is kept of a linearisation.
+      operator_bytes: the operator's own arrays: parameters, batch, and what is kept of a
+        linearisation.
       state_bytes: the solver's state: the rows of its bases and a few vectors.
       product_bytes: temporaries and result of one product (of all that are made at once), from the
         compiler's own account.
@@ -81,8 +82,9 @@ def _needed(solver: Solver[Any, Any]) -> str:
     except (TypeError, jax.errors.JaxRuntimeError):  # no account of a product
         return ""
     return (
-        f" It needs about {_short(found.total_bytes)} on each device: {_short(found.state_bytes)} for its "
-        f"basis, {_short(found.product_bytes)} for a product, {_short(found.result_bytes)} for its result, "
+        f" It needs about {_short(found.total_bytes)} on each device: "
+        f"{_short(found.state_bytes)} for its basis, {_short(found.product_bytes)} for a product, "
+        f"{_short(found.result_bytes)} for its result, "
         f"{_short(found.operator_bytes)} for parameters, data and what is kept of them."
     )
 
