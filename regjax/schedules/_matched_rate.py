@@ -8,7 +8,7 @@ from regjax import _checks
 
 
 def matched_learning_rate(
-    learning_rate: ArrayLike, weight_decay: ArrayLike, gradient_norm: ArrayLike
+    *, learning_rate: ArrayLike, weight_decay: ArrayLike, gradient_norm: ArrayLike
 ) -> jax.Array:
     """Computes the learning rate on the unit sphere that matches decay in equilibrium.
 

@@ -95,7 +95,7 @@ def rescale_weights(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def rescale_velocity(velocity: Params, factor: ArrayLike | Tree) -> Params:
+def rescale_velocity(velocity: Params, *, factor: ArrayLike | Tree) -> Params:
     """Computes the momentum that goes with weights w -> factor w of a scale-invariant loss.
 
         velocity / factor
