@@ -11,12 +11,12 @@ from typing import Any, cast
 from regjax._files import CheckpointError
 from regjax.experiments import _compare, _landscape_run, _report, _spectrum_run
 from regjax.experiments._data import DataError
+from regjax.experiments._options import UsageError
 from regjax.experiments._settings import (
     AnalysisSettings,
     LandscapeSettings,
     SpectrumSettings,
     TrainSettings,
-    UsageError,
     checkpoint_path,
     out_dir,
     with_training_options,

@@ -68,7 +68,7 @@ def test_help_names_the_options(words, capsys):
         (["spectrum", "--model", "transformer"], "'mlp', 'convnet', 'resnet'"),
         (["spectrum", "--widht", "3"], "--widht"),
         (["spectrum", "--width", "wide"], "--width"),
-        (["spectrum", "--tolerance", "-1"], "--tolerance must be at least 0, got -1.0"),
+        (["spectrum", "--tol", "-1"], "--tol must be at least 0, got -1.0"),
         (["spectrum", "--data", "nonsense"], "digits, fashion_mnist, mnist"),
         (["spectrum", "--data", "mnist", "--data-dir", "{tmp}"], "{tmp}"),
         (["spectrum", "--num-train", "99999"], "99999"),

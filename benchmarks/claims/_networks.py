@@ -49,8 +49,8 @@ class Trained(NamedTuple):
 def digits(num_train: int = 300) -> Split:
     """scikit-learn's digits, divided once and for all seeds: 300 training and 1497 test images."""
     data = load("digits")
-    images = np.concatenate([data.train_images, data.test_images])
-    labels = np.concatenate([data.train_labels, data.test_labels])
+    images = np.concatenate([data.train_inputs, data.test_inputs])
+    labels = np.concatenate([data.train_targets, data.test_targets])
     order = np.random.default_rng(0).permutation(len(labels))
     return _split(images[order], labels[order], num_train)
 
@@ -59,8 +59,8 @@ def digits(num_train: int = 300) -> Split:
 def fashion_mnist(num_train: int = 3000) -> Split:
     """Fashion-MNIST: the first 3000 training images and all test images."""
     data = load("fashion_mnist")
-    images = np.concatenate([data.train_images[:num_train], data.test_images])
-    labels = np.concatenate([data.train_labels[:num_train], data.test_labels])
+    images = np.concatenate([data.train_inputs[:num_train], data.test_inputs])
+    labels = np.concatenate([data.train_targets[:num_train], data.test_targets])
     return _split(images, labels, num_train)
 
 

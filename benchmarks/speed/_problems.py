@@ -78,8 +78,8 @@ def trained(
     """
     model, data_name = network(name)
     data = load(data_name, num_train=num_examples)
-    x = jnp.asarray(data.train_images, jnp.float32) / 255
-    y = jnp.asarray(data.train_labels)
+    x = jnp.asarray(data.train_inputs, jnp.float32) / 255
+    y = jnp.asarray(data.train_targets)
     loss_fn = regjax.model_loss(model, cross_entropy)
     file = _CACHE / f"{name}-{num_examples}-{num_steps}-{batch_size}-{learning_rate}.npz"
     if file.exists():

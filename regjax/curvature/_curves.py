@@ -19,14 +19,14 @@ class DensityCurveResult(NamedTuple):
       grid: (num_points,), eigenvalues.
       density: (num_points,), mass per unit of the eigenvalue.
       standard_error: (num_points,), of the density, over the draw of the probes.
-      width: (), standard deviation of the Gaussian: in units of the eigenvalue on a linear scale,
-        of asinh(eigenvalue / linear_threshold) on a symmetric-log scale.
+      kernel_width: (), standard deviation of the Gaussian: in units of the eigenvalue on a linear
+        scale, of asinh(eigenvalue / linear_threshold) on a symmetric-log scale.
     """
 
     grid: jax.Array
     density: jax.Array
     standard_error: jax.Array
-    width: jax.Array
+    kernel_width: jax.Array
 
 
 def density_grid(
@@ -68,7 +68,7 @@ def evaluate_density(
     density: DensityResult,
     grid: Any,
     *,
-    width: float | None = None,
+    kernel_width: float | None = None,
     axis_scale: str = "linear",
     linear_threshold: float | None = None,
 ) -> DensityCurveResult:
@@ -80,8 +80,8 @@ def evaluate_density(
     Args:
       density: from `spectral_density`.
       grid: eigenvalues (num_points,).
-      width: positive standard deviation in units of x (linear) or t (symlog). None takes 1 % of
-        the range of the (transformed) nodes and eigenvalues.
+      kernel_width: positive standard deviation in units of x (linear) or t (symlog). None takes
+        1 % of the range of the (transformed) nodes and eigenvalues.
       axis_scale: "linear" or "symlog".
       linear_threshold: as in `density_grid`.
 
@@ -92,10 +92,10 @@ def evaluate_density(
       ValueError: `axis_scale` is unknown or a number is out of range.
     """
     threshold = _threshold(density, axis_scale, linear_threshold)
-    if width is None:
+    if kernel_width is None:
         support = _transform(_support(density), threshold)
-        width = 0.01 * float(np.ptp(support)) or 1.0
-    _checks.positive("width", width)
+        kernel_width = 0.01 * float(np.ptp(support)) or 1.0
+    _checks.positive("kernel_width", kernel_width)
     grid = jnp.asarray(grid, density.nodes.dtype)
     points = _transform(grid, threshold)
     slope = jnp.ones_like(grid)
@@ -105,8 +105,8 @@ def evaluate_density(
     def kernel(values: jax.Array) -> jax.Array:
         places = jnp.expand_dims(_transform(values, threshold), -1)
         one_each = (1,) * values.ndim + (-1,)
-        distance = (points.reshape(one_each) - places) / width
-        height = slope.reshape(one_each) / (width * np.sqrt(2 * np.pi))
+        distance = (points.reshape(one_each) - places) / kernel_width
+        height = slope.reshape(one_each) / (kernel_width * np.sqrt(2 * np.pi))
         return height * jnp.exp(-0.5 * jnp.square(distance))
 
     total, size = spectral_sum(density, kernel), density.size.astype(grid.dtype)
@@ -114,7 +114,7 @@ def evaluate_density(
         grid=grid,
         density=total.value / size,
         standard_error=total.standard_error / size,
-        width=jnp.asarray(width, grid.dtype),
+        kernel_width=jnp.asarray(kernel_width, grid.dtype),
     )
 
 

@@ -1,6 +1,5 @@
 """Data, training runs, and the runs of the command line."""
 
-from regjax._files import CheckpointError as CheckpointError
 from regjax.experiments._compare import compared_settings as compared_settings
 from regjax.experiments._compare import run_compare as run_compare
 from regjax.experiments._data import DataError as DataError
@@ -8,10 +7,10 @@ from regjax.experiments._data import Dataset as Dataset
 from regjax.experiments._data import load as load
 from regjax.experiments._landscape_run import run_landscape as run_landscape
 from regjax.experiments._optimizer import optimizer as optimizer
+from regjax.experiments._options import UsageError as UsageError
 from regjax.experiments._settings import LandscapeSettings as LandscapeSettings
 from regjax.experiments._settings import SpectrumSettings as SpectrumSettings
 from regjax.experiments._settings import TrainSettings as TrainSettings
-from regjax.experiments._settings import UsageError as UsageError
 from regjax.experiments._spectrum_run import run_spectrum as run_spectrum
 from regjax.experiments._spectrum_run import run_train as run_train
 from regjax.experiments._training import TrainingError as TrainingError

@@ -15,14 +15,9 @@ from regjax._adapters import Model, check_separable, model_function, model_loss
 from regjax._base import applied
 from regjax._loops import Interrupted
 from regjax.experiments._data import Dataset
-from regjax.experiments._network import Scaling, criterion, normalize
-from regjax.experiments._settings import (
-    AnalysisSettings,
-    SpectrumSettings,
-    UsageError,
-    num_devices,
-    option,
-)
+from regjax.experiments._inputs import Scaling, cross_entropy, normalize
+from regjax.experiments._options import UsageError, option
+from regjax.experiments._settings import AnalysisSettings, SpectrumSettings, num_devices
 
 Record = dict[str, Any]
 
@@ -89,10 +84,10 @@ def training_examples(
     _, dataset, scaling = subject
     count = getattr(settings, name)
     if count is not None:
-        limit = len(dataset.train_labels)
+        limit = len(dataset.train_targets)
         _check_at_most(settings, name, limit, "number of training examples")
-    inputs = normalize(jnp.asarray(dataset.train_images[:count]), scaling)
-    return inputs, jnp.asarray(dataset.train_labels[:count])
+    inputs = normalize(jnp.asarray(dataset.train_inputs[:count]), scaling)
+    return inputs, jnp.asarray(dataset.train_targets[:count])
 
 
 def analyse(
@@ -126,7 +121,7 @@ def analyse(
             operator,
             min(settings.num_eigenvalues, size),
             key=eigen_key,
-            tol=settings.tolerance,
+            tol=settings.tol,
             # How many products it will take is not known.
             callback=lambda done, _: progress("eigenvalues", done, None),
         ),
@@ -145,7 +140,7 @@ def analyse(
         functools.partial(
             _describe_density,
             largest=abs(float(result.values[0])),
-            scale=settings.effective_dimension_scale,
+            damping=settings.damping,
         ),
         functools.partial(_keep, record, "density", save),
     )
@@ -182,7 +177,9 @@ def _describe_eigenvalues(result: curvature.EigenResult) -> Record:
     }
 
 
-def _describe_density(density: curvature.DensityResult, *, largest: float, scale: float) -> Record:
+def _describe_density(
+    density: curvature.DensityResult, *, largest: float, damping: float
+) -> Record:
     def count(low: float, high: float) -> Record:
         def inside(values: jax.Array) -> jax.Array:
             return ((values > low) & (values <= high)).astype(values.dtype)
@@ -206,8 +203,8 @@ def _describe_density(density: curvature.DensityResult, *, largest: float, scale
         },
         "smallest_ritz_value": float(np.min(ritz_values)),
         "effective_dimension": {
-            "scale": scale,
-            **_estimate(curvature.effective_dimension(density, scale)),
+            "damping": damping,
+            **_estimate(curvature.effective_dimension(density, damping)),
         },
         "counts": {
             "outlier_threshold": outlier,
@@ -233,7 +230,7 @@ def _operator(
     own = len(targets) // num_devices(settings)
     chunk_size = settings.chunk_size if settings.chunk_size < own else None
     if settings.matrix == "hessian":
-        loss = model_loss(model, criterion, mode=mode)
+        loss = model_loss(model, cross_entropy, mode=mode)
         return curvature.hessian(loss, model.params, inputs, targets, chunk_size=chunk_size)
     function = model_function(model, mode=mode)
     if settings.matrix == "fisher":
@@ -241,13 +238,13 @@ def _operator(
             function,
             model.params,
             inputs,
-            key=jax.random.key(settings.seed) if settings.fisher_samples else None,
-            num_samples=settings.fisher_samples or None,
+            key=None if settings.num_samples is None else jax.random.key(settings.seed),
+            num_samples=settings.num_samples,
             chunk_size=chunk_size,
         )
     is_observed = settings.matrix == "empirical_fisher"
     make = curvature.empirical_fisher if is_observed else curvature.gauss_newton
-    return make(function, criterion, model.params, inputs, targets, chunk_size=chunk_size)
+    return make(function, cross_entropy, model.params, inputs, targets, chunk_size=chunk_size)
 
 
 def _check_at_most(settings: AnalysisSettings, name: str, limit: int, what: str) -> None:
@@ -274,7 +271,7 @@ def check_examples(
         return
     some = slice(min(_SEPARABLE_EXAMPLES, len(targets)))
     try:
-        loss = model_loss(model, criterion, mode=mode)
+        loss = model_loss(model, cross_entropy, mode=mode)
         check_separable(
             lambda params, *part: applied(loss, params, part),
             model.params,

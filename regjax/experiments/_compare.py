@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 from regjax.experiments import _figure, _record
 from regjax.experiments._landscape_run import run_landscape
+from regjax.experiments._options import UsageError, option
 from regjax.experiments._settings import (
     AnalysisSettings,
     LandscapeSettings,
-    UsageError,
     methods,
-    option,
     option_types,
     out_dir,
     replace,
@@ -35,8 +34,8 @@ def compared_settings(settings: AnalysisSettings) -> dict[str, Any]:
     """The settings of each item of `compare`, by the item.
 
     An item is a comma-separated list of option=value, such as sam,rho=0.1. A bare word stands for
-    option=word, if it is one of the choices of exactly one option. Each item has its own folder in
-    `out`; what is trained alike is trained once.
+    option=word, if it is one of the choices of exactly one option; those of a single method give
+    way to the others. Each item has its own folder in `out`; what is trained alike is trained once.
 
     Args:
       settings: the common options and `compare`.
@@ -115,9 +114,10 @@ def _overrides(item: str, settings: AnalysisSettings) -> dict[str, Any]:
 
 
 def _option_of(word: str, settings: AnalysisSettings) -> str:
-    """The one option that has `word` among its choices."""
+    """The one option that has `word` among its choices, of a method only if no other has."""
     choices = _choices(settings)
-    names = [name for name, words in choices.items() if word in words]
+    found = [name for name, words in choices.items() if word in words]
+    names = [name for name in found if "." not in name] or found
     if len(names) == 1:
         return names[0]
     if names:

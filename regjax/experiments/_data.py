@@ -58,17 +58,17 @@ def load(
             _checks.integer(argument, value)
     _checks.integer("seed", seed, minimum=0)
     source = _source(name, data_dir)
-    train_images, train_labels = _take("num_train", num_train, name, source.train, seed)
-    test_images, test_labels = _take("num_test", num_test, name, source.test, seed)
+    train_inputs, train_targets = _take("num_train", num_train, name, source.train, seed)
+    test_inputs, test_targets = _take("num_test", num_test, name, source.test, seed)
     digest = hashlib.sha256()
-    for array in (train_images, train_labels, test_images, test_labels):
+    for array in (train_inputs, train_targets, test_inputs, test_targets):
         digest.update(array.data)
     return Dataset(
         name,
-        train_images,
-        train_labels,
-        test_images,
-        test_labels,
+        train_inputs,
+        train_targets,
+        test_inputs,
+        test_targets,
         num_classes=source.num_classes,
         source=source.source,
         sha256=digest.hexdigest(),
@@ -106,7 +106,7 @@ def _digits() -> Source:
     except ImportError as error:
         raise DataError("digits needs scikit-learn: pip install 'regjax[run]'.") from error
     images, labels = load_digits(return_X_y=True)
-    train_images, test_images, train_labels, test_labels = train_test_split(
+    train_inputs, test_inputs, train_targets, test_targets = train_test_split(
         (images.reshape(-1, 8, 8, 1) * _DIGITS_FACTOR).astype(np.uint8),
         labels,
         test_size=_DIGITS_NUM_TEST,
@@ -114,8 +114,8 @@ def _digits() -> Source:
         stratify=labels,
     )
     return Source(
-        in_memory(train_images, train_labels),
-        in_memory(test_images, test_labels),
+        in_memory(train_inputs, train_targets),
+        in_memory(test_inputs, test_targets),
         num_classes=10,
         source="scikit-learn",
     )

@@ -15,20 +15,20 @@ class Dataset(NamedTuple):
 
     Attributes:
       name: as given to `load`.
-      train_images: uint8 (num_train, height, width, channels).
-      train_labels: int32 (num_train,), from 0 to `num_classes` - 1.
-      test_images: uint8 (num_test, height, width, channels).
-      test_labels: int32 (num_test,).
+      train_inputs: uint8 (num_train, height, width, channels).
+      train_targets: int32 (num_train,), from 0 to `num_classes` - 1.
+      test_inputs: uint8 (num_test, height, width, channels).
+      test_targets: int32 (num_test,).
       num_classes: number of classes.
       source: where the data came from.
       sha256: of the bytes of the four arrays above, one after the other in this order.
     """
 
     name: str
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
+    train_inputs: np.ndarray
+    train_targets: np.ndarray
+    test_inputs: np.ndarray
+    test_targets: np.ndarray
     num_classes: int
     source: str
     sha256: str

@@ -18,7 +18,7 @@ import optax
 
 from regjax import _loops
 from regjax.experiments._data import Dataset
-from regjax.experiments._network import Scaling, criterion, measure_scaling, normalize
+from regjax.experiments._inputs import Scaling, cross_entropy, measure_scaling, normalize
 from regjax.experiments._settings import TrainSettings
 
 # A block is sent and reported as a whole: small beside any memory, often enough for a bar.
@@ -79,7 +79,7 @@ class Step:
             outputs, model_state = self.apply(
                 params, weights.model_state, inputs, train=True, key=key
             )
-            return criterion(outputs, labels), model_state
+            return cross_entropy(outputs, labels), model_state
 
         def grad_fn(params: Any, index: Any) -> Any:
             batch = self._inner_batch(block, i, index)
@@ -114,7 +114,7 @@ class Epochs:
     """
 
     def __init__(self, settings: TrainSettings, dataset: Dataset, step: Step):
-        images, labels, self._step = dataset.train_images, dataset.train_labels, step
+        images, labels, self._step = dataset.train_inputs, dataset.train_targets, step
         self._scaling = measure_scaling(dataset, settings.dtype)
         self._num_examples, self._batch_size = len(labels), settings.batch_size
         self.num_batches = self._num_examples // self._batch_size

@@ -2,13 +2,16 @@
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 
 from regjax import curvature, plots
 from regjax.experiments import _record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Of a page, with the densities and the eigenvalues side by side.
 _WIDTH = 6.8
@@ -32,19 +35,25 @@ def draw_comparison(path: Path, records: dict[str, _record.Record]) -> None:
 
 def draw_surface(path: Path, record: _record.Record) -> None:
     """Draws the loss surface of a record."""
-    _save(path, plots.surface_figure([_surface(record["settings"]["model"], record)], width=_WIDTH))
+    _save(
+        path,
+        plots.surface_figure([_surface(record["settings"]["model"], record)], figure_width=_WIDTH),
+    )
 
 
 def draw_probes(path: Path, record: _record.Record) -> None:
     """Draws the probes of a record over its epochs."""
-    _save(path, plots.probe_figure([_probes(record["settings"]["model"], record)], width=_WIDTH))
+    _save(
+        path,
+        plots.probe_figure([_probes(record["settings"]["model"], record)], figure_width=_WIDTH),
+    )
 
 
 def draw_landscapes(path: Path, records: dict[str, _record.Record]) -> None:
     """Draws the surfaces of several records side by side, and their probes beside `path`."""
     surfaces = [_surface(name, record) for name, record in records.items()]
     width = max(_WIDTH, _PANEL_WIDTH * len(surfaces))
-    _save(path, plots.surface_figure(surfaces, width=width))
+    _save(path, plots.surface_figure(surfaces, figure_width=width))
     probes = [_probes(name, record) for name, record in records.items()]
     _save(path.with_name(f"{path.stem}_probes{path.suffix}"), plots.probe_figure(probes))
 
@@ -63,21 +72,21 @@ def _probes(name: str, record: _record.Record) -> plots.ProbePanel:
     return plots.ProbePanel(name, **fields)
 
 
-def _draw(path: Path, blocks: dict[str, Any], matrix: str) -> None:
+def _draw(path: Path, blocks: _record.Record, matrix: str) -> None:
     panels = [_panel(name, block) for name, block in blocks.items()]
-    largest = max(np.max(np.abs(panel.eigenvalues)) for panel in panels)
+    largest = max(abs(v) for block in blocks.values() for v in block["eigenvalues"]["values"])
     figure = plots.spectrum_figure(
         panels,
-        scale="symlog",
+        axis_scale="symlog",
         # A power of ten, so that ticks fall on both ends of the linear part and not inside.
-        linthresh=float(10.0 ** np.ceil(np.log10(_LINEAR_SHARE * largest or 1.0))),
+        linear_threshold=float(10.0 ** np.ceil(np.log10(_LINEAR_SHARE * largest or 1.0))),
         matrix=_record.title(matrix),
-        width=_WIDTH,
+        figure_width=_WIDTH,
     )
     _save(path, figure)
 
 
-def _save(path: Path, figure: Any) -> None:
+def _save(path: Path, figure: "Figure") -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     _record.write_bytes(path, image.getvalue())

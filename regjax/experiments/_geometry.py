@@ -9,7 +9,7 @@ import numpy as np
 from regjax import diagnostics, regularizers
 from regjax._adapters import model_function, model_loss
 from regjax.experiments._analysis import Subject, training_examples
-from regjax.experiments._network import criterion, normalize
+from regjax.experiments._inputs import cross_entropy, normalize
 from regjax.experiments._settings import SpectrumSettings
 
 Record = dict[str, Any]
@@ -26,7 +26,7 @@ def measure_geometry(subject: Subject, settings: SpectrumSettings) -> Record:
     chunk_size = settings.chunk_size
     function = model_function(model)
     key = jax.random.key(settings.seed)
-    unseen = normalize(jnp.asarray(dataset.test_images), scaling)
+    unseen = normalize(jnp.asarray(dataset.test_inputs), scaling)
     return {
         "num_examples": len(targets),
         "geometric_complexity": float(
@@ -38,7 +38,7 @@ def measure_geometry(subject: Subject, settings: SpectrumSettings) -> Record:
                     function, model.params, x, jnp.asarray(y), chunk_size=chunk_size
                 )
             )
-            for name, x, y in (("train", inputs, targets), ("test", unseen, dataset.test_labels))
+            for name, x, y in (("train", inputs, targets), ("test", unseen, dataset.test_targets))
         },
         "spherical_sharpness": _spherical_sharpness(subject, inputs, targets, chunk_size, key),
     }
@@ -57,7 +57,7 @@ def _spherical_sharpness(
             model_function(model, mode=mode, key=noise_key), params, inputs, key=mask_key
         )
         mask = found.mask if any(jax.tree.leaves(found.mask)) else None
-    loss = model_loss(model, criterion, mode=mode, key=noise_key if mode == "train" else None)
+    loss = model_loss(model, cross_entropy, mode=mode, key=noise_key if mode == "train" else None)
     report = diagnostics.spherical_sharpness(
         loss, params, inputs, targets, key=start_key, mask=mask, chunk_size=chunk_size
     )

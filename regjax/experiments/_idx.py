@@ -58,10 +58,10 @@ def read(name: str, folders: Sequence[Path]) -> Source:
         read_file(path, shape, sha256)
         for path, shape, sha256 in zip(paths, _SHAPES.values(), _SHA256[name], strict=True)
     ]
-    train_images, train_labels, test_images, test_labels = arrays
+    train_inputs, train_targets, test_inputs, test_targets = arrays
     return Source(
-        in_memory(train_images[..., None], train_labels),
-        in_memory(test_images[..., None], test_labels),
+        in_memory(train_inputs[..., None], train_targets),
+        in_memory(test_inputs[..., None], test_targets),
         num_classes=10,
         source=str(paths[0].parent),
     )

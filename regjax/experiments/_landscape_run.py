@@ -15,7 +15,7 @@ from regjax import _tree, diagnostics
 from regjax._adapters import model_loss
 from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, check_examples, training_examples
-from regjax.experiments._network import criterion
+from regjax.experiments._inputs import cross_entropy
 from regjax.experiments._settings import LandscapeSettings, learning_rate, out_dir
 from regjax.experiments._spectrum_run import Progress, precision, trained
 from regjax.experiments._validation import validate
@@ -77,7 +77,7 @@ def _probe(subject: Subject, settings: LandscapeSettings) -> Record:
         inputs, targets = inputs[: settings.batch_size], targets[: settings.batch_size]
     steps = np.geomspace(_FIRST_STEP, _LAST_STEP, settings.probe_points) * learning_rate(settings)
     # The key is that of noise in the network: the same for all points.
-    loss = model_loss(subject.model, criterion, mode="train", key=jax.random.key(settings.seed))
+    loss = model_loss(subject.model, cross_entropy, mode="train", key=jax.random.key(settings.seed))
     report = diagnostics.line_probe(
         loss, subject.model.params, inputs, targets, learning_rates=jnp.asarray(steps, inputs.dtype)
     )
@@ -110,7 +110,7 @@ def _surface(
     start, params = time.monotonic(), subject.model.params
     inputs, targets = training_examples(subject, settings, "surface_examples")
     check_examples(subject.model, settings, inputs, targets)
-    loss = model_loss(subject.model, criterion, mode=settings.batch_norm_mode)
+    loss = model_loss(subject.model, cross_entropy, mode=settings.batch_norm_mode)
     chunk_size = settings.chunk_size
     first, second = (
         diagnostics.filter_normalized_direction(

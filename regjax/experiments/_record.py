@@ -49,9 +49,9 @@ def describe(dataset: Dataset) -> Record:
         "name": dataset.name,
         "source": dataset.source,
         "sha256": dataset.sha256,
-        "num_train": len(dataset.train_labels),
-        "num_test": len(dataset.test_labels),
-        "image_shape": list(dataset.train_images.shape[1:]),
+        "num_train": len(dataset.train_targets),
+        "num_test": len(dataset.test_targets),
+        "image_shape": list(dataset.train_inputs.shape[1:]),
         "num_classes": int(dataset.num_classes),
     }
 

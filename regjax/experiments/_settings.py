@@ -4,18 +4,34 @@ import dataclasses
 import re
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypeVar
 
-import tyro
+from regjax.experiments import (
+    _architectures,
+    _initializations,
+    _normalization,
+    _transformation,
+    _transformations,
+)
+from regjax.experiments._architectures import ARCHITECTURES
+from regjax.experiments._initializations import INITIALIZATIONS
+from regjax.experiments._options import UsageError, option
+from regjax.experiments._transformations import TRANSFORMATIONS
 
-from regjax.experiments import _initialization, _transformations
+Class = TypeVar("Class", bound=type)
 
 
-class UsageError(ValueError):
-    """An option that cannot be followed, in one line: what is allowed and what was given."""
+def _with_options(cls: Class) -> Class:
+    """Adds a field for the options of each method that has some: `sam: Sam = Sam()`."""
+    for name, method in {**TRANSFORMATIONS, **INITIALIZATIONS}.items():
+        if dataclasses.fields(method):
+            cls.__annotations__[name] = method
+            setattr(cls, name, method())
+    return cls
 
 
 @dataclasses.dataclass(frozen=True)
+@_with_options
 class TrainSettings:
     """Train a network on images and write a checkpoint."""
 
@@ -31,7 +47,7 @@ class TrainSettings:
     num_test: int | None = None
     """Number of test examples. None: all."""
 
-    model: Literal["mlp", "convnet", "resnet"] = "mlp"
+    model: _architectures.Name = "mlp"
     """Network."""
 
     width: int | None = None
@@ -40,22 +56,20 @@ class TrainSettings:
     depth: int | None = None
     """Hidden layers, convolutions, or blocks of a resnet. None: 2, of a resnet 4."""
 
-    normalization: Annotated[_initialization.Normalization, tyro.conf.arg(aliases=["--norm"])] = (
-        "none"
-    )
+    normalization: _normalization.Name = "none"
     """Normalization of each hidden layer."""
 
-    init: _initialization.Name = "default"
+    init: _initializations.Name = "default"
     """What is done to the initial parameters; its own options are below."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimiser."""
 
     learning_rate: float | None = None
-    """Constant learning rate. None: 0.05 (sgd), 0.001 (adam), 1 (sgd behind entropy_sgd)."""
+    """Constant learning rate. None: 0.05 (sgd), 0.001 (adam), or as the transformation says."""
 
     momentum: float | None = None
-    """Momentum of sgd, at least 0 and below 1. None: 0.9; entropy_sgd, spectral_controller: 0."""
+    """Momentum of sgd, at least 0 and below 1. None: 0.9, or as the transformation says."""
 
     weight_decay: float = 0.0
     """Multiple of the parameters added to the gradient (sgd) or the update (adam)."""
@@ -87,34 +101,6 @@ class TrainSettings:
     out: Path | None = None
     """Folder of the results. None: runs/DATA-MODEL, or the folder of --checkpoint."""
 
-    sam: _transformations.Sam = dataclasses.field(default_factory=_transformations.Sam)
-    gsam: _transformations.Gsam = dataclasses.field(default_factory=_transformations.Gsam)
-    perturbed_gradient: _transformations.PerturbedGradient = dataclasses.field(
-        default_factory=_transformations.PerturbedGradient
-    )
-    anticorrelated_noise: _transformations.AnticorrelatedNoise = dataclasses.field(
-        default_factory=_transformations.AnticorrelatedNoise
-    )
-    entropy_sgd: _transformations.EntropySgd = dataclasses.field(
-        default_factory=_transformations.EntropySgd
-    )
-    rescale_weights: _transformations.RescaleWeights = dataclasses.field(
-        default_factory=_transformations.RescaleWeights
-    )
-    coherent_regularization: _transformations.CoherentRegularization = dataclasses.field(
-        default_factory=_transformations.CoherentRegularization
-    )
-    soft_threshold: _transformations.SoftThreshold = dataclasses.field(
-        default_factory=_transformations.SoftThreshold
-    )
-    spectral_controller: _transformations.SpectralController = dataclasses.field(
-        default_factory=_transformations.SpectralController
-    )
-    data_dependent: _initialization.DataDependent = dataclasses.field(
-        default_factory=_initialization.DataDependent
-    )
-    gradinit: _initialization.GradInit = dataclasses.field(default_factory=_initialization.GradInit)
-
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisSettings(TrainSettings):
@@ -140,8 +126,8 @@ class SpectrumSettings(AnalysisSettings):
     matrix: Literal["hessian", "gauss_newton", "fisher", "empirical_fisher"] = "hessian"
     """Curvature matrix of the mean training loss."""
 
-    fisher_samples: int = 0
-    """Labels drawn per example for the fisher matrix. 0: the exact expectation."""
+    num_samples: int | None = None
+    """Labels drawn per example for the fisher matrix. None: the exact expectation."""
 
     curvature_examples: int | None = None
     """Number of training examples in the matrix, the first ones. None: all."""
@@ -149,7 +135,7 @@ class SpectrumSettings(AnalysisSettings):
     num_eigenvalues: int = 10
     """Number of largest eigenvalues."""
 
-    tolerance: float = 1e-3
+    tol: float = 1e-3
     """An eigenvalue's residual norm relative to the largest eigenvalue, when converged."""
 
     num_probes: int = 2
@@ -165,8 +151,8 @@ class SpectrumSettings(AnalysisSettings):
     """data=N divides the examples of the matrix, and the vectors that the solvers keep, over N
     devices; of all the training examples it takes the largest multiple of N. None: one device."""
 
-    effective_dimension_scale: float = 0.01
-    """The c in the sum over the eigenvalues l of max(l, 0) / (max(l, 0) + c)."""
+    damping: float = 0.01
+    """The c of the effective dimension: sum over eigenvalues l of max(l, 0) / (max(l, 0) + c)."""
 
     report: bool = False
     """Geometric complexity, spherical sharpness and margins of the network as well."""
@@ -198,44 +184,44 @@ class LandscapeSettings(AnalysisSettings):
 # Options that say where and how a run works, and not what comes out.
 _INCIDENTAL = ("data_dir", "device_bytes", "checkpoint_seconds", "resume", "out")
 _LEARNING_RATES = {"sgd": 0.05, "adam": 1e-3}
-_WIDTHS = {"mlp": 64, "convnet": 16, "resnet": 16}
-_DEPTHS = {"mlp": 2, "convnet": 2, "resnet": 4}
+_MOMENTUM = 0.9
 
 
-def option(name: str) -> str:
-    """The name of a setting on the command line."""
-    return "--" + name.replace("_", "-")
+def transformation(settings: TrainSettings) -> _transformation.Transformation:
+    """Returns the options of the transformation that is used."""
+    name = settings.transformation
+    return getattr(settings, name, TRANSFORMATIONS[name]())
+
+
+def initialization(settings: TrainSettings) -> _initializations.Initialization:
+    """Returns the options of the initialisation that is used."""
+    return getattr(settings, settings.init, INITIALIZATIONS[settings.init]())
 
 
 def width(settings: TrainSettings) -> int:
-    """The width, the model's usual one where none is given."""
-    return _WIDTHS[settings.model] if settings.width is None else settings.width
+    """Returns the width, the model's usual one where none is given."""
+    return ARCHITECTURES[settings.model].width if settings.width is None else settings.width
 
 
 def depth(settings: TrainSettings) -> int:
-    """The depth, the model's usual one where none is given."""
-    return _DEPTHS[settings.model] if settings.depth is None else settings.depth
+    """Returns the depth, the model's usual one where none is given."""
+    return ARCHITECTURES[settings.model].depth if settings.depth is None else settings.depth
 
 
 def learning_rate(settings: TrainSettings) -> float:
-    """The learning rate, the optimiser's usual one where none is given."""
-    if settings.learning_rate is not None:
-        return settings.learning_rate
-    return 1.0 if _is_entropy_descent(settings) else _LEARNING_RATES[settings.optimizer]
+    """Returns the learning rate, the usual one where none is given."""
+    usual = transformation(settings).usual_learning_rate
+    if settings.optimizer != "sgd" or usual is None:
+        usual = _LEARNING_RATES[settings.optimizer]
+    return usual if settings.learning_rate is None else settings.learning_rate
 
 
 def momentum(settings: TrainSettings) -> float:
-    """The momentum of sgd, the usual one where none is given."""
-    if settings.momentum is not None:
-        return settings.momentum
-    # The controller starts without, and finds its own.
-    is_found = settings.transformation == "spectral_controller"
-    return 0.0 if is_found or _is_entropy_descent(settings) else 0.9
-
-
-def _is_entropy_descent(settings: TrainSettings) -> bool:
-    """Whether plain descent follows entropy_sgd: rate 1 moves to the mean of its walk."""
-    return settings.transformation == "entropy_sgd" and settings.optimizer == "sgd"
+    """Returns the momentum of sgd, the usual one where none is given."""
+    usual = transformation(settings).usual_momentum
+    if settings.optimizer != "sgd" or usual is None:
+        usual = _MOMENTUM
+    return usual if settings.momentum is None else settings.momentum
 
 
 def num_devices(settings: SpectrumSettings) -> int:
@@ -244,8 +230,8 @@ def num_devices(settings: SpectrumSettings) -> int:
 
 
 def num_shards(settings: TrainSettings) -> int:
-    """The number of shards of a batch."""
-    return settings.sam.num_shards if settings.transformation == "sam" else 1
+    """Returns the number of shards of a batch."""
+    return transformation(settings).count_shards()
 
 
 def option_types(settings_type: type) -> dict[str, Any]:
@@ -253,7 +239,8 @@ def option_types(settings_type: type) -> dict[str, Any]:
     types: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(settings_type).items():
         if dataclasses.is_dataclass(hint):
-            types |= {f"{name}.{k}": t for k, t in typing.get_type_hints(hint).items()}
+            own = typing.get_type_hints(hint)
+            types |= {f"{name}.{f.name}": own[f.name] for f in dataclasses.fields(hint)}
         else:
             types[name] = hint
     return types

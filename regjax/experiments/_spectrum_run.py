@@ -13,7 +13,8 @@ from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, analyse, operators
 from regjax.experiments._data import load
 from regjax.experiments._geometry import measure_geometry
-from regjax.experiments._network import build_model, evaluate, measure_scaling
+from regjax.experiments._inputs import measure_scaling
+from regjax.experiments._network import build_model, evaluate
 from regjax.experiments._settings import (
     AnalysisSettings,
     SpectrumSettings,
@@ -155,8 +156,8 @@ def trained(
 
 def _generalization(subject: Subject) -> Record:
     model, data, scaling = subject
-    seen = evaluate(model, data.train_images, data.train_labels, scaling)
-    unseen = evaluate(model, data.test_images, data.test_labels, scaling)
+    seen = evaluate(model, data.train_inputs, data.train_targets, scaling)
+    unseen = evaluate(model, data.test_inputs, data.test_targets, scaling)
     return {
         "train_loss": seen.loss,
         "test_loss": unseen.loss,

@@ -12,16 +12,17 @@ from regjax import _files
 from regjax._adapters import Model
 from regjax.experiments._data import Dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
-from regjax.experiments._initial import initialize
 from regjax.experiments._network import build_model
-from regjax.experiments._optimizer import denoised, optimizer
+from regjax.experiments._optimizer import optimizer
+from regjax.experiments._options import UsageError
 from regjax.experiments._settings import (
     TrainSettings,
-    UsageError,
     check_same_training,
+    initialization,
     learning_rate,
     num_shards,
     training_options,
+    transformation,
 )
 
 Look = Callable[[int, Model], None]
@@ -87,7 +88,7 @@ def train(
       UsageError: the batch is larger than the data, or the checkpoint is another run's.
       CheckpointError: the checkpoint is missing, damaged or of another model.
     """
-    num_examples = len(dataset.train_labels)
+    num_examples = len(dataset.train_targets)
     if settings.batch_size > num_examples:
         raise UsageError(
             f"--batch-size must be at most the number of training examples, {num_examples}, "
@@ -97,7 +98,7 @@ def train(
     if settings.resume:
         state, losses = restore(path, settings, dataset, model)
     else:
-        state, losses = _initial(settings, initialize(settings, model, dataset)), []
+        state, losses = _initial(settings, initialized(settings, model, dataset)), []
     epochs = Epochs(settings, dataset, Step(model.apply, optimizer(settings), num_shards(settings)))
     num_saved, saved_at = len(losses) if settings.resume else -1, start
 
@@ -131,9 +132,21 @@ def train(
     return TrainingResult(trained, losses, time.monotonic() - start)
 
 
+def initialized(settings: TrainSettings, model: Model, dataset: Dataset) -> Model:
+    """Returns the model with the initial parameters of the options.
+
+    Raises:
+      UsageError: there are fewer training examples than the options ask for.
+    """
+    method = initialization(settings)
+    params = method.make(model, dataset, dtype=settings.dtype, seed=settings.seed)
+    return model._replace(params=params)
+
+
 def trained_model(settings: TrainSettings, model: Model, weights: Weights) -> Model:
     """The model with trained weights, without the noise that a transformation left on them."""
-    params = denoised(settings, weights.params, weights.optimizer_state)
+    method = transformation(settings)
+    params = method.params_to_evaluate(weights.params, weights.optimizer_state)
     return model._replace(params=params, state=weights.model_state)
 
 

@@ -1,21 +1,24 @@
 """What can be said about the options without data."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 import jax
 
-from regjax.experiments._initialization import FILTER_FREE, GHOST_SIZE, KERNEL_FREE
+from regjax.experiments._architectures import ARCHITECTURES
+from regjax.experiments._normalization import NORMALIZATIONS
 from regjax.experiments._optimizer import optimizer
+from regjax.experiments._options import UsageError, option
 from regjax.experiments._settings import (
     AnalysisSettings,
     LandscapeSettings,
     SpectrumSettings,
     TrainSettings,
-    UsageError,
+    initialization,
     momentum,
     num_devices,
     num_shards,
-    option,
 )
 
 
@@ -25,15 +28,14 @@ def validate(settings: TrainSettings) -> None:
     Raises:
       UsageError: an option is out of its range.
     """
-    positive = ["width", "depth", "num_train", "num_test", "batch_size", "device_bytes"]
+    positive = ["width", "num_train", "num_test", "batch_size", "device_bytes"]
     non_negative = ["epochs", "seed", "weight_decay", "checkpoint_seconds"]
-    if settings.model == "mlp":
-        positive.remove("depth")
-        non_negative.append("depth")
+    can_be_flat = ARCHITECTURES[settings.model].least_depth == 0
+    (non_negative if can_be_flat else positive).append("depth")
     if isinstance(settings, SpectrumSettings):
         positive += ["curvature_examples", "num_eigenvalues", "num_probes", "num_steps"]
-        positive += ["effective_dimension_scale"]
-        non_negative += ["tolerance", "fisher_samples"]
+        positive += ["damping", "num_samples"]
+        non_negative += ["tol"]
         _validate_mesh(settings)
     if isinstance(settings, LandscapeSettings):
         positive += ["points", "span", "surface_examples", "probe_examples", "probe_points"]
@@ -49,10 +51,11 @@ def validate(settings: TrainSettings) -> None:
             raise UsageError(f"{option(name)} must be {rule}, got {value}.")
     if not 0 <= momentum(settings) < 1:
         raise UsageError(f"--momentum must be at least 0 and below 1, got {settings.momentum}.")
-    _validate_transformation(settings)
-    _validate_initialization(settings)
-    if settings.normalization == "ghost":
-        _validate_ghosts(settings)
+    with _as_options(settings.transformation):
+        optimizer(settings)
+    with _as_options(settings.init):
+        initialization(settings).check()
+    _validate_batches(settings)
 
 
 def _validate_mesh(settings: SpectrumSettings) -> None:
@@ -78,58 +81,23 @@ def _validate_mesh(settings: SpectrumSettings) -> None:
         )
 
 
-def _validate_transformation(settings: TrainSettings) -> None:
-    name = settings.transformation
-    if name == "rescale_weights":
-        if settings.normalization not in KERNEL_FREE:
-            raise UsageError(
-                "--transformation rescale_weights must have a --normalization that divides the "
-                f"scale out, {', '.join(KERNEL_FREE)}, got {settings.normalization}."
-            )
-        if settings.normalization not in FILTER_FREE and settings.rescale_weights.per_filter:
-            raise UsageError(
-                "--rescale-weights.per-filter must be off with --normalization "
-                f"{settings.normalization}, which makes only whole kernels scale-invariant."
-            )
-    shards = num_shards(settings)
-    if settings.batch_size % shards:
-        raise UsageError(
-            f"--sam.num-shards must divide the batch size, {settings.batch_size}, got {shards}."
-        )
+@contextlib.contextmanager
+def _as_options(method: str) -> Iterator[None]:
+    """Turns errors of functions, which name their arguments, into errors of a method's options."""
     try:
-        optimizer(settings)
+        yield
     except (TypeError, ValueError) as error:
-        # The functions name their arguments; here these are options.
-        prefix = option(name)
-        raise UsageError(
-            re.sub(r"`(\w+)`", lambda m: f"{prefix}.{m[1].replace('_', '-')}", str(error))
-        ) from None
+        text = re.sub(r"`(\w+)`", lambda match: option(f"{method}.{match[1]}"), str(error))
+        raise UsageError(text) from None
 
 
-def _validate_initialization(settings: TrainSettings) -> None:
-    rules: dict[str, dict[str, tuple[str, ...]]] = {
-        "data_dependent": {"above 0": ("std", "num_examples"), "at least 0": ("epsilon",)},
-        "gradinit": {
-            "above 0": ("num_iterations", "half_batch", "first_step_learning_rate"),
-            "at least 0": ("gradient_norm_bound", "learning_rate", "clip"),
-        },
-    }
-    for rule, names in rules.get(settings.init, {}).items():
-        for name in names:
-            value = getattr(getattr(settings, settings.init), name)
-            if not (value > 0 if rule == "above 0" else value >= 0):
-                full = option(f"{settings.init}.{name}")
-                raise UsageError(f"{full} must be {rule}, got {value}.")
-
-
-def _validate_ghosts(settings: TrainSettings) -> None:
+def _validate_batches(settings: TrainSettings) -> None:
+    """Checks that the normalization can divide the batches of training and of initialisation."""
+    multiple = NORMALIZATIONS[settings.normalization].batch_multiple
     sizes = {"--batch-size over the number of shards": settings.batch_size // num_shards(settings)}
-    if settings.init == "data_dependent":
-        sizes["--data-dependent.num-examples"] = settings.data_dependent.num_examples
-    if settings.init == "gradinit":
-        sizes["--gradinit.half-batch"] = settings.gradinit.half_batch
-    for name, size in sizes.items():
-        if size % GHOST_SIZE:
+    for name, size in {**sizes, **initialization(settings).batch_sizes()}.items():
+        if size % multiple:
             raise UsageError(
-                f"{name} must be a multiple of {GHOST_SIZE} with --normalization ghost, got {size}."
+                f"{name} must be a multiple of {multiple} with --normalization "
+                f"{settings.normalization}, got {size}."
             )

@@ -2,11 +2,11 @@
 
 from regjax.plots._landscape import ProbePanel as ProbePanel
 from regjax.plots._landscape import SurfacePanel as SurfacePanel
-from regjax.plots._landscape import loss_surface as loss_surface
-from regjax.plots._landscape import loss_surface_3d as loss_surface_3d
-from regjax.plots._landscape import probe_band as probe_band
+from regjax.plots._landscape import draw_probe as draw_probe
+from regjax.plots._landscape import draw_surface as draw_surface
+from regjax.plots._landscape import draw_surface_3d as draw_surface_3d
 from regjax.plots._landscape import probe_figure as probe_figure
 from regjax.plots._landscape import surface_figure as surface_figure
 from regjax.plots._spectrum import SpectrumPanel as SpectrumPanel
-from regjax.plots._spectrum import spectrum as spectrum
+from regjax.plots._spectrum import draw_spectrum as draw_spectrum
 from regjax.plots._spectrum import spectrum_figure as spectrum_figure

@@ -1,16 +1,19 @@
 """Loss surfaces, as contours and in three dimensions, and probes over training."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from regjax import _checks
-from regjax.plots._style import COLORS, TICK_SIZE, label_axes, new_figure
+from regjax.plots._style import COLORS, TICK_SIZE, Color, label_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from mpl_toolkits.mplot3d import Axes3D
 
 _NUM_LEVELS = 12
 _COLORMAP = "viridis"
@@ -26,8 +29,8 @@ class SurfacePanel(NamedTuple):
     """
 
     label: str
-    positions: Any
-    losses: Any
+    positions: ArrayLike
+    losses: ArrayLike
 
 
 class ProbePanel(NamedTuple):
@@ -42,14 +45,19 @@ class ProbePanel(NamedTuple):
     """
 
     label: str
-    times: Any
-    losses: Any
-    gradient_distances: Any
-    smoothness: Any
+    times: ArrayLike
+    losses: ArrayLike
+    gradient_distances: ArrayLike
+    smoothness: ArrayLike
 
 
-def loss_surface(
-    positions: Any, losses: Any, *, axes: "Axes", levels: Any = None, label: str | None = None
+def draw_surface(
+    positions: ArrayLike,
+    losses: ArrayLike,
+    *,
+    axes: "Axes",
+    levels: ArrayLike | None = None,
+    label: str | None = None,
 ) -> "Axes":
     """Draws the contours of a loss surface; the levels are a constant factor apart.
 
@@ -74,7 +82,7 @@ def loss_surface(
     finite = np.ma.masked_invalid(losses)
     # Contours take rows as the vertical axis.
     lines = axes.contour(
-        positions, positions, finite.T, levels=levels, cmap=_COLORMAP, norm=_norm(levels),
+        positions, positions, finite.T, levels=levels, cmap=_COLORMAP, norm=_color_scale(levels),
         linewidths=0.8,
     )  # fmt: skip
     axes.clabel(lines, levels[::2], fontsize=TICK_SIZE - 1.5, fmt=_short, colors="0.2")
@@ -86,7 +94,13 @@ def loss_surface(
     return axes
 
 
-def loss_surface_3d(positions: Any, losses: Any, *, axes: Any, levels: Any = None) -> Any:
+def draw_surface_3d(
+    positions: ArrayLike,
+    losses: ArrayLike,
+    *,
+    axes: "Axes3D",
+    levels: ArrayLike | None = None,
+) -> "Axes3D":
     """Draws a loss surface in three dimensions, its height the logarithm to base 10 of the loss.
 
     Args:
@@ -129,42 +143,47 @@ def loss_surface_3d(positions: Any, losses: Any, *, axes: Any, levels: Any = Non
     return axes
 
 
-def surface_figure(panels: Sequence[SurfacePanel], *, width: float = 3.3) -> "Figure":
+def surface_figure(panels: Sequence[SurfacePanel], *, figure_width: float = 3.3) -> "Figure":
     """Draws the surfaces of several settings side by side, with the same levels.
 
     Above the contours, below the same in three dimensions.
 
     Args:
       panels: one `SurfacePanel` for each setting.
-      width: of the figure, in inches: 3.3 is a column, 6.8 a page. One setting takes one column, in
-        a wider figure contours and height stand side by side.
+      figure_width: in inches: 3.3 is a column, 6.8 a page. One setting takes one column, in a
+        wider figure contours and height stand side by side.
 
     Returns:
       A figure that pyplot does not know.
 
     Raises:
-      ValueError: there is no panel, or as in `loss_surface`.
+      ValueError: there is no panel, or as in `draw_surface`.
       ImportError: matplotlib is missing.
     """
     if not panels:
         raise ValueError("`panels` must hold at least one surface, got none.")
-    _checks.positive("width", width)
+    _checks.positive("figure_width", figure_width)
     surfaces = [_surface_arrays(panel.positions, panel.losses) for panel in panels]
     levels = _levels([losses for _, losses in surfaces])
-    is_row = len(panels) == 1 and width >= 5
+    is_row = len(panels) == 1 and figure_width >= 5
     shape = (1, 2) if is_row else (2, len(panels))
-    size = width / shape[1]
-    figure = new_figure(width, 0.95 * size * shape[0])
+    size = figure_width / shape[1]
+    figure = new_figure(figure_width, 0.95 * size * shape[0])
     for i, (panel, (positions, losses)) in enumerate(zip(panels, surfaces, strict=True)):
         flat = figure.add_subplot(*shape, i + 1)
-        loss_surface(positions, losses, axes=flat, levels=levels, label=panel.label)
+        draw_surface(positions, losses, axes=flat, levels=levels, label=panel.label)
         solid = figure.add_subplot(*shape, i + 1 + shape[1] - is_row * 1, projection="3d")
-        loss_surface_3d(positions, losses, axes=solid, levels=levels)
+        draw_surface_3d(positions, losses, axes=solid, levels=levels)
     return figure
 
 
-def probe_band(
-    times: Any, values: Any, *, axes: "Axes", label: str | None = None, color: Any = None
+def draw_probe(
+    times: ArrayLike,
+    values: ArrayLike,
+    *,
+    axes: "Axes",
+    label: str | None = None,
+    color: Color | None = None,
 ) -> "Axes":
     """Draws the range of some values at each time as a band, logarithmic if it is positive.
 
@@ -192,7 +211,7 @@ def probe_band(
 
 
 def probe_figure(
-    panels: Sequence[ProbePanel], *, width: float = 6.8, time: str = "epoch"
+    panels: Sequence[ProbePanel], *, figure_width: float = 6.8, time: str = "epoch"
 ) -> "Figure":
     """Draws the probes of several settings over training: loss, gradient, smoothness.
 
@@ -201,7 +220,7 @@ def probe_figure(
 
     Args:
       panels: one `ProbePanel` for each setting; six are told apart by colour alone.
-      width: of the figure, in inches: 6.8 is a page.
+      figure_width: in inches: 6.8 is a page.
       time: name of the horizontal axes.
 
     Returns:
@@ -216,14 +235,14 @@ def probe_figure(
     """
     if not panels:
         raise ValueError("`panels` must hold at least one setting, got none.")
-    _checks.positive("width", width)
-    figure = new_figure(width, 0.36 * width)
+    _checks.positive("figure_width", figure_width)
+    figure = new_figure(figure_width, 0.36 * figure_width)
     loss, distance, smoothness = figure.subplots(1, 3)
     for i, panel in enumerate(panels):
         color = COLORS[i % len(COLORS)]
         times, looks = _probe_arrays(panel)
         for axes, values in ((loss, looks[0]), (distance, looks[1])):
-            probe_band(times, values, axes=axes, color=color)
+            draw_probe(times, values, axes=axes, color=color)
         # Not a number where there was no gradient to compare.
         highest = np.max(np.where(np.isnan(looks[2]), -np.inf, looks[2]), 1)
         smoothness.plot(
@@ -247,7 +266,7 @@ def _set_log(axes: "Axes") -> None:
         axes.set_yscale("log")
 
 
-def _surface_arrays(positions: Any, losses: Any) -> tuple[np.ndarray, np.ndarray]:
+def _surface_arrays(positions: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     positions, losses = np.asarray(positions, np.float64), np.asarray(losses, np.float64)
     if positions.ndim != 1 or losses.shape != (len(positions),) * 2:
         raise ValueError(
@@ -267,7 +286,7 @@ def _probe_arrays(panel: ProbePanel) -> tuple[np.ndarray, list[np.ndarray]]:
     return times, [_looks(name, values, len(times)) for name, values in fields]
 
 
-def _looks(name: str, values: Any, num_times: int) -> np.ndarray:
+def _looks(name: str, values: ArrayLike, num_times: int) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or len(values) != num_times:
         raise ValueError(
@@ -289,7 +308,7 @@ def _short(level: float) -> str:
     return f"{level:.2g}"
 
 
-def _norm(levels: np.ndarray) -> Any:
+def _color_scale(levels: np.ndarray) -> "Normalize":
     from matplotlib.colors import LogNorm, Normalize
 
     return (LogNorm if levels[0] > 0 else Normalize)(levels[0], levels[-1])

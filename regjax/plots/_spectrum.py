@@ -1,12 +1,13 @@
 """Spectral densities and their top eigenvalues, one setting or several for comparison."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from regjax import _checks
-from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, label_axes, new_figure
+from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, Color, label_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,20 +34,20 @@ class SpectrumPanel(NamedTuple):
 
     label: str
     curve: "DensityCurveResult"
-    eigenvalues: Any = None
-    residual_norms: Any = None
+    eigenvalues: ArrayLike | None = None
+    residual_norms: ArrayLike | None = None
 
 
-def spectrum(
+def draw_spectrum(
     curve: "DensityCurveResult",
-    eigenvalues: Any = None,
-    residual_norms: Any = None,
+    eigenvalues: ArrayLike | None = None,
+    residual_norms: ArrayLike | None = None,
     *,
     axes: "Axes",
     label: str | None = None,
-    color: Any = None,
-    scale: str = "linear",
-    linthresh: float | None = None,
+    color: Color | None = None,
+    axis_scale: str = "linear",
+    linear_threshold: float | None = None,
     matrix: str = "Hessian",
 ) -> "Axes":
     """Draws a spectral density on a logarithmic axis, with its error and the top eigenvalues.
@@ -64,9 +65,10 @@ def spectrum(
       axes: to draw on.
       label: name of the curve in a legend, or None.
       color: any colour of matplotlib; None takes the next of a palette for colour-blind readers.
-      scale: of the eigenvalue: "linear", or "symlog", logarithmic on both sides of zero.
-      linthresh: where the symmetric-log axis turns linear, positive, in units of the eigenvalue.
-        None takes 1e-3 of the largest magnitude in `curve.grid`. Unused on a linear axis.
+      axis_scale: of the eigenvalue: "linear", or "symlog", logarithmic on both sides of zero.
+      linear_threshold: where the symmetric-log axis turns linear, positive, in units of the
+        eigenvalue. None takes 1e-3 of the largest magnitude in `curve.grid`. Unused on a linear
+        axis.
       matrix: name of the matrix on the axis.
 
     Returns:
@@ -77,7 +79,7 @@ def spectrum(
     """
     grid, density, error = _curve_arrays(curve)
     values, bounds = _eigenvalue_arrays(eigenvalues, residual_norms)
-    threshold = _threshold(scale, linthresh, [curve])
+    threshold = _threshold(axis_scale, linear_threshold, [curve])
     num_before = sum(line.get_gid() == _CURVE for line in axes.lines)
     color = COLORS[num_before % len(COLORS)] if color is None else color
     floor, top = _limits(density, error)
@@ -95,9 +97,11 @@ def spectrum(
     axes.plot(grid, positive, color=color, linewidth=1.0, label=label, gid=_CURVE)
     if values.size:
         height = np.full(values.shape, 0.04 + 0.06 * num_before)
-        style = {"markersize": 5, "markeredgewidth": 0.8, "elinewidth": 1.0, "color": color}
         transform = axes.get_xaxis_transform()  # the height as a share of the axes
-        axes.errorbar(values, height, xerr=bounds, fmt="|", transform=transform, **style)
+        axes.errorbar(
+            values, height, xerr=bounds, fmt="|", transform=transform, color=color,
+            markersize=5, markeredgewidth=0.8, elinewidth=1.0,
+        )  # fmt: skip
     axes.set_ylim(floor, top)
     label_axes(axes, f"eigenvalue of the {matrix}", "density")
     if label is not None:
@@ -108,10 +112,10 @@ def spectrum(
 def spectrum_figure(
     panels: Sequence[SpectrumPanel],
     *,
-    scale: str = "linear",
-    linthresh: float | None = None,
+    axis_scale: str = "linear",
+    linear_threshold: float | None = None,
     matrix: str = "Hessian",
-    width: float = 3.3,
+    figure_width: float = 3.3,
 ) -> "Figure":
     """Draws the spectra of several settings one below the other, on the same axes.
 
@@ -121,28 +125,34 @@ def spectrum_figure(
 
     Args:
       panels: one `SpectrumPanel` for each setting; six are told apart by colour alone.
-      scale: of the eigenvalues, as in `spectrum`.
-      linthresh: as in `spectrum`; None takes 1e-3 of the largest magnitude in all grids.
+      axis_scale: of the eigenvalues, as in `draw_spectrum`.
+      linear_threshold: as in `draw_spectrum`; None takes 1e-3 of the largest magnitude in all
+        grids.
       matrix: name of the matrix on the axes.
-      width: of the figure, in inches: 3.3 is a column, 6.8 a page.
+      figure_width: in inches: 3.3 is a column, 6.8 a page.
 
     Returns:
       A figure that pyplot does not know; `figure.savefig(path)` writes it.
 
     Raises:
       ImportError: matplotlib is missing.
-      ValueError: `panels` is empty, or an argument of `spectrum` is wrong.
+      ValueError: `panels` is empty, or an argument of `draw_spectrum` is wrong.
     """
     if not panels:
         raise ValueError("`panels` must have at least one SpectrumPanel, got none.")
-    _checks.positive("width", width)
-    threshold = _threshold(scale, linthresh, [panel.curve for panel in panels])
+    _checks.positive("figure_width", figure_width)
+    threshold = _threshold(axis_scale, linear_threshold, [panel.curve for panel in panels])
     has_eigenvalues = any(panel.eigenvalues is not None for panel in panels)
-    figure, rows, last = _layout(len(panels), width, has_eigenvalues)
+    figure, rows, last = _layout(len(panels), figure_width, has_eigenvalues)
     for index, (panel, axes) in enumerate(zip(panels, rows, strict=True)):
         color = COLORS[index % len(COLORS)]
-        spectrum(
-            *panel[1:], axes=axes, color=color, scale=scale, linthresh=threshold, matrix=matrix
+        draw_spectrum(
+            *panel[1:],
+            axes=axes,
+            color=color,
+            axis_scale=axis_scale,
+            linear_threshold=threshold,
+            matrix=matrix,
         )
         axes.set_title(panel.label, loc="left", fontsize=LABEL_SIZE, color=color, pad=3)
         axes.label_outer()
@@ -186,11 +196,11 @@ def _eigenvalues_by_index(
 
 
 def _layout(
-    num_rows: int, width: float, has_eigenvalues: bool
+    num_rows: int, figure_width: float, has_eigenvalues: bool
 ) -> "tuple[Figure, list[Axes], Axes | None]":
     """The figure, one axes for each density, sharing both scales, and one for the eigenvalues."""
     row_height = 1.6 if num_rows == 1 else 1.1
-    densities, beside = row_height * num_rows + 0.4, has_eigenvalues and width >= 5
+    densities, beside = row_height * num_rows + 0.4, has_eigenvalues and figure_width >= 5
     if beside:
         heights, columns = [1.0] * num_rows, 2
         height = max(densities, 2.2)
@@ -198,7 +208,7 @@ def _layout(
         below = 1.8 if has_eigenvalues else 0.0
         heights, columns = [row_height] * num_rows + [below] * has_eigenvalues, 1
         height = densities + below
-    figure = new_figure(width, height)
+    figure = new_figure(figure_width, height)
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     rows: list[Axes] = []
     for row in range(num_rows):
@@ -209,7 +219,7 @@ def _layout(
     return figure, rows, figure.add_subplot(grid[:, 1] if beside else grid[num_rows, 0])
 
 
-def _set_scale(setter: Any, threshold: float | None) -> None:
+def _set_scale(setter: Callable[..., None], threshold: float | None) -> None:
     if threshold is None:
         setter("linear")
     else:
@@ -217,13 +227,13 @@ def _set_scale(setter: Any, threshold: float | None) -> None:
 
 
 def _threshold(
-    scale: str, linthresh: float | None, curves: "Sequence[DensityCurveResult]"
+    axis_scale: str, linear_threshold: float | None, curves: "Sequence[DensityCurveResult]"
 ) -> float | None:
     """None on a linear scale, else where the symmetric-log scale turns linear."""
-    if _checks.choice("scale", scale, _SCALES) == "linear":
+    if _checks.choice("axis_scale", axis_scale, _SCALES) == "linear":
         return None
-    if linthresh is not None:
-        return _checks.positive("linthresh", linthresh)
+    if linear_threshold is not None:
+        return _checks.positive("linear_threshold", linear_threshold)
     return 1e-3 * max(float(np.max(np.abs(np.asarray(curve.grid)))) for curve in curves)
 
 
@@ -249,7 +259,7 @@ def _curve_arrays(curve: "DensityCurveResult") -> tuple[np.ndarray, np.ndarray, 
 
 
 def _eigenvalue_arrays(
-    eigenvalues: Any, residual_norms: Any
+    eigenvalues: ArrayLike | None, residual_norms: ArrayLike | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     values = np.asarray([] if eigenvalues is None else eigenvalues, np.float64)
     if values.ndim != 1:

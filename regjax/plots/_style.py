@@ -1,6 +1,6 @@
 """Colours and sizes of all figures, readable in a column of 3.3 inches."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -10,9 +10,12 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LABEL_SIZE, TICK_SIZE = 8, 7  # points
 
+Color: TypeAlias = str | tuple[float, ...]
+"""A colour of matplotlib: a name or its channels."""
+
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches that pyplot does not know."""
+    """Makes an empty figure of so many inches that pyplot does not know."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -21,7 +24,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def label_axes(axes: "Axes", horizontal: str, vertical: str) -> None:
-    """Names of both axes, and the sizes of all text on them."""
+    """Sets the names of both axes, and the sizes of all text on them."""
     axes.set_xlabel(horizontal, fontsize=LABEL_SIZE)
     axes.set_ylabel(vertical, fontsize=LABEL_SIZE)
     axes.tick_params(which="both", labelsize=TICK_SIZE)

@@ -21,7 +21,7 @@ from regjax import curvature
 from regjax._space import Space
 from regjax.curvature import _assessment, _eigen
 from regjax.curvature._operators import _curvature, _traced
-from regjax.experiments import SpectrumSettings, _analysis, _network
+from regjax.experiments import SpectrumSettings, _analysis, _inputs, _network
 from tests.experiments.test_training import make_dataset
 
 NUM_EXAMPLES, INPUTS, OUTPUTS = 64, 6, 3
@@ -378,7 +378,7 @@ def check_command_line():
     options = {"width": 2, "depth": 1, "num_eigenvalues": 1, "num_steps": 1}
     settings = SpectrumSettings(**options, mesh="data=8", chunk_size=1)
     model = _network.build_model(settings, dataset)
-    subject = _analysis.Subject(model, dataset, _network.measure_scaling(dataset, "float32"))
+    subject = _analysis.Subject(model, dataset, _inputs.measure_scaling(dataset, "float32"))
     found = _analysis.operators(subject, settings)["network"]
     assert found.placement.num_parts == 8
     assert found.chunk_size == 1

@@ -119,7 +119,7 @@ def test_curves_integrate_to_one(scale):
 def test_curve_is_the_sum_of_gaussians_of_the_stated_width():
     density = solve(spectrum(), num_steps=10, num_probes=2)
     grid = np.linspace(-5, 21, 50)
-    curve = curvature.evaluate_density(density, grid, width=0.3)
+    curve = curvature.evaluate_density(density, grid, kernel_width=0.3)
     taken = np.asarray(density.eigenvalue_weights) > 0
     places = np.concatenate([np.ravel(density.nodes), np.asarray(density.eigenvalues)[taken]])
     masses = np.concatenate(
@@ -127,7 +127,7 @@ def test_curve_is_the_sum_of_gaussians_of_the_stated_width():
     )
     kernel = np.exp(-0.5 * ((grid[:, None] - places) / 0.3) ** 2) / (0.3 * np.sqrt(2 * np.pi))
     np.testing.assert_allclose(curve.density, kernel @ masses, rtol=1e-3, atol=1e-6)
-    assert float(curve.width) == pytest.approx(0.3)
+    assert float(curve.kernel_width) == pytest.approx(0.3)
 
 
 def test_compiled_loop_gives_the_host_driven_result():
@@ -168,8 +168,8 @@ def test_error_texts():
         curvature.effective_dimension(density, 0)
     with pytest.raises(ValueError, match="`axis_scale` must be one of linear, symlog, got 'log'"):
         curvature.density_grid(density, axis_scale="log")
-    with pytest.raises(ValueError, match=r"`width` must be positive, got -1\.0"):
-        curvature.evaluate_density(density, [0.0], width=-1.0)
+    with pytest.raises(ValueError, match=r"`kernel_width` must be positive, got -1\.0"):
+        curvature.evaluate_density(density, [0.0], kernel_width=-1.0)
 
 
 def test_hessian_density_of_a_network_against_the_dense_spectrum():

@@ -35,9 +35,11 @@ def test_digits_are_scikit_learns_in_a_stratified_split_that_never_changes():
     scaled = (15 * images).astype(np.uint8).reshape(-1, 8, 8, 1)
     assert [a.shape for a in data[1:5]] == [(1497, 8, 8, 1), (1497,), (300, 8, 8, 1), (300,)]
     assert [a.dtype for a in data[1:5]] == [np.uint8, np.int32, np.uint8, np.int32]
-    found = pairs(data.train_images, data.train_labels) + pairs(data.test_images, data.test_labels)
+    found = pairs(data.train_inputs, data.train_targets) + pairs(
+        data.test_inputs, data.test_targets
+    )
     assert found == pairs(scaled, labels)
-    assert abs(np.bincount(data.test_labels) - np.bincount(labels) * 300 / 1797).max() < 1
+    assert abs(np.bincount(data.test_targets) - np.bincount(labels) * 300 / 1797).max() < 1
     assert data.sha256 == hashlib.sha256(b"".join(a.tobytes() for a in data[1:5])).hexdigest()
     assert data.sha256 == "def16d8eeed69360aaeef1ccf59ff10a9820971e0070492eb43c8f4d9c981945"
     assert (data.name, data.num_classes, data.source) == ("digits", 10, "scikit-learn")
@@ -56,7 +58,7 @@ def test_a_seed_shuffles_images_and_labels_together():
     plain, shuffled = load("digits"), load("digits", seed=3)
     assert pairs(*plain[1:3]) == pairs(*shuffled[1:3])
     assert pairs(*plain[3:5]) == pairs(*shuffled[3:5])
-    assert np.any(plain.train_labels != shuffled.train_labels)
+    assert np.any(plain.train_targets != shuffled.train_targets)
 
 
 def test_impossible_numbers_of_examples():
@@ -85,10 +87,10 @@ def test_fashion_mnist_from_debians_folder():
         images = np.frombuffer(file.read()[16:], np.uint8).reshape(60000, 28, 28, 1)
     with gzip.open(_idx._DEBIAN_FOLDER / f"{TEST_LABELS}.gz") as file:
         labels = np.frombuffer(file.read()[8:], np.uint8)
-    np.testing.assert_array_equal(data.train_images, images)
-    np.testing.assert_array_equal(data.test_labels, labels[:100])
-    assert np.bincount(data.train_labels).tolist() == [6000] * 10
-    assert data.test_images.shape == (100, 28, 28, 1)
+    np.testing.assert_array_equal(data.train_inputs, images)
+    np.testing.assert_array_equal(data.test_targets, labels[:100])
+    assert np.bincount(data.train_targets).tolist() == [6000] * 10
+    assert data.test_inputs.shape == (100, 28, 28, 1)
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is damaged or of another"):
         load("mnist", data_dir=_idx._DEBIAN_FOLDER)
 
@@ -122,8 +124,8 @@ def test_idx_files_plain_and_gzip(idx, tmp_path, zipped):
     data = load("mnist", data_dir=write(tmp_path, contents, zipped=zipped))
     for found, expected in zip(data[1:5], arrays.values(), strict=True):
         np.testing.assert_array_equal(found.reshape(expected.shape), expected)
-    assert data.train_images.shape == (6, 28, 28, 1)
-    assert data.test_labels.dtype == np.int32
+    assert data.train_inputs.shape == (6, 28, 28, 1)
+    assert data.test_targets.dtype == np.int32
 
 
 def test_folders_are_looked_through_in_order(idx, tmp_path, monkeypatch):

@@ -45,12 +45,12 @@ def loss_of(settings, epochs):
     if epochs:
         state, _ = _training.restore(settings.out / "checkpoint.npz", settings, dataset, model)
         model = model._replace(params=state.weights.params)
-    images = dataset.train_images / 255
+    images = dataset.train_inputs / 255
     inputs = jnp.asarray((images - images.mean()) / images.std(), jnp.float32)
     function = regjax.model_function(model)
 
     def loss(params, count):
-        targets = jnp.asarray(dataset.train_labels[:count])
+        targets = jnp.asarray(dataset.train_targets[:count])
         return oracles.cross_entropy(function(params, inputs[:count]), targets)
 
     return loss, model.params

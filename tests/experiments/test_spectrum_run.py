@@ -11,6 +11,7 @@ import regjax
 from regjax.experiments import (
     SpectrumSettings,
     UsageError,
+    _inputs,
     _network,
     _report,
     _spectrum_run,
@@ -32,7 +33,7 @@ def _small_data(monkeypatch):
 def make_settings(tmp_path, **options):
     """3 classes from 4 x 4 pixels with 2 hidden units: 43 parameters."""
     small = {"width": 2, "depth": 1, "batch_size": 5, "epochs": 2, "num_steps": 10}
-    few = {"num_eigenvalues": 3, "tolerance": 1e-6, "out": tmp_path / "run"}
+    few = {"num_eigenvalues": 3, "tol": 1e-6, "out": tmp_path / "run"}
     return SpectrumSettings(**{**small, **few, **options})
 
 
@@ -45,11 +46,11 @@ def problem_of(settings):
     dataset = make_dataset()
     model = _network.build_model(settings, dataset)
     state, _ = _training.restore(settings.out / "checkpoint.npz", settings, dataset, model)
-    images = dataset.train_images / 255
+    images = dataset.train_inputs / 255
     inputs = jnp.asarray((images - images.mean()) / images.std(), jnp.float32)
     statistics = jax.tree.map(jnp.asarray, state.weights.model_state)
     model = model._replace(params=state.weights.params, state=statistics)
-    return model, inputs, jnp.asarray(dataset.train_labels)
+    return model, inputs, jnp.asarray(dataset.train_targets)
 
 
 def dense_matrix(settings):
@@ -100,7 +101,7 @@ def _within(estimate, exact, slack):
 
 
 def test_double_precision_reaches_the_curvature(tmp_path, default_promotion):
-    settings = make_settings(tmp_path, dtype="float64", tolerance=1e-12)
+    settings = make_settings(tmp_path, dtype="float64", tol=1e-12)
     bounds = run_spectrum(settings, silent)["blocks"]["network"]["eigenvalues"]["residual_norms"]
     assert max(bounds) < 1e-10
     assert not jax.config.jax_enable_x64
@@ -108,7 +109,7 @@ def test_double_precision_reaches_the_curvature(tmp_path, default_promotion):
 
 def test_drawn_fisher_differs_from_the_exact_one(tmp_path):
     exact = run_spectrum(make_settings(tmp_path, matrix="fisher"), silent)
-    drawn = run_spectrum(make_settings(tmp_path, matrix="fisher", fisher_samples=1), silent)
+    drawn = run_spectrum(make_settings(tmp_path, matrix="fisher", num_samples=1), silent)
     first, second = (r["blocks"]["network"]["eigenvalues"]["values"][0] for r in (exact, drawn))
     assert 0.01 < abs(first - second) / first < 0.9
 
@@ -184,7 +185,7 @@ def test_interrupted_stage_leaves_what_was_computed(stage, count, tmp_path):
         ({"num_eigenvalues": 44}, "--num-eigenvalues must be at most .* parameters, 43, got 44"),
         ({"num_steps": 44}, "--num-steps must be at most .* parameters, 43, got 44"),
         ({"curvature_examples": 24}, "--curvature-examples must be at most .* 23, got 24"),
-        ({"tolerance": float("nan")}, "--tolerance must be at least 0, got nan"),
+        ({"tol": float("nan")}, "--tol must be at least 0, got nan"),
         ({"momentum": 1.0}, "--momentum must be at least 0 and below 1, got 1.0"),
         ({"depth": 0, "model": "convnet"}, "--depth must be above 0, got 0"),
         (
@@ -213,9 +214,9 @@ def test_loss_that_couples_examples_is_refused(tmp_path, monkeypatch):
     from regjax.experiments import _analysis
 
     def summed(outputs, targets):
-        return _network.criterion(outputs, targets) * len(targets)
+        return _inputs.cross_entropy(outputs, targets) * len(targets)
 
-    monkeypatch.setattr(_analysis, "criterion", summed)
+    monkeypatch.setattr(_analysis, "cross_entropy", summed)
     with pytest.raises(UsageError, match="mean over the examples"):
         run_spectrum(make_settings(tmp_path), silent)
     # What came before is on disk.

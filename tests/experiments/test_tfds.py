@@ -65,13 +65,13 @@ def test_a_prepared_set_comes_back_as_it_was_written(small, tmp_path, monkeypatc
         found = {i.tobytes(): int(y) for i, y in zip(images, labels, strict=True)}
         assert found == written
     assert [a.dtype for a in data[1:5]] == [np.uint8, np.int32, np.uint8, np.int32]
-    assert data.train_images.shape == (40, 5, 4, 3)
+    assert data.train_inputs.shape == (40, 5, 4, 3)
     assert data.num_classes == 3
     assert data.source == f"tensorflow-datasets prepared/1.0.0 in {tmp_path}"
 
     monkeypatch.setenv("REGJAX_DATA", str(tmp_path))
     few = load("prepared:1.0.0", num_train=10)
-    np.testing.assert_array_equal(few.train_images, data.train_images[:10])
+    np.testing.assert_array_equal(few.train_inputs, data.train_inputs[:10])
     with pytest.raises(DataError, match="`num_test` must be at most 7 for prepared, got 8"):
         load("prepared", num_test=8)
 
@@ -88,7 +88,7 @@ def test_only_the_examples_asked_for_are_read(small, tmp_path, monkeypatch):
 def test_grey_images_without_a_channel_get_one(tmp_path):
     image = tfds.features.Tensor(shape=(5, 4), dtype=np.uint8, encoding="bytes")
     prepare(tmp_path, image=image, train=examples(5, shape=(5, 4)), test=examples(2, shape=(5, 4)))
-    assert load("prepared", data_dir=tmp_path).test_images.shape == (2, 5, 4, 1)
+    assert load("prepared", data_dir=tmp_path).test_inputs.shape == (2, 5, 4, 1)
 
 
 def test_mocked_cifar10():
@@ -96,9 +96,9 @@ def test_mocked_cifar10():
         data = load("cifar10")
         source = tfds.data_source("cifar10", split="train", download=False)
         expected = [source[i] for i in range(5)]
-    np.testing.assert_array_equal(data.train_images, [e["image"] for e in expected])
-    np.testing.assert_array_equal(data.train_labels, [e["label"] for e in expected])
-    assert data.train_images.shape == (5, 32, 32, 3)
+    np.testing.assert_array_equal(data.train_inputs, [e["image"] for e in expected])
+    np.testing.assert_array_equal(data.train_targets, [e["label"] for e in expected])
+    assert data.train_inputs.shape == (5, 32, 32, 3)
     assert data.num_classes == 10
 
 

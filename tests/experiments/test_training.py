@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from regjax import CheckpointError
 from regjax.experiments import (
-    CheckpointError,
     Dataset,
     TrainingError,
     TrainSettings,
     UsageError,
     _epochs,
+    _inputs,
     _network,
     _training,
     load,
@@ -60,7 +61,7 @@ def state_in(path, settings, dataset):
 
 
 def numpy_inputs(dataset):
-    images = dataset.train_images / 255
+    images = dataset.train_inputs / 255
     return ((images - images.mean()) / images.std()).reshape(len(images), -1)
 
 
@@ -80,7 +81,7 @@ def test_steps_match_numpy(name, tmp_path):
     )
     initial = _network.build_model(settings, dataset).params["head"]
     variables = [np.float64(initial["kernel"]), np.float64(initial["bias"])]
-    inputs, labels = numpy_inputs(dataset), dataset.train_labels
+    inputs, labels = numpy_inputs(dataset), dataset.train_targets
     losses = []
     first, second = [0.0, 0.0], [0.0, 0.0]
     for step in range(1, 4):
@@ -107,8 +108,8 @@ def test_learns_digits(tmp_path):
     dataset = load("digits")
     settings = TrainSettings(epochs=8)
     result = train(settings, dataset, path=tmp_path / "checkpoint.npz")
-    scaling = _network.measure_scaling(dataset, "float32")
-    test = _network.evaluate(result.model, dataset.test_images, dataset.test_labels, scaling)
+    scaling = _inputs.measure_scaling(dataset, "float32")
+    test = _network.evaluate(result.model, dataset.test_inputs, dataset.test_targets, scaling)
     # Ten seeds gave 0.960 to 0.980.
     assert test.accuracy > 0.93
 
@@ -185,7 +186,7 @@ class Count:
 
 def test_epoch_sees_each_example_at_most_once_in_a_new_order(monkeypatch):
     monkeypatch.setattr(_epochs, "_BLOCK_BATCHES", 2)
-    dataset = make_dataset()._replace(train_labels=np.arange(23, dtype=np.int32))
+    dataset = make_dataset()._replace(train_targets=np.arange(23, dtype=np.int32))
     epochs = _epochs.Epochs(make_settings(), dataset, Count())
     left_out, done = set(), []
     for number in range(12):
@@ -247,9 +248,9 @@ def test_no_epochs_give_the_initial_network(tmp_path):
 
 def test_scaling_is_mean_and_deviation_of_each_channel():
     dataset = make_dataset(shape=(4, 4, 3))
-    images = dataset.train_images.copy()
+    images = dataset.train_inputs.copy()
     images[..., 2] = 7
-    scaling = _network.measure_scaling(dataset._replace(train_images=images), "float32")
+    scaling = _inputs.measure_scaling(dataset._replace(train_inputs=images), "float32")
     np.testing.assert_allclose(scaling.mean, (images / 255).mean(axis=(0, 1, 2)), rtol=1e-6)
     deviation = (images / 255).std(axis=(0, 1, 2))
     np.testing.assert_allclose(scaling.deviation[:2], deviation[:2], rtol=1e-6)
@@ -260,11 +261,11 @@ def test_evaluation_in_chunks_matches_numpy(monkeypatch):
     monkeypatch.setattr(_network, "_EVALUATION_CHUNK", 9)
     dataset = make_dataset()
     model = _network.build_model(make_settings(depth=0), dataset)
-    scaling = _network.measure_scaling(dataset, "float32")
-    found = _network.evaluate(model, dataset.train_images, dataset.train_labels, scaling)
+    scaling = _inputs.measure_scaling(dataset, "float32")
+    found = _network.evaluate(model, dataset.train_inputs, dataset.train_targets, scaling)
     head = model.params["head"]
     kernel, bias = np.float64(head["kernel"]), np.float64(head["bias"])
-    inputs, labels = numpy_inputs(dataset), dataset.train_labels
+    inputs, labels = numpy_inputs(dataset), dataset.train_targets
     assert math.isclose(found.loss, numpy_gradient(kernel, bias, inputs, labels)[2], rel_tol=1e-5)
     assert found.accuracy == np.mean(np.argmax(inputs @ kernel + bias, axis=1) == labels)
 

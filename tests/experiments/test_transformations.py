@@ -1,6 +1,8 @@
 """The transformations as options: each trains, resumes to the same bits, and gets its batches."""
 
+import ast
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ from regjax import transforms
 from regjax.experiments import (
     UsageError,
     _epochs,
+    _initializations,
+    _kernels,
     _network,
     _optimizer,
     _settings,
@@ -26,7 +30,7 @@ from tests.experiments.test_training import (
     state_in,
 )
 
-NAMES = [name for name in _transformations.Name.__args__ if name != "plain"]
+NAMES = [name for name in _transformations.TRANSFORMATIONS if name != "plain"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +47,23 @@ def test_options_are_the_arguments_of_the_functions():
     import inspect
 
     renamed = {"entropy_sgd": {"growth"}, "coherent_regularization": {"penalty", "threshold"}}
-    renamed["coherent_regularization"] |= {"hold", "num_steps"}
+    renamed["coherent_regularization"] |= {"hold", "delay"}
     for name in NAMES:
         ours = {f.name for f in dataclasses.fields(getattr(make_settings(), name))}
         arguments = set(inspect.signature(getattr(transforms, name)).parameters)
         assert ours - renamed.get(name, set()) <= arguments
+
+
+def test_what_is_known_of_a_method_stands_in_its_class():
+    """So that a new one is a class in one file; a help text may name one in an example."""
+    room = pathlib.Path(_transformations.__file__).parent
+    methods = {**_transformations.TRANSFORMATIONS, **_initializations.INITIALIZATIONS}
+    for path in sorted({*room.glob("*.py"), room.parent / "__main__.py"}):
+        strings = {
+            n.value for n in ast.walk(ast.parse(path.read_text())) if type(n) is ast.Constant
+        }
+        defaults = {"plain", "default"} if path.stem == "_settings" else set()
+        assert strings & set(methods) <= defaults, path.name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,7 +126,7 @@ def test_what_is_evaluated_carries_no_noise(tmp_path):
 def test_masks_are_kernels_and_those_before_a_normalization():
     settings = make_settings(model="convnet", normalization="batch", depth=2)
     params = _network.build_model(settings, make_dataset(shape=(8, 8, 1))).params
-    kernels, normalized = _optimizer._masks(params)
+    kernels, normalized = _kernels.kernels(params), _kernels.normalized_kernels(params)
     names = lambda mask: {
         jax.tree_util.keystr(path)
         for path, chosen in jax.tree_util.tree_leaves_with_path(mask)
@@ -138,6 +154,6 @@ def test_the_controller_takes_the_place_of_sgd():
         with pytest.raises(UsageError, match=text):
             _validation.validate(dataclasses.replace(settings, **options))
     _validation.validate(_settings.replace(settings, {"spectral_controller.rule": "polyak"}))
-    wrong = _settings.replace(settings, {"spectral_controller.refresh_every": 0})
-    with pytest.raises(UsageError, match=r"--spectral-controller\.refresh-every must be"):
+    wrong = _settings.replace(settings, {"spectral_controller.every": 0})
+    with pytest.raises(UsageError, match=r"--spectral-controller\.every must be"):
         _validation.validate(wrong)

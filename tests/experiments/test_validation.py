@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from regjax.experiments import SpectrumSettings, UsageError, _settings, _validation
+from regjax.experiments._initializations import INITIALIZATIONS
 
 
 def test_every_option_is_validated_or_free():
@@ -25,11 +26,11 @@ def test_every_number_of_a_method_is_validated():
         for inner in dataclasses.fields(own) if dataclasses.is_dataclass(own) else ():
             if type(getattr(own, inner.name)) not in (int, float):
                 continue
-            method = "init" if field.name in ("data_dependent", "gradinit") else "transformation"
+            method = "init" if field.name in INITIALIZATIONS else "transformation"
             changes = {method: field.name, f"{field.name}.{inner.name}": -1}
             if field.name == "rescale_weights":
                 changes["normalization"] = "batch"
-            if (field.name, inner.name) == ("coherent_regularization", "num_steps"):
+            if (field.name, inner.name) == ("coherent_regularization", "delay"):
                 changes["coherent_regularization.gate"] = "delayed"
             option = _settings.option(f"{field.name}.{inner.name}")
             with pytest.raises(UsageError, match=rf"{option} must be .*got -1"):
@@ -48,7 +49,10 @@ def test_rescaling_needs_a_normalization_that_allows_it():
 
 
 def test_shards_divide_the_batch():
-    sharded = {"transformation": "sam", "sam.num_shards": 3}
+    sharded = {"transformation": "sam", "sam.num_shards": 0}
+    with pytest.raises(UsageError, match=r"--sam.num-shards must be at least 1, got 0"):
+        _validation.validate(_settings.replace(SpectrumSettings(), sharded))
+    sharded["sam.num_shards"] = 3
     with pytest.raises(UsageError, match=r"--sam.num-shards must divide the batch size, 64, got 3"):
         _validation.validate(_settings.replace(SpectrumSettings(), sharded))
 
@@ -79,10 +83,8 @@ def test_ghosts_divide_the_batches(changes, text):
 
 
 def test_options_of_the_models_are_those_of_the_command_line():
-    import typing
-
-    from regjax.experiments import _initialization
+    from regjax.experiments import _normalization
     from regjax.models import _normalized
 
-    assert set(typing.get_args(_initialization.Normalization)) == set(_normalized.NORMALIZATIONS)
-    assert _initialization.GHOST_SIZE == _normalized.GHOST_SIZE
+    assert set(_normalization.NORMALIZATIONS) == set(_normalized.NORMALIZATIONS)
+    assert _normalization.GHOST_SIZE == _normalized.GHOST_SIZE

@@ -12,7 +12,7 @@ LOSSES = 0.1 + POSITIONS[:, None] ** 2 + 4 * POSITIONS[None, :] ** 2
 
 
 def test_contours_are_where_the_losses_say():
-    axes = plots.loss_surface(
+    axes = plots.draw_surface(
         POSITIONS, LOSSES, axes=Figure().add_subplot(), levels=[0.2, 0.6, 1.1]
     )
     (contours,) = axes.collections
@@ -25,25 +25,25 @@ def test_losses_that_are_not_finite_leave_a_hole_and_levels_are_geometric():
     losses = LOSSES.copy()
     losses[0, 0], losses[-1, -1] = np.nan, np.inf
     figure = Figure()
-    axes = plots.loss_surface(POSITIONS, losses, axes=figure.add_subplot())
+    axes = plots.draw_surface(POSITIONS, losses, axes=figure.add_subplot())
     levels = axes.collections[0].levels
     np.testing.assert_allclose(levels[1:] / levels[:-1], levels[1] / levels[0])
     np.testing.assert_allclose(levels[[0, -1]], [0.1, losses[np.isfinite(losses)].max()])
-    solid = plots.loss_surface_3d(
+    solid = plots.draw_surface_3d(
         POSITIONS, losses, axes=figure.add_subplot(projection="3d"), levels=[0.1, 1, 10]
     )
     np.testing.assert_allclose(solid.get_zlim(), [-1, 1])
-    negative = plots.loss_surface(POSITIONS, LOSSES - 1, axes=figure.add_subplot())
+    negative = plots.draw_surface(POSITIONS, LOSSES - 1, axes=figure.add_subplot())
     np.testing.assert_allclose(np.ptp(np.diff(negative.collections[0].levels)), 0, atol=1e-12)
 
 
 def test_panels_share_their_levels():
     panels = [plots.SurfacePanel(str(k), POSITIONS, k * LOSSES) for k in (1, 10)]
-    flat, solid, second, _ = plots.surface_figure(panels, width=6.8).axes
+    flat, solid, second, _ = plots.surface_figure(panels, figure_width=6.8).axes
     np.testing.assert_array_equal(flat.collections[0].levels, second.collections[0].levels)
     np.testing.assert_allclose(flat.collections[0].levels[[0, -1]], [0.1, 51])
     np.testing.assert_allclose(solid.get_zlim(), np.log10([0.1, 51]))
-    beside = plots.surface_figure(panels[:1], width=6.8)
+    beside = plots.surface_figure(panels[:1], figure_width=6.8)
     assert beside.get_figwidth() > 1.8 * beside.get_figheight()
 
 
@@ -61,28 +61,28 @@ def test_probes_are_bands_and_the_largest_smoothness():
 def test_a_second_band_takes_the_next_colour():
     axes = Figure().add_subplot()
     for label in "ab":
-        plots.probe_band([0, 1], [[1, 2], [2, 3]], axes=axes, label=label)
+        plots.draw_probe([0, 1], [[1, 2], [2, 3]], axes=axes, label=label)
     first, second = (tuple(band.get_facecolor()[0]) for band in axes.collections)
     assert first != second
     assert axes.get_yscale() == "log"
-    plots.probe_band([0, 1], [[-1, 2], [2, 3]], axes=(flat := Figure().add_subplot()))
+    plots.draw_probe([0, 1], [[-1, 2], [2, 3]], axes=(flat := Figure().add_subplot()))
     assert flat.get_yscale() == "linear"
 
 
 def test_bad_input():
     axes = Figure().add_subplot()
     with pytest.raises(ValueError, match=r"`losses` must have shape \(len, len\)"):
-        plots.loss_surface(POSITIONS, LOSSES[:3], axes=axes)
+        plots.draw_surface(POSITIONS, LOSSES[:3], axes=axes)
     with pytest.raises(ValueError, match="`positions` must be two or more that ascend"):
-        plots.loss_surface(POSITIONS[::-1], LOSSES, axes=axes)
+        plots.draw_surface(POSITIONS[::-1], LOSSES, axes=axes)
     with pytest.raises(ValueError, match="`losses` must be finite at two points"):
-        plots.loss_surface(POSITIONS, np.full_like(LOSSES, np.nan), axes=axes)
+        plots.draw_surface(POSITIONS, np.full_like(LOSSES, np.nan), axes=axes)
     with pytest.raises(ValueError, match="`axes` must be three-dimensional"):
-        plots.loss_surface_3d(POSITIONS, LOSSES, axes=axes)
+        plots.draw_surface_3d(POSITIONS, LOSSES, axes=axes)
     with pytest.raises(ValueError, match="`panels` must hold at least one surface"):
         plots.surface_figure([])
     wrong = plots.ProbePanel("a", [0, 1], LOSSES, LOSSES, LOSSES)
     with pytest.raises(ValueError, match="`losses` must have shape"):
         plots.probe_figure([wrong])
     with pytest.raises(ValueError, match=r"`values` must have shape .* for 2 times, got \(3, 1\)"):
-        plots.probe_band([0, 1], np.ones((3, 1)), axes=axes)
+        plots.draw_probe([0, 1], np.ones((3, 1)), axes=axes)

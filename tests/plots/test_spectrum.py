@@ -22,7 +22,7 @@ def axes_of(figure=None):
 
 def test_density_band_and_eigenvalues_are_where_the_numbers_say():
     ours = curve()
-    axes = plots.spectrum(ours, [4.0, 3.0], [0.5, 0.1], axes=axes_of())
+    axes = plots.draw_spectrum(ours, [4.0, 3.0], [0.5, 0.1], axes=axes_of())
     line, ticks = axes.lines
     np.testing.assert_array_equal(line.get_xdata(), GRID)
     expected = np.where(ours.density > 0, ours.density, np.nan)
@@ -39,7 +39,7 @@ def test_density_band_and_eigenvalues_are_where_the_numbers_say():
 
 def test_the_axis_ends_below_the_lowest_bump_and_not_in_its_tails():
     density = curve().density + 1e-6 * curve(3.0).density
-    axes = plots.spectrum(
+    axes = plots.draw_spectrum(
         curvature.DensityCurveResult(GRID, density, 0 * density, 0.1), axes=axes_of()
     )
     floor, top = axes.get_ylim()
@@ -48,9 +48,9 @@ def test_the_axis_ends_below_the_lowest_bump_and_not_in_its_tails():
 
 
 def test_a_second_curve_takes_the_next_colour_and_widens_the_axis():
-    axes = plots.spectrum(curve(), [4.0], axes=axes_of(), label="one")
+    axes = plots.draw_spectrum(curve(), [4.0], axes=axes_of(), label="one")
     floor = axes.get_ylim()[0]
-    plots.spectrum(curve(2.0, 20.0), [4.5], axes=axes, label="two")
+    plots.draw_spectrum(curve(2.0, 20.0), [4.5], axes=axes, label="two")
     lines = [line for line in axes.lines if line.get_gid() == "density"]
     assert not same_color(lines[0].get_color(), lines[1].get_color())
     assert axes.get_ylim()[0] <= floor
@@ -65,7 +65,9 @@ def test_figure_has_a_density_for_each_setting_and_the_eigenvalues_of_all():
         plots.SpectrumPanel("plain", curve(), [4.0, 0.01], [0.5, 0.001]),
         plots.SpectrumPanel("sam", curve(1.0), [3.0, 0.02], [0.1, 0.001]),
     ]
-    figure = plots.spectrum_figure(panels, scale="symlog", matrix="Gauss-Newton matrix", width=6.8)
+    figure = plots.spectrum_figure(
+        panels, axis_scale="symlog", matrix="Gauss-Newton matrix", figure_width=6.8
+    )
     first, second, last = figure.axes
     assert [axes.get_title("left") for axes in (first, second)] == ["plain", "sam"]
     assert first.get_ylim() == second.get_ylim()
@@ -83,7 +85,7 @@ def test_figure_has_a_density_for_each_setting_and_the_eigenvalues_of_all():
 @pytest.mark.parametrize("width", [3.3, 6.8])
 def test_text_stays_inside_of_a_column_and_a_page(width, tmp_path):
     panel = plots.SpectrumPanel("network", curve(), [4.0, 3.0], [0.5, 0.1])
-    figure = plots.spectrum_figure([panel], width=width)
+    figure = plots.spectrum_figure([panel], figure_width=width)
     figure.savefig(tmp_path / "figure.png")
     box = figure.get_tightbbox()
     assert box.x0 >= -0.01
@@ -100,13 +102,13 @@ def test_without_eigenvalues_there_is_no_panel_of_them():
 def test_error_texts():
     with pytest.raises(ValueError, match="`panels` must have at least one SpectrumPanel, got none"):
         plots.spectrum_figure([])
-    with pytest.raises(ValueError, match="`width` must be positive, got -1"):
-        plots.spectrum_figure([plots.SpectrumPanel("a", curve())], width=-1)
-    with pytest.raises(ValueError, match="`scale` must be one of linear, symlog, got 'log'"):
-        plots.spectrum(curve(), axes=axes_of(), scale="log")
+    with pytest.raises(ValueError, match="`figure_width` must be positive, got -1"):
+        plots.spectrum_figure([plots.SpectrumPanel("a", curve())], figure_width=-1)
+    with pytest.raises(ValueError, match="`axis_scale` must be one of linear, symlog, got 'log'"):
+        plots.draw_spectrum(curve(), axes=axes_of(), axis_scale="log")
     with pytest.raises(ValueError, match=r"`residual_norms` must have the shape .* \(2,\), got"):
-        plots.spectrum(curve(), [1.0, 2.0], [1.0], axes=axes_of())
+        plots.draw_spectrum(curve(), [1.0, 2.0], [1.0], axes=axes_of())
     with pytest.raises(ValueError, match=r"`curve.density` must have the shape .* got \(3,\)"):
-        plots.spectrum(curve()._replace(density=np.ones(3)), axes=axes_of())
+        plots.draw_spectrum(curve()._replace(density=np.ones(3)), axes=axes_of())
     with pytest.raises(ValueError, match=r"`curve.density` must be positive somewhere"):
-        plots.spectrum(curve(height=0.0), axes=axes_of())
+        plots.draw_spectrum(curve(height=0.0), axes=axes_of())

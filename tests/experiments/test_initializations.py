@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from regjax import initializers
-from regjax.experiments import UsageError, _initial, _network, _settings, train
+from regjax.experiments import UsageError, _inputs, _network, _settings, _training, train
 from regjax.models import _normalized
 from tests.experiments.test_training import (
     assert_same_bits,
@@ -41,8 +41,8 @@ def test_every_normalization_trains_and_evaluates(norm, model, tmp_path):
     settings = settings_of(normalization=norm, model=model, width=4, depth=1, epochs=2, **size)
     result = train(settings, dataset, path=tmp_path / "checkpoint.npz")
     assert all(np.isfinite(result.losses))
-    scaling = _network.measure_scaling(dataset, "float32")
-    evaluation = _network.evaluate(result.model, dataset.test_images, dataset.test_labels, scaling)
+    scaling = _inputs.measure_scaling(dataset, "float32")
+    evaluation = _network.evaluate(result.model, dataset.test_inputs, dataset.test_targets, scaling)
     assert np.isfinite(evaluation.loss)
     if norm == "group_plus":  # the variant whose evaluation does not couple the examples
         assert result.model.has_batch_statistics
@@ -55,16 +55,16 @@ def test_data_dependent_start(norm):
         normalization=norm, init="data_dependent", **{"data_dependent.num_examples": 20}
     )
     plain = _network.build_model(settings, dataset)
-    model = _initial.initialize(settings, plain, dataset)
-    images = _network.normalize(
-        jnp.asarray(dataset.train_images[:20]), _network.measure_scaling(dataset, "float32")
+    model = _training.initialized(settings, plain, dataset)
+    images = _inputs.normalize(
+        jnp.asarray(dataset.train_inputs[:20]), _inputs.measure_scaling(dataset, "float32")
     )
     outputs, _ = model.apply(model.params, model.state, images, train=True)
     np.testing.assert_allclose(np.mean(outputs, 0), 0, atol=1e-4)
     np.testing.assert_allclose(np.std(outputs, 0), 1, rtol=1e-3)
     too_many = _settings.replace(settings, {"data_dependent.num_examples": 10_000})
     with pytest.raises(UsageError, match=r"--data-dependent.num-examples must take at most"):
-        _initial.initialize(too_many, plain, dataset)
+        _training.initialized(too_many, plain, dataset)
 
 
 @pytest.mark.parametrize("step", ["sgd", "adam"])
@@ -80,12 +80,12 @@ def test_gradinit_start(step):
         },
     )
     plain = _network.build_model(settings, dataset)
-    model = _initial.initialize(settings, plain, dataset)
+    model = _training.initialized(settings, plain, dataset)
     kernel = lambda m: m.params["head"]["kernel"]
     ratio = np.asarray(kernel(model) / kernel(plain))
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
     assert abs(ratio[0, 0] - 1) > 0.05
-    again = _initial.initialize(settings, plain, dataset)
+    again = _training.initialized(settings, plain, dataset)
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
 

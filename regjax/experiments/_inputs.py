@@ -1,0 +1,43 @@
+"""What goes into a network and what is made of its outputs: scaled images and the loss."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from regjax.experiments._dataset import Dataset
+
+
+class Scaling(NamedTuple):
+    """Mean and standard deviation (channels,) of the training images, in units of 255."""
+
+    mean: jax.Array
+    deviation: jax.Array
+
+
+def measure_scaling(dataset: Dataset, dtype: str) -> Scaling:
+    """Measures the mean and the standard deviation of each channel over the training images."""
+    levels = np.arange(256) / 255
+    means, deviations = [], []
+    for channel in range(dataset.train_inputs.shape[-1]):
+        counts = np.bincount(dataset.train_inputs[..., channel].ravel(), minlength=256)
+        mean = np.average(levels, weights=counts)
+        means.append(mean)
+        # A channel of one value carries nothing; 1 leaves it at zero.
+        deviations.append(math.sqrt(np.average((levels - mean) ** 2, weights=counts)) or 1.0)
+    return Scaling(jnp.asarray(means, dtype), jnp.asarray(deviations, dtype))
+
+
+def normalize(images: jax.Array, scaling: Scaling) -> jax.Array:
+    """Scales uint8 images (..., channels) to mean 0 and deviation 1 over the training images."""
+    broadcast = (1,) * (images.ndim - 1) + (-1,)
+    centred = images.astype(scaling.mean.dtype) / 255 - scaling.mean.reshape(broadcast)
+    return centred / scaling.deviation.reshape(broadcast)
+
+
+def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Computes the mean softmax cross-entropy of logits (N, classes) and integer labels (N,)."""
+    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(outputs, targets))
