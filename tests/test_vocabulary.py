@@ -36,8 +36,26 @@ FLAX = set().union(
     {"args", "kwargs"},
 )
 
-POSITIONAL_AND_KEYWORD = {EXCEPTIONS_KIND}
-DIFFERENT_DEFAULTS = {EXCEPTIONS_DEFAULT}
+POSITIONAL_AND_KEYWORD = {
+    "noise_power": "a law is (largest, smallest, noise_power, inverse_batch) -> extremes",
+    "num_steps": "third of `lanczos`, which needs it, as elsewhere; else an option",
+    "positions": "data of a figure; after *batch it can only be a keyword",
+    "state": "data where it is what is read, an option where the model has one",
+    "std": "the number that a transformation is about comes first",
+    "strength": "the number that a transformation is about comes first",
+    "threshold": "the number that a gate or a transformation is about comes first",
+}
+DIFFERENT_DEFAULTS = {
+    "axis_name": "learners always have an axis, batches seldom",
+    "epsilon": "each paper's own",
+    "figure_width": "of a page, and of a panel",
+    "max_matvecs": "a single eigenvalue needs fewer than k of them",
+    "num_points": "of a curve, and of losses that each take a gradient",
+    "num_probes": "what one costs differs",
+    "num_steps": "what a step costs differs",
+    "threshold": "of cosines and of ratios",
+    "tol": "of eigenvalues, of losses, of invariances, of ranks",
+}
 
 
 class Use(NamedTuple):
@@ -134,3 +152,31 @@ def test_a_name_is_positional_everywhere_or_by_keyword_everywhere(name):
 def test_a_name_has_one_default(name):
     defaults = {use.default for use in of_functions(name) if use.default}
     assert (len(defaults) > 1) == (name in DIFFERENT_DEFAULTS), of_functions(name)
+
+
+# What one passes in, or reads a result's parts as.
+NOUNS = {
+    "Dataset",
+    "Model",
+    "Gate",
+    "Group",
+    "Slice",
+    "ProbePanel",
+    "SpectrumPanel",
+    "SurfacePanel",
+}
+
+
+def test_what_is_returned_is_a_result_and_what_is_carried_a_state():
+    fields = {use.where for uses in USES.values() for use in uses if use.kind == "field"}
+    tuples = {
+        where.rsplit(".", 1)[1]
+        for where in fields
+        if issubclass(_class_at(where), tuple) and where.rsplit(".", 1)[1] not in NOUNS
+    }
+    assert sorted(name for name in tuples if not re.search(r"(Result|State)$", name)) == []
+
+
+def _class_at(where):
+    face, name = where.rsplit(".", 1)
+    return getattr(importlib.import_module(face), name)

@@ -31,8 +31,8 @@ class DensityCurveResult(NamedTuple):
 
 def density_grid(
     density: DensityResult,
-    num_points: int = 512,
     *,
+    num_points: int = 512,
     axis_scale: str = "linear",
     linear_threshold: float | None = None,
     margin: float = 0.05,
