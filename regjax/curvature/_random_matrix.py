@@ -62,7 +62,9 @@ def hessian_noise_power(
     *batch: Tree,
     chunk_size: int | None = None,
 ) -> NoisePowerResult:
-    """The mean over examples of ||H_i z - H z||^2, H_i the Hessian of example i, H their mean.
+    """Measures how much the examples' Hessian products along a direction differ.
+
+        mean_i ||H_i z - H z||^2,   H_i the Hessian of example i, H their mean
 
     At the cost of a Hessian product, with the product of each example kept: chunks bound that
     memory, `chunk_size` times the number of parameters. For isotropic noise any z will do. The
@@ -114,7 +116,7 @@ def hessian_noise_power(
 def wigner_outlier(
     largest: Number, smallest: Number, noise_power: Number, inverse_batch: Number
 ) -> BatchExtremesResult:
-    """The law for noise with independent elements of one variance (Hessian).
+    """Moves the ends of a spectrum by the law for noise of independent elements (Hessian).
 
         s = sqrt(p / b);  l' = l + s^2 / l if |l| > s, else +-2 s, the edge of the noise
 
@@ -145,7 +147,9 @@ def wigner_outlier(
 def additive_outlier(
     largest: Number, smallest: Number, noise_power: Number, inverse_batch: Number
 ) -> BatchExtremesResult:
-    """The law l' = l + p / (b l), wherever the eigenvalue lies: second-order perturbation.
+    """Moves the ends of a spectrum by second-order perturbation, wherever they lie.
+
+        l' = l + p / (b l)
 
     With p along the eigenvector it needs no isotropy, only the other eigenvalues near 0. The
     paper's figures 9 and 12 use it in effect, without the regime check of `wigner_outlier`.
@@ -180,7 +184,7 @@ def marchenko_pastur_outlier(
     *,
     num_params: int,
 ) -> BatchExtremesResult:
-    """The law for noise that is positive semi-definite (Gauss-Newton, Fisher).
+    """Moves the ends of a spectrum by the law for positive semi-definite noise (Gauss-Newton, Fisher).
 
         c = P / b, v = p / P;   l' = l + v / (1 - c v / l)
         outside of the noise if l > v (c + sqrt(c)), else its edge v (1 + sqrt(c))^2
@@ -233,7 +237,7 @@ def batch_extreme_eigenvalues(
     num_examples: Number | None = None,
     law: Law = wigner_outlier,
 ) -> BatchExtremesResult:
-    """The extreme eigenvalues of a mini-batch's curvature, from those of all examples.
+    """Predicts the extreme eigenvalues of a mini-batch's curvature from those of all examples.
 
     Drawn without replacement from N examples, an element of a batch's curvature has the variance of
     one example's over b,

@@ -160,7 +160,7 @@ def of_subtree(
 
 
 def hvp(loss_fn: LossFn, params: Params, vector: Params, *batch: Tree) -> Params:
-    """One Hessian-vector product by forward-over-reverse differentiation (Pearlmutter 1994).
+    """Computes a Hessian-vector product by forward-over-reverse differentiation.
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
@@ -186,7 +186,7 @@ def hvp(loss_fn: LossFn, params: Params, vector: Params, *batch: Tree) -> Params
 def hessian(
     loss_fn: LossFn, params: Params, *batch: Tree, chunk_size: int | None = None
 ) -> CurvatureOperator:
-    """The Hessian of the mean loss over the batch.
+    """Makes the Hessian of the mean loss over the batch.
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples. Data are arguments: what it
@@ -213,7 +213,7 @@ def hessian(
 
 
 def from_gradient(grad_fn: Callable[[Params], Params], params: Params) -> CurvatureOperator:
-    """The Hessian of a loss that is known by its gradient alone.
+    """Makes the Hessian of a loss that is known by its gradient alone.
 
     Args:
       grad_fn: params -> gradient; the same function again, or `jax.tree_util.Partial` of the same

@@ -25,7 +25,9 @@ def gauss_newton(
     *,
     chunk_size: int | None = None,
 ) -> CurvatureOperator:
-    """The generalised Gauss-Newton matrix J' (d2 loss / d outputs2) J.
+    """Makes the generalised Gauss-Newton matrix.
+
+        J' (d2 loss / d outputs2) J,   J the Jacobian of the outputs
 
     It is the Hessian without the curvature of the network itself: positive semi-definite for a
     loss that is convex in the outputs, and equal to the Hessian where the residuals vanish.
@@ -62,7 +64,9 @@ def empirical_fisher(
     *,
     chunk_size: int | None = None,
 ) -> CurvatureOperator:
-    """The mean over the examples of g_i g_i', g_i the gradient of example i's loss.
+    """Makes the mean of the outer products of each example's gradient with itself.
+
+        mean_i g_i g_i',   g_i the gradient of example i's loss
 
     Targets are the observed ones, so this is neither the Fisher matrix nor an approximation of
     the Hessian away from a good fit. The examples must not couple through the loss.
@@ -100,7 +104,7 @@ def fisher(
     likelihood: str = "categorical",
     chunk_size: int | None = None,
 ) -> CurvatureOperator:
-    """The Fisher information matrix of the model's own predictive distribution.
+    """Makes the Fisher information matrix of the model's own predictive distribution.
 
     The mean over the examples of J' E[s s'] J, s the score of a target drawn from the model. With
     `num_samples` the expectation is a mean over that many draws, fixed by `key` for all products;

@@ -138,7 +138,7 @@ def stream(
     prefetch: int = 2,
     **options: Any,
 ) -> Operator:
-    """A curvature matrix over a data set that is read batch by batch in every product.
+    """Makes a curvature matrix over a data set that is read batch by batch in every product.
 
     For example `stream(hessian, loss_fn, params, source)`. It goes wherever an `Operator` goes
     when the host drives: `lanczos`, `top_eigenpairs`, `spectral_density`, `trace`, `diagonal`,
