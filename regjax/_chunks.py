@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree
 from regjax._base import (
     Batch,
+    Params,
+    PRNGKey,
+    Tree,
     applied,
     as_partial,
     check_loss,
@@ -32,8 +36,8 @@ _SEPARABLE_EXAMPLES = 64
 class _Chunked:
     """`function(params, *chunk)` over chunks of `size` examples, on each device that has some."""
 
-    function: Any
-    params: Any
+    function: Callable[..., Tree]
+    params: Params
     batch: Batch
     size: int
     placement: Placement | None = None
@@ -44,14 +48,16 @@ class _Chunked:
         num_parts = 1 if self.placement is None else self.placement.num_parts
         return _checks.num_examples(self.batch) // num_parts
 
-    def at(self, start: Any, length: int) -> Any:
+    def at(self, start: ArrayLike, length: int) -> Tree:
         chunk = jax.tree.map(
             lambda array: jax.lax.dynamic_slice_in_dim(array, start, length), self.batch
         )
         return self.function(self.params, *chunk)
 
 
-def checked_size(loss_fn: Any, params: Any, batch: Batch, chunk_size: int | None) -> int | None:
+def checked_size(
+    loss_fn: Callable[..., Tree], params: Params, batch: Batch, chunk_size: int | None
+) -> int | None:
     """`chunk_size`, None where one chunk holds the batch; a loss that cannot be split is refused.
 
     Raises:
@@ -72,7 +78,7 @@ def checked_size(loss_fn: Any, params: Any, batch: Batch, chunk_size: int | None
     return chunk_size
 
 
-def refuse_coupled(function: Any, chunk_size: int) -> None:
+def refuse_coupled(function: Callable[..., Tree], chunk_size: int) -> None:
     """A loss or a model whose examples couple is not to be split.
 
     Raises:
@@ -87,12 +93,12 @@ def refuse_coupled(function: Any, chunk_size: int) -> None:
 
 
 def mean(
-    function: Any,
-    params: Any,
+    function: Callable[..., Tree],
+    params: Params,
     batch: Batch,
     chunk_size: int | None,
     placement: Placement | None = None,
-) -> Any:
+) -> Tree:
     """`function(params, *batch)`, a tree of means over the examples, as the mean of its chunks.
 
     Args:
@@ -115,7 +121,9 @@ def mean(
     return total if placement is None else _mean_of_parts(total)
 
 
-def each(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> Any:
+def each(
+    function: Callable[..., Tree], params: Params, batch: Batch, chunk_size: int | None
+) -> Tree:
     """`function(params, *batch)`, a tree with a leading axis of examples, chunk by chunk.
 
     Args:
@@ -137,8 +145,8 @@ def each(function: Any, params: Any, batch: Batch, chunk_size: int | None) -> An
 
 
 def sampled(
-    function: Any, params: Any, inputs: jax.Array, *, key: jax.Array, num_samples: int,
-    chunk_size: int | None,
+    function: Callable[..., Tree], params: Params, inputs: jax.Array, *,
+    key: PRNGKey, num_samples: int, chunk_size: int | None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The mean over examples of random numbers, and its standard error over their draws, both ().
 
@@ -154,7 +162,7 @@ def sampled(
     num_examples = _checks.num_examples(inputs)
     keys = jax.random.split(_checks.key("key", key), num_examples)
 
-    def add(_: None, moments: Any, i: jax.Array) -> Any:
+    def add(_: None, moments: Tree, i: jax.Array) -> Tree:
         mean, squares = moments
         each_key = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         values = each(function, params, (inputs, each_key), chunk_size)
@@ -171,7 +179,7 @@ def sampled(
 
 
 @jax.jit
-def _zeros(chunked: _Chunked) -> Any:
+def _zeros(chunked: _Chunked) -> Tree:
     shapes = jax.eval_shape(lambda: chunked.at(0, chunked.size))
     if chunked.placement is not None:
         return chunked.placement.zeros(shapes)
@@ -179,21 +187,21 @@ def _zeros(chunked: _Chunked) -> Any:
 
 
 @jax.jit
-def _mean_of_parts(total: Any) -> Any:
+def _mean_of_parts(total: Tree) -> Tree:
     return jax.tree.map(lambda parts: jnp.mean(parts, axis=0), total)
 
 
-def _add(chunked: _Chunked, total: Any, i: jax.Array) -> Any:
+def _add(chunked: _Chunked, total: Tree, i: jax.Array) -> Tree:
     return _weighted(total, chunked, i * chunked.size, chunked.size)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _with_ragged(put: Any, total: Any, chunked: _Chunked) -> Any:
+def _with_ragged(put: Callable[..., Tree], total: Tree, chunked: _Chunked) -> Tree:
     ragged = chunked.length % chunked.size
     return put(total, chunked, chunked.length - ragged, ragged)
 
 
-def _weighted(total: Any, chunked: _Chunked, start: Any, length: int) -> Any:
+def _weighted(total: Tree, chunked: _Chunked, start: ArrayLike, length: int) -> Tree:
     placement = chunked.placement
     if placement is not None:
         add = functools.partial(_weighted_part, length=length)
@@ -203,16 +211,16 @@ def _weighted(total: Any, chunked: _Chunked, start: Any, length: int) -> Any:
     return jax.tree.map(lambda a, b: a + share * b, total, chunked.at(start, length))
 
 
-def _weighted_part(total: Any, batch: Batch, shared: Any, *, length: int) -> Any:
+def _weighted_part(total: Tree, batch: Batch, shared: Tree, *, length: int) -> Tree:
     function, params, start = shared
     return _weighted(total, _Chunked(function, params, batch, length), start, length)
 
 
-def _set(chunked: _Chunked, rows: Any, i: jax.Array) -> Any:
+def _set(chunked: _Chunked, rows: Tree, i: jax.Array) -> Tree:
     return _placed(rows, chunked, i * chunked.size, chunked.size)
 
 
-def _placed(rows: Any, chunked: _Chunked, start: Any, length: int) -> Any:
+def _placed(rows: Tree, chunked: _Chunked, start: ArrayLike, length: int) -> Tree:
     return jax.tree.map(
         lambda row, piece: jax.lax.dynamic_update_slice_in_dim(row, piece, start, 0),
         rows,

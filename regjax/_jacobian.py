@@ -6,16 +6,16 @@ instead of a Jacobian of the whole batch, most of which is zero.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops, _tree
-from regjax._base import couples_examples
+from regjax._base import ModelFn, Tree, couples_examples
 
 
-def check_model(name: str, model_fn: Any, inputs: Any) -> None:
+def check_model(name: str, model_fn: ModelFn, inputs: Tree) -> None:
     """Checks that Jacobians of single examples can be taken.
 
     Raises:
@@ -33,13 +33,13 @@ def check_model(name: str, model_fn: Any, inputs: Any) -> None:
     _checks.num_examples(inputs)
 
 
-def linearize(function: Any, inputs: jax.Array) -> Any:
+def linearize(function: Callable[..., Tree], inputs: jax.Array) -> Tree:
     """Outputs (N, k) of `function` at inputs (N, ...), and the pull-back of cotangents (N, k)."""
     outputs, pull_back = jax.vjp(lambda x: flat(function(x), x.shape[0]), inputs)
     return outputs, lambda cotangents: pull_back(cotangents)[0].reshape(inputs.shape[0], -1)
 
 
-def rows(function: Any, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rows(function: Callable[..., Tree], inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The outputs (N, k), and the rows of the Jacobians (k, N, d) by k reverse passes."""
     outputs, pull_back = linearize(function, inputs)
     num_examples, num_outputs = outputs.shape
@@ -48,7 +48,7 @@ def rows(function: Any, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     return outputs, _loops.map(pull_back, basis)
 
 
-def columns(function: Any, inputs: jax.Array, directions: jax.Array) -> jax.Array:
+def columns(function: Callable[..., Tree], inputs: jax.Array, directions: jax.Array) -> jax.Array:
     """The Jacobians times the rows of `directions` (r, d), (r, N, k) by r forward passes."""
     return _loops.map(
         lambda direction: push_forward(
@@ -58,7 +58,9 @@ def columns(function: Any, inputs: jax.Array, directions: jax.Array) -> jax.Arra
     )
 
 
-def push_forward(function: Any, inputs: jax.Array, tangents: jax.Array) -> jax.Array:
+def push_forward(
+    function: Callable[..., Tree], inputs: jax.Array, tangents: jax.Array
+) -> jax.Array:
     """The Jacobian of each example times its tangent, (N, d) -> (N, k)."""
     return jax.jvp(
         lambda x: flat(function(x), x.shape[0]), (inputs,), (tangents.reshape(inputs.shape),)
@@ -66,7 +68,7 @@ def push_forward(function: Any, inputs: jax.Array, tangents: jax.Array) -> jax.A
 
 
 def squared_norms(
-    function: Any, inputs: jax.Array, *, without: jax.Array | None = None
+    function: Callable[..., Tree], inputs: jax.Array, *, without: jax.Array | None = None
 ) -> jax.Array:
     """||J P||_F^2 of each example (N,), in float32 at least.
 
@@ -85,7 +87,7 @@ def squared_norms(
     return jnp.sum(_tree.wide(images) ** 2, (0, 2))
 
 
-def flat(outputs: Any, num_examples: int) -> jax.Array:
+def flat(outputs: Tree, num_examples: int) -> jax.Array:
     """`outputs` (N, ...) as (N, k), or an error that names them."""
     if jnp.ndim(outputs) == 0 or outputs.shape[0] != num_examples:
         raise ValueError(

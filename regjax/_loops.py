@@ -19,8 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from regjax import _jaxprs
+from regjax._base import Tree
 
 # Compile time grows with every copy of the body; eight is where the unrolled form still compiles
 # about as fast as one training step does.
@@ -31,7 +33,7 @@ _SHORT_LOOP = 4
 # Beyond, compiling a copy for each row costs more than it gains.
 _MAX_ROWS = 16
 
-Body = Callable[[Any, Any, Any], Any]
+Body = Callable[[Tree, Tree, jax.Array], Tree]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,17 +43,19 @@ class Interrupted(KeyboardInterrupt):
       result: what the solver had computed so far, in the form of its ordinary result.
     """
 
-    def __init__(self, result: Any):
+    def __init__(self, result: Tree):
         super().__init__("interrupted; the partial result is in `.result`")
         self.result = result
 
 
-def is_concrete(*trees: Any) -> bool:
+def is_concrete(*trees: Tree) -> bool:
     """Whether no leaf of `trees` is a tracer, so that the host may look and loop."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
-def scan(body: Body, carry: Any, length: int, *, operands: Any = None, unroll: bool = False) -> Any:
+def scan(
+    body: Body, carry: Tree, length: int, *, operands: Tree = None, unroll: bool = False
+) -> Tree:
     """The carry after `body(operands, carry, i)` for i = 0, ..., length - 1.
 
     Args:
@@ -90,7 +94,7 @@ def scan(body: Body, carry: Any, length: int, *, operands: Any = None, unroll: b
     return _loop(body, carry, length, operands)
 
 
-def _scan_captured(body: Body, carry: Any, length: int) -> Any:
+def _scan_captured(body: Body, carry: Tree, length: int) -> Tree:
     host_loops, on_cpu = is_concrete(carry), jax.default_backend() == "cpu"
     first = jax.ShapeDtypeStruct((), jnp.int32)
     has_convolution = on_cpu and not host_loops and _has_convolution(body, None, carry, first)
@@ -102,7 +106,7 @@ def _scan_captured(body: Body, carry: Any, length: int) -> Any:
     return _loop(body, carry, length, None)
 
 
-def map(function: Callable[[Any], Any], rows: Any) -> Any:
+def map(function: Callable[[Tree], Tree], rows: Tree) -> Tree:
     """`function` of each entry along the leading axis of `rows`, stacked.
 
     All in one vmapped call, but up to sixteen one after the other where XLA on CPU takes 1.4 times
@@ -119,15 +123,15 @@ def map(function: Callable[[Any], Any], rows: Any) -> Any:
 
 
 def while_loop(
-    step: Callable[[Any, Any], Any],
-    state: Any,
+    step: Callable[[Tree, Tree], Tree],
+    state: Tree,
     *,
-    operands: Any,
-    done: Callable[[Any], Any],
+    operands: Tree,
+    done: Callable[[Tree], Tree],
     max_steps: int,
-    result: Callable[[Any], Any],
+    result: Callable[[Tree], Tree],
     callback: Callable[[int, int], None] | None = None,
-) -> Any:
+) -> Tree:
     """The state after `step(operands, state)` until `done(state)`, `max_steps` at most.
 
     With concrete arrays the host drives: it stops early, calls `callback(steps, max_steps)` after
@@ -148,7 +152,7 @@ def while_loop(
                     raise Interrupted(result(state))
         return state
 
-    def unless_done(state: Any) -> Any:
+    def unless_done(state: Tree) -> Tree:
         keep = functools.partial(jnp.where, done(state))
         return jax.tree.map(keep, state, step(operands, state))
 
@@ -167,8 +171,12 @@ def while_loop(
 
 
 def cond(
-    condition: Any, change: Callable[[Any], Any], state: Any, *, holds_products: bool = False
-) -> Any:
+    condition: ArrayLike,
+    change: Callable[[Tree], Tree],
+    state: Tree,
+    *,
+    holds_products: bool = False,
+) -> Tree:
     """`change(state)` where `condition` holds, else `state`.
 
     Args:
@@ -186,17 +194,17 @@ def cond(
     return lax.cond(condition, change, lambda unchanged: unchanged, state)
 
 
-def switch(index: Any, functions: Sequence[Callable[[Any], Any]], operand: Any) -> Any:
+def switch(index: ArrayLike, functions: Sequence[Callable[[Tree], Tree]], operand: Tree) -> Tree:
     """`functions[index](operand)`; they must not hold a product, but may send and receive.
 
     Under `jax.vmap` an index that is mapped over computes all of them.
     """
     if is_concrete(index):
-        return functions[int(index)](operand)
+        return functions[int(jnp.asarray(index))](operand)
     return lax.switch(index, functions, operand)
 
 
-def _loop(body: Body, carry: Any, length: int, operands: Any) -> Any:
+def _loop(body: Body, carry: Tree, length: int, operands: Tree) -> Tree:
     return lax.scan(
         lambda carry, i: (body(operands, carry, i), None),
         carry,
@@ -210,7 +218,7 @@ _compiled_scan = jax.jit(
 )
 
 
-def _turns(body: Body, carry: Any, length: int, operands: Any) -> Any:
+def _turns(body: Body, carry: Tree, length: int, operands: Tree) -> Tree:
     for i in range(length):
         carry = body(operands, carry, jnp.int32(i))
     return carry
@@ -222,7 +230,7 @@ _compiled_turn = jax.jit(
 )
 
 
-def _is_slow_in_loops(body: Body, operands: Any, carry: Any) -> bool:
+def _is_slow_in_loops(body: Body, operands: Tree, carry: Tree) -> bool:
     if jax.default_backend() != "cpu":
         return False
     leaves, treedef = jax.tree.flatten((operands, carry))
@@ -236,7 +244,7 @@ def _remembered(body: Body, treedef: Any, types: tuple[Any, ...]) -> bool:
     return _has_convolution(body, operands, carry, jax.ShapeDtypeStruct((), jnp.int32))
 
 
-def _has_convolution(function: Callable[..., Any], *arguments: Any) -> bool:
+def _has_convolution(function: Callable[..., Tree], *arguments: Tree) -> bool:
     traced = _jaxprs.equations(jax.make_jaxpr(function)(*arguments).jaxpr)
     return any(equation.primitive.name == "conv_general_dilated" for equation in traced)
 

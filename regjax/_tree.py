@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
 def size(tree: Any) -> int:
@@ -24,13 +25,13 @@ def widest(dtypes: Iterable[Any]) -> jnp.dtype:
     return max([jnp.dtype(jnp.float32), *dtypes], key=lambda dtype: jnp.finfo(dtype).bits)
 
 
-def wide(array: Any) -> jax.Array:
+def wide(array: ArrayLike) -> jax.Array:
     """`array` in float32 at least, for sums, norms and perturbations."""
     array = jnp.asarray(array)
     return array.astype(wide_dtype(array))
 
 
-def wide_dtype(array: Any) -> Any:
+def wide_dtype(array: ArrayLike) -> jnp.dtype:
     """The dtype of `array`, float32 at least."""
     dtype = jnp.result_type(array)
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
@@ -55,7 +56,7 @@ def mean_rows(rows: jax.Array) -> jax.Array:
     return jnp.tensordot(weights, rows, 1, precision="highest")
 
 
-def group_axes(weights: Any, per_filter: bool) -> tuple[int, ...]:
+def group_axes(weights: ArrayLike, per_filter: bool) -> tuple[int, ...]:
     """The axes of one group of weights: all but the last of a kernel `per_filter`, else all."""
     ndim = jnp.ndim(weights)
     return tuple(range(ndim - 1 if per_filter and ndim > 1 else ndim))

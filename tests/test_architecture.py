@@ -296,6 +296,40 @@ def test_types_in_public_signatures_have_public_names(name, value):
     assert [kind for kind in ours if id(kind) not in public] == [], name
 
 
+def first_word(value):
+    return re.match(r"\w*", inspect.getdoc(value) or "").group()
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    """A formula or a name as the first word would be capitalised by the linter."""
+    found = {
+        name: first_word(value) for name, value in public_objects() if inspect.isfunction(value)
+    }
+    assert {
+        name: word for name, word in found.items() if not re.fullmatch("[A-Z][a-z]+s", word)
+    } == {}
+
+
+def annotations(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = node.args
+            every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+            every += [arguments.vararg, arguments.kwarg]
+            yield from (a.annotation for a in every if a is not None and a.annotation)
+            yield from [node.returns] if node.returns else []
+        elif isinstance(node, ast.AnnAssign):
+            yield node.annotation
+
+
+def test_at_most_a_tenth_of_the_annotations_say_nothing():
+    found = [node for path in FILES for node in annotations(path.read_text())]
+    says_any = lambda node: any(
+        isinstance(part, ast.Name) and part.id == "Any" for part in ast.walk(node)
+    )
+    assert sum(map(says_any, found)) <= len(found) / 10
+
+
 def test_constraints_hold_names_and_versions_only():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pattern = re.compile(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; [a-zA-Z0-9_<>=!.'() -]+)?")

@@ -1,6 +1,7 @@
 """What every transformation of the library promises, row by row of `registry.py`."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,15 @@ def test_numbers_become_data_in_inject_hyperparams(name):
     assert step._cache_size() == 1
     halved = row.make(**{k: 0.5 * v for k, v in row.numbers.items()})
     assert_same(after, run(halved, params, 1)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_static_args_are_the_arguments_that_are_no_numbers(name):
+    row = ROWS[name]
+    static = set(row.factory.static_args)
+    assert static <= set(inspect.signature(row.factory).parameters)
+    assert static.isdisjoint(row.numbers)
+    assert static >= {*row.static, *({"key"} if row.has_key else ()), *filter(None, [row.traced])}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if ROWS[name].traced])

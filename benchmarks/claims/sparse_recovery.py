@@ -79,7 +79,7 @@ def _run(settings: Settings) -> dict[str, float]:
 def _window(settings: Settings) -> dict[str, float]:
     x, y, true = _problem(settings["seed"], np.ones(5))
     path = _descend(settings, True, x, y, true)
-    baselines = diagnostics.recovery_baselines(x, y, true)
+    baselines = diagnostics.recovery_baselines(x, y, true_weights=true)
     errors = np.asarray(path["error"])
     best = int(errors.argmin())
     near = errors <= 2 * errors[best]
@@ -141,7 +141,9 @@ def _image(settings: Settings) -> dict[str, float]:
         "best": float(errors.min()),
         "stopped": float(errors[int(np.argmin(path["held"]))]),
         "final": float(errors[-1]),
-        "least_norm": float(diagnostics.recovery_baselines(x, y, true).least_norm_squared_error),
+        "least_norm": float(
+            diagnostics.recovery_baselines(x, y, true_weights=true).least_norm_squared_error
+        ),
         "lit": float(jnp.mean(true != 0)),
         "positive": float(path["positive"]),
     }

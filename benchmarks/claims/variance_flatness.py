@@ -58,7 +58,7 @@ def _run(settings: Settings) -> dict[str, float]:
             split.y,
             max_distance=100.0,
         )
-        widths.append(float(flatness.width))
+        widths.append(float(flatness.interval_width))
         sure.append(float(flatness.converged))
     loss = float(_networks.loss_fn(params, split.x, split.y))
     found = {f"width {rank}": widths[rank - 1] for rank in _RANKS}

@@ -75,7 +75,11 @@ def _matched(params: Any, split: _networks.Split, seed: int, steps: int) -> Mapp
     decay = _chain("decay", _RATE)
     params, motion = _train(decay, params, split, seed, steps)
     gradient = float(motion.gradient[-_AFTER:].mean())
-    rate = float(schedules.matched_learning_rate(_RATE, _DECAY, gradient))
+    rate = float(
+        schedules.matched_learning_rate(
+            learning_rate=_RATE, weight_decay=_DECAY, gradient_norm=gradient
+        )
+    )
     _, decayed = _train(decay, params, split, seed + 1000, _AFTER)
     rescaled = _chain("rescaled", rate)
     end, motion = _train(rescaled, _unit(params, True), split, seed + 1000, _AFTER)

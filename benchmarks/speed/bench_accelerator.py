@@ -223,8 +223,8 @@ def steps_that_fit(needed: curvature.MemoryResult, row: int, limit: int, num_ste
     Returns:
       The number of steps, one at least.
     """
-    room = int(_USABLE * limit) - needed.held - needed.product
-    if needed.basis <= room:
+    room = int(_USABLE * limit) - needed.operator_bytes - needed.product_bytes
+    if needed.state_bytes <= room:
         return num_steps
     return max(1, min(num_steps, room // row - _SPARE_ROWS))
 

@@ -31,13 +31,13 @@ class DensityCurveResult(NamedTuple):
 
 def density_grid(
     density: DensityResult,
-    num_points: int = 512,
     *,
+    num_points: int = 512,
     axis_scale: str = "linear",
     linear_threshold: float | None = None,
     margin: float = 0.05,
 ) -> jax.Array:
-    """A grid over all nodes and eigenvalues of `density`, with a margin on both sides.
+    """Spaces a grid over all nodes and eigenvalues of `density`, with a margin on both sides.
 
     Args:
       density: from `spectral_density`; concrete arrays.
@@ -72,7 +72,7 @@ def evaluate_density(
     axis_scale: str = "linear",
     linear_threshold: float | None = None,
 ) -> DensityCurveResult:
-    """The density at `grid`: every node and eigenvalue a Gaussian of the same width.
+    """Computes the density on a grid, every node and eigenvalue a Gaussian of the same width.
 
     On the symmetric-log scale the Gaussian is one in t = asinh(x / linear_threshold), and the
     density is still per unit of x (the kernel times dt/dx), so that it integrates to 1 over x.

@@ -11,17 +11,20 @@ P, if all elements have one variance. In a batch of B the noise is p / b, b the 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _numerics, _tree
-from regjax._base import as_partial, couples_examples
+from regjax._base import LossFn, Params, Tree, as_partial, couples_examples
 from regjax._space import Space
 from regjax.curvature._operators._curvature import differentiate_gradient
 from regjax.curvature._precision import precision
+
+Number: TypeAlias = float | jax.Array
+"""A number, or an array of them."""
 
 Law: TypeAlias = Callable[..., "BatchExtremesResult"]
 """(largest, smallest, noise_power, inverse_batch) -> `BatchExtremesResult`."""
@@ -53,13 +56,15 @@ class BatchExtremesResult(NamedTuple):
 
 
 def hessian_noise_power(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    direction: Any,
-    *batch: Any,
+    loss_fn: LossFn,
+    params: Params,
+    direction: Params,
+    *batch: Tree,
     chunk_size: int | None = None,
 ) -> NoisePowerResult:
-    """The mean over examples of ||H_i z - H z||^2, H_i the Hessian of example i, H their mean.
+    """Measures how much the examples' Hessian products along a direction differ.
+
+        mean_i ||H_i z - H z||^2,   H_i the Hessian of example i, H their mean
 
     At the cost of a Hessian product, with the product of each example kept: chunks bound that
     memory, `chunk_size` times the number of parameters. For isotropic noise any z will do. The
@@ -108,8 +113,10 @@ def hessian_noise_power(
     return NoisePowerResult(*_numerics.mean_and_error(squares))
 
 
-def wigner_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batch: Any) -> Any:
-    """The law for noise with independent elements of one variance (Hessian).
+def wigner_outlier(
+    largest: Number, smallest: Number, noise_power: Number, inverse_batch: Number
+) -> BatchExtremesResult:
+    """Moves the ends of a spectrum by the law for noise of independent elements (Hessian).
 
         s = sqrt(p / b);  l' = l + s^2 / l if |l| > s, else +-2 s, the edge of the noise
 
@@ -130,15 +137,19 @@ def wigner_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batch:
     """
     edge = jnp.sqrt(noise_power * inverse_batch)
 
-    def moved(eigenvalue: jax.Array) -> jax.Array:
+    def moved(eigenvalue: Number) -> jax.Array:
         outlier = eigenvalue > edge
         return jnp.where(outlier, _shifted(eigenvalue, edge**2, outlier), 2 * edge)
 
     return BatchExtremesResult(moved(largest), -moved(-smallest))
 
 
-def additive_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batch: Any) -> Any:
-    """The law l' = l + p / (b l), wherever the eigenvalue lies: second-order perturbation.
+def additive_outlier(
+    largest: Number, smallest: Number, noise_power: Number, inverse_batch: Number
+) -> BatchExtremesResult:
+    """Moves the ends of a spectrum by second-order perturbation, wherever they lie.
+
+        l' = l + p / (b l)
 
     With p along the eigenvector it needs no isotropy, only the other eigenvalues near 0. The
     paper's figures 9 and 12 use it in effect, without the regime check of `wigner_outlier`.
@@ -158,7 +169,7 @@ def additive_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batc
     """
     variance = noise_power * inverse_batch
 
-    def moved(eigenvalue: jax.Array) -> jax.Array:
+    def moved(eigenvalue: Number) -> jax.Array:
         outlier = eigenvalue > 0
         return jnp.where(outlier, _shifted(eigenvalue, variance, outlier), jnp.nan)
 
@@ -166,9 +177,14 @@ def additive_outlier(largest: Any, smallest: Any, noise_power: Any, inverse_batc
 
 
 def marchenko_pastur_outlier(
-    largest: Any, smallest: Any, noise_power: Any, inverse_batch: Any, *, num_params: int
-) -> Any:
-    """The law for noise that is positive semi-definite (Gauss-Newton, Fisher).
+    largest: Number,
+    smallest: Number,
+    noise_power: Number,
+    inverse_batch: Number,
+    *,
+    num_params: int,
+) -> BatchExtremesResult:
+    """Moves the ends of a spectrum by the law for positive semi-definite noise (Gauss-Newton, Fisher).
 
         c = P / b, v = p / P;   l' = l + v / (1 - c v / l)
         outside of the noise if l > v (c + sqrt(c)), else its edge v (1 + sqrt(c))^2
@@ -199,7 +215,7 @@ def marchenko_pastur_outlier(
     variance, ratio = noise_power / num_params, num_params * inverse_batch
     root = jnp.sqrt(ratio)
 
-    def outside(eigenvalue: jax.Array, outlier: jax.Array) -> jax.Array:
+    def outside(eigenvalue: Number, outlier: Number) -> jax.Array:
         safe = jnp.where(outlier, eigenvalue, 1)
         room = jnp.where(outlier, 1 - spread / safe, 1)
         return eigenvalue + variance / room
@@ -213,15 +229,15 @@ def marchenko_pastur_outlier(
 
 
 def batch_extreme_eigenvalues(
-    largest: Any,
-    smallest: Any,
+    largest: Number,
+    smallest: Number,
     *,
-    noise_power: Any,
-    batch_size: Any,
-    num_examples: Any = None,
+    noise_power: Number,
+    batch_size: Number,
+    num_examples: Number | None = None,
     law: Law = wigner_outlier,
 ) -> BatchExtremesResult:
-    """The extreme eigenvalues of a mini-batch's curvature, from those of all examples.
+    """Predicts the extreme eigenvalues of a mini-batch's curvature from those of all examples.
 
     Drawn without replacement from N examples, an element of a batch's curvature has the variance of
     one example's over b,
@@ -265,21 +281,21 @@ def batch_extreme_eigenvalues(
     return law(largest, smallest, noise_power, inverse_batch)
 
 
-def _shifted(eigenvalue: jax.Array, variance: jax.Array, valid: jax.Array) -> jax.Array:
+def _shifted(eigenvalue: Number, variance: Number, valid: Number) -> jax.Array:
     return eigenvalue + variance / jnp.where(valid, eigenvalue, 1)
 
 
-def _product(loss_fn: Partial, unit: Any, params: Any, *batch: Any) -> Any:
+def _product(loss_fn: Partial, unit: Params, params: Params, *batch: Tree) -> Tree:
     with precision():
         return differentiate_gradient(loss_fn, params, unit, *batch)
 
 
 def _squared_distances(
-    loss_fn: Partial, unit: Any, mean: Any, params: Any, *batch: Any
+    loss_fn: Partial, unit: Params, mean: Params, params: Params, *batch: Tree
 ) -> jax.Array:
     """||H_i z - mean||^2 of each example, (N,)."""
 
-    def distance(*example: Any) -> jax.Array:
+    def distance(*example: Tree) -> jax.Array:
         alone = jax.tree.map(lambda leaf: leaf[None], example)
         difference = jax.tree.map(jnp.subtract, _product(loss_fn, unit, params, *alone), mean)
         return _tree.inner(difference, difference)
@@ -287,15 +303,19 @@ def _squared_distances(
     return jax.vmap(distance)(*batch)
 
 
-def _floating(value: Any) -> jax.Array:
+def _floating(value: Number) -> jax.Array:
     value = jnp.asarray(value)
     return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
 
 
-def _check_population(batch_size: jax.Array, num_examples: Any) -> None:
+def _check_population(batch_size: jax.Array, num_examples: Number | None) -> None:
     _checks.positive("num_examples", num_examples)
     known = not isinstance(batch_size, jax.core.Tracer) and not isinstance(num_examples, jax.Array)
-    if known and (num_examples < 2 or bool(jnp.any(batch_size > num_examples))):
+    if (
+        known
+        and num_examples is not None
+        and (num_examples < 2 or bool(jnp.any(batch_size > num_examples)))
+    ):
         raise ValueError(
             f"`batch_size` must be at most `num_examples`, {num_examples} (at least 2), "
             f"got {batch_size}."

@@ -20,16 +20,16 @@ class FlatnessResult(NamedTuple):
     Attributes:
       left: (), negative distance along the direction at which the level is reached first.
       right: (), the positive one.
-      width: (), right - left.
-      width_error_bound: (), half the brackets that are left of both ends, added.
+      interval_width: (), right - left.
+      interval_width_error_bound: (), half the brackets that are left of both ends, added.
       converged: (), bool: the level was reached on both sides. If not, the side that did not stands
         at the largest distance, a lower bound.
     """
 
     left: jax.Array
     right: jax.Array
-    width: jax.Array
-    width_error_bound: jax.Array
+    interval_width: jax.Array
+    interval_width_error_bound: jax.Array
     converged: jax.Array
 
 

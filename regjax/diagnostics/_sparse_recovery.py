@@ -88,7 +88,7 @@ def sparse_recovery(
 
 
 def recovery_baselines(
-    inputs: jax.Array, targets: jax.Array, true_weights: jax.Array
+    inputs: jax.Array, targets: jax.Array, *, true_weights: jax.Array
 ) -> RecoveryBaselinesResult:
     """Computes the errors of least squares on the true support and of the solution of least norm.
 

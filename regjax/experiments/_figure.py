@@ -80,7 +80,7 @@ def _draw(path: Path, blocks: _record.Record, matrix: str) -> None:
         axis_scale="symlog",
         # A power of ten, so that ticks fall on both ends of the linear part and not inside.
         linear_threshold=float(10.0 ** np.ceil(np.log10(_LINEAR_SHARE * largest or 1.0))),
-        matrix=_record.title(matrix),
+        matrix_name=_record.title(matrix),
         figure_width=_WIDTH,
     )
     _save(path, figure)

@@ -67,8 +67,8 @@ def gradinit(
     optimiser's state afterwards.
 
     Args:
-      loss_fn: (params, *batch) -> mean loss in train mode, such as `model_loss(model,
-        output_loss_fn, mode="train")`; running statistics are not written.
+      loss_fn: (params, *batch) -> mean loss in train mode, such as
+        `model_loss(model, output_loss_fn, mode="train")`; running statistics are not written.
       params: tree of parameters.
       batches: tuple of arrays, the arguments of `loss_fn`, with the axes (iterations, 3, half
         batch, ...): three independent half batches an iteration.

@@ -80,7 +80,7 @@ def fold_batch_norm(
 
 
 def rescale_statistics(
-    mean: ArrayLike, variance: ArrayLike, factor: ArrayLike
+    mean: ArrayLike, variance: ArrayLike, *, factor: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """Rescales running statistics as the kernel in front of the normalization was.
 

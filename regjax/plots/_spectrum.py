@@ -48,7 +48,7 @@ def draw_spectrum(
     color: Color | None = None,
     axis_scale: str = "linear",
     linear_threshold: float | None = None,
-    matrix: str = "Hessian",
+    matrix_name: str = "Hessian",
 ) -> "Axes":
     """Draws a spectral density on a logarithmic axis, with its error and the top eigenvalues.
 
@@ -69,7 +69,7 @@ def draw_spectrum(
       linear_threshold: where the symmetric-log axis turns linear, positive, in units of the
         eigenvalue. None takes 1e-3 of the largest magnitude in `curve.grid`. Unused on a linear
         axis.
-      matrix: name of the matrix on the axis.
+      matrix_name: name of the matrix on the axis.
 
     Returns:
       `axes`.
@@ -103,7 +103,7 @@ def draw_spectrum(
             markersize=5, markeredgewidth=0.8, elinewidth=1.0,
         )  # fmt: skip
     axes.set_ylim(floor, top)
-    label_axes(axes, f"eigenvalue of the {matrix}", "density")
+    label_axes(axes, f"eigenvalue of the {matrix_name}", "density")
     if label is not None:
         axes.legend(frameon=False, fontsize=TICK_SIZE)
     return axes
@@ -114,7 +114,7 @@ def spectrum_figure(
     *,
     axis_scale: str = "linear",
     linear_threshold: float | None = None,
-    matrix: str = "Hessian",
+    matrix_name: str = "Hessian",
     figure_width: float = 3.3,
 ) -> "Figure":
     """Draws the spectra of several settings one below the other, on the same axes.
@@ -128,7 +128,7 @@ def spectrum_figure(
       axis_scale: of the eigenvalues, as in `draw_spectrum`.
       linear_threshold: as in `draw_spectrum`; None takes 1e-3 of the largest magnitude in all
         grids.
-      matrix: name of the matrix on the axes.
+      matrix_name: name of the matrix on the axes.
       figure_width: in inches: 3.3 is a column, 6.8 a page.
 
     Returns:
@@ -152,7 +152,7 @@ def spectrum_figure(
             color=color,
             axis_scale=axis_scale,
             linear_threshold=threshold,
-            matrix=matrix,
+            matrix_name=matrix_name,
         )
         axes.set_title(panel.label, loc="left", fontsize=LABEL_SIZE, color=color, pad=3)
         axes.label_outer()

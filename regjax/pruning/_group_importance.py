@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks
-from regjax._base import Tree
+from regjax._base import Params, Tree
 from regjax._space import Space
 
 _REDUCTIONS = ("square_of_sum", "sum_of_squares", "sum_of_absolute")
 
 
 def group_importance(
-    values: Tree,
-    grads: Tree,
-    groups: Tree,
+    params: Params,
+    grads: Params,
     *,
+    groups: Tree,
     num_groups: int,
     reduction: Literal["square_of_sum", "sum_of_squares", "sum_of_absolute"] = "square_of_sum",
 ) -> jax.Array:
@@ -33,9 +33,9 @@ def group_importance(
     the sum is 0, as their scale does not change the loss; what is left of the first is rounding.
 
     Args:
-      values: tree of weights w.
-      grads: tree like `values`, the gradients g of one batch's loss.
-      groups: tree like `values` of int32 arrays that broadcast to its leaves: the number of each
+      params: tree of weights w.
+      grads: tree like `params`, the gradients g of one batch's loss.
+      groups: tree like `params` of int32 arrays that broadcast to its leaves: the number of each
         weight's group, -1 for none. `jnp.arange(c)` makes each of the c filters of a kernel one.
       num_groups: number of groups.
       reduction: how the products g w of a group become one number.
@@ -50,18 +50,18 @@ def group_importance(
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771.
     """
-    _checks.floating_tree("values", values)
-    _checks.same_tree("grads", grads, values)
-    _checks.same_structure("groups", groups, values)
+    _checks.floating_tree("params", params)
+    _checks.same_tree("grads", grads, params)
+    _checks.same_structure("groups", groups, params)
     _checks.integer("num_groups", num_groups)
     _checks.choice("reduction", reduction, _REDUCTIONS)
     labels = []
-    for value, group in zip(jax.tree.leaves(values), jax.tree.leaves(groups), strict=True):
+    for value, group in zip(jax.tree.leaves(params), jax.tree.leaves(groups), strict=True):
         if not jnp.issubdtype(jnp.result_type(group), jnp.integer):
             raise TypeError(f"`groups` must hold integers, got {jnp.result_type(group)}.")
         labels.append(jnp.ravel(jnp.broadcast_to(group, jnp.shape(value))))
-    space = Space.of(values)
-    products = space.ravel(values) * space.ravel(grads)
+    space = Space.of(params)
+    products = space.ravel(params) * space.ravel(grads)
     sums = functools.partial(
         jax.ops.segment_sum, segment_ids=jnp.concatenate(labels), num_segments=num_groups
     )

@@ -1,14 +1,18 @@
 """The learning rate at which rescaled weights turn as fast as decayed ones."""
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from regjax import _checks
 
 
-def matched_learning_rate(learning_rate: Any, weight_decay: Any, gradient_norm: Any) -> Any:
-    """sqrt(2 eta lambda) / |g|, the rate on the unit sphere that matches decay in equilibrium.
+def matched_learning_rate(
+    *, learning_rate: ArrayLike, weight_decay: ArrayLike, gradient_norm: ArrayLike
+) -> jax.Array:
+    """Computes the learning rate on the unit sphere that matches decay in equilibrium.
+
+        sqrt(2 eta lambda) / |g|
 
     Scale-invariant weights under decay settle at |w|^4 = eta |g|^2 / (2 lambda) and turn by
     sqrt(2 eta lambda) a step; weights that are rescaled to unit norm turn by arctan(rate |g|).

@@ -9,7 +9,9 @@ from regjax import _checks
 
 
 def scoping_schedule(gamma0: float, growth: float) -> Callable[[jax.Array], jax.Array]:
-    """Count -> gamma0 (1 + growth)^count.
+    """Makes the schedule of a stiffness that grows by a factor with each update.
+
+        gamma0 (1 + growth)^count
 
     Args:
       gamma0: value at count 0, at least 0.

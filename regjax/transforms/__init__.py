@@ -1,16 +1,10 @@
 """Optax transformations that change where or how a gradient is taken."""
 
-from regjax.transforms._decentralized import GossipAverageState as GossipAverageState
 from regjax.transforms._decentralized import consensus_model as consensus_model
 from regjax.transforms._decentralized import gossip_average as gossip_average
 from regjax.transforms._decentralized import mean_params as mean_params
-from regjax.transforms._entropy_sgd import EntropySgdState as EntropySgdState
 from regjax.transforms._entropy_sgd import entropy_sgd as entropy_sgd
-from regjax.transforms._gradient_coherence import (
-    CoherentRegularizationState as CoherentRegularizationState,
-)
 from regjax.transforms._gradient_coherence import Gate as Gate
-from regjax.transforms._gradient_coherence import SoftThresholdState as SoftThresholdState
 from regjax.transforms._gradient_coherence import always_gate as always_gate
 from regjax.transforms._gradient_coherence import coherent_regularization as coherent_regularization
 from regjax.transforms._gradient_coherence import cosine_gate as cosine_gate
@@ -19,20 +13,16 @@ from regjax.transforms._gradient_coherence import l1_gradient as l1_gradient
 from regjax.transforms._gradient_coherence import l2_gradient as l2_gradient
 from regjax.transforms._gradient_coherence import ratio_gate as ratio_gate
 from regjax.transforms._gradient_coherence import soft_threshold as soft_threshold
-from regjax.transforms._langevin import langevin_step as langevin_step
 from regjax.transforms._mixing import dense_mixing as dense_mixing
 from regjax.transforms._mixing import exponential_mixing as exponential_mixing
 from regjax.transforms._mixing import full_mixing as full_mixing
 from regjax.transforms._mixing import random_pair_mixing as random_pair_mixing
 from regjax.transforms._mixing import ring_mixing as ring_mixing
 from regjax.transforms._noise import AnticorrelatedNoiseState as AnticorrelatedNoiseState
-from regjax.transforms._noise import PerturbedGradientState as PerturbedGradientState
 from regjax.transforms._noise import anticorrelated_noise as anticorrelated_noise
 from regjax.transforms._noise import denoise_params as denoise_params
 from regjax.transforms._noise import perturbed_gradient as perturbed_gradient
-from regjax.transforms._pruning import HoldMasksState as HoldMasksState
 from regjax.transforms._pruning import hold_masks as hold_masks
-from regjax.transforms._sam import SamState as SamState
 from regjax.transforms._sam import gsam as gsam
 from regjax.transforms._sam import sam as sam
 from regjax.transforms._spectral_controller import (
@@ -42,10 +32,8 @@ from regjax.transforms._spectral_controller import (
     refresh_spectral_controller as refresh_spectral_controller,
 )
 from regjax.transforms._spectral_controller import spectral_controller as spectral_controller
-from regjax.transforms._weight_rescaling import RescaleWeightsState as RescaleWeightsState
 from regjax.transforms._weight_rescaling import remove_radial as remove_radial
 from regjax.transforms._weight_rescaling import rescale_velocity as rescale_velocity
 from regjax.transforms._weight_rescaling import rescale_weights as rescale_weights
-from regjax.transforms._wrappers import SkipNonfiniteState as SkipNonfiniteState
 from regjax.transforms._wrappers import only_extra as only_extra
 from regjax.transforms._wrappers import skip_nonfinite as skip_nonfinite

@@ -1,7 +1,7 @@
 """Decentralised SGD: learners step along their own gradients and mix weights with neighbours."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import lax
 
 from regjax import _checks, _tree
 from regjax._adapters import Model
-from regjax._base import Params
+from regjax._base import Params, PRNGKey, Tree
 from regjax._statistics import population_statistics
 from regjax.transforms import _gradients
 from regjax.transforms._mixing import AxisName, Mixing, num_learners
@@ -55,8 +55,8 @@ def gossip_average(
 
     Args:
       mixing: `ring_mixing()`, `random_pair_mixing(key=...)`, `exponential_mixing()`,
-        `full_mixing()`, `dense_mixing(matrix)`, or any (params, count, axis_name) -> params. None
-        is best everywhere (benchmarks/claims/decentralized.py).
+        `full_mixing()`, `dense_mixing(matrix)`, or any (params, count, axis_name) -> params.
+        No mixing wins on all problems (benchmarks/claims/decentralized.py).
       axis_name: of the learners; or (axis of the mesh, axis of the vmap inside of it).
 
     Returns:
@@ -84,8 +84,8 @@ def gossip_average(
         return GossipAverageState(jnp.int32(0))
 
     def update(
-        updates: Any, state: GossipAverageState, params: Any = None, **extra: Any
-    ) -> tuple[Any, GossipAverageState]:
+        updates: Params, state: GossipAverageState, params: Params | None = None, **extra: object
+    ) -> tuple[Params, GossipAverageState]:
         del extra
         params = _gradients.check_params(params)
         num_learners(axis_name)
@@ -105,7 +105,7 @@ def _added(update: jax.Array, mixed: jax.Array, param: jax.Array) -> jax.Array:
 
 
 def mean_params(params: Params) -> Params:
-    """The mean over the learners, at which decentralised runs are evaluated.
+    """Computes the mean over the learners, at which decentralised runs are evaluated.
 
     Args:
       params: stacked tree, leaves (n, ...) with a leading axis of learners.
@@ -123,9 +123,9 @@ def mean_params(params: Params) -> Params:
 
 
 def consensus_model(
-    model: Model, params: Params, batches: Iterable[Any], *, key: jax.Array | None = None
+    model: Model, params: Params, batches: Iterable[Tree], *, key: PRNGKey | None = None
 ) -> Model:
-    """The model at the mean of the learners' weights, with batch statistics estimated there.
+    """Moves a model to the mean of the learners' weights, with batch statistics estimated there.
 
     The learners' running statistics belong to their own weights, and the mean of the statistics to
     no weights at all.
@@ -151,7 +151,7 @@ def consensus_model(
 
 
 def _num_stacked(params: Params) -> int:
-    """The length of the leading axis that all leaves share."""
+    """Returns the length of the leading axis that all leaves share."""
     leaves = jax.tree.leaves(_checks.floating_tree("params", params))
     lengths = {jnp.shape(leaf)[:1] for leaf in leaves}
     if len(lengths) != 1 or () in lengths:

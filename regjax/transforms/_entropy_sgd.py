@@ -1,13 +1,14 @@
 """Entropy-SGD: the gradient of the local entropy, from a few Langevin steps around the weights."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from regjax import _checks, _loops, _tree
-from regjax._base import Params
+from regjax import _checks, _loops, _numerics, _tree
+from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule
 from regjax.transforms import _gradients, _schedules
 from regjax.transforms._langevin import langevin_step
 from regjax.transforms._static_args import check_static, static_args
@@ -22,19 +23,19 @@ class EntropySgdState(NamedTuple):
     """
 
     num_updates: jax.Array
-    key: jax.Array
+    key: PRNGKey
 
 
 @static_args("key", "num_inner_steps", "scale_by_gamma")
 def entropy_sgd(
-    gamma: Any,
+    gamma: ScalarOrSchedule,
     *,
-    key: jax.Array,
+    key: PRNGKey,
     num_inner_steps: int = 20,
-    learning_rate: Any = 0.1,
-    noise_scale: Any = 1e-4,
-    averaging: Any = 0.25,
-    momentum: Any = 0.9,
+    learning_rate: ArrayLike = 0.1,
+    noise_scale: ArrayLike = 1e-4,
+    averaging: ArrayLike = 0.25,
+    momentum: ArrayLike = 0.9,
     scale_by_gamma: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by x - mu, mu the running mean of a Langevin walk around x.
@@ -97,30 +98,30 @@ def entropy_sgd(
         return EntropySgdState(jnp.int32(0), jax.random.clone(key))
 
     def update(
-        updates: Any,
+        updates: Params,
         state: EntropySgdState,
-        params: Any = None,
+        params: Params | None = None,
         *,
-        grad_fn: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, EntropySgdState]:
+        grad_fn: GradFn | None = None,
+        **extra: object,
+    ) -> tuple[Params, EntropySgdState]:
         del extra
         next_key, noise_key = jax.random.split(state.key)
         next_state = EntropySgdState(state.num_updates + 1, next_key)
         if num_inner_steps == 0:
             return updates, next_state
-        params, grad_fn = _gradients.check_whole_params(params), _gradients.check_grad_fn(grad_fn)
+        params = _gradients.check_whole_params(params)
+        grad_fn = _gradients.check_grad_fn(grad_fn)
         stiffness = _schedules.value_at(gamma, state.num_updates)
-        inner_momentum = momentum
+        has_momentum = not _schedules.is_zero(momentum)
 
-        def inner_step(_: None, carry: Any, i: jax.Array) -> Any:
-            position, mean, velocity = carry
-            grads = grad_fn(position, i)
-            if not _schedules.is_zero(inner_momentum):
-                velocity = _mix(inner_momentum, velocity, 1, grads)
-                grads = _mix(inner_momentum, velocity, 1, grads)
+        def inner_step(_: None, carry: _Walk, i: jax.Array) -> _Walk:
+            grads, velocity = grad_fn(carry.position, i), carry.velocity
+            if has_momentum:
+                velocity = _accelerated(momentum, velocity, grads)
+                grads = _accelerated(momentum, velocity, grads)
             position = langevin_step(
-                position,
+                carry.position,
                 grads,
                 key=jax.random.fold_in(noise_key, i),
                 anchor=params,
@@ -128,12 +129,12 @@ def entropy_sgd(
                 learning_rate=learning_rate,
                 noise_scale=noise_scale,
             )
-            return position, _mix(1 - averaging, mean, averaging, position), velocity
+            return _Walk(position, _numerics.between(carry.mean, position, averaging), velocity)
 
-        mean = jax.tree.map(_tree.wide, params)
-        velocity = () if _schedules.is_zero(momentum) else jax.tree.map(jnp.zeros_like, mean)
-        _, mean, _ = _loops.scan(inner_step, (params, mean, velocity), num_inner_steps)
-        new = _mix(1, params, -1, mean)
+        start = jax.tree.map(_tree.wide, params)
+        velocity = jax.tree.map(jnp.zeros_like, start) if has_momentum else ()
+        walk = _loops.scan(inner_step, _Walk(params, start, velocity), num_inner_steps)
+        new = jax.tree.map(lambda x, mean: _tree.wide(x) - mean, params, walk.mean)
         if scale_by_gamma:
             new = jax.tree.map(lambda leaf: jnp.asarray(stiffness, leaf.dtype) * leaf, new)
         return _gradients.like(new, updates), next_state
@@ -141,11 +142,24 @@ def entropy_sgd(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _mix(a: Any, one: Any, b: Any, other: Any) -> Any:
-    """A one + b other, leaf by leaf, in float32 at least."""
+class _Walk(NamedTuple):
+    """Where a Langevin walk is.
 
-    def mix(x: jax.Array, y: jax.Array) -> jax.Array:
-        x, y = _tree.wide(x), _tree.wide(y)
-        return jnp.asarray(a, x.dtype) * x + jnp.asarray(b, x.dtype) * y
+    Attributes:
+      position: tree like the parameters, the point x'.
+      mean: tree like them in float32 at least, the running mean mu.
+      velocity: tree like `mean`, or () without momentum.
+    """
 
-    return jax.tree.map(mix, one, other)
+    position: Params
+    mean: Params
+    velocity: Params
+
+
+def _accelerated(momentum: ArrayLike, velocity: Params, grads: Params) -> Params:
+    """Computes momentum times velocity plus gradient, leaf by leaf, in float32 at least."""
+
+    def combine(v: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.asarray(momentum, v.dtype) * v + _tree.wide(g).astype(v.dtype)
+
+    return jax.tree.map(combine, velocity, grads)

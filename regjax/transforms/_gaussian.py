@@ -12,7 +12,7 @@ from regjax._space import Space
 
 
 def normal_like(key: PRNGKey, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """Standard normal arrays of the shapes of `leaves`, in float32 at least.
+    """Draws standard normal arrays of the shapes of `leaves`, in float32 at least.
 
     Drawn as one vector: XLA on CPU takes a quarter longer for a draw of each leaf.
     """

@@ -1,14 +1,14 @@
 """Strong L1 or L2 regularisation that waits: the penalty is on while a gate says so."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from regjax import _checks, _tree
-from regjax._base import Params
+from regjax._base import Params, ScalarOrSchedule, Tree
 from regjax.transforms import _gradients, _masks, _schedules
 from regjax.transforms._masks import MaskOrFunction
 from regjax.transforms._static_args import check_static, static_args
@@ -25,8 +25,8 @@ class Gate(NamedTuple):
         lists of the masked leaves; on is a bool array ().
     """
 
-    init: Callable[[], Any]
-    decide: Callable[[Leaves, Leaves, Any, jax.Array], tuple[jax.Array, Any]]
+    init: Callable[[], Tree]
+    decide: Callable[[Leaves, Leaves, Tree, jax.Array], tuple[jax.Array, Tree]]
 
 
 class CoherentRegularizationState(NamedTuple):
@@ -40,20 +40,20 @@ class CoherentRegularizationState(NamedTuple):
     """
 
     num_updates: jax.Array
-    gate: Any
+    gate: Tree
     on: jax.Array
     num_on: jax.Array
 
 
 @static_args("gate", "penalty_gradient", "mask")
 def coherent_regularization(
-    strength: Any,
+    strength: ScalarOrSchedule,
     *,
     gate: Gate,
     penalty_gradient: Callable[[jax.Array], jax.Array] | None = None,
     mask: MaskOrFunction = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds strength * penalty_gradient(w) to the gradient while the gate is open.
+    """Adds the gradient of a penalty to that of the loss while a gate is open.
 
         r = strength penalty_gradient(w);   on = gate(g, r);   updates = g + r where on, else g
 
@@ -91,8 +91,11 @@ def coherent_regularization(
         )
 
     def update(
-        updates: Any, state: CoherentRegularizationState, params: Any = None, **extra: Any
-    ) -> tuple[Any, CoherentRegularizationState]:
+        updates: Params,
+        state: CoherentRegularizationState,
+        params: Params | None = None,
+        **extra: object,
+    ) -> tuple[Params, CoherentRegularizationState]:
         del extra
         params = _gradients.check_params(params)
         leaves, treedef = jax.tree.flatten(updates)
@@ -116,7 +119,7 @@ def coherent_regularization(
 
 
 def l2_gradient(weights: jax.Array) -> jax.Array:
-    """Gradient of |w|^2 / 2.
+    """Returns the gradient of |w|^2 / 2.
 
     Args:
       weights: a leaf.
@@ -128,7 +131,9 @@ def l2_gradient(weights: jax.Array) -> jax.Array:
 
 
 def l1_gradient(weights: jax.Array) -> jax.Array:
-    """Subgradient of |w|_1. Descent along it never reaches zero; `soft_threshold` does.
+    """Returns the subgradient of |w|_1.
+
+    Descent along it never reaches zero; `soft_threshold` does.
 
     Args:
       weights: a leaf.
@@ -140,7 +145,7 @@ def l1_gradient(weights: jax.Array) -> jax.Array:
 
 
 def always_gate() -> Gate:
-    """A gate that is open from the first step: an ordinary penalty.
+    """Makes a gate that is open from the first step: an ordinary penalty.
 
     Returns:
       A `Gate` without state.
@@ -149,7 +154,7 @@ def always_gate() -> Gate:
 
 
 def delayed_gate(delay: int) -> Gate:
-    """A gate that opens for good at step `delay`, counted from 0.
+    """Makes a gate that opens for good at step `delay`, counted from 0.
 
     Args:
       delay: number of steps; five epochs is a start.
@@ -165,7 +170,7 @@ def delayed_gate(delay: int) -> Gate:
 
 
 def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
-    """Open while the cosine between g and g + r exceeds `threshold`.
+    """Makes a gate that is open while the cosine between g and g + r exceeds `threshold`.
 
     Norms go over all masked leaves together. At a stationary point of the penalised loss g = -r, so
     the cosine falls off where training ends, and the gate would close: give `hold`.
@@ -195,7 +200,9 @@ def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
 
 
 def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
-    """A gate that is open while |g| > threshold |r|, norms over all masked leaves together.
+    """Makes a gate that is open while the gradient of the loss is the larger one.
+
+        |g| > threshold |r|,   norms over all masked leaves together
 
     Args:
       threshold: at least 0.
@@ -217,7 +224,7 @@ def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
 
 
 def _held(is_open: Callable[[Leaves, Leaves], jax.Array], hold: int | None) -> Gate:
-    """Open where `is_open`, and for good after `hold` open steps in a row."""
+    """Makes a gate that is open where `is_open`, and for good after `hold` open steps in a row."""
     if hold is not None:
         check_static("hold", hold, 1)
 
@@ -247,9 +254,9 @@ class SoftThresholdState(NamedTuple):
 
 @static_args("mask")
 def soft_threshold(
-    threshold: Any, *, mask: MaskOrFunction = None
+    threshold: ScalarOrSchedule, *, mask: MaskOrFunction = None
 ) -> optax.GradientTransformationExtraArgs:
-    """L1 by its proximal step, last in the chain: exact zeros.
+    """Takes the proximal step of an L1 penalty, which gives exact zeros; last in the chain.
 
         updates = sign(q) max(|q| - threshold, 0) - w,   q = w + updates
 
@@ -271,8 +278,8 @@ def soft_threshold(
         return SoftThresholdState(jnp.int32(0))
 
     def update(
-        updates: Any, state: SoftThresholdState, params: Any = None, **extra: Any
-    ) -> tuple[Any, SoftThresholdState]:
+        updates: Params, state: SoftThresholdState, params: Params | None = None, **extra: object
+    ) -> tuple[Params, SoftThresholdState]:
         del extra
         params = _gradients.check_params(params)
         cut = _schedules.value_at(threshold, state.num_updates)
@@ -281,7 +288,7 @@ def soft_threshold(
             return updates, state
         leaves, treedef = jax.tree.flatten(updates)
 
-        def shrink(leaf: Any, param: Any, choose: bool) -> Any:
+        def shrink(leaf: jax.Array, param: jax.Array, choose: bool) -> jax.Array:
             if not choose:
                 return leaf
             q = param + leaf.astype(jnp.result_type(param))

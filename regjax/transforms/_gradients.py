@@ -12,14 +12,14 @@ from regjax._base import GradFn, Params
 
 
 def check_params(params: Params | None) -> Params:
-    """`params`, or an error that says how to pass them."""
+    """Returns `params`, or raises an error that says how to pass them."""
     if params is None:
         raise ValueError("`params` must be given: call update(updates, state, params, ...).")
     return params
 
 
 def check_whole_params(params: Params | None) -> Params:
-    """`params`, or an error that says that `grad_fn` needs all of them."""
+    """Returns `params`, or raises an error that says that `grad_fn` needs all of them."""
     params = check_params(params)
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
@@ -31,7 +31,7 @@ def check_whole_params(params: Params | None) -> Params:
 
 
 def check_grad_fn(grad_fn: GradFn | None) -> GradFn:
-    """`grad_fn`, or an error that says how to pass it."""
+    """Returns `grad_fn`, or raises an error that says how to pass it."""
     if grad_fn is None:
         raise ValueError(
             "`grad_fn` must be given, got None: call "
@@ -41,5 +41,5 @@ def check_grad_fn(grad_fn: GradFn | None) -> GradFn:
 
 
 def like(tree: Params, reference: Params) -> Params:
-    """`tree` with the dtypes of `reference`."""
+    """Casts the leaves of `tree` to the dtypes of `reference`."""
     return jax.tree.map(lambda leaf, ref: leaf.astype(jnp.result_type(ref)), tree, reference)

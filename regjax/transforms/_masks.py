@@ -11,5 +11,5 @@ MaskOrFunction: TypeAlias = Mask | Callable[[Params], Mask]
 
 
 def mask_leaves(mask: MaskOrFunction, params: Params) -> list[bool]:
-    """One bool for each leaf of `params`."""
+    """Returns one bool for each leaf of `params`."""
     return _checks.mask_leaves(mask(params) if callable(mask) else mask, params)

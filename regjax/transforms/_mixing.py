@@ -6,17 +6,18 @@ sees its own alone. So the mean of the weights stays, and learners who agree kee
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree
-from regjax._base import Params
+from regjax._base import Params, PRNGKey
 
-AxisName: TypeAlias = Any
+AxisName: TypeAlias = str | tuple[str, str]
 """Name of the axis of the learners; or (axis of the mesh, axis of `jax.vmap` on each device)."""
 
 Mixing: TypeAlias = Callable[[Params, jax.Array, AxisName], Params]
@@ -27,7 +28,9 @@ _ROUNDING = 1e-5
 
 
 def ring_mixing() -> Mixing:
-    """Mixes with both neighbours on a ring: (w + left + right) / 3.
+    """Mixes with both neighbours on a ring.
+
+        (w + left + right) / 3
 
     W is symmetric with eigenvalues (1 + 2 cos(2 pi k / n)) / 3. Of two learners each is the other's
     only neighbour: (w + other) / 2. A single one keeps its weights.
@@ -47,8 +50,10 @@ def ring_mixing() -> Mixing:
     return mix
 
 
-def random_pair_mixing(*, key: jax.Array) -> Mixing:
-    """Mixes with a random partner each step: (w + partner) / 2, every learner in one pair.
+def random_pair_mixing(*, key: PRNGKey) -> Mixing:
+    """Mixes with a random partner each step, every learner in one pair.
+
+        (w + partner) / 2
 
     The pairing of step t is drawn from `fold_in(key, t)`, alike on all learners, out of the n - 1
     rounds of a tournament in which each meets each once. In expectation a step leaves the share
@@ -138,8 +143,10 @@ def full_mixing() -> Mixing:
     return mix
 
 
-def dense_mixing(matrix: Any) -> Mixing:
-    """Mixes by any doubly stochastic matrix: sum_k W_jk w_k for learner j.
+def dense_mixing(matrix: ArrayLike) -> Mixing:
+    """Mixes by any doubly stochastic matrix.
+
+        sum_k W_jk w_k   for learner j
 
     Every learner is sent the weights of all others, and holds them for the moment. For topologies
     without a mixing of their own, and as the reference for those that have one.
@@ -193,7 +200,7 @@ def dense_mixing(matrix: Any) -> Mixing:
 
 
 def num_learners(axis_name: AxisName) -> int:
-    """The size of the axis, or an error that says how to bind it."""
+    """Returns the size of the axis, or raises an error that says how to bind it."""
     try:
         return lax.axis_size(axis_name)
     except NameError:
@@ -204,7 +211,7 @@ def num_learners(axis_name: AxisName) -> int:
 
 
 def matchings(num: int) -> list[list[int]]:
-    """The partner of each of `num` learners (even) in num - 1 rounds: each meets each once.
+    """Lists the partner of each of `num` learners (even) in num - 1 rounds: each meets each once.
 
     The circle method: one stays in the middle, the others stand around and turn by one each round.
     """
@@ -218,7 +225,7 @@ def matchings(num: int) -> list[list[int]]:
 
 
 def _shifted(params: Params, offset: int, axis_name: AxisName) -> Params:
-    """What the learner `offset` places before this one on the circle holds."""
+    """Fetches what the learner `offset` places before this one on the circle holds."""
     if isinstance(axis_name, tuple):
         shift = functools.partial(_shifted_in_blocks, offset=offset, axis_names=axis_name)
         return jax.tree.map(shift, params)
@@ -227,7 +234,7 @@ def _shifted(params: Params, offset: int, axis_name: AxisName) -> Params:
 
 
 def _shifted_in_blocks(leaf: jax.Array, offset: int, axis_names: tuple[str, str]) -> jax.Array:
-    """The same for learners in blocks on devices: only rows that change the device are sent."""
+    """Does the same for blocks of learners; only rows that change the device are sent."""
     devices, inside = axis_names
     block = lax.all_gather(leaf, inside)
     num_devices, size = lax.axis_size(devices), block.shape[0]
@@ -244,7 +251,7 @@ def _shifted_in_blocks(leaf: jax.Array, offset: int, axis_names: tuple[str, str]
 
 
 def _gathered(leaf: jax.Array, axis_name: AxisName) -> jax.Array:
-    """`leaf` of all learners, in their order along a leading axis."""
+    """Gathers `leaf` of all learners, in their order along a leading axis."""
     gathered = leaf
     for name in reversed(_names(axis_name)):
         gathered = lax.all_gather(gathered, name)
@@ -252,7 +259,7 @@ def _gathered(leaf: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def _average(leaf: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The mean of `leaf` over the learners."""
+    """Averages `leaf` over the learners."""
     for name in reversed(_names(axis_name)):
         if name in jax.sharding.get_abstract_mesh().manual_axes:
             leaf = lax.pmean(leaf, name)
@@ -267,7 +274,7 @@ def _names(axis_name: AxisName) -> tuple[str, ...]:
 
 
 def _mean(params: Params, *others: Params) -> Params:
-    """The mean of equal weights, summed in float32 at least, in the dtypes of `params`."""
+    """Averages trees with equal weights, summed in float32 at least, in the dtypes of `params`."""
 
     def mean(leaf: jax.Array, *theirs: jax.Array) -> jax.Array:
         total = functools.reduce(jnp.add, map(_tree.wide, theirs), _tree.wide(leaf))

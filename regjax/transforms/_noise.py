@@ -1,14 +1,15 @@
 """Gaussian noise in the weights before the gradient, and its mirror image in the update."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from regjax import _checks, _tree
-from regjax._base import Params
+from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule, Tree
 from regjax.transforms import _gaussian, _gradients, _masks, _schedules
 from regjax.transforms._masks import MaskOrFunction
 from regjax.transforms._static_args import static_args
@@ -23,20 +24,22 @@ class PerturbedGradientState(NamedTuple):
     """
 
     num_updates: jax.Array
-    key: jax.Array
+    key: PRNGKey
 
 
 @static_args("key", "layerwise", "cyclic", "groups", "mask")
 def perturbed_gradient(
-    std: Any,
+    std: ScalarOrSchedule,
     *,
-    key: jax.Array,
+    key: PRNGKey,
     layerwise: bool = True,
     cyclic: bool = True,
-    groups: Any = None,
+    groups: Tree = None,
     mask: MaskOrFunction = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradient by the one at weights with Gaussian noise: grad_fn(w + sigma eps).
+    """Replaces the gradient by the one at weights with Gaussian noise.
+
+        updates = grad_fn(w + sigma eps)
 
     In expectation this descends L + (sigma^2 / 2) tr Hess L + O(sigma^4). The weights themselves
     stay clean, and the incoming gradient is not read. Noise in all layers at once blows up with
@@ -78,13 +81,13 @@ def perturbed_gradient(
         return PerturbedGradientState(jnp.int32(0), jax.random.clone(key))
 
     def update(
-        updates: Any,
+        updates: Params,
         state: PerturbedGradientState,
-        params: Any = None,
+        params: Params | None = None,
         *,
-        grad_fn: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, PerturbedGradientState]:
+        grad_fn: GradFn | None = None,
+        **extra: object,
+    ) -> tuple[Params, PerturbedGradientState]:
         del extra
         params, grad_fn = _gradients.check_whole_params(params), _gradients.check_grad_fn(grad_fn)
         sigma = _schedules.value_at(std, state.num_updates)
@@ -117,15 +120,17 @@ class AnticorrelatedNoiseState(NamedTuple):
     """
 
     num_updates: jax.Array
-    key: jax.Array
-    noise: tuple[Any, ...]
+    key: PRNGKey
+    noise: tuple[Tree, ...]
 
 
 @static_args("key", "mask")
 def anticorrelated_noise(
-    std: Any, *, key: jax.Array, mask: MaskOrFunction = None
+    std: ScalarOrSchedule, *, key: PRNGKey, mask: MaskOrFunction = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds the difference of two successive noises to the update: u + xi_{t+1} - xi_t.
+    """Adds the difference of two successive noises to the update.
+
+        updates = u + xi_{t+1} - xi_t
 
     The weights are z + xi with fresh noise each step, and z_t = w_t - xi_t follows
     z_{t+1} = z_t - lr grad L(z_t + xi_t) exactly: noise before the gradient, shifted, whatever
@@ -160,8 +165,11 @@ def anticorrelated_noise(
         return AnticorrelatedNoiseState(jnp.int32(0), jax.random.clone(key), tuple(noise))
 
     def update(
-        updates: Any, state: AnticorrelatedNoiseState, params: Any = None, **extra: Any
-    ) -> tuple[Any, AnticorrelatedNoiseState]:
+        updates: Params,
+        state: AnticorrelatedNoiseState,
+        params: Params | None = None,
+        **extra: object,
+    ) -> tuple[Params, AnticorrelatedNoiseState]:
         del params, extra
         next_key, noise_key = jax.random.split(state.key)
         sigma, count = _schedules.value_at(std, state.num_updates), state.num_updates + 1
@@ -182,14 +190,16 @@ def anticorrelated_noise(
 
 
 def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
-    """The weights z = w - xi that `anticorrelated_noise` trains, without the noise they carry.
+    """Takes from the weights the noise that `anticorrelated_noise` keeps on them.
+
+        z = w - xi
 
     Args:
       params: tree of the weights w.
       state: of `anticorrelated_noise`; in a chain, its last state.
 
     Returns:
-      A tree like `params`.
+      A tree like `params`, the weights z that are trained.
     """
     leaves, treedef = jax.tree.flatten(params)
     carried = state.noise
@@ -201,9 +211,13 @@ def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
 
 
 def _perturb(
-    params: Params, numbers: list[int | None], chosen: Any, sigma: Any, key: jax.Array
+    params: Params,
+    numbers: list[int | None],
+    chosen: jax.Array | None,
+    sigma: ArrayLike,
+    key: PRNGKey,
 ) -> Params:
-    """Noise on the leaves of group `chosen`, or of all groups if it is None."""
+    """Adds noise to the leaves of group `chosen`, or of all groups if it is None."""
     leaves, treedef = jax.tree.flatten(params)
     places = [i for i, number in enumerate(numbers) if number is not None]
     noise = _gaussian.normal_like(key, [leaves[i] for i in places])
@@ -214,11 +228,11 @@ def _perturb(
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _group_numbers(groups: Any, params: Params, mask: MaskOrFunction) -> list[int | None]:
-    """For each leaf its group, counted from 0 among the masked ones; None outside of the mask."""
+def _group_numbers(groups: Tree, params: Params, mask: MaskOrFunction) -> list[int | None]:
+    """Numbers the group of each leaf from 0 among the masked ones; None outside of the mask."""
     chosen = _masks.mask_leaves(mask, params)
     if groups is None:
-        given: list[Any] = list(range(len(chosen)))
+        given: list[int] = list(range(len(chosen)))
     else:
         given = jax.tree.leaves(_checks.same_structure("groups", groups, params))
         for group in given:

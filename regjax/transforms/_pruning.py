@@ -1,13 +1,14 @@
 """Pruned weights that stay pruned, whatever the optimiser does."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from regjax import _checks, pruning
-from regjax._base import Params
+from regjax._base import Params, Tree
 from regjax.transforms import _gradients
 from regjax.transforms._static_args import static_args
 
@@ -19,11 +20,13 @@ class HoldMasksState(NamedTuple):
       masks: tree of bool arrays like the parameters, False for weights that are held at 0.
     """
 
-    masks: Any
+    masks: Tree
 
 
 @static_args("masks")
-def hold_masks(masks: Any = None) -> optax.GradientTransformationExtraArgs:
+def hold_masks(
+    masks: Tree | Callable[[Params], Tree] = None,
+) -> optax.GradientTransformationExtraArgs:
     """Corrects the update so that the weights masked out are 0 after it.
 
         updates = where(mask, updates, -params)
@@ -58,13 +61,18 @@ def hold_masks(masks: Any = None) -> optax.GradientTransformationExtraArgs:
         )
 
     def update(
-        updates: Any, state: HoldMasksState, params: Any = None, *, masks: Any = None, **extra: Any
-    ) -> tuple[Any, HoldMasksState]:
+        updates: Params,
+        state: HoldMasksState,
+        params: Params | None = None,
+        *,
+        masks: Tree = None,
+        **extra: object,
+    ) -> tuple[Params, HoldMasksState]:
         del extra
         params = _gradients.check_params(params)
         held = _arrays(state.masks if masks is None else masks, params)
 
-        def correct(mask: Any, leaf: Any, param: Any) -> Any:
+        def correct(mask: jax.Array, leaf: jax.Array, param: jax.Array) -> jax.Array:
             # The wider of both types, or the sum of parameter and update would not be exactly 0.
             dtype = jnp.promote_types(leaf.dtype, jnp.result_type(param))
             return jnp.where(mask, leaf.astype(dtype), -jnp.asarray(param, dtype))
@@ -76,6 +84,6 @@ def hold_masks(masks: Any = None) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _arrays(masks: Any, params: Params) -> Any:
+def _arrays(masks: Tree, params: Params) -> Tree:
     _checks.same_tree("masks", _checks.bool_tree("masks", masks), params)
     return jax.tree.map(jnp.asarray, masks)

@@ -1,13 +1,15 @@
 """Sharpness-aware minimisation: the gradient at the top of a small ascent step."""
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from regjax import _checks, _loops, _tree
-from regjax._base import Params
+from regjax import _checks, _loops, _numerics, _tree
+from regjax._base import GradFn, Params, ScalarOrSchedule
 from regjax.transforms import _gradients, _masks, _schedules
 from regjax.transforms._masks import MaskOrFunction
 from regjax.transforms._static_args import check_static, static_args
@@ -25,9 +27,9 @@ class SamState(NamedTuple):
 
 @static_args("adaptive", "num_shards", "mask")
 def sam(
-    rho: Any,
+    rho: ScalarOrSchedule,
     *,
-    adaptive: Any = False,
+    adaptive: bool | MaskOrFunction = False,
     eta: float = 0.01,
     num_shards: int = 1,
     mask: MaskOrFunction = None,
@@ -70,20 +72,31 @@ def sam(
     check_static("num_shards", num_shards, 1)
 
     def update(
-        updates: Any, state: SamState, params: Any = None, *, grad_fn: Any = None, **extra: Any
-    ) -> tuple[Any, SamState]:
+        updates: Params,
+        state: SamState,
+        params: Params | None = None,
+        *,
+        grad_fn: GradFn | None = None,
+        **extra: object,
+    ) -> tuple[Params, SamState]:
         del extra
-        params, grad_fn = _gradients.check_whole_params(params), _gradients.check_grad_fn(grad_fn)
-        radius = _schedules.value_at(rho, state.num_updates)
+        params = _gradients.check_whole_params(params)
+        grad_fn = _gradients.check_grad_fn(grad_fn)
+        climb = functools.partial(
+            ascend,
+            rho=_schedules.value_at(rho, state.num_updates),
+            adaptive=adaptive,
+            eta=eta,
+            mask=mask,
+        )
         if num_shards == 1:
-            new = grad_fn(ascend(params, updates, radius, adaptive, eta, mask), 0)
+            new = grad_fn(climb(params, updates), 0)
         else:
 
             def add_shard(_: None, total: Params, i: jax.Array) -> Params:
-                above = params
-                if not _schedules.is_zero(radius):
-                    above = ascend(params, grad_fn(params, i), radius, adaptive, eta, mask)
-                return jax.tree.map(lambda a, b: a + _tree.wide(b), total, grad_fn(above, i))
+                # No gradient is needed to stay where one is.
+                top = params if _schedules.is_zero(rho) else climb(params, grad_fn(params, i))
+                return jax.tree.map(lambda a, b: a + _tree.wide(b), total, grad_fn(top, i))
 
             zeros = jax.tree.map(lambda leaf: jnp.zeros_like(_tree.wide(leaf)), params)
             total = _loops.scan(add_shard, zeros, num_shards)
@@ -95,9 +108,14 @@ def sam(
 
 @static_args("adaptive", "mask")
 def gsam(
-    rho: Any, *, alpha: Any, adaptive: Any = False, eta: float = 0.01, mask: MaskOrFunction = None
+    rho: ScalarOrSchedule,
+    *,
+    alpha: ScalarOrSchedule,
+    adaptive: bool | MaskOrFunction = False,
+    eta: float = 0.01,
+    mask: MaskOrFunction = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SAM, less `alpha` times the part of the clean gradient orthogonal to SAM's.
+    """Takes from SAM's gradient `alpha` times the part of the clean one orthogonal to it.
 
         gp = grad_fn(w + e),   u = gp / ||gp||,   r = g - <g, u> u,   updates = gp - alpha r
 
@@ -125,30 +143,54 @@ def gsam(
     _schedules.check_size("alpha", alpha)
 
     def update(
-        updates: Any, state: SamState, params: Any = None, *, grad_fn: Any = None, **extra: Any
-    ) -> tuple[Any, SamState]:
+        updates: Params,
+        state: SamState,
+        params: Params | None = None,
+        *,
+        grad_fn: GradFn | None = None,
+        **extra: object,
+    ) -> tuple[Params, SamState]:
         del extra
-        params, grad_fn = _gradients.check_whole_params(params), _gradients.check_grad_fn(grad_fn)
-        radius = _schedules.value_at(rho, state.num_updates)
-        above = grad_fn(ascend(params, updates, radius, adaptive, eta, mask), 0)
-        weight = _schedules.value_at(alpha, state.num_updates)
+        params = _gradients.check_whole_params(params)
+        grad_fn = _gradients.check_grad_fn(grad_fn)
+        top = ascend(
+            params,
+            updates,
+            rho=_schedules.value_at(rho, state.num_updates),
+            adaptive=adaptive,
+            eta=eta,
+            mask=mask,
+        )
+        new, weight = grad_fn(top, 0), _schedules.value_at(alpha, state.num_updates)
         if not _schedules.is_zero(weight):
-            above = _less_orthogonal(above, updates, weight)
-        return _gradients.like(above, updates), SamState(state.num_updates + 1)
+            new = _less_orthogonal(new, updates, weight)
+        return _gradients.like(new, updates), SamState(state.num_updates + 1)
 
     return optax.GradientTransformationExtraArgs(_init, update)
 
 
 def ascend(
-    params: Params, grads: Params, radius: Any, adaptive: Any, eta: Any, mask: MaskOrFunction
+    params: Params,
+    grads: Params,
+    *,
+    rho: ArrayLike,
+    adaptive: bool | MaskOrFunction,
+    eta: ArrayLike,
+    mask: MaskOrFunction,
 ) -> Params:
-    """W + rho T T g / ||T g||; w itself for a radius of zero or a zero gradient."""
-    if _schedules.is_zero(radius):
+    """Moves the weights by a step of length rho along the gradient.
+
+        w + rho T T g / ||T g||
+
+    `rho=0` or a zero gradient gives w itself.
+    """
+    if _schedules.is_zero(rho):
         return params
     leaves, treedef = jax.tree.flatten(params)
     climbs = _masks.mask_leaves(mask, params)
-    adapts = [adaptive] * len(leaves)
-    if not isinstance(adaptive, bool):
+    if isinstance(adaptive, bool):
+        adapts = [adaptive] * len(leaves)
+    else:
         adapts = _masks.mask_leaves(adaptive, params)
     scales = [
         jnp.abs(_tree.wide(leaf)) + eta if adapt else None
@@ -158,12 +200,10 @@ def ascend(
         _tree.wide(grad) if scale is None else scale * _tree.wide(grad)
         for grad, scale in zip(jax.tree.leaves(grads), scales, strict=True)
     ]
-    chosen = [leaf for leaf, climb in zip(scaled, climbs, strict=True) if climb]
-    norm = _tree.norm(chosen)
-    factor = jnp.asarray(radius, norm.dtype) / jnp.where(norm > 0, norm, 1)
-    factor = jnp.where(norm > 0, factor, 0)
+    norm = _tree.norm([leaf for leaf, climb in zip(scaled, climbs, strict=True) if climb])
+    factor = _numerics.divide(jnp.asarray(rho, norm.dtype), norm, where=norm > 0)
 
-    def move(leaf: Any, scale: Any, grad: jax.Array, climb: bool) -> Any:
+    def move(leaf: jax.Array, scale: jax.Array | None, grad: jax.Array, climb: bool) -> jax.Array:
         if not climb:
             return leaf
         step = factor.astype(grad.dtype) * (grad if scale is None else scale * grad)
@@ -172,20 +212,25 @@ def ascend(
     return jax.tree.unflatten(treedef, map(move, leaves, scales, scaled, climbs))
 
 
-def _less_orthogonal(above: Params, grads: Params, weight: Any) -> Params:
-    """SAM's gp - alpha (g - <g, u> u), u = gp / ||gp||; without the projection where gp = 0."""
-    ours, clean = jax.tree.leaves(above), jax.tree.leaves(grads)
+def _less_orthogonal(top: Params, grads: Params, weight: ArrayLike) -> Params:
+    """Takes from SAM's gradient the part of the clean one that is orthogonal to it.
+
+        gp - alpha (g - <g, u> u),   u = gp / ||gp||
+
+    Without the projection where gp = 0.
+    """
+    ours, clean = jax.tree.leaves(top), jax.tree.leaves(grads)
     square = _tree.inner(ours, ours)
-    along = _tree.inner(clean, ours) / jnp.where(square > 0, square, 1)
+    along = _numerics.divide(_tree.inner(clean, ours), square, where=square > 0)
 
     def combine(gp: jax.Array, g: jax.Array) -> jax.Array:
         gp, g = _tree.wide(gp), _tree.wide(g)
         return gp - jnp.asarray(weight, gp.dtype) * (g - along.astype(g.dtype) * gp)
 
-    return jax.tree.map(combine, above, grads)
+    return jax.tree.map(combine, top, grads)
 
 
-def _check(rho: Any, eta: Any) -> None:
+def _check(rho: ScalarOrSchedule, eta: ArrayLike) -> None:
     _schedules.check_size("rho", rho)
     _checks.non_negative("eta", eta)
 

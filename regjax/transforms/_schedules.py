@@ -8,12 +8,12 @@ from regjax._base import ScalarOrSchedule
 
 
 def value_at(number: ScalarOrSchedule, count: jax.Array) -> ArrayLike:
-    """A number, or a schedule's value at `count`."""
+    """Returns a number, or a schedule's value at `count`."""
     return number(count) if callable(number) else number
 
 
 def is_zero(number: ScalarOrSchedule) -> bool:
-    """Whether a setting is neutral for sure: a Python number that is zero."""
+    """Says whether a setting is neutral for sure: a Python number that is zero."""
     return isinstance(number, (int, float)) and number == 0
 
 

@@ -2,19 +2,21 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree, curvature, schedules
-from regjax._base import Params, as_partial
+from regjax._base import GradFn, Params, PRNGKey, as_partial
 from regjax.transforms import _gradients
+from regjax.transforms._spectral_ends import spectral_ends
 from regjax.transforms._static_args import check_static, static_args
 
-Rule: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
+Rule: TypeAlias = Callable[[jax.Array, jax.Array], tuple[ArrayLike, ArrayLike]]
 """(largest, smallest curvature) -> (learning rate, momentum)."""
 
 
@@ -37,8 +39,8 @@ class SpectralControllerState(NamedTuple):
     """
 
     num_updates: jax.Array
-    key: jax.Array
-    velocity: Any
+    key: PRNGKey
+    velocity: Params
     learning_rate: jax.Array
     momentum: jax.Array
     largest: jax.Array
@@ -51,23 +53,24 @@ class SpectralControllerState(NamedTuple):
 @static_args("key", "every", "num_steps", "rule", "nesterov")
 def spectral_controller(
     *,
-    key: jax.Array,
-    initial_learning_rate: Any,
+    key: PRNGKey,
+    initial_learning_rate: ArrayLike,
     every: int | None,
     num_steps: int = 20,
     rule: Rule = schedules.nesterov_rule,
     nesterov: bool = True,
-    smallest_ratio: Any = 1e-3,
-    max_momentum: Any = 0.99,
+    smallest_ratio: ArrayLike = 1e-3,
+    max_momentum: ArrayLike = 0.99,
 ) -> optax.GradientTransformationExtraArgs:
-    """Descent with momentum whose rate and momentum follow the curvature; in place of `optax.sgd`.
+    """Descends with a learning rate and a momentum that follow the curvature of the loss.
 
         v' = momentum v - rate g;   update = momentum v' - rate g (Nesterov), or v' (heavy ball)
 
     with (rate, momentum) = rule(L, m) refreshed before the first step and after each
-    `every`, from the Ritz values of `num_steps` Lanczos steps (`schedules.spectral_ends`).
-    Last in the chain, behind clipping or `optax.add_decayed_weights`. The velocity is in units of
-    an update, so that a new rate does not rescale the past, as it does in `optax.sgd`.
+    `every`, from the Ritz values of `num_steps` Lanczos steps: L is the largest magnitude, m the
+    smallest one outside of the bulk at zero. Last in the chain in place of `optax.sgd`, behind
+    clipping or `optax.add_decayed_weights`. The velocity is in units of an update, so that a new
+    rate does not rescale the past, as it does in `optax.sgd`.
 
     The curvature is the Jacobian of the extra argument `curvature_grad_fn(params)`, the gradient on
     a fixed subset (1024 examples in the official code), where it is given, else of grad_fn(., 0).
@@ -124,14 +127,14 @@ def spectral_controller(
         )
 
     def update(
-        updates: Any,
+        updates: Params,
         state: SpectralControllerState,
-        params: Any = None,
+        params: Params | None = None,
         *,
-        grad_fn: Any = None,
-        curvature_grad_fn: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, SpectralControllerState]:
+        grad_fn: GradFn | None = None,
+        curvature_grad_fn: Callable[[Params], Params] | None = None,
+        **extra: object,
+    ) -> tuple[Params, SpectralControllerState]:
         del extra
         if every is not None:
             params = _gradients.check_whole_params(params)
@@ -155,15 +158,15 @@ def spectral_controller(
 
 def refresh_spectral_controller(
     state: SpectralControllerState,
-    curvature_grad_fn: Callable[[Any], Any],
+    curvature_grad_fn: Callable[[Params], Params],
     params: Params,
     *,
     num_steps: int = 20,
     rule: Rule = schedules.nesterov_rule,
-    smallest_ratio: Any = 1e-3,
-    max_momentum: Any = 0.99,
+    smallest_ratio: ArrayLike = 1e-3,
+    max_momentum: ArrayLike = 0.99,
 ) -> SpectralControllerState:
-    """The state with a learning rate and momentum from the curvature at `params`.
+    """Takes a new learning rate and momentum from the curvature at `params`.
 
     What `spectral_controller` does every so many steps, for a host that decides when; in a chain
     the state is the last one of the tuple. At the cost of `num_steps` Hessian products.
@@ -198,7 +201,7 @@ def refresh_spectral_controller(
     return state._replace(key=next_key, refresh_ok=good, **kept)
 
 
-def _check_options(num_steps: int, smallest_ratio: Any, max_momentum: Any) -> None:
+def _check_options(num_steps: int, smallest_ratio: ArrayLike, max_momentum: ArrayLike) -> None:
     check_static("num_steps", num_steps, 1)
     _checks.non_negative("smallest_ratio", smallest_ratio)
     _checks.non_negative("max_momentum", max_momentum)
@@ -206,8 +209,8 @@ def _check_options(num_steps: int, smallest_ratio: Any, max_momentum: Any) -> No
         raise ValueError(f"`max_momentum` must be below 1, got {max_momentum}.")
 
 
-def _accelerated(state: SpectralControllerState, velocity: Any, grads: Any) -> Any:
-    """Momentum times velocity - rate times gradient, leaf by leaf."""
+def _accelerated(state: SpectralControllerState, velocity: Params, grads: Params) -> Params:
+    """Computes momentum times velocity less rate times gradient, leaf by leaf."""
 
     def combine(v: jax.Array, g: jax.Array) -> jax.Array:
         wide = _tree.wide(v)
@@ -218,18 +221,18 @@ def _accelerated(state: SpectralControllerState, velocity: Any, grads: Any) -> A
     return jax.tree.map(combine, velocity, grads)
 
 
-def _first(grad_fn: Any, params: Params) -> Params:
+def _first(grad_fn: GradFn, params: Params) -> Params:
     return grad_fn(params, 0)
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _read(
-    pairs: curvature.RitzResult, smallest_ratio: Any, max_momentum: Any, rule: Rule
+    pairs: curvature.RitzResult, smallest_ratio: ArrayLike, max_momentum: ArrayLike, rule: Rule
 ) -> dict[str, jax.Array]:
-    """What the state keeps of a Lanczos run."""
+    """Picks what the state keeps of a Lanczos run."""
     values, weights = pairs.values, pairs.weights
     dtype, is_value = values.dtype, weights > 0
-    ends = schedules.spectral_ends(values, weights, smallest_ratio=smallest_ratio)
+    ends = spectral_ends(values, weights, smallest_ratio=smallest_ratio)
     place = jnp.argmax(jnp.where(is_value, jnp.abs(values), -1))
     learning_rate, momentum = (
         jnp.asarray(number, dtype) for number in rule(ends.largest, ends.smallest)

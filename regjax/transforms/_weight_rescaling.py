@@ -1,13 +1,14 @@
 """Unit-norm filters: weights that feed a normalisation have no scale, only a direction."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from regjax import _checks, _tree
-from regjax._base import Params
+from regjax import _checks, _numerics, _tree
+from regjax._base import Params, Tree
 from regjax.transforms import _gradients, _masks
 from regjax.transforms._masks import MaskOrFunction
 from regjax.transforms._static_args import check_static, static_args
@@ -25,7 +26,7 @@ class RescaleWeightsState(NamedTuple):
 
 @static_args("mask", "per_filter", "every")
 def rescale_weights(
-    *, mask: MaskOrFunction, target_norm: Any = 1.0, per_filter: bool = True, every: int = 1
+    *, mask: MaskOrFunction, target_norm: ArrayLike = 1.0, per_filter: bool = True, every: int = 1
 ) -> optax.GradientTransformationExtraArgs:
     """Corrects the update so that the masked weights end with a given norm, group by group.
 
@@ -72,14 +73,14 @@ def rescale_weights(
         return RescaleWeightsState(jnp.int32(0))
 
     def update(
-        updates: Any, state: RescaleWeightsState, params: Any = None, **extra: Any
-    ) -> tuple[Any, RescaleWeightsState]:
+        updates: Params, state: RescaleWeightsState, params: Params | None = None, **extra: object
+    ) -> tuple[Params, RescaleWeightsState]:
         del extra
         params = _gradients.check_params(params)
         count = state.num_updates + 1
         leaves, treedef = jax.tree.flatten(updates)
 
-        def correct(leaf: Any, param: Any, choose: bool) -> Any:
+        def correct(leaf: jax.Array, param: jax.Array, choose: bool) -> jax.Array:
             if not choose:
                 return leaf
             moved = _tree.wide(param) + _tree.wide(leaf)
@@ -94,8 +95,10 @@ def rescale_weights(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def rescale_velocity(velocity: Any, factor: Any) -> Any:
-    """Momentum after weights w -> factor w of a scale-invariant loss: velocity / factor.
+def rescale_velocity(velocity: Params, *, factor: ArrayLike | Tree) -> Params:
+    """Computes the momentum that goes with weights w -> factor w of a scale-invariant loss.
+
+        velocity / factor
 
     The gradient scales by 1 / factor, so the same trajectory needs this buffer and the learning
     rate times factor squared.
@@ -127,7 +130,8 @@ def remove_radial(
 
     Args:
       mask: leaves to look at.
-      threshold: of the cosine, times the root of the size of a group; delta of the official code.
+      threshold: of the cosine times the root of the size of a group. 0.1 is the default of the
+        official code, where it is delta.
 
     Returns:
       A transformation without state whose `update` needs `params`. Last in the chain.
@@ -140,13 +144,15 @@ def remove_radial(
     """
     _checks.non_negative("threshold", threshold)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        updates: Params, state: optax.OptState, params: Params | None = None, **extra: object
+    ) -> tuple[Params, optax.OptState]:
         del extra
         params = _gradients.check_params(params)
         leaves, treedef = jax.tree.flatten(updates)
         chosen = _masks.mask_leaves(mask, params)
 
-        def project(leaf: Any, param: Any, choose: bool) -> Any:
+        def project(leaf: jax.Array, param: jax.Array, choose: bool) -> jax.Array:
             if not choose or jnp.ndim(leaf) < 2:
                 return leaf
             u, w = _tree.wide(leaf), _tree.wide(param)
@@ -163,20 +169,22 @@ def remove_radial(
 
 
 def _off(
-    u: jax.Array, w: jax.Array, threshold: Any, *, per_filter: bool
+    u: jax.Array, w: jax.Array, threshold: ArrayLike, *, per_filter: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """`u` less its part along `w` in each group; whether all cosines are small."""
+    """Takes from `u` its part along `w` in each group, and says whether all cosines are small."""
     axes = _tree.group_axes(w, per_filter)
     along = jnp.sum(u * w, axes, keepdims=True)
     square = jnp.sum(w * w, axes, keepdims=True)
     length = jnp.sqrt(square * jnp.sum(u * u, axes, keepdims=True))
-    cosine = jnp.where(length > 0, jnp.abs(along) / jnp.where(length > 0, length, 1), 0)
+    cosine = _numerics.divide(jnp.abs(along), length, where=length > 0)
     size = w.size // along.size
-    radial = jnp.where(square > 0, along / jnp.where(square > 0, square, 1), 0)
+    radial = _numerics.divide(along, square, where=square > 0)
     return u - jnp.broadcast_to(radial, w.shape) * w, jnp.max(cosine) < threshold / size**0.5
 
 
-def _with_norm(weights: jax.Array, target_norm: Any, per_filter: bool) -> jax.Array:
+def _with_norm(weights: jax.Array, target_norm: ArrayLike, per_filter: bool) -> jax.Array:
     norm = jnp.sqrt(jnp.sum(weights**2, _tree.group_axes(weights, per_filter), keepdims=True))
-    factor = jnp.asarray(target_norm, norm.dtype) / jnp.where(norm > 0, norm, 1)
-    return weights * jnp.broadcast_to(jnp.where(norm > 0, factor, 1), weights.shape)
+    factor = _numerics.divide(
+        jnp.asarray(target_norm, norm.dtype), norm, where=norm > 0, otherwise=1
+    )
+    return weights * jnp.broadcast_to(factor, weights.shape)

@@ -166,9 +166,9 @@ def test_memory_of_a_sum_holds_both_and_of_a_stream_is_not_known():
         curvature.top_eigenpairs_solver(operator, 2, key=jax.random.key(0))
     )
     one, both = estimate(hessian), estimate(hessian + gauss_newton)
-    assert both.held == one.held + estimate(gauss_newton).held
-    assert both.basis == one.basis
-    assert both.product >= one.product
+    assert both.operator_bytes == one.operator_bytes + estimate(gauss_newton).operator_bytes
+    assert both.state_bytes == one.state_bytes
+    assert both.product_bytes >= one.product_bytes
     with pytest.raises(TypeError, match="one that reads them"):
         estimate(hessian + streamed()[0])
 

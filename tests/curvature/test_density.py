@@ -110,7 +110,7 @@ def test_effective_dimension():
 @pytest.mark.parametrize("scale", ["linear", "symlog"])
 def test_curves_integrate_to_one(scale):
     density = solve(spectrum(), num_steps=20)
-    grid = curvature.density_grid(density, 4000, axis_scale=scale, margin=0.3)
+    grid = curvature.density_grid(density, num_points=4000, axis_scale=scale, margin=0.3)
     curve = curvature.evaluate_density(density, grid, axis_scale=scale)
     assert np.trapezoid(curve.density, curve.grid) == pytest.approx(1, abs=1e-3)
     assert np.all(np.diff(curve.grid) > 0)

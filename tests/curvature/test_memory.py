@@ -41,43 +41,43 @@ def test_bytes_of_the_basis_are_those_of_the_state():
     found = estimate(curvature.top_eigenpairs_solver, matrix, 10, max_basis=40)
     state = curvature.top_eigenpairs_solver(matrix, 10, key=key, max_basis=40).init()
     # Booleans and keys are a few bytes.
-    assert found.basis == pytest.approx(actual(state), abs=200)
-    assert found.basis >= 40 * ROW
-    assert found.result == pytest.approx(10 * ROW, rel=1e-3)
-    assert found.held == 2 * ROW
-    assert found.product == pytest.approx(ROW, abs=100)
-    assert found.total == found.held + found.basis + found.result
+    assert found.state_bytes == pytest.approx(actual(state), abs=200)
+    assert found.state_bytes >= 40 * ROW
+    assert found.result_bytes == pytest.approx(10 * ROW, rel=1e-3)
+    assert found.operator_bytes == 2 * ROW
+    assert found.product_bytes == pytest.approx(ROW, abs=100)
+    assert found.total_bytes == found.operator_bytes + found.state_bytes + found.result_bytes
     assert all(type(number) is int for number in found)
 
 
 def test_of_every_solver():
     matrix, key = diagonal(), jax.random.key(0)
     found = estimate(curvature.lanczos_solver, matrix, jnp.ones(SIZE), num_steps=32)
-    assert found.basis == pytest.approx(34 * ROW, rel=1e-2)
-    assert found.result == pytest.approx(33 * ROW, rel=1e-2)
+    assert found.state_bytes == pytest.approx(34 * ROW, rel=1e-2)
+    assert found.result_bytes == pytest.approx(33 * ROW, rel=1e-2)
     # While the pairs that were found are taken out, their basis and the probes' are both there.
     found = estimate(curvature.spectral_density_solver, matrix, num_steps=16, deflate=32, key=key)
-    assert found.basis == pytest.approx((32 + 2) * ROW, rel=1e-2)
-    assert found.result == pytest.approx((32 + 16 + 2) * ROW, rel=1e-2)
+    assert found.state_bytes == pytest.approx((32 + 2) * ROW, rel=1e-2)
+    assert found.result_bytes == pytest.approx((32 + 16 + 2) * ROW, rel=1e-2)
     plain = estimate(curvature.spectral_density_solver, matrix, num_steps=16, deflate=0)
-    assert plain.basis == pytest.approx(18 * ROW, rel=1e-2)
+    assert plain.state_bytes == pytest.approx(18 * ROW, rel=1e-2)
     found = estimate(curvature.trace_solver, matrix, num_matvecs=30, method="hutch++")
-    assert found.basis == pytest.approx((10 + 10 + 1) * ROW, rel=1e-2)
+    assert found.state_bytes == pytest.approx((10 + 10 + 1) * ROW, rel=1e-2)
     found = estimate(curvature.diagonal_solver, matrix, num_matvecs=30)
-    assert found.basis == pytest.approx(3 * ROW, rel=1e-2)
+    assert found.state_bytes == pytest.approx(3 * ROW, rel=1e-2)
 
 
 def test_a_product_in_chunks_takes_less():
     whole = estimate(curvature.top_eigenpairs_solver, operator(), 3)
     chunked = estimate(curvature.top_eigenpairs_solver, operator(chunk_size=4), 3)
-    assert whole.basis == chunked.basis
-    assert whole.held > chunked.held  # the linearisation is kept
+    assert whole.state_bytes == chunked.state_bytes
+    assert whole.operator_bytes > chunked.operator_bytes  # the linearisation is kept
     recomputed = ROW + 4 * EXAMPLES * WIDTH
-    assert chunked.held == recomputed
+    assert chunked.operator_bytes == recomputed
     # Of all examples the hidden layer alone is kept, and it is more than all that four need.
     hidden = 4 * EXAMPLES * SIZE // WIDTH
-    assert whole.held >= recomputed + hidden
-    assert 2 * ROW <= chunked.product < 4 * ROW + 16 * hidden
+    assert whole.operator_bytes >= recomputed + hidden
+    assert 2 * ROW <= chunked.product_bytes < 4 * ROW + 16 * hidden
 
 
 def test_several_products_at_once_take_more(monkeypatch):
@@ -88,9 +88,9 @@ def test_several_products_at_once_take_more(monkeypatch):
     four = estimate(
         curvature.spectral_density_solver, diagonal(), num_steps=8, num_probes=4, deflate=0
     )
-    assert four.product >= 4 * ROW
-    assert four.product >= 3.9 * one.product
-    assert four.basis == pytest.approx(4 * one.basis, rel=1e-2)
+    assert four.product_bytes >= 4 * ROW
+    assert four.product_bytes >= 3.9 * one.product_bytes
+    assert four.state_bytes == pytest.approx(4 * one.state_bytes, rel=1e-2)
 
 
 def test_wrong_arguments_are_named():
@@ -120,4 +120,4 @@ def test_nothing_is_allocated():
         Partial(jnp.multiply, 2.0), jax.ShapeDtypeStruct((size,), np.float32)
     )
     found = estimate(curvature.top_eigenpairs_solver, matrix, 10, max_basis=64)
-    assert found.basis >= 64 * 4 * size
+    assert found.state_bytes >= 64 * 4 * size

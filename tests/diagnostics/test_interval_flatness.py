@@ -45,9 +45,9 @@ def flatness(shape, direction=DIRECTION, **options):
 def test_an_exponential_of_the_square(chunk_size, double):
     m = 0.3
     report = flatness(lambda t: 0.2 * jnp.exp(0.5 * m * t**2), chunk_size=chunk_size)
-    np.testing.assert_allclose(report.width, math.sqrt(8 / m), rtol=1e-4)
+    np.testing.assert_allclose(report.interval_width, math.sqrt(8 / m), rtol=1e-4)
     assert bool(report.converged)
-    assert float(report.width_error_bound) < 1e-6
+    assert float(report.interval_width_error_bound) < 1e-6
 
 
 @pytest.mark.optimized
@@ -55,10 +55,10 @@ def test_a_square_and_another_level_in_float32():
     h, start = 2.5, 0.4
     square = lambda t: start + 0.5 * h * t**2
     np.testing.assert_allclose(
-        flatness(square).width, 2 * math.sqrt(2 * (math.e - 1) * start / h), rtol=1e-4
+        flatness(square).interval_width, 2 * math.sqrt(2 * (math.e - 1) * start / h), rtol=1e-4
     )
     np.testing.assert_allclose(
-        flatness(lambda t: jnp.exp(0.5 * h * t**2), factor=2.0).width,
+        flatness(lambda t: jnp.exp(0.5 * h * t**2), factor=2.0).interval_width,
         math.sqrt(8 * math.log(2) / h),
         rtol=1e-4,
     )
@@ -69,7 +69,7 @@ def test_an_asymmetric_valley_under_jit(double):
     report = jax.jit(functools.partial(flatness, valley))()
     np.testing.assert_allclose(report.right, math.e - 1, rtol=1e-4)
     np.testing.assert_allclose(report.left, -(math.e - 1) / 4, rtol=1e-4)
-    np.testing.assert_allclose(report.width, report.right - report.left)
+    np.testing.assert_allclose(report.interval_width, report.right - report.left)
 
 
 def test_the_nearest_crossing_counts_and_infinity_is_above(double):
@@ -88,9 +88,9 @@ def test_a_level_that_is_not_reached_is_flagged():
 
 
 def test_no_loss_no_flatness():
-    assert np.isnan(flatness(lambda t: t**2).width)
+    assert np.isnan(flatness(lambda t: t**2).interval_width)
     report = flatness(lambda t: 1 + t**2, direction=(0.0, 0.0))
-    assert np.isnan(report.width)
+    assert np.isnan(report.interval_width)
     assert not bool(report.converged)
 
 

@@ -62,7 +62,9 @@ def test_no_support_and_nothing_else():
 
 
 def test_baselines_are_those_of_the_normal_equations():
-    found = diagnostics.recovery_baselines(jnp.asarray(X), jnp.asarray(Y), jnp.asarray(TRUE))
+    found = diagnostics.recovery_baselines(
+        jnp.asarray(X), jnp.asarray(Y), true_weights=jnp.asarray(TRUE)
+    )
     x, y, true = (np.asarray(a, np.float64) for a in (X, Y, TRUE))
     support = true != 0
     oracle = np.zeros(6)
@@ -80,7 +82,7 @@ def test_baselines_are_those_of_the_normal_equations():
 def test_with_fewer_examples_than_weights_the_norm_is_least():
     few = slice(3, 7)
     found = diagnostics.recovery_baselines(
-        jnp.asarray(X[few]), jnp.asarray(Y[few]), jnp.asarray(TRUE)
+        jnp.asarray(X[few]), jnp.asarray(Y[few]), true_weights=jnp.asarray(TRUE)
     )
     x = np.asarray(X[few], np.float64)
     weights = x.T @ np.linalg.solve(x @ x.T, Y[few])
@@ -109,4 +111,4 @@ def test_bad_input():
     with pytest.raises(ValueError, match="`true_weights` must have one axis"):
         diagnostics.sparse_recovery(u, v, depth=2, true_weights=true[None])
     with pytest.raises(ValueError, match=r"`inputs` must have shape \(20, 6\), got \(19, 6\)"):
-        diagnostics.recovery_baselines(jnp.asarray(X[:19]), jnp.asarray(Y), true)
+        diagnostics.recovery_baselines(jnp.asarray(X[:19]), jnp.asarray(Y), true_weights=true)

@@ -20,10 +20,10 @@ def test_rescaled_weights_with_rescaled_statistics_are_the_same_network():
 
     before = evaluate(kernel, mean, variance)
     scaled = kernel * factor[None]
-    after = evaluate(scaled, *normalization.rescale_statistics(mean, variance, factor))
+    after = evaluate(scaled, *normalization.rescale_statistics(mean, variance, factor=factor))
     np.testing.assert_allclose(after, before, atol=1e-5)
     assert jnp.abs(evaluate(scaled, mean, variance) - before).max() > 0.1
-    one = normalization.rescale_statistics(mean, variance, 2.0)
+    one = normalization.rescale_statistics(mean, variance, factor=2.0)
     np.testing.assert_allclose(one[0], 2 * mean)
     np.testing.assert_allclose(one[1], 4 * variance)
 

@@ -66,7 +66,7 @@ def test_figure_has_a_density_for_each_setting_and_the_eigenvalues_of_all():
         plots.SpectrumPanel("sam", curve(1.0), [3.0, 0.02], [0.1, 0.001]),
     ]
     figure = plots.spectrum_figure(
-        panels, axis_scale="symlog", matrix="Gauss-Newton matrix", figure_width=6.8
+        panels, axis_scale="symlog", matrix_name="Gauss-Newton matrix", figure_width=6.8
     )
     first, second, last = figure.axes
     assert [axes.get_title("left") for axes in (first, second)] == ["plain", "sam"]

@@ -46,26 +46,26 @@ def test_groups_over_several_leaves_by_hand():
     # Products: column 0 has 1, 6 and bias -5; column 1 has -2, 4 and bias 3.
     groups = {"w": jnp.arange(2), "b": jnp.arange(2)}
     importance = functools.partial(pruning.group_importance, values, grads, num_groups=2)
-    np.testing.assert_allclose(importance(groups), [(1 + 6 - 5) ** 2, (-2 + 4 + 3) ** 2])
+    np.testing.assert_allclose(importance(groups=groups), [(1 + 6 - 5) ** 2, (-2 + 4 + 3) ** 2])
     np.testing.assert_allclose(
-        importance(groups, reduction="sum_of_squares"), [1 + 36 + 25, 4 + 16 + 9]
+        importance(groups=groups, reduction="sum_of_squares"), [1 + 36 + 25, 4 + 16 + 9]
     )
     np.testing.assert_allclose(
-        importance(groups, reduction="sum_of_absolute"), [1 + 6 + 5, 2 + 4 + 3]
+        importance(groups=groups, reduction="sum_of_absolute"), [1 + 6 + 5, 2 + 4 + 3]
     )
     without_bias = {**groups, "b": jnp.asarray([-1, -1])}
-    np.testing.assert_allclose(importance(without_bias), [(1 + 6) ** 2, (-2 + 4) ** 2])
+    np.testing.assert_allclose(importance(groups=without_bias), [(1 + 6) ** 2, (-2 + 4) ** 2])
 
 
 def test_error_texts():
     values = {"a": jnp.ones(3)}
     with pytest.raises(TypeError, match="`groups` must hold integers, got float32"):
-        pruning.group_importance(values, values, values, num_groups=1)
+        pruning.group_importance(values, values, groups=values, num_groups=1)
     with pytest.raises(ValueError, match="`grads` must have the tree structure"):
-        pruning.group_importance(values, {"b": values["a"]}, values, num_groups=1)
+        pruning.group_importance(values, {"b": values["a"]}, groups=values, num_groups=1)
     with pytest.raises(ValueError, match="`num_groups` must be at least 1, got 0"):
-        pruning.group_importance(values, values, {"a": jnp.arange(3)}, num_groups=0)
+        pruning.group_importance(values, values, groups={"a": jnp.arange(3)}, num_groups=0)
     with pytest.raises(ValueError, match=r"`reduction` must be one of .*, got 'sum'"):
         pruning.group_importance(
-            values, values, {"a": jnp.arange(3)}, num_groups=3, reduction="sum"
+            values, values, groups={"a": jnp.arange(3)}, num_groups=3, reduction="sum"
         )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.claims._printed import minimal_damping
 from regjax import curvature, schedules
 
 
@@ -45,9 +46,9 @@ def test_saturating_scaling_is_the_stability_limit_of_the_additive_law():
 
 
 def test_damping_follows_rate_over_batch():
-    damping = schedules.minimal_damping(1e-3, 0.1, 128)
+    damping = minimal_damping(1e-3, 0.1, 128)
     np.testing.assert_allclose(damping(0.2, jnp.asarray([64, 256])), [4e-3, 1e-3], rtol=1e-6)
-    assert "first version only" in schedules.minimal_damping.__doc__
+    assert "first version only" in minimal_damping.__doc__
 
 
 def test_double_precision_stays_double():
@@ -60,13 +61,13 @@ def test_error_texts():
     linear = functools.partial(schedules.batch_size_scaling, power=1)
     saturating = functools.partial(schedules.saturating_batch_size_scaling, crossover=1.0)
     for make in (linear, saturating):
-        with pytest.raises(ValueError, match="`reference_rate` must be positive, got 0"):
+        with pytest.raises(ValueError, match="`reference_learning_rate` must be positive, got 0"):
             make(0, 1)
-        with pytest.raises(ValueError, match="`reference_batch` must be positive, got -1"):
+        with pytest.raises(ValueError, match="`reference_batch_size` must be positive, got -1"):
             make(1, -1)
     with pytest.raises(ValueError, match="`power` must be non-negative, got -1"):
         schedules.batch_size_scaling(1, 1, power=-1)
     with pytest.raises(ValueError, match="`crossover` must be non-negative, got -1"):
         schedules.saturating_batch_size_scaling(1, 1, crossover=-1)
     with pytest.raises(ValueError, match="`reference_damping` must be positive, got 0"):
-        schedules.minimal_damping(0, 1, 1)
+        minimal_damping(0, 1, 1)

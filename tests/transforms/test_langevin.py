@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regjax import transforms
+from regjax.transforms._langevin import langevin_step
 
 A, B, GAMMA, STEP, NOISE = np.array([1.0, 3.0]), np.array([0.3, -0.2]), 0.7, 0.1, 0.5
 ANCHOR = np.array([1.0, -0.5])
@@ -17,7 +17,7 @@ def test_one_step_is_the_formula():
         {"a": jnp.asarray([3.0, 4.0])},
         {"a": jnp.zeros(2)},
     )
-    step = lambda noise, key: transforms.langevin_step(
+    step = lambda noise, key: langevin_step(
         x,
         g,
         key=jax.random.key(key),
@@ -41,7 +41,7 @@ def test_stationary_mean_and_covariance():
     def step(carry, key):
         position, total, square = carry
         keys = jax.random.split(key, num_chains)
-        move = lambda x, k: transforms.langevin_step(
+        move = lambda x, k: langevin_step(
             x, a * x + b, key=k, anchor=anchor, gamma=GAMMA, learning_rate=STEP, noise_scale=NOISE
         )
         position = jax.vmap(move)(position, keys)
@@ -67,7 +67,7 @@ def test_stationary_mean_and_covariance():
 
 def test_dtypes_stay():
     x = jnp.ones(3, jnp.bfloat16)
-    new = transforms.langevin_step(
+    new = langevin_step(
         x, x, key=jax.random.key(0), anchor=x, gamma=0.1, learning_rate=0.1, noise_scale=0.1
     )
     assert new.dtype == jnp.bfloat16
@@ -76,7 +76,7 @@ def test_dtypes_stay():
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_a_traced_noise_scale_is_the_same(noise):
     x = jnp.ones(3)
-    step = lambda noise: transforms.langevin_step(
+    step = lambda noise: langevin_step(
         x, x, key=jax.random.key(0), anchor=0 * x, gamma=0.1, learning_rate=0.1, noise_scale=noise
     )
     np.testing.assert_allclose(jax.jit(step)(noise), step(noise), rtol=1e-6)

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 import regjax
+from benchmarks.claims._printed import paper_nesterov_rule
 from regjax import _loops, curvature, models, schedules, transforms
 from regjax.curvature._operators import _traced
 from regjax.transforms import _spectral_controller
@@ -82,14 +83,16 @@ def test_polyak_is_optimal_on_a_quadratic(double):
 
 
 def test_the_printed_rate_diverges(double):
-    params, state = scan(make(rule=schedules.paper_nesterov_rule), ones(), quadratic(), 60)
+    params, state = scan(make(rule=paper_nesterov_rule), ones(), quadratic(), 60)
     np.testing.assert_allclose(state.learning_rate, 0.1, rtol=1e-10)
     assert np.abs(params["b"]).max() > 1e6
 
 
-@pytest.mark.parametrize("name", ["nesterov_rule", "polyak_rule", "paper_nesterov_rule"])
-def test_a_loss_times_ten_has_the_same_trajectory(name, double):
-    tx = make(rule=getattr(schedules, name), nesterov=name != "polyak_rule", every=4)
+@pytest.mark.parametrize(
+    "rule", [schedules.nesterov_rule, schedules.polyak_rule, paper_nesterov_rule]
+)
+def test_a_loss_times_ten_has_the_same_trajectory(rule, double):
+    tx = make(rule=rule, nesterov=rule is not schedules.polyak_rule, every=4)
     problem = oracles.problem(dtype=np.float64)
 
     def scaled(factor):
@@ -100,8 +103,8 @@ def test_a_loss_times_ten_has_the_same_trajectory(name, double):
     run = jax.jit(lambda factor: scan(tx, problem.params, scaled(factor), 10))
     (one, first), (ten, second) = run(1.0), run(10.0)
     distance = np.abs(ravel_pytree(one)[0] - ravel_pytree(ten)[0]).max()
-    assert (distance < 1e-6) == (name != "paper_nesterov_rule")
-    if name != "paper_nesterov_rule":
+    assert (distance < 1e-6) == (rule is not paper_nesterov_rule)
+    if rule is not paper_nesterov_rule:
         np.testing.assert_allclose(10 * second.learning_rate, first.learning_rate, rtol=1e-6)
         np.testing.assert_allclose(second.momentum, first.momentum, rtol=1e-6)
 
@@ -140,6 +143,30 @@ def test_the_largest_is_that_of_the_hessian_within_its_residual(kind):
         assert distance <= float(state.residual_norm) + 1e-5
     np.testing.assert_allclose(state.largest, np.abs(values).max(), rtol=1e-4)
     np.testing.assert_allclose(state.lowest, values[0], rtol=0.1)
+
+
+def test_the_residual_of_low_precision_has_a_floor():
+    """All twelve steps leave a residual of rounding in float32, though products are in bfloat16."""
+    values = jnp.asarray(np.linspace(1.0, 100.0, 12), jnp.float32)
+
+    def loss_fn(params, dtype):
+        return 0.5 * jnp.sum((values.astype(dtype) * params.astype(dtype) ** 2).astype(jnp.float32))
+
+    found = {
+        dtype: measured(jax.grad(functools.partial(loss_fn, dtype=dtype)), jnp.ones(12))
+        for dtype in (jnp.bfloat16, jnp.float32)
+    }
+    for dtype, state in found.items():
+        assert state.residual_norm >= 7 * float(jnp.finfo(dtype).eps) * state.largest
+        assert abs(state.largest - 100) <= state.residual_norm
+    assert found[jnp.float32].residual_norm < 0.01 * found[jnp.bfloat16].residual_norm
+    # As large inside of a compiled update.
+    grad_fn = jax.grad(functools.partial(loss_fn, dtype=jnp.bfloat16))
+    tx = make()
+    state = jax.jit(lambda w, state: tx.update(w, state, w, curvature_grad_fn=grad_fn)[1])(
+        jnp.ones(12), tx.init(jnp.ones(12))
+    )
+    assert state.residual_norm >= 7 * float(jnp.finfo(jnp.bfloat16).eps) * state.largest
 
 
 def test_a_saddle_shows_in_the_state():

@@ -135,7 +135,9 @@ def test_the_matched_rate_turns_like_a_decayed_run_in_equilibrium(double):
     end, angles = jax.lax.scan(decayed, jnp.asarray([1.0, 0.0]), length=20_000)
     assert float(jnp.linalg.norm(end)) == pytest.approx((rate / 2 / decay) ** 0.25, rel=0.01)
     assert float(angles[-1]) == pytest.approx(np.sqrt(2 * rate * decay), rel=0.01)
-    matched = schedules.matched_learning_rate(rate, decay, 1.0)
+    matched = schedules.matched_learning_rate(
+        learning_rate=rate, weight_decay=decay, gradient_norm=1.0
+    )
     tx = optax.chain(optax.sgd(matched), transforms.rescale_weights(mask=None, per_filter=False))
     w = jnp.asarray([1.0, 0.0])
     after, _ = runs.scan(tx, w, lambda w, i: gradient(w), 1)
@@ -154,10 +156,10 @@ def test_velocity_of_rescaled_weights(double):
         return w
 
     w, velocity = params["dense"], jax.grad(f)(params["dense"] + 0.1)
-    halved = transforms.rescale_velocity(velocity, 2.0)
+    halved = transforms.rescale_velocity(velocity, factor=2.0)
     np.testing.assert_allclose(walk(2 * w, halved, 0.4), 2 * walk(w, velocity, 0.1), atol=1e-10)
     factor = {"a": jnp.asarray([1.0, 2.0, 4.0])}
-    tree = transforms.rescale_velocity({"a": jnp.ones((2, 3))}, factor)
+    tree = transforms.rescale_velocity({"a": jnp.ones((2, 3))}, factor=factor)
     np.testing.assert_array_equal(tree["a"], [[1, 0.5, 0.25]] * 2)
 
 
@@ -199,4 +201,4 @@ def test_error_texts():
     with pytest.raises(ValueError, match="`params` must be given"):
         tx.update({"b": jnp.ones((3, 3))}, tx.init({"b": jnp.ones((3, 3))}))
     with pytest.raises(ValueError, match="`weight_decay` must be positive, got 0"):
-        schedules.matched_learning_rate(0.1, 0, 1.0)
+        schedules.matched_learning_rate(learning_rate=0.1, weight_decay=0, gradient_norm=1.0)

@@ -7,14 +7,16 @@ little more than the cost of reading the rows.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from regjax import _checks
+from regjax._base import Tree
 from regjax._space import Space
 
 CHOICES = ("compensated", "float64")
@@ -24,7 +26,7 @@ _LANES = 1024
 _TURN, _GROUP = 4, 64
 
 
-def small_dtype(dtype: Any, accumulation: str | None) -> Any:
+def small_dtype(dtype: jnp.dtype, accumulation: str | None) -> jnp.dtype:
     """Type of inner products, norms and small matrices, of rows of type `dtype`.
 
     Raises:
@@ -59,7 +61,7 @@ def inner_products(
     return space.psum(functools.partial(_plain, dtype), rows, vector)
 
 
-def _plain(dtype: Any, rows: jax.Array, vector: jax.Array) -> jax.Array:
+def _plain(dtype: jnp.dtype, rows: jax.Array, vector: jax.Array) -> jax.Array:
     multiply = lambda one, other: one.astype(dtype) * other.astype(dtype)
     if _has_lanes(vector):
         return jnp.sum(_over_slabs(jnp.add, multiply, rows, vector), 1)
@@ -77,7 +79,7 @@ def _compensated(rows: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Arr
     return lax.reduce(sums, (zero, zero), _add, (1,))
 
 
-def _add(one: Any, other: Any) -> tuple[jax.Array, jax.Array]:
+def _add(one: Tree, other: Tree) -> tuple[jax.Array, jax.Array]:
     """Adds two sums, each with its correction (D. Knuth's two-sum)."""
     total = one[0] + other[0]
     shown = total - one[0]
@@ -90,21 +92,26 @@ def _has_lanes(vector: jax.Array) -> bool:
     return jax.default_backend() == "cpu" and vector.size >= 2 * _LANES
 
 
-def _over_slabs(add: Any, multiply: Any, rows: jax.Array, vector: jax.Array) -> Any:
+def _over_slabs(
+    add: Callable[[Tree, Tree], Tree],
+    multiply: Callable[..., Tree],
+    rows: jax.Array,
+    vector: jax.Array,
+) -> Tree:
     """Folds the terms of the inner products, a few slabs of columns at a time, with `add`."""
 
-    def terms(start: Any, width: int) -> Any:
+    def terms(start: ArrayLike, width: int) -> Tree:
         part = lax.dynamic_slice_in_dim(rows, start, width, 1)
         return multiply(part, lax.dynamic_slice_in_dim(vector, start, width)[None])
 
-    def slabs(first: Any, count: int) -> Any:
+    def slabs(first: ArrayLike, count: int) -> Tree:
         parts = [terms((first + i) * _LANES, _LANES) for i in range(count)]
         return functools.reduce(add, parts)
 
-    def add_turn(turn: Any, sums: Any) -> Any:
+    def add_turn(turn: ArrayLike, sums: Tree) -> Tree:
         return add(sums, slabs(turn * _TURN, _TURN))
 
-    def add_group(group: Any, sums: Any) -> Any:
+    def add_group(group: ArrayLike, sums: Tree) -> Tree:
         start = group * _GROUP
         end = jnp.minimum(start + _GROUP, num_turns)
         return add(sums, lax.fori_loop(start, end, add_turn, jax.tree.map(jnp.zeros_like, sums)))

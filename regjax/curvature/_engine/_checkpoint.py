@@ -13,7 +13,7 @@ import itertools
 import os
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from regjax import _checks, _files
+from regjax._base import Tree
 from regjax.curvature._engine import _identity
 from regjax.curvature._engine._basis import Basis
 from regjax.curvature._engine._solver import Solver, multiply
@@ -59,7 +60,7 @@ class Position(NamedTuple):
     """
 
     solver: Solver[Any, Any]
-    state: Any
+    state: Tree
     stage: int
     first: int
     steps: int
@@ -95,7 +96,7 @@ class Chain:
         self.shapes = _shapes(begin.state)
         self.count = 0
         self.witness: list[float] = []
-        self.parts: dict[str, Any] = {}
+        self.parts: dict[str, Tree] = {}
         self.needed: set[str] = set()
         self.writer = concurrent.futures.ThreadPoolExecutor(1)
         self.pending: concurrent.futures.Future[None] | None = None
@@ -125,7 +126,7 @@ class Chain:
             space = self.begin.solver.operator.space
             self.witness = _identity.first_product(space, vectors, images)
 
-    def follow(self, stage: int, state: Any) -> None:
+    def follow(self, stage: int, state: Tree) -> None:
         """Counts a step, and writes the state if it is time."""
         self.count += 1
         if self.count % self.every == 0:
@@ -136,7 +137,7 @@ class Chain:
         if self.pending is not None:
             self.pending.result()
 
-    def _check(self, path: Path, metadata: dict[str, Any]) -> None:
+    def _check(self, path: Path, metadata: dict[str, Tree]) -> None:
         """Raises OtherProblem if the file is of another one."""
         if self.witness:
             return
@@ -148,7 +149,7 @@ class Chain:
         space = solver.operator.space
         _identity.check_product(path, metadata["product"], self.witness, space)
 
-    def _save(self, stage: int, state: Any) -> None:
+    def _save(self, stage: int, state: Tree) -> None:
         # Sorted by name they are sorted by age; names are never used twice, so that no file can
         # take the place of one that others refer to.
         name = f"{self.count:08d}.{secrets.token_hex(4)}{_PATTERN[1:]}"
@@ -178,14 +179,14 @@ class Chain:
         self.parts = parts
         self.pending = self.writer.submit(self._write, name, rest, rows, metadata, keep)
 
-    def _write(self, name: str, rest: Any, rows: Any, metadata: Any, keep: set[str]) -> None:
+    def _write(self, name: str, rest: Tree, rows: Tree, metadata: Tree, keep: set[str]) -> None:
         _files.save(self.folder / name, {"rest": rest, "rows": rows}, metadata=metadata)
         keep = {name, *_files_of(metadata["parts"]), *keep}
         for path in [*self.folder.glob(_PATTERN), *self.folder.glob(f".{_PATTERN}.*.tmp")]:
             if path.name not in keep:
                 path.unlink(missing_ok=True)
 
-    def _restore(self, path: Path, metadata: dict[str, Any]) -> Position:
+    def _restore(self, path: Path, metadata: dict[str, Tree]) -> Position:
         solver, shapes, first = self.begin.solver, self.shapes, 0
         for _ in range(metadata["stage"]):
             # Only the structure counts, and where the arrays lie.
@@ -193,7 +194,7 @@ class Chain:
             shapes = _shapes(solver.init())
         named, parts = _named(shapes), metadata["parts"]
         loaded = {name: self._read(name, named) for name in {path.name, *_files_of(parts)}}
-        leaves: dict[str, Any] = dict(loaded[path.name]["rest"])
+        leaves: dict[str, Tree] = dict(loaded[path.name]["rest"])
         for prefix, part in parts.items():
             pieces = [loaded[name]["rows"][prefix] for name, _, _ in part["pieces"]]
             rows = itertools.chain.from_iterable(pieces)
@@ -204,7 +205,7 @@ class Chain:
         state = jax.tree.unflatten(jax.tree.structure(shapes), placed)
         return Position(solver, state, metadata["stage"], first, self.count)
 
-    def _read(self, name: str, named: dict[str, Any]) -> Any:
+    def _read(self, name: str, named: dict[str, Tree]) -> Tree:
         """The leaves in a file, and the rows that are new in it."""
         parts = _files.read_metadata(self.folder / name)["parts"]
         rows = {}
@@ -217,14 +218,14 @@ class Chain:
         return _files.load(self.folder / name, {"rest": _rest(named, parts), "rows": rows})
 
 
-def _shapes(state: Any) -> Any:
+def _shapes(state: Tree) -> Tree:
     def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
     return jax.tree.map(shape, state)
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def _named(tree: Tree) -> dict[str, Tree]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
@@ -233,27 +234,27 @@ def _next(solver: Solver[Any, Any]) -> Solver[Any, Any]:
     return solver if solver.then is None else solver.then(solver.init())
 
 
-def _bases(state: Any) -> dict[str, Basis]:
+def _bases(state: Tree) -> dict[str, Basis]:
     """The bases in a state by the paths of their rows."""
     is_basis = lambda node: isinstance(node, Basis)
     nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_basis)
     return {f"{jax.tree_util.keystr(path)}.blocks": n for path, n in nodes if is_basis(n)}
 
 
-def _blocks(named: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _blocks(named: dict[str, Tree], prefix: str) -> dict[str, Tree]:
     """The arrays (..., rows, n) of a basis, in the order of their rows."""
     return {name: leaf for name, leaf in named.items() if name.startswith(prefix)}
 
 
-def _rest(named: dict[str, Any], prefixes: Any) -> dict[str, Any]:
+def _rest(named: dict[str, Tree], prefixes: Iterable[str]) -> dict[str, Tree]:
     return {name: leaf for name, leaf in named.items() if not name.startswith(tuple(prefixes))}
 
 
-def _files_of(parts: dict[str, Any]) -> set[str]:
+def _files_of(parts: dict[str, Tree]) -> set[str]:
     return {name for part in parts.values() for name, _, _ in part["pieces"]}
 
 
-def _cut(blocks: dict[str, Any], start: int, stop: int) -> list[jax.Array]:
+def _cut(blocks: dict[str, Tree], start: int, stop: int) -> list[jax.Array]:
     """Copies of rows; one at a time is one program, however many there are."""
     rows = []
     for block in blocks.values():
@@ -263,7 +264,7 @@ def _cut(blocks: dict[str, Any], start: int, stop: int) -> list[jax.Array]:
     return rows
 
 
-def _assemble(blocks: dict[str, Any], rows: Iterator[np.ndarray]) -> dict[str, np.ndarray]:
+def _assemble(blocks: dict[str, Tree], rows: Iterator[np.ndarray]) -> dict[str, np.ndarray]:
     """The blocks from their filled rows; the others are zero."""
     arrays = {name: np.zeros(shape.shape, shape.dtype) for name, shape in blocks.items()}
     for array in arrays.values():
@@ -273,7 +274,7 @@ def _assemble(blocks: dict[str, Any], rows: Iterator[np.ndarray]) -> dict[str, n
     return arrays
 
 
-def _place(leaf: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+def _place(leaf: Tree, shape: jax.ShapeDtypeStruct) -> jax.Array:
     """On the devices where the leaf was; a copy, which the solver may overwrite."""
     leaf = leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
     is_spread = shape.sharding is not None and len(shape.sharding.device_set) > 1
@@ -286,5 +287,5 @@ def _row(block: jax.Array, i: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _copies(leaves: dict[str, Any]) -> dict[str, Any]:
+def _copies(leaves: dict[str, Tree]) -> dict[str, Tree]:
     return jax.tree.map(jnp.copy, leaves)

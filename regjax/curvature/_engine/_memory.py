@@ -15,19 +15,20 @@ class MemoryResult(NamedTuple):
     """Bytes on each device that a solver needs; Python integers.
 
     Attributes:
-      held: the operator's own arrays: parameters, batch, and what is kept of a linearisation.
-      basis: the solver's state: the rows of its bases and a few vectors.
-      product: temporaries and result of one product (of all that are made at once), from the
+      operator_bytes: the operator's own arrays: parameters, batch, and what is kept of a
+        linearisation.
+      state_bytes: the solver's state: the rows of its bases and a few vectors.
+      product_bytes: temporaries and result of one product (of all that are made at once), from the
         compiler's own account.
-      result: what is made beside the state: eigenvectors, or the probes of a density.
-      total: held + basis + the larger of product and result.
+      result_bytes: what is made beside the state: eigenvectors, or the probes of a density.
+      total_bytes: those of operator and state, and the larger of product and result.
     """
 
-    held: int
-    basis: int
-    product: int
-    result: int
-    total: int
+    operator_bytes: int
+    state_bytes: int
+    product_bytes: int
+    result_bytes: int
+    total_bytes: int
 
 
 def memory_estimate(solver: Solver[Any, Any]) -> MemoryResult:
@@ -81,9 +82,10 @@ def _needed(solver: Solver[Any, Any]) -> str:
     except (TypeError, jax.errors.JaxRuntimeError):  # no account of a product
         return ""
     return (
-        f" It needs about {_short(found.total)} on each device: {_short(found.basis)} for its "
-        f"basis, {_short(found.product)} for a product, {_short(found.result)} for its result, "
-        f"{_short(found.held)} for parameters, data and what is kept of them."
+        f" It needs about {_short(found.total_bytes)} on each device: "
+        f"{_short(found.state_bytes)} for its basis, {_short(found.product_bytes)} for a product, "
+        f"{_short(found.result_bytes)} for its result, "
+        f"{_short(found.operator_bytes)} for parameters, data and what is kept of them."
     )
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from regjax.curvature._precision import precision
 CACHE_BYTES = 2**30
 
 
-class Rule(NamedTuple):
+class Linearization(NamedTuple):
     """How a curvature matrix follows from a function, as static functions.
 
     Attributes:
@@ -51,15 +51,15 @@ class Rule(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rule", "function", "params", "batch", "linear_map"],
+    data_fields=["linearization", "function", "params", "batch", "linear_map"],
     meta_fields=["chunk_size", "placement"],
 )
 @dataclasses.dataclass(frozen=True)
 class CurvatureOperator(TracedOperator):
-    """A matrix that follows by a rule from a function at its parameters, over data on the device.
+    """A matrix that follows from a function at its parameters and data on the device.
 
     Attributes:
-      rule: how the matrix follows from `function`.
+      linearization: how the matrix follows from `function`.
       function: the loss or the model, a callable pytree.
       params: the parameters.
       batch: the arrays with a leading axis of examples.
@@ -69,7 +69,7 @@ class CurvatureOperator(TracedOperator):
       placement: where the arrays lie if they are on several devices; else None.
     """
 
-    rule: Rule
+    linearization: Linearization
     function: Partial
     params: Params
     batch: Batch
@@ -90,7 +90,7 @@ class CurvatureOperator(TracedOperator):
     def apply(self, tree: Params) -> Params:
         if self.linear_map is not None:
             return self.linear_map(tree)
-        return self.rule.multiply(self.function, self.params, tree, *self.batch)
+        return self.linearization.multiply(self.function, self.params, tree, *self.batch)
 
     def product(self, vector: jax.Array) -> jax.Array:
         if self.chunk_size is None:
@@ -114,7 +114,7 @@ class CurvatureOperator(TracedOperator):
     def facts(self) -> dict[str, Tree]:
         return {
             "params": self.params, "batch": self.batch, "function": self.function,
-            "rule": self.rule,
+            "linearization": self.linearization,
         }  # fmt: skip
 
     def product_bytes(self, count: int) -> int:
@@ -130,7 +130,7 @@ class CurvatureOperator(TracedOperator):
 
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
         function, block = of_subtree(self.function, self.params, inside)
-        return build(self.rule, function, block, self.batch, self.chunk_size)
+        return build(self.linearization, function, block, self.batch, self.chunk_size)
 
 
 @functools.partial(
@@ -151,14 +151,16 @@ class _OfSubtree:
         return self.function(_tree.merge(block, self.rest), *batch)
 
 
-def of_subtree(function: Any, params: Params, inside: tuple[bool, ...]) -> tuple[Any, Params]:
+def of_subtree(
+    function: Partial, params: Params, inside: tuple[bool, ...]
+) -> tuple[Partial, Params]:
     """`function` of the parameters inside, and these; only they are differentiated."""
     rest = subtree(params, [not here for here in inside])
-    return _OfSubtree(function, rest), subtree(params, inside)
+    return as_partial(_OfSubtree(function, rest)), subtree(params, inside)
 
 
 def hvp(loss_fn: LossFn, params: Params, vector: Params, *batch: Tree) -> Params:
-    """One Hessian-vector product by forward-over-reverse differentiation (Pearlmutter 1994).
+    """Computes a Hessian-vector product by forward-over-reverse differentiation.
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
@@ -184,7 +186,7 @@ def hvp(loss_fn: LossFn, params: Params, vector: Params, *batch: Tree) -> Params
 def hessian(
     loss_fn: LossFn, params: Params, *batch: Tree, chunk_size: int | None = None
 ) -> CurvatureOperator:
-    """The Hessian of the mean loss over the batch.
+    """Makes the Hessian of the mean loss over the batch.
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples. Data are arguments: what it
@@ -206,12 +208,12 @@ def hessian(
         or lie on a mesh with explicit axes.
     """
     check_loss(loss_fn, params, batch)
-    rule = Rule(Partial(_linearize_gradient), Partial(differentiate_gradient))
-    return build(rule, as_partial(loss_fn), params, batch, chunk_size)
+    linearization = Linearization(Partial(_linearize_gradient), Partial(differentiate_gradient))
+    return build(linearization, as_partial(loss_fn), params, batch, chunk_size)
 
 
 def from_gradient(grad_fn: Callable[[Params], Params], params: Params) -> CurvatureOperator:
-    """The Hessian of a loss that is known by its gradient alone.
+    """Makes the Hessian of a loss that is known by its gradient alone.
 
     Args:
       grad_fn: params -> gradient; the same function again, or `jax.tree_util.Partial` of the same
@@ -228,18 +230,18 @@ def from_gradient(grad_fn: Callable[[Params], Params], params: Params) -> Curvat
 
 
 def build(
-    rule: Rule,
-    function: Any,
+    linearization: Linearization,
+    function: Partial,
     params: Params,
     batch: Batch,
     chunk_size: int | None,
 ) -> CurvatureOperator:
-    """An operator from its rule: checks the chunks, keeps the residuals if they fit."""
+    """An operator from its parts: checks the chunks, keeps the residuals if they fit."""
     _checks.floating_tree("params", params)
     linear_map, num_parts = None, 1
-    placement = find(batch, params, function, rule)
+    placement = find(batch, params, function, linearization)
     if placement is not None:
-        rule, function, params = placement.replicate((rule, function, params))
+        linearization, function, params = placement.replicate((linearization, function, params))
         batch, num_parts = placement.shard(batch), placement.num_parts
     if chunk_size is not None:
         num_examples = _checks.num_examples(batch)
@@ -247,38 +249,42 @@ def build(
         if chunk_size < num_examples:
             _chunks.refuse_coupled(function, chunk_size)
     else:
-        residuals = jax.tree.leaves(_linear_map.eval_shape(rule, function, params, batch))
+        residuals = jax.tree.leaves(_linear_map.eval_shape(linearization, function, params, batch))
         num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals)
         if num_bytes <= CACHE_BYTES * num_parts:
-            linear_map = _linear_map(rule, function, params, batch)
-    return CurvatureOperator(rule, function, params, batch, linear_map, chunk_size, placement)
+            linear_map = _linear_map(linearization, function, params, batch)
+    return CurvatureOperator(
+        linearization, function, params, batch, linear_map, chunk_size, placement
+    )
 
 
-def _linearize_gradient(loss_fn: Callable[..., Any], params: Any, *batch: Any) -> Any:
+def _linearize_gradient(loss_fn: Callable[..., Tree], params: Params, *batch: Tree) -> Tree:
     return jax.linearize(jax.grad(lambda p: loss_fn(p, *batch)), params)[1]
 
 
 def differentiate_gradient(
-    loss_fn: Callable[..., Any], params: Any, vector: Any, *batch: Any
-) -> Any:
+    loss_fn: Callable[..., Tree], params: Params, vector: Params, *batch: Tree
+) -> Tree:
     return jax.jvp(jax.grad(lambda p: loss_fn(p, *batch)), (params,), (vector,))[1]
 
 
-def _linearize(function: Callable[[Any], Any], params: Any) -> Any:
+def _linearize(function: Callable[[Tree], Tree], params: Params) -> Tree:
     return jax.linearize(function, params)[1]
 
 
-def _differentiate(function: Callable[[Any], Any], params: Any, vector: Any) -> Any:
+def _differentiate(function: Callable[[Tree], Tree], params: Params, vector: Params) -> Tree:
     return jax.jvp(function, (params,), (vector,))[1]
 
 
-_JACOBIAN = Rule(Partial(_linearize), Partial(_differentiate))
+_JACOBIAN = Linearization(Partial(_linearize), Partial(_differentiate))
 
 
 @jax.jit
-def _linear_map(rule: Rule, function: Any, params: Any, batch: Any) -> Partial:
+def _linear_map(
+    linearization: Linearization, function: Callable[..., Tree], params: Params, batch: Batch
+) -> Partial:
     with precision():
-        return rule.linearize(function, params, *batch)
+        return linearization.linearize(function, params, *batch)
 
 
 def _of_chunk(operands: tuple[CurvatureOperator, jax.Array], *batch: Tree) -> jax.Array:

@@ -6,7 +6,6 @@ three matrices here differ in A alone.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax.tree_util import Partial
 
 from regjax import _checks
 from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree, as_partial
-from regjax.curvature._operators._curvature import CurvatureOperator, Rule, build
+from regjax.curvature._operators._curvature import CurvatureOperator, Linearization, build
 
 
 def gauss_newton(
@@ -26,7 +25,9 @@ def gauss_newton(
     *,
     chunk_size: int | None = None,
 ) -> CurvatureOperator:
-    """The generalised Gauss-Newton matrix J' (d2 loss / d outputs2) J.
+    """Makes the generalised Gauss-Newton matrix.
+
+        J' (d2 loss / d outputs2) J,   J the Jacobian of the outputs
 
     It is the Hessian without the curvature of the network itself: positive semi-definite for a
     loss that is convex in the outputs, and equal to the Hessian where the residuals vanish.
@@ -63,7 +64,9 @@ def empirical_fisher(
     *,
     chunk_size: int | None = None,
 ) -> CurvatureOperator:
-    """The mean over the examples of g_i g_i', g_i the gradient of example i's loss.
+    """Makes the mean of the outer products of each example's gradient with itself.
+
+        mean_i g_i g_i',   g_i the gradient of example i's loss
 
     Targets are the observed ones, so this is neither the Fisher matrix nor an approximation of
     the Hessian away from a good fit. The examples must not couple through the loss.
@@ -101,7 +104,7 @@ def fisher(
     likelihood: str = "categorical",
     chunk_size: int | None = None,
 ) -> CurvatureOperator:
-    """The Fisher information matrix of the model's own predictive distribution.
+    """Makes the Fisher information matrix of the model's own predictive distribution.
 
     The mean over the examples of J' E[s s'] J, s the score of a target drawn from the model. With
     `num_samples` the expectation is a mean over that many draws, fixed by `key` for all products;
@@ -157,32 +160,34 @@ def _sandwich(
     batch: Batch,
     chunk_size: int | None,
 ) -> CurvatureOperator:
-    rule = Rule(Partial(_linearize_sandwich, curvature), Partial(_multiply_sandwich, curvature))
-    return build(rule, as_partial(model_fn), params, batch, chunk_size)
+    linearization = Linearization(
+        Partial(_linearize_sandwich, curvature), Partial(_multiply_sandwich, curvature)
+    )
+    return build(linearization, as_partial(model_fn), params, batch, chunk_size)
 
 
 def _linearize_sandwich(
-    curvature: Partial, model_fn: Any, params: Params, inputs: Tree, *rest: Any
+    curvature: Partial, model_fn: ModelFn, params: Params, inputs: Tree, *rest: Tree
 ) -> Partial:
     outputs, jacobian = jax.linearize(lambda p: model_fn(p, inputs), params)
     return Partial(_apply_sandwich, jacobian, Partial(curvature, outputs, *rest))
 
 
 def _multiply_sandwich(
-    curvature: Partial, model_fn: Any, params: Params, vector: Any, inputs: Tree, *rest: Any
-) -> Any:
+    curvature: Partial, model_fn: ModelFn, params: Params, vector: Params, inputs: Tree, *rest: Tree
+) -> Tree:
     return _linearize_sandwich(curvature, model_fn, params, inputs, *rest)(vector)
 
 
-def _apply_sandwich(jacobian: Partial, curvature: Partial, vector: Any) -> Any:
+def _apply_sandwich(jacobian: Partial, curvature: Partial, vector: Params) -> Tree:
     return jax.linear_transpose(jacobian, vector)(curvature(jacobian(vector)))[0]
 
 
-def _loss_hessian(output_loss_fn: Partial, outputs: Any, targets: Tree, tangent: Any) -> Any:
+def _loss_hessian(output_loss_fn: Partial, outputs: Tree, targets: Tree, tangent: Tree) -> Tree:
     return jax.jvp(jax.grad(lambda o: output_loss_fn(o, targets)), (outputs,), (tangent,))[1]
 
 
-def _observed_score(output_loss_fn: Partial, outputs: Any, targets: Tree, tangent: Any) -> Any:
+def _observed_score(output_loss_fn: Partial, outputs: Tree, targets: Tree, tangent: Tree) -> Tree:
     # The gradient of a mean over N examples is 1/N times each example's own.
     scores = jax.grad(output_loss_fn)(outputs, targets) * outputs.shape[0]
     axes = tuple(range(1, outputs.ndim))
@@ -224,7 +229,7 @@ _SAMPLED = {"categorical": _sampled_categorical, "normal": _sampled_normal}
 
 
 def _check_output_loss(
-    model_fn: ModelFn, output_loss_fn: Any, params: Params, inputs: Tree, targets: Any
+    model_fn: ModelFn, output_loss_fn: OutputLossFn, params: Params, inputs: Tree, targets: Tree
 ) -> None:
     outputs = jax.eval_shape(as_partial(model_fn), params, inputs)
     shape = getattr(jax.eval_shape(as_partial(output_loss_fn), outputs, targets), "shape", None)

@@ -6,12 +6,13 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from regjax import _checks
+from regjax._base import Batch, Tree
 
 _END = object()
 
@@ -36,14 +37,14 @@ class Source:
       iterator: that of the last pass.
     """
 
-    source: Any
+    source: Tree
     prefetch: int
-    draw: Callable[[int, int], Any] | None = None
+    draw: Callable[[int, int], jax.Array] | None = None
     num_examples: int | None = None
     num_passes: int = 0
-    iterator: Any = None
+    iterator: Tree = None
 
-    def begin(self) -> Iterator[Any]:
+    def begin(self) -> Iterator[Tree]:
         """The iterator of a new pass."""
         is_factory = callable(self.source) and not hasattr(self.source, "__iter__")
         iterator = iter(self.source() if is_factory else self.source)
@@ -57,7 +58,7 @@ class Source:
         self.iterator = iterator
         return iterator
 
-    def first(self) -> tuple[Any, ...]:
+    def first(self) -> Batch:
         """The first batch, as it comes."""
         iterator = self.begin()
         try:
@@ -67,7 +68,7 @@ class Source:
             _close(iterator)
         raise ValueError("`source` must give at least one batch, got none.")
 
-    def batches(self) -> Generator[tuple[int, tuple[Any, ...]], None, None]:
+    def batches(self) -> Generator[tuple[int, Batch], None, None]:
         """The batches of a pass on the device, each with its number of examples.
 
         By the time of asking for another one, the batch before the last must be done with.
@@ -104,12 +105,12 @@ class Source:
 
 
 @contextlib.contextmanager
-def _reading(passes: Source) -> Iterator[tuple[queue.SimpleQueue[Any], threading.Semaphore]]:
+def _reading(passes: Source) -> Iterator[tuple[queue.SimpleQueue[Tree], threading.Semaphore]]:
     """A thread that reads a pass: its queue, and the permits that it takes one of for each batch.
 
     At the end, normal or not, the thread is stopped and waited for.
     """
-    arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[Tree] = queue.SimpleQueue()
     permits, stopped = threading.Semaphore(passes.prefetch + 1), threading.Event()
     # These settings belong to the thread in which they are made.
     x64, device = (getattr(jax.config, f"jax_{name}") for name in ("enable_x64", "default_device"))
@@ -142,20 +143,20 @@ def _reading(passes: Source) -> Iterator[tuple[queue.SimpleQueue[Any], threading
         thread.join()
 
 
-def _put(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+def _put(batch: Batch) -> Batch:
     """The batch on the device. JAX may share memory with a NumPy array: it gets one of its own."""
     own = lambda leaf: leaf if isinstance(leaf, jax.Array) else np.array(leaf)
     return jax.device_put(jax.tree.map(own, batch))
 
 
-def _checked(batch: Any) -> tuple[Any, ...]:
+def _checked(batch: Tree) -> Batch:
     if not isinstance(batch, (tuple, list)):
         raise TypeError(f"`source` must give tuples of arrays, got a {type(batch).__name__}.")
     _checks.num_examples(tuple(batch))
     return tuple(batch)
 
 
-def _close(iterator: Any) -> None:
+def _close(iterator: Tree) -> None:
     """Ends a generator that was not read to its end."""
     if isinstance(iterator, Generator):
         iterator.close()

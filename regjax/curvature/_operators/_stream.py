@@ -21,7 +21,7 @@ from regjax._sharding import Placement
 from regjax._space import Space
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
-    Rule,
+    Linearization,
     build,
     hessian,
     of_subtree,
@@ -46,7 +46,7 @@ _ARGUMENTS = {
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rule", "function", "params"],
+    data_fields=["linearization", "function", "params"],
     meta_fields=["placement", "source", "unit"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class StreamedOperator(Operator):
     """An operator whose data come from a source; only the host can make its products.
 
     Attributes:
-      rule: how the matrix follows from `function`.
+      linearization: how the matrix follows from `function`.
       function: the loss or the model, a callable pytree.
       params: the parameters.
       placement: where the batches lie if they are on several devices; else None.
@@ -62,7 +62,7 @@ class StreamedOperator(Operator):
       unit: unit of rounding of a product with a batch.
     """
 
-    rule: Rule
+    linearization: Linearization
     function: Partial
     params: Params
     placement: Placement | None
@@ -87,11 +87,15 @@ class StreamedOperator(Operator):
 
     def block_product(self, rows: jax.Array) -> jax.Array:
         # One linearisation of a batch serves all vectors.
-        part = lambda batch: build(self.rule, self.function, self.params, batch, None)
+        part = lambda batch: build(self.linearization, self.function, self.params, batch, None)
         return self._mean(rows, lambda batch: part(batch).block_product(rows))
 
     def facts(self) -> dict[str, Tree]:
-        return {"params": self.params, "function": self.function, "rule": self.rule}
+        return {
+            "params": self.params,
+            "function": self.function,
+            "linearization": self.linearization,
+        }
 
     def product_bytes(self, count: int) -> int:
         raise TypeError(
@@ -106,7 +110,7 @@ class StreamedOperator(Operator):
     def _fused(self, batch: Batch, vector: jax.Array) -> jax.Array:
         """The product with the matrix of a batch, of which nothing is kept."""
         part = CurvatureOperator(
-            self.rule, self.function, self.params, batch, None, None, self.placement
+            self.linearization, self.function, self.params, batch, None, None, self.placement
         )
         return part.product(vector)
 
@@ -134,7 +138,7 @@ def stream(
     prefetch: int = 2,
     **options: Any,
 ) -> Operator:
-    """A curvature matrix over a data set that is read batch by batch in every product.
+    """Makes a curvature matrix over a data set that is read batch by batch in every product.
 
     For example `stream(hessian, loss_fn, params, source)`. It goes wherever an `Operator` goes
     when the host drives: `lanczos`, `top_eigenpairs`, `spectral_density`, `trace`, `diagonal`,
@@ -178,7 +182,9 @@ def stream(
     num_samples = options.get("num_samples", 1)
     if operator_fn is fisher and num_samples is not None:
         passes.draw = lambda first, count: draw_keys(options["key"], first, count, num_samples)
-    return StreamedOperator(one.rule, one.function, one.params, one.placement, passes, one.eps)
+    return StreamedOperator(
+        one.linearization, one.function, one.params, one.placement, passes, one.eps
+    )
 
 
 def _split(
