@@ -184,7 +184,7 @@ def marchenko_pastur_outlier(
     *,
     num_params: int,
 ) -> BatchExtremesResult:
-    """Moves the ends of a spectrum by the law for positive semi-definite noise (Gauss-Newton, Fisher).
+    """Moves the ends of a spectrum by the law for positive semi-definite noise (Gauss-Newton).
 
         c = P / b, v = p / P;   l' = l + v / (1 - c v / l)
         outside of the noise if l > v (c + sqrt(c)), else its edge v (1 + sqrt(c))^2
