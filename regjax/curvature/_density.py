@@ -123,7 +123,7 @@ def spectral_density_solver(
 ) -> Solver[Tree, DensityResult]:
     """Makes the solver of `spectral_density`, whose arguments these are, to drive by hand.
 
-    It finds what is taken out; the solver of the probes is `then` of its last state.
+    It finds what is taken out; its `then` is the solver of the probes.
     """
     space = operator.space
     _checks.integer("num_steps", num_steps, maximum=space.size)
@@ -136,23 +136,22 @@ def spectral_density_solver(
     block = num_probes if operator.takes_blocks else 1
     num_rounds = -(-num_probes // block) * num_steps
 
-    def first() -> Krylov:
+    def before_deflation() -> Krylov:
         _, start_key, krylov_key = jax.random.split(key, 3)
         return empty(space, space.normal(start_key), num_rows, krylov_key, accumulation)
 
-    def none() -> DensityState:
+    def after_deflation(krylov: Krylov) -> DensityState:
+        return begin(_taken_out(krylov, num_rows, operator.eps), krylov.filled)
+
+    def without_deflation() -> DensityState:
         nothing = jnp.zeros(0, small)
         rows = _basis.zeros(space, 0, accumulation)
-        return begin(space.replicate(Deflation(rows, nothing, nothing)))
+        return begin(space.replicate(Deflation(rows, nothing, nothing)), jnp.int32(0))
 
-    def taken(krylov: Krylov) -> DensityState:
-        return begin(_taken_out(krylov, num_rows, operator.eps))
-
-    def begin(deflation: Deflation) -> DensityState:
+    def begin(deflation: Deflation, num_matvecs: jax.Array) -> DensityState:
         probe_key, _, _ = jax.random.split(key, 3)
         zeros = jnp.zeros((num_probes, num_steps), small)
-        count = jnp.int32(num_rows)
-        rest = space.replicate((probe_key, zeros, zeros.copy(), jnp.int32(0), count))
+        rest = space.replicate((probe_key, zeros, zeros.copy(), jnp.int32(0), num_matvecs))
         return _begin(deflation, *rest, block)
 
     probes: Solver[Any, DensityResult] = Solver(
@@ -162,7 +161,7 @@ def spectral_density_solver(
             "key": key, "num_steps": num_steps, "num_probes": num_probes, "deflate": num_rows,
             "probes at once": block, "accumulation": accumulation,
         },
-        init=none,
+        init=without_deflation,
         vectors=lambda state: state.probes.direction,
         update=_update,
         done=lambda state: False,
@@ -174,12 +173,12 @@ def spectral_density_solver(
         return probes
     return dataclasses.replace(
         probes,
-        init=first,
+        init=before_deflation,
         vectors=lambda krylov: krylov.direction,
         update=expand,
-        result=lambda krylov: _result(taken(krylov), space.size),
+        result=lambda krylov: _result(after_deflation(krylov), space.size),
         max_steps=num_rows,
-        then=lambda krylov: dataclasses.replace(probes, init=lambda: taken(krylov)),
+        then=lambda krylov: (probes, after_deflation(krylov)),
         later_steps=num_rounds,
     )
 

@@ -1,8 +1,11 @@
+import _thread
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import regjax
 from regjax import curvature
 from tests import oracles
 
@@ -149,8 +152,7 @@ def test_stages_by_hand_are_the_plain_function():
     state = solver.init()
     for _ in range(solver.max_steps):
         state = solver.step(state)
-    probes = solver.then(state)
-    state = probes.init()
+    probes, state = solver.then(state)
     for _ in range(probes.max_steps):
         state = probes.step(state)
     plain = curvature.spectral_density(operator, **options)
@@ -179,3 +181,20 @@ def test_hessian_density_of_a_network_against_the_dense_spectrum():
     density = curvature.spectral_density(operator, key=jax.random.key(0))
     assert abs(float(density.trace) - exact.sum()) <= 5 * float(density.trace_standard_error) + 1e-3
     np.testing.assert_allclose(density.eigenvalues[:3], exact[::-1][:3], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("after", "finished"), [(5, 0), (10, 0), (17, 1)])
+def test_interrupted_it_says_what_was_done(after, finished):
+    def callback(count, total):
+        assert total == 10 + 2 * 6
+        if count == after:
+            _thread.interrupt_main()
+
+    with pytest.raises(regjax.Interrupted) as caught:
+        solve(spectrum(), num_steps=6, num_probes=2, deflate=10, callback=callback)
+    found = caught.value.result
+    assert int(found.num_matvecs) == after
+    # Of a deflation cut short nothing is taken out; before the first probe nothing is known.
+    assert int(found.num_eigenvalues) == (0 if after < 10 else int(found.num_eigenvalues))
+    assert np.isnan(total_mass(found)) == (finished == 0) or finished == 1
+    assert np.isfinite(float(found.trace)) == (finished > 0)

@@ -189,9 +189,9 @@ class Chain:
     def _restore(self, path: Path, metadata: dict[str, Tree]) -> Position:
         solver, shapes, first = self.begin.solver, self.shapes, 0
         for _ in range(metadata["stage"]):
-            # Only the structure counts, and where the arrays lie.
-            first, solver = first + solver.max_steps, _next(solver)
-            shapes = _shapes(solver.init())
+            # Of the state only the structure counts, and where the arrays lie.
+            first, (solver, state) = first + solver.max_steps, _next(solver)
+            shapes = _shapes(state)
         named, parts = _named(shapes), metadata["parts"]
         loaded = {name: self._read(name, named) for name in {path.name, *_files_of(parts)}}
         leaves: dict[str, Tree] = dict(loaded[path.name]["rest"])
@@ -230,8 +230,8 @@ def _named(tree: Tree) -> dict[str, Tree]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def _next(solver: Solver[Any, Any]) -> Solver[Any, Any]:
-    return solver if solver.then is None else solver.then(solver.init())
+def _next(solver: Solver[Any, Any]) -> tuple[Solver[Any, Any], Tree]:
+    return (solver, solver.init()) if solver.then is None else solver.then(solver.init())
 
 
 def _bases(state: Tree) -> dict[str, Basis]:

@@ -1,10 +1,11 @@
 """Runs any solver: by the host or as one compiled loop, with callback, Ctrl-C and checkpoint."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from regjax import _loops
-from regjax._base import Callback
+from regjax._base import Callback, Tree
 from regjax.curvature._engine._checkpoint import Chain, Checkpoint, Position
 from regjax.curvature._engine._memory import explained
 from regjax.curvature._engine._solver import Solver, multiply
@@ -60,30 +61,38 @@ def run(
 def _drive(position: Position, report: Callable[[int], None], chain: Chain | None) -> Any:
     """The result, from a position on."""
     solver, state, stage, first, done = position
+    while True:
+        state = _loops.while_loop(
+            functools.partial(_step, solver, stage, chain),
+            state,
+            operands=solver.operator,
+            done=solver.done,
+            max_steps=first + solver.max_steps - done,
+            result=solver.result,
+            callback=functools.partial(_tell, report, done),
+        )
+        if solver.then is None:
+            break
+        first += solver.max_steps
+        # From here on nothing holds what the solver before had.
+        stage, done, (solver, state) = stage + 1, first, solver.then(state)
+    if chain is not None:
+        chain.wait()
+    return solver.result(state)
 
-    def step(operator: Operator, state: Any) -> Any:
-        vectors = solver.vectors(state)
-        images = multiply(operator, vectors)
-        if chain is None:
-            return solver.update(state, images)
-        chain.look(vectors, images)
-        state = solver.update(state, images)
-        chain.follow(stage, state)
-        return state
 
-    state = _loops.while_loop(
-        step,
-        state,
-        operands=solver.operator,
-        done=solver.done,
-        max_steps=first + solver.max_steps - done,
-        result=solver.result,
-        callback=lambda steps, _: report(done + steps),
-    )
-    if solver.then is None:
-        if chain is not None:
-            chain.wait()
-        return solver.result(state)
-    first += solver.max_steps
-    solver = solver.then(state)
-    return _drive(Position(solver, solver.init(), stage + 1, first, first), report, chain)
+def _tell(report: Callable[[int], None], done: int, steps: int, _: int) -> None:
+    report(done + steps)
+
+
+def _step(
+    solver: Solver[Tree, Any], stage: int, chain: Chain | None, operator: Operator, state: Tree
+) -> Tree:
+    vectors = solver.vectors(state)
+    images = multiply(operator, vectors)
+    if chain is None:
+        return solver.update(state, images)
+    chain.look(vectors, images)
+    state = solver.update(state, images)
+    chain.follow(stage, state)
+    return state

@@ -29,7 +29,7 @@ class Solver(Generic[State, Result]):
     A method ends as well after `max_steps` steps. All functions can be traced by `jax.jit`; a state
     is a tree of arrays and, called from Python, used up by the step.
 
-    Some methods have two parts: when one is done, `then(state)` is the solver that goes on.
+    Some methods have two parts: when one is done, `solver, state = solver.then(state)` goes on.
 
     Attributes:
       name: of the method.
@@ -43,7 +43,7 @@ class Solver(Generic[State, Result]):
       result: state -> result so far.
       max_steps: limit of the number of steps.
       lower: names of the arguments that make the state smaller.
-      then: state at the end -> the solver that goes on from there; None: none.
+      then: state at the end -> (the solver that goes on, its first state); None: none.
       later_steps: number of steps of what goes on.
       block: number of products in a step.
     """
@@ -58,7 +58,7 @@ class Solver(Generic[State, Result]):
     result: Callable[[State], Result]
     max_steps: int
     lower: tuple[str, ...]
-    then: "Callable[[State], Solver[Any, Result]] | None" = None
+    then: "Callable[[State], tuple[Solver[Any, Result], Any]] | None" = None
     later_steps: int = 0
     block: int = 1
 
@@ -68,7 +68,7 @@ class Solver(Generic[State, Result]):
 
     def beside(self, state: State) -> Any:
         """The largest tree that is made while the state is still there."""
-        return self.result(state) if self.then is None else self.then(state).init()
+        return self.result(state) if self.then is None else self.then(state)[1]
 
 
 def multiply(operator: Operator, vectors: jax.Array) -> jax.Array:
