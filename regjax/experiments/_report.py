@@ -171,7 +171,7 @@ _OF_SPECTRUM = ("largest eigenvalue", "trace", "effective dimension")
 def _width(index: int) -> Callable[[Record], str]:
     def text(record: Record) -> str:
         flatness = record["flatness"][index]
-        return ("" if flatness["converged"] else "more than ") + f"{flatness['width']:.4g}"
+        return ("" if flatness["converged"] else "more than ") + f"{flatness['interval_width']:.4g}"
 
     return text
 
