@@ -278,10 +278,12 @@ def _result(state: DensityState, size: int) -> DensityResult:
     rest = (size - count).astype(dtype) / size
     finished = jnp.arange(state.nodes.shape[0], dtype=jnp.int32) < state.num_finished
     share = jnp.where(state.num_finished > 0, rest / state.num_finished.astype(dtype), jnp.nan)
+    # Nothing is known before the first probe, not even that a weight is zero.
+    absent = jnp.where(state.num_finished > 0, jnp.zeros((), dtype), jnp.nan)
     inside = jnp.arange(deflation.values.size, dtype=jnp.int32) < count
     result = DensityResult(
         nodes=state.nodes,
-        weights=jnp.where(finished[:, None], state.weights * share, 0),
+        weights=jnp.where(finished[:, None], state.weights * share, absent),
         eigenvalues=deflation.values,
         eigenvalue_weights=jnp.where(inside, jnp.asarray(1 / size, dtype), 0),
         residual_norms=deflation.residual_norms,
