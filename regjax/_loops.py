@@ -194,13 +194,15 @@ def cond(
     return lax.cond(condition, change, lambda unchanged: unchanged, state)
 
 
-def switch(index: ArrayLike, functions: Sequence[Callable[[Tree], Tree]], operand: Tree) -> Tree:
+def switch(
+    index: int | jax.Array, functions: Sequence[Callable[[Tree], Tree]], operand: Tree
+) -> Tree:
     """`functions[index](operand)`; they must not hold a product, but may send and receive.
 
     Under `jax.vmap` an index that is mapped over computes all of them.
     """
     if is_concrete(index):
-        return functions[int(jnp.asarray(index))](operand)
+        return functions[int(index)](operand)
     return lax.switch(index, functions, operand)
 
 
