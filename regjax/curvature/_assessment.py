@@ -21,13 +21,15 @@ from regjax.curvature._ritz import residual_parts, small_pairs
 # With so many rows left, the first search keeps the whole basis: what is known of the unwanted
 # eigenvalues makes it shorter.
 _ROOM = 10
+# A pair with so much of its mass in the search's directions tells of them.
+_SOME = 0.1
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         "krylov", "search", "tol", "num_matvecs", "num_restarts",
-        "weights", "values", "bounds", "small", "in_search",
+        "weights", "values", "bounds", "small", "mass",
         "wants_restart", "wants_search", "done",
     ],
     meta_fields=["k", "which", "num_rows", "searches"],
@@ -46,7 +48,7 @@ class EigenState:
       values: (rows,), Ritz values in the same order.
       bounds: (rows,), their residual norms.
       small: (rows,), bool, which of them meet the tolerance.
-      in_search: (rows,), bool, whether they live in the search's own directions.
+      mass: (rows,), how much of each lies in the search's own directions, between 0 and 1.
       wants_restart: (), bool, whether the basis must be compressed first.
       wants_search: (), bool, whether it is time for a (further) search.
       done: (), bool, whether nothing more is to be gained.
@@ -63,7 +65,7 @@ class EigenState:
     values: jax.Array
     bounds: jax.Array
     small: jax.Array
-    in_search: jax.Array
+    mass: jax.Array
     wants_restart: jax.Array
     wants_search: jax.Array
     done: jax.Array
@@ -95,12 +97,12 @@ class _Standing(NamedTuple):
     Attributes:
       threshold: (), the residual norm that is small enough.
       small: (rows,), bool, which pairs meet it.
-      in_search: (rows,), bool, which live in the search's own directions.
+      mass: (rows,), how much of each lies in the search's own directions, between 0 and 1.
     """
 
     threshold: jax.Array
     small: jax.Array
-    in_search: jax.Array
+    mass: jax.Array
 
 
 def assess(state: EigenState) -> EigenState:
@@ -121,14 +123,12 @@ def _pairs(state: EigenState) -> _Pairs:
 
 
 def _standing(state: EigenState, pairs: _Pairs) -> _Standing:
-    search, rows = state.search, jnp.arange(pairs.values.size, dtype=jnp.int32)
     eps = float(jnp.finfo(state.krylov.direction.dtype).eps)
     largest = jnp.max(jnp.abs(jnp.nan_to_num(pairs.values)), initial=0)
     threshold = jnp.maximum(state.tol * largest, floor(pairs.values, eps))
-    is_own = (rows >= search.first_row)[:, None]
-    mass = jnp.sum(jnp.where(is_own, pairs.weights**2, 0), 0)
-    in_search = search.active & (mass > 0.5) & ~jnp.isnan(pairs.values)
-    return _Standing(threshold, pairs.bounds <= threshold, in_search)
+    mass = jnp.sum(pairs.weights * (state.search.own @ pairs.weights), 0)
+    mass = jnp.where(jnp.isnan(pairs.values), 0, mass)
+    return _Standing(threshold, pairs.bounds <= threshold, mass)
 
 
 def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenState:
@@ -136,13 +136,15 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
     size = krylov.basis.space.size
     small, bounds, outside = standing.small[:k], pairs.bounds[:k], pairs.outside[:k]
     all_converged = jnp.all(small)
-    found_new = jnp.any(standing.in_search[:k])
+    # Of all wanted pairs together: within a multiple eigenvalue the small eigenvectors are any
+    # basis, and what is new may be spread over all of them.
+    found_new = search.active & (jnp.sum(standing.mass[:k]) > 0.5)
     spans_everything = krylov.filled >= size
     is_broken = ~jnp.isfinite(krylov.beta)
 
     if state.searches:
         nothing_hides = _search.is_over(
-            search, pairs.values, standing.small, standing.in_search,
+            search, pairs.values, standing.small, standing.mass > _SOME,
             k=k, which=state.which, size=size,
         )  # fmt: skip
         search_is_done = search.active & all_converged & ~found_new & nothing_hides
@@ -157,11 +159,17 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         done = spans_everything | is_broken | search_is_done
         wants_search = ~done & ((may_search & (found_new | ~search.active)) | is_stuck)
     else:
-        done = spans_everything | is_broken | all_converged
+        # Before, an eigenvalue at the other end may stand for one that is wanted; the invariant
+        # space of a random start has all of them, once each.
+        has_seen_both_ends = state.num_matvecs >= min(size, _search.fewest_steps(size))
+        has_seen_both_ends |= krylov.broke_down
+        done = spans_everything | is_broken | (all_converged & has_seen_both_ends)
         wants_search = jnp.zeros_like(all_converged)
 
     # The first search keeps the whole basis, later ones what has converged.
     is_cramped = search.active | (krylov.filled + _ROOM > state.num_rows)
+    # With room for the whole space nothing is to be gained by less.
+    is_cramped &= jnp.bool_(state.num_rows < size)
     is_full = krylov.filled >= state.num_rows
     return dataclasses.replace(
         state,
@@ -169,7 +177,7 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         weights=pairs.weights,
         bounds=pairs.bounds,
         small=standing.small,
-        in_search=standing.in_search,
+        mass=standing.mass,
         wants_restart=jnp.where(wants_search, is_cramped, is_full) & ~done,
         wants_search=wants_search,
         done=done,
@@ -203,7 +211,6 @@ def begin_search(state: EigenState) -> EigenState:
         search=_search.begin(
             targets,
             num_rows=state.values.size,
-            filled=state.krylov.filled,
             active=True,
             is_first=~state.search.active,
         ),
@@ -214,40 +221,43 @@ def begin_search(state: EigenState) -> EigenState:
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
 def restart(state: EigenState) -> EigenState:
-    """Compresses the basis to Ritz vectors."""
+    """Compresses the basis to Ritz vectors; the state is whole again at its end."""
     krylov, k, search = state.krylov, state.k, state.search
     rows = jnp.arange(krylov.basis.num_rows, dtype=jnp.int32)
     valid = jnp.isfinite(state.values)
     most = min(k + max(1, (state.num_rows - k) // 2), state.num_rows - 1)
     # If a search follows, the residual is lost: what has not converged can no longer.
-    dropped = jnp.where(state.wants_search, krylov.beta, 0)
-    lost = krylov.lost.at[krylov.filled - 1].add(dropped) @ jnp.abs(state.weights)
     kept = valid & (state.small | ~state.wants_search)
     kept &= jnp.cumsum(kept) <= most
-    # Kept rows of the search stay behind the others, where `first_row` finds them.
-    order = jnp.argsort(jnp.where(kept, jnp.where(state.in_search, 1, 0), 2), stable=True)
+    order = jnp.argsort(~kept, stable=True)
     num_kept = jnp.sum(kept, dtype=jnp.int32)
     inside = rows < num_kept
     weights = jnp.where(inside[None], state.weights[:, order], 0)
-    # Every recombination of the rows rounds them once more.
+    values = jnp.where(inside, state.values[order], jnp.nan)
+    # Every recombination of the rows rounds them once more, each by about a unit.
     largest = jnp.max(jnp.abs(state.values), where=valid, initial=0)
-    rounding = float(jnp.finfo(krylov.direction.dtype).eps) * largest
-    lost = lost[order] + rounding
+    unit = float(jnp.finfo(krylov.direction.dtype).eps) * largest
+    blur = jnp.hypot(krylov.blur, unit * jnp.sqrt(num_kept.astype(unit.dtype)))
     krylov = krylov._replace(
         basis=_basis.recombine(krylov.basis, weights, num_kept),
         newest=jnp.zeros_like(krylov.newest),
-        projected=jnp.diag(jnp.where(inside, state.values[order], 0)),
-        lost=jnp.where(inside, lost, 0),
-        beta=krylov.beta - dropped,
+        projected=jnp.diag(jnp.where(inside, values, 0)),
+        coupling=krylov.coupling @ weights,
+        lost=krylov.lost @ weights,
+        blur=blur,
     )
-    search = search._replace(
-        first_row=jnp.sum(kept & ~state.in_search, dtype=jnp.int32),
-        overlaps=search.overlaps @ weights,
-    )
+    bounds = state.bounds[order] + blur - state.krylov.blur
     return dataclasses.replace(
         state,
         krylov=krylov,
-        search=search,
+        search=search._replace(
+            own=weights.T @ search.own @ weights, overlaps=search.overlaps @ weights
+        ),
         num_restarts=state.num_restarts + 1,
+        weights=jnp.diag(inside.astype(weights.dtype)),
+        values=values,
+        bounds=jnp.where(inside, bounds, jnp.inf),
+        small=state.small[order] & inside,
+        mass=jnp.where(inside, state.mass[order], 0),
         wants_restart=jnp.zeros_like(state.wants_restart),
     )

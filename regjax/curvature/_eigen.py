@@ -45,8 +45,8 @@ class EigenResult(NamedTuple):
       num_matvecs: (), int32, products used, the search for missed copies included.
       converged: (k,), bool: the residual norm is at most max(tol, 8 eps) times the largest
         |Ritz value|, eps that of the vectors, were products exact to it.
-      complete: (), bool: all have converged, and the search (if asked for) ended without finding
-        an eigenvalue that was passed over.
+      complete: (), bool: all have converged, and the search ended without finding an eigenvalue
+        that was passed over. Never without a search, unless the basis spans the whole space.
       miss_probability: (), bound on the probability, over the random starts, that an eigenvector
         orthogonal to what the search began with and with an eigenvalue at or beyond the k-th value
         was passed over; 1 without a search. Typically up to 0.01; more if the search ended
@@ -153,7 +153,7 @@ def top_eigenpairs_solver(
         rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
         state = EigenState(
             krylov=krylov,
-            search=_search.begin(jnp.zeros(2, dtype), rows, filled=0, active=False),
+            search=_search.begin(jnp.zeros(2, dtype), rows, active=False),
             tol=jnp.asarray(tol, dtype),
             num_matvecs=jnp.int32(0),
             num_restarts=jnp.int32(0),
@@ -161,7 +161,7 @@ def top_eigenpairs_solver(
             values=jnp.full(rows, jnp.nan, dtype),
             bounds=jnp.full(rows, jnp.inf, dtype),
             small=jnp.zeros(rows, bool),
-            in_search=jnp.zeros(rows, bool),
+            mass=jnp.zeros(rows, dtype),
             wants_restart=jnp.bool_(False),
             wants_search=jnp.bool_(False),
             done=jnp.bool_(False),
@@ -189,6 +189,13 @@ def top_eigenpairs_solver(
     )  # fmt: skip
 
 
+def _is_complete(state: EigenState) -> jax.Array:
+    """Whether the list is right, as far as it was looked for: never without a search."""
+    size = state.krylov.basis.space.size
+    was_searched = jnp.bool_(state.searches) | (state.krylov.filled >= size)
+    return jnp.all(state.small[: state.k]) & state.done & was_searched
+
+
 def _update(state: EigenState, image: jax.Array) -> EigenState:
     """One more row, the assessment, and what it asks for."""
     state = _advance(state, image)
@@ -208,7 +215,7 @@ def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
         residual_norms=jnp.maximum(state.bounds[:k], floor(state.values, eps)),
         num_matvecs=state.num_matvecs,
         converged=state.small[:k],
-        complete=jnp.all(state.small[:k]) & state.done,
+        complete=_is_complete(state),
         miss_probability=_search.miss_probability(
             state.search, k=k, which=state.which, size=space.size
         ),

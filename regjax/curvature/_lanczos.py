@@ -25,6 +25,8 @@ from regjax.curvature._precision import precisely
 
 # A norm below this many units of rounding of the matrix is rounding itself: the space is invariant.
 _BREAKDOWN = 8
+# Dropped directions of which the parts are kept apart.
+_DROPS = 16
 
 
 class Krylov(NamedTuple):
@@ -33,8 +35,12 @@ class Krylov(NamedTuple):
     Attributes:
       basis: rows, the first `filled` of which hold it.
       projected: (rows, rows), Q A Q' as measured by the inner products, zero beyond `filled`.
-      lost: (rows,), for each row the norm of the part of A q outside of the basis that was
-        dropped when a fresh direction was taken.
+      coupling: (rows,), the part of each row's A q along `direction`.
+      lost: (drops, rows), the parts along directions that were dropped when a fresh one was taken,
+        the newest first. Each is one unit vector, so that the parts of a combination of rows add up
+        with their signs.
+      blur: (), norm of all other parts outside of the basis, of all rows together: rounding, and
+        directions that were dropped long ago.
       newest: the last row, a vector, or zeros after a change of basis.
       direction: the next row, of unit norm, or zero if the basis spans the whole space.
       beta: (), norm of the part of the last A q outside of the basis, along `direction`.
@@ -44,7 +50,9 @@ class Krylov(NamedTuple):
 
     basis: _basis.Basis
     projected: jax.Array
+    coupling: jax.Array
     lost: jax.Array
+    blur: jax.Array
     newest: jax.Array
     direction: jax.Array
     beta: jax.Array
@@ -187,7 +195,9 @@ def empty(
     krylov = Krylov(
         basis=basis,
         projected=jnp.zeros((rows, rows), small),
-        lost=jnp.zeros(rows, small),
+        coupling=jnp.zeros(rows, small),
+        lost=jnp.zeros((_DROPS, rows), small),
+        blur=jnp.zeros((), small),
         newest=jnp.zeros_like(direction),
         direction=unit(direction, space.norm(direction)),
         beta=jnp.zeros((), small),
@@ -238,7 +248,9 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     return Krylov(
         basis=basis,
         projected=krylov.projected.at[:, last].set(coefficients).at[last, :].set(coefficients),
-        lost=krylov.lost.at[last].add(jnp.where(broke_down, beta, 0)),
+        coupling=jnp.zeros_like(krylov.coupling).at[last].set(jnp.where(broke_down, 0, beta)),
+        lost=krylov.lost,
+        blur=jnp.hypot(krylov.blur, jnp.where(broke_down, beta, 0)),
         newest=row,
         direction=direction,
         beta=jnp.where(broke_down, 0, beta),
@@ -255,7 +267,10 @@ def redirect(krylov: Krylov) -> Krylov:
     direction, key = _fresh(krylov.basis, krylov.key)
     return krylov._replace(
         direction=direction,
-        lost=krylov.lost.at[krylov.filled - 1].add(krylov.beta),
+        coupling=jnp.zeros_like(krylov.coupling),
+        lost=jnp.roll(krylov.lost, 1, 0).at[0].set(krylov.coupling),
+        # |sum_i s_i r_i| is at most the norm of all r_i together, for weights s of norm 1.
+        blur=jnp.hypot(krylov.blur, jnp.linalg.norm(krylov.lost[-1])),
         beta=jnp.zeros_like(krylov.beta),
         key=key,
     )

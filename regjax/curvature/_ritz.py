@@ -2,7 +2,7 @@
 
 With the eigenpairs (theta, s) of the small matrix Q A Q' a Ritz pair is (theta, Q' s). The norm of
 its residual A y - theta y is read off: |beta s_last| for what A q of the last row has outside of
-the basis, and what was dropped before for the other rows. An eigenvalue of A lies within it.
+the basis, and the same for directions that were dropped before. An eigenvalue of A lies within it.
 """
 
 from typing import NamedTuple
@@ -91,5 +91,7 @@ def residual_parts(krylov: Krylov, vectors: jax.Array) -> tuple[jax.Array, jax.A
       The part along the direction to come, which goes on to shrink, and a bound on what was dropped
       for good; the residual norm is at most their sum.
     """
-    outside = jnp.abs(krylov.beta * vectors[krylov.filled - 1])
-    return outside, krylov.lost @ jnp.abs(vectors)
+    dropped = jnp.sum(jnp.abs(krylov.lost @ vectors), 0)
+    # A basis of the whole space has all directions, those that were dropped as well.
+    dropped = jnp.where(krylov.filled < krylov.basis.space.size, dropped, 0)
+    return jnp.abs(krylov.coupling @ vectors), dropped + krylov.blur

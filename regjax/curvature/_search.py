@@ -33,7 +33,8 @@ class Search(NamedTuple):
     Attributes:
       active: (), bool, whether a search is under way.
       is_first: (), bool, whether it is the first one, which keeps the basis as it was.
-      first_row: (), int32, first row of the search's own directions.
+      own: (rows, rows), projector on the search's own directions, in the basis: s' own s is how
+        much of a vector s of norm 1 lies in them.
       steps: (), int32, products since it began.
       targets: (2,), eigenvalues at or beyond them are searched for.
       overlaps: (2, rows), <u, q> / c for each row, u an eigenvector to the target.
@@ -43,7 +44,7 @@ class Search(NamedTuple):
 
     active: jax.Array
     is_first: jax.Array
-    first_row: jax.Array
+    own: jax.Array
     steps: jax.Array
     targets: jax.Array
     overlaps: jax.Array
@@ -51,14 +52,12 @@ class Search(NamedTuple):
     evidence: jax.Array
 
 
-def begin(
-    targets: jax.Array, num_rows: int, filled: Any, active: Any, is_first: Any = False
-) -> Search:
+def begin(targets: jax.Array, num_rows: int, active: Any, is_first: Any = False) -> Search:
     """The search before its first product."""
     return Search(
         active=jnp.asarray(active),
         is_first=jnp.asarray(is_first),
-        first_row=jnp.asarray(filled, jnp.int32),
+        own=jnp.zeros((num_rows, num_rows), targets.dtype),
         steps=jnp.int32(0),
         targets=targets,
         overlaps=jnp.zeros((2, num_rows), targets.dtype),
@@ -75,6 +74,7 @@ def follow(search: Search, krylov: Krylov) -> Search:
     # An invariant space holds every eigenvector with any overlap at all.
     ahead = jnp.where(krylov.broke_down, jnp.inf, beyond / krylov.beta)
     return search._replace(
+        own=search.own.at[last, last].set(1),
         steps=search.steps + 1,
         overlaps=overlaps,
         next_overlap=ahead,
@@ -124,7 +124,7 @@ def is_over(
     lowest = jnp.min(jnp.where(inside, values, jnp.inf))
     reached = jnp.stack([highest >= search.targets[0], lowest <= search.targets[1]])
     met = [jnp.any(small & inside & (values == end)) for end in (highest, lowest)]
-    closed = jnp.stack(met) & (search.steps >= _fewest_steps(size))
+    closed = jnp.stack(met) & (search.steps >= fewest_steps(size))
     clear = closed | (~reached & (_miss_probabilities(search, size) <= _MISS))
     return jnp.all(clear | ~_searched(k, which))
 
@@ -146,7 +146,7 @@ def _searched(k: int, which: str) -> jax.Array:
     return jnp.asarray([above, below])
 
 
-def _fewest_steps(size: int) -> int:
+def fewest_steps(size: int) -> int:
     """Steps in which any eigenvalue far from the others shows itself.
 
     Kuczynski & Wozniakowski (1992): after j steps from a random start in n dimensions the largest
