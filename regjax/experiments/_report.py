@@ -98,7 +98,7 @@ def _block_text(what: str, name: str, block: Record) -> str:
         ["smallest eigenvalue", f"{density['smallest_ritz_value']:.4g} or less"],
         ["trace", _estimate(trace)],
         ["mean eigenvalue", with_error(trace["value"] / size, trace["standard_error"] / size)],
-        [f"effective dimension at c = {dimension['damping']:g}", _estimate(dimension)],
+        [f"effective dimension at damping {dimension['damping']:g}", _estimate(dimension)],
         [f"eigenvalues above {outlier:.3g}", _estimate(counts["outliers"])],
         [f"eigenvalues from {zero:.3g} to {outlier:.3g}", _estimate(counts["bulk"])],
         [f"eigenvalues within ±{zero:.3g}", _estimate(counts["near_zero"])],
