@@ -56,3 +56,21 @@ def between(params: Params, other_params: Params, share: ArrayLike) -> Params:
         return mean.astype(jnp.result_type(one))
 
     return jax.tree.map(mixed, params, other_params)
+
+
+def scaled_norm(array: jax.Array) -> jax.Array:
+    """Computes the Euclidean norm of all entries, of any size: no square under- or overflows."""
+    power = power_of_two(jnp.max(jnp.abs(array), initial=0))
+    power = jnp.where(power > 0, power, 1)
+    return jnp.linalg.norm((power * array).ravel()) / power
+
+
+def power_of_two(size: jax.Array) -> jax.Array:
+    """Finds the power of two that brings a positive `size` near 1; 0 for 0, NaN and infinity."""
+    _, exponent = jnp.frexp(size)
+    power = jnp.ldexp(jnp.ones_like(size), jnp.clip(-exponent, -_LARGEST_POWER, _LARGEST_POWER))
+    return jnp.where((size > 0) & jnp.isfinite(size), power, 0)
+
+
+# float32 has powers of two up to 127.
+_LARGEST_POWER = 120

@@ -47,3 +47,15 @@ def test_between_hits_both_ends(dtype):
     middle = _numerics.between(one, other, 0.5)["a"]
     exact = (one["a"].astype(jnp.float32) + other["a"].astype(jnp.float32)) / 2
     np.testing.assert_array_equal(middle, exact.astype(dtype))
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-25, 1.0, 1e25, 3e37])
+def test_scaled_norms_and_powers_of_two(size):
+    array = jnp.asarray([3.0, 4.0], jnp.float32) * size
+    np.testing.assert_allclose(_numerics.scaled_norm(array), 5 * size, rtol=1e-6)
+    power = float(_numerics.power_of_two(jnp.float32(size)))
+    assert np.log2(power) % 1 == 0
+    assert 0.4 < size * power <= 1 or abs(np.log2(power)) == 120
+    for nothing in (0.0, np.nan, np.inf):
+        assert float(_numerics.power_of_two(jnp.float32(nothing))) == 0
+    assert float(_numerics.scaled_norm(jnp.zeros(3))) == 0

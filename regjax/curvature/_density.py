@@ -199,6 +199,7 @@ def _taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
     count = jnp.sum(take, dtype=jnp.int32)
     inside = jnp.arange(num_rows, dtype=jnp.int32) < count
     weights = jnp.where(inside[None], vectors[:, order], 0)
+    values, bounds = krylov.unscaled(values), krylov.unscaled(bounds)
     return Deflation(
         rows=_basis.combined(krylov.basis, weights, count),
         values=jnp.where(inside, values[order], jnp.nan),
@@ -251,7 +252,9 @@ def _absorb(state: DensityState, images: jax.Array) -> DensityState:
 def _collect(state: DensityState) -> DensityState:
     """Stores the quadrature of the finished probes and starts the next ones."""
     num_steps, block = state.nodes.shape[1], state.probes.direction.shape[0]
-    values, vectors = jnp.linalg.eigh(state.probes.projected[:, :num_steps, :num_steps])
+    projected = state.probes.projected[:, :num_steps, :num_steps]
+    values, vectors = jnp.linalg.eigh(projected)
+    values = jax.vmap(Krylov.unscaled)(state.probes, values)
     start = (state.num_finished, jnp.int32(0))
     return _begin(
         state.deflation,

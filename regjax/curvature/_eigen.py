@@ -209,10 +209,11 @@ def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
     """The wanted pairs as they stand, converged or not."""
     k = state.k
     vectors = _basis.combine(state.krylov.basis, state.weights[:, :k])
+    values, bounds = state.krylov.unscaled(state.values), state.krylov.unscaled(state.bounds)
     return EigenResult(
-        values=state.values[:k],
+        values=values[:k],
         vectors=space.unravel_rows(vectors),
-        residual_norms=jnp.maximum(state.bounds[:k], floor(state.values, eps)),
+        residual_norms=jnp.maximum(bounds[:k], floor(values, eps)),
         num_matvecs=state.num_matvecs,
         converged=state.small[:k],
         complete=_is_complete(state),

@@ -43,6 +43,8 @@ class Krylov(NamedTuple):
         directions that were dropped long ago.
       newest: the last row, a vector, or zeros after a change of basis.
       direction: the next row, of unit norm, or zero if the basis spans the whole space.
+      scale: (), a power of two, found at the first product: `projected` and all other numbers are
+        those of scale times A, so that no square under- or overflows. 0 before.
       beta: (), norm of the part of the last A q outside of the basis, along `direction`.
       broke_down: (), bool, whether the last `beta` was at rounding level.
       key: typed key of the fresh directions.
@@ -55,6 +57,7 @@ class Krylov(NamedTuple):
     blur: jax.Array
     newest: jax.Array
     direction: jax.Array
+    scale: jax.Array
     beta: jax.Array
     broke_down: jax.Array
     key: PRNGKey
@@ -63,6 +66,10 @@ class Krylov(NamedTuple):
     def filled(self) -> jax.Array:
         """(), int32, number of filled rows."""
         return self.basis.filled
+
+    def unscaled(self, numbers: jax.Array) -> jax.Array:
+        """Numbers of A from those of scale times A."""
+        return numbers / jnp.where(self.scale > 0, self.scale, 1).astype(numbers.dtype)
 
 
 class LanczosResult(NamedTuple):
@@ -154,13 +161,14 @@ def lanczos_solver(
         return is_full | krylov.broke_down if key is None else is_full
 
     def result(krylov: Krylov) -> LanczosResult:
-        projected = krylov.projected[:num_steps, :num_steps]
+        projected = krylov.unscaled(krylov.projected[:num_steps, :num_steps])
+        residual = krylov.direction * krylov.beta.astype(space.dtype)
         return LanczosResult(
             alphas=jnp.diagonal(projected),
             betas=jnp.diagonal(projected, 1),
             basis=_basis.to_array(krylov.basis, num_steps),
             num_steps=krylov.filled,
-            residual=space.gather(krylov.direction * krylov.beta.astype(space.dtype)),
+            residual=space.gather(krylov.unscaled(residual)),
             eps=jnp.asarray(operator.eps, projected.dtype),
         )
 
@@ -189,6 +197,7 @@ def empty(
     generation: Any = 0,
 ) -> Krylov:
     """A basis without rows whose first one will be `direction`, made of unit norm."""
+    direction = _numerics.divide(direction, jnp.max(jnp.abs(direction)))
     small = small_dtype(direction.dtype, accumulation)
     basis = _basis.zeros(space, num_rows, accumulation, generation)
     rows = basis.num_rows
@@ -200,6 +209,7 @@ def empty(
         blur=jnp.zeros((), small),
         newest=jnp.zeros_like(direction),
         direction=unit(direction, space.norm(direction)),
+        scale=jnp.zeros((), direction.dtype),
         beta=jnp.zeros((), small),
         broke_down=jnp.bool_(False),
         # The steps donate their state: it must not hold the caller's own key.
@@ -212,6 +222,9 @@ def empty(
 def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     """The basis with `direction` as a new row, given `image` = A direction."""
     last, row = krylov.filled, krylov.direction
+    found = _numerics.power_of_two(jnp.max(jnp.abs(image)))
+    scale = jnp.where(krylov.scale > 0, krylov.scale, found)
+    image = image * jnp.where(scale > 0, scale, 1)
     # The two newest rows hold nearly all of A q. They go first, so that the coefficients of the
     # pass over all rows measure what orthogonality was lost and nothing else.
     dot = functools.partial(_basis.inner, krylov.basis)
@@ -253,6 +266,7 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
         blur=jnp.hypot(krylov.blur, jnp.where(broke_down, beta, 0)),
         newest=row,
         direction=direction,
+        scale=scale,
         beta=jnp.where(broke_down, 0, beta),
         broke_down=broke_down,
         key=key,

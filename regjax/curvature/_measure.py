@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from regjax import _checks
+from regjax import _checks, _numerics
 from regjax.curvature._precision import precisely
 
 
@@ -79,9 +79,14 @@ def spectral_sum(
     weights = density.weights / jnp.where(mass == 0, 1, mass)
     sampled = function(density.nodes)
     mean = jnp.tensordot(weights, sampled, axes=2)
-    variance = jnp.tensordot(weights, jnp.square(sampled - mean[None, None]), axes=2)
+    # Of numbers near 1, so that their squares are numbers.
+    power = _numerics.power_of_two(jnp.max(jnp.abs(sampled)))
+    power = jnp.where(power > 0, power, 1)
+    squares = jnp.square(power * (sampled - mean[None, None]))
+    variance = jnp.tensordot(weights, squares, axes=2)
     num_probes = jnp.sum(jnp.any(density.weights > 0, axis=1)).astype(values.dtype)
-    error = dimension * jnp.sqrt(2 * variance / ((dimension + 2) * jnp.maximum(num_probes, 1)))
+    per_probe = 2 * variance / ((dimension + 2) * jnp.maximum(num_probes, 1))
+    error = dimension * jnp.sqrt(per_probe) / power
     return SpectralSumResult(exact + dimension * mean, error)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from regjax import _numerics
 from regjax.curvature._lanczos import Krylov, LanczosResult
 from regjax.curvature._precision import floor, precisely
 
@@ -61,7 +62,7 @@ def ritz_pairs(result: LanczosResult) -> RitzResult:
     done = jnp.arange(result.alphas.size, dtype=jnp.int32) < result.num_steps
     pairs = small_pairs(jnp.where(done[:, None] & done[None], matrix, 0), result.num_steps)
     values = jnp.where(pairs.valid, pairs.values, jnp.nan)
-    beta = jnp.linalg.norm(result.residual).astype(values.dtype)
+    beta = _numerics.scaled_norm(result.residual).astype(values.dtype)
     outside = beta * jnp.abs(pairs.vectors[result.num_steps - 1])
     return RitzResult(
         values=values,
@@ -77,7 +78,7 @@ def small_pairs(matrix: jax.Array, filled: jax.Array) -> SmallPairs:
     """The eigenpairs of a matrix (rows, rows) that is zero beyond its first `filled` rows."""
     rows = jnp.arange(matrix.shape[0], dtype=jnp.int32)
     # Rows that are not filled get an eigenvalue below all others, so that they mix with none.
-    norm = jnp.linalg.norm(matrix)
+    norm = _numerics.scaled_norm(matrix)
     below = -2 * jnp.where(norm > 0, norm, 1)
     values, vectors = jnp.linalg.eigh(matrix + jnp.diag(jnp.where(rows < filled, 0, below)))
     # eigh sorts: those come first.

@@ -195,3 +195,37 @@ def test_without_a_search_no_list_is_called_complete():
             operator, 3, key=jax.random.key(seed), which="SA", search=False
         )
         assert not bool(result.complete)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e-10, 1e19, 1e30])
+def test_curvature_of_any_size_is_that_of_size_one(scale):
+    """Powers of two are taken out, so that no square under- or overflows."""
+    factor = 2.0 ** np.round(np.log2(scale))
+    eigenvalues = np.random.default_rng(3).normal(size=80) ** 3
+    key, found = jax.random.key(0), []
+    for size in (1.0, factor):
+        matrix = jnp.asarray(rotated(eigenvalues, 0) * np.float32(size))
+        operator = curvature.from_matvec(Partial(multiply, matrix), jnp.zeros(80))
+        top = curvature.top_eigenpairs(operator, 4, key=key, max_basis=12)
+        run = curvature.lanczos(operator, jnp.ones(80), 12)
+        pairs = curvature.ritz_pairs(run)
+        density = curvature.spectral_density(operator, key=key, num_steps=8)
+        assert bool(top.complete)
+        found.append(
+            [np.asarray(x, np.float64) / size for x in (
+                top.values, top.residual_norms, run.alphas, run.betas, pairs.values,
+                pairs.residual_norms, density.nodes, density.eigenvalues, density.residual_norms,
+                density.trace, density.trace_standard_error,
+            )]
+        )  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=2e-5 * np.nanmax(np.abs(one)))
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_a_start_of_any_length_is_a_direction(size):
+    matrix = jnp.asarray(rotated(np.arange(1.0, 31.0), 0))
+    operator = curvature.from_matvec(Partial(multiply, matrix), jnp.zeros(30))
+    start = jax.random.normal(jax.random.key(0), (30,))
+    one, other = (curvature.lanczos(operator, length * start, 8) for length in (1.0, size))
+    np.testing.assert_allclose(other.alphas, one.alphas, rtol=1e-5)
