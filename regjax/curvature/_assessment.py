@@ -21,6 +21,8 @@ from regjax.curvature._ritz import residual_parts, small_pairs
 # With so many rows left, the first search keeps the whole basis: what is known of the unwanted
 # eigenvalues makes it shorter.
 _ROOM = 10
+# Units of rounding by which a row is off after the rows were combined anew; 1 to 2 were seen.
+_RECOMBINED = 3
 # A pair with so much of its mass in the search's directions tells of them.
 _SOME = 0.1
 
@@ -234,9 +236,9 @@ def restart(state: EigenState) -> EigenState:
     inside = rows < num_kept
     weights = jnp.where(inside[None], state.weights[:, order], 0)
     values = jnp.where(inside, state.values[order], jnp.nan)
-    # Every recombination of the rows rounds them once more, each by about a unit.
+    # Every recombination of the rows rounds them once more.
     largest = jnp.max(jnp.abs(state.values), where=valid, initial=0)
-    unit = float(jnp.finfo(krylov.direction.dtype).eps) * largest
+    unit = _RECOMBINED * float(jnp.finfo(krylov.direction.dtype).eps) * largest
     blur = jnp.hypot(krylov.blur, unit * jnp.sqrt(num_kept.astype(unit.dtype)))
     krylov = krylov._replace(
         basis=_basis.recombine(krylov.basis, weights, num_kept),
