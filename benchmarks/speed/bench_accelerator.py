@@ -190,7 +190,7 @@ class Probe(NamedTuple):
 @jax.jit
 def probe(state: Krylov, weights: jax.Array) -> Probe:
     """Two passes over the basis."""
-    projected = state.projected[: weights.size, : weights.size]
+    projected = state.unscaled(state.projected[: weights.size, : weights.size])
     betas = jnp.diagonal(projected, 1)
     moved = jnp.diagonal(projected) * weights
     moved = moved.at[:-1].add(betas * weights[1:])
@@ -200,7 +200,9 @@ def probe(state: Krylov, weights: jax.Array) -> Probe:
     )
     with jax.default_matmul_precision(_programs.PRECISION):
         vector, image = _basis.combine(state.basis, both)
-    return Probe(weights, vector, image + weights[-1] * state.beta * state.direction)
+    return Probe(
+        weights, vector, image + weights[-1] * state.unscaled(state.beta) * state.direction
+    )
 
 
 def probe_error(operator: curvature.Operator, probe: Probe) -> float:
