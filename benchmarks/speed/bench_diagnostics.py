@@ -182,7 +182,7 @@ def _covariate_shift(name: str, examples: int, has_bars: bool) -> Case:
     shift = functools.partial(diagnostics.internal_covariate_shift, layers=layers)
 
     def error(label: str, answer: Any) -> float:
-        return 0.0 if label == "gradients" else abs(float(answer.distance[-1]) / expected - 1)
+        return 0.0 if label == "gradients" else abs(float(answer.distances[-1]) / expected - 1)
 
     return Case(
         candidates={
