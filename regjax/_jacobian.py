@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _loops, _tree
+from regjax import _checks, _loops, _numerics, _tree
 from regjax._base import ModelFn, Tree, couples_examples
 
 
@@ -101,8 +101,4 @@ def _without(vectors: jax.Array, basis: jax.Array | None) -> jax.Array:
     """`vectors` (..., d) less their components in the span of the columns of `basis`."""
     if basis is None:
         return vectors
-    # In full precision, or what should be left out leaks in.
-    vectors = _tree.wide(vectors)
-    basis = basis.astype(vectors.dtype)
-    along = jnp.matmul(vectors, basis, precision="highest")
-    return vectors - jnp.matmul(along, basis.T, precision="highest")
+    return _numerics.part_outside(vectors, basis.T)

@@ -8,6 +8,7 @@ from jax.tree_util import Partial
 from sklearn.datasets import load_digits
 
 from regjax import curvature
+from tests.curvature import test_eigen
 
 WHICH = ("LA", "SA", "LM", "BE")
 # Of the comparison itself: vectors are orthonormal, and products exact, to some units of rounding.
@@ -25,23 +26,15 @@ def rotated(eigenvalues, seed):
     return ((matrix + matrix.T) / 2).astype(np.float32)
 
 
-def wanted(eigenvalues, k, which):
-    ascending = np.sort(eigenvalues)
-    if which == "LA":
-        return ascending[::-1][:k]
-    if which == "SA":
-        return ascending[:k]
-    if which == "LM":
-        return np.sort(np.abs(ascending))[::-1][:k]
-    high = (k + 1) // 2
-    return np.sort(np.concatenate([ascending[::-1][:high], ascending[: k - high]]))
-
-
 def ordered(values, which):
     values = np.asarray(values, np.float64)
     if which == "LM":
         return np.sort(np.abs(values))[::-1]
     return np.sort(values) if which == "BE" else values
+
+
+def wanted(eigenvalues, k, which):
+    return ordered(test_eigen.wanted(eigenvalues, k, which), which)
 
 
 def assert_bounded(residuals, residual_norms, scale):
