@@ -222,3 +222,16 @@ def test_a_start_of_any_length_is_a_direction(size):
     start = jax.random.normal(jax.random.key(0), (30,))
     one, other = (curvature.lanczos(operator, length * start, 8) for length in (1.0, size))
     np.testing.assert_allclose(other.alphas, one.alphas, rtol=1e-5)
+
+
+@pytest.mark.parametrize("copies", [6, 10])
+def test_all_copies_and_nothing_else(copies):
+    """A search's find may be spread over all copies: asked of single pairs, lists were wrong."""
+    values = np.r_[np.ones(copies), np.zeros(120 - copies)]
+    solve = jax.jit(lambda operator, key: curvature.top_eigenpairs(operator, copies, key=key))
+    for seed in range(12):
+        matrix = jnp.asarray(rotated(values, seed))
+        operator = curvature.from_matvec(Partial(multiply, matrix), jnp.zeros(120))
+        result = solve(operator, jax.random.key(seed))
+        assert bool(result.complete)
+        np.testing.assert_allclose(result.values, np.ones(copies), atol=1e-3)
