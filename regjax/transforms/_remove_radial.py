@@ -91,7 +91,8 @@ def _project(
 ) -> tuple[jax.Array, jax.Array]:
     """Takes from `u` its part along `w`, where `grad` has none, and says whether it did."""
     (by_channel, in_channels), (by_leaf, in_leaf) = (
-        _project_groups(u, grad, w, threshold, per_filter=per_filter) for per_filter in (True, False)
+        _project_groups(u, grad, w, threshold, per_filter=per_filter)
+        for per_filter in (True, False)
     )
     return jnp.where(in_channels, by_channel, jnp.where(in_leaf, by_leaf, u)), in_channels | in_leaf
 
