@@ -7,7 +7,6 @@ the steps that are compared.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
