@@ -6,13 +6,18 @@ solvers refuse (`_engine/_solver.py`).
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from regjax import _loops
 from regjax._base import Tree
 from regjax.curvature._operators._operator import Operator
+
+Slopes: TypeAlias = list[jax.Array | None]
+"""The tangent of an operator, leaf by leaf; None for integers and keys."""
 
 
 def held(operator: Operator) -> Operator:
@@ -21,7 +26,7 @@ def held(operator: Operator) -> Operator:
 
 
 def attach(
-    rule: Callable[[Operator, Operator, Tree], Tree], operator: Operator, value: Tree, beside: Tree
+    rule: Callable[[Operator, Slopes, Tree], Tree], operator: Operator, value: Tree, beside: Tree
 ) -> Tree:
     """Gives `value` its derivative.
 
@@ -39,7 +44,9 @@ def attach(
     @derived.defjvp
     def jvp(primals: tuple[Tree, ...], tangents: tuple[Tree, ...]) -> tuple[Tree, Tree]:
         operator, value, beside = primals
-        return value, rule(operator, tangents[0], beside)
+        leaves = jax.tree.leaves(tangents[0])
+        slopes = [None if leaf.dtype == jax.dtypes.float0 else leaf for leaf in leaves]
+        return value, rule(operator, slopes, beside)
 
     return derived(operator, value, jax.lax.stop_gradient(beside))
 
@@ -49,14 +56,20 @@ def without_rule(operator: Operator, value: Tree) -> Tree:
     return attach(_not_a_number, operator, value, value)
 
 
-def _not_a_number(operator: Operator, tangent: Operator, value: Tree) -> Tree:
+def _not_a_number(operator: Operator, tangent: Slopes, value: Tree) -> Tree:
     del operator
-    leaves = [leaf for leaf in jax.tree.leaves(tangent) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    leaves = [leaf for leaf in tangent if leaf is not None]
     # Linear in the tangent, so that whoever asks for it backwards gets it too.
     total = jnp.sum(jnp.stack([jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves]))
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) * total.astype(leaf.dtype), value)
 
 
-def tangent_product(operator: Operator, tangent: Operator, vector: jax.Array) -> jax.Array:
+def tangent_product(operator: Operator, tangent: Slopes, vector: jax.Array) -> jax.Array:
     """Multiplies a vector by dA, the derivative of the matrix in the direction of `tangent`."""
-    return jax.jvp(lambda matrix: matrix.product(vector), (operator,), (tangent,))[1]
+    leaves, treedef = jax.tree.flatten(operator)
+    whole = [
+        np.zeros(leaf.shape, jax.dtypes.float0) if slope is None else slope
+        for leaf, slope in zip(leaves, tangent, strict=True)
+    ]
+    image = lambda matrix: matrix.product(vector)
+    return jax.jvp(image, (operator,), (jax.tree.unflatten(treedef, whole),))[1]

@@ -21,7 +21,7 @@ from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.curvature import _search
 from regjax.curvature._assessment import EigenState, assess, begin_search, restart
-from regjax.curvature._derivatives import attach, held, tangent_product, without_rule
+from regjax.curvature._derivatives import Slopes, attach, held, tangent_product, without_rule
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
@@ -133,11 +133,18 @@ def top_eigenpairs(
     return found._replace(values=values, vectors=vectors, residual_norms=residual_norms)
 
 
-def _slopes(operator: Operator, tangent: Operator, vectors: Params) -> jax.Array:
+def _slopes(operator: Operator, tangent: Slopes, vectors: Params) -> jax.Array:
     """D lambda = v' dA v for each pair."""
     rows = jax.vmap(operator.space.ravel)(vectors)
-    images = jax.lax.map(functools.partial(tangent_product, operator, tangent), rows)
-    return jnp.sum(rows * images, 1) / jnp.sum(rows**2, 1)
+    slopes = jnp.zeros(rows.shape[0], rows.dtype)
+    return _loops.scan(_set_slope, slopes, rows.shape[0], operands=(operator, tangent, rows))
+
+
+def _set_slope(operands: Tree, slopes: jax.Array, i: jax.Array) -> jax.Array:
+    operator, tangent, rows = operands
+    vector = rows[i]
+    slope = jnp.vdot(vector, tangent_product(operator, tangent, vector))
+    return slopes.at[i].set(slope / jnp.vdot(vector, vector))
 
 
 def top_eigenpairs_solver(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from regjax import _checks
 from regjax._base import Callback, Params, PRNGKey, Tree
-from regjax.curvature._derivatives import attach, held, without_rule
+from regjax.curvature._derivatives import Slopes, attach, held, without_rule
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._hutchinson import Estimates, derivative, hutchinson_solver
@@ -181,13 +181,13 @@ def diagonal_solver(
 
 
 def _slope_of_trace(
-    num_matvecs: int, operator: Operator, tangent: Operator, key: PRNGKey
+    num_matvecs: int, operator: Operator, tangent: Slopes, key: PRNGKey
 ) -> jax.Array:
     return jnp.sum(derivative(num_matvecs, operator, tangent, key))
 
 
 def _slope_of_diagonal(
-    num_matvecs: int, operator: Operator, tangent: Operator, key: PRNGKey
+    num_matvecs: int, operator: Operator, tangent: Slopes, key: PRNGKey
 ) -> tuple[Params, jax.Array]:
     slope = derivative(num_matvecs, operator, tangent, key)
     return operator.space.unravel(slope), jnp.sum(slope)

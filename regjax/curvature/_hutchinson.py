@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from regjax._base import PRNGKey
+from regjax import _loops
+from regjax._base import PRNGKey, Tree
 from regjax._space import Space
-from regjax.curvature._derivatives import tangent_product
+from regjax.curvature._derivatives import Slopes, tangent_product
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely
@@ -134,21 +135,22 @@ def _update(state: HutchinsonState, images: jax.Array, space: Space) -> Hutchins
     return HutchinsonState(key, space.signs(subkey, images.shape[0]), samples)
 
 
-def derivative(num_matvecs: int, operator: Operator, tangent: Operator, key: PRNGKey) -> jax.Array:
+def derivative(num_matvecs: int, operator: Operator, tangent: Slopes, key: PRNGKey) -> jax.Array:
     """The mean of z * dA z, a vector, over the same signs z."""
-    space, block = operator.space, num_matvecs if operator.takes_blocks else 1
-
-    def turn(carry: tuple[PRNGKey, jax.Array], _: None) -> tuple[tuple[PRNGKey, jax.Array], None]:
-        key, total = carry
-        key, subkey = jax.random.split(key)
-        signs = space.signs(subkey, block)
-        images = jax.vmap(functools.partial(tangent_product, operator, tangent))(signs)
-        return (key, total + jnp.sum(signs * images, 0)), None
-
-    start = jax.random.fold_in(key, 0), space.zeros(1)[0]
-    # A plain loop of `lax`, which can be transposed.
-    (_, total), _ = jax.lax.scan(turn, start, length=num_matvecs // block)
+    block = num_matvecs if operator.takes_blocks else 1
+    carry = jax.random.fold_in(key, 0), operator.space.zeros(1)[0]
+    turn, operands = functools.partial(_add_block, block), (operator, tangent)
+    _, total = _loops.scan(turn, carry, num_matvecs // block, operands=operands)
     return total / num_matvecs
+
+
+def _add_block(block: int, operands: Tree, carry: Tree, i: jax.Array) -> Tree:
+    del i
+    (operator, tangent), (key, total) = operands, carry
+    key, subkey = jax.random.split(key)
+    signs = operator.space.signs(subkey, block)
+    images = jax.vmap(functools.partial(tangent_product, operator, tangent))(signs)
+    return key, total + jnp.sum(signs * images, 0)
 
 
 def no_samples(space: Space, of_trace: bool) -> Samples:

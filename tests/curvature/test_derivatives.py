@@ -132,9 +132,11 @@ def test_what_has_no_rule_is_nan_or_refused():
     refused = [
         lambda p: curvature.trace(hessian(p), key=key, num_matvecs=6, method="hutch++").value,
         lambda p: curvature.lanczos(hessian(p), params, 4).alphas[0],
-        lambda p: curvature.spectral_density(
-            hessian(p), key=key, num_steps=4, num_probes=2, deflate=0
-        ).trace,
+        lambda p: (
+            curvature.spectral_density(
+                hessian(p), key=key, num_steps=4, num_probes=2, deflate=0
+            ).trace
+        ),
     ]
     for function in refused:
         with pytest.raises(TypeError, match="`operator` must not be differentiated through"):
