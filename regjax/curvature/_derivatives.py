@@ -46,7 +46,8 @@ def attach(
         operator, value, beside = primals
         leaves = jax.tree.leaves(tangents[0])
         slopes = [None if leaf.dtype == jax.dtypes.float0 else leaf for leaf in leaves]
-        return value, rule(operator, slopes, beside)
+        found = rule(operator, slopes, beside)
+        return value, jax.tree.map(lambda leaf, slope: slope.astype(leaf.dtype), value, found)
 
     return derived(operator, value, jax.lax.stop_gradient(beside))
 
