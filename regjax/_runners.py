@@ -139,4 +139,6 @@ class CallableRunner:
 
 def owned(tree: Tree) -> Tree:
     """Copies NumPy arrays into JAX's, into which no module can write: they are the caller's."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
+    return jax.tree.map(
+        lambda leaf: jnp.array(leaf) if isinstance(leaf, np.ndarray) else leaf, tree
+    )
