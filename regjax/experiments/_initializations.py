@@ -6,7 +6,8 @@ The name is the class's in the spelling of the function that it stands for.
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -110,25 +111,27 @@ class Gradinit(Initialization):
     """Bound of the gradient's norm; with the adam step in units of the sum of magnitudes."""
 
     learning_rate: float = 0.02
-    """Of the scales."""
+    """Learning rate of the scales."""
 
     num_iterations: int = 300
-    """Number of iterations."""
+    """Iterations, each on other examples."""
 
     half_batch: int = 64
     """Examples of a half batch; an iteration takes three."""
 
     first_step: Literal["sgd", "adam"] = "sgd"
-    """Step of which the loss after it is looked at."""
+    """Simulated optimizer step whose resulting loss is minimized."""
 
     first_step_learning_rate: float = 0.1
-    """Length of that step."""
+    """Learning rate of the simulated step."""
 
     clip: float = 1.0
     """Bound of each scale's derivative."""
 
     second_order: bool = False
     """Differentiate through the step."""
+
+    most: ClassVar[Mapping[str, int]] = {"num_iterations": 100_000}
 
     def make(self, model: Model, dataset: Dataset, *, dtype: str, seed: int) -> Params:
         """Makes parameters by `initializers.gradinit`, each iteration on other examples."""

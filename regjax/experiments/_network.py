@@ -20,10 +20,17 @@ _EVALUATION_CHUNK = 2048
 
 
 class Evaluation(NamedTuple):
-    """Mean loss, and the share of examples whose largest output is the label's."""
+    """How well a network does on some examples.
+
+    Attributes:
+      loss: mean.
+      accuracy: share of examples whose largest output is the label's.
+      num_predicted: number of classes that are the prediction for an example.
+    """
 
     loss: float
     accuracy: float
+    num_predicted: int
 
 
 def build_model(settings: TrainSettings, dataset: Dataset) -> Model:
@@ -45,15 +52,16 @@ def build_model(settings: TrainSettings, dataset: Dataset) -> Model:
 
 
 def evaluate(model: Model, images: np.ndarray, labels: np.ndarray, scaling: Scaling) -> Evaluation:
-    """Computes mean loss and accuracy in evaluation mode, in chunks."""
-    loss, correct = 0.0, 0
+    """Computes mean loss, accuracy and predicted classes in evaluation mode, in chunks."""
+    loss, correct, predicted = 0.0, 0, set[int]()
     for start in range(0, len(labels), _EVALUATION_CHUNK):
         part = slice(start, start + _EVALUATION_CHUNK)
         sums = _evaluate_chunk(
             model.apply, model.params, model.state, images[part], labels[part], scaling
         )
-        loss, correct = loss + float(sums[0]), correct + int(sums[1])
-    return Evaluation(loss / len(labels), correct / len(labels))
+        loss, correct = loss + float(sums[0]), correct + int(np.sum(sums[1] == labels[part]))
+        predicted |= set(np.unique(sums[1]).tolist())
+    return Evaluation(loss / len(labels), correct / len(labels), len(predicted))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -67,7 +75,7 @@ def _evaluate_chunk(
 ) -> tuple[jax.Array, jax.Array]:
     outputs, _ = apply(params, state, normalize(images, scaling), train=False)
     loss = cross_entropy(outputs, labels) * len(labels)
-    return loss, jnp.sum(jnp.argmax(outputs, axis=1) == labels, dtype=jnp.int32)
+    return loss, jnp.argmax(outputs, axis=1)
 
 
 def _cast(tree: Tree, dtype: str) -> Tree:

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from regjax import _files
 from regjax._adapters import Model
 from regjax._base import Tree
 from regjax.experiments._data import Dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
-from regjax.experiments._network import build_model
+from regjax.experiments._network import Evaluation, build_model
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._options import UsageError
 from regjax.experiments._settings import (
@@ -131,6 +132,37 @@ def train(
             save(path, settings, dataset, state, losses)
     trained = trained_model(settings, model, state.weights)
     return TrainingResult(trained, losses, time.monotonic() - start)
+
+
+def failure(
+    settings: TrainSettings, dataset: Dataset, losses: list[float], seen: Evaluation
+) -> str | None:
+    """Says that training did not teach the network anything; None if it did, or was not asked to.
+
+    The best constant guess has the entropy of the labels for loss. Who does not beat it and
+    predicts one class only is dead; who is far above it, or ends above where it began, diverged.
+
+    Args:
+      settings: of the training.
+      dataset: the examples.
+      losses: mean training loss of each epoch.
+      seen: evaluation on the training examples at the end.
+    """
+    shares = np.bincount(dataset.train_targets) / len(dataset.train_targets)
+    guess = float(-np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
+    if not losses or not guess or seen.loss < guess:
+        return None
+    if seen.num_predicted == 1:
+        what = "predicts one class only"
+    elif not seen.loss <= 2 * guess or losses[-1] > losses[0]:
+        what = "diverged"
+    else:
+        return None
+    return (
+        f"TRAINING FAILED: the network {what}; its training loss, {seen.loss:.4g}, is not below "
+        f"that of the best constant guess, {guess:.4g}. A smaller --learning-rate than "
+        f"{learning_rate(settings):g} may help."
+    )
 
 
 def initialized(settings: TrainSettings, model: Model, dataset: Dataset) -> Model:
