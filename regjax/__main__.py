@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from regjax._files import CheckpointError
-from regjax.experiments._progress import Bar
 from regjax.experiments import _compare, _help, _landscape_run, _record, _report, _spectrum_run
 from regjax.experiments._data import DataError
 from regjax.experiments._effects import check_effects
 from regjax.experiments._options import UsageError
+from regjax.experiments._progress import Bar
 from regjax.experiments._settings import (
     AnalysisSettings,
     LandscapeSettings,
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0; 1 if a network did not learn; 2 after a line on stderr that says what was
-      wrong; 70 after one about a fault of regjax, with the place of its traceback; 130 after Ctrl-C.
+      wrong; 70 after one that names the traceback of a fault of regjax; 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -76,8 +76,10 @@ def _run(words: list[str], bar: Bar) -> int:
     settings = _from_checkpoint(command, own, parse(command, own))
     _check_device()
     validate(settings)
-    compared = _compare.compared_settings(settings) if getattr(settings, "compare", ()) else {}
-    check_effects(given_options(command, own), settings, compared.values())
+    compared: list[TrainSettings] = []
+    if isinstance(settings, SpectrumSettings | LandscapeSettings):
+        compared = [*_compare.compared_settings(settings).values()]
+    check_effects(given_options(command, own), settings, compared)
     try:
         text, learned = _results(settings, bar)
     except KeyboardInterrupt:

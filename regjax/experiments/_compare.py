@@ -30,7 +30,7 @@ from regjax.experiments._spectrum_run import Progress, run_spectrum
 from regjax.experiments._training import TrainingError, read_run
 from regjax.experiments._validation import validate
 
-Compared = TypeVar("Compared", SpectrumSettings, LandscapeSettings)
+Compared = TypeVar("Compared", bound=AnalysisSettings)
 
 
 def compared_settings(settings: Compared) -> dict[str, Compared]:

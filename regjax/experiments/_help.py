@@ -59,8 +59,9 @@ _STATUS = (
 
 def root_help(commands: dict[str, type[_settings.TrainSettings]]) -> str:
     """Returns the help without a command: what the commands are for, and examples."""
-    parser = _parser(f"{PROGRAM} COMMAND [OPTIONS]", "Train networks and see the curvature and the "
-                     "shape of their loss.", [lines[0] for lines in _EXAMPLES.values()])  # fmt: skip
+    what = "Train networks and see the curvature and the shape of their loss."
+    examples = [lines[0] for lines in _EXAMPLES.values()]
+    parser = _parser(f"{PROGRAM} COMMAND [OPTIONS]", what, examples)
     group = parser.add_argument_group("commands")
     for name, kind in commands.items():
         group.add_argument(name, help=_escaped(inspect.getdoc(kind) or ""))
@@ -109,7 +110,8 @@ def _add_option(group: Any, name: str, settings: _settings.TrainSettings) -> Non
     owner = getattr(settings, outer) if inner else settings
     value = getattr(owner, inner or outer)
     hint = _settings.option_types(type(settings))[name]
-    text, flags = _documentation(type(owner))[inner or outer], [option(name)]
+    texts: dict[str, str] = _documentation(type(owner))  # type: ignore[arg-type]
+    text, flags = texts[inner or outer], [option(name)]
     # A union with None: the text says what the default is.
     kind = next(part for part in (*typing.get_args(hint), hint) if part is not type(None))
     metavar: str | None = {int: "INT", float: "FLOAT", str: "NAME", Path: "PATH"}.get(kind, "NAME")

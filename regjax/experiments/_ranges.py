@@ -6,8 +6,9 @@ from typing import NamedTuple
 # What JAX indexes with, and what float32 holds with room for the arithmetic.
 LARGEST_INTEGER = 2**31 - 1
 LARGEST, SMALLEST = 1e30, 1e-30
-# A network of more layers takes an hour to compile, a surface of more points a day to compute.
-_MOST_LAYERS, _MOST_POINTS = 256, 1001
+# More layers take minutes to build and to compile, more points of a surface a day to compute, and
+# more eigenvalues than that grow with the cube of their number.
+_MOST_LAYERS, _MOST_POINTS, _MOST_EIGENVALUES, _MOST_STEPS = 100, 1001, 1000, 5000
 
 
 class Range(NamedTuple):
@@ -52,7 +53,7 @@ _SHARE = Range(0, 1, is_open_above=True)
 RANGES = {
     "num_train": _COUNT,
     "num_test": _COUNT,
-    "width": _COUNT,
+    "width": Range(1, 2**24),
     "depth": Range(0, _MOST_LAYERS),
     "learning_rate": _POSITIVE,
     "momentum": _SHARE,
@@ -66,10 +67,10 @@ RANGES = {
     "chunk_size": _COUNT,
     "num_samples": Range(1, 100_000),
     "curvature_examples": _COUNT,
-    "num_eigenvalues": _COUNT,
+    "num_eigenvalues": Range(1, _MOST_EIGENVALUES),
     "tol": _SHARE,
     "num_probes": Range(1, 1000),
-    "num_steps": _COUNT,
+    "num_steps": Range(1, _MOST_STEPS),
     "damping": _POSITIVE,
     "points": Range(3, _MOST_POINTS),
     "span": Range(0, 1000, is_open=True),

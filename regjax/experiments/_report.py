@@ -162,11 +162,9 @@ def _mode(record: Record) -> str:
 def _remarks(records: dict[str, Record]) -> list[list[str]]:
     """Returns the rows of a comparison that say with what the numbers are to be read."""
     rows = []
-    modes = [
-        record["settings"]["batch_norm_mode"] if _mode(record) else "" for record in records.values()
-    ]
+    modes = [_mode(record).partition("batch norm in ")[2] for record in records.values()]
     if any(modes):
-        rows.append(["batch norm mode", *modes])
+        rows.append(["batch norm", *modes])
     if not all(map(has_learned, records.values())):
         learned = ["yes" if has_learned(record) else "NO" for record in records.values()]
         rows.append(["learned", *learned])

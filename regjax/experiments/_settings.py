@@ -38,8 +38,8 @@ class TrainSettings:
     """Train a network on images and write a checkpoint."""
 
     data: str = "digits"
-    """digits, fashion_mnist, mnist, an image classification set of tensorflow-datasets, or a file of
-    own arrays: PATH.npz with train_inputs, train_targets, test_inputs and test_targets."""
+    """digits, fashion_mnist, mnist, an image classification set of tensorflow-datasets, or a file
+    of own arrays: PATH.npz with train_inputs, train_targets, test_inputs and test_targets."""
 
     data_dir: Path | None = None
     """Folder of the data. Default: the environment variable REGJAX_DATA, or the usual places."""
@@ -111,15 +111,15 @@ class AnalysisSettings(TrainSettings):
     """Train a network on images, or read a checkpoint, and analyse it."""
 
     compare: tuple[str, ...] = ()
-    """Settings to run side by side: each is a comma-separated list of OPTION=VALUE, or of words that
-    stand for one, such as sgd sam,rho=0.1 batch,seed=1."""
+    """Settings to run side by side: each is a comma-separated list of OPTION=VALUE, or of words
+    that stand for one, such as sgd sam,rho=0.1 batch,seed=1."""
 
     checkpoint: Path | None = None
     """Analyse this checkpoint, or the one in this folder, instead of training."""
 
     batch_norm_mode: Literal["evaluation", "train", "train_per_chunk"] = "evaluation"
-    """Batch norm in the analysis. evaluation: running statistics; train: statistics of all examples;
-    train_per_chunk: of each chunk."""
+    """Batch norm in the analysis. evaluation: running statistics; train: statistics of all
+    examples; train_per_chunk: of each chunk."""
 
     chunk_size: int = 2048
     """Examples per pass of the analysis; less memory with fewer."""

@@ -15,6 +15,7 @@ from regjax.experiments._data import load
 from regjax.experiments._geometry import measure_geometry
 from regjax.experiments._inputs import measure_scaling
 from regjax.experiments._network import Evaluation, build_model, evaluate
+from regjax.experiments._preflight import check_fit
 from regjax.experiments._record import Record
 from regjax.experiments._settings import (
     AnalysisSettings,
@@ -126,6 +127,7 @@ def trained(
     subject_of = lambda model: Subject(model, dataset, scaling)
     if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:
         path = checkpoint_path(settings.checkpoint)
+        check_fit(settings, dataset)
         model = build_model(settings, dataset)
         state, losses = restore(path, settings, dataset, model)
         weights = state.weights

@@ -17,6 +17,7 @@ from regjax.experiments._epochs import Epochs, Step, Weights
 from regjax.experiments._network import Evaluation, build_model
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._options import UsageError
+from regjax.experiments._preflight import check_fit
 from regjax.experiments._settings import (
     TrainSettings,
     check_same_training,
@@ -26,6 +27,7 @@ from regjax.experiments._settings import (
     training_options,
     transformation,
 )
+from regjax.experiments._validation import as_options, validate
 
 Look = Callable[[int, Model], None]
 """Called as look(epochs, model) with the network as it is after so many epochs."""
@@ -90,17 +92,13 @@ def train(
       UsageError: the batch is larger than the data, or the checkpoint is another run's.
       CheckpointError: the checkpoint is missing, damaged or of another model.
     """
-    num_examples = len(dataset.train_targets)
-    if settings.batch_size > num_examples:
-        raise UsageError(
-            f"--batch-size must be at most the number of training examples, {num_examples}, "
-            f"got {settings.batch_size}."
-        )
+    validate(settings)
+    check_fit(settings, dataset)
     model, start = build_model(settings, dataset), time.monotonic()
     if settings.resume:
         state, losses = restore(path, settings, dataset, model)
     else:
-        state, losses = _initial(settings, initialized(settings, model, dataset)), []
+        state, losses = initial_state(settings, initialized(settings, model, dataset)), []
     epochs = Epochs(settings, dataset, Step(model.apply, optimizer(settings), num_shards(settings)))
     num_saved, saved_at = len(losses) if settings.resume else -1, start
 
@@ -169,10 +167,12 @@ def initialized(settings: TrainSettings, model: Model, dataset: Dataset) -> Mode
     """Returns the model with the initial parameters of the options.
 
     Raises:
-      UsageError: there are fewer training examples than the options ask for.
+      UsageError: there are fewer training examples than the options ask for, or the network cannot
+        be initialised so.
     """
     method = initialization(settings)
-    params = method.make(model, dataset, dtype=settings.dtype, seed=settings.seed)
+    with as_options(settings.init):
+        params = method.make(model, dataset, dtype=settings.dtype, seed=settings.seed)
     return model._replace(params=params)
 
 
@@ -186,11 +186,13 @@ def trained_model(settings: TrainSettings, model: Model, weights: Weights) -> Mo
 def save(
     path: Path, settings: TrainSettings, dataset: Dataset, state: TrainingState, losses: list[float]
 ) -> None:
-    """Writes a checkpoint: the state, the options, the losses and the hash of the data."""
+    """Writes a checkpoint: state, options, losses, and the data's hash, shape and classes."""
     metadata = {
         "settings": training_options(settings),
         "losses": losses,
         "data_sha256": dataset.sha256,
+        "input_shape": list(dataset.train_inputs.shape[1:]),
+        "num_classes": int(dataset.num_classes),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     _files.save(path, state, metadata=metadata)
@@ -217,7 +219,7 @@ def restore(
             f"The data must be those of the checkpoint {path}, SHA-256 {sha256[:12]}..., "
             f"got {dataset.source}, {dataset.sha256[:12]}..."
         )
-    return _files.load(path, _initial(settings, model)), losses
+    return _files.load(path, initial_state(settings, model)), losses
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], list[float], str]:
@@ -235,7 +237,8 @@ def read_run(path: Path) -> tuple[dict[str, Any], list[float], str]:
         ) from None
 
 
-def _initial(settings: TrainSettings, model: Model) -> TrainingState:
+def initial_state(settings: TrainSettings, model: Model) -> TrainingState:
+    """Returns the state before the first epoch."""
     optimizer_state = optimizer(settings).init(model.params)
     weights = Weights(model.params, model.state, optimizer_state)
     return TrainingState(weights, jax.random.key(settings.seed))

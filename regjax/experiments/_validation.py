@@ -51,9 +51,9 @@ def validate(settings: TrainSettings) -> None:
             limits = NUMBER if most is None else Range(-LARGEST, most)
             _validate_value(name, getattr(method, field.name), types[name], limits)
     _validate_sizes(settings)
-    with _as_options(settings.transformation):
+    with as_options(settings.transformation):
         optimizer(settings)
-    with _as_options(settings.init):
+    with as_options(settings.init):
         initialization(settings).check()
     _validate_batches(settings)
 
@@ -122,12 +122,18 @@ def _validate_mesh(settings: SpectrumSettings) -> None:
 
 
 @contextlib.contextmanager
-def _as_options(method: str) -> Iterator[None]:
+def as_options(method: str) -> Iterator[None]:
     """Turns errors of functions, which name their arguments, into errors of a method's options."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        text = re.sub(r"`(\w+)`", lambda match: option(f"{method}.{match[1]}"), str(error))
+        kinds = {**TRANSFORMATIONS, **INITIALIZATIONS}
+        fields = [field.name for field in dataclasses.fields(kinds[method])]
+        text = re.sub(
+            r"`(\w+)`",
+            lambda match: option(f"{method}.{match[1]}") if match[1] in fields else match[0],
+            str(error),
+        )
         raise UsageError(text) from None
 
 
