@@ -1,0 +1,66 @@
+"""Every public function refuses bad values of its arguments, by the argument's name."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import arguments
+from tests.arguments import BAD, EXAMPLES, EXCUSED, OVERRIDES, kind_of
+from tests.test_architecture import public_objects
+
+
+def public_functions():
+    """Dotted name -> function, of all rooms but the command line's and the figures."""
+    found = {}
+    for name, value in public_objects():
+        room = name.split(".")[1]
+        if inspect.isfunction(value) and value.__module__.startswith("regjax."):
+            if room not in {"experiments", "plots", "models"}:
+                found[name.removeprefix("regjax.")] = value
+    return found
+
+
+FUNCTIONS = public_functions()
+
+
+def call(name, function, changed, value):
+    """Calls a function with good values, but one."""
+    own = OVERRIDES.get(name, {})
+    positional, keyword = [], {}
+    for parameter in inspect.signature(function).parameters.values():
+        given = parameter.name == changed
+        if not given and parameter.default is not parameter.empty and parameter.name not in own:
+            continue
+        made = value if given else own.get(parameter.name, EXAMPLES.get(parameter.name))()
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional.extend(made)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            keyword.update(made)
+        elif parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not parameter.empty:
+            keyword[parameter.name] = made
+        else:
+            positional.append(made)
+    return function(*positional, **keyword)
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_bad_values_are_refused_by_name(name, default_promotion):
+    function, accepted = FUNCTIONS[name], []
+    for parameter in inspect.signature(function).parameters.values():
+        for label, make in BAD.get(kind_of(name, parameter.name), {}).items():
+            if (name, parameter.name, label) in EXCUSED or (parameter.name, label) in EXCUSED:
+                continue
+            try:
+                call(name, function, parameter.name, make())
+            except (TypeError, ValueError) as error:
+                if f"`{parameter.name}" not in str(error):
+                    accepted.append(f"{parameter.name}={label}: {type(error).__name__} {str(error)[:90]!r}")
+            except Exception as error:
+                accepted.append(f"{parameter.name}={label}: {type(error).__name__} {str(error)[:90]!r}")
+            else:
+                accepted.append(f"{parameter.name}={label}: accepted")
+    print(*(f"@@ {name} {line}" for line in accepted), sep="\n")
+    assert accepted == []
