@@ -1,8 +1,8 @@
 """What every public function checks before anything else, by the names of its arguments.
 
-A name has one meaning in the whole library (docs/vocabulary.md), and so it has one rule: a count is
-an integer, a key a typed key, parameters a tree of real floating-point arrays, a loss can be called.
-What only one function knows, such as a largest k, is checked there.
+A name has one meaning in the whole library (docs/vocabulary.md), and so it has one rule: a count
+is an integer, a key a typed key, parameters a tree of real floating-point arrays, a loss can be
+called. What only one function knows, such as a largest k, is checked there.
 """
 
 import functools
@@ -55,6 +55,11 @@ def _finite(name: str, value: Any, given: Mapping[str, Any]) -> None:
     del given
     if not callable(value):  # a schedule
         _checks.non_negative(name, value, finite=True)
+
+
+def _real(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    del given
+    _checks.real(name, value)
 
 
 def _not_negative(name: str, value: Any, given: Mapping[str, Any]) -> None:
@@ -127,12 +132,13 @@ RULES: Mapping[str, Rule] = {
             "learning_rate", "linear_threshold", "margin", "max_distance", "max_momentum",
             "min_norm", "momentum", "noise_power", "noise_scale", "radius",
             "reference_batch_size", "reference_learning_rate", "rho", "share", "smallest_ratio",
-            "std", "strength", "target_norm", "tol", "vanishing_threshold", "weight_decay",
+            "std", "strength", "target_norm", "threshold", "tol", "vanishing_threshold", "weight_decay",
             "weight_decay_ratio",
         ),
         _finite,
     ),
     **dict.fromkeys(("clip", "gradient_norm_bound"), _not_negative),
+    **dict.fromkeys(("largest", "power", "smallest"), _real),
     "key": _key,
     "params": _params,
     **dict.fromkeys(

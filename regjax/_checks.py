@@ -43,6 +43,12 @@ def positive(name: str, value: Number, *, finite: bool = False) -> Number:
     return value
 
 
+def real(name: str, value: Number) -> Number:
+    """Returns `value`, a real number or an array of them; NaN is one."""
+    _known(name, value)
+    return value
+
+
 def between(name: str, value: Number, low: float, high: float) -> Number:
     """Returns `value`, a number from `low` to `high`, as far as it is known."""
     known = _known(name, value)
@@ -105,16 +111,25 @@ def key(name: str, value: object) -> jax.Array:
     return value
 
 
+def _dtype(leaf: object) -> Any:
+    """The type of a leaf; that of Python for what is no number."""
+    try:
+        return jnp.result_type(leaf)
+    except (TypeError, ValueError):
+        return type(leaf)
+
+
 def floating_tree(name: str, tree: _Tree) -> _Tree:
     """Returns `tree` if it has leaves and all of them are real floating-point arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
         raise ValueError(f"`{name}` must have at least one array leaf, got {tree!r}.")
     for path, leaf in leaves:
-        dtype = jnp.result_type(leaf)
+        dtype = _dtype(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"`{name}{jax.tree_util.keystr(path)}` must be real floating point, got {dtype}."
+                f"`{name}{jax.tree_util.keystr(path)}` must be real floating point, got "
+                f"{getattr(dtype, '__name__', dtype)}."
             )
     return tree
 

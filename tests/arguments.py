@@ -5,7 +5,6 @@ A name has one meaning (docs/vocabulary.md), so that one row here serves all fun
 """
 
 import functools
-import inspect
 import math
 
 import jax
@@ -65,9 +64,7 @@ def operator():
 
 @functools.cache
 def density():
-    return curvature.spectral_density(
-        operator(), key=key(), num_steps=4, num_probes=2, deflate=0
-    )
+    return curvature.spectral_density(operator(), key=key(), num_steps=4, num_probes=2, deflate=0)
 
 
 @functools.cache
@@ -249,6 +246,26 @@ EXAMPLES = {
 }
 
 
+def learners():
+    return jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), params())
+
+
+def state_of(tx):
+    return tx.init(params())
+
+
+@functools.cache
+def scaled_structure():
+    """Of a network whose hidden units have scales."""
+    tree = {**params(), "scale": ones(4)}
+
+    def scaled(params, inputs):
+        hidden = inputs @ params["hidden"]["kernel"] + params["hidden"]["bias"]
+        return jnp.tanh(hidden * params["scale"]) @ params["head"]
+
+    return pruning.find_structure(scaled, tree, inputs())
+
+
 def replaced(leaf_of):
     """The parameters with each leaf replaced."""
     return jax.tree.map(leaf_of, params())
@@ -258,12 +275,38 @@ def replaced(leaf_of):
 OVERRIDES = {
     "from_callable": {"function": lambda: model_fn},
     "initializers.gradinit": {"batches": lambda: (ones(2, 3, 4, 3), jnp.zeros((2, 3, 4), int))},
-    "initializers.data_dependent": {"params": lambda: model().params, "state": lambda: model().state},
+    "initializers.data_dependent": {
+        "params": lambda: model().params,
+        "state": lambda: model().state,
+    },
     "population_statistics": {"params": lambda: model().params},
     "updated_statistics": {"params": lambda: model().params},
     "curvature.spectral_sum": {"function": lambda: jnp.abs},
     "normalization.weight_normalize": {"v": _KERNEL},
-    "normalization.rescale_statistics": {},
+    "curvature.spectral_density": {"num_steps": lambda: 4},
+    "curvature.spectral_density_solver": {"num_steps": lambda: 4},
+    "curvature.stream": {"arguments": lambda: (loss_fn, params(), [(inputs(), targets())])},
+    "diagnostics.batch_norm_regularization": {"mean": lambda: ones(3)},
+    "diagnostics.dropout_noise_alignment": {"num_directions": lambda: 1},
+    "diagnostics.landscape_dependent_noise": {
+        "params": lambda: learners(),
+        "mean_grads": params,
+        "batch": lambda: jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), (inputs(), targets())),
+    },
+    "pruning.group_importance": {"groups": lambda: {"hidden": {"kernel": 0, "bias": 0}, "head": 1}},
+    "pruning.scale_magnitude": {"structure": lambda: scaled_structure()},
+    "regularizers.dropout_penalty": {"kernel": lambda: ones(4, 2)},
+    "transforms.consensus_model": {
+        "params": lambda: jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), model().params)
+    },
+    "transforms.denoise_params": {
+        "state": lambda: state_of(transforms.anticorrelated_noise(0.1, key=key()))
+    },
+    "transforms.refresh_spectral_controller": {
+        "state": lambda: state_of(
+            transforms.spectral_controller(key=key(), initial_learning_rate=0.1, every=2)
+        )
+    },
 }
 
 _COUNTS = {
@@ -273,9 +316,9 @@ _COUNTS = {
 _NON_NEGATIVE = {
     "alpha", "budget", "clip", "crossover", "damping", "decay", "epsilon", "eta", "factor", "first_step_learning_rate",
     "flat_tol", "gamma", "gamma0", "gradient_norm", "gradient_norm_bound", "growth",
-    "initial_learning_rate", "intrinsic_rate", "inverse_batch", "keep_probability", "largest",
+    "initial_learning_rate", "intrinsic_rate", "inverse_batch", "keep_probability",
     "learning_rate", "linear_threshold", "margin", "max_distance", "max_momentum", "min_norm", "momentum",
-    "noise_power", "noise_scale", "power", "radius", "reference_batch_size",
+    "noise_power", "noise_scale", "radius", "reference_batch_size",
     "reference_learning_rate", "rho", "share", "smallest_ratio", "std", "strength",
     "target_norm", "threshold", "tol", "vanishing_threshold", "weight_decay", "weight_decay_ratio",
 }  # fmt: skip
@@ -303,7 +346,7 @@ def kind_of(function, name):
     if name.startswith("num_") or name in _COUNTS:
         return "count"
     kinds = {
-        "number": _NON_NEGATIVE, "like params": _LIKE_PARAMS, "loss": _LOSSES,
+        "number": _NON_NEGATIVE, "real": {"largest", "smallest", "power"}, "like params": _LIKE_PARAMS, "loss": _LOSSES,
         "function": _FUNCTIONS, "array": _ARRAYS, "choice": _CHOICES, "key": {"key"},
         "params": {"params", "like"}, "mask": {"mask"}, "operator": {"operator"},
     }  # fmt: skip
@@ -327,6 +370,7 @@ BAD = {
         "text": lambda: "1",
         "complex": lambda: 1j,
     },
+    "real": {"text": lambda: "1", "complex": lambda: 1j},
     "key": {
         "0": lambda: 0,
         "legacy": lambda: jax.random.PRNGKey(0),
@@ -368,4 +412,7 @@ BAD = {
 }
 
 # (function, name, label) or (name, label) -> why it is taken.
-EXCUSED = {}
+EXCUSED = {
+    ("gradient_norm_bound", "infinity"): "no bound",
+    ("clip", "infinity"): "no bound",
+}
