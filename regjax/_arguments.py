@@ -18,6 +18,7 @@ from regjax import _checks
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+ACCUMULATIONS = ("compensated", "float64")
 Rule: TypeAlias = Callable[[str, Any, Mapping[str, Any]], object]
 """(name, value, all arguments) -> anything; raises."""
 
@@ -104,6 +105,11 @@ def _examples(name: str, value: Any, given: Mapping[str, Any]) -> None:
             _array(name, leaf, given)
 
 
+def _accumulation(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    del given
+    _checks.choice(name, value, ACCUMULATIONS)
+
+
 def _operator(name: str, value: object, given: Mapping[str, Any]) -> None:
     del given
     if not hasattr(value, "block_product"):
@@ -132,27 +138,26 @@ RULES: Mapping[str, Rule] = {
             "learning_rate", "linear_threshold", "margin", "max_distance", "max_momentum",
             "min_norm", "momentum", "noise_power", "noise_scale", "radius",
             "reference_batch_size", "reference_learning_rate", "rho", "share", "smallest_ratio",
-            "std", "strength", "target_norm", "threshold", "tol", "vanishing_threshold", "weight_decay",
-            "weight_decay_ratio",
+            "std", "strength", "target_norm", "threshold", "tol", "vanishing_threshold",
+            "weight_decay", "weight_decay_ratio",
         ),
         _finite,
     ),
     **dict.fromkeys(("clip", "gradient_norm_bound"), _not_negative),
     **dict.fromkeys(("largest", "power", "smallest"), _real),
     "key": _key,
-    "params": _params,
+    **dict.fromkeys(("mean_grads", "params"), _params),
     **dict.fromkeys(
         (
-            "direction", "grads", "mean_grads", "other_direction", "other_params", "start",
-            "vector",
+            "direction", "grads", "other_direction", "other_params", "start", "vector",
         ),
         _like_params,
     ),
     **dict.fromkeys(
         (
             "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "dropout_loss_fn",
-            "gate_loss", "grad_fn", "loss_fn", "matvec", "model_fn", "operator_fn",
-            "output_loss_fn", "preactivations_fn",
+            "gate_loss", "grad_fn", "law", "loss_fn", "matvec", "model_fn", "operator_fn",
+            "output_loss_fn", "preactivations_fn", "rule",
         ),
         _function,
     ),
@@ -165,6 +170,7 @@ RULES: Mapping[str, Rule] = {
         _array,
     ),
     "inputs": _examples,
+    "accumulation": _accumulation,
     "operator": _operator,
 }  # fmt: skip
 """Name of an argument -> its rule."""

@@ -309,48 +309,51 @@ OVERRIDES = {
     },
 }
 
-_COUNTS = {
-    "batch_size", "begin", "block_size", "chunk_size", "deflate", "delay", "every",
-    "final", "k", "max_basis", "max_matvecs", "max_steps", "min_units", "prefetch",
-}  # fmt: skip
-_NON_NEGATIVE = {
-    "alpha", "budget", "clip", "crossover", "damping", "decay", "epsilon", "eta", "factor", "first_step_learning_rate",
-    "flat_tol", "gamma", "gamma0", "gradient_norm", "gradient_norm_bound", "growth",
-    "initial_learning_rate", "intrinsic_rate", "inverse_batch", "keep_probability",
-    "learning_rate", "linear_threshold", "margin", "max_distance", "max_momentum", "min_norm", "momentum",
-    "noise_power", "noise_scale", "radius", "reference_batch_size",
-    "reference_learning_rate", "rho", "share", "smallest_ratio", "std", "strength",
-    "target_norm", "threshold", "tol", "vanishing_threshold", "weight_decay", "weight_decay_ratio",
-}  # fmt: skip
-_LIKE_PARAMS = {
-    "direction", "grads", "mean_grads", "other_direction", "other_params", "start", "vector",
-}  # fmt: skip
-_LOSSES = {"dropout_loss_fn", "gate_loss", "loss_fn"}
-_FUNCTIONS = {
-    "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "grad_fn", "matvec", "model_fn",
-    "operator_fn", "output_loss_fn", "preactivations_fn",
-}  # fmt: skip
-_ARRAYS = {
-    "activations", "basis", "batch_means", "batch_variances", "center", "covariance", "features",
-    "grid", "inputs", "kernel", "initial_kernel", "learning_rates", "matrix", "positions", "singular_values",
-    "true_weights", "u", "v", "g",
-}  # fmt: skip
-_CHOICES = {
-    "accumulation", "axis_scale", "first_step", "law", "likelihood", "method", "mode", "reduction",
-    "rule", "side", "which",
+_KINDS = {
+    "count": (
+        "batch_size", "begin", "block_size", "chunk_size", "deflate", "delay", "every", "final", "k",
+        "max_basis", "max_matvecs", "max_steps", "min_units", "prefetch",
+    ),
+    "number": (
+        "alpha", "budget", "clip", "crossover", "damping", "decay", "epsilon", "eta", "factor",
+        "first_step_learning_rate", "flat_tol", "gamma", "gamma0", "gradient_norm",
+        "gradient_norm_bound", "growth", "initial_learning_rate", "intrinsic_rate",
+        "inverse_batch", "keep_probability", "learning_rate", "linear_threshold", "margin",
+        "max_distance", "max_momentum", "min_norm", "momentum", "noise_power", "noise_scale",
+        "radius", "reference_batch_size", "reference_learning_rate", "rho", "share",
+        "smallest_ratio", "std", "strength", "target_norm", "threshold", "tol",
+        "vanishing_threshold", "weight_decay", "weight_decay_ratio",
+    ),
+    "real": ("largest", "power", "smallest"),
+    "like params": (
+        "direction", "grads", "other_direction", "other_params", "start", "vector",
+    ),
+    "loss": ("dropout_loss_fn", "gate_loss", "loss_fn"),
+    "function": (
+        "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "grad_fn", "law", "matvec",
+        "model_fn", "operator_fn", "output_loss_fn", "preactivations_fn", "rule",
+    ),
+    "array": (
+        "activations", "basis", "batch_means", "batch_variances", "center", "covariance",
+        "features", "g", "grid", "initial_kernel", "inputs", "kernel", "learning_rates", "matrix",
+        "positions", "singular_values", "true_weights", "u", "v",
+    ),
+    "choice": (
+        "accumulation", "axis_scale", "first_step", "likelihood", "method", "mode", "reduction",
+        "side", "which",
+    ),
+    "key": ("key",),
+    "params": ("like", "mean_grads", "params"),
+    "mask": ("mask",),
+    "operator": ("operator",),
 }  # fmt: skip
 
 
-def kind_of(function, name):
-    """The kind of an argument, a key of `BAD`."""
-    if name.startswith("num_") or name in _COUNTS:
+def kind_of(name):
+    """The kind of an argument, a key of `BAD`; None where there is no bad value of its kind."""
+    if name.startswith("num_"):
         return "count"
-    kinds = {
-        "number": _NON_NEGATIVE, "real": {"largest", "smallest", "power"}, "like params": _LIKE_PARAMS, "loss": _LOSSES,
-        "function": _FUNCTIONS, "array": _ARRAYS, "choice": _CHOICES, "key": {"key"},
-        "params": {"params", "like"}, "mask": {"mask"}, "operator": {"operator"},
-    }  # fmt: skip
-    return next((kind for kind, names in kinds.items() if name in names), None)
+    return next((kind for kind, names in _KINDS.items() if name in names), None)
 
 
 # kind -> label -> a function that makes a bad value.
@@ -415,4 +418,12 @@ BAD = {
 EXCUSED = {
     ("gradient_norm_bound", "infinity"): "no bound",
     ("clip", "infinity"): "no bound",
+    **{
+        ("pruning.gated_loss", "loss_fn", label): "it is called with the gates, later"
+        for label in ("no result", "vector", "integer")
+    },
+    **{
+        ("pruning.gradient_redundancy", "mask", label): "an array of columns"
+        for label in ("other structure", "numbers", "text")
+    },
 }

@@ -44,6 +44,7 @@ def oracle_importance(
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771, the target of its expansion.
     """
+    check_loss(gate_loss, gates, batch, name="gate_loss")
     # The row behind the last gate is all zeros and gives the loss with none removed.
     losses = _by_unit_rows(_losses, gate_loss, gates, batch, chunk_size, block_size, extra=1)
     changes = (losses[:-1] - losses[-1]) ** 2

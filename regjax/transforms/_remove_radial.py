@@ -83,7 +83,11 @@ def remove_radial(
         corrected = map(correct, leaves, jax.tree.leaves(grads), jax.tree.leaves(params), chosen)
         return jax.tree.unflatten(treedef, corrected), state
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    def init(params: Params) -> optax.OptState:
+        _masks.mask_leaves(mask, params)
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _project(
