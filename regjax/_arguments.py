@@ -42,6 +42,7 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
                 rule(name, given[name], given)
         return function(*args, **kwargs)
 
+    call.__dict__["checks"] = tuple(rules)
     return call
 
 

@@ -311,8 +311,8 @@ OVERRIDES = {
 
 _KINDS = {
     "count": (
-        "batch_size", "begin", "block_size", "chunk_size", "deflate", "delay", "every", "final", "k",
-        "max_basis", "max_matvecs", "max_steps", "min_units", "prefetch",
+        "batch_size", "begin", "block_size", "chunk_size", "deflate", "delay", "every", "final",
+        "k", "max_basis", "max_matvecs", "max_steps", "min_units", "prefetch",
     ),
     "number": (
         "alpha", "budget", "clip", "crossover", "damping", "decay", "epsilon", "eta", "factor",
@@ -330,8 +330,8 @@ _KINDS = {
     ),
     "loss": ("dropout_loss_fn", "gate_loss", "loss_fn"),
     "function": (
-        "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "grad_fn", "law", "matvec",
-        "model_fn", "operator_fn", "output_loss_fn", "preactivations_fn", "rule",
+        "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "grad_fn", "law",
+        "matvec", "model_fn", "operator_fn", "output_loss_fn", "preactivations_fn", "rule",
     ),
     "array": (
         "activations", "basis", "batch_means", "batch_variances", "center", "covariance",

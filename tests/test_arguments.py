@@ -5,6 +5,7 @@ import inspect
 import optax
 import pytest
 
+from regjax._arguments import RULES, checked
 from tests import arguments
 from tests.arguments import BAD, EXAMPLES, EXCUSED, OVERRIDES, kind_of
 from tests.test_architecture import public_objects
@@ -47,6 +48,29 @@ def call(name, function, changed, value):
     return result.init(arguments.params()) if is_transformation else result
 
 
+def unchecked(function):
+    """Arguments that have a rule which the function does not apply."""
+    known = set(inspect.signature(function).parameters) & set(RULES)
+    return sorted(known - set(getattr(function, "checks", ())))
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_every_public_function_checks_its_arguments(name):
+    assert unchecked(FUNCTIONS[name]) == []
+
+
+def test_a_function_without_checks_is_found():
+    assert unchecked(lambda params, *, tol, other: None) == ["params", "tol"]
+    assert unchecked(checked(lambda params, *, tol, other: None)) == []
+
+
+def test_what_is_not_given_or_left_at_its_default_is_not_checked():
+    function = checked(lambda params, *, key=None, tol="x": (params, key, tol))
+    assert function({"w": 1.0}) == ({"w": 1.0}, None, "x")
+    with pytest.raises(TypeError, match="`key` must be a typed key"):
+        function({"w": 1.0}, key=0)
+
+
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_bad_values_are_refused_by_name(name, default_promotion):
     function, accepted = FUNCTIONS[name], []
@@ -67,5 +91,4 @@ def test_bad_values_are_refused_by_name(name, default_promotion):
                 note(f"{type(error).__name__} {str(error)[:90]!r}")
             else:
                 note("accepted")
-    print(*(f"@@ {name} {line}" for line in accepted), sep="\n")
     assert accepted == []

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _loops, _tree
-from regjax._base import Batch, LossFn, Tree, as_partial
+from regjax._base import Batch, LossFn, Tree, as_partial, check_loss
 from regjax._space import Space
 
 
