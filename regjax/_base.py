@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _tree
+from regjax import _checks, _programs, _tree
 
 Params: TypeAlias = Any
 """Tree of real floating-point arrays."""
@@ -135,12 +135,17 @@ def check_loss(loss_fn: Callable[..., Tree], params: Params, batch: Batch) -> No
     """Checks, without evaluating it, that `loss_fn` gives a scalar."""
     _checks.floating_tree("params", params)
     # A second call for the same shapes traces nothing.
-    loss = applied.eval_shape(as_partial(loss_fn), params, batch)
+    check_scalar(applied.eval_shape(as_partial(loss_fn), params, batch))
+
+
+def check_scalar(loss: Tree) -> None:
+    """Checks that what a loss gives, or its shape, is a scalar."""
     shape = getattr(loss, "shape", None)
     if shape != ():
         raise ValueError(f"`loss_fn` must return a scalar, the mean loss, got shape {shape}.")
 
 
+@_programs.bounded
 @jax.jit
 def applied(function: Callable[..., Tree], params: Params, batch: Batch) -> Tree:
     """Calls function(params, *batch), compiled once for a function that is a pytree."""

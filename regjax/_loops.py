@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from regjax import _jaxprs
+from regjax import _jaxprs, _programs
 from regjax._base import Tree
 
 # Compile time grows with every copy of the body; eight is where the unrolled form still compiles
@@ -214,9 +214,11 @@ def _loop(body: Body, carry: Tree, length: int, operands: Tree) -> Tree:
     )[0]
 
 
-_compiled_scan = jax.jit(
-    lambda body, carry, length, operands: _loop(body, carry, length, operands),
-    static_argnums=(0, 2),
+_compiled_scan = _programs.bounded(
+    jax.jit(
+        lambda body, carry, length, operands: _loop(body, carry, length, operands),
+        static_argnums=(0, 2),
+    )
 )
 
 
@@ -226,9 +228,13 @@ def _turns(body: Body, carry: Tree, length: int, operands: Tree) -> Tree:
     return carry
 
 
-_compiled_turns = jax.jit(_turns, static_argnums=(0, 2))
-_compiled_turn = jax.jit(
-    lambda body, carry, operands, i: body(operands, carry, i), static_argnums=0, donate_argnums=1
+_compiled_turns = _programs.bounded(jax.jit(_turns, static_argnums=(0, 2)))
+_compiled_turn = _programs.bounded(
+    jax.jit(
+        lambda body, carry, operands, i: body(operands, carry, i),
+        static_argnums=0,
+        donate_argnums=1,
+    )
 )
 
 

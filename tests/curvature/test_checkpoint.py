@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from regjax import _files, curvature
-from regjax.curvature._engine import _identity
+from regjax import _digest, _files, curvature
 from regjax.curvature._operators._traced import TracedOperator
 from tests.curvature import long_runs
 
@@ -271,9 +270,9 @@ def test_a_digest_sees_place_type_and_every_bit():
         jnp.asarray(array, jnp.bfloat16), jnp.asarray(array, jnp.float16), array > 3, array > 4,
         array + 1j, jax.random.key(0), jax.random.key(1), np.zeros(6), np.int8(array),
     ]  # fmt: skip
-    digests = [_identity.digest(tree) for tree in trees]
+    digests = [_digest.digest(tree) for tree in trees]
     assert len(set(digests)) == len(digests)
-    assert digests == [_identity.digest(tree) for tree in trees]
+    assert digests == [_digest.digest(tree) for tree in trees]
 
 
 def test_inside_of_jit_a_checkpoint_is_refused(tmp_path):

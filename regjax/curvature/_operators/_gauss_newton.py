@@ -6,14 +6,22 @@ three matrices here differ in A alone.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks
-from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree, as_partial
-from regjax.curvature._operators._curvature import CurvatureOperator, Linearization, build
+from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree
+from regjax._programs import Program
+from regjax.curvature._operators._curvature import (
+    CurvatureOperator,
+    Linearization,
+    build,
+    parts_of,
+    trace,
+)
 
 
 def gauss_newton(
@@ -50,9 +58,9 @@ def gauss_newton(
       N. Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient
       descent, Neural Computation 14(7).
     """
-    _check_output_loss(model_fn, output_loss_fn, params, inputs, targets)
-    curvature = Partial(_loss_hessian, as_partial(output_loss_fn))
-    return _sandwich(curvature, model_fn, params, (inputs, targets), chunk_size)
+    return _of_loss(
+        _loss_hessian, model_fn, output_loss_fn, params, (inputs, targets), chunk_size
+    )
 
 
 def empirical_fisher(
@@ -89,9 +97,9 @@ def empirical_fisher(
       F. Kunstner, L. Balles, P. Hennig (2019), Limitations of the empirical Fisher approximation,
       arXiv:1905.12558, eq. 3.
     """
-    _check_output_loss(model_fn, output_loss_fn, params, inputs, targets)
-    curvature = Partial(_observed_score, as_partial(output_loss_fn))
-    return _sandwich(curvature, model_fn, params, (inputs, targets), chunk_size)
+    return _of_loss(
+        _observed_score, model_fn, output_loss_fn, params, (inputs, targets), chunk_size
+    )
 
 
 def fisher(
@@ -134,11 +142,13 @@ def fisher(
     """
     _checks.choice("likelihood", likelihood, tuple(_EXACT))
     if num_samples is None:
-        return _sandwich(Partial(_EXACT[likelihood]), model_fn, params, (inputs,), chunk_size)
+        model, _ = _traced_model(model_fn, params, (inputs,), chunk_size)
+        return _sandwich(Partial(_EXACT[likelihood]), model, params, (inputs,), chunk_size)
     _checks.integer("num_samples", num_samples)
     # One key for each example and draw: the draws do not depend on how the data are chunked.
     keys = draw_keys(_checks.key("key", key), 0, _checks.num_examples(inputs), num_samples)
-    return _sandwich(Partial(_SAMPLED[likelihood]), model_fn, params, (inputs, keys), chunk_size)
+    model, _ = _traced_model(model_fn, params, (inputs, keys), chunk_size)
+    return _sandwich(Partial(_SAMPLED[likelihood]), model, params, (inputs, keys), chunk_size)
 
 
 def draw_keys(key: jax.Array, first: int, num_examples: int, num_samples: int) -> jax.Array:
@@ -153,9 +163,39 @@ def _draw_keys(key: jax.Array, first: jax.Array, num_examples: int, num_samples:
     return each(numbers)
 
 
+def _of_loss(
+    curvature: Callable[..., Tree],
+    model_fn: ModelFn,
+    output_loss_fn: OutputLossFn,
+    params: Params,
+    batch: Batch,
+    chunk_size: int | None,
+) -> CurvatureOperator:
+    """The matrix whose middle follows from a loss of the outputs."""
+    model, parts = _traced_model(model_fn, params, batch, chunk_size)
+    outputs = [model.outputs(params, inputs) for inputs, _ in parts]
+    targets = [targets for _, targets in parts]
+    loss = trace(output_loss_fn, *zip(outputs, targets, strict=True))
+    shape = getattr(loss.outputs(outputs[0], targets[0]), "shape", None)
+    if shape != ():
+        raise ValueError(
+            f"`output_loss_fn` must return a scalar, the mean over examples, got shape {shape}."
+        )
+    return _sandwich(Partial(curvature, loss), model, params, batch, chunk_size)
+
+
+def _traced_model(
+    model_fn: ModelFn, params: Params, batch: Batch, chunk_size: int | None
+) -> tuple[Program, tuple[Batch, ...]]:
+    """The program of a model, and the shapes of the batches that it is for."""
+    _checks.floating_tree("params", params)
+    parts = parts_of(model_fn, batch, chunk_size)
+    return trace(model_fn, *((params, part[0]) for part in parts)), parts
+
+
 def _sandwich(
     curvature: Partial,
-    model_fn: ModelFn,
+    model: Program,
     params: Params,
     batch: Batch,
     chunk_size: int | None,
@@ -163,7 +203,7 @@ def _sandwich(
     linearization = Linearization(
         Partial(_linearize_sandwich, curvature), Partial(_multiply_sandwich, curvature)
     )
-    return build(linearization, as_partial(model_fn), params, batch, chunk_size)
+    return build(linearization, model, params, batch, chunk_size)
 
 
 def _linearize_sandwich(
@@ -227,13 +267,3 @@ def _sampled_normal(outputs: jax.Array, keys: jax.Array, tangent: jax.Array) -> 
 _EXACT = {"categorical": _exact_categorical, "normal": _exact_normal}
 _SAMPLED = {"categorical": _sampled_categorical, "normal": _sampled_normal}
 
-
-def _check_output_loss(
-    model_fn: ModelFn, output_loss_fn: OutputLossFn, params: Params, inputs: Tree, targets: Tree
-) -> None:
-    outputs = jax.eval_shape(as_partial(model_fn), params, inputs)
-    shape = getattr(jax.eval_shape(as_partial(output_loss_fn), outputs, targets), "shape", None)
-    if shape != ():
-        raise ValueError(
-            f"`output_loss_fn` must return a scalar, the mean over examples, got shape {shape}."
-        )

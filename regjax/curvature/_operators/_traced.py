@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks
+from regjax import _checks, _programs
 from regjax._base import Params
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import narrowest_eps, precision
@@ -50,11 +50,13 @@ def _image(operator: TracedOperator, tree: Params) -> Params:
     return image
 
 
+@_programs.bounded
 @jax.jit
 def _product(operator: TracedOperator, vector: jax.Array) -> jax.Array:
     return operator.space.ravel(_image(operator, operator.space.unravel(vector)), vector.dtype)
 
 
+@_programs.bounded
 @jax.jit
 def _like_vectors(operator: TracedOperator, tree: Params) -> Params:
     example = operator.space.like()
