@@ -104,7 +104,8 @@ class _Writer:
             name = equation.primitive.name
             yield name
             for key, parameter in sorted(equation.params.items()):
-                is_rule = name.startswith("custom_") and callable(parameter)
+                is_function = callable(parameter) or hasattr(parameter, "call_wrapped")
+                is_rule = name.startswith("custom_") and is_function
                 self.has_rules |= is_rule
                 if not is_rule and key not in _NAMES.get(name, ()):
                     yield f"{key}={self.value(parameter)}"

@@ -238,7 +238,7 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
         ({"seed": 1}, "`key` must be"),
         ({"matrix": of_loss(scale=2.0)}, "`params` must be"),
         ({"matrix": of_loss(shift=0.5)}, "`batch` must be"),
-        ({"matrix": of_loss(fourth)}, "the first product must have the components .* another loss"),
+        ({"matrix": of_loss(fourth)}, "`program` must be .*: another loss or model"),
         ({"matrix": operator()}, "`number of parameters` must be 60, got 8"),
     ]:
         options = {"max_basis": 7, "matrix": of_loss(), **wrong}
@@ -289,7 +289,7 @@ def test_inside_of_jit_a_checkpoint_is_refused(tmp_path):
 
 def test_what_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(_files.CheckpointError, match="`folder` must be one that can be made"):
+    with pytest.raises(_files.CheckpointError, match="file must be a folder, got something else there"):
         top(checkpoint=curvature.Checkpoint(tmp_path / "file"))
     with pytest.raises(ValueError, match="`every` must be at least 1, got 0"):
         top(checkpoint=curvature.Checkpoint(tmp_path, every=0))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax import _files, _numerics
+from regjax import _archive, _files, _numerics
 from regjax._digest import digest
 from regjax._space import Space
 from regjax.curvature._engine._solver import Solver
@@ -25,9 +25,9 @@ class OtherProblem(_files.CheckpointError):
 
 
 def facts(solver: Solver[Any, Any]) -> dict[str, Any]:
-    """What decides the answer: arguments as they are, arrays by their digest.
+    """What decides the answer: arguments as they are, programs and arrays by their digests.
 
-    The size of a chunk is not among them: after running out of memory one lowers it and goes on.
+    A source is read once for it. The size of a chunk is not among them: after running out of memory one lowers it and goes on.
     """
     found: dict[str, Any] = {
         "solver": solver.name,
@@ -64,9 +64,11 @@ def check_facts(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> No
     """Raises OtherProblem naming the first difference."""
     for name, value in wanted.items():
         if found.get(name) != value:
+            # What the loss or the model computes, beside the arrays that it reads.
+            why = ": another loss or model, or another version of JAX" if "program" in name else ""
             raise OtherProblem(
                 f"`checkpoint` must be of the same problem: `{name}` must be {value!r}, got "
-                f"{found.get(name)!r} in {path}."
+                f"{_archive.shown(repr(found.get(name)))} in {path}{why}."
             )
 
 
