@@ -161,6 +161,22 @@ _compiled: list[Any] = []
 _count = itertools.count(1)
 
 
+def num_bytes(
+    function: Callable[..., Any], *arguments: Any, donate_argnums: tuple[int, ...] = ()
+) -> int:
+    """Bytes that a function takes on a device beside its arguments, by the compiler's account.
+
+    Args:
+      function: what is compiled, and not run.
+      *arguments: arrays or their shapes.
+      donate_argnums: the arguments whose memory it may use for its results.
+    """
+    jitted = jax.jit(function, donate_argnums=donate_argnums)
+    account: Any = jitted.lower(*arguments).compile().memory_analysis()
+    results = account.output_size_in_bytes - account.alias_size_in_bytes
+    return int(account.temp_size_in_bytes + results)
+
+
 def bounded(jitted: _Jitted) -> _Jitted:
     """Registers a compiled function of programs: what it remembers of them is bounded."""
     _compiled.append(jitted)

@@ -125,7 +125,9 @@ class CurvatureOperator(TracedOperator):
         # One chunk on one device, one vector at a time: slices of the data, sums over the chunks.
         row = lambda leaf: jax.ShapeDtypeStruct((self.chunk_size, *leaf.shape[1:]), leaf.dtype)
         batch = jax.tree.map(row, self.batch)
-        extra = self.space.num_bytes(batch) + count * self.size * self.dtype.itemsize
+        # Several follow one another, and are put together at the end.
+        num_vectors = 1 if count == 1 else 2 * count
+        extra = self.space.num_bytes(batch) + num_vectors * self.size * self.dtype.itemsize
         whole = dataclasses.replace(self, chunk_size=None, placement=None)
         whole = jax.eval_shape(lambda same: same, whole)
         return dataclasses.replace(whole, batch=batch).product_bytes(1) + extra

@@ -149,10 +149,18 @@ class StreamedOperator(Operator):
         }
 
     def product_bytes(self, count: int) -> int:
-        raise TypeError(
-            "`operator` must have its data on the device, got one that reads them; take that of "
-            "one batch."
-        )
+        """Bytes on a device of `count` products at once, of batches as large as the first one."""
+        batch = jax.eval_shape(functools.partial(self.source.drawn, 0), self.programs.first)
+        linearization, function, params = self._parts(batch)
+        # Beside the product of a batch its data and those read ahead, the sum, the product before.
+        num_bytes = self.space.num_bytes
+        vectors = num_bytes(jax.eval_shape(lambda: self.space.zeros(count)))
+        held = (self.source.prefetch + 1) * num_bytes(batch) + 2 * vectors
+        shapes = _programs.structs((linearization, function, params))
+        if count == 1:
+            return held + CurvatureOperator(*shapes, batch, None, None, None).product_bytes(1)
+        kept = jax.eval_shape(lambda *parts: assemble(*parts, None), *shapes, batch)
+        return held + num_bytes(kept.linear_map) + kept.product_bytes(count)
 
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
         if self.inside is not None:
