@@ -83,8 +83,7 @@ def hutchpp_solver(
         return _with_vectors(state, space)
 
     def result(state: HutchPlusPlusState) -> NamedTuple:
-        exact = jnp.sum(state.rows * state.images, axis=None if of_trace else 0)
-        moments = state.moments
+        exact, moments = _of_range(state, of_trace), state.moments
         return estimate(moments.mean + exact, standard_error(moments), state.num_matvecs)
 
     return Solver(
@@ -100,6 +99,13 @@ def hutchpp_solver(
         lower=("num_matvecs",),
         block=block,
     )
+
+
+# In one program, so that the products are added up as they are made.
+@functools.partial(jax.jit, static_argnums=1)
+def _of_range(state: HutchPlusPlusState, of_trace: bool) -> jax.Array:
+    """The trace or the diagonal of QQ' A."""
+    return jnp.sum(state.rows * state.images, axis=None if of_trace else 0)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
