@@ -131,18 +131,22 @@ def as_partial(function: Callable[..., Tree]) -> Any:
     return Partial(function) if is_plain else function
 
 
-def check_loss(loss_fn: Callable[..., Tree], params: Params, batch: Batch) -> None:
-    """Checks, without evaluating it, that `loss_fn` gives a scalar."""
+def check_loss(
+    loss_fn: Callable[..., Tree], params: Params, batch: Batch, *, name: str = "loss_fn"
+) -> None:
+    """Checks, without evaluating it, that `loss_fn` gives a real floating-point scalar."""
     _checks.floating_tree("params", params)
     # A second call for the same shapes traces nothing.
-    check_scalar(applied.eval_shape(as_partial(loss_fn), params, batch))
+    check_scalar(applied.eval_shape(as_partial(loss_fn), params, batch), name=name)
 
 
-def check_scalar(loss: Tree) -> None:
-    """Checks that what a loss gives, or its shape, is a scalar."""
+def check_scalar(loss: Tree, *, name: str = "loss_fn") -> None:
+    """Checks that what a loss gives, known by its shape, is a real floating-point scalar."""
     shape = getattr(loss, "shape", None)
     if shape != ():
-        raise ValueError(f"`loss_fn` must return a scalar, the mean loss, got shape {shape}.")
+        raise ValueError(f"`{name}` must return a scalar, the mean loss, got shape {shape}.")
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must return a real floating-point number, got {loss.dtype}.")
 
 
 @_programs.bounded
