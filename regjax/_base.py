@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _tree
+from regjax import _checks, _programs, _tree
 
 Params: TypeAlias = Any
 """Tree of real floating-point arrays."""
@@ -138,7 +138,11 @@ def check_loss(
     """Checks, without evaluating it, that `loss_fn` gives a real floating-point scalar."""
     _checks.floating_tree("params", params)
     # A second call for the same shapes traces nothing.
-    loss = applied.eval_shape(as_partial(loss_fn), params, batch)
+    check_scalar(applied.eval_shape(as_partial(loss_fn), params, batch), name=name)
+
+
+def check_scalar(loss: Tree, *, name: str = "loss_fn") -> None:
+    """Checks that what a loss gives, known by its shape, is a real floating-point scalar."""
     shape = getattr(loss, "shape", None)
     if shape != ():
         raise ValueError(f"`{name}` must return a scalar, the mean loss, got shape {shape}.")
@@ -146,6 +150,7 @@ def check_loss(
         raise TypeError(f"`{name}` must return a real floating-point number, got {loss.dtype}.")
 
 
+@_programs.bounded
 @jax.jit
 def applied(function: Callable[..., Tree], params: Params, batch: Batch) -> Tree:
     """Calls function(params, *batch), compiled once for a function that is a pytree."""
