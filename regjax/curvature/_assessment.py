@@ -31,7 +31,7 @@ _SOME = 0.1
     jax.tree_util.register_dataclass,
     data_fields=[
         "krylov", "search", "tol", "num_matvecs", "num_restarts",
-        "weights", "values", "bounds", "small", "mass",
+        "weights", "values", "bounds", "threshold", "small", "mass",
         "wants_restart", "wants_search", "done",
     ],
     meta_fields=["k", "which", "num_rows", "searches"],
@@ -49,7 +49,8 @@ class EigenState:
       weights: (rows, rows), columns: the small eigenvectors, wanted ones first.
       values: (rows,), Ritz values in the same order.
       bounds: (rows,), their residual norms.
-      small: (rows,), bool, which of them meet the tolerance.
+      threshold: (), the residual norm that is small enough.
+      small: (rows,), bool, which of them meet it.
       mass: (rows,), how much of each lies in the search's own directions, between 0 and 1.
       wants_restart: (), bool, whether the basis must be compressed first.
       wants_search: (), bool, whether it is time for a (further) search.
@@ -66,6 +67,7 @@ class EigenState:
     weights: jax.Array
     values: jax.Array
     bounds: jax.Array
+    threshold: jax.Array
     small: jax.Array
     mass: jax.Array
     wants_restart: jax.Array
@@ -138,18 +140,18 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
     size = krylov.basis.space.size
     small, bounds, outside = standing.small[:k], pairs.bounds[:k], pairs.outside[:k]
     all_converged = jnp.all(small)
-    # Of all wanted pairs together: within a multiple eigenvalue the small eigenvectors are any
-    # basis, and what is new may be spread over all of them.
-    found_new = search.active & (jnp.sum(standing.mass[:k]) > 0.5)
     spans_everything = krylov.filled >= size
     is_broken = ~jnp.isfinite(krylov.beta)
 
     if state.searches:
+        inside = standing.mass > _SOME
         nothing_hides = _search.is_over(
-            search, pairs.values, standing.small, standing.mass > _SOME,
-            k=k, which=state.which, size=size,
-        )  # fmt: skip
-        search_is_done = search.active & all_converged & ~found_new & nothing_hides
+            search, pairs.values, inside, which=state.which, size=size
+        )
+        has_found = _search.has_found(
+            search, pairs.values, inside, standing.threshold, state.which
+        )
+        search_is_done = search.active & all_converged & ~has_found & nothing_hides
         # Searching drops the residuals of the kept pairs for good: they go in with room to spare,
         # or with nothing to gain.
         has_room = bounds <= standing.threshold / 2
@@ -157,9 +159,9 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         may_search = all_converged & jnp.all(has_room | gains_nothing)
         # What the residual of the first space keeps from converging has to be found anew.
         is_held_back = ~small & (outside <= standing.threshold / 2)
-        is_stuck = search.is_first & jnp.any(is_held_back)
+        is_stuck = (search.count == 1) & jnp.any(is_held_back)
         done = spans_everything | is_broken | search_is_done
-        wants_search = ~done & ((may_search & (found_new | ~search.active)) | is_stuck)
+        wants_search = ~done & ((may_search & (has_found | ~search.active)) | is_stuck)
     else:
         # Before, an eigenvalue at the other end may stand for one that is wanted; the invariant
         # space of a random start has all of them, once each.
@@ -178,6 +180,7 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         values=jnp.where(is_broken, jnp.nan, pairs.values),
         weights=pairs.weights,
         bounds=pairs.bounds,
+        threshold=standing.threshold,
         small=standing.small,
         mass=standing.mass,
         wants_restart=jnp.where(wants_search, is_cramped, is_full) & ~done,
@@ -206,15 +209,15 @@ def _preference(values: jax.Array, which: str) -> jax.Array:
 @precisely
 def begin_search(state: EigenState) -> EigenState:
     """Goes on from a fresh direction; the residual of the rows so far is dropped and charged."""
-    targets = _search.targets_of(state.values, state.k, state.which)
+    known = state.values[: state.k]
     return dataclasses.replace(
         state,
         krylov=redirect(state.krylov),
         search=_search.begin(
-            targets,
+            known,
+            _search.targets_of(known, state.threshold, state.which),
             num_rows=state.values.size,
-            active=True,
-            is_first=~state.search.active,
+            count=state.search.count + 1,
         ),
         wants_search=jnp.zeros_like(state.wants_search),
     )

@@ -153,13 +153,14 @@ def top_eigenpairs_solver(
         rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
         state = EigenState(
             krylov=krylov,
-            search=_search.begin(jnp.zeros(2, dtype), rows, active=False),
+            search=_search.begin(jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, count=0),
             tol=jnp.asarray(tol, dtype),
             num_matvecs=jnp.int32(0),
             num_restarts=jnp.int32(0),
             weights=jnp.zeros((rows, rows), dtype),
             values=jnp.full(rows, jnp.nan, dtype),
             bounds=jnp.full(rows, jnp.inf, dtype),
+            threshold=jnp.zeros((), dtype),
             small=jnp.zeros(rows, bool),
             mass=jnp.zeros(rows, dtype),
             wants_restart=jnp.bool_(False),
@@ -218,7 +219,7 @@ def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
         converged=state.small[:k],
         complete=_is_complete(state),
         miss_probability=_search.miss_probability(
-            state.search, k=k, which=state.which, size=space.size
+            state.search, which=state.which, size=space.size
         ),
     )
 
