@@ -31,7 +31,7 @@ _SOME = 0.1
     jax.tree_util.register_dataclass,
     data_fields=[
         "krylov", "search", "tol", "num_matvecs", "num_restarts",
-        "weights", "values", "bounds", "threshold", "small", "mass",
+        "weights", "values", "bounds", "largest", "threshold", "small", "mass",
         "wants_restart", "wants_search", "done",
     ],
     meta_fields=["k", "which", "num_rows", "searches"],
@@ -49,6 +49,7 @@ class EigenState:
       weights: (rows, rows), columns: the small eigenvectors, wanted ones first.
       values: (rows,), Ritz values in the same order.
       bounds: (rows,), their residual norms.
+      largest: (), the largest magnitude of a Ritz value so far. A restart may drop the pair.
       threshold: (), the residual norm that is small enough.
       small: (rows,), bool, which of them meet it.
       mass: (rows,), how much of each lies in the search's own directions, between 0 and 1.
@@ -67,6 +68,7 @@ class EigenState:
     weights: jax.Array
     values: jax.Array
     bounds: jax.Array
+    largest: jax.Array
     threshold: jax.Array
     small: jax.Array
     mass: jax.Array
@@ -99,11 +101,13 @@ class _Standing(NamedTuple):
     """How far the pairs have come.
 
     Attributes:
+      largest: (), the largest magnitude of a Ritz value so far.
       threshold: (), the residual norm that is small enough.
       small: (rows,), bool, which pairs meet it.
       mass: (rows,), how much of each lies in the search's own directions, between 0 and 1.
     """
 
+    largest: jax.Array
     threshold: jax.Array
     small: jax.Array
     mass: jax.Array
@@ -129,10 +133,11 @@ def _pairs(state: EigenState) -> _Pairs:
 def _standing(state: EigenState, pairs: _Pairs) -> _Standing:
     eps = float(jnp.finfo(state.krylov.direction.dtype).eps)
     largest = jnp.max(jnp.abs(jnp.nan_to_num(pairs.values)), initial=0)
-    threshold = jnp.maximum(state.tol * largest, floor(pairs.values, eps))
+    largest = jnp.maximum(state.largest, largest)
+    threshold = jnp.maximum(state.tol * largest, floor(largest, eps))
     mass = jnp.sum(pairs.weights * (state.search.own @ pairs.weights), 0)
     mass = jnp.where(jnp.isnan(pairs.values), 0, mass)
-    return _Standing(threshold, pairs.bounds <= threshold, mass)
+    return _Standing(largest, threshold, pairs.bounds <= threshold, mass)
 
 
 def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenState:
@@ -157,9 +162,9 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         has_room = bounds <= standing.threshold / 2
         gains_nothing = outside <= standing.threshold / 16
         may_search = all_converged & jnp.all(has_room | gains_nothing)
-        # What the residual of the first space keeps from converging has to be found anew.
+        # What dropped residuals keep from converging has to be found anew.
         is_held_back = ~small & (outside <= standing.threshold / 2)
-        is_stuck = (search.count == 1) & jnp.any(is_held_back)
+        is_stuck = search.active & jnp.any(is_held_back)
         done = spans_everything | is_broken | search_is_done
         wants_search = ~done & ((may_search & (has_found | ~search.active)) | is_stuck)
     else:
@@ -180,6 +185,7 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         values=jnp.where(is_broken, jnp.nan, pairs.values),
         weights=pairs.weights,
         bounds=pairs.bounds,
+        largest=standing.largest,
         threshold=standing.threshold,
         small=standing.small,
         mass=standing.mass,
@@ -227,21 +233,18 @@ def begin_search(state: EigenState) -> EigenState:
 @precisely
 def restart(state: EigenState) -> EigenState:
     """Compresses the basis to Ritz vectors; the state is whole again at its end."""
-    krylov, k, search = state.krylov, state.k, state.search
+    krylov, search = state.krylov, state.search
     rows = jnp.arange(krylov.basis.num_rows, dtype=jnp.int32)
-    valid = jnp.isfinite(state.values)
-    most = min(k + max(1, (state.num_rows - k) // 2), state.num_rows - 1)
     # If a search follows, the residual is lost: what has not converged can no longer.
-    kept = valid & (state.small | ~state.wants_search)
-    kept &= jnp.cumsum(kept) <= most
+    kept = jnp.isfinite(state.values) & (state.small | ~state.wants_search)
+    kept = _most_useful(kept, state)
     order = jnp.argsort(~kept, stable=True)
     num_kept = jnp.sum(kept, dtype=jnp.int32)
     inside = rows < num_kept
     weights = jnp.where(inside[None], state.weights[:, order], 0)
     values = jnp.where(inside, state.values[order], jnp.nan)
     # Every recombination of the rows rounds them once more.
-    largest = jnp.max(jnp.abs(state.values), where=valid, initial=0)
-    unit = _RECOMBINED * float(jnp.finfo(krylov.direction.dtype).eps) * largest
+    unit = _RECOMBINED * float(jnp.finfo(krylov.direction.dtype).eps) * state.largest
     blur = jnp.hypot(krylov.blur, unit * jnp.sqrt(num_kept.astype(unit.dtype)))
     krylov = krylov._replace(
         basis=_basis.recombine(krylov.basis, weights, num_kept),
@@ -266,3 +269,16 @@ def restart(state: EigenState) -> EigenState:
         mass=jnp.where(inside, state.mass[order], 0),
         wants_restart=jnp.zeros_like(state.wants_restart),
     )
+
+
+def _most_useful(allowed: jax.Array, state: EigenState) -> jax.Array:
+    """(rows,), bool, the pairs to go on with among those allowed, in the order of preference.
+
+    Beside the wanted ones and the next best, those of the other end: outliers there, such as those
+    of a network above a small bulk, would come back after each restart before the wanted end moves.
+    """
+    most = min(state.k + max(1, (state.num_rows - state.k) // 2), state.num_rows - 1)
+    # From both ends, or by magnitude, what is wanted least lies within the spectrum.
+    far = (most - state.k) // 2 if state.which in ("LA", "SA") else 0
+    from_front, from_back = jnp.cumsum(allowed), jnp.cumsum(allowed[::-1])[::-1]
+    return allowed & ((from_front <= most - far) | (from_back <= far))

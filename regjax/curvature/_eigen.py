@@ -160,6 +160,7 @@ def top_eigenpairs_solver(
             weights=jnp.zeros((rows, rows), dtype),
             values=jnp.full(rows, jnp.nan, dtype),
             bounds=jnp.full(rows, jnp.inf, dtype),
+            largest=jnp.zeros((), dtype),
             threshold=jnp.zeros((), dtype),
             small=jnp.zeros(rows, bool),
             mass=jnp.zeros(rows, dtype),
@@ -210,11 +211,11 @@ def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
     """The wanted pairs as they stand, converged or not."""
     k = state.k
     vectors = _basis.combine(state.krylov.basis, state.weights[:, :k])
-    values, bounds = state.krylov.unscaled(state.values), state.krylov.unscaled(state.bounds)
+    bounds = jnp.maximum(state.bounds[:k], floor(state.largest, eps))
     return EigenResult(
-        values=values[:k],
+        values=state.krylov.unscaled(state.values[:k]),
         vectors=space.unravel_rows(vectors),
-        residual_norms=jnp.maximum(bounds[:k], floor(values, eps)),
+        residual_norms=state.krylov.unscaled(bounds),
         num_matvecs=state.num_matvecs,
         converged=state.small[:k],
         complete=_is_complete(state),
