@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _numerics, _tree
+from regjax import _checks, _chunks, _numerics
 from regjax._base import LossFn, Params, Tree, as_partial
 from regjax.diagnostics._surface import Path, walk
 
@@ -78,7 +78,7 @@ def interval_flatness(
     if isinstance(factor, Real) and factor <= 1:
         raise ValueError(f"`factor` must be above 1, got {factor}.")
     start = _chunks.mean(loss_fn, params, batch, chunk_size)
-    norm = _tree.norm(direction)
+    norm = _numerics.scaled_norm(direction)
     first = jnp.asarray(max_distance * 2.0 ** (1 - num_evaluations // 3), norm.dtype)
     is_defined = (start > 0) & (norm > 0)
     ends, brackets, found = [], [], []
