@@ -43,6 +43,14 @@ def positive(name: str, value: Number, *, finite: bool = False) -> Number:
     return value
 
 
+def number(name: str, value: Number, *, above_zero: bool = False) -> Number:
+    """Returns `value`, a single finite number that is not negative, as far as it is known."""
+    (positive if above_zero else non_negative)(name, value, finite=True)
+    if np.shape(value):
+        raise ValueError(f"`{name}` must be a single number, got shape {np.shape(value)}.")
+    return value
+
+
 def between(name: str, value: Number, low: float, high: float) -> Number:
     """Returns `value`, a number from `low` to `high`, as far as it is known."""
     known = _known(name, value)

@@ -228,7 +228,7 @@ def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
     Raises:
       ValueError: an argument is out of its range.
     """
-    _schedules.check_number("threshold", threshold)
+    _checks.number("threshold", threshold)
 
     def is_stronger(grads: Leaves, added: Leaves) -> jax.Array:
         return _numerics.scaled_norm(grads) > threshold * _numerics.scaled_norm(added)

@@ -240,7 +240,7 @@ def _less_orthogonal(top: Params, grads: Params, weight: ArrayLike) -> Params:
 
 def _check(rho: ScalarOrSchedule, eta: ArrayLike) -> None:
     _schedules.check_size("rho", rho)
-    _schedules.check_number("eta", eta)
+    _checks.number("eta", eta)
 
 
 def _init(params: Params) -> SamState:

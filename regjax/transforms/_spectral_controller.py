@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree, curvature, schedules
 from regjax._base import GradFn, Params, PRNGKey, as_partial
-from regjax.transforms import _gradients, _schedules
+from regjax.transforms import _gradients
 from regjax.transforms._spectral_ends import spectral_ends
 from regjax.transforms._static_args import check_static, static_args
 
@@ -104,7 +104,7 @@ def spectral_controller(
       where L is unusable, are ours.
     """
     _checks.key("key", key)
-    _schedules.check_number("initial_learning_rate", initial_learning_rate, positive=True)
+    _checks.number("initial_learning_rate", initial_learning_rate, above_zero=True)
     if every is not None:
         check_static("every", every, 1)
     _check_options(num_steps, smallest_ratio, max_momentum)
@@ -204,8 +204,8 @@ def refresh_spectral_controller(
 
 def _check_options(num_steps: int, smallest_ratio: ArrayLike, max_momentum: ArrayLike) -> None:
     check_static("num_steps", num_steps, 1)
-    _schedules.check_number("smallest_ratio", smallest_ratio)
-    _schedules.check_number("max_momentum", max_momentum)
+    _checks.number("smallest_ratio", smallest_ratio)
+    _checks.number("max_momentum", max_momentum)
     if isinstance(max_momentum, (int, float)) and max_momentum >= 1:
         raise ValueError(f"`max_momentum` must be below 1, got {max_momentum}.")
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from regjax import _numerics, _tree
+from regjax import _checks, _numerics, _tree
 from regjax._base import Params, Tree
-from regjax.transforms import _gradients, _masks, _schedules
+from regjax.transforms import _gradients, _masks
 from regjax.transforms._masks import MaskOrFunction
 from regjax.transforms._static_args import check_static, static_args
 
@@ -58,7 +58,7 @@ def rescale_weights(
       Z. Liu, Y. Cui, J. Wan, Y. Mao, A. Chan (2021), arXiv:2102.03497, of which only the abstract
       was read: granularity, period, and the treatment of momentum are our choices.
     """
-    _schedules.check_number("target_norm", target_norm, positive=True)
+    _checks.number("target_norm", target_norm, above_zero=True)
     check_static("every", every, 1)
 
     def init(params: Params) -> RescaleWeightsState:
