@@ -99,7 +99,8 @@ class GhostBatchNorm(BatchNorm):
 
         running' = momentum^n running + (1 - momentum) sum_i momentum^(n - i) statistic_i
 
-    Devices of `axis_name` share the running averages only, as if their groups were one batch's.
+    Devices of `axis_name` share the running averages only, as if their groups were one batch's. A
+    group of which a mask leaves nothing gives the bias.
 
     Attributes:
       ghost_size: examples of a group; it divides the batch on each device.
@@ -139,14 +140,18 @@ class GhostBatchNorm(BatchNorm):
             ghosts, range(1, ghosts.ndim - 1),
             mask=mask, use_fast_variance=self.use_fast_variance,
         )  # fmt: skip
-        factor = self._factor(found.variance)
         everywhere = self.devices.gather(found.mean, self._running_variance(found))
         rows = [array.reshape(-1, x.shape[-1]) for array in everywhere]
         state = {
             name: self._ticked(state[name], row)
             for name, row in zip(("mean", "var"), rows, strict=True)
         }
-        normalized = Standardized(ghosts, found.reference, factor, -found.shift * factor)
+        factor, offset = self._factor(found.variance), -found.shift * self._factor(found.variance)
+        if mask is not None:
+            # A ghost of padding has no statistics, and no NaN whose derivative spreads.
+            exists = jnp.asarray(found.num_values) > 0
+            factor, offset = jnp.where(exists, factor, 0), jnp.where(exists, offset, 0)
+        normalized = Standardized(ghosts, found.reference, factor, offset)
         # The parameters have the rank of the inputs.
         return Standardized(normalized.apply().reshape(x.shape)), state
 

@@ -134,9 +134,9 @@ class Layer:
         # Arrays of channels get the rank of the inputs, so that nothing is broadcast by accident.
         lift = lambda array: array.reshape((1,) * (x.ndim - 1) + (-1,))
         lifted = {name: lift(value).astype(x.dtype) for name, value in params.items()}
-        counted = self._mask(mask, inputs, axes) if train else None
+        mask = self._mask(mask, inputs, axes)
         standardized, new = self._normalize(
-            x, lifted, {name: lift(value) for name, value in state.items()}, train, counted
+            x, lifted, {name: lift(value) for name, value in state.items()}, train, mask
         )
         outputs = standardized.apply(lifted.get("scale", 1), lifted.get("bias", 0)).reshape(x.shape)
         if train and self.needs_key:

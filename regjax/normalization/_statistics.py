@@ -68,11 +68,14 @@ class Devices(NamedTuple):
         return tuple(rows[:, i].real if real(a) else rows[:, i] for i, a in enumerate(arrays))
 
 
+ALONE = Devices()
+
+
 def moments(
     inputs: jax.Array,
     axes: Sequence[int],
     *,
-    devices: Devices = Devices(),
+    devices: Devices = ALONE,
     mask: jax.Array | None = None,
     use_fast_variance: bool = True,
 ) -> Moments:

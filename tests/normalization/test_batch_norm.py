@@ -271,7 +271,7 @@ def test_error_texts():
             plain.apply(*start(plain, 3), normal(6, 1), train=train)
     with pytest.raises(ValueError, match="`axis` must be one of the inputs' 2 axes, got 2"):
         BatchNorm(axis=2).apply(*start(plain, 3), normal(6, 3), train=True)
-    with pytest.raises(TypeError, match="`axis` must be a Python integer, got 0.5"):
+    with pytest.raises(TypeError, match=r"`axis` must be a Python integer, got 0\.5"):
         BatchNorm(axis=0.5)
     with pytest.raises(ValueError, match=r"`axis_index_groups` must be of one size"):
         BatchNorm(axis_name="d", axis_index_groups=[[0, 1], [2]])
