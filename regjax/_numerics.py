@@ -50,6 +50,17 @@ def part_outside(vectors: jax.Array, rows: jax.Array) -> jax.Array:
     return vectors - jnp.matmul(along, rows, precision="highest")
 
 
+def finite_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes singular values (r,), falling, and right singular vectors (r, d).
+
+    NaN if an entry is NaN or infinite: the iteration does not end for such matrices.
+    """
+    is_finite = jnp.all(jnp.isfinite(matrix))
+    matrix = _tree.wide(jnp.where(is_finite, matrix, 0))
+    _, values, rows = jnp.linalg.svd(matrix, full_matrices=False)
+    return jnp.where(is_finite, values, jnp.nan), jnp.where(is_finite, rows, jnp.nan)
+
+
 def between(params: Params, other_params: Params, share: ArrayLike) -> Params:
     """Gives (1 - share) params + share other_params, leaf by leaf; exact at both ends."""
 

@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from regjax import _files
 from regjax._adapters import Model
 from regjax._base import Tree
 from regjax.experiments._data import Dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
-from regjax.experiments._network import build_model
+from regjax.experiments._network import Evaluation, build_model
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._options import UsageError
+from regjax.experiments._preflight import check_fit
 from regjax.experiments._settings import (
     TrainSettings,
     check_same_training,
@@ -25,6 +27,7 @@ from regjax.experiments._settings import (
     training_options,
     transformation,
 )
+from regjax.experiments._validation import as_options, validate
 
 Look = Callable[[int, Model], None]
 """Called as look(epochs, model) with the network as it is after so many epochs."""
@@ -89,17 +92,13 @@ def train(
       UsageError: the batch is larger than the data, or the checkpoint is another run's.
       CheckpointError: the checkpoint is missing, damaged or of another model.
     """
-    num_examples = len(dataset.train_targets)
-    if settings.batch_size > num_examples:
-        raise UsageError(
-            f"--batch-size must be at most the number of training examples, {num_examples}, "
-            f"got {settings.batch_size}."
-        )
+    validate(settings)
+    check_fit(settings, dataset)
     model, start = build_model(settings, dataset), time.monotonic()
     if settings.resume:
         state, losses = restore(path, settings, dataset, model)
     else:
-        state, losses = _initial(settings, initialized(settings, model, dataset)), []
+        state, losses = initial_state(settings, initialized(settings, model, dataset)), []
     epochs = Epochs(settings, dataset, Step(model.apply, optimizer(settings), num_shards(settings)))
     num_saved, saved_at = len(losses) if settings.resume else -1, start
 
@@ -133,14 +132,47 @@ def train(
     return TrainingResult(trained, losses, time.monotonic() - start)
 
 
+def failure(
+    settings: TrainSettings, dataset: Dataset, losses: list[float], seen: Evaluation
+) -> str | None:
+    """Says that training did not teach the network anything; None if it did, or was not asked to.
+
+    The best constant guess has the entropy of the labels for loss. Who does not beat it and
+    predicts one class only is dead; who is far above it, or ends above where it began, diverged.
+
+    Args:
+      settings: of the training.
+      dataset: the examples.
+      losses: mean training loss of each epoch.
+      seen: evaluation on the training examples at the end.
+    """
+    shares = np.bincount(dataset.train_targets) / len(dataset.train_targets)
+    guess = float(-np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
+    if not losses or not guess or seen.loss < guess:
+        return None
+    if seen.num_predicted == 1:
+        what = "predicts one class only"
+    elif not seen.loss <= 2 * guess or losses[-1] > losses[0]:
+        what = "diverged"
+    else:
+        return None
+    return (
+        f"TRAINING FAILED: the network {what}; its training loss, {seen.loss:.4g}, is not below "
+        f"that of the best constant guess, {guess:.4g}. A smaller --learning-rate than "
+        f"{learning_rate(settings):g} may help."
+    )
+
+
 def initialized(settings: TrainSettings, model: Model, dataset: Dataset) -> Model:
     """Returns the model with the initial parameters of the options.
 
     Raises:
-      UsageError: there are fewer training examples than the options ask for.
+      UsageError: there are fewer training examples than the options ask for, or the network cannot
+        be initialised so.
     """
     method = initialization(settings)
-    params = method.make(model, dataset, dtype=settings.dtype, seed=settings.seed)
+    with as_options(settings.init):
+        params = method.make(model, dataset, dtype=settings.dtype, seed=settings.seed)
     return model._replace(params=params)
 
 
@@ -154,11 +186,13 @@ def trained_model(settings: TrainSettings, model: Model, weights: Weights) -> Mo
 def save(
     path: Path, settings: TrainSettings, dataset: Dataset, state: TrainingState, losses: list[float]
 ) -> None:
-    """Writes a checkpoint: the state, the options, the losses and the hash of the data."""
+    """Writes a checkpoint: state, options, losses, and the data's hash, shape and classes."""
     metadata = {
         "settings": training_options(settings),
         "losses": losses,
         "data_sha256": dataset.sha256,
+        "input_shape": list(dataset.train_inputs.shape[1:]),
+        "num_classes": int(dataset.num_classes),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     _files.save(path, state, metadata=metadata)
@@ -185,7 +219,7 @@ def restore(
             f"The data must be those of the checkpoint {path}, SHA-256 {sha256[:12]}..., "
             f"got {dataset.source}, {dataset.sha256[:12]}..."
         )
-    return _files.load(path, _initial(settings, model)), losses
+    return _files.load(path, initial_state(settings, model)), losses
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], list[float], str]:
@@ -203,7 +237,8 @@ def read_run(path: Path) -> tuple[dict[str, Any], list[float], str]:
         ) from None
 
 
-def _initial(settings: TrainSettings, model: Model) -> TrainingState:
+def initial_state(settings: TrainSettings, model: Model) -> TrainingState:
+    """Returns the state before the first epoch."""
     optimizer_state = optimizer(settings).init(model.params)
     weights = Weights(model.params, model.state, optimizer_state)
     return TrainingState(weights, jax.random.key(settings.seed))

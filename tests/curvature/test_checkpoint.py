@@ -295,7 +295,7 @@ def test_what_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`every` must be at least 1, got 0"):
         top(checkpoint=curvature.Checkpoint(tmp_path, every=0))
     fail = lambda *arguments: (_ for _ in ()).throw(OSError(28, "full"))
-    monkeypatch.setattr(_files, "_write", fail)
+    monkeypatch.setattr(_files._archive, "write", fail)
     with pytest.raises(_files.CheckpointError, match="must be writable, got full"):
         top(checkpoint=curvature.Checkpoint(tmp_path, every=2))
 
