@@ -93,11 +93,13 @@ def _call(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value
 def _elementwise(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     name, shape = equation.primitive.name, shape_of(equation.outvars[0])
     arrays = [operand for operand in operands if operand.labels]  # a scalar has no axes
-    spread = lambda labels, length: labels if len(labels) == length else free(length)
-    labels = [
-        functools.reduce(graph.couple, (spread(array.labels[axis], n) for array in arrays), free(n))
-        for axis, n in enumerate(shape)
-    ]
+    labels = [free(length) for length in shape]
+    for array in arrays:
+        for axis, along in enumerate(array.labels):
+            if len(along) == shape[axis]:
+                labels[axis] = graph.couple(labels[axis], along)
+            else:
+                graph.fix(along, "is taken out alone and repeated")
     sources = [_linear_source(name, operands, axis) for axis in range(len(shape))]
     output = Value(tuple(labels), tuple(sources))
     return carried(graph, arrays, [output], _ROLES.get(name, "carried"))
