@@ -11,13 +11,12 @@ from typing import Any
 from regjax._files import CheckpointError
 from regjax.experiments import _compare, _landscape_run, _report, _spectrum_run
 from regjax.experiments._data import DataError
+from regjax.experiments._folder import checkpoint_path, out_dir
 from regjax.experiments._options import UsageError
 from regjax.experiments._settings import (
     LandscapeSettings,
     SpectrumSettings,
     TrainSettings,
-    checkpoint_path,
-    out_dir,
     with_training_options,
 )
 from regjax.experiments._training import TrainingError, read_run

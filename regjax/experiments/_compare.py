@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from regjax.experiments import _figure, _record
-from regjax.experiments._landscape_run import run_landscape
+from regjax.experiments._folder import CHECKPOINT, check_kept, claimed, command, out_dir
+from regjax.experiments._landscape_run import LANDSCAPE_FILES, run_landscape
 from regjax.experiments._options import UsageError, option
 from regjax.experiments._record import Record
 from regjax.experiments._settings import (
@@ -20,11 +21,10 @@ from regjax.experiments._settings import (
     SpectrumSettings,
     methods,
     option_types,
-    out_dir,
     replace,
     training_options,
 )
-from regjax.experiments._spectrum_run import Progress, run_spectrum
+from regjax.experiments._spectrum_run import SPECTRUM_FILES, Progress, run_spectrum
 from regjax.experiments._validation import validate
 
 Compared = TypeVar("Compared", SpectrumSettings, LandscapeSettings)
@@ -60,8 +60,8 @@ def compared_settings(settings: Compared) -> dict[str, Compared]:
         validate(own)
         trained_alike = repr(training_options(own))
         if settings.checkpoint is None and trained_alike in folders:
-            own = dataclasses.replace(own, checkpoint=folders[trained_alike] / "checkpoint.npz")
-        elif settings.resume and not (out / "checkpoint.npz").exists():
+            own = dataclasses.replace(own, checkpoint=folders[trained_alike] / CHECKPOINT)
+        elif settings.resume and not (out / CHECKPOINT).exists():
             # Its turn had not come when the comparison was interrupted.
             own = dataclasses.replace(own, resume=False)
         folders.setdefault(trained_alike, out)
@@ -72,7 +72,7 @@ def compared_settings(settings: Compared) -> dict[str, Compared]:
 def run_compare(
     settings: SpectrumSettings | LandscapeSettings, progress: Progress
 ) -> dict[str, Record]:
-    """Runs all items of `compare` and leaves `compare.json` and figures of all behind.
+    """Runs all items of `compare` and leaves their records and figures of all behind.
 
     Args:
       settings: the common options and `compare`.
@@ -86,21 +86,29 @@ def run_compare(
       UsageError: an item cannot be read, before anything is computed; else as those functions.
     """
     if isinstance(settings, LandscapeSettings):
-        return _run_all(settings, progress, run_landscape, _figure.draw_landscapes)
-    return _run_all(settings, progress, run_spectrum, _figure.draw_comparison)
+        draw_surfaces = _figure.draw_landscapes
+        return _run_all(settings, progress, run_landscape, LANDSCAPE_FILES, draw_surfaces)
+    return _run_all(settings, progress, run_spectrum, SPECTRUM_FILES, _figure.draw_comparison)
 
 
 def _run_all(
     settings: Compared,
     progress: Progress,
     run: Callable[[Compared, Progress], Record],
+    files: tuple[str, ...],
     draw: Callable[[Path, dict[str, Record]], None],
 ) -> dict[str, Record]:
     records: dict[str, Record] = {}
-    for item, own in compared_settings(settings).items():
-        records[item] = run(own, functools.partial(_of_item, progress, item))
-        _record.write(out_dir(settings) / "compare.json", records)
-        draw(out_dir(settings) / "compare.png", records)
+    items = compared_settings(settings)
+    name, figure = (f"{command(settings)}_compare.{ending}" for ending in ("json", "png"))
+    with claimed(settings, (name, figure)) as folder:
+        for own in items.values():
+            # Before anything is computed; each locks its own folder in its turn.
+            check_kept(own, files)
+        for item, own in items.items():
+            records[item] = run(own, functools.partial(_of_item, progress, item))
+            _record.write(folder / name, records)
+            draw(folder / figure, records)
     return records
 
 

@@ -1,7 +1,6 @@
 """The options of a run."""
 
 import dataclasses
-import re
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -99,8 +98,12 @@ class TrainSettings:
     resume: bool = False
     """Go on from the checkpoint in --out."""
 
+    overwrite: bool = False
+    """Replace what another run has left in --out."""
+
     out: Path | None = None
-    """Folder of the results. None: runs/DATA-MODEL, or the folder of --checkpoint."""
+    """Folder of the results. None: one under runs/ named after the options, or that of
+    --checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +186,15 @@ class LandscapeSettings(AnalysisSettings):
 
 
 # Options that say where and how a run works, and not what comes out.
-_INCIDENTAL = ("data_dir", "device_bytes", "checkpoint_seconds", "resume", "out")
+INCIDENTAL = (
+    "data_dir",
+    "device_bytes",
+    "checkpoint_seconds",
+    "resume",
+    "overwrite",
+    "out",
+    "checkpoint",
+)
 _LEARNING_RATES = {"sgd": 0.05, "adam": 1e-3}
 _MOMENTUM = 0.9
 
@@ -247,26 +258,12 @@ def option_types(settings_type: type) -> dict[str, Any]:
     return types
 
 
-def out_dir(settings: TrainSettings) -> Path:
-    """Returns the folder of the results."""
-    if settings.out is not None:
-        return settings.out
-    if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:
-        return checkpoint_path(settings.checkpoint).parent
-    return Path("runs") / re.sub(r"[^\w.-]+", "_", f"{settings.data}-{settings.model}")
-
-
-def checkpoint_path(path: Path) -> Path:
-    """Returns the checkpoint that a folder or a file name stands for."""
-    return path / "checkpoint.npz" if path.is_dir() else path
-
-
 def training_options(settings: TrainSettings) -> dict[str, Any]:
     """Returns the options that decide which network comes out, as JSON has them, none left out."""
     values = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(TrainSettings)
-        if field.name not in _INCIDENTAL
+        if field.name not in INCIDENTAL
     }
     options = {name: value for name, value in values.items() if not dataclasses.is_dataclass(value)}
     usual = {
@@ -299,19 +296,8 @@ def replace(settings: Settings, changes: dict[str, Any]) -> Settings:
 
 
 def with_training_options(settings: Settings, stored: dict[str, Any]) -> Settings:
-    """Returns `settings` with the options of a checkpoint; those that it does not know stay.
-
-    Raises:
-      UsageError: the checkpoint holds an option that this version does not have.
-    """
-    try:
-        return replace(settings, stored)
-    except (AttributeError, TypeError):
-        known = set(option_types(type(settings)))
-        unknown = sorted(set(stored) - known)[0]
-        raise UsageError(
-            f"The checkpoint has the unknown option {unknown}: another version's."
-        ) from None
+    """Returns `settings` with the options of a checkpoint, as `read_run` has checked them."""
+    return replace(settings, stored)
 
 
 def check_same_training(

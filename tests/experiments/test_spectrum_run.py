@@ -108,8 +108,8 @@ def test_double_precision_reaches_the_curvature(tmp_path, default_promotion):
 
 
 def test_drawn_fisher_differs_from_the_exact_one(tmp_path):
-    exact = run_spectrum(make_settings(tmp_path, matrix="fisher"), silent)
-    drawn = run_spectrum(make_settings(tmp_path, matrix="fisher", num_samples=1), silent)
+    exact = run_spectrum(make_settings(tmp_path / "exact", matrix="fisher"), silent)
+    drawn = run_spectrum(make_settings(tmp_path / "drawn", matrix="fisher", num_samples=1), silent)
     first, second = (r["blocks"]["network"]["eigenvalues"]["values"][0] for r in (exact, drawn))
     assert 0.01 < abs(first - second) / first < 0.9
 
@@ -203,7 +203,7 @@ def test_modes_of_batch_norm_give_different_matrices(tmp_path):
     largest = {}
     for mode, size in {"evaluation": 7, "train": 23, "train_per_chunk": 7}.items():
         settings = make_settings(
-            tmp_path, normalization="batch", batch_norm_mode=mode, chunk_size=size
+            tmp_path / mode, normalization="batch", batch_norm_mode=mode, chunk_size=size
         )
         record = run_spectrum(settings, silent)
         largest[mode] = record["blocks"]["network"]["eigenvalues"]["values"][0]
@@ -230,8 +230,8 @@ def test_comparison_runs_each_item_in_its_folder(tmp_path):
     assert [r["training"]["num_epochs"] for r in records.values()] == [2, 1]
     assert [r["settings"]["normalization"] for r in records.values()] == ["none", "batch"]
     assert (settings.out / "sgd" / "spectrum.json").exists()
-    assert set(json.loads((settings.out / "compare.json").read_text())) == set(records)
-    assert (settings.out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert set(json.loads((settings.out / "spectrum_compare.json").read_text())) == set(records)
+    assert (settings.out / "spectrum_compare.png").read_bytes().startswith(b"\x89PNG")
     text = _report.comparison_text(records)
     assert "normalization=batch,epochs=1" in text.splitlines()[0]
     assert f"{records['sgd']['generalization']['test_loss']:.4f}" in text
