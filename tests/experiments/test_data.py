@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import struct
 import sys
 from collections import Counter
@@ -180,6 +181,20 @@ def test_no_more_is_read_than_the_file_should_hold(idx, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="got more"):
         load("mnist", data_dir=tmp_path)
     assert sizes == [len(contents[TRAIN_IMAGES]) + 1]
+
+
+@pytest.mark.parametrize("name", [TRAIN_IMAGES, f"{TRAIN_LABELS}.gz"])
+def test_only_files_with_an_end_are_read(idx, tmp_path, name):
+    write(tmp_path, idx[1], zipped=name.endswith(".gz"))
+    path = tmp_path / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=f"{name} must be a file of data, .* got a named pipe"):
+        load("mnist", data_dir=tmp_path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=f"{name} must be a file of data, .* got a device"):
+        load("mnist", data_dir=tmp_path)
 
 
 def test_missing_files(idx, tmp_path, monkeypatch):
