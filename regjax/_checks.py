@@ -6,6 +6,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 Number = TypeVar("Number")
 
@@ -23,24 +25,68 @@ def integer(name: str, value: object, *, minimum: int = 1, maximum: int | None =
     return value
 
 
-def non_negative(name: str, value: Number) -> Number:
-    """Returns `value`, a number that is not negative as far as can be seen at trace time."""
-    if not isinstance(value, jax.Array) and not _real(name, value) >= 0:
+def non_negative(name: str, value: Number, *, finite: bool = False) -> Number:
+    """Returns `value`, a number (or an array) that is not negative, as far as it is known."""
+    known = _known(name, value)
+    if known is not None and not (known >= 0).all():
         raise ValueError(f"`{name}` must be non-negative, got {value}.")
+    _check_finite(name, known, finite=finite)
     return value
 
 
-def positive(name: str, value: Number) -> Number:
-    """Returns `value`, a number above zero as far as can be seen at trace time."""
-    if not isinstance(value, jax.Array) and not _real(name, value) > 0:
+def positive(name: str, value: Number, *, finite: bool = False) -> Number:
+    """Returns `value`, a number (or an array) above zero, as far as it is known."""
+    known = _known(name, value)
+    if known is not None and not (known > 0).all():
         raise ValueError(f"`{name}` must be positive, got {value}.")
+    _check_finite(name, known, finite=finite)
     return value
 
 
-def _real(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a real number, got {value!r}.")
-    return float(value)
+def between(name: str, value: Number, low: float, high: float) -> Number:
+    """Returns `value`, a number from `low` to `high`, as far as it is known."""
+    known = _known(name, value)
+    if known is not None and not ((known >= low) & (known <= high)).all():
+        raise ValueError(f"`{name}` must be between {low:g} and {high:g}, got {value}.")
+    return value
+
+
+def _known(name: str, value: object) -> np.ndarray | None:
+    """Returns a real number, or an array of them, as the host sees it; None where it cannot."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"`{name}` must be a real number, got {value!r}.")
+        return np.asarray(float(value))
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise TypeError(f"`{name}` must be a real number, got {value.dtype}.")
+    return on_host(value)
+
+
+def on_host(array: ArrayLike) -> np.ndarray | None:
+    """Returns the numbers of `array`; None of a tracer, and of what lies on other machines.
+
+    By NumPy: inside of `jax.jit` JAX's own operations on known arrays give tracers.
+    """
+    if isinstance(array, jax.core.Tracer):
+        return None
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return None
+    return np.asarray(array)
+
+
+def _check_finite(name: str, known: np.ndarray | None, *, finite: bool) -> None:
+    if finite and known is not None and not np.isfinite(known).all():
+        raise ValueError(f"`{name}` must be finite, got {known}.")
+
+
+def finite_tree(name: str, tree: _Tree) -> _Tree:
+    """Returns `tree`, of floating point, if no number that is known is NaN or infinite."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        known = on_host(leaf)
+        if known is not None and not np.isfinite(known).all():
+            what = "NaN" if np.isnan(known).any() else "infinity"
+            raise ValueError(f"`{name}{jax.tree_util.keystr(path)}` must be finite, got {what}.")
+    return tree
 
 
 def choice(name: str, value: str, allowed: Sequence[str]) -> str:
@@ -71,6 +117,14 @@ def floating_tree(name: str, tree: _Tree) -> _Tree:
                 f"`{name}{jax.tree_util.keystr(path)}` must be real floating point, got {dtype}."
             )
     return tree
+
+
+def floating_array(name: str, array: ArrayLike) -> jax.Array:
+    """Returns `array` as a JAX array if it is one of real floating point, and no tree of them."""
+    if not isinstance(array, (jax.Array, np.ndarray, np.generic, float)):
+        raise TypeError(f"`{name}` must be one array, got {type(array).__name__}.")
+    floating_tree(name, array)
+    return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
 
 def same_structure(name: str, tree: _Tree, like: _Tree) -> _Tree:

@@ -49,8 +49,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def is_concrete(*trees: Tree) -> bool:
-    """Whether no leaf of `trees` is a tracer, so that the host may look and loop."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    """Whether the host may look and loop: no leaf is a tracer, nor will what is computed of them.
+
+    Inside of somebody's jit arrays that it closed over are known, but all results are tracers.
+    """
+    leaves = jax.tree.leaves(trees)
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, jnp.zeros(())))
 
 
 def scan(

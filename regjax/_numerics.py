@@ -1,7 +1,10 @@
 """Small pieces of arithmetic that are easily written wrong: guarded division, errors, parts."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from regjax import _tree
@@ -47,6 +50,17 @@ def part_outside(vectors: jax.Array, rows: jax.Array) -> jax.Array:
     return vectors - jnp.matmul(along, rows, precision="highest")
 
 
+def finite_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes singular values (r,), falling, and right singular vectors (r, d).
+
+    NaN if an entry is NaN or infinite: the iteration does not end for such matrices.
+    """
+    is_finite = jnp.all(jnp.isfinite(matrix))
+    matrix = _tree.wide(jnp.where(is_finite, matrix, 0))
+    _, values, rows = jnp.linalg.svd(matrix, full_matrices=False)
+    return jnp.where(is_finite, values, jnp.nan), jnp.where(is_finite, rows, jnp.nan)
+
+
 def between(params: Params, other_params: Params, share: ArrayLike) -> Params:
     """Gives (1 - share) params + share other_params, leaf by leaf; exact at both ends."""
 
@@ -68,9 +82,26 @@ def scaled_norm(array: jax.Array) -> jax.Array:
 def power_of_two(size: jax.Array) -> jax.Array:
     """Finds the power of two that brings a positive `size` near 1; 0 for 0, NaN and infinity."""
     _, exponent = jnp.frexp(size)
-    power = jnp.ldexp(jnp.ones_like(size), jnp.clip(-exponent, -_LARGEST_POWER, _LARGEST_POWER))
+    largest = jnp.finfo(size.dtype).maxexp - 8  # its reciprocal is a normal number too
+    power = jnp.ldexp(jnp.ones_like(size), jnp.clip(-exponent, -largest, largest))
     return jnp.where((size > 0) & jnp.isfinite(size), power, 0)
 
 
-# float32 has powers of two up to 127.
-_LARGEST_POWER = 120
+def near_one(
+    array: jax.Array, axes: Sequence[int], *, at_least: float = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Brings groups of entries near one, so that no square of them under- or overflows.
+
+    Args:
+      array: real floating point.
+      axes: those of a group.
+      at_least: what a group's largest magnitude counts as, if it is smaller.
+
+    Returns:
+      power * array and power, a power of two for each group with `axes` of length one: a constant
+      to the derivative; 1 for groups of zeros and those that are not finite.
+    """
+    largest = jnp.max(jnp.abs(lax.stop_gradient(array)), axes, keepdims=True, initial=at_least)
+    power = power_of_two(largest)
+    power = jnp.where(power > 0, power, 1)
+    return power * array, power

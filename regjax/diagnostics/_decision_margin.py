@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _chunks, _jacobian, _loops, _tree
+from regjax import _checks, _chunks, _jacobian, _tree
 from regjax._base import ModelFn, Params, Tree, as_partial
 from regjax.diagnostics._spline_partition import ratio
 
@@ -80,14 +80,14 @@ def check_classifier(
             f"`{name}` must return logits of shape ({len(inputs)}, classes), two classes at least, "
             f"got {shape}."
         )
-    targets = jnp.asarray(targets)
+    targets = targets if isinstance(targets, jax.Array) else jnp.asarray(targets)
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"`targets` must be integers, got {targets.dtype}.")
     if targets.shape != (len(inputs),):
         raise ValueError(f"`targets` must have shape ({len(inputs)},), got {targets.shape}.")
-    if _loops.is_concrete(targets) and not (targets.min() >= 0 and targets.max() < shape[1]):
+    known = _checks.on_host(targets)
+    if known is not None and not (known.min() >= 0 and known.max() < shape[1]):
         raise ValueError(
-            f"`targets` must be between 0 and {shape[1] - 1}, got {targets.min()} to "
-            f"{targets.max()}."
+            f"`targets` must be between 0 and {shape[1] - 1}, got {known.min()} to {known.max()}."
         )
     return targets

@@ -166,7 +166,7 @@ def _principal(
     values, weights = jnp.linalg.eigh(gram)
     values, weights = values[::-1][:num_directions], weights[:, ::-1][:, :num_directions]
     # What is below is rounding: masks beyond the rank, or none that drops anything.
-    sound = values > len(gram) * jnp.finfo(values.dtype).eps * values[0]
+    sound = ~(values <= len(gram) * jnp.finfo(values.dtype).eps * values[0])
     roots = jnp.sqrt(jnp.where(sound, values, 1))
     vectors = _numerics.divide(_dot(weights.T, factor.T), roots[:, None], where=sound[:, None])
     forms = jnp.sum(weights * _dot(product, weights.T), 0)

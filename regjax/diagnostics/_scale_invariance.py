@@ -65,12 +65,26 @@ def scale_invariant_mask(
       A `ScaleInvarianceResult`; its mask is what `transforms.rescale_weights` takes.
 
     Raises:
-      ValueError: `tol` is negative.
-      TypeError: a parameter is not real floating point, or `key` is not a typed key.
+      ValueError: `tol` is negative, or outputs or gradients are not finite.
+      TypeError: a parameter is not real floating point, `key` is not a typed key, or an argument is
+        traced: the mask is made of Python bools.
     """
     _checks.floating_tree("params", params)
-    _checks.non_negative("tol", tol)
-    functional_key, factor_key = jax.random.split(_checks.key("key", key))
+    _checks.non_negative("tol", tol, finite=True)
+    _checks.key("key", key)
+    for name, tree in (("params", params), ("inputs", inputs), ("key", key), ("tol", tol)):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+            raise TypeError(
+                f"`{name}` must be concrete, as the mask is of Python bools, got tracers."
+            )
+    with jax.ensure_compile_time_eval():
+        return _measured(model_fn, params, inputs, key, per_filter, tol)
+
+
+def _measured(
+    model_fn: ModelFn, params: Params, inputs: Tree, key: PRNGKey, per_filter: bool, tol: ArrayLike
+) -> ScaleInvarianceResult:
+    functional_key, factor_key = jax.random.split(key)
     outputs, pull_back = jax.vjp(lambda p: model_fn(p, inputs), params)
     gradients = [
         jax.tree.leaves(pull_back(optax.tree.random_like(k, outputs))[0])
@@ -85,6 +99,10 @@ def scale_invariant_mask(
         moved = jax.tree.unflatten(treedef, [*leaves[:i], factors * leaf, *leaves[i + 1 :]])
         change = _distance(model_fn(moved, inputs), outputs)
         size = _numerics.divide(size, largest)
+        if not jnp.all(jnp.isfinite(jnp.stack([fraction, change, size]))):
+            raise ValueError(
+                "`params` and `inputs` must give finite outputs and gradients, got NaN or infinity."
+            )
         invariant = (fraction < tol) & (change < tol) & (size > _INSENSITIVE)
         fractions.append(fraction)
         changes.append(change)

@@ -29,6 +29,17 @@ def read_run(path: Path) -> tuple[dict[str, Any], list[float], str]:
     return metadata["settings"], metadata["losses"], metadata["data_sha256"]
 
 
+def read_shape(path: Path) -> tuple[tuple[int, int, int], int]:
+    """Reads the shape (height, width, channels) of the inputs and the number of classes.
+
+    Raises:
+      CheckpointError: as `read_run`.
+    """
+    metadata = _metadata(path)
+    height, width, channels = metadata["input_shape"]
+    return (height, width, channels), metadata["num_classes"]
+
+
 def read_marks(path: Path) -> dict[int, str]:
     """Reads the SHA-256 of the weights after each epoch, by its number.
 
@@ -112,9 +123,17 @@ def _is_marks(value: object) -> bool:
     return isinstance(value, dict) and all(is_mark(*item) for item in value.items())
 
 
+def _are_counts(value: object, number: int) -> bool:
+    if not isinstance(value, list) or len(value) != number:
+        return False
+    return all(type(x) is int and 0 < x < 2**31 for x in value)
+
+
 _ENTRIES: dict[str, Callable[[object], bool]] = {
     "settings": lambda value: isinstance(value, dict),
     "losses": _is_losses,
     "data_sha256": _is_sha256,
     "weights_sha256": _is_marks,
+    "input_shape": lambda value: _are_counts(value, 3),
+    "num_classes": lambda value: _are_counts([value], 1),
 }

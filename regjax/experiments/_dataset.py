@@ -18,9 +18,9 @@ class Dataset(NamedTuple):
 
     Attributes:
       name: as given to `load`.
-      train_inputs: uint8 (num_train, height, width, channels).
+      train_inputs: (num_train, height, width, channels), uint8, or floating point of own arrays.
       train_targets: int32 (num_train,), from 0 to `num_classes` - 1.
-      test_inputs: uint8 (num_test, height, width, channels).
+      test_inputs: (num_test, height, width, channels), of the same type.
       test_targets: int32 (num_test,).
       num_classes: number of classes.
       source: where the data came from.
@@ -42,8 +42,8 @@ class Split(NamedTuple):
 
     Attributes:
       num_examples: how many there are.
-      read: from int64 indices (n,) to uint8 images (n, height, width, channels) and their labels
-        (n,), of any integer type.
+      read: from int64 indices (n,) to images (n, height, width, channels) and their labels (n,),
+        of any integer type.
     """
 
     num_examples: int

@@ -20,6 +20,7 @@ from regjax.experiments._settings import (
     INCIDENTAL,
     AnalysisSettings,
     TrainSettings,
+    checkpoint_path,
     training_options,
 )
 from regjax.experiments._training import read_run
@@ -47,11 +48,6 @@ def out_dir(settings: TrainSettings) -> Path:
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "_", "-".join(words))[:_LONGEST_NAME]
     return Path("runs") / f"{name}-{digest}"
-
-
-def checkpoint_path(path: Path) -> Path:
-    """Returns the checkpoint that a folder or a file name stands for."""
-    return path / CHECKPOINT if path.is_dir() else path
 
 
 def command(settings: TrainSettings) -> str:

@@ -12,18 +12,20 @@ import jax
 from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, analyse, operators
 from regjax.experiments._data import load
-from regjax.experiments._folder import CHECKPOINT, all_options, check_data, checkpoint_path, claimed
+from regjax.experiments._folder import CHECKPOINT, all_options, check_data, claimed
 from regjax.experiments._geometry import measure_geometry
 from regjax.experiments._inputs import measure_scaling
-from regjax.experiments._network import build_model, evaluate
+from regjax.experiments._network import Evaluation, build_model, evaluate
+from regjax.experiments._preflight import check_fit
 from regjax.experiments._record import Record
 from regjax.experiments._settings import (
     AnalysisSettings,
     SpectrumSettings,
     TrainSettings,
+    checkpoint_path,
     num_devices,
 )
-from regjax.experiments._training import TrainingResult, restore, train, trained_model
+from regjax.experiments._training import TrainingResult, failure, restore, train, trained_model
 from regjax.experiments._validation import validate
 
 TRAINING_FILES = ("training.json",)
@@ -132,6 +134,7 @@ def trained(
     subject_of = lambda model: Subject(model, dataset, scaling)
     if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:
         path = checkpoint_path(settings.checkpoint)
+        check_fit(settings, dataset)
         model = build_model(settings, dataset)
         state, losses = restore(path, settings, dataset, model)
         weights = state.weights
@@ -144,6 +147,8 @@ def trained(
         see = None if look is None else lambda epochs, model: look(epochs, subject_of(model))
         result = train(settings, dataset, path=path, callback=report, look=see)
     subject = subject_of(result.model)
+    seen = evaluate(result.model, dataset.train_inputs, dataset.train_targets, scaling)
+    unseen = evaluate(result.model, dataset.test_inputs, dataset.test_targets, scaling)
     return subject, {
         "settings": all_options(settings),
         "versions": _record.versions(),
@@ -155,15 +160,13 @@ def trained(
             "num_epochs": len(result.losses),
             "losses": result.losses,
             "seconds": result.seconds,
+            "failure": failure(settings, dataset, result.losses, seen),
         },
-        "generalization": _generalization(subject),
+        "generalization": _generalization(seen, unseen),
     }
 
 
-def _generalization(subject: Subject) -> Record:
-    model, data, scaling = subject
-    seen = evaluate(model, data.train_inputs, data.train_targets, scaling)
-    unseen = evaluate(model, data.test_inputs, data.test_targets, scaling)
+def _generalization(seen: Evaluation, unseen: Evaluation) -> Record:
     return {
         "train_loss": seen.loss,
         "test_loss": unseen.loss,

@@ -32,7 +32,7 @@ def read(name: str, folder: Path | None, *, others: Sequence[str]) -> Source:
     """
     place = f"{folder or 'the default folder of tensorflow-datasets'}"
     with _one_line_errors(f"{name} in {place}"):
-        if folder is not None:
+        if folder is not None and _NAME.fullmatch(name):
             _check_files(folder / re.split("[/:]", name)[0])
         import tensorflow_datasets as tfds  # a second, and only these names need it
 

@@ -17,9 +17,10 @@ from regjax.experiments._checkpoint import read_marks as read_marks
 from regjax.experiments._checkpoint import read_run as read_run
 from regjax.experiments._data import Dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
-from regjax.experiments._network import build_model
+from regjax.experiments._network import Evaluation, build_model
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._options import UsageError
+from regjax.experiments._preflight import check_fit
 from regjax.experiments._settings import (
     TrainSettings,
     check_same_training,
@@ -29,6 +30,7 @@ from regjax.experiments._settings import (
     training_options,
     transformation,
 )
+from regjax.experiments._validation import as_options, validate
 
 Look = Callable[[int, Model], None]
 """Called as look(epochs, model) with the network as it is after so many epochs."""
@@ -94,6 +96,8 @@ def train(
       CheckpointError: the checkpoint is missing, damaged or of another model, it cannot be
         written, or another run is writing it.
     """
+    validate(settings)
+    check_fit(settings, dataset)
     with _files.locked(path.parent, name=f".{path.name}.lock"):
         return _train(settings, dataset, path, callback, look)
 
@@ -105,18 +109,12 @@ def _train(
     callback: Callable[[int, int], None] | None,
     look: Look | None,
 ) -> TrainingResult:
-    num_examples = len(dataset.train_targets)
-    if settings.batch_size > num_examples:
-        raise UsageError(
-            f"--batch-size must be at most the number of training examples, {num_examples}, "
-            f"got {settings.batch_size}."
-        )
     model, start = build_model(settings, dataset), time.monotonic()
     if settings.resume:
         state, losses = restore(path, settings, dataset, model)
         marks = read_marks(path)
     else:
-        state, losses = _initial(settings, initialized(settings, model, dataset)), []
+        state, losses = initial_state(settings, initialized(settings, model, dataset)), []
         marks = {}
     epochs = Epochs(settings, dataset, Step(model.apply, optimizer(settings), num_shards(settings)))
     num_saved, saved_at = len(losses) if settings.resume else -1, start
@@ -154,14 +152,47 @@ def _train(
     return TrainingResult(trained, losses, time.monotonic() - start)
 
 
+def failure(
+    settings: TrainSettings, dataset: Dataset, losses: list[float], seen: Evaluation
+) -> str | None:
+    """Says that training did not teach the network anything; None if it did, or was not asked to.
+
+    The best constant guess has the entropy of the labels for loss. Who does not beat it and
+    predicts one class only is dead; who is far above it, or ends above where it began, diverged.
+
+    Args:
+      settings: of the training.
+      dataset: the examples.
+      losses: mean training loss of each epoch.
+      seen: evaluation on the training examples at the end.
+    """
+    shares = np.bincount(dataset.train_targets) / len(dataset.train_targets)
+    guess = float(-np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
+    if not losses or not guess or seen.loss < guess:
+        return None
+    if seen.num_predicted == 1:
+        what = "predicts one class only"
+    elif not seen.loss <= 2 * guess or losses[-1] > losses[0]:
+        what = "diverged"
+    else:
+        return None
+    return (
+        f"TRAINING FAILED: the network {what}; its training loss, {seen.loss:.4g}, is not below "
+        f"that of the best constant guess, {guess:.4g}. A smaller --learning-rate than "
+        f"{learning_rate(settings):g} may help."
+    )
+
+
 def initialized(settings: TrainSettings, model: Model, dataset: Dataset) -> Model:
     """Returns the model with the initial parameters of the options.
 
     Raises:
-      UsageError: there are fewer training examples than the options ask for.
+      UsageError: there are fewer training examples than the options ask for, or the network cannot
+        be initialised so.
     """
     method = initialization(settings)
-    params = method.make(model, dataset, dtype=settings.dtype, seed=settings.seed)
+    with as_options(settings.init):
+        params = method.make(model, dataset, dtype=settings.dtype, seed=settings.seed)
     return model._replace(params=params)
 
 
@@ -191,7 +222,7 @@ def save(
     losses: list[float],
     marks: dict[int, str],
 ) -> None:
-    """Writes a checkpoint: the state, the options, the losses and the hash of the data.
+    """Writes a checkpoint: state, options, losses, and the data's hash, shape and classes.
 
     The hashes of the weights after each epoch are there as well, so that what was found at one of
     them can be told from what another run found.
@@ -201,6 +232,8 @@ def save(
         "losses": losses,
         "data_sha256": dataset.sha256,
         "weights_sha256": {str(epochs): sha256 for epochs, sha256 in marks.items()},
+        "input_shape": list(dataset.train_inputs.shape[1:]),
+        "num_classes": int(dataset.num_classes),
     }
     _files.save(path, state, metadata=metadata)
 
@@ -226,10 +259,11 @@ def restore(
             f"The data must be those of the checkpoint {path}, SHA-256 {sha256[:12]}..., "
             f"got {dataset.source}, {dataset.sha256[:12]}..."
         )
-    return _files.load(path, _initial(settings, model)), losses
+    return _files.load(path, initial_state(settings, model)), losses
 
 
-def _initial(settings: TrainSettings, model: Model) -> TrainingState:
+def initial_state(settings: TrainSettings, model: Model) -> TrainingState:
+    """Returns the state before the first epoch."""
     optimizer_state = optimizer(settings).init(model.params)
     weights = Weights(model.params, model.state, optimizer_state)
     return TrainingState(weights, jax.random.key(settings.seed))

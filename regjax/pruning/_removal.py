@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen
 from jax.extend.core import Jaxpr, Literal
 
-from regjax import _checks, _loops, _tree
+from regjax import _checks, _tree
 from regjax._adapters import Model, ModelFunction, model_function
 from regjax._base import ModelFn, Params, PRNGKey, State, Tree, applied, as_partial
 from regjax._runners import ApplyFn, NnxRunner
@@ -147,7 +147,7 @@ def _checked_masks(structure: Structure, model: Model, unit_masks: Units) -> dic
     expected = [jnp.shape(leaf) for leaf in structure.state][: len(found)]
     if found != expected:
         raise ValueError(f"`model.state` must hold arrays of shapes {expected}, got {found}.")
-    if not _loops.is_concrete(unit_masks):
+    if any(_checks.on_host(leaf) is None for leaf in jax.tree.leaves(unit_masks)):
         raise TypeError("`unit_masks` must be concrete, as shapes depend on them, got tracers.")
     _checks.bool_tree("unit_masks", check_units("unit_masks", structure, unit_masks))
     masks = {name: np.asarray(mask) for name, mask in unit_masks.items()}

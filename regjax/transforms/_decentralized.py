@@ -133,7 +133,7 @@ def consensus_model(
     Args:
       model: of one learner; its parameters are replaced, and its batch statistics.
       params: stacked tree, leaves (n, ...) with a leading axis of learners.
-      batches: inputs of each batch, of one size; any iterable. Unread without batch statistics.
+      batches: inputs of each batch; any iterable. Unread without batch statistics.
       key: typed key of dropout, or None.
 
     Returns:

@@ -5,7 +5,7 @@ import pytest
 
 from regjax import CheckpointError, _files
 from regjax.__main__ import main
-from regjax.experiments import TrainSettings, _settings, _training
+from regjax.experiments import TrainSettings, _checkpoint, _settings, _training
 
 SETTINGS = _settings.training_options(TrainSettings(transformation="sam"))
 METADATA = {
@@ -13,6 +13,8 @@ METADATA = {
     "losses": [0.5],
     "data_sha256": "0" * 64,
     "weights_sha256": {"0": "1" * 64, "1": "2" * 64},
+    "input_shape": [8, 8, 1],
+    "num_classes": 10,
 }
 
 
@@ -28,11 +30,12 @@ def write(path, metadata):
 def test_what_is_right_is_read(path):
     write(path, METADATA)
     assert _training.read_run(path) == (SETTINGS, [0.5], "0" * 64)
+    assert _checkpoint.read_shape(path) == ((8, 8, 1), 10)
     assert _training.read_marks(path) == {0: "1" * 64, 1: "2" * 64}
 
 
 @pytest.mark.parametrize("name", list(METADATA))
-@pytest.mark.parametrize("value", [None, 1, "text", [], {"a": []}, [[0.5]], {"x": "0" * 64}, [1]])
+@pytest.mark.parametrize("value", [None, -1, "text", [], {"a": []}, [[0.5]], {"x": "0" * 64}, [1]])
 def test_entries_are_there_and_of_their_kind(name, value, path):
     write(path, {**METADATA, name: value})
     if (name, value) == ("losses", []):

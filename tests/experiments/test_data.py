@@ -208,7 +208,7 @@ def test_missing_files(idx, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=f"only some of the files of mnist: put {TEST_LABELS} "):
         load("mnist", data_dir=tmp_path)
     (tmp_path / TEST_LABELS).mkdir()
-    with pytest.raises(DataError, match=f"{TEST_LABELS} cannot be read"):
+    with pytest.raises(DataError, match=f"{TEST_LABELS} must be a file of data"):
         load("mnist", data_dir=tmp_path)
     with pytest.raises(DataError, match="nowhere is not a folder"):
         load("mnist", data_dir=tmp_path / "nowhere")

@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from regjax import _checks
 from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree, as_partial
 from regjax.curvature._operators._curvature import CurvatureOperator, Linearization, build
+from regjax.curvature._operators._likelihoods import LIKELIHOODS, check_outputs
 
 
 def gauss_newton(
@@ -83,13 +84,16 @@ def empirical_fisher(
       An `Operator` of shape (n, n), in squared units of the gradient.
 
     Raises:
-      ValueError: the output loss is not a scalar, or as in `hessian`.
+      ValueError: the output loss is not a scalar, the outputs are no array with the examples in
+        front, or as in `hessian`.
 
     References:
       F. Kunstner, L. Balles, P. Hennig (2019), Limitations of the empirical Fisher approximation,
       arXiv:1905.12558, eq. 3.
     """
     _check_output_loss(model_fn, output_loss_fn, params, inputs, targets)
+    outputs = _outputs(model_fn, params, inputs)
+    check_outputs("empirical", outputs, _checks.num_examples(inputs))
     curvature = Partial(_observed_score, as_partial(output_loss_fn))
     return _sandwich(curvature, model_fn, params, (inputs, targets), chunk_size)
 
@@ -111,14 +115,16 @@ def fisher(
     with None it is exact, and then equal to the Gauss-Newton matrix of the likelihood's loss.
 
     Args:
-      model_fn: (params, inputs) -> outputs (examples, ..., classes or dimensions): logits of a
-        softmax, or means of normals of unit variance. All axes but the last enumerate independent
-        predictions; the first is the axis of the mean.
+      model_fn: (params, inputs) -> outputs, an array whose leading axis is that of the mean: logits
+        of a softmax (examples, ..., classes), with all axes but the last for independent
+        predictions; or logits of independent yes and no (examples, ...); or means of independent
+        normals of unit variance (examples, ...).
       params: tree of real floating-point parameters, n in all.
       inputs: array or tree with a leading axis of examples.
       key: typed key of the draws; None with `num_samples=None`.
       num_samples: draws per prediction, or None for the exact expectation.
-      likelihood: "categorical" (softmax cross-entropy) or "normal" (half the squared error).
+      likelihood: "categorical" (softmax cross-entropy), "bernoulli" (sigmoid cross-entropy) or
+        "normal" (half the squared error).
       chunk_size: number of examples per pass, None for all at once (see `hessian`).
 
     Returns:
@@ -126,19 +132,22 @@ def fisher(
 
     Raises:
       TypeError: `key` is not a typed key though draws are asked for.
-      ValueError: `likelihood` is unknown, `num_samples` below one, or as in `hessian`.
+      ValueError: `likelihood` is unknown or does not go with the shape of the outputs,
+        `num_samples` is below one, or as in `hessian`.
 
     References:
       J. Martens (2020), New insights and perspectives on the natural gradient method,
       arXiv:1412.1193, sections 5 and 9.
     """
-    _checks.choice("likelihood", likelihood, tuple(_EXACT))
+    exact, sampled = LIKELIHOODS[_checks.choice("likelihood", likelihood, tuple(LIKELIHOODS))]
+    num_examples = _checks.num_examples(inputs)
+    check_outputs(likelihood, _outputs(model_fn, params, inputs), num_examples)
     if num_samples is None:
-        return _sandwich(Partial(_EXACT[likelihood]), model_fn, params, (inputs,), chunk_size)
+        return _sandwich(Partial(exact), model_fn, params, (inputs,), chunk_size)
     _checks.integer("num_samples", num_samples)
     # One key for each example and draw: the draws do not depend on how the data are chunked.
-    keys = draw_keys(_checks.key("key", key), 0, _checks.num_examples(inputs), num_samples)
-    return _sandwich(Partial(_SAMPLED[likelihood]), model_fn, params, (inputs, keys), chunk_size)
+    keys = draw_keys(_checks.key("key", key), 0, num_examples, num_samples)
+    return _sandwich(Partial(sampled), model_fn, params, (inputs, keys), chunk_size)
 
 
 def draw_keys(key: jax.Array, first: int, num_examples: int, num_samples: int) -> jax.Array:
@@ -194,44 +203,14 @@ def _observed_score(output_loss_fn: Partial, outputs: Tree, targets: Tree, tange
     return scores * jnp.sum(scores * tangent, axis=axes, keepdims=True) / outputs.shape[0]
 
 
-def _exact_categorical(outputs: jax.Array, tangent: jax.Array) -> jax.Array:
-    probabilities = jax.nn.softmax(outputs)
-    centred = tangent - jnp.sum(probabilities * tangent, axis=-1, keepdims=True)
-    return probabilities * centred / outputs.shape[0]
-
-
-def _exact_normal(outputs: jax.Array, tangent: jax.Array) -> jax.Array:
-    return tangent / outputs.shape[0]
-
-
-def _score_products(scores: jax.Array, tangent: jax.Array) -> jax.Array:
-    """The mean over draws of s <s, u>; scores (examples, draws, ..., classes)."""
-    tangent = tangent[:, None]
-    inner = jnp.sum(scores * tangent, axis=-1, keepdims=True)
-    return jnp.mean(scores * inner, axis=1) / tangent.shape[0]
-
-
-def _sampled_categorical(outputs: jax.Array, keys: jax.Array, tangent: jax.Array) -> jax.Array:
-    sample = jax.vmap(jax.vmap(jax.random.categorical, (0, None)))
-    one_hot = jax.nn.one_hot(sample(keys, outputs), outputs.shape[-1], dtype=outputs.dtype)
-    return _score_products(jax.nn.softmax(outputs)[:, None] - one_hot, tangent)
-
-
-def _sampled_normal(outputs: jax.Array, keys: jax.Array, tangent: jax.Array) -> jax.Array:
-    sample = jax.vmap(
-        jax.vmap(lambda key: jax.random.normal(key, outputs.shape[1:], outputs.dtype))
-    )
-    return _score_products(sample(keys), tangent)
-
-
-_EXACT = {"categorical": _exact_categorical, "normal": _exact_normal}
-_SAMPLED = {"categorical": _sampled_categorical, "normal": _sampled_normal}
+def _outputs(model_fn: ModelFn, params: Params, inputs: Tree) -> Tree:
+    return jax.eval_shape(as_partial(model_fn), params, inputs)
 
 
 def _check_output_loss(
     model_fn: ModelFn, output_loss_fn: OutputLossFn, params: Params, inputs: Tree, targets: Tree
 ) -> None:
-    outputs = jax.eval_shape(as_partial(model_fn), params, inputs)
+    outputs = _outputs(model_fn, params, inputs)
     shape = getattr(jax.eval_shape(as_partial(output_loss_fn), outputs, targets), "shape", None)
     if shape != ():
         raise ValueError(
