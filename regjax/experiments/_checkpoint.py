@@ -10,6 +10,7 @@ from typing import Any, Literal
 from regjax import _files
 from regjax.experiments._options import UsageError, option
 from regjax.experiments._settings import (
+    COMPARISON,
     INCIDENTAL,
     TrainSettings,
     option_types,
@@ -88,7 +89,7 @@ def _check_options(stored: dict[str, Any]) -> None:
     """
     known = option_types(TrainSettings)
     for name, value in stored.items():
-        if name not in known or name in INCIDENTAL:
+        if name not in known or name in (*INCIDENTAL, *COMPARISON):
             raise UsageError(f"{_files.shown(name)!r} is no option of training in this version.")
         if not _is_of(known[name], value):
             raise UsageError(f"{option(name)} cannot be {_files.shown(value)}.")

@@ -17,10 +17,12 @@ from regjax import _files
 from regjax.experiments import _record
 from regjax.experiments._options import UsageError, option
 from regjax.experiments._settings import (
+    COMPARISON,
     INCIDENTAL,
     AnalysisSettings,
     TrainSettings,
     checkpoint_path,
+    is_comparison,
     training_options,
 )
 from regjax.experiments._training import read_run
@@ -42,7 +44,7 @@ def out_dir(settings: TrainSettings) -> Path:
     usual = identity(type(settings)())
     chosen = [options[name] for name in ("transformation", "normalization", "init", "matrix")
               if name in options and options[name] != usual[name]]  # fmt: skip
-    words = [command(settings), *(["compare"] if options.get("compare") else []),
+    words = [command(settings), *(["compare"] if is_comparison(settings) else []),
              settings.data, settings.model, *chosen]  # fmt: skip
     deciding = {name: value for name, value in options.items() if name not in _MAY_GROW}
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
@@ -59,6 +61,7 @@ def identity(settings: TrainSettings) -> dict[str, Any]:
     """Returns all options that decide what comes out, as JSON has them."""
     names = {field.name for field in dataclasses.fields(settings)}
     names -= {field.name for field in dataclasses.fields(TrainSettings)} | set(INCIDENTAL)
+    names |= set(COMPARISON)
     own = {name: getattr(settings, name) for name in sorted(names)}
     return _record.plain({**training_options(settings), **own})
 
@@ -96,7 +99,7 @@ def check_kept(settings: TrainSettings, files: Sequence[str]) -> None:
         return
     folder = out_dir(settings)
     is_trained = isinstance(settings, AnalysisSettings) and settings.checkpoint is not None
-    if not (settings.resume or is_trained or _items(settings)):
+    if not (settings.resume or is_trained or is_comparison(settings)):
         _check_checkpoint(settings, folder / CHECKPOINT)
     _check_record(settings, folder, files)
 
@@ -137,10 +140,9 @@ def _check_record(settings: TrainSettings, folder: Path, files: Sequence[str]) -
         record = _record.read(there[0])
     except _files.CheckpointError as error:
         raise UsageError(f"{error} It would be replaced: choose another --out.") from None
-    items = _items(settings)
-    if items:
+    if is_comparison(settings):
         # What each of them left is in a folder of its own.
-        other = [item for item in record if item not in items]
+        other = [item for item in record if settings.compare and item not in settings.compare]
         if other:
             raise _would_be_lost(there[0], f"it compares {', '.join(other)} as well")
         return
@@ -158,10 +160,6 @@ def _check_same(
         if name not in may_differ and found != value:
             of = "none" if found is _ABSENT else found
             raise _would_be_lost(path, f"it is of {option(name)} {of}, and this run of {value}")
-
-
-def _items(settings: TrainSettings) -> tuple[str, ...]:
-    return settings.compare if isinstance(settings, AnalysisSettings) else ()
 
 
 def _would_be_lost(path: Path, why: str, *remedies: str) -> UsageError:

@@ -19,11 +19,14 @@ from regjax.experiments._folder import CHECKPOINT, all_options, claimed
 from regjax.experiments._inputs import cross_entropy
 from regjax.experiments._probes import Probes
 from regjax.experiments._record import Record
-from regjax.experiments._settings import LandscapeSettings
+from regjax.experiments._settings import AnalysisSettings, LandscapeSettings
 from regjax.experiments._spectrum_run import Progress, precision, trained
 from regjax.experiments._validation import validate
 
-LANDSCAPE_FILES = ("landscape.json", "surface.png", "probes.png")
+
+def landscape_files(settings: AnalysisSettings) -> tuple[str, str, str]:
+    """Returns the names of the record and of the figures."""
+    return "landscape.json", f"surface.{settings.figure}", f"probes.{settings.figure}"
 
 
 def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
@@ -48,12 +51,12 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
       KeyboardInterrupt: Ctrl-C; what was computed is in `landscape.json`.
     """
     validate(settings)
-    with claimed(settings, LANDSCAPE_FILES) as folder, precision(settings):
+    with claimed(settings, landscape_files(settings)) as folder, precision(settings):
         return _landscape(settings, progress, folder)
 
 
 def _landscape(settings: LandscapeSettings, progress: Progress, folder: Path) -> Record:
-    path, surface, figure = (folder / name for name in LANDSCAPE_FILES)
+    path, surface, figure = (folder / name for name in landscape_files(settings))
     probes = Probes(path, folder / CHECKPOINT, settings)
 
     def look(epochs: int, subject: Subject) -> None:

@@ -98,6 +98,14 @@ class TrainSettings:
     checkpoint_seconds: float = 5.0
     """Minimum seconds between checkpoints; 0 saves every epoch. The last is always saved."""
 
+    compare: tuple[str, ...] = ()
+    """Settings to run side by side: each is a comma-separated list of OPTION=VALUE, or of words
+    that stand for one, such as sgd sam,rho=0.1 batch,seed=1."""
+
+    seeds: int = 1
+    """Train each network with so many seeds, --seed and those after it: mean, deviation, and the
+    difference to the first network seed by seed."""
+
     resume: bool = False
     """Continue from the checkpoint in --out."""
 
@@ -113,10 +121,6 @@ class TrainSettings:
 class AnalysisSettings(TrainSettings):
     """Train a network on images, or read a checkpoint, and analyse it."""
 
-    compare: tuple[str, ...] = ()
-    """Settings to run side by side: each is a comma-separated list of OPTION=VALUE, or of words
-    that stand for one, such as sgd sam,rho=0.1 batch,seed=1."""
-
     checkpoint: Path | None = None
     """Analyse this checkpoint, or the one in this folder, instead of training."""
 
@@ -126,6 +130,12 @@ class AnalysisSettings(TrainSettings):
 
     chunk_size: int = 2048
     """Examples per pass of the analysis; less memory with fewer."""
+
+    figure: Literal["png", "pdf", "svg"] = "png"
+    """Format of the figures."""
+
+    figure_width: Literal["page", "column"] = "page"
+    """Width of the figures: 6.8 or 3.3 inches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +209,11 @@ INCIDENTAL = (
     "overwrite",
     "out",
     "checkpoint",
+    "figure",
+    "figure_width",
 )
+# Options of several networks side by side.
+COMPARISON = ("compare", "seeds")
 _LEARNING_RATES = {"sgd": 0.05, "adam": 1e-3}
 _MOMENTUM = 0.9
 
@@ -251,6 +265,11 @@ def num_shards(settings: TrainSettings) -> int:
     return transformation(settings).count_shards()
 
 
+def is_comparison(settings: TrainSettings) -> bool:
+    """Tells whether more than one network is trained or analysed."""
+    return bool(settings.compare) or settings.seeds > 1
+
+
 def option_types(settings_type: type) -> dict[str, Any]:
     """Returns the type of each option by name; "sam.rho" is `rho` of the field `sam`."""
     types: dict[str, Any] = {}
@@ -273,7 +292,7 @@ def training_options(settings: TrainSettings) -> dict[str, Any]:
     values = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(TrainSettings)
-        if field.name not in INCIDENTAL
+        if field.name not in (*INCIDENTAL, *COMPARISON)
     }
     options = {name: value for name, value in values.items() if not dataclasses.is_dataclass(value)}
     usual = {

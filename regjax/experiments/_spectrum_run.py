@@ -29,10 +29,14 @@ from regjax.experiments._training import TrainingResult, failure, restore, train
 from regjax.experiments._validation import validate
 
 TRAINING_FILES = ("training.json",)
-SPECTRUM_FILES = ("spectrum.json", "spectrum.png")
 
 Progress = Callable[[str, int, int | None], None]
 """Called as progress(stage, done, total or None)."""
+
+
+def spectrum_files(settings: AnalysisSettings) -> tuple[str, str]:
+    """Returns the names of the record and of the figure."""
+    return "spectrum.json", f"spectrum.{settings.figure}"
 
 
 def run_train(settings: TrainSettings, progress: Progress) -> Record:
@@ -80,12 +84,12 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
       Interrupted: Ctrl-C; what was computed is in `spectrum.json`.
     """
     validate(settings)
-    with claimed(settings, SPECTRUM_FILES) as folder, precision(settings):
+    with claimed(settings, spectrum_files(settings)) as folder, precision(settings):
         return _spectrum(settings, progress, folder)
 
 
 def _spectrum(settings: SpectrumSettings, progress: Progress, folder: Path) -> Record:
-    path, figure = (folder / name for name in SPECTRUM_FILES)
+    path, figure = (folder / name for name in spectrum_files(settings))
     subject, record = trained(settings, progress, folder)
     num_examples = settings.curvature_examples or record["data"]["num_train"]
     record["num_curvature_examples"] = num_examples - num_examples % num_devices(settings)

@@ -24,7 +24,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
 
         dataset = experiments.load("digits")
         inputs, _ = experiments.scaled_inputs(dataset)
-        model = experiments.load_model("runs/digits-mlp")
+        model = experiments.load_model("runs/mine")
         loss_fn = regjax.model_loss(model, cross_entropy)
         curvature.hessian(loss_fn, model.params, inputs, dataset.train_targets)
 

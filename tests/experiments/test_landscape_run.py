@@ -80,7 +80,7 @@ def test_the_record_holds_the_surface_and_a_probe_for_each_epoch(tmp_path):
         assert (settings.out / name).stat().st_size > 10_000
     text = _report.landscape_text(record)
     assert "3 x 3 points" in text
-    assert "width of e times the loss, first direction" in text
+    assert "width of {loss < e x minimum}, direction 1" in text
 
 
 def test_a_checkpoint_is_probed_as_it_is_and_gives_the_same_surface(tmp_path):
@@ -123,16 +123,17 @@ def test_what_was_computed_before_an_interruption_stays(tmp_path, monkeypatch):
 
 def test_settings_side_by_side(tmp_path):
     settings = make_settings(tmp_path, compare=("none", "batch"), epochs=1)
-    records = run_compare(settings, silent)
+    records = {item: record for item, (record,) in run_compare(settings, silent).items()}
     assert list(records) == ["none", "batch"]
     for name in (".json", ".png", "_probes.png"):
         assert (settings.out / f"landscape_compare{name}").exists()
     assert "effective smoothness" in _report.landscapes_text(records)
+    assert "All of one seed" in _report.landscapes_text(records)
     assert "trace" not in _report.landscapes_text(records)
 
 
 def test_bad_options(tmp_path):
-    with pytest.raises(UsageError, match="--points must be odd and at least 3, got 4"):
+    with pytest.raises(UsageError, match="--points must be odd, got 4"):
         run_landscape(make_settings(tmp_path, points=4), silent)
     with pytest.raises(UsageError, match="--span must be above 0, got 0"):
         run_landscape(make_settings(tmp_path, span=0.0), silent)
