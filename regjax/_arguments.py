@@ -135,8 +135,8 @@ RULES: Mapping[str, Rule] = {
         (
             "alpha", "budget", "crossover", "damping", "epsilon", "eta", "factor",
             "first_step_learning_rate", "flat_tol", "gamma", "gamma0", "gradient_norm", "growth",
-            "initial_learning_rate", "intrinsic_rate", "inverse_batch", "keep_probability", "kernel_width",
-            "learning_rate", "linear_threshold", "margin", "max_distance", "max_momentum",
+            "initial_learning_rate", "intrinsic_rate", "inverse_batch", "keep_probability",
+            "kernel_width", "learning_rate", "linear_threshold", "max_distance", "max_momentum",
             "min_norm", "momentum", "noise_power", "noise_scale", "radius",
             "reference_batch_size", "reference_learning_rate", "rho", "share", "smallest_ratio",
             "std", "strength", "target_norm", "threshold", "tol", "vanishing_threshold",

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from regjax import _checks, _loops
+from regjax import _loops
 from regjax.curvature._measure import DensityResult
-from regjax.curvature._quadrature import Rule, mass_up_to, rules
+from regjax.curvature._quadrature import Probe, known, mass_up_to
 
 # A pair taken out is near a place if that is within so many of its residual norms.
 _NEAR = 4
@@ -36,7 +36,7 @@ class Measure(NamedTuple):
     """What is known of a spectrum, in float64 on the host.
 
     Attributes:
-      found: the rules of each finished probe.
+      probes: the finished ones.
       values: (r,), the eigenvalues taken out.
       residual_norms: (r,), of their pairs.
       rounding: what it may move an eigenvalue by.
@@ -45,7 +45,7 @@ class Measure(NamedTuple):
       eps: unit of rounding of the rules' coefficients.
     """
 
-    found: list[list[Rule]]
+    probes: list[Probe]
     values: np.ndarray
     residual_norms: np.ndarray
     rounding: float
@@ -65,7 +65,7 @@ class Measure(NamedTuple):
         probes = zip(double(density.alphas), double(density.betas), steps, strict=True)
         size, count = int(density.size), int(density.num_eigenvalues)
         return cls(
-            found=[rules(alphas[:m], betas[:m]) for alphas, betas, m in probes if m],
+            probes=[known(alphas[:m], betas[:m]) for alphas, betas, m in probes if m],
             values=double(density.eigenvalues)[:count],
             residual_norms=double(density.residual_norms)[:count],
             rounding=float(density.node_error_bound),
@@ -116,7 +116,7 @@ def eigenvalue_count(
     taken = _taken(measure, high.ravel()) - _taken(measure, low.ravel())
     shares = np.clip((np.stack([least, most]) - taken) / max(dimension, 1), 0, 1)
     widest = np.clip(0.5, *shares)
-    variance = 2 * widest * (1 - widest) / ((dimension + 2) * len(measure.found))
+    variance = 2 * widest * (1 - widest) / ((dimension + 2) * len(measure.probes))
     numbers = value, dimension * np.sqrt(variance), least, most
     dtype = density.alphas.dtype
     return CountResult(*(jnp.asarray(array.reshape(low.shape), dtype) for array in numbers))
@@ -130,8 +130,8 @@ def _up_to(measure: Measure, places: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """The number of eigenvalues up to each place (k,): estimate, least and most."""
 
     def of_complement(places: np.ndarray) -> np.ndarray:
-        masses = [mass_up_to(found, places, measure.eps) for found in measure.found]
-        return measure.dimension * np.mean(masses, 0)
+        masses = [mass_up_to(probe, places, measure.eps) for probe in measure.probes]
+        return np.asarray(measure.dimension * np.mean(masses, 0))
 
     by_pairs, by_rest = _shifts(measure, places)
     least = of_complement(places - by_rest)[1] + _taken(measure, places - by_pairs)
@@ -159,5 +159,5 @@ def _shifts(measure: Measure, places: np.ndarray) -> tuple[np.ndarray, np.ndarra
     is_clear = np.all(room > 0, 0)
     parts = residuals**2 / np.where(room > 0, room, np.inf)
     whole = np.linalg.norm(residuals)
-    by_pairs = np.where(is_clear, norm, whole) + measure.rounding
-    return by_pairs, by_pairs + np.where(is_clear, np.sum(parts, 0), 0)
+    by_pairs = np.asarray(np.where(is_clear, norm, whole) + measure.rounding)
+    return by_pairs, np.asarray(by_pairs + np.where(is_clear, np.sum(parts, 0), 0))

@@ -2,8 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from regjax import _checks
@@ -22,13 +20,13 @@ _BAND = 2.0
 
 
 class DensityCurveResult(NamedTuple):
-    """A spectral density on a grid, with a band.
+    """A spectral density on a grid, with a band: NumPy arrays, to be drawn.
 
     Attributes:
       grid: (num_points,), eigenvalues, ascending.
       density: (num_points,), mass per unit of the eigenvalue.
-      band_low: (num_points,), lower end of a band that holds the exact density, seen through the same
-        kernel, at 95 % of the places.
+      band_low: (num_points,), lower end of a band that holds the exact density, seen through the
+        same kernel, at 95 % of the places.
       band_high: (num_points,), its upper end.
       kernel_width: (num_points,), standard deviation of the Gaussian that an eigenvalue at each
         place is drawn as: in units of the eigenvalue on a linear scale, of asinh(eigenvalue /
@@ -37,12 +35,12 @@ class DensityCurveResult(NamedTuple):
         infinite on a linear scale.
     """
 
-    grid: jax.Array
-    density: jax.Array
-    band_low: jax.Array
-    band_high: jax.Array
-    kernel_width: jax.Array
-    linear_threshold: jax.Array
+    grid: np.ndarray
+    density: np.ndarray
+    band_low: np.ndarray
+    band_high: np.ndarray
+    kernel_width: np.ndarray
+    linear_threshold: np.ndarray
 
 
 def density_curve(
@@ -94,7 +92,7 @@ def density_curve(
         _checks.positive("kernel_width", kernel_width)
     if grid is None:
         ends = axis.ends + _MARGIN * np.array([-1, 1]) * axis.widths(axis.ends, kernel_width)
-        places = np.linspace(*ends, num_points)
+        places = np.linspace(ends[0], ends[1], num_points)
         grid = axis.inverse(places)
     else:
         grid = np.asarray(grid, np.float64)
@@ -110,7 +108,7 @@ def density_curve(
     slope = np.ones_like(grid) if threshold is None else 1 / np.hypot(grid, threshold)
     numbers = (grid, *(slope * curve for curve in curves), widths)
     numbers = (*numbers, np.inf if threshold is None else threshold)
-    return DensityCurveResult(*(jnp.asarray(array, density.alphas.dtype) for array in numbers))
+    return DensityCurveResult(*(np.asarray(array, density.alphas.dtype) for array in numbers))
 
 
 class _Axis:
@@ -122,7 +120,7 @@ class _Axis:
         # Nodes of less than a millionth of an eigenvalue tell nothing.
         least = 1e-6 / max(measure.dimension, 1)
         self.spacings = []
-        for (nodes, weights), *_ in measure.found:
+        for nodes, weights in (probe.rules[0] for probe in measure.probes):
             heavy = nodes[weights > least] if measure.dimension else nodes[:0]
             support.append(heavy)
             self.spacings.append(_spacing(np.unique(self.transform(heavy))))
@@ -170,9 +168,9 @@ def _curves(
     weight = np.full(measure.values.shape, 1 / measure.size)
     taken = [kernel @ weight for kernel in kernels(measure.values, measure.residual_norms)]
     means, leasts, mosts, squares = [], [], [], []
-    for rules in measure.found:
+    for probe in measure.probes:
         sums = []
-        for nodes, weights in rules:
+        for nodes, weights in probe.rules:
             kernel, least, most = kernels(nodes, measure.rounding)
             sums.append([part @ weights for part in (kernel, least, most, np.square(kernel))])
         mean, least, most, square = np.swapaxes(sums, 0, 1)
@@ -207,7 +205,7 @@ def _count_interval(count: np.ndarray, num_probes: int) -> tuple[np.ndarray, np.
 def _kernels(
     axis: _Axis, places: np.ndarray, widths: np.ndarray, values: np.ndarray, bounds: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The kernel at the distance of each value, (num_points, values), and its ends in the bounds."""
+    """The kernel of each value at each place, and the least and most that it is within `bounds`."""
     distance = np.abs(places[:, None] - axis.transform(values))
     moved = np.maximum(
         axis.transform(values + bounds) - axis.transform(values),
@@ -227,5 +225,5 @@ def _threshold(measure: Measure, axis_scale: str, given: float | None) -> float 
         return None
     if given is not None:
         return float(_checks.positive("linear_threshold", given))
-    nodes = [rules[0][0] for rules in measure.found]
+    nodes = [probe.rules[0][0] for probe in measure.probes]
     return 1e-3 * float(np.max(np.abs(np.concatenate([measure.values, *nodes])))) or 1.0

@@ -12,47 +12,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from regjax import _checks, _loops
 from regjax._base import Callback, PRNGKey, Tree
-from regjax._space import Space
+from regjax.curvature._deflation import Deflation, taken_out
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._accumulation import small_dtype
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._lanczos import Krylov, absorb, empty, expand
-from regjax.curvature._measure import DensityResult, share_error, spectral_sum
+from regjax.curvature._measure import DensityResult, spectral_sum
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import floor, precisely
-from regjax.curvature._quadrature import gauss_rule, open_share
-from regjax.curvature._ritz import residual_parts, small_pairs
-
-# A Ritz pair is taken out when its residual norm is below the one share of the largest |Ritz value|
-# and below the other of its own. Left-over coupling moves the numbers of eigenvalues up to a place
-# as little as residual^2 / distance to the pair does.
-_DEFLATION_TOLERANCE, _OWN_TOLERANCE = 1e-3, 1e-2
-# Where `num_steps` is chosen: the fewest, the most, and the bytes of vectors beyond which there are
-# no more than the fewest.
-_FEWEST, _MOST, _BUDGET = 40, 320, 2**30
-_LOOKS = (40, 56, 80, 113, 160, 226)
-# Where numbers of eigenvalues are to be known, in units of the largest magnitude.
-_PLACES = np.outer([-1, 1], 10.0 ** np.arange(-3, 0.1, 0.5)).ravel()
-
-
-class Deflation(NamedTuple):
-    """The eigenpairs that are taken out.
-
-    Attributes:
-      rows: their vectors.
-      values: (r,), 0 beyond the rows that are filled.
-      residual_norms: (r,), likewise.
-    """
-
-    rows: _basis.Basis
-    values: jax.Array
-    residual_norms: jax.Array
+from regjax.curvature._quadrature import gauss_rule
+from regjax.curvature._resolution import FEWEST, LOOKS, budget, is_resolved, recurrence
 
 
 class DensityState(NamedTuple):
@@ -147,7 +121,7 @@ def spectral_density_solver(
     space = operator.space
     chosen = num_steps is None
     if num_steps is None:
-        most, num_steps = _budget(space), _FEWEST
+        most, num_steps = budget(space), FEWEST
     else:
         most = _checks.integer("num_steps", num_steps, maximum=space.size)
     _checks.integer("num_probes", num_probes)
@@ -164,7 +138,7 @@ def spectral_density_solver(
         return empty(space, space.normal(start_key), num_rows, krylov_key, accumulation)
 
     def after_deflation(krylov: Krylov) -> DensityState:
-        return begin(_taken_out(krylov, num_rows, operator.eps), krylov.filled)
+        return begin(taken_out(krylov, num_rows, operator.eps), krylov.filled)
 
     def without_deflation() -> DensityState:
         nothing = jnp.zeros(0, small)
@@ -208,37 +182,6 @@ def spectral_density_solver(
     )
 
 
-def _budget(space: Space) -> int:
-    """The most steps of a probe where their number is chosen."""
-    fit = _BUDGET // max(space.size * space.dtype.itemsize, 1)
-    return min(max(_FEWEST, min(_MOST, fit)), space.size)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-@precisely
-def _taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
-    """The Ritz pairs that converged, in descending order."""
-    values, vectors, _ = small_pairs(krylov.projected, krylov.filled)
-    values, vectors = values[::-1][:num_rows], vectors[:, ::-1][:, :num_rows]
-    outside, dropped = residual_parts(krylov, vectors)
-    bounds = outside + dropped
-    sizes = jnp.abs(values)
-    take = bounds <= jnp.minimum(_DEFLATION_TOLERANCE * jnp.max(sizes), _OWN_TOLERANCE * sizes)
-    # A run cut short by Ctrl-C has empty rows, whose pairs are nobody's.
-    take &= krylov.filled == num_rows
-    order = jnp.argsort(~take, stable=True)
-    bounds = jnp.maximum(bounds, floor(values, eps))
-    count = jnp.sum(take, dtype=jnp.int32)
-    inside = jnp.arange(num_rows, dtype=jnp.int32) < count
-    weights = jnp.where(inside[None], vectors[:, order], 0)
-    values, bounds = krylov.unscaled(values), krylov.unscaled(bounds)
-    return Deflation(
-        rows=_basis.combined(krylov.basis, weights, count),
-        values=jnp.where(inside, values[order], 0),
-        residual_norms=jnp.where(inside, bounds[order], 0),
-    )
-
-
 @functools.partial(jax.jit, static_argnums=7)
 @precisely
 def _begin(
@@ -275,7 +218,7 @@ def _update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityS
     state = _absorb(state, images)
     filled, most = state.probes.filled[0], state.alphas.shape[1]
     if chosen:
-        looks = jnp.asarray([count for count in _LOOKS if count < most], jnp.int32)
+        looks = jnp.asarray([count for count in LOOKS if count < most], jnp.int32)
         state = _loops.cond(jnp.any(filled == looks), _look, state)
     return _loops.cond(state.resolved | (filled == most), _collect, state)
 
@@ -296,30 +239,23 @@ def _absorb(state: DensityState, images: jax.Array) -> DensityState:
 @precisely
 def _look(state: DensityState) -> DensityState:
     """Whether the probes under way know the numbers of eigenvalues as well as their draw does."""
-    count = state.deflation.rows.filled
-    taken = jnp.max(jnp.abs(state.deflation.values), initial=0)
-    num_probes = state.num_steps.size
-    dimension = jnp.asarray(state.deflation.rows.space.size - count, state.alphas.dtype)
-
-    def is_resolved(krylov: Krylov) -> jax.Array:
-        recurrence = *_recurrence(krylov), krylov.filled
-        nodes, weights = gauss_rule(*recurrence)
-        largest = jnp.maximum(taken * krylov.scale, jnp.max(jnp.abs(nodes)))
-        places = largest * jnp.asarray(_PLACES, largest.dtype)
-        below = jnp.where(nodes <= places[:, None], weights, 0)
-        share = jnp.minimum(jnp.sum(below, 1), 1)
-        error = dimension * share_error(share, dimension, num_probes)
-        return jnp.all(dimension * open_share(*recurrence, places) / 2 <= jnp.maximum(error, 1))
-
-    resolved = jnp.all(jax.vmap(is_resolved)(state.probes))
-    return state._replace(resolved=resolved)
+    deflation = state.deflation
+    resolved = jax.vmap(
+        lambda krylov: is_resolved(
+            krylov,
+            largest=jnp.max(jnp.abs(deflation.values), initial=0),
+            dimension=deflation.rows.space.size - deflation.rows.filled,
+            num_probes=state.num_steps.size,
+        )
+    )(state.probes)
+    return state._replace(resolved=jnp.all(resolved))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
 def _collect(state: DensityState) -> DensityState:
     """Stores the coefficients of the finished probes and starts the next ones."""
-    found = jax.vmap(_recurrence)(state.probes)
+    found = jax.vmap(recurrence)(state.probes)
     most = state.alphas.shape[1]
     alphas, betas = (jax.vmap(Krylov.unscaled)(state.probes, numbers) for numbers in found)
     alphas, betas = alphas[:, :most], betas[:, :most]
@@ -336,13 +272,6 @@ def _collect(state: DensityState) -> DensityState:
         state.num_matvecs,
         alphas.shape[0],
     )
-
-
-def _recurrence(krylov: Krylov) -> tuple[jax.Array, jax.Array]:
-    """The coefficients of scale times A, both (m,): the last beta leads out of T."""
-    alphas = jnp.diagonal(krylov.projected)
-    betas = jnp.append(jnp.diagonal(krylov.projected, 1), 0).astype(alphas.dtype)
-    return alphas, betas.at[krylov.filled - 1].set(krylov.beta)
 
 
 def _outside(rows: _basis.Basis, vectors: jax.Array) -> jax.Array:

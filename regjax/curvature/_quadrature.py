@@ -11,7 +11,7 @@ Stieltjes, for a node of any of these rules,
 for every measure with these moments. The more rules, the more places where that is known.
 """
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,22 @@ _MASS_UNITS = 8
 
 Rule: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Nodes, ascending, and their weights, of sum 1."""
+
+
+class Probe(NamedTuple):
+    """What is known of the measure of a probe, in float64 on the host.
+
+    Attributes:
+      rules: the Gauss rule first.
+      first: (m,), the first components of T's eigenvectors. last: (m,), their last ones.
+      beta: what leads out of T.
+    """
+
+    rules: list[Rule]
+    first: np.ndarray
+    last: np.ndarray
+    beta: float
+
 
 def gauss_rule(
     alphas: jax.Array, betas: jax.Array, num_steps: jax.Array
@@ -48,9 +64,7 @@ def gauss_rule(
     power = jnp.where(power > 0, power, 1)
     diagonal = power * jnp.where(rows < num_steps, alphas, 0)
     beside = power * jnp.where(rows < num_steps - 1, betas, 0)[:-1]
-    pairs = small_pairs(
-        jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1), num_steps
-    )
+    pairs = small_pairs(jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1), num_steps)
     # Pairs of rows that are not filled come first.
     values = jnp.roll(pairs.values, num_steps, 0) / power
     weights = jnp.roll(jnp.square(pairs.vectors[0]), num_steps, 0)
@@ -58,11 +72,8 @@ def gauss_rule(
     return jnp.where(inside, values, values[num_steps - 1]), jnp.where(inside, weights, 0)
 
 
-def rules(alphas: np.ndarray, betas: np.ndarray) -> list[Rule]:
-    """The rules of a probe, the Gauss rule first, from `alphas` and `betas`, both (m,), of T.
-
-    In float64 on the host: they are many small matrices of a size that the probe decides.
-    """
+def known(alphas: np.ndarray, betas: np.ndarray) -> Probe:
+    """What `alphas` and `betas`, both (m,), of T say of the measure of a probe."""
     size = alphas.size
     ends = alphas[-1] + betas[-1] * _COTANGENTS
     scale = max(np.max(np.abs(alphas)), np.max(np.abs(betas))) or 1.0
@@ -73,21 +84,37 @@ def rules(alphas: np.ndarray, betas: np.ndarray) -> list[Rule]:
     matrices[:, rows, rows + 1] = matrices[:, rows + 1, rows] = betas / scale
     gauss = np.linalg.eigh(matrices[0, :size, :size])
     others = zip(*np.linalg.eigh(matrices), strict=True)
-    return [(scale * values, np.square(vectors[0])) for values, vectors in (gauss, *others)]
+    rules = [(scale * values, np.square(vectors[0])) for values, vectors in (gauss, *others)]
+    return Probe(rules, gauss[1][0], gauss[1][-1], float(betas[-1]))
+
+
+def _mass_beyond(probe: Probe, places: np.ndarray) -> np.ndarray:
+    """The most mass (k,) from each place outwards, where that is not between the Gauss nodes.
+
+    It is the weight of the outermost node of the rule that has a node there: the squared first
+    component of the eigenvector (beta (x - T)^-1 e_m, 1).
+    """
+    nodes, _ = probe.rules[0]
+    outside = (places > nodes[-1]) | (places < nodes[0])
+    inverse = probe.beta / np.where(outside[:, None], places[:, None] - nodes, np.inf)
+    component = inverse @ (probe.first * probe.last)
+    weight = component**2 / (1 + np.square(inverse) @ np.square(probe.last))
+    return np.where(outside, weight, 1)
 
 
 def mass_up_to(
-    found: list[Rule], places: np.ndarray, eps: float
+    probe: Probe, places: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The mass of a probe up to `places` (k,): estimate, least and most, each (k,).
 
     The estimate is the mean over the rules, whose nodes lie between each other.
 
     Args:
-      found: of `rules`.
+      probe: of `known`.
       places: (k,), ascending or not.
       eps: unit of rounding of what the rules were made of.
     """
+    found = probe.rules
     nodes = np.concatenate([nodes for nodes, _ in found])
     up_to = np.concatenate([np.cumsum(weights) for _, weights in found])
     below = up_to - np.concatenate([weights for _, weights in found])
@@ -96,8 +123,12 @@ def mass_up_to(
     # What is known at a place is known at all places on its one side.
     least = np.append(0, np.maximum.accumulate(below))
     most = np.append(np.minimum.accumulate(up_to[::-1])[::-1], 1)
-    least = least[np.searchsorted(nodes, places, "right")] - _MASS_UNITS * eps
-    most = most[np.searchsorted(nodes, places, "left")] + _MASS_UNITS * eps
+    beyond, inside = _mass_beyond(probe, places), found[0][0]
+    least = least[np.searchsorted(nodes, places, "right")]
+    most = most[np.searchsorted(nodes, places, "left")]
+    least = np.where(places > inside[-1], np.maximum(least, 1 - beyond), least)
+    most = np.where(places < inside[0], np.minimum(most, beyond), most)
+    least, most = least - _MASS_UNITS * eps, most + _MASS_UNITS * eps
     least, most = np.maximum(least, 0), np.minimum(most, 1)
     shares = [
         np.append(0, np.cumsum(weights))[np.searchsorted(nodes, places, "right")]
@@ -130,6 +161,6 @@ def open_share(
         return jax.tree.map(lambda new, old: jnp.where(is_filled, new, old), ahead, carry), None
 
     ones = jnp.ones_like(places)
-    start = ones, jnp.zeros_like(places), jnp.zeros_like(places)
-    (_, _, logarithm), _ = lax.scan(step, start, jnp.arange(alphas.size, dtype=jnp.int32))
-    return jnp.exp(-logarithm)
+    start: tuple[jax.Array, ...] = ones, jnp.zeros_like(places), jnp.zeros_like(places)
+    carry, _ = lax.scan(step, start, jnp.arange(alphas.size, dtype=jnp.int32))
+    return jnp.exp(-carry[2])

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
+import numpy as np
 
 from regjax import curvature, plots
 from regjax.experiments import _record
@@ -71,9 +71,7 @@ def _probes(name: str, record: _record.Record) -> plots.ProbePanel:
 
 def _draw(path: Path, blocks: _record.Record, matrix: str) -> None:
     panels = [_panel(name, block) for name, block in blocks.items()]
-    figure = plots.spectrum_figure(
-        panels, matrix_name=_record.title(matrix), figure_width=_WIDTH
-    )
+    figure = plots.spectrum_figure(panels, matrix_name=_record.title(matrix), figure_width=_WIDTH)
     _save(path, figure)
 
 
@@ -85,5 +83,5 @@ def _save(path: Path, figure: "Figure") -> None:
 
 def _panel(name: str, block: _record.Record) -> plots.SpectrumPanel:
     eigenvalues, arrays = block["eigenvalues"], block["density"]["curve"]
-    curve = curvature.DensityCurveResult(**{field: jnp.asarray(arrays[field]) for field in arrays})
+    curve = curvature.DensityCurveResult(**{field: np.asarray(arrays[field]) for field in arrays})
     return plots.SpectrumPanel(name, curve, eigenvalues["values"], eigenvalues["residual_norms"])

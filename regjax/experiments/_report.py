@@ -62,7 +62,8 @@ def comparison_text(records: dict[str, Record]) -> str:
         shared = {**_COMPARED, **_GEOMETRY}
     for name, text in shared.items():
         rows.append([name, *(text(record) for record in records.values())])
-    return "\n\n".join([table(rows), *failures(records), _ONE_SEED, _LEGEND, *_of_drawn(records.values())])
+    remarks = [*failures(records), _ONE_SEED, _LEGEND, *_of_drawn(records.values())]
+    return "\n\n".join([table(rows), *remarks])
 
 
 def trainings_text(records: dict[str, Record]) -> str:
@@ -207,9 +208,9 @@ def _of_drawn(records: Iterable[Record]) -> list[str]:
     number = " or ".join(map(str, counts))
     return [
         _wrapped(
-            f"The Fisher matrix is that of {number} drawn label(s) per example: every ± and bracket "
-            "is about that matrix, and leaves out how far it is from the exact one (without "
-            "--num-samples)."
+            f"The Fisher matrix is that of {number} drawn label(s) per example: every ± and "
+            "bracket is about that matrix, and leaves out how far it is from the exact one "
+            "(without --num-samples)."
         )
     ]
 

@@ -161,8 +161,7 @@ class SpectrumSettings(AnalysisSettings):
     """Random probes of the density."""
 
     num_steps: int | None = None
-    """Lanczos steps of a probe; twice as many first take out extreme eigenvalues. None: 40 to 320,
-    as many as the numbers of eigenvalues in the table need (1 GiB of memory at most)."""
+    """Lanczos steps of a probe. None: 40 to 320, as many as the numbers of eigenvalues need."""
 
     blocks: Literal["whole", "layers"] = "whole"
     """Spectrum of the whole network, or of each layer as well."""

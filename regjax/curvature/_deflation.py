@@ -1,0 +1,56 @@
+"""The eigenpairs that are taken out before random probes look at the rest."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from regjax.curvature._engine import _basis
+from regjax.curvature._lanczos import Krylov
+from regjax.curvature._precision import floor, precisely
+from regjax.curvature._ritz import residual_parts, small_pairs
+
+# A Ritz pair is taken out when its residual norm is below the one share of the largest distance of
+# a Ritz value from the mean, and below the other of its own. Left-over coupling moves the numbers
+# of eigenvalues up to a place as little as residual^2 / distance to the pair does.
+_DEFLATION_TOLERANCE, _OWN_TOLERANCE = 1e-3, 1e-2
+
+
+class Deflation(NamedTuple):
+    """The eigenpairs that are taken out.
+
+    Attributes:
+      rows: their vectors.
+      values: (r,), 0 beyond the rows that are filled.
+      residual_norms: (r,), likewise.
+    """
+
+    rows: _basis.Basis
+    values: jax.Array
+    residual_norms: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+@precisely
+def taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
+    """The Ritz pairs that converged, in descending order."""
+    values, vectors, _ = small_pairs(krylov.projected, krylov.filled)
+    values, vectors = values[::-1][:num_rows], vectors[:, ::-1][:, :num_rows]
+    outside, dropped = residual_parts(krylov, vectors)
+    bounds = outside + dropped
+    sizes = jnp.abs(values - krylov.projected[0, 0])
+    take = bounds <= jnp.minimum(_DEFLATION_TOLERANCE * jnp.max(sizes), _OWN_TOLERANCE * sizes)
+    # A run cut short by Ctrl-C has empty rows, whose pairs are nobody's.
+    take &= krylov.filled == num_rows
+    order = jnp.argsort(~take, stable=True)
+    bounds = jnp.maximum(bounds, floor(values, eps))
+    count = jnp.sum(take, dtype=jnp.int32)
+    inside = jnp.arange(num_rows, dtype=jnp.int32) < count
+    weights = jnp.where(inside[None], vectors[:, order], 0)
+    values, bounds = krylov.unscaled(values), krylov.unscaled(bounds)
+    return Deflation(
+        rows=_basis.combined(krylov.basis, weights, count),
+        values=jnp.where(inside, values[order], 0),
+        residual_norms=jnp.where(inside, bounds[order], 0),
+    )
