@@ -2,7 +2,7 @@
 
 A name has one meaning in the whole library (docs/vocabulary.md), and so it has one rule: a count
 is an integer, a key a typed key, parameters a tree of real floating-point arrays, a loss can be
-called. What only one function knows, such as a largest k, is checked there.
+called. What only one function knows, such as a sign or a largest k, is checked there.
 """
 
 import functools
@@ -12,12 +12,12 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from regjax import _checks
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+_ANY = 2**63
 ACCUMULATIONS = ("compensated", "float64")
 Rule: TypeAlias = Callable[[str, Any, Mapping[str, Any]], object]
 """(name, value, all arguments) -> anything; raises."""
@@ -50,23 +50,18 @@ def _count(name: str, value: object, given: Mapping[str, Any]) -> None:
     del given
     # Counts of masks may be known only on the device.
     if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jnp.integer):
-        _checks.integer(name, value, minimum=0)
+        _checks.integer(name, value, minimum=-_ANY)
 
 
 def _finite(name: str, value: Any, given: Mapping[str, Any]) -> None:
     del given
     if not callable(value):  # a schedule
-        _checks.non_negative(name, value, finite=True)
+        _checks.real(name, value, finite=True)
 
 
 def _real(name: str, value: Any, given: Mapping[str, Any]) -> None:
     del given
     _checks.real(name, value)
-
-
-def _not_negative(name: str, value: Any, given: Mapping[str, Any]) -> None:
-    del given
-    _checks.non_negative(name, value)
 
 
 def _key(name: str, value: object, given: Mapping[str, Any]) -> None:
@@ -93,9 +88,8 @@ def _function(name: str, value: object, given: Mapping[str, Any]) -> None:
 
 def _array(name: str, value: Any, given: Mapping[str, Any]) -> None:
     del given
-    if isinstance(value, str) or not np.size(value):
-        what = "text" if isinstance(value, str) else f"shape {np.shape(value)}"
-        raise ValueError(f"`{name}` must be an array with at least one number, got {what}.")
+    if isinstance(value, str):
+        raise TypeError(f"`{name}` must be an array, got {value!r}.")
     if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
         raise TypeError(f"`{name}` must be real, got {jnp.result_type(value)}.")
 
@@ -144,8 +138,7 @@ RULES: Mapping[str, Rule] = {
         ),
         _finite,
     ),
-    **dict.fromkeys(("clip", "gradient_norm_bound"), _not_negative),
-    **dict.fromkeys(("largest", "power", "smallest"), _real),
+    **dict.fromkeys(("clip", "gradient_norm_bound", "largest", "power", "smallest"), _real),
     "key": _key,
     **dict.fromkeys(("mean_grads", "params"), _params),
     **dict.fromkeys(

@@ -43,9 +43,9 @@ def positive(name: str, value: Number, *, finite: bool = False) -> Number:
     return value
 
 
-def real(name: str, value: Number) -> Number:
-    """Returns `value`, a real number or an array of them; NaN is one."""
-    _known(name, value)
+def real(name: str, value: Number, *, finite: bool = False) -> Number:
+    """Returns `value`, a real number or an array of them."""
+    _check_finite(name, _known(name, value), finite=finite)
     return value
 
 
