@@ -59,6 +59,11 @@ def _finite(name: str, value: Any, given: Mapping[str, Any]) -> None:
         _checks.real(name, value, finite=True)
 
 
+def _not_negative(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    del given
+    _checks.non_negative(name, value, finite=True)
+
+
 def _real(name: str, value: Any, given: Mapping[str, Any]) -> None:
     del given
     _checks.real(name, value)
@@ -90,14 +95,17 @@ def _array(name: str, value: Any, given: Mapping[str, Any]) -> None:
     del given
     if isinstance(value, str):
         raise TypeError(f"`{name}` must be an array, got {value!r}.")
+    if 0 in jnp.shape(value):
+        raise ValueError(f"`{name}` must hold at least one number, got shape {jnp.shape(value)}.")
     if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
         raise TypeError(f"`{name}` must be real, got {jnp.result_type(value)}.")
 
 
 def _examples(name: str, value: Any, given: Mapping[str, Any]) -> None:
     for leaf in jax.tree.leaves(value):
-        if not isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.AbstractValue)):
-            _array(name, leaf, given)
+        if not isinstance(leaf, str) and jnp.shape(leaf)[:1] == (0,):
+            raise ValueError(f"`{name}` must hold at least one example, got 0.")
+        _array(name, leaf, given)
 
 
 def _accumulation(name: str, value: Any, given: Mapping[str, Any]) -> None:
@@ -129,15 +137,16 @@ RULES: Mapping[str, Rule] = {
         (
             "alpha", "budget", "crossover", "damping", "epsilon", "eta", "factor",
             "first_step_learning_rate", "flat_tol", "gamma", "gamma0", "gradient_norm", "growth",
-            "initial_learning_rate", "intrinsic_rate", "inverse_batch", "keep_probability",
-            "learning_rate", "linear_threshold", "margin", "max_distance", "max_momentum",
-            "min_norm", "momentum", "noise_power", "noise_scale", "radius",
+            "initial_learning_rate", "intrinsic_rate", "keep_probability",
+            "learning_rate", "margin", "max_distance", "max_momentum",
+            "min_norm", "momentum", "noise_scale", "radius",
             "reference_batch_size", "reference_learning_rate", "rho", "share", "smallest_ratio",
             "std", "strength", "target_norm", "threshold", "tol", "vanishing_threshold",
             "weight_decay", "weight_decay_ratio",
         ),
         _finite,
     ),
+    **dict.fromkeys(("inverse_batch", "linear_threshold", "noise_power"), _not_negative),
     **dict.fromkeys(("clip", "gradient_norm_bound", "largest", "power", "smallest"), _real),
     "key": _key,
     **dict.fromkeys(("mean_grads", "params"), _params),
@@ -157,7 +166,7 @@ RULES: Mapping[str, Rule] = {
     ),
     **dict.fromkeys(
         (
-            "activations", "basis", "batch_means", "batch_variances", "center", "covariance",
+            "basis", "batch_means", "batch_variances", "center", "covariance",
             "features", "g", "grid", "initial_kernel", "kernel", "learning_rates", "matrix",
             "positions", "singular_values", "true_weights", "u", "v",
         ),

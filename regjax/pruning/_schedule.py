@@ -103,6 +103,8 @@ def num_missing(masks: Tree, num_removed: int | jax.Array) -> jax.Array:
       TypeError: a leaf is not bool.
     """
     _checks.bool_tree("masks", masks)
+    if not isinstance(num_removed, jax.Array):
+        _checks.integer("num_removed", num_removed, minimum=0)
     gone = sum(jnp.sum(~leaf, dtype=jnp.int32) for leaf in jax.tree.leaves(masks))
     return jnp.maximum(jnp.asarray(num_removed, jnp.int32) - gone, 0)
 
