@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
@@ -132,7 +133,7 @@ class _Writer:
     def _array(self, value: Any) -> str:
         if isinstance(value, jax.core.Tracer):
             return self._identity(value)
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             return f"{value.dtype}{self._array(jax.random.key_data(value))}"
         array = np.asarray(value)
         return f"{array.dtype}{array.shape}{hashlib.sha256(array.tobytes()).hexdigest()}"

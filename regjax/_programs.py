@@ -99,7 +99,9 @@ class Program:
         return self.code.traces[wanted]
 
 
-def trace(function: Callable[..., Any], *signatures: Any, couples_examples: bool = False) -> Program:
+def trace(
+    function: Callable[..., Any], *signatures: Any, couples_examples: bool = False
+) -> Program:
     """Traces a function for arguments of some types.
 
     Args:
@@ -150,7 +152,8 @@ def share(tree: Any, derived: ClosedJaxpr | None = None) -> Any:
 
 def same(one: Any, other: Any) -> bool:
     """Whether two trees of shared programs compute the same of equal arguments."""
-    if jax.tree.structure(one) != jax.tree.structure(other):
+    structure: Any = jax.tree.structure(one)
+    if structure != jax.tree.structure(other):
         return False
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(a is b or digest(a) == digest(b) for a, b in pairs)

@@ -72,7 +72,7 @@ class CurvatureOperator(TracedOperator):
     """
 
     linearization: Linearization
-    function: Partial
+    function: Callable[..., Tree]
     params: Params
     batch: Batch
     linear_map: Partial | None
@@ -144,7 +144,7 @@ class CurvatureOperator(TracedOperator):
 class _OfSubtree:
     """`function` of some parameters alone, the rest held fixed."""
 
-    function: Partial
+    function: Callable[..., Tree]
     rest: Params
 
     @property
@@ -156,7 +156,7 @@ class _OfSubtree:
 
 
 def of_subtree(
-    function: Partial, params: Params, inside: tuple[bool, ...]
+    function: Callable[..., Tree], params: Params, inside: tuple[bool, ...]
 ) -> tuple[Partial, Params]:
     """`function` of the parameters inside, and these; only they are differentiated."""
     rest = subtree(params, [not here for here in inside])
@@ -177,12 +177,14 @@ def hvp(loss_fn: LossFn, params: Params, vector: Params, *batch: Tree) -> Params
 
     Raises:
       ValueError: `vector` is not a tree like `params`, or the loss is not a scalar.
+      TypeError: `vector` is complex, or the loss is.
 
     References:
       B. Pearlmutter (1994), Fast exact multiplication by the Hessian, Neural Computation 6(1).
     """
     check_loss(loss_fn, params, batch)
     _checks.same_tree("vector", vector, params)
+    _checks.real_tree("vector", vector)
     with precision():
         return differentiate_gradient(loss_fn, params, vector, *batch)
 
@@ -231,10 +233,14 @@ def from_gradient(grad_fn: Callable[[Params], Params], params: Params) -> Curvat
       An `Operator` of shape (n, n): the Jacobian of `grad_fn` at `params`.
 
     Raises:
-      TypeError: a parameter is not real floating point.
+      TypeError: a parameter or a leaf of the gradient is not real floating point.
+      ValueError: the gradient has another structure or other shapes than the parameters.
     """
     _checks.floating_tree("params", params)
-    return build(_JACOBIAN, trace(grad_fn, (params,)), params, (), None)
+    gradient = trace(grad_fn, (params,))
+    _checks.same_tree("grad_fn(params)", gradient.outputs(params), params)
+    _checks.floating_tree("grad_fn(params)", gradient.outputs(params))
+    return build(_JACOBIAN, gradient, params, (), None)
 
 
 def parts_of(
