@@ -22,7 +22,6 @@ from regjax.curvature._operators._curvature import (
     CurvatureOperator,
     Linearization,
     assemble,
-    hessian,
     of_subtree,
     program,
 )
@@ -32,6 +31,7 @@ from regjax.curvature._operators._gauss_newton import (
     fisher,
     gauss_newton,
 )
+from regjax.curvature._operators._hessian import hessian
 from regjax.curvature._operators._operator import Operator, subtree
 from regjax.curvature._operators._source import Source
 
