@@ -97,6 +97,35 @@ def test_rules_of_differentiation_belong_to_the_program():
         np.testing.assert_allclose(hessian(slope).dense(), float(slope) * np.eye(3))
 
 
+def test_rules_that_go_backwards_belong_to_it_too():
+    def with_slope(slope):
+        @jax.custom_vjp
+        def function(x):
+            return jnp.sum(x**2)
+
+        function.defvjp(lambda x: (function(x), x), lambda x, g: (slope * g * x,))
+        return function
+
+    hessian = lambda slope: curvature.hessian(lambda p: with_slope(slope)(p), VECTOR)
+    assert hessian(2.0).function.code is hessian(2.0).function.code
+    for slope in (2.0, 3.0):
+        np.testing.assert_allclose(hessian(slope).dense(), slope * np.eye(3))
+
+
+def test_a_rule_that_cannot_be_described_is_shared_with_none():
+    @jax.custom_jvp
+    def function(x, y):
+        return x * y
+
+    @function.defjvp
+    def rule(primals, tangents):
+        raise NotImplementedError
+
+    one, other = (shared(lambda x: function(x, VECTOR), VECTOR) for _ in range(2))
+    assert one.code is not other.code
+    np.testing.assert_array_equal(one(VECTOR), VECTOR**2)
+
+
 def test_other_arguments_are_refused_in_words():
     program = shared(lambda x: x, VECTOR)
     with pytest.raises(TypeError, match=r"`arguments` must have the types .* got \(\(\(4,\)"):

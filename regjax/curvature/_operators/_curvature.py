@@ -197,13 +197,12 @@ def build(
     chunk_size: int | None,
 ) -> CurvatureOperator:
     """An operator from programs that are not shared yet."""
-    plain = CurvatureOperator(linearization, function, params, batch, None, None, None)
-    linearization, function = _programs.share((linearization, function), derive(plain, batch))
+    linearization, function = _programs.share((linearization, function))
     return assemble(linearization, function, params, batch, chunk_size)
 
 
-def derive(operator: CurvatureOperator, batch: Batch) -> Any:
-    """The traced product with the matrix of `batch`."""
+def program(operator: CurvatureOperator, batch: Batch) -> str:
+    """What a product of `batch` computes, in a few letters, the same ones in each process."""
     linearization, function, params, batch = _programs.structs(
         (operator.linearization, operator.function, operator.params, batch)
     )
@@ -212,12 +211,8 @@ def derive(operator: CurvatureOperator, batch: Batch) -> Any:
         return linearization.multiply(function, *arguments)
 
     with precision():
-        return jax.make_jaxpr(multiply)(linearization, function, params, params, *batch)
-
-
-def program(operator: CurvatureOperator, batch: Batch) -> str:
-    """What a product computes, in a few letters, the same ones in each process."""
-    return _jaxprs.describe(derive(operator, batch), lasting=True).text[:16]
+        traced = jax.make_jaxpr(multiply)(linearization, function, params, params, *batch)
+    return _jaxprs.describe(traced, lasting=True).text[:16]
 
 
 def assemble(

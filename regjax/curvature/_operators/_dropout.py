@@ -87,8 +87,7 @@ def _traced(dropout_loss_fn: Callable[..., Any], params: Params, key: PRNGKey) -
     """The program of the loss, shared by losses of the same gradient."""
     loss = trace(dropout_loss_fn, (params, key))
     check_scalar(loss.outputs(params, key), name="dropout_loss_fn")
-    gradient = lambda loss, params, key: jax.grad(loss)(params, key)
-    return _programs.share(loss, jax.make_jaxpr(gradient)(*_programs.structs((loss, params, key))))
+    return _programs.share(loss)
 
 
 def _gradient(dropout_loss_fn: Program, params: Params, keys: jax.Array) -> jax.Array:
