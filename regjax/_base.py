@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
@@ -157,8 +158,11 @@ def applied(function: Callable[..., Tree], params: Params, batch: Batch) -> Tree
 
 
 def _finite_scalar(loss: jax.Array) -> float:
-    if jnp.shape(loss) != ():
-        raise ValueError(f"`loss_fn` must return a scalar, got shape {jnp.shape(loss)}.")
+    shape = np.shape(loss) if loss is not None else None
+    if shape != ():
+        raise ValueError(f"`loss_fn` must return a scalar, got shape {shape}.")
+    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise TypeError(f"`loss_fn` must return a real floating-point number, got {loss!r}.")
     if not jnp.isfinite(loss):
         raise ValueError(f"`loss_fn` must be finite on the batch, got {loss}.")
     return float(loss)
