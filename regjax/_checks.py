@@ -155,6 +155,16 @@ def floating_array(name: str, array: ArrayLike) -> jax.Array:
     return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
 
+def real_tree(name: str, tree: _Tree) -> _Tree:
+    """Returns `tree` if no leaf is complex, whose imaginary part a conversion would drop."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise TypeError(
+                f"`{name}{jax.tree_util.keystr(path)}` must be real, got {jnp.result_type(leaf)}."
+            )
+    return tree
+
+
 def same_structure(name: str, tree: _Tree, like: _Tree) -> _Tree:
     """Returns `tree` if it has the structure of `like`."""
     structure: Any = jax.tree.structure(tree)

@@ -20,7 +20,7 @@ from jax.tree_util import Partial
 from regjax import _checks, _chunks, _numerics, _tree
 from regjax._base import LossFn, Params, Tree, as_partial, couples_examples
 from regjax._space import Space
-from regjax.curvature._operators._curvature import differentiate_gradient
+from regjax.curvature._operators._hessian import differentiate_gradient
 from regjax.curvature._precision import precision
 
 Number: TypeAlias = float | jax.Array

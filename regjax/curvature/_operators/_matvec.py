@@ -41,9 +41,7 @@ class MatvecOperator(TracedOperator):
         return self.linear_map(tree)
 
     def facts(self) -> dict[str, Tree]:
-        traced = jax.make_jaxpr(MatvecOperator.apply)(
-            *_programs.structs((self, self.space.like()))
-        )
+        traced = jax.make_jaxpr(MatvecOperator.apply)(*_programs.structs((self, self.space.like())))
         text = _jaxprs.describe(traced, lasting=True).text[:16]
         return {"linear_map": self.linear_map, "program": text}
 
@@ -63,11 +61,15 @@ def from_matvec(matvec: MatVec, like: Params) -> Operator:
       An `Operator` of shape (n, n).
 
     Raises:
-      TypeError: a leaf of `like` is not real floating point.
+      TypeError: a leaf of `like` is not real floating point, or the product is complex.
+      ValueError: the product has another structure or other shapes than `like`.
     """
     _checks.floating_tree("like", like)
     with precision():
         linear_map = _programs.share(_programs.trace(matvec, (like,)))
+    image = linear_map.outputs(like)
+    _checks.same_tree("matvec(vector)", image, like)
+    _checks.real_tree("matvec(vector)", image)
     placement = find((), like, linear_map)
     if placement is None:
         return MatvecOperator(linear_map, like, None)
