@@ -11,7 +11,7 @@ from flax import linen, nnx
 from regjax import normalization
 from regjax._adapters import Model
 from regjax._base import Params, PRNGKey, State, Tree
-from regjax._runners import LinenRunner, NnxRunner, owned
+from regjax._runners import Apply, LinenRunner, NnxRunner, owned
 
 Path = tuple[str | int, ...]
 # (path, parameters, channel axis of the kernel, parameters -> outputs on the layer's inputs)
@@ -35,6 +35,8 @@ def run_layers(
     The model runs once, in train mode without dropout. A layer that runs twice is visited once.
     """
     runner = getattr(model.apply, "run", None)
+    if isinstance(model.apply, Apply):
+        model.apply.check(params, state)
     if isinstance(runner, LinenRunner):
         return _run_linen(model, params, state, inputs, visit, key)
     if isinstance(runner, NnxRunner):

@@ -253,11 +253,8 @@ def stored(x: jax.Array, mean: jax.Array, other: jax.Array) -> tuple[jax.Array, 
 
 def check_options(momentum: float, epsilon: float) -> None:
     """Checks what several layers have."""
-    _checks.non_negative("momentum", momentum)
-    if not momentum <= 1:
-        raise ValueError(f"`momentum` must be between 0 and 1, got {momentum}.")
-    if not _checks.non_negative("epsilon", epsilon) < math.inf:
-        raise ValueError(f"`epsilon` must be finite, got {epsilon}.")
+    _checks.between("momentum", momentum, 0, 1)
+    _checks.non_negative("epsilon", epsilon, finite=True)
 
 
 def _channels_last(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:

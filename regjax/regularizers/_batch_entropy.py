@@ -48,7 +48,7 @@ def batch_entropy(
       D. Peer, B. Keulen, S. Stabinger, J. Piater, A. Rodriguez-Sanchez (2022), arXiv:2208.01134;
       the formula and the unbiased variance are those of the authors' code.
     """
-    _checks.floating_tree("activations", activations)
+    activations = _checks.floating_array("activations", activations)
     _checks.integer("degrees_of_freedom", degrees_of_freedom, minimum=0)
     shape = jnp.shape(activations)
     if 0 in shape[1:] or not shape:
