@@ -1,7 +1,7 @@
 """Data-dependent initialisation: on one batch, outputs of mean zero and a chosen deviation."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -57,15 +57,18 @@ def data_dependent(
       A tree like `params`.
 
     Raises:
-      TypeError: `model` has no layers that could be found (`from_callable`).
+      TypeError: `model` has no layers that could be found (`from_callable`), or an argument is of
+        another type.
       ValueError: a kernel belongs to no layer that ran, a unit has a single value on the batch, the
         outputs of a layer are not finite, or an option is out of its range.
 
     References:
       T. Salimans, D. Kingma (2016), arXiv:1602.07868, section 3.
     """
-    _checks.non_negative("epsilon", epsilon, finite=True)
+    _checks.number("epsilon", epsilon)
     _checks.floating_tree("params", params)
+    if not isinstance(params, Mapping):
+        raise TypeError(f"`params` must be nested dicts, got {type(params).__name__}.")
     _checks.num_examples(inputs)
     if key is not None:
         _checks.key("key", key)
@@ -77,7 +80,7 @@ def data_dependent(
     ) -> Params:
         if not any(kernel[: len(path)] == path for kernel in wanted):
             return layer
-        own = _checks.positive("std", std(path) if callable(std) else std, finite=True)
+        own = _checks.number("std", std(path) if callable(std) else std, above_zero=True)
         return _initialized(path, layer, axis, outputs, own, epsilon)
 
     found = _layers.run_layers(model, params, state, inputs, visit, key)

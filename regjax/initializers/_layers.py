@@ -9,7 +9,7 @@ import jax
 from flax import linen, nnx
 
 from regjax import normalization
-from regjax._adapters import Model
+from regjax._adapters import Model, check_model
 from regjax._base import Params, PRNGKey, State, Tree
 from regjax._runners import Apply, LinenRunner, NnxRunner, owned
 
@@ -34,6 +34,7 @@ def run_layers(
 
     The model runs once, in train mode without dropout. A layer that runs twice is visited once.
     """
+    check_model(model)
     runner = getattr(model.apply, "run", None)
     if isinstance(model.apply, Apply):
         model.apply.check(params, state)

@@ -199,7 +199,7 @@ class NoisyBatchNorm(BatchNorm):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("mean_range", "scale_range", "mean_jitter", "scale_jitter"):
-            _checks.non_negative(name, getattr(self, name), finite=True)
+            _checks.number(name, getattr(self, name))
         if not self.scale_range >= 1:
             raise ValueError(f"`scale_range` must be at least 1, got {self.scale_range}.")
 

@@ -76,7 +76,7 @@ def fold_batch_norm(
     References:
       S. Ioffe, C. Szegedy (2015), arXiv:1502.03167, algorithm 2, line 11.
     """
-    _checks.non_negative("epsilon", epsilon, finite=True)
+    _checks.number("epsilon", epsilon)
     kernel = _checks.floating_array("kernel", kernel)
     channels = kernel.shape[-1:]
     for name, array, shapes in (
@@ -84,7 +84,7 @@ def fold_batch_norm(
         ("variance", variance, (channels,)), ("norm_scale", norm_scale, (channels, ())),
         ("norm_bias", norm_bias, (channels, ())),
     ):  # fmt: skip
-        if array is not None:
+        if name != "bias" or bias is not None:
             _check_channels(name, array, shapes)
     factor = norm_scale * lax.rsqrt(variance + epsilon)
     offset = -mean if bias is None else bias - mean
@@ -108,21 +108,26 @@ def rescale_statistics(
       (mean * factor, variance * factor^2), in the types of the arguments.
 
     Raises:
-      ValueError: the arrays have other shapes.
+      ValueError: the arrays have other shapes, or `factor` is not finite.
       TypeError: an array is not real floating point.
     """
     mean = _checks.floating_array("mean", mean)
     variance = _checks.floating_array("variance", variance)
     _check_channels("variance", variance, (mean.shape,))
     _check_channels("factor", factor, (mean.shape, ()))
+    _checks.finite_tree("factor", factor)
     return (
         mean * jnp.asarray(factor, mean.dtype),
         variance * jnp.asarray(factor, variance.dtype) ** 2,
     )
 
 
-def _check_channels(name: str, array: ArrayLike, shapes: tuple[tuple[int, ...], ...]) -> None:
-    _checks.floating_tree(name, array)
-    if jnp.shape(array) not in shapes:
+def _check_channels(
+    name: str, array: ArrayLike | None, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    if array is None:
+        raise TypeError(f"`{name}` must be an array, got None.")
+    shape = _checks.floating_array(name, array).shape
+    if shape not in shapes:
         allowed = " or ".join(map(str, shapes))
-        raise ValueError(f"`{name}` must have shape {allowed}, got {jnp.shape(array)}.")
+        raise ValueError(f"`{name}` must have shape {allowed}, got {shape}.")

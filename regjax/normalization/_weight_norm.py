@@ -94,7 +94,9 @@ def split_weights(params: Params, *, mask: Mask) -> Tree:
 
     Raises:
       ValueError: the mask is another tree, or a masked leaf has no input axes.
+      TypeError: a leaf is not real floating point.
     """
+    _checks.floating_tree("params", params)
     treedef: PyTreeDef = jax.tree.structure(params)
     pairs = zip(jax.tree.leaves(params), _checks.mask_leaves(mask, params), strict=True)
     return jax.tree.unflatten(
@@ -151,7 +153,7 @@ def standardize_weight(
     References:
       S. Qiao et al. (2019), arXiv:1903.10520; the default form is that of the authors' code.
     """
-    _checks.non_negative("epsilon", epsilon, finite=True)
+    _checks.number("epsilon", epsilon)
     _checks.integer("degrees_of_freedom", degrees_of_freedom, minimum=0)
     _checks.choice("epsilon_added_to", epsilon_added_to, ("deviation", "variance"))
     kernel = _checked("kernel", kernel, axis)

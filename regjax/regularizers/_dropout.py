@@ -65,7 +65,7 @@ def dropout_penalty(
             "`features` and `kernel` must have entries and the shapes (n, m) and (m, k), got "
             f"{f.shape} and {w.shape}."
         )
-    _checks.positive("keep_probability", keep_probability)
+    _checks.number("keep_probability", keep_probability, above_zero=True)
     _checks.between("keep_probability", keep_probability, 0, 1)
     # The squares of small features may underflow where their product with large weights does not.
     f, f_power = _numerics.near_one(_tree.wide(f), (0,))
@@ -113,7 +113,7 @@ def dropout_gradient_penalty(
       Z. Zhang, Z.-Q. Xu (2024), arXiv:2207.05952, eq. 5. The split into mean and covariance and
       the standard error are ours.
     """
-    _checks.non_negative("learning_rate", learning_rate, finite=True)
+    _checks.number("learning_rate", learning_rate)
     _checks.integer("num_samples", num_samples)
     check_loss(dropout_loss_fn, params, (_checks.key("key", key),), name="dropout_loss_fn")
     keys = jax.random.split(key, num_samples)
