@@ -264,6 +264,15 @@ def test_arrays_of_the_caller_are_not_written():
     assert jnp.any(module.mean[...] != 0)
 
 
+def test_mutable_references_and_a_gradient_beside_them():
+    x = jnp.asarray(RANDOM.normal(size=(16, 6)), jnp.float32)
+    with nnx.var_defaults(ref=True):
+        modules = normalization.nnx.BatchNorm(6, **BIASED), nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+        slopes = [jax.grad(lambda x: jnp.sum(m(x) ** 3))(x) for m in modules]  # noqa: B023
+    close(*slopes, 1e-4)
+    close(modules[0].var[...], modules[1].var[...], 1e-5)
+
+
 _GROUPS = """
 import warnings; warnings.simplefilter("ignore")
 import jax
