@@ -72,8 +72,10 @@ def data_dependent(
     _checks.num_examples(inputs)
     if key is not None:
         _checks.key("key", key)
-    treedef: PyTreeDef = jax.tree.structure(params)
-    wanted = _kernels(params, jax.tree.unflatten(treedef, _checks.mask_leaves(mask, params)))
+    boxed: PyTreeDef = jax.tree.structure(params)
+    chosen = _checks.mask_leaves(mask, params)
+    model, params = _layers.unboxed(model, params, state)
+    wanted = _kernels(params, jax.tree.unflatten(jax.tree.structure(params), chosen))
 
     def visit(
         path: Path, layer: Params, axis: int, outputs: Callable[[Params], jax.Array]
@@ -93,7 +95,7 @@ def data_dependent(
         )
     for path, layer in found.items():
         params = _replaced(params, path, layer)
-    return params
+    return jax.tree.unflatten(boxed, jax.tree.leaves(params))
 
 
 def _kernels(params: Params, chosen: Mask) -> list[Path]:

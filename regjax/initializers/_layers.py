@@ -3,10 +3,12 @@
 What a visitor makes of a layer's parameters is what the layers behind it see.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 from flax import linen, nnx
+from flax.core import meta
 
 from regjax import normalization
 from regjax._adapters import Model, check_model
@@ -34,15 +36,23 @@ def run_layers(
 
     The model runs once, in train mode without dropout. A layer that runs twice is visited once.
     """
-    check_model(model)
     runner = getattr(model.apply, "run", None)
-    if isinstance(model.apply, Apply):
-        model.apply.check(params, state)
     if isinstance(runner, LinenRunner):
         return _run_linen(model, params, state, inputs, visit, key)
     if isinstance(runner, NnxRunner):
         return _run_nnx(runner, params, state, inputs, visit)
     raise TypeError("`model` must come from `from_linen` or `from_nnx`, whose layers are known.")
+
+
+def unboxed(model: Model, params: Params, state: State) -> tuple[Model, Params]:
+    """Takes partitions and other metadata of linen off the parameters, after checking the trees."""
+    check_model(model)
+    if not isinstance(model.apply, Apply):
+        return model, params
+    model.apply.check(params, state)
+    plain = meta.unbox(params)
+    apply = dataclasses.replace(model.apply, params_structure=jax.tree.structure(plain))
+    return model._replace(apply=apply), plain
 
 
 def _run_linen(

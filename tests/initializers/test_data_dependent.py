@@ -233,3 +233,15 @@ def test_arguments_of_another_model_are_named(default_promotion):
         run(model, model.params, model.state, inputs[:0])
     with pytest.raises(TypeError, match="`key` must be a typed key"):
         run(model, model.params, model.state, inputs, key=0)
+
+
+@pytest.mark.parametrize("layer", [linen.Dense, normalization.linen.WeightNormDense])
+def test_partitioned_kernels_are_initialised_and_keep_their_boxes(layer, default_promotion):
+    inputs = jnp.asarray(np.random.default_rng(0).normal(2, 1, size=(50, 6)), jnp.float32)
+    module = layer(4, kernel_init=linen.with_partitioning(linen.initializers.normal(), (None, "m")))
+    model = regjax.from_linen(module, module.init(jax.random.key(0), inputs))
+    params = initializers.data_dependent(model, model.params, model.state, inputs)
+    assert jax.tree.structure(params) == jax.tree.structure(model.params)
+    assert isinstance(params["kernel"], linen.Partitioned)
+    outputs = np.asarray(model.apply(params, model.state, inputs, train=False)[0])
+    np.testing.assert_allclose(outputs.std(0), 1, rtol=1e-3)
