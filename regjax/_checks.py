@@ -249,7 +249,7 @@ def _bool(name: str, value: object) -> bool:
     is_known = not isinstance(value, jax.core.Tracer) and jnp.shape(value) == ()
     if not is_known or not isinstance(value, (bool, np.bool_, np.ndarray, jax.Array)):
         raise TypeError(f"`{name}` must hold bools that are no arrays, got {value!r}.")
-    if np.asarray(value).dtype != np.bool_:
+    if getattr(value, "dtype", np.dtype(bool)) != np.dtype(bool):
         raise TypeError(f"`{name}` must hold bools, got {value!r}.")
     return bool(value)
 
