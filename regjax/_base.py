@@ -136,6 +136,7 @@ def check_loss(
     loss_fn: Callable[..., Tree], params: Params, batch: Batch, *, name: str = "loss_fn"
 ) -> None:
     """Checks, without evaluating it, that `loss_fn` gives a real floating-point scalar."""
+    _checks.function(name, loss_fn)
     _checks.floating_tree("params", params)
     # A second call for the same shapes traces nothing.
     check_scalar(applied.eval_shape(as_partial(loss_fn), params, batch), name=name)

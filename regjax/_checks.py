@@ -7,9 +7,10 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 Number = TypeVar("Number")
+Function = TypeVar("Function")
 
 _Tree: TypeAlias = Any  # `_base` stands on this file
 
@@ -55,6 +56,37 @@ def number(name: str, value: Number, *, above_zero: bool = False) -> Number:
     if np.shape(value):
         raise ValueError(f"`{name}` must be a single number, got shape {np.shape(value)}.")
     return value
+
+
+def boolean(name: str, value: object) -> bool:
+    """Returns `value` as a `bool` if it is one that is known."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be a bool, got {value!r}.")
+    return bool(value)
+
+
+def function(name: str, value: Function) -> Function:
+    """Returns `value` if it can be called."""
+    if not callable(value):
+        raise TypeError(f"`{name}` must be callable, got {type(value).__name__}.")
+    return value
+
+
+def axis_name(name: str, value: str | tuple[str, ...] | None) -> None:
+    """Checks that `value` can be the name of a mapped axis, or is None."""
+    names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not all(isinstance(part, str) for part in names):
+        raise TypeError(f"`{name}` must be a string, got {value!r}.")
+
+
+def inexact_dtype(name: str, value: DTypeLike) -> None:
+    """Checks that `value` is a real or complex floating-point type."""
+    try:
+        is_inexact = jnp.issubdtype(jnp.dtype(value), jnp.inexact)
+    except (TypeError, ValueError):
+        is_inexact = False
+    if not is_inexact or hasattr(value, "shape"):
+        raise TypeError(f"`{name}` must be a floating-point type, got {value!r}.")
 
 
 def between(name: str, value: Number, low: float, high: float) -> Number:
@@ -227,7 +259,7 @@ def _bool(name: str, value: object) -> bool:
     is_known = not isinstance(value, jax.core.Tracer) and jnp.shape(value) == ()
     if not is_known or not isinstance(value, (bool, np.bool_, np.ndarray, jax.Array)):
         raise TypeError(f"`{name}` must hold bools that are no arrays, got {value!r}.")
-    if np.asarray(value).dtype != np.bool_:
+    if getattr(value, "dtype", np.dtype(bool)) != np.dtype(bool):
         raise TypeError(f"`{name}` must hold bools, got {value!r}.")
     return bool(value)
 

@@ -188,3 +188,18 @@ def test_bad_arguments_are_named():
         penalty([jnp.ones((2, 2), jnp.int32)])
     with pytest.raises(ValueError, match="`params` must have at least one array leaf"):
         penalty([])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 30, "key": jax.random.key(0)}])
+@pytest.mark.parametrize("size", [1e-33, 1e-25, 1e22])
+def test_gradients_of_kernels_of_any_size(size, options):
+    """The square has no number in float32, its gradient has: sigma u v'."""
+    kernel = jnp.asarray(TALL * size, jnp.float32)
+    slope = jax.grad(lambda k: regularizers.spectral_norm_penalty(k, **options))(kernel)
+    sigma, u, v = top(TALL)
+    np.testing.assert_allclose(np.asarray(slope, float) / size, sigma * np.outer(u, v), atol=2e-2)
+
+
+def test_empty_kernels_are_refused():
+    with pytest.raises(ValueError, match=r"`params` must have no empty kernel, got shape \(0, 3\)"):
+        regularizers.spectral_norm_penalty({"k": jnp.ones((0, 3))})
