@@ -70,11 +70,11 @@ def propagate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def inner_jaxpr(equation: JaxprEqn) -> tuple[Jaxpr | None, Sequence[jax.Array]]:
+def inner_jaxpr(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[jax.Array]] | None:
     """Returns the jaxpr that a call runs, and its constants; None for other primitives."""
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     inner = next((equation.params[name] for name in names if name in equation.params), None)
-    return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+    return None if inner is None else (getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()))
 
 
 def without_rule(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
@@ -83,11 +83,11 @@ def without_rule(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> lis
 
 
 def _call(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
-    jaxpr, arrays = inner_jaxpr(equation)
-    if jaxpr is None:
+    inner = inner_jaxpr(equation)
+    if inner is None:
         return without_rule(graph, equation, operands)
-    constants = [unlabelled(np.shape(array), CONSTANT) for array in arrays]
-    return propagate(graph, jaxpr, constants, operands)
+    constants = [unlabelled(np.shape(array), CONSTANT) for array in inner[1]]
+    return propagate(graph, inner[0], constants, operands)
 
 
 def _elementwise(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
@@ -171,7 +171,6 @@ def _in_groups(
 
 def inside_scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     """Finds the values of what the body of a scan takes: constants, carry and slices."""
-    jaxpr, arrays = inner_jaxpr(equation)
     num_consts, num_carry = equation.params["num_consts"], equation.params["num_carry"]
     given = list(operands)
     for i, operand in enumerate(given[num_consts + num_carry :], num_consts + num_carry):
@@ -180,9 +179,8 @@ def inside_scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list
     places = range(num_consts, num_consts + num_carry)
     for i in places:
         given[i] = carried(graph, [given[i]], [_sourceless(given[i].labels)])[0]
-    constants = [unlabelled(np.shape(array), CONSTANT) for array in arrays]
     while True:
-        found = propagate(graph, jaxpr, constants, given)
+        found = _call(graph, equation, given)
         changed = False
         for i, after in zip(places, found, strict=False):
             labels = tuple(map(graph.couple, given[i].labels, after.labels))
@@ -194,11 +192,9 @@ def inside_scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list
 
 def _scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     given = inside_scan(graph, equation, operands)
-    jaxpr, arrays = inner_jaxpr(equation)
-    constants = [unlabelled(np.shape(array), CONSTANT) for array in arrays]
     num_carry, length = equation.params["num_carry"], equation.params["length"]
     num_consts = equation.params["num_consts"]
-    found = propagate(graph, jaxpr, constants, given)
+    found = _call(graph, equation, given)
     stacked = [(rigid(length, DATA), *value.labels) for value in found[num_carry:]]
     return [*given[num_consts : num_consts + num_carry], *map(_sourceless, stacked)]
 
