@@ -76,7 +76,7 @@ def batch_norm_regularization(
       A derivation of our own after the abstract of A. Annamalai, N. Thakur (2022),
       arXiv:2209.07587, which is all that could be read; no constant is the paper's.
     """
-    _checks.non_negative("epsilon", epsilon)
+    _checks.non_negative("epsilon", epsilon, finite=True)
     kernel = _tree.wide(kernel)
     if kernel.ndim != 2:
         raise ValueError(f"`kernel` must have shape (d, k), got {kernel.shape}.")

@@ -84,7 +84,7 @@ def subspace_from_data(
         argument is out of its range.
       TypeError: `inputs` is not real floating point.
     """
-    _checks.non_negative("tol", tol)
+    _checks.non_negative("tol", tol, finite=True)
     _checks.floating_tree("inputs", inputs)
     num_examples = _checks.num_examples(inputs)
     if num_directions is not None:
@@ -187,7 +187,7 @@ def transversal_variation(
     """
     _jacobian.check_model("model_fn", model_fn, inputs)
     basis = _with_complement(_checked_basis(basis, inputs[0].size))
-    _checks.non_negative("radius", radius)
+    _checks.non_negative("radius", radius, finite=True)
     rest = params, basis, jnp.asarray(radius, basis.dtype)
     value, error = _chunks.sampled(
         Partial(_changes, as_partial(model_fn)), rest, inputs,
@@ -284,7 +284,7 @@ def _checked_basis(basis: ArrayLike, size: int) -> jax.Array:
             f"`basis` must have shape ({size}, k), k at most {size}: orthonormal columns of the "
             f"size of an example, got {shape}."
         )
-    known = _checks.on_host(basis)
+    known = _checks.on_host(_checks.finite_tree("basis", basis))
     if known is not None:
         columns = known.astype(np.float64)
         error = np.max(np.abs(columns.T @ columns - np.eye(shape[1])), initial=0)

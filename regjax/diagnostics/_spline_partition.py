@@ -232,7 +232,9 @@ def _distances(function: Callable[[jax.Array], jax.Array], inputs: jax.Array) ->
         squares = jnp.sum(_tree.wide(_jacobian.columns(function, inputs, basis)) ** 2, 0)
     else:
         squares = jnp.sum(_tree.wide(_jacobian.rows(function, inputs)[1]) ** 2, 2).T
-    return ratio(_tree.wide(outputs), jnp.sqrt(squares))
+    # What has overflown is at no known distance, and not at infinity.
+    outputs = jnp.where(jnp.isfinite(outputs), _tree.wide(outputs), jnp.nan)
+    return ratio(outputs, jnp.sqrt(squares))
 
 
 def ratio(values: jax.Array, norms: jax.Array) -> jax.Array:

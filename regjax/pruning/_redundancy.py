@@ -148,15 +148,23 @@ def redundancy_saliency(result: RedundancyResult) -> jax.Array:
 
     Returns:
       The scores (C,), in squared units of the loss; over all directions they would be the sums of
-      squares of the columns of G.
+      squares of the columns of G. NaN if the result is not finite.
+
+    Raises:
+      TypeError: `result` is no `RedundancyResult`.
 
     References:
       As `gradient_redundancy`; ours.
     """
+    if not isinstance(result, RedundancyResult):
+        raise TypeError(
+            f"`result` must come from `gradient_redundancy`, got a {type(result).__name__}."
+        )
     number = jnp.arange(result.singular_values.size, dtype=jnp.int32)
     energies = jnp.where(number < result.rank, result.singular_values**2, 0)
     scores = jnp.matmul(result.directions**2, energies, precision="highest")
-    return jnp.where(result.rank < 0, jnp.nan, scores)
+    is_known = (result.rank >= 0) & jnp.all(jnp.isfinite(result.singular_values))
+    return jnp.where(is_known, scores, jnp.nan)
 
 
 def numerical_rank(singular_values: jax.Array, *, tol: float = 1e-2) -> jax.Array:
