@@ -229,12 +229,14 @@ def _distances(function: Callable[[jax.Array], jax.Array], inputs: jax.Array) ->
     outputs = _jacobian.flat(function(inputs), len(inputs))
     if inputs[0].size < outputs.shape[1]:
         basis = jnp.eye(inputs[0].size, dtype=inputs.dtype)
-        squares = jnp.sum(_tree.wide(_jacobian.columns(function, inputs, basis)) ** 2, 0)
+        columns = _tree.wide(_jacobian.columns(function, inputs, basis))
+        norms = _numerics.norms_along(columns, (0,))[0]
     else:
-        squares = jnp.sum(_tree.wide(_jacobian.rows(function, inputs)[1]) ** 2, 2).T
+        rows = _tree.wide(_jacobian.rows(function, inputs)[1])
+        norms = _numerics.norms_along(rows, (2,))[:, :, 0].T
     # What has overflown is at no known distance, and not at infinity.
     outputs = jnp.where(jnp.isfinite(outputs), _tree.wide(outputs), jnp.nan)
-    return ratio(outputs, jnp.sqrt(squares))
+    return ratio(outputs, norms)
 
 
 def ratio(values: jax.Array, norms: jax.Array) -> jax.Array:
