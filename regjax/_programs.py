@@ -99,7 +99,9 @@ class Program:
         return self.code.traces[wanted]
 
 
-def trace(function: Callable[..., Any], *signatures: Any, couples_examples: bool = False) -> Program:
+def trace(
+    function: Callable[..., Any], *signatures: Any, couples_examples: bool = False
+) -> Program:
     """Traces a function for arguments of some types.
 
     Args:

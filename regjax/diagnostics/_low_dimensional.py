@@ -85,7 +85,7 @@ def subspace_from_data(
       TypeError: `inputs` is not real floating point.
     """
     _checks.non_negative("tol", tol, finite=True)
-    _checks.floating_tree("inputs", inputs)
+    inputs = _checks.floating_array("inputs", inputs)
     num_examples = _checks.num_examples(inputs)
     if num_directions is not None:
         shape = num_examples, inputs[0].size
@@ -223,8 +223,10 @@ def frozen_component(
     References:
       As in `transversal_complexity`; these statements are our derivation and are tested.
     """
-    kernels = [_tree.wide(_checks.floating_tree("kernel", kernel))]
-    kernels.append(_tree.wide(_checks.floating_tree("initial_kernel", initial_kernel)))
+    kernels = [
+        _tree.wide(_checks.floating_array(name, given))
+        for name, given in (("kernel", kernel), ("initial_kernel", initial_kernel))
+    ]
     _checks.same_tree("kernel", *kernels)
     if kernels[0].ndim < 2:
         raise ValueError(f"`kernel` must have shape (d, m), got {kernels[0].shape}.")
@@ -277,7 +279,7 @@ def _off(basis: jax.Array, vectors: jax.Array) -> jax.Array:
 
 def _checked_basis(basis: ArrayLike, size: int) -> jax.Array:
     """Returns `basis` in float32 at least, if it has shape (size, k) and orthonormal columns."""
-    _checks.floating_tree("basis", basis)
+    basis = _checks.floating_array("basis", basis)
     shape = jnp.shape(basis)
     if len(shape) != 2 or shape[0] != size or shape[1] > size:
         raise ValueError(

@@ -46,16 +46,18 @@ def hierarchical_plan(
     References:
       Z. Zhou, L. Lian, Y. Yin, Z. Wang (2022), arXiv:2206.03596; a reconstruction.
     """
+    for name, given in (("results", results), ("costs", costs)):
+        _check_mapping(name, given)
     if set(costs) != set(results):
         raise ValueError(
             f"`costs` must have the groups of `results`, {sorted(results)}, got {sorted(costs)}."
         )
     for name, cost in costs.items():
-        _checks.positive(f"costs[{name!r}]", cost, finite=True)
+        _checks.number(f"costs[{name!r}]", cost, above_zero=True)
         _concrete(f"costs[{name!r}]", cost)
     for name, result in results.items():
         _check_result(name, result)
-    left = _concrete("budget", _checks.non_negative("budget", budget, finite=True))
+    left = _concrete("budget", _checks.number("budget", budget))
     # A group's own directions come weakest first, as they fall; ties go in the order of `results`.
     offers = sorted(
         (error / costs[name], place, name)
@@ -84,8 +86,10 @@ def mask_planned(plan: Mapping[str, int], scores: Units, masks: Units) -> Units:
 
     Raises:
       ValueError: the groups differ, or a group would lose all of its units.
+      TypeError: an argument is no dict, or a number not an integer.
     """
-    for name, found in (("scores", scores), ("masks", masks)):
+    for name, found in (("plan", plan), ("scores", scores), ("masks", masks)):
+        _check_mapping(name, found)
         if set(found) != set(plan):
             raise ValueError(
                 f"`{name}` must have the groups of `plan`, {sorted(plan)}, got {sorted(found)}."
@@ -105,6 +109,11 @@ def _check_result(name: str, result: RedundancyResult) -> None:
     _concrete(f"results[{name!r}]", result)
     for field in ("singular_values", "rate", "smallest_null_energy"):
         _checks.finite_tree(f"results[{name!r}].{field}", getattr(result, field))
+
+
+def _check_mapping(name: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`{name}` must be a dict of groups, got a {type(given).__name__}.")
 
 
 def _concrete(name: str, tree: _Known) -> _Known:

@@ -34,10 +34,11 @@ from regjax.pruning._channels import (
 Rule: TypeAlias = Callable[[Graph, JaxprEqn, list[Value]], list[Value]]
 
 _ELEMENTWISE_NAMES = """
-abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
-copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
-is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision
-rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor
+abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
+clz convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor
+ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or
+population_count pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
+shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 _REDUCTIONS = """
@@ -94,6 +95,8 @@ def _elementwise(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> lis
     name, shape = equation.primitive.name, shape_of(equation.outvars[0])
     arrays = [operand for operand in operands if operand.labels]  # a scalar has no axes
     labels = [free(length) for length in shape]
+    if any(len(array.labels) != len(shape) for array in arrays):
+        return without_rule(graph, equation, operands)  # a change of bits to another width
     for array in arrays:
         for axis, along in enumerate(array.labels):
             if len(along) == shape[axis]:

@@ -71,6 +71,15 @@ class Structure:
     inputs: Tree = dataclasses.field(repr=False)
 
 
+def check_structure(structure: object, params: Params) -> None:
+    """Checks a structure, and parameters like those that it was found with."""
+    if not isinstance(structure, Structure):
+        raise TypeError(
+            f"`structure` must come from `find_structure`, got a {type(structure).__name__}."
+        )
+    _checks.same_tree("params", _checks.floating_tree("params", params), structure.params)
+
+
 def find_structure(model_fn: ModelFn, params: Params, inputs: Tree) -> Structure:
     """Finds the groups of units that can be removed, from a trace of the forward pass.
 

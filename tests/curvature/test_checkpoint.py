@@ -289,7 +289,9 @@ def test_inside_of_jit_a_checkpoint_is_refused(tmp_path):
 
 def test_what_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(_files.CheckpointError, match="file must be a folder, got something else there"):
+    with pytest.raises(
+        _files.CheckpointError, match="file must be a folder, got something else there"
+    ):
         top(checkpoint=curvature.Checkpoint(tmp_path / "file"))
     with pytest.raises(ValueError, match="`every` must be at least 1, got 0"):
         top(checkpoint=curvature.Checkpoint(tmp_path, every=0))
@@ -432,8 +434,10 @@ def test_what_a_loss_reads_and_computes_is_part_of_the_problem(name, tmp_path):
 
 def test_of_a_source_neither_the_order_nor_the_batches_count(tmp_path):
     checkpoint = curvature.Checkpoint(tmp_path, every=2)
-    solve = lambda matrix: lambda **options: top(
-        matrix=matrix, max_basis=7, tol=1e-7, checkpoint=checkpoint, **options
+    solve = lambda matrix: (
+        lambda **options: top(
+            matrix=matrix, max_basis=7, tol=1e-7, checkpoint=checkpoint, **options
+        )
     )
     stop(solve(of_source(INPUTS)), 3)
     assert stop(solve(of_source(INPUTS[::-1], (2, 7, 3))), 3) == 3
@@ -446,7 +450,9 @@ def test_a_file_that_is_not_understood_is_an_error_and_stays(tmp_path):
     newest, saved = files(tmp_path)[-1], {path: path.read_bytes() for path in files(tmp_path)}
     newest.unlink()
     newest.mkdir()
-    with pytest.raises(_files.KindError, match="must be a checkpoint, a regular file, got a folder"):
+    with pytest.raises(
+        _files.KindError, match="must be a checkpoint, a regular file, got a folder"
+    ):
         solve()
     newest.rmdir()
     newer = saved[newest].replace(b'"version": 1', b'"version": 9')

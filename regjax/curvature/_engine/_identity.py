@@ -82,4 +82,3 @@ def check_product(path: Path, found: list[float], wanted: list[float], space: Sp
             f"{wanted} along its direction and outside of it, got {found} in {path}: another loss "
             "or model."
         )
-

@@ -41,9 +41,7 @@ class MatvecOperator(TracedOperator):
         return self.linear_map(tree)
 
     def facts(self) -> dict[str, Tree]:
-        traced = jax.make_jaxpr(MatvecOperator.apply)(
-            *_programs.structs((self, self.space.like()))
-        )
+        traced = jax.make_jaxpr(MatvecOperator.apply)(*_programs.structs((self, self.space.like())))
         text = _jaxprs.describe(traced, lasting=True).text[:16]
         return {"linear_map": self.linear_map, "program": text}
 
