@@ -159,7 +159,7 @@ def internal_covariate_shift(
 
 def vector_of(name: str, values: ArrayLike) -> jax.Array:
     """Returns `values` as a vector of at least one finite number."""
-    if not isinstance(values, (jax.Array, np.ndarray, list, tuple)):
+    if not isinstance(values, (jax.Array, np.ndarray, list, tuple, float, int)):
         raise TypeError(f"`{name}` must be a vector of numbers, got {type(values).__name__}.")
     array = values if isinstance(values, jax.Array) else jnp.asarray(np.asarray(values))
     _checks.finite_tree(name, _checks.real(name, array))

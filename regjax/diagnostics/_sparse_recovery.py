@@ -69,8 +69,8 @@ def sparse_recovery(
     """
     _checks.integer("depth", depth, minimum=2)
     shape = _vector("true_weights", true_weights)
-    for name, value in (("u", u), ("v", v)):
-        if value is not None and jnp.shape(_checks.floating_array(name, value)) != shape:
+    for name, value in (("u", u), ("v", u if v is None else v)):
+        if jnp.shape(_checks.floating_array(name, value)) != shape:
             raise ValueError(f"`{name}` must have shape {shape}, got {jnp.shape(value)}.")
     weights = u**depth if v is None else u**depth - v**depth
     support = jnp.asarray(true_weights) != 0
