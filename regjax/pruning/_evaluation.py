@@ -26,7 +26,7 @@ from regjax.pruning._channels import (
     unlabelled,
 )
 from regjax.pruning._fitting import Sized, cut, fitted, resized
-from regjax.pruning._rules import RULES, inner_jaxpr, inside_scan, without_rule
+from regjax.pruning._rules import RULES, inner_jaxpr, inside_scan, scan_counts, without_rule
 
 _REMOVED = 0
 """The label of what is removed; what stays has a code that is no channel's."""
@@ -142,8 +142,8 @@ def _checkpoint(graph: Removal, equation: JaxprEqn, operands: list[Sized]) -> li
 def _scan(graph: Removal, equation: JaxprEqn, operands: list[Sized]) -> list[Sized]:
     outside = [operand.value for operand in operands]
     values = inside_scan(graph, equation, outside)
-    first = equation.params["num_consts"]
-    last = first + equation.params["num_carry"]
+    first, num_carry = scan_counts(equation)
+    last = first + num_carry
     shared = [operand.array for operand in operands[:first]]
 
     def body(carry: list[jax.Array], slices: list[jax.Array]) -> tuple[Tree, Tree]:

@@ -172,9 +172,18 @@ def _in_groups(
     return np.repeat(channels, come.shape[1])
 
 
+def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
+    """Returns how many operands of a scan are constants, and how many are carried."""
+    if "num_carry" in equation.params:
+        return equation.params["num_consts"], equation.params["num_carry"]
+    # From 0.11 on JAX keeps the three of them as flattened trees.
+    constants, carry, _ = (len(list(part.vals)) for part in equation.params["ft_in"].unpack())
+    return constants, carry
+
+
 def inside_scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     """Finds the values of what the body of a scan takes: constants, carry and slices."""
-    num_consts, num_carry = equation.params["num_consts"], equation.params["num_carry"]
+    num_consts, num_carry = scan_counts(equation)
     given = list(operands)
     for i, operand in enumerate(given[num_consts + num_carry :], num_consts + num_carry):
         graph.fix(_carry_axis(graph, operand, 0), "is scanned over")
@@ -195,8 +204,7 @@ def inside_scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list
 
 def _scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     given = inside_scan(graph, equation, operands)
-    num_carry, length = equation.params["num_carry"], equation.params["length"]
-    num_consts = equation.params["num_consts"]
+    (num_consts, num_carry), length = scan_counts(equation), equation.params["length"]
     found = _call(graph, equation, given)
     stacked = [(rigid(length, DATA), *value.labels) for value in found[num_carry:]]
     return [*given[num_consts : num_consts + num_carry], *map(_sourceless, stacked)]
