@@ -53,8 +53,9 @@ def real(name: str, value: Number, *, finite: bool = False) -> Number:
 def number(name: str, value: Number, *, above_zero: bool = False) -> Number:
     """Returns `value`, a single finite number that is not negative, as far as it is known."""
     (positive if above_zero else non_negative)(name, value, finite=True)
-    if np.shape(value):
-        raise ValueError(f"`{name}` must be a single number, got shape {np.shape(value)}.")
+    shape = getattr(value, "shape", ())
+    if shape:
+        raise ValueError(f"`{name}` must be a single number, got shape {shape}.")
     return value
 
 
@@ -218,6 +219,11 @@ def same_tree(name: str, tree: _Tree, like: _Tree, *, leading: tuple[int, ...] =
                 f"{leading + jnp.shape(reference)}, got {jnp.shape(leaf)}."
             )
     return tree
+
+
+def floating_like(name: str, tree: _Tree, like: _Tree) -> _Tree:
+    """Returns `tree` if it has the structure and the shapes of `like`, and real numbers."""
+    return floating_leaves(name, same_tree(name, tree, like))
 
 
 def bool_tree(name: str, tree: _Tree) -> _Tree:

@@ -198,10 +198,13 @@ def least_squares_offset(kernel: jax.Array, inputs: jax.Array) -> LeastSquaresRe
 
     Raises:
       ValueError: the shapes do not fit, or there is no input.
+      TypeError: one of them is not an array of real floating point.
 
     References:
       R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, the theorem of the abstract.
     """
+    kernel = _checks.floating_array("kernel", kernel)
+    inputs = _checks.floating_array("inputs", inputs)
     if jnp.ndim(kernel) != 2 or jnp.ndim(inputs) != 2 or kernel.shape[0] != inputs.shape[1]:
         raise ValueError(
             "`kernel` and `inputs` must have shapes (d, k) and (N, d), got "

@@ -71,7 +71,8 @@ def landscape_dependent_noise(
       W. Zhang et al. (2021), arXiv:2112.01433, of which the abstract alone could be read: the
       definitions follow its words, the identities and the Hessian term are ours.
     """
-    _checks.non_negative("learning_rate", learning_rate)
+    _checks.number("learning_rate", learning_rate)
+    _checks.floating_tree("mean_grads", mean_grads)
     leaves = jax.tree.leaves(_checks.floating_tree("params", params))
     _checks.same_tree("params", params, mean_grads, leading=jnp.shape(leaves[0])[:1] or (1,))
     center, deviations = _centered(params)

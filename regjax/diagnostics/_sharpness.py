@@ -86,7 +86,7 @@ def lambda_max_between(
       does not state its solver.
     """
     _checks.integer("num_points", num_points, minimum=2)
-    _checks.same_tree("other_params", other_params, params)
+    _checks.floating_like("other_params", other_params, params)
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     keys = jax.random.split(_checks.key("key", key), num_points)
 

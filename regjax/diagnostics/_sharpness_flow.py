@@ -99,9 +99,9 @@ def sharpness_reduction_flow(
       flow and of the amplitude was derived again, and holds in descent on batch-normalized linear
       regression. The projection by Lanczos and its error are ours.
     """
-    _checks.positive("intrinsic_rate", intrinsic_rate)
-    _checks.positive("flat_tol", flat_tol)
-    _checks.non_negative("tol", tol)
+    _checks.number("intrinsic_rate", intrinsic_rate, above_zero=True)
+    _checks.number("flat_tol", flat_tol, above_zero=True)
+    _checks.number("tol", tol)
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     of_direction, origin = displaced(loss_fn, params, mask, tangent=True)
     hessian = curvature.hessian(of_direction, origin, *batch, chunk_size=chunk_size)

@@ -128,7 +128,7 @@ def boundary_density(
     References:
       R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778; this measure of density is ours.
     """
-    _checks.positive("radius", _scalar("radius", radius), finite=True)
+    _checks.number("radius", radius, above_zero=True)
     shapes = check_preactivations("preactivations_fn", preactivations_fn, params, inputs)
     function = Partial(_near, as_partial(preactivations_fn), jnp.asarray(radius))
     counts = _chunks.each(function, params, (inputs,), chunk_size)
@@ -181,10 +181,12 @@ def region_count(
     References:
       I. Good (1953), Biometrika 40, for the share that was not seen. Counting by samples is ours.
     """
-    _checks.positive("radius", _scalar("radius", radius), finite=True)
+    _checks.number("radius", radius, above_zero=True)
     _checks.integer("num_samples", num_samples)
     _checks.key("key", key)
     center = _checks.finite_tree("center", _checks.floating_array("center", center))
+    if not center.size:
+        raise ValueError(f"`center` must hold at least one number, got shape {center.shape}.")
     points = _in_ball(key, center, radius, num_samples)
     check_preactivations("preactivations_fn", preactivations_fn, params, points)
     function = Partial(_patterns, as_partial(preactivations_fn))
@@ -234,7 +236,9 @@ def _distances(function: Callable[[jax.Array], jax.Array], inputs: jax.Array) ->
     else:
         rows = _tree.wide(_jacobian.rows(function, inputs)[1])
         norms = _numerics.norms_along(rows, (2,))[:, :, 0].T
-    return ratio(_tree.wide(outputs), norms)
+    # What has overflown is at no known distance, and not at infinity.
+    outputs = jnp.where(jnp.isfinite(outputs), _tree.wide(outputs), jnp.nan)
+    return ratio(outputs, norms)
 
 
 def ratio(values: jax.Array, norms: jax.Array) -> jax.Array:
@@ -255,12 +259,6 @@ def _near(function: Partial, radius: jax.Array, params: Params, inputs: jax.Arra
         return jnp.where(jnp.any(jnp.isnan(distances), 1), -1, near)
 
     return jax.tree.map(count, signed_distances(function, params, inputs))
-
-
-def _scalar(name: str, value: ArrayLike) -> ArrayLike:
-    if jnp.shape(value) != ():
-        raise ValueError(f"`{name}` must be a single number, got shape {jnp.shape(value)}.")
-    return value
 
 
 def _in_ball(key: PRNGKey, center: jax.Array, radius: ArrayLike, num_samples: int) -> jax.Array:

@@ -80,7 +80,7 @@ def interpolate(
         or cannot be split in chunks.
     """
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
-    _checks.same_tree("other_params", other_params, params)
+    _checks.floating_like("other_params", other_params, params)
     positions = vector_of("positions", positions)
     place = Partial(_between, params, other_params, positions)
     return _losses(loss_fn, place, len(positions), batch, chunk_size)
@@ -122,8 +122,8 @@ def loss_surface(
       H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein (2018), arXiv:1712.09913.
     """
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
-    _checks.same_tree("direction", direction, params)
-    _checks.same_tree("other_direction", other_direction, params)
+    _checks.floating_like("direction", direction, params)
+    _checks.floating_like("other_direction", other_direction, params)
     positions = vector_of("positions", positions)
     place = Partial(_on_plane, params, direction, other_direction, positions)
     losses = _losses(loss_fn, place, len(positions) ** 2, batch, chunk_size)

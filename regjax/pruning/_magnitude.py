@@ -9,7 +9,7 @@ from regjax import _checks, _tree
 from regjax._base import Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.pruning._gates import Units
-from regjax.pruning._structure import Group, Slice, Structure
+from regjax.pruning._structure import Group, Slice, Structure, check_structure
 
 
 def incoming_norm(structure: Structure, params: Params) -> Units:
@@ -23,6 +23,7 @@ def incoming_norm(structure: Structure, params: Params) -> Units:
       {group: (num_units,)}; over all producers of a group together.
 
     Raises:
+      ValueError: `params` are another tree.
       TypeError: a parameter is not real floating point.
     """
     return _norms(structure, params, lambda group: group.producers)
@@ -39,6 +40,7 @@ def outgoing_norm(structure: Structure, params: Params) -> Units:
       {group: (num_units,)}; over all consumers of a group together.
 
     Raises:
+      ValueError: `params` are another tree.
       TypeError: a parameter is not real floating point.
     """
     return _norms(structure, params, lambda group: group.consumers)
@@ -57,9 +59,10 @@ def scale_magnitude(structure: Structure, params: Params) -> Units:
       {group: (num_units,)}; the norm over all scales of a unit where it has several.
 
     Raises:
-      ValueError: a group has no scale.
+      ValueError: a group has no scale, or `params` are another tree.
       TypeError: a parameter is not real floating point.
     """
+    check_structure(structure, params)
     without = [name for name, group in structure.groups.items() if not group.scales]
     if without:
         raise ValueError(f"`structure` must have a scale in each group, got none in {without}.")
@@ -102,7 +105,7 @@ def random_scores(gates: Tree, *, key: PRNGKey) -> Tree:
 def _norms(
     structure: Structure, params: Params, slices: Callable[[Group], tuple[Slice, ...]]
 ) -> Units:
-    _checks.floating_tree("params", params)
+    check_structure(structure, params)
     return {
         name: _norm(slices(group), params, group.num_units)
         for name, group in structure.groups.items()

@@ -19,7 +19,11 @@ def full_masks(scores: Tree) -> Tree:
 
     Returns:
       A tree like `scores` of bool arrays, all True.
+
+    Raises:
+      TypeError: a leaf is not real floating point.
     """
+    _checks.floating_tree("scores", scores)
     return jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), scores)
 
 

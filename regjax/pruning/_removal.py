@@ -93,6 +93,12 @@ def count_cost(model_fn: ModelFn, params: Params, inputs: Tree) -> CostResult:
 
 
 def _checked_masks(structure: Structure, model: Model, unit_masks: Units) -> dict[str, np.ndarray]:
+    if not isinstance(structure, Structure):
+        raise TypeError(
+            f"`structure` must come from `find_structure`, got a {type(structure).__name__}."
+        )
+    if not isinstance(model, Model):
+        raise TypeError(f"`model` must be a `regjax.Model`, got a {type(model).__name__}.")
     _checks.same_tree("model.params", model.params, structure.params)
     found = [jnp.shape(leaf) for leaf in jax.tree.leaves(model.state)]
     # A key of dropout, if the structure was found with one, comes last.
