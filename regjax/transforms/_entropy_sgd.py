@@ -111,7 +111,7 @@ def entropy_sgd(
         if num_inner_steps == 0:
             return updates, next_state
         params = _gradients.check_whole_params(updates, params)
-        grad_fn = _gradients.check_grad_fn(grad_fn)
+        grad_fn = _gradients.checked_grad_fn(grad_fn)
         stiffness = _schedules.value_at("gamma", gamma, state.num_updates)
         has_momentum = not _schedules.is_zero(momentum)
 

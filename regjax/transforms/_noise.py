@@ -92,7 +92,7 @@ def perturbed_gradient(
     ) -> tuple[Params, PerturbedGradientState]:
         del extra
         params = _gradients.check_whole_params(updates, params)
-        grad_fn, clean = _gradients.check_grad_fn(grad_fn), params
+        grad_fn, clean = _gradients.checked_grad_fn(grad_fn), params
         sigma = _schedules.value_at("std", std, state.num_updates)
         next_key, noise_key, group_key = jax.random.split(state.key, 3)
         if not _schedules.is_zero(sigma):
@@ -186,10 +186,10 @@ def anticorrelated_noise(
         if _schedules.is_zero(sigma):
             return updates, AnticorrelatedNoiseState(count, next_key, state.noise)
         leaves, treedef = jax.tree.flatten(updates)
-        carried, places = _carried(updates, state.noise)
         weights = [None] * len(leaves)
         if params is not None:
             weights = jax.tree.leaves(_gradients.check_params(updates, params))
+        carried, places = _carried(updates, state.noise)
         drawn = _gaussian.normal_like(noise_key, [carried[i] for i in places])
         for i, noise in zip(places, drawn, strict=True):
             fresh = jnp.asarray(sigma, noise.dtype) * noise

@@ -56,10 +56,14 @@ def remove_radial(
       B. Heo et al. (2021), arXiv:2006.08217; the form and the defaults are those of the authors'
       code, the paper's body was not read.
     """
-    _checks.non_negative("threshold", threshold)
-    _checks.non_negative("weight_decay", weight_decay)
-    _checks.non_negative("weight_decay_ratio", weight_decay_ratio)
+    _checks.number("threshold", threshold)
+    _checks.number("weight_decay", weight_decay)
+    _checks.number("weight_decay_ratio", weight_decay_ratio)
     tx = optax.with_extra_args_support(tx)
+
+    def init(params: Params) -> optax.OptState:
+        _masks.floating_leaves(mask, params)
+        return tx.init(params)
 
     def update(
         grads: Params, state: optax.OptState, params: Params | None = None, **extra: object
@@ -83,7 +87,7 @@ def remove_radial(
         corrected = map(correct, leaves, jax.tree.leaves(grads), jax.tree.leaves(params), chosen)
         return jax.tree.unflatten(treedef, corrected), state
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _project(

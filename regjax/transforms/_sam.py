@@ -82,7 +82,7 @@ def sam(
     ) -> tuple[Params, SamState]:
         del extra
         params = _gradients.check_whole_params(updates, params)
-        grad_fn = _gradients.check_grad_fn(grad_fn)
+        grad_fn = _gradients.checked_grad_fn(grad_fn)
         radius = _schedules.value_at("rho", rho, state.num_updates)
         climb = functools.partial(
             ascend,
@@ -157,7 +157,7 @@ def gsam(
     ) -> tuple[Params, SamState]:
         del extra
         params = _gradients.check_whole_params(updates, params)
-        grad_fn = _gradients.check_grad_fn(grad_fn)
+        grad_fn = _gradients.checked_grad_fn(grad_fn)
         top = ascend(
             params,
             updates,
