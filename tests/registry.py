@@ -32,6 +32,7 @@ class Row(NamedTuple):
       reads_gradient: whether it stands before the optimiser and can tell if it does not.
       traced: an integer argument that must not be traced, or None.
       num_copies: how many trees like the parameters its state holds.
+      num_temporaries: as many copies of a device's parameters its update may take, at most.
       exact: what holds for the weights after each step, whatever the dtypes: a function of a
         `Step`, or None.
       skipped: check -> the reason why it does not apply.
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     reads_gradient: bool = False
     traced: str | None = None
     num_copies: int = 0
+    num_temporaries: int = 5
     exact: Callable[["Step"], None] | None = None
     skipped: Mapping[str, str] = _NONE
 
@@ -261,6 +263,7 @@ ROWS = {
         has_key=True,
         needs_grad_fn=True,
         reads_gradient=True,
+        num_temporaries=9,
         traced="num_inner_steps",
         skipped={"own_mask": "its walk is one of all parameters"},
     ),
@@ -304,6 +307,7 @@ ROWS = {
         skipped={
             "neutral": "it is the optimiser",
             "own_mask": "its curvature is that of all parameters",
+            "divided": "the rows of its Lanczos run are whole on each device",
             "explicit": "operators of curvature want automatic axes, and say so",
         },
     ),
@@ -321,6 +325,7 @@ ROWS = {
         {},
         has_key=True,
         is_last=True,
+        num_temporaries=12,  # of four learners
         skipped={**_NO_OWN_MASK, "neutral": "that of the ring is the mixing, here it is fixed"},
     ),
     "hold_masks": Row(
