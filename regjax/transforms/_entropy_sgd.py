@@ -88,8 +88,14 @@ def entropy_sgd(
         ("momentum", momentum),
     ):
         _schedules.check_size(name, value)
-    if isinstance(averaging, (int, float)) and averaging > 1:
+        if name != "gamma" and callable(value):
+            raise TypeError(
+                f"`{name}` must be a number, got a function: only gamma has a schedule."
+            )
+    known = None if callable(averaging) else _checks.on_host(averaging)
+    if known is not None and known > 1:
         raise ValueError(f"`averaging` must be at most 1, got {averaging}.")
+    _checks.boolean("scale_by_gamma", scale_by_gamma)
     check_static("num_inner_steps", num_inner_steps, 0, _MAX_INNER_STEPS)
     _checks.key("key", key)
 

@@ -79,7 +79,8 @@ def coherent_regularization(
       ValueError: `strength` is negative, or `params` is missing in `update`.
 
     References:
-      D. Park, D. Ho, X. Chang, B. Zhang (2018), arXiv:1811.08056, of which only the abstract was
+      D. H. Park et al. (2018), arXiv:1811.08056, and D. H. Park, C. M. Ho, Y. Chang (2018),
+      Achieving strong regularization for deep neural networks, of which only the abstracts were
       read.
     """
     _schedules.check_size("strength", strength)

@@ -1,7 +1,7 @@
 """Gaussian noise in the weights before the gradient, and its mirror image in the update."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,8 @@ def perturbed_gradient(
     """
     _schedules.check_size("std", std)
     _checks.key("key", key)
+    _checks.boolean("layerwise", layerwise)
+    _checks.boolean("cyclic", cyclic)
 
     def init(params: Params) -> PerturbedGradientState:
         _checks.floating_leaves("params", params)
@@ -231,12 +233,12 @@ def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
 
 def _carried(params: Params, noise: Tree) -> tuple[list[Tree], list[int]]:
     """Lists the noise of each leaf of `params`, and the places of leaves that carry some."""
+    structure: Any = jax.tree.structure(params)
     try:
-        carried = jax.tree.structure(params).flatten_up_to(noise)
+        carried = structure.flatten_up_to(noise)
     except (ValueError, TypeError):
         raise ValueError(
-            f"`state` must be that of a tree {jax.tree.structure(params)}, got noise of "
-            f"{jax.tree.structure(noise)}."
+            f"`state` must be that of a tree {structure}, got noise of {jax.tree.structure(noise)}."
         ) from None
     return carried, [i for i, xi in enumerate(carried) if not isinstance(xi, optax.MaskedNode)]
 

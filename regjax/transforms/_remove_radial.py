@@ -10,6 +10,7 @@ from regjax._base import Params
 from regjax.transforms import _gradients, _masks
 from regjax.transforms._masks import MaskOrFunction
 from regjax.transforms._static_args import static_args
+from regjax.transforms._wrappers import with_extra_args
 
 
 @static_args("tx", "mask")
@@ -59,7 +60,7 @@ def remove_radial(
     _checks.number("threshold", threshold)
     _checks.number("weight_decay", weight_decay)
     _checks.number("weight_decay_ratio", weight_decay_ratio)
-    tx = optax.with_extra_args_support(tx)
+    tx = with_extra_args(tx)
 
     def init(params: Params) -> optax.OptState:
         _masks.floating_leaves(mask, params)

@@ -108,6 +108,7 @@ def spectral_controller(
     if every is not None:
         check_static("every", every, 1)
     _check_options(num_steps, smallest_ratio, max_momentum)
+    _checks.boolean("nesterov", nesterov)
 
     def init(params: Params) -> SpectralControllerState:
         _checks.floating_leaves("params", params)
@@ -139,8 +140,7 @@ def spectral_controller(
         _checks.same_tree("updates", updates, state.velocity)
         if every is not None and jax.tree.leaves(updates):
             params = _gradients.check_whole_params(updates, params)
-            if grad_fn is not None or curvature_grad_fn is None:
-                grad_fn = _gradients.check_grad_fn(grad_fn)
+            if grad_fn is not None:
                 _gradients.check_is_first(
                     updates,
                     None,
@@ -149,7 +149,7 @@ def spectral_controller(
                     count=state.num_updates,
                 )
             if curvature_grad_fn is None:
-                curvature_grad_fn = Partial(_first, as_partial(grad_fn))
+                curvature_grad_fn = Partial(_first, as_partial(_gradients.check_grad_fn(grad_fn)))
             state = _loops.cond(
                 state.num_updates % every == 0,
                 lambda state: refresh_spectral_controller(
