@@ -43,6 +43,12 @@ def positive(name: str, value: Number, *, finite: bool = False) -> Number:
     return value
 
 
+def real(name: str, value: Number) -> Number:
+    """Returns `value`, a real number or an array of them; NaN is one."""
+    _known(name, value)
+    return value
+
+
 def number(name: str, value: Number, *, above_zero: bool = False) -> Number:
     """Returns `value`, a single finite number that is not negative, as far as it is known."""
     (positive if above_zero else non_negative)(name, value, finite=True)
@@ -120,6 +126,14 @@ def key(name: str, value: object) -> jax.Array:
     return value
 
 
+def _dtype(leaf: object) -> Any:
+    """The type of a leaf; that of Python for what is no number."""
+    try:
+        return jnp.result_type(leaf)
+    except (TypeError, ValueError):
+        return type(leaf)
+
+
 def floating_tree(name: str, tree: _Tree) -> _Tree:
     """Returns `tree` if it has leaves and all of them are real floating-point arrays."""
     if not jax.tree.leaves(tree):
@@ -131,10 +145,11 @@ def floating_leaves(name: str, tree: _Tree, chosen: Sequence[bool] | None = None
     """Returns `tree`, perhaps without leaves, if all or the chosen ones are real floating point."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for (path, leaf), choose in zip(leaves, chosen or [True] * len(leaves), strict=True):
-        dtype = jnp.result_type(leaf) if choose else jnp.float32
+        dtype = _dtype(leaf) if choose else jnp.float32
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"`{name}{jax.tree_util.keystr(path)}` must be real floating point, got {dtype}."
+                f"`{name}{jax.tree_util.keystr(path)}` must be real floating point, got "
+                f"{getattr(dtype, '__name__', dtype)}."
             )
     return tree
 

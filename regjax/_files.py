@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from regjax import _archive
+from regjax._archive import shown as shown
 from regjax._base import Tree
 from regjax._disk import CheckpointError as CheckpointError
 from regjax._disk import DamagedError as DamagedError
@@ -30,6 +31,7 @@ from regjax._disk import MissingError as MissingError
 from regjax._disk import RefusedError as RefusedError
 from regjax._disk import locked as locked
 from regjax._disk import regular_file as regular_file
+from regjax._disk import remove_leftovers as remove_leftovers
 from regjax._disk import replacing as replacing
 
 Json: TypeAlias = dict[str, Any]
@@ -204,15 +206,12 @@ def _check_table(path: Path, table: Json, named: list[tuple[str, Tree]]) -> None
         if name not in table:
             raise CheckpointError(f"{rule}the leaf {name} must be there, got a file without it.")
         if name not in expected:
-            raise CheckpointError(
-                f"{rule}it must have no leaf {_archive.shown(name)}, got a file with it."
-            )
+            raise CheckpointError(f"{rule}it must have no leaf {shown(name)}, got a file with it.")
         for property_ in ("shape", "dtype"):
             found, wanted = table[name][property_], expected[name][property_]
             if found != wanted:
                 raise CheckpointError(
-                    f"{rule}the leaf {name} must have {property_} {wanted}, got "
-                    f"{_archive.shown(found)}."
+                    f"{rule}the leaf {name} must have {property_} {wanted}, got {shown(found)}."
                 )
 
 
@@ -227,13 +226,13 @@ def _read_header(path: Path, archive: zipfile.ZipFile) -> Json:
     if header.get("version") != _VERSION:
         raise VersionError(
             f"{path} must have schema version {_VERSION}, the one that this regjax reads, got "
-            f"{_archive.shown(header.get('version'))}."
+            f"{shown(header.get('version'))}."
         )
     leaves, metadata = header.get("leaves"), header.get("metadata")
     if not isinstance(leaves, list) or not all(map(_is_row, leaves)):
         raise CheckpointError(f"{path} must have a table of its leaves, got a file without one.")
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path} must have metadata by name, got {_archive.shown(metadata)}.")
+        raise CheckpointError(f"{path} must have metadata by name, got {shown(metadata)}.")
     return header
 
 
@@ -258,7 +257,7 @@ def _key(path: Path, name: str, leaf: Any, implementation: object, stored: np.nd
         pass
     raise CheckpointError(
         f"{path} must hold a key of the kind {leaf.dtype} for the leaf {name}, got "
-        f"{_archive.shown(implementation)}."
+        f"{shown(implementation)}."
     )
 
 
