@@ -113,7 +113,7 @@ def entropy_sgd(
     ) -> tuple[Params, EntropySgdState]:
         del extra
         next_key, noise_key = jax.random.split(state.key)
-        next_state = EntropySgdState(state.num_updates + 1, next_key)
+        next_state = EntropySgdState(optax.safe_increment(state.num_updates), next_key)
         if num_inner_steps == 0:
             return updates, next_state
         params = _gradients.check_whole_params(updates, params)

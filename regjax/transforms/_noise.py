@@ -184,7 +184,10 @@ def anticorrelated_noise(
     ) -> tuple[Params, AnticorrelatedNoiseState]:
         del extra
         next_key, noise_key = jax.random.split(state.key)
-        sigma, count = _schedules.value_at("std", std, state.num_updates), state.num_updates + 1
+        sigma, count = (
+            _schedules.value_at("std", std, state.num_updates),
+            optax.safe_increment(state.num_updates),
+        )
         if _schedules.is_zero(sigma):
             return updates, AnticorrelatedNoiseState(count, next_key, state.noise)
         leaves, treedef = jax.tree.flatten(updates)

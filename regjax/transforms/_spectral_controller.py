@@ -226,7 +226,7 @@ def _accelerated(state: SpectralControllerState, velocity: Params, grads: Params
         wide = _tree.wide(v)
         momentum = state.momentum.astype(wide.dtype)
         rate = state.learning_rate.astype(wide.dtype)
-        return (momentum * wide - rate * g.astype(wide.dtype)).astype(v.dtype)
+        return (momentum * wide - rate * jnp.asarray(g, wide.dtype)).astype(jnp.result_type(v))
 
     return jax.tree.map(combine, velocity, grads)
 
