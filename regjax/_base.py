@@ -32,7 +32,7 @@ State: TypeAlias = Any
 """Tree of what a model keeps beside its parameters: batch statistics, counts, keys."""
 
 Mask: TypeAlias = Any
-"""Tree of Python bools like the parameters, or None for all leaves."""
+"""Tree of bools like the parameters or an upper part of it, or None for all leaves."""
 
 Tree: TypeAlias = Any
 """Any other tree of arrays; what its leaves are is said where it is used."""

@@ -53,8 +53,7 @@ def real(name: str, value: Number, *, finite: bool = False) -> Number:
 def number(name: str, value: Number, *, above_zero: bool = False) -> Number:
     """Returns `value`, a single finite number that is not negative, as far as it is known."""
     (positive if above_zero else non_negative)(name, value, finite=True)
-    shape = getattr(value, "shape", ())
-    if shape:
+    if shape := getattr(value, "shape", ()):
         raise ValueError(f"`{name}` must be a single number, got shape {shape}.")
     return value
 
@@ -134,6 +133,13 @@ def finite_tree(name: str, tree: _Tree) -> _Tree:
             what = "NaN" if np.isnan(known).any() else "infinity"
             raise ValueError(f"`{name}{jax.tree_util.keystr(path)}` must be finite, got {what}.")
     return tree
+
+
+def boolean(name: str, value: object) -> bool:
+    """Returns `value` if it is a Python bool: of anything else it is not known what it says."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return value
 
 
 def choice(name: str, value: str, allowed: Sequence[str]) -> str:
@@ -250,7 +256,8 @@ def prefix_leaves(name: str, tree: _Tree, like: _Tree) -> list[Any]:
     """
     if not jax.tree.leaves(like):
         return []
-    leaves, structure = jax.tree.flatten(tree)
+    leaves = jax.tree.leaves(tree)
+    structure: Any = jax.tree.structure(tree)
     try:
         below = structure.flatten_up_to(like)
     except (ValueError, TypeError):
@@ -262,12 +269,12 @@ def prefix_leaves(name: str, tree: _Tree, like: _Tree) -> list[Any]:
 
 
 def _bool(name: str, value: object) -> bool:
-    is_known = not isinstance(value, jax.core.Tracer) and jnp.shape(value) == ()
-    if not is_known or not isinstance(value, (bool, np.bool_, np.ndarray, jax.Array)):
-        raise TypeError(f"`{name}` must hold bools that are no arrays, got {value!r}.")
-    if getattr(value, "dtype", np.dtype(bool)) != np.dtype(bool):
-        raise TypeError(f"`{name}` must hold bools, got {value!r}.")
-    return bool(value)
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    known = on_host(value) if isinstance(value, (np.ndarray, jax.Array)) else None
+    if known is None or known.shape or known.dtype != np.bool_:
+        raise TypeError(f"`{name}` must hold Python bools, or single ones of NumPy, got {value!r}.")
+    return bool(known)
 
 
 def num_examples(batch: _Tree) -> int:

@@ -93,6 +93,7 @@ def gossip_average(
         count = lax.pmax(state.num_updates, axis_name)
         mixed = mixing(params, count, axis_name)
         if mixed is not params:
+            _checks.same_tree("mixing(params, count, axis_name)", mixed, params)
             updates = jax.tree.map(_added, updates, mixed, params)
         return updates, GossipAverageState(state.num_updates + 1)
 
@@ -155,9 +156,10 @@ def _num_stacked(params: Params) -> int:
     """Returns the length of the leading axis that all leaves share."""
     leaves = jax.tree.leaves(_checks.floating_tree("params", params))
     lengths = {jnp.shape(leaf)[:1] for leaf in leaves}
-    if len(lengths) != 1 or () in lengths:
+    if len(lengths) != 1 or () in lengths or (0,) in lengths:
         found = ", ".join(str(jnp.shape(leaf)) for leaf in leaves)
         raise ValueError(
-            f"`params` must have one leading axis of learners in all leaves, got shapes {found}."
+            "`params` must have one leading axis of learners, one at least, in all leaves, got "
+            f"shapes {found}."
         )
     return int(next(iter(lengths))[0])

@@ -79,7 +79,8 @@ def coherent_regularization(
       ValueError: `strength` is negative, or `params` is missing in `update`.
 
     References:
-      D. Park, D. Ho, X. Chang, B. Zhang (2018), arXiv:1811.08056, of which only the abstract was
+      D. H. Park et al. (2018), arXiv:1811.08056, and D. H. Park, C. M. Ho, Y. Chang (2018),
+      Achieving strong regularization for deep neural networks, of which only the abstracts were
       read.
     """
     _schedules.check_size("strength", strength)
@@ -105,22 +106,24 @@ def coherent_regularization(
         chosen = _masks.mask_leaves(mask, params)
         weight = _schedules.value_at("strength", strength, state.num_updates)
         if _schedules.is_zero(weight):
-            return updates, state._replace(num_updates=state.num_updates + 1)
+            return updates, state._replace(num_updates=optax.safe_increment(state.num_updates))
         places = [i for i, choose in enumerate(chosen) if choose]
         weights = jax.tree.leaves(params)
         # In the wider dtype of both, or a small penalty would be lost beside the gradient.
         dtypes = [_gradients.sum_dtype(leaves[i], weights[i]) for i in places]
-        grads = [leaves[i].astype(dtype) for i, dtype in zip(places, dtypes, strict=True)]
+        grads = [jnp.asarray(leaves[i], dtype) for i, dtype in zip(places, dtypes, strict=True)]
         slopes = [_checked(penalty(weights[i]), weights[i]) for i in places]
         added = [
-            jnp.asarray(weight, dtype) * slope.astype(dtype)
+            jnp.asarray(weight, dtype) * jnp.asarray(slope, dtype)
             for slope, dtype in zip(slopes, dtypes, strict=True)
         ]
         on, gate_state = gate.decide(grads, added, state.gate, state.num_updates)
         for i, grad, extra_grad in zip(places, grads, added, strict=True):
             leaves[i] = jnp.where(on, grad + extra_grad, grad)
         num_on = state.num_on + on.astype(jnp.int32)
-        state = CoherentRegularizationState(state.num_updates + 1, gate_state, on, num_on)
+        state = CoherentRegularizationState(
+            optax.safe_increment(state.num_updates), gate_state, on, num_on
+        )
         return jax.tree.unflatten(treedef, leaves), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -296,7 +299,7 @@ def soft_threshold(
         del extra
         params = _gradients.check_params(updates, params)
         cut = _schedules.value_at("threshold", threshold, state.num_updates)
-        state = SoftThresholdState(state.num_updates + 1)
+        state = SoftThresholdState(optax.safe_increment(state.num_updates))
         if _schedules.is_zero(cut):
             return updates, state
         leaves, treedef = jax.tree.flatten(updates)

@@ -82,7 +82,7 @@ def sam(
     ) -> tuple[Params, SamState]:
         del extra
         params = _gradients.check_whole_params(updates, params)
-        grad_fn = _gradients.check_grad_fn(grad_fn)
+        grad_fn = _gradients.checked_grad_fn(grad_fn)
         radius = _schedules.value_at("rho", rho, state.num_updates)
         climb = functools.partial(
             ascend,
@@ -106,7 +106,7 @@ def sam(
         _gradients.check_is_first(
             updates, new, grad_fn=grad_fn, params=params, count=state.num_updates
         )
-        return _gradients.like(new, updates), SamState(state.num_updates + 1)
+        return _gradients.like(new, updates), SamState(optax.safe_increment(state.num_updates))
 
     return optax.GradientTransformationExtraArgs(_init, update)
 
@@ -157,7 +157,7 @@ def gsam(
     ) -> tuple[Params, SamState]:
         del extra
         params = _gradients.check_whole_params(updates, params)
-        grad_fn = _gradients.check_grad_fn(grad_fn)
+        grad_fn = _gradients.checked_grad_fn(grad_fn)
         top = ascend(
             params,
             updates,
@@ -172,7 +172,7 @@ def gsam(
         )
         if not _schedules.is_zero(weight):
             new = _less_orthogonal(new, updates, weight)
-        return _gradients.like(new, updates), SamState(state.num_updates + 1)
+        return _gradients.like(new, updates), SamState(optax.safe_increment(state.num_updates))
 
     return optax.GradientTransformationExtraArgs(_init, update)
 

@@ -108,6 +108,7 @@ def spectral_controller(
     if every is not None:
         check_static("every", every, 1)
     _check_options(num_steps, smallest_ratio, max_momentum)
+    _checks.boolean("nesterov", nesterov)
 
     def init(params: Params) -> SpectralControllerState:
         _checks.floating_leaves("params", params)
@@ -139,6 +140,14 @@ def spectral_controller(
         _checks.same_tree("updates", updates, state.velocity)
         if every is not None and jax.tree.leaves(updates):
             params = _gradients.check_whole_params(updates, params)
+            if grad_fn is not None:
+                _gradients.check_is_first(
+                    updates,
+                    None,
+                    grad_fn=_gradients.checked_grad_fn(grad_fn),
+                    params=params,
+                    count=state.num_updates,
+                )
             if curvature_grad_fn is None:
                 curvature_grad_fn = Partial(_first, as_partial(_gradients.check_grad_fn(grad_fn)))
             state = _loops.cond(
@@ -217,7 +226,7 @@ def _accelerated(state: SpectralControllerState, velocity: Params, grads: Params
         wide = _tree.wide(v)
         momentum = state.momentum.astype(wide.dtype)
         rate = state.learning_rate.astype(wide.dtype)
-        return (momentum * wide - rate * g.astype(wide.dtype)).astype(v.dtype)
+        return (momentum * wide - rate * jnp.asarray(g, wide.dtype)).astype(jnp.result_type(v))
 
     return jax.tree.map(combine, velocity, grads)
 

@@ -116,9 +116,8 @@ def test_what_is_evaluated_carries_no_noise(tmp_path):
     result = train(settings, dataset, path=tmp_path / "checkpoint.npz")
     weights = state_in(tmp_path / "checkpoint.npz", settings, dataset).weights
     noise = weights.optimizer_state[-1].noise
-    for ours, noisy, xi in zip(
-        jax.tree.leaves(result.model.params), jax.tree.leaves(weights.params), noise, strict=True
-    ):
+    trees = map(jax.tree.leaves, (result.model.params, weights.params, noise))
+    for ours, noisy, xi in zip(*trees, strict=True):
         np.testing.assert_array_equal(ours, noisy - xi)
         assert jnp.abs(xi).max() > 1e-3
 
