@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from regjax._files import CheckpointError
-from regjax.experiments import _compare, _help, _landscape_run, _record, _report, _spectrum_run
+from regjax.experiments import (
+    _compare,
+    _help,
+    _landscape_run,
+    _record,
+    _report,
+    _seeds,
+    _spectrum_run,
+)
 from regjax.experiments._data import DataError
 from regjax.experiments._effects import check_effects
+from regjax.experiments._folder import CHECKPOINT, out_dir
 from regjax.experiments._options import UsageError
 from regjax.experiments._progress import Bar
 from regjax.experiments._settings import (
@@ -23,7 +32,7 @@ from regjax.experiments._settings import (
     SpectrumSettings,
     TrainSettings,
     checkpoint_path,
-    out_dir,
+    is_comparison,
     with_training_options,
 )
 from regjax.experiments._training import TrainingError, read_run
@@ -77,7 +86,7 @@ def _run(words: list[str], bar: Bar) -> int:
     _check_device()
     validate(settings)
     compared: list[TrainSettings] = []
-    if isinstance(settings, SpectrumSettings | LandscapeSettings):
+    if is_comparison(settings):
         compared = [*_compare.compared_settings(settings).values()]
     check_effects(given_options(command, own), settings, compared)
     try:
@@ -93,11 +102,10 @@ def _run(words: list[str], bar: Bar) -> int:
 
 def _results(settings: TrainSettings, bar: Bar) -> tuple[str, bool]:
     """Runs what `settings` describe; returns what is to be printed, and whether all learned."""
-    if isinstance(settings, SpectrumSettings | LandscapeSettings) and settings.compare:
+    if is_comparison(settings):
         records = _compare.run_compare(settings, bar)
-        is_spectrum = isinstance(settings, SpectrumSettings)
-        text = _report.comparison_text if is_spectrum else _report.landscapes_text
-        return text(records), all(map(_report.has_learned, records.values()))
+        learned = all(_report.has_learned(record) for of in records.values() for record in of)
+        return _compared_text(settings, records), learned
     if isinstance(settings, LandscapeSettings):
         record = _landscape_run.run_landscape(settings, bar)
         parts = [_report.training_text(record), _report.landscape_text(record)]
@@ -108,6 +116,16 @@ def _results(settings: TrainSettings, bar: Bar) -> tuple[str, bool]:
         record = _spectrum_run.run_train(settings, bar)
         parts = [_report.training_text(record)]
     return "\n\n".join(parts), _report.has_learned(record)
+
+
+def _compared_text(settings: TrainSettings, records: dict[str, list[_record.Record]]) -> str:
+    if settings.seeds > 1:
+        return _seeds.seeds_text(records)
+    text = _report.trainings_text
+    if isinstance(settings, SpectrumSettings | LandscapeSettings):
+        is_spectrum = isinstance(settings, SpectrumSettings)
+        text = _report.comparison_text if is_spectrum else _report.landscapes_text
+    return text(_compare.first_seeds(records))
 
 
 def _chosen(command: str, words: list[str]) -> TrainSettings:
@@ -126,8 +144,8 @@ def _from_checkpoint(command: str, words: list[str], settings: TrainSettings) ->
     """
     if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:
         path = checkpoint_path(settings.checkpoint)
-    elif settings.resume and not getattr(settings, "compare", None):
-        path = out_dir(settings) / "checkpoint.npz"
+    elif settings.resume and not is_comparison(settings):
+        path = out_dir(settings) / CHECKPOINT
     else:
         return settings
     stored, _, _ = read_run(path)

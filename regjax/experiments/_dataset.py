@@ -1,9 +1,12 @@
 """What a data set is: the arrays a run gets, and what a source of them hands over."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from regjax import _files
 
 
 class DataError(ValueError):
@@ -54,6 +57,18 @@ class Source(NamedTuple):
     test: Split
     num_classes: int
     source: str
+
+
+def check_file(path: Path) -> None:
+    """Checks that data come from a file with an end, which can be read.
+
+    Raises:
+      DataError: it is a pipe, a device or a folder, or may not be read.
+    """
+    try:
+        _files.regular_file(path, kind="a file of data")
+    except _files.CheckpointError as error:
+        raise DataError(str(error)) from None
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray) -> Split:

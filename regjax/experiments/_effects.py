@@ -9,7 +9,10 @@ from regjax.experiments._options import UsageError, option
 from regjax.experiments._settings import TrainSettings, value_of
 
 # They belong to a comparison as a whole.
-COMMON = ("compare", "checkpoint", "resume", "out")
+COMMON = (
+    *("compare", "seeds", "checkpoint", "resume", "overwrite", "out"),
+    *("figure", "figure_width"),
+)
 
 _TRAINING = "training, and nothing is trained with --checkpoint"
 _WITH_STATISTICS = [name for name, kind in NORMALIZATIONS.items() if kind.has_batch_statistics]
@@ -29,6 +32,7 @@ _NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint_seconds": (_trains, _TRAINING),
     "device_bytes": (_trains, _TRAINING),
     "resume": (_trains, _TRAINING),
+    "seeds": (_trains, _TRAINING),
     "num_samples": (lambda settings: settings.matrix == "fisher", "--matrix fisher"),
     "batch_norm_mode": (
         lambda settings: (

@@ -29,8 +29,8 @@ _GROUPS = {
         "optimizer", "learning_rate", "momentum", "weight_decay", "transformation", "epochs",
         "batch_size", "seed", "checkpoint_seconds", "resume", "device_bytes",
     ),
-    "comparison": ("compare",),
-    "output": ("out",),
+    "comparison": ("compare", "seeds"),
+    "output": ("out", "overwrite", "figure", "figure_width"),
 }  # fmt: skip
 _REST = "analysis"
 _EXAMPLES = {
@@ -41,7 +41,7 @@ _EXAMPLES = {
     ),
     "spectrum": (
         "{program} spectrum",
-        "{program} spectrum --compare sgd sam sam,rho=0.2",
+        "{program} spectrum --compare sgd sam sam,rho=0.2 --seeds 5",
         "{program} spectrum --checkpoint runs/sam --blocks layers --report",
         "{program} spectrum --transformation sam --help",
     ),

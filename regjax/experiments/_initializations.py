@@ -127,11 +127,11 @@ class Gradinit(Initialization):
     first_step: Literal["sgd", "adam"] = "sgd"
     """Simulated optimizer step whose resulting loss is minimized."""
 
-    first_step_learning_rate: float = 0.1
-    """Learning rate of the simulated step."""
+    first_step_learning_rate: float | None = None
+    """Learning rate of the simulated step. None: 0.1 with sgd, 1e-3 with adam."""
 
-    clip: float = 1.0
-    """Bound of each scale's derivative."""
+    clip: float | None = None
+    """Bound of each scale's derivative. None: 1 with sgd, 1e8 with adam."""
 
     second_order: bool = False
     """Differentiate through the step."""
@@ -164,9 +164,11 @@ class Gradinit(Initialization):
         """Checks the ranges of the options."""
         for name in ("num_iterations", "half_batch"):
             _checks.integer(name, getattr(self, name))
-        _checks.positive("first_step_learning_rate", self.first_step_learning_rate)
+        if self.first_step_learning_rate is not None:
+            _checks.positive("first_step_learning_rate", self.first_step_learning_rate)
         for name in ("gradient_norm_bound", "learning_rate", "clip"):
-            _checks.non_negative(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                _checks.non_negative(name, getattr(self, name))
 
     def batch_sizes(self) -> dict[str, int]:
         """Returns the size of a half batch."""

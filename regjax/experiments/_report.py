@@ -30,7 +30,7 @@ def training_text(record: Record) -> str:
         ["accuracy", *accuracy, f"{numbers['accuracy_gap']:.2%}"],
     ]
     failure = record["training"]["failure"]
-    parts = [_wrapped(header), _table(rows), *([] if failure is None else [_wrapped(failure)])]
+    parts = [_wrapped(header), table(rows), *([] if failure is None else [_wrapped(failure)])]
     return "\n\n".join(parts)
 
 
@@ -62,7 +62,15 @@ def comparison_text(records: dict[str, Record]) -> str:
         shared = {**_COMPARED, **_GEOMETRY}
     for name, text in shared.items():
         rows.append([name, *(text(record) for record in records.values())])
-    return "\n\n".join([_table(rows), *_failures(records), _LEGEND])
+    return "\n\n".join([table(rows), *failures(records), _ONE_SEED, _LEGEND])
+
+
+def trainings_text(records: dict[str, Record]) -> str:
+    """Makes one column for each record."""
+    rows = [["", *records], *_remarks(records)]
+    names = {name: text for name, text in _COMPARED.items() if name not in _OF_SPECTRUM}
+    rows += [[name, *map(text, records.values())] for name, text in names.items()]
+    return "\n\n".join([table(rows), *failures(records), _ONE_SEED])
 
 
 def landscape_text(record: Record) -> str:
@@ -74,7 +82,7 @@ def landscape_text(record: Record) -> str:
         f"{surface['seconds']:.1f} s{_mode(record)}; probes of {probe['num_examples']} examples"
     )
     rows = [[name, text(record)] for name, text in _LANDSCAPE.items()]
-    return f"{_wrapped(header)}\n\n{_table(rows)}\n\n{_LANDSCAPE_LEGEND}"
+    return f"{_wrapped(header)}\n\n{table(rows)}\n\n{_LANDSCAPE_LEGEND}"
 
 
 def landscapes_text(records: dict[str, Record]) -> str:
@@ -83,7 +91,7 @@ def landscapes_text(records: dict[str, Record]) -> str:
     names = {name: text for name, text in _COMPARED.items() if name not in _OF_SPECTRUM}
     for name, text in {**names, **_LANDSCAPE}.items():
         rows.append([name, *(text(record) for record in records.values())])
-    return "\n\n".join([_table(rows), *_failures(records), _LANDSCAPE_LEGEND])
+    return "\n\n".join([table(rows), *failures(records), _ONE_SEED, _LANDSCAPE_LEGEND])
 
 
 def with_error(value: float | None, error: float | None) -> str:
@@ -122,7 +130,7 @@ def _block_text(what: str, name: str, block: Record) -> str:
         [f"eigenvalues within ±{zero:.3g}", _estimate(counts["near_zero"])],
         [f"eigenvalues below -{zero:.3g}", _estimate(counts["negative"])],
     ]
-    return f"{_wrapped(header)}\n\n{_table(rows)}"
+    return f"{_wrapped(header)}\n\n{table(rows)}"
 
 
 def _geometry_text(record: Record) -> str:
@@ -133,7 +141,7 @@ def _geometry_text(record: Record) -> str:
         f"{sharpness['num_examples']}, {sharpness['mode']} mode, {which}"
     )
     rows = [[name, text(record)] for name, text in _GEOMETRY.items()]
-    return f"{_wrapped(header)}\n\n{_table(rows)}"
+    return f"{_wrapped(header)}\n\n{table(rows)}"
 
 
 def _epochs(record: Record) -> str:
@@ -149,7 +157,8 @@ def _epochs(record: Record) -> str:
 def _mode(record: Record) -> str:
     """Says in which mode batch norm is looked at, if the network has some."""
     options = record["settings"]
-    if not NORMALIZATIONS[options["normalization"]].has_batch_statistics:
+    has_statistics = NORMALIZATIONS[options["normalization"]].has_batch_statistics
+    if not has_statistics or "batch_norm_mode" not in options:
         return ""
     mode = options["batch_norm_mode"]
     chunks = f" of {options['chunk_size']}" if mode == "train_per_chunk" else ""
@@ -168,7 +177,8 @@ def _remarks(records: dict[str, Record]) -> list[list[str]]:
     return rows
 
 
-def _failures(records: dict[str, Record]) -> list[str]:
+def failures(records: dict[str, Record]) -> list[str]:
+    """Says of each network that did not learn what went wrong."""
     failures = {name: record["training"]["failure"] for name, record in records.items()}
     return [_wrapped(f"{name}: {text}") for name, text in failures.items() if text is not None]
 
@@ -181,7 +191,7 @@ def _estimate(entry: Record) -> str:
     return with_error(entry["value"], entry["standard_error"])
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
     """Sets rows in columns, the first to the left; columns that are too many go below."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     parts: list[list[int]] = [[]]
@@ -218,6 +228,10 @@ def _largest(record: Record) -> str:
     return with_error(values[0], bounds[0])
 
 
+_ONE_SEED = (
+    "All of one seed: others give other numbers, and no ± here says how far apart.\n"
+    "--seeds 5 trains each network five times."
+)
 _LEGEND = (
     "For eigenvalues and sharpness, ± bounds the distance to a true eigenvalue.\n"
     "Elsewhere it is one standard error from the random probes; quadrature error is\n"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -99,20 +98,28 @@ class TrainSettings:
     checkpoint_seconds: float = 5.0
     """Minimum seconds between checkpoints; 0 saves every epoch. The last is always saved."""
 
+    compare: tuple[str, ...] = ()
+    """Settings to run side by side: each is a comma-separated list of OPTION=VALUE, or of words
+    that stand for one, such as sgd sam,rho=0.1 batch,seed=1."""
+
+    seeds: int = 1
+    """Train each network with so many seeds, --seed and those after it: mean, deviation, and the
+    difference to the first network seed by seed."""
+
     resume: bool = False
     """Continue from the checkpoint in --out."""
 
+    overwrite: bool = False
+    """Replace what another run has left in --out."""
+
     out: Path | None = None
-    """Folder of the results. Default: runs/DATA-MODEL, or the folder of --checkpoint."""
+    """Folder of the results. Default: one under runs/ that is named after the options, or the
+    folder of --checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisSettings(TrainSettings):
     """Train a network on images, or read a checkpoint, and analyse it."""
-
-    compare: tuple[str, ...] = ()
-    """Settings to run side by side: each is a comma-separated list of OPTION=VALUE, or of words
-    that stand for one, such as sgd sam,rho=0.1 batch,seed=1."""
 
     checkpoint: Path | None = None
     """Analyse this checkpoint, or the one in this folder, instead of training."""
@@ -123,6 +130,12 @@ class AnalysisSettings(TrainSettings):
 
     chunk_size: int = 2048
     """Examples per pass of the analysis; less memory with fewer."""
+
+    figure: Literal["png", "pdf", "svg"] = "png"
+    """Format of the figures."""
+
+    figure_width: Literal["page", "column"] = "page"
+    """Width of the figures: 6.8 or 3.3 inches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +201,19 @@ class LandscapeSettings(AnalysisSettings):
 
 
 # Options that say where and how a run works, and not what comes out.
-_INCIDENTAL = ("data_dir", "device_bytes", "checkpoint_seconds", "resume", "out")
+INCIDENTAL = (
+    "data_dir",
+    "device_bytes",
+    "checkpoint_seconds",
+    "resume",
+    "overwrite",
+    "out",
+    "checkpoint",
+    "figure",
+    "figure_width",
+)
+# Options of several networks side by side.
+COMPARISON = ("compare", "seeds")
 _LEARNING_RATES = {"sgd": 0.05, "adam": 1e-3}
 _MOMENTUM = 0.9
 
@@ -240,6 +265,11 @@ def num_shards(settings: TrainSettings) -> int:
     return transformation(settings).count_shards()
 
 
+def is_comparison(settings: TrainSettings) -> bool:
+    """Tells whether more than one network is trained or analysed."""
+    return bool(settings.compare) or settings.seeds > 1
+
+
 def option_types(settings_type: type) -> dict[str, Any]:
     """Returns the type of each option by name; "sam.rho" is `rho` of the field `sam`."""
     types: dict[str, Any] = {}
@@ -252,15 +282,6 @@ def option_types(settings_type: type) -> dict[str, Any]:
     return types
 
 
-def out_dir(settings: TrainSettings) -> Path:
-    """Returns the folder of the results."""
-    if settings.out is not None:
-        return settings.out
-    if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:
-        return checkpoint_path(settings.checkpoint).parent
-    return Path("runs") / re.sub(r"[^\w.-]+", "_", f"{settings.data}-{settings.model}")
-
-
 def checkpoint_path(path: Path) -> Path:
     """Returns the checkpoint that a folder or a file name stands for."""
     return path / "checkpoint.npz" if path.is_dir() else path
@@ -271,7 +292,7 @@ def training_options(settings: TrainSettings) -> dict[str, Any]:
     values = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(TrainSettings)
-        if field.name not in _INCIDENTAL
+        if field.name not in (*INCIDENTAL, *COMPARISON)
     }
     options = {name: value for name, value in values.items() if not dataclasses.is_dataclass(value)}
     usual = {
@@ -309,19 +330,8 @@ def replace(settings: Settings, changes: dict[str, Any]) -> Settings:
 
 
 def with_training_options(settings: Settings, stored: dict[str, Any]) -> Settings:
-    """Returns `settings` with the options of a checkpoint; those that it does not know stay.
-
-    Raises:
-      UsageError: the checkpoint holds an option that this version does not have.
-    """
-    try:
-        return replace(settings, stored)
-    except (AttributeError, TypeError):
-        known = set(option_types(type(settings)))
-        unknown = sorted(set(stored) - known)[0]
-        raise UsageError(
-            f"The checkpoint has the unknown option {unknown}: another version's."
-        ) from None
+    """Returns `settings` with the options of a checkpoint, as `read_run` has checked them."""
+    return replace(settings, stored)
 
 
 def check_same_training(

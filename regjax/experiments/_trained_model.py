@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from regjax import _files
 from regjax._adapters import Model
+from regjax.experiments._checkpoint import read_run, read_shape
 from regjax.experiments._dataset import Dataset
 from regjax.experiments._inputs import check_precision, measure_scaling, normalize
 from regjax.experiments._network import build
 from regjax.experiments._settings import TrainSettings, checkpoint_path, with_training_options
-from regjax.experiments._training import initial_state, read_run, trained_model
+from regjax.experiments._training import initial_state, trained_model
 from regjax.experiments._validation import validate
 
 
@@ -23,7 +24,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
 
         dataset = experiments.load("digits")
         inputs, _ = experiments.scaled_inputs(dataset)
-        model = experiments.load_model("runs/digits-mlp")
+        model = experiments.load_model("runs/mine")
         loss_fn = regjax.model_loss(model, cross_entropy)
         curvature.hessian(loss_fn, model.params, inputs, dataset.train_targets)
 
@@ -47,15 +48,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         check_precision(settings.dtype)
     except ValueError as error:
         raise _files.CheckpointError(f"{file} cannot be loaded: {error}") from None
-    metadata = _files.read_metadata(file)
-    shape, num_classes = metadata.get("input_shape"), metadata.get("num_classes")
-    numbers = [*(shape if isinstance(shape, list) else []), num_classes]
-    if len(numbers) != 4 or not all(type(number) is int and number > 0 for number in numbers):
-        raise _files.CheckpointError(
-            f"{file} must say the shape of its inputs and the number of classes, got {shape!r} and "
-            f"{num_classes!r}."
-        )
-    model = build(settings, tuple(numbers[:3]), numbers[3])
+    model = build(settings, *read_shape(file))
     state = _files.load(file, initial_state(settings, model))
     return trained_model(settings, model, state.weights)
 
