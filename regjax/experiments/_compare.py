@@ -223,7 +223,7 @@ def _option_of(word: str, settings: TrainSettings) -> str:
         named = " or ".join(f"{name}={word}" for name in names)
         raise UsageError(f"--compare must say which option is meant, {named}, got {word!r}.")
     known = [word for hint in types.values() for word in choices(hint)]
-    hint_text = did_you_mean(word, known) or f" ({', '.join(dict.fromkeys(known))})"
+    hint_text = did_you_mean(word, known) if word else ""
     raise UsageError(
         f"--compare must be OPTION=VALUE or a word that is the value of one, got {word!r}"
         f"{hint_text}."

@@ -41,13 +41,11 @@ def has_learned(record: Record) -> bool:
 
 def spectrum_text(record: Record) -> str:
     """Lists the eigenvalues with their bounds and the summary of the density, block by block."""
-    options, number = record["settings"], record["num_curvature_examples"]
-    asked = options["curvature_examples"] or record["data"]["num_train"]
-    share = "" if number == asked else f" of {asked}"
-    divided = "" if number == asked else f" (what divides evenly with --mesh {options['mesh']})"
+    options, count = record["settings"], _divided_count(record)
+    divided = f" (what divides evenly with --mesh {options['mesh']})" if count else ""
     what = (
-        f"{title(options['matrix'])} of the mean loss over {number}{share} training "
-        f"examples{divided}{_mode(record)}"
+        f"{title(options['matrix'])} of the mean loss over "
+        f"{count or record['num_curvature_examples']} training examples{divided}{_mode(record)}"
     )
     blocks = [_block_text(what, name, block) for name, block in record["blocks"].items()]
     geometry = [_geometry_text(record)] if "geometry" in record else []
@@ -171,10 +169,22 @@ def _remarks(records: dict[str, Record]) -> list[list[str]]:
     modes = [_mode(record).partition("batch norm in ")[2] for record in records.values()]
     if any(modes):
         rows.append(["batch norm", *modes])
+    counts = [_divided_count(record) for record in records.values()]
+    if any(counts):
+        rows.append(["examples in the matrix", *counts])
     if not all(map(has_learned, records.values())):
         learned = ["yes" if has_learned(record) else "NO" for record in records.values()]
         rows.append(["learned", *learned])
     return rows
+
+
+def _divided_count(record: Record) -> str:
+    """Says how many examples are in a matrix, where a mesh leaves some out; else ""."""
+    if "num_curvature_examples" not in record:
+        return ""
+    number = record["num_curvature_examples"]
+    asked = record["settings"]["curvature_examples"] or record["data"]["num_train"]
+    return "" if number == asked else f"{number} of {asked}"
 
 
 def failures(records: dict[str, Record]) -> list[str]:

@@ -245,14 +245,17 @@ def save(
 def restore(
     path: Path, settings: TrainSettings, dataset: Dataset, model: Model
 ) -> tuple[TrainingState, list[float]]:
-    """Reads the state and the losses in a checkpoint of these options (but `epochs`) and data.
+    """Reads the state and the losses in a checkpoint of these options and data.
+
+    To go on from it `epochs` may be another number.
 
     Raises:
       UsageError: it was trained with other options or on other data, or for more epochs.
       CheckpointError: it is missing, damaged or of another model.
     """
     stored, losses, sha256 = read_run(path)
-    check_same_training(settings, stored, path=path, may_differ=("epochs",))
+    goes_on = getattr(settings, "checkpoint", None) is None
+    check_same_training(settings, stored, path=path, may_differ=("epochs",) if goes_on else ())
     if len(losses) > settings.epochs:
         raise UsageError(
             f"--epochs must be at least the {len(losses)} of the checkpoint {path}, "

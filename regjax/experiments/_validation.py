@@ -49,7 +49,8 @@ def validate(settings: TrainSettings) -> None:
         for field in dataclasses.fields(method):
             name, most = f"{method.name()}.{field.name}", method.most.get(field.name)
             is_float = float in {types[name], *typing.get_args(types[name])}
-            limits = NUMBER if is_float else Range(-LARGEST, most or LARGEST_INTEGER)
+            largest = LARGEST if is_float else LARGEST_INTEGER
+            limits = Range(-LARGEST, largest if most is None else most)
             _validate_value(name, getattr(method, field.name), types[name], limits)
     _validate_sizes(settings)
     with as_options(settings.transformation):

@@ -21,6 +21,7 @@ from regjax.experiments import (
     _validation,
 )
 from regjax.experiments._initializations import INITIALIZATIONS
+from regjax.experiments._transformations import SpectralController
 from tests.experiments.test_training import make_dataset
 
 
@@ -53,6 +54,13 @@ def test_every_number_has_a_range(kind):
         ({"damping": 1e-300}, "--damping must be at least 1e-30 in magnitude, got 1e-300"),
         ({"weight_decay": 1e-300}, "--weight-decay must be 0 or at least 1e-30"),
         ({"momentum": 1}, "--momentum must be below 1, got 1"),
+        (
+            {
+                "transformation": "spectral_controller",
+                "spectral_controller": SpectralController(smallest_ratio=1.5),
+            },
+            "--spectral-controller.smallest-ratio must be at most 1, got 1.5",
+        ),
         ({"seed": 2**32}, "--seed must be at most 4294967295, got 4294967296"),
     ],
 )
