@@ -22,11 +22,11 @@ def training_text(record: Record) -> str:
         f"{' with '.join([options['optimizer'], *used])}, {_epochs(record)}"
     )
     names = ("train", "test")
-    loss = [f"{numbers[f'{name}_loss']:.4f}" for name in names]
+    loss = [_plain(numbers[f"{name}_loss"]) for name in names]
     accuracy = [f"{numbers[f'{name}_accuracy']:.2%}" for name in names]
     rows = [
         ["", *names, "gap"],
-        ["loss", *loss, f"{numbers['loss_gap']:.4f}"],
+        ["loss", *loss, _plain(numbers["loss_gap"])],
         ["accuracy", *accuracy, f"{numbers['accuracy_gap']:.2%}"],
     ]
     failure = record["training"]["failure"]
@@ -193,6 +193,11 @@ def failures(records: dict[str, Record]) -> list[str]:
     return [_wrapped(f"{name}: {text}") for name, text in failures.items() if text is not None]
 
 
+def _plain(loss: float) -> str:
+    """Formats a loss; one that has diverged in a few digits."""
+    return f"{loss:.4f}" if abs(loss) < 1e4 else f"{loss:.3e}"
+
+
 def _columns(eigenvalues: Record) -> tuple[list[Any], ...]:
     return tuple(eigenvalues[name] for name in ("values", "residual_norms", "converged"))
 
@@ -249,9 +254,9 @@ _LEGEND = (
 )
 _COMPARED: dict[str, Callable[[Record], str]] = {
     "parameters": lambda record: f"{record['num_parameters']:,}",
-    "train loss": _number("train_loss", ".4f"),
-    "test loss": _number("test_loss", ".4f"),
-    "loss gap": _number("loss_gap", ".4f"),
+    "train loss": lambda record: _plain(record["generalization"]["train_loss"]),
+    "test loss": lambda record: _plain(record["generalization"]["test_loss"]),
+    "loss gap": lambda record: _plain(record["generalization"]["loss_gap"]),
     "train accuracy": _number("train_accuracy", ".2%"),
     "test accuracy": _number("test_accuracy", ".2%"),
     "accuracy gap": _number("accuracy_gap", ".2%"),

@@ -285,6 +285,6 @@ def _is_finite(tree: Tree) -> jax.Array:
 def _not_finite(settings: TrainSettings, loss: float, num_epochs: int, path: Path) -> str:
     return (
         f"Training must stay finite: epoch {num_epochs + 1} ends with the loss {loss}. A smaller "
-        f"--learning-rate than {learning_rate(settings)} may help. The last good epoch, "
+        f"--learning-rate than {learning_rate(settings):g} may help. The last good epoch, "
         f"{num_epochs}, is in {path}."
     )
