@@ -37,7 +37,7 @@ def read(path: Path) -> Source:
             )
         if not np.isfinite(inputs).all():
             raise DataError(f"{rule}{part}_inputs that are finite, got NaN or infinity.")
-        if np.abs(inputs).max() > LARGEST:
+        if float(np.abs(inputs).max()) > LARGEST:
             raise DataError(
                 f"{rule}{part}_inputs of at most {LARGEST:g}, got {np.abs(inputs).max():g}."
             )

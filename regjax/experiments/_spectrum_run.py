@@ -28,7 +28,7 @@ from regjax.experiments._settings import (
     num_devices,
 )
 from regjax.experiments._training import TrainingResult, failure, restore, train, trained_model
-from regjax.experiments._validation import validate
+from regjax.experiments._validation import validate_run
 
 TRAINING_FILES = ("training.json",)
 
@@ -57,7 +57,7 @@ def run_train(settings: TrainSettings, progress: Progress) -> Record:
       CheckpointError: the checkpoint to resume from is missing, damaged or of another model.
       TrainingError: the loss is not finite.
     """
-    validate(settings)
+    validate_run(settings, TrainSettings, progress)
     with claimed(settings, TRAINING_FILES) as folder, precision(settings):
         _, record = trained(settings, progress, folder)
         _record.write(folder / TRAINING_FILES[0], record)
@@ -85,7 +85,7 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
       TrainingError: the loss is not finite.
       Interrupted: Ctrl-C; what was computed is in `spectrum.json`.
     """
-    validate(settings)
+    validate_run(settings, SpectrumSettings, progress)
     with claimed(settings, spectrum_files(settings)) as folder, precision(settings):
         return _spectrum(settings, progress, folder)
 

@@ -16,6 +16,7 @@ from regjax._base import Tree
 from regjax.experiments._checkpoint import read_marks as read_marks
 from regjax.experiments._checkpoint import read_run as read_run
 from regjax.experiments._data import Dataset
+from regjax.experiments._dataset import check_dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
 from regjax.experiments._inputs import check_precision
 from regjax.experiments._network import Evaluation, build_model
@@ -95,13 +96,17 @@ def train(
       TrainingError: the loss or a parameter is no longer finite.
       UsageError: an option is out of its range or does not fit the data, or the checkpoint is
         another run's.
-      ValueError: the options ask for float64, and JAX is not set to it.
+      ValueError: the options ask for float64, and JAX is not set to it; or the data set's arrays
+        do not fit each other.
+      TypeError: an argument is of another type.
       CheckpointError: the checkpoint is missing, damaged or of another model, it cannot be
         written, or another run is writing it.
     """
     validate(settings)
+    check_dataset(dataset)
     check_precision(settings.dtype)
     check_fit(settings, dataset)
+    path = Path(path)
     with _files.locked(path.parent, name=f".{path.name}.lock"):
         return _train(settings, dataset, path, callback, look)
 

@@ -60,6 +60,20 @@ def validate(settings: TrainSettings) -> None:
     _validate_batches(settings)
 
 
+def validate_run(settings: TrainSettings, kind: type[TrainSettings], progress: object) -> None:
+    """Checks the arguments of a run: options of its kind, all valid, and a function.
+
+    Raises:
+      TypeError: an argument is of another type.
+      UsageError: as `validate`.
+    """
+    if not isinstance(settings, kind):
+        raise TypeError(f"`settings` must be {kind.__name__}, got {type(settings).__name__}.")
+    if not callable(progress):
+        raise TypeError(f"`progress` must be callable, got {progress!r}.")
+    validate(settings)
+
+
 def _validate_value(name: str, value: Any, hint: Any, limits: Range) -> None:
     """Checks the type of a value, that it is one of the choices, and the range of a number."""
     if not _is_of(value, hint):

@@ -95,7 +95,10 @@ def test_features_train_a_perceptron(tmp_path):
         ({"test_inputs": np.zeros(7, np.uint8)}, "test_inputs of 2, 3 or 4 axes.* got the shape"),
         ({"test_inputs": np.zeros((0, 4, 4), np.uint8)}, r"none of length 0, got .*\(0, 4, 4\)"),
         ({"train_inputs": np.full((20, 4, 4), np.nan)}, "train_inputs that are finite, got NaN"),
-        ({"train_inputs": np.full((20, 4, 4), -1e31)}, r"train_inputs of at most 1e\+30, got 1e\+31"),
+        (
+            {"train_inputs": np.full((20, 4, 4), -1e31)},
+            r"train_inputs of at most 1e\+30, got 1e\+31",
+        ),
         ({"train_targets": np.zeros(20)}, "train_targets of integers .* got float64"),
         (
             {"train_targets": np.zeros(19, int)},
