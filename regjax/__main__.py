@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regjax._files import CheckpointError
+from regjax._files import CheckpointError, MissingError
 from regjax.experiments import (
     _compare,
     _help,
@@ -148,7 +148,11 @@ def _from_checkpoint(command: str, words: list[str], settings: TrainSettings) ->
         path = out_dir(settings) / CHECKPOINT
     else:
         return settings
-    stored, _, _ = read_run(path)
+    try:
+        stored, _, _ = read_run(path)
+    except MissingError:
+        remedy = "start without --resume" if settings.resume else "give one, or its folder"
+        raise UsageError(f"There is no checkpoint at {path}; {remedy}.") from None
     defaults = dataclasses.replace(COMMANDS[command](), out=out_dir(settings))
     return parse(command, words, with_training_options(defaults, stored))
 

@@ -33,7 +33,7 @@ from regjax.experiments._spectrum_run import (
     spectrum_files,
 )
 from regjax.experiments._training import TrainingError, read_run
-from regjax.experiments._validation import validate
+from regjax.experiments._validation import validate, validate_run
 
 Compared = TypeVar("Compared", bound=TrainSettings)
 
@@ -98,6 +98,7 @@ def run_compare(settings: TrainSettings, progress: Progress) -> dict[str, list[R
     Raises:
       UsageError: an item cannot be read, before anything is computed; else as those functions.
     """
+    validate_run(settings, TrainSettings, progress)
     run, files, draw = _kind(settings)
     figure = f"{command(settings)}_compare{Path(files[-1]).suffix}"
     runs = {item: seeded(own, settings) for item, own in compared_settings(settings).items()}
@@ -223,7 +224,7 @@ def _option_of(word: str, settings: TrainSettings) -> str:
         named = " or ".join(f"{name}={word}" for name in names)
         raise UsageError(f"--compare must say which option is meant, {named}, got {word!r}.")
     known = [word for hint in types.values() for word in choices(hint)]
-    hint_text = did_you_mean(word, known) or f" ({', '.join(dict.fromkeys(known))})"
+    hint_text = did_you_mean(word, known) if word else ""
     raise UsageError(
         f"--compare must be OPTION=VALUE or a word that is the value of one, got {word!r}"
         f"{hint_text}."

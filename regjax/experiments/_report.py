@@ -22,11 +22,11 @@ def training_text(record: Record) -> str:
         f"{' with '.join([options['optimizer'], *used])}, {_epochs(record)}"
     )
     names = ("train", "test")
-    loss = [f"{numbers[f'{name}_loss']:.4f}" for name in names]
+    loss = [_plain(numbers[f"{name}_loss"]) for name in names]
     accuracy = [f"{numbers[f'{name}_accuracy']:.2%}" for name in names]
     rows = [
         ["", *names, "gap"],
-        ["loss", *loss, f"{numbers['loss_gap']:.4f}"],
+        ["loss", *loss, _plain(numbers["loss_gap"])],
         ["accuracy", *accuracy, f"{numbers['accuracy_gap']:.2%}"],
     ]
     failure = record["training"]["failure"]
@@ -41,13 +41,11 @@ def has_learned(record: Record) -> bool:
 
 def spectrum_text(record: Record) -> str:
     """Lists the eigenvalues with their bounds and the summary of the density, block by block."""
-    options, number = record["settings"], record["num_curvature_examples"]
-    asked = options["curvature_examples"] or record["data"]["num_train"]
-    share = "" if number == asked else f" of {asked}"
-    divided = "" if number == asked else f" (what divides evenly with --mesh {options['mesh']})"
+    options, count = record["settings"], _divided_count(record)
+    divided = f" (what divides evenly with --mesh {options['mesh']})" if count else ""
     what = (
-        f"{title(options['matrix'])} of the mean loss over {number}{share} training "
-        f"examples{divided}{_mode(record)}"
+        f"{title(options['matrix'])} of the mean loss over "
+        f"{count or record['num_curvature_examples']} training examples{divided}{_mode(record)}"
     )
     blocks = [_block_text(what, name, block) for name, block in record["blocks"].items()]
     geometry = [_geometry_text(record)] if "geometry" in record else []
@@ -171,16 +169,33 @@ def _remarks(records: dict[str, Record]) -> list[list[str]]:
     modes = [_mode(record).partition("batch norm in ")[2] for record in records.values()]
     if any(modes):
         rows.append(["batch norm", *modes])
+    counts = [_divided_count(record) for record in records.values()]
+    if any(counts):
+        rows.append(["examples in the matrix", *counts])
     if not all(map(has_learned, records.values())):
         learned = ["yes" if has_learned(record) else "NO" for record in records.values()]
         rows.append(["learned", *learned])
     return rows
 
 
+def _divided_count(record: Record) -> str:
+    """Says how many examples are in a matrix, where a mesh leaves some out; else ""."""
+    if "num_curvature_examples" not in record:
+        return ""
+    number = record["num_curvature_examples"]
+    asked = record["settings"]["curvature_examples"] or record["data"]["num_train"]
+    return "" if number == asked else f"{number} of {asked}"
+
+
 def failures(records: dict[str, Record]) -> list[str]:
     """Says of each network that did not learn what went wrong."""
     failures = {name: record["training"]["failure"] for name, record in records.items()}
     return [_wrapped(f"{name}: {text}") for name, text in failures.items() if text is not None]
+
+
+def _plain(loss: float) -> str:
+    """Formats a loss; one that has diverged in a few digits."""
+    return f"{loss:.4f}" if abs(loss) < 1e4 else f"{loss:.3e}"
 
 
 def _columns(eigenvalues: Record) -> tuple[list[Any], ...]:
@@ -239,9 +254,9 @@ _LEGEND = (
 )
 _COMPARED: dict[str, Callable[[Record], str]] = {
     "parameters": lambda record: f"{record['num_parameters']:,}",
-    "train loss": _number("train_loss", ".4f"),
-    "test loss": _number("test_loss", ".4f"),
-    "loss gap": _number("loss_gap", ".4f"),
+    "train loss": lambda record: _plain(record["generalization"]["train_loss"]),
+    "test loss": lambda record: _plain(record["generalization"]["test_loss"]),
+    "loss gap": lambda record: _plain(record["generalization"]["loss_gap"]),
     "train accuracy": _number("train_accuracy", ".2%"),
     "test accuracy": _number("test_accuracy", ".2%"),
     "accuracy gap": _number("accuracy_gap", ".2%"),
