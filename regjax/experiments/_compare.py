@@ -214,7 +214,7 @@ def _option_name(word: str, settings: TrainSettings) -> str:
 
 def _option_of(word: str, settings: TrainSettings) -> str:
     """Returns the one option with the choice `word`, of a method only if there is no other."""
-    types = option_types(type(settings))
+    types = {n: hint for n, hint in option_types(type(settings)).items() if n not in COMMON}
     found = [name for name, hint in types.items() if word in choices(hint)]
     names = [name for name in found if "." not in name] or found
     if len(names) == 1:
