@@ -200,8 +200,6 @@ ELSEWHERE = {"edge_of_stability", "effective_learning_rate", "spherical_sharpnes
 
 
 def public(room):
-    return {
-        name
-        for name in dir(room)
-        if not name.startswith("_") and inspect.isfunction(getattr(room, name))
-    }
+    """The names of the functions of a room."""
+    functions = inspect.getmembers(room, inspect.isfunction)
+    return {name for name, _ in functions if not name.startswith("_")}

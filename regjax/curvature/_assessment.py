@@ -31,7 +31,7 @@ _SOME = 0.1
     jax.tree_util.register_dataclass,
     data_fields=[
         "krylov", "search", "tol", "num_matvecs", "num_restarts",
-        "weights", "values", "bounds", "small", "mass",
+        "weights", "values", "bounds", "largest", "threshold", "small", "mass",
         "wants_restart", "wants_search", "done",
     ],
     meta_fields=["k", "which", "num_rows", "searches"],
@@ -49,7 +49,9 @@ class EigenState:
       weights: (rows, rows), columns: the small eigenvectors, wanted ones first.
       values: (rows,), Ritz values in the same order.
       bounds: (rows,), their residual norms.
-      small: (rows,), bool, which of them meet the tolerance.
+      largest: (), the largest magnitude of a Ritz value so far. A restart may drop the pair.
+      threshold: (), the residual norm that is small enough.
+      small: (rows,), bool, which of them meet it.
       mass: (rows,), how much of each lies in the search's own directions, between 0 and 1.
       wants_restart: (), bool, whether the basis must be compressed first.
       wants_search: (), bool, whether it is time for a (further) search.
@@ -66,6 +68,8 @@ class EigenState:
     weights: jax.Array
     values: jax.Array
     bounds: jax.Array
+    largest: jax.Array
+    threshold: jax.Array
     small: jax.Array
     mass: jax.Array
     wants_restart: jax.Array
@@ -97,11 +101,13 @@ class _Standing(NamedTuple):
     """How far the pairs have come.
 
     Attributes:
+      largest: (), the largest magnitude of a Ritz value so far.
       threshold: (), the residual norm that is small enough.
       small: (rows,), bool, which pairs meet it.
       mass: (rows,), how much of each lies in the search's own directions, between 0 and 1.
     """
 
+    largest: jax.Array
     threshold: jax.Array
     small: jax.Array
     mass: jax.Array
@@ -127,10 +133,11 @@ def _pairs(state: EigenState) -> _Pairs:
 def _standing(state: EigenState, pairs: _Pairs) -> _Standing:
     eps = float(jnp.finfo(state.krylov.direction.dtype).eps)
     largest = jnp.max(jnp.abs(jnp.nan_to_num(pairs.values)), initial=0)
-    threshold = jnp.maximum(state.tol * largest, floor(pairs.values, eps))
+    largest = jnp.maximum(state.largest, largest)
+    threshold = jnp.maximum(state.tol * largest, floor(largest, eps))
     mass = jnp.sum(pairs.weights * (state.search.own @ pairs.weights), 0)
     mass = jnp.where(jnp.isnan(pairs.values), 0, mass)
-    return _Standing(threshold, pairs.bounds <= threshold, mass)
+    return _Standing(largest, threshold, pairs.bounds <= threshold, mass)
 
 
 def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenState:
@@ -138,28 +145,28 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
     size = krylov.basis.space.size
     small, bounds, outside = standing.small[:k], pairs.bounds[:k], pairs.outside[:k]
     all_converged = jnp.all(small)
-    # Of all wanted pairs together: within a multiple eigenvalue the small eigenvectors are any
-    # basis, and what is new may be spread over all of them.
-    found_new = search.active & (jnp.sum(standing.mass[:k]) > 0.5)
     spans_everything = krylov.filled >= size
     is_broken = ~jnp.isfinite(krylov.beta)
 
     if state.searches:
+        inside = standing.mass > _SOME
         nothing_hides = _search.is_over(
-            search, pairs.values, standing.small, standing.mass > _SOME,
-            k=k, which=state.which, size=size,
-        )  # fmt: skip
-        search_is_done = search.active & all_converged & ~found_new & nothing_hides
+            search, pairs.values, inside, which=state.which, size=size
+        )
+        has_found = _search.has_found(
+            search, pairs.values, inside, standing.threshold, state.which
+        )
+        search_is_done = search.active & all_converged & ~has_found & nothing_hides
         # Searching drops the residuals of the kept pairs for good: they go in with room to spare,
         # or with nothing to gain.
         has_room = bounds <= standing.threshold / 2
         gains_nothing = outside <= standing.threshold / 16
         may_search = all_converged & jnp.all(has_room | gains_nothing)
-        # What the residual of the first space keeps from converging has to be found anew.
+        # What dropped residuals keep from converging has to be found anew.
         is_held_back = ~small & (outside <= standing.threshold / 2)
-        is_stuck = search.is_first & jnp.any(is_held_back)
+        is_stuck = search.active & jnp.any(is_held_back)
         done = spans_everything | is_broken | search_is_done
-        wants_search = ~done & ((may_search & (found_new | ~search.active)) | is_stuck)
+        wants_search = ~done & ((may_search & (has_found | ~search.active)) | is_stuck)
     else:
         # Before, an eigenvalue at the other end may stand for one that is wanted; the invariant
         # space of a random start has all of them, once each.
@@ -178,6 +185,8 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         values=jnp.where(is_broken, jnp.nan, pairs.values),
         weights=pairs.weights,
         bounds=pairs.bounds,
+        largest=standing.largest,
+        threshold=standing.threshold,
         small=standing.small,
         mass=standing.mass,
         wants_restart=jnp.where(wants_search, is_cramped, is_full) & ~done,
@@ -206,15 +215,15 @@ def _preference(values: jax.Array, which: str) -> jax.Array:
 @precisely
 def begin_search(state: EigenState) -> EigenState:
     """Goes on from a fresh direction; the residual of the rows so far is dropped and charged."""
-    targets = _search.targets_of(state.values, state.k, state.which)
+    known = state.values[: state.k]
     return dataclasses.replace(
         state,
         krylov=redirect(state.krylov),
         search=_search.begin(
-            targets,
+            known,
+            _search.targets_of(known, state.threshold, state.which),
             num_rows=state.values.size,
-            active=True,
-            is_first=~state.search.active,
+            count=state.search.count + 1,
         ),
         wants_search=jnp.zeros_like(state.wants_search),
     )
@@ -224,21 +233,18 @@ def begin_search(state: EigenState) -> EigenState:
 @precisely
 def restart(state: EigenState) -> EigenState:
     """Compresses the basis to Ritz vectors; the state is whole again at its end."""
-    krylov, k, search = state.krylov, state.k, state.search
+    krylov, search = state.krylov, state.search
     rows = jnp.arange(krylov.basis.num_rows, dtype=jnp.int32)
-    valid = jnp.isfinite(state.values)
-    most = min(k + max(1, (state.num_rows - k) // 2), state.num_rows - 1)
     # If a search follows, the residual is lost: what has not converged can no longer.
-    kept = valid & (state.small | ~state.wants_search)
-    kept &= jnp.cumsum(kept) <= most
+    kept = jnp.isfinite(state.values) & (state.small | ~state.wants_search)
+    kept = _most_useful(kept, state)
     order = jnp.argsort(~kept, stable=True)
     num_kept = jnp.sum(kept, dtype=jnp.int32)
     inside = rows < num_kept
     weights = jnp.where(inside[None], state.weights[:, order], 0)
     values = jnp.where(inside, state.values[order], jnp.nan)
     # Every recombination of the rows rounds them once more.
-    largest = jnp.max(jnp.abs(state.values), where=valid, initial=0)
-    unit = _RECOMBINED * float(jnp.finfo(krylov.direction.dtype).eps) * largest
+    unit = _RECOMBINED * float(jnp.finfo(krylov.direction.dtype).eps) * state.largest
     blur = jnp.hypot(krylov.blur, unit * jnp.sqrt(num_kept.astype(unit.dtype)))
     krylov = krylov._replace(
         basis=_basis.recombine(krylov.basis, weights, num_kept),
@@ -263,3 +269,16 @@ def restart(state: EigenState) -> EigenState:
         mass=jnp.where(inside, state.mass[order], 0),
         wants_restart=jnp.zeros_like(state.wants_restart),
     )
+
+
+def _most_useful(allowed: jax.Array, state: EigenState) -> jax.Array:
+    """(rows,), bool, the pairs to go on with among those allowed, in the order of preference.
+
+    Beside the wanted ones and the next best, those of the other end: outliers there, such as those
+    of a network above a small bulk, would come back after each restart before the wanted end moves.
+    """
+    most = min(state.k + max(1, (state.num_rows - state.k) // 2), state.num_rows - 1)
+    # From both ends, or by magnitude, what is wanted least lies within the spectrum.
+    far = (most - state.k) // 2 if state.which in ("LA", "SA") else 0
+    from_front, from_back = jnp.cumsum(allowed), jnp.cumsum(allowed[::-1])[::-1]
+    return allowed & ((from_front <= most - far) | (from_back <= far))

@@ -176,13 +176,15 @@ def top_eigenpairs_solver(
         rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
         state = EigenState(
             krylov=krylov,
-            search=_search.begin(jnp.zeros(2, dtype), rows, active=False),
+            search=_search.begin(jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, count=0),
             tol=jnp.asarray(tol, dtype),
             num_matvecs=jnp.int32(0),
             num_restarts=jnp.int32(0),
             weights=jnp.zeros((rows, rows), dtype),
             values=jnp.full(rows, jnp.nan, dtype),
             bounds=jnp.full(rows, jnp.inf, dtype),
+            largest=jnp.zeros((), dtype),
+            threshold=jnp.zeros((), dtype),
             small=jnp.zeros(rows, bool),
             mass=jnp.zeros(rows, dtype),
             wants_restart=jnp.bool_(False),
@@ -232,16 +234,16 @@ def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
     """The wanted pairs as they stand, converged or not."""
     k = state.k
     vectors = _basis.combine(state.krylov.basis, state.weights[:, :k])
-    values, bounds = state.krylov.unscaled(state.values), state.krylov.unscaled(state.bounds)
+    bounds = jnp.maximum(state.bounds[:k], floor(state.largest, eps))
     return EigenResult(
-        values=values[:k],
+        values=state.krylov.unscaled(state.values[:k]),
         vectors=space.unravel_rows(vectors),
-        residual_norms=jnp.maximum(bounds[:k], floor(values, eps)),
+        residual_norms=state.krylov.unscaled(bounds),
         num_matvecs=state.num_matvecs,
         converged=state.small[:k],
         complete=_is_complete(state),
         miss_probability=_search.miss_probability(
-            state.search, k=k, which=state.which, size=space.size
+            state.search, which=state.which, size=space.size
         ),
     )
 

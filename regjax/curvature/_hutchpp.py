@@ -98,6 +98,8 @@ def hutchpp_solver(
     )
 
 
+# In one program, so that the products are added up as they are made.
+@jax.jit
 def _estimated(state: HutchPlusPlusState) -> Estimates:
     exact = jnp.sum(state.rows * state.images, axis=0)
     return estimated(state.samples, state.num_matvecs, exact)

@@ -68,7 +68,7 @@ def floor(values: jax.Array, eps: Any) -> jax.Array:
     """(), residual norm below which nothing is claimed, from Ritz values of which some are NaN.
 
     Args:
-      values: Ritz values, of which the largest magnitude is that of the matrix.
+      values: Ritz values, of any shape, of which the largest magnitude is that of the matrix.
       eps: unit of rounding of a product.
     """
     largest = jnp.max(jnp.abs(jnp.nan_to_num(values)), initial=0)

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from regjax.curvature._lanczos import Krylov
 
-# Accepted probability that an eigenvalue beyond the target is overlooked. Each digit more costs
-# some four products on a trained network.
+# Accepted probability that an eigenvalue beyond the target is overlooked, by all searches of a run
+# together. Each digit more costs some four products on a trained network.
 _MISS = 1e-2
 
 
@@ -31,34 +31,37 @@ class Search(NamedTuple):
     """What the search knows; index 0 looks above the first target, 1 below the second.
 
     Attributes:
-      active: (), bool, whether a search is under way.
-      is_first: (), bool, whether it is the first one, which keeps the basis as it was.
+      count: (), int32, how many searches there were, this one included; 0: none is under way. The
+        first one keeps the basis as it was.
       own: (rows, rows), projector on the search's own directions, in the basis: s' own s is how
         much of a vector s of norm 1 lies in them.
-      steps: (), int32, products since it began.
+      known: (k,), the wanted values when it began.
       targets: (2,), eigenvalues at or beyond them are searched for.
       overlaps: (2, rows), <u, q> / c for each row, u an eigenvector to the target.
       next_overlap: (2,), the same for the direction to come.
       evidence: (2,), the largest sum of squares of the overlaps so far.
     """
 
-    active: jax.Array
-    is_first: jax.Array
+    count: jax.Array
     own: jax.Array
-    steps: jax.Array
+    known: jax.Array
     targets: jax.Array
     overlaps: jax.Array
     next_overlap: jax.Array
     evidence: jax.Array
 
+    @property
+    def active(self) -> jax.Array:
+        """(), bool, whether a search is under way."""
+        return self.count > 0
 
-def begin(targets: jax.Array, num_rows: int, active: Any, is_first: Any = False) -> Search:
-    """The search before its first product."""
+
+def begin(known: jax.Array, targets: jax.Array, *, num_rows: int, count: Any) -> Search:
+    """The search before its first product; arguments as the attributes."""
     return Search(
-        active=jnp.asarray(active),
-        is_first=jnp.asarray(is_first),
+        count=jnp.asarray(count, jnp.int32),
         own=jnp.zeros((num_rows, num_rows), targets.dtype),
-        steps=jnp.int32(0),
+        known=known,
         targets=targets,
         overlaps=jnp.zeros((2, num_rows), targets.dtype),
         next_overlap=jnp.ones_like(targets),
@@ -75,7 +78,6 @@ def follow(search: Search, krylov: Krylov) -> Search:
     ahead = jnp.where(krylov.broke_down, jnp.inf, beyond / krylov.beta)
     return search._replace(
         own=search.own.at[last, last].set(1),
-        steps=search.steps + 1,
         overlaps=overlaps,
         next_overlap=ahead,
         # fmax passes over the NaN that follow an infinity.
@@ -83,56 +85,80 @@ def follow(search: Search, krylov: Krylov) -> Search:
     )
 
 
-def targets_of(values: jax.Array, k: int, which: str) -> jax.Array:
-    """(2,), the ends of the k wanted values (they come first), between which nothing is wanted."""
-    wanted = values[:k]
+def targets_of(known: jax.Array, margin: jax.Array, which: str) -> jax.Array:
+    """(2,), beyond which an eigenvalue changes the list of the `known` (k,) by the margin."""
+    k = known.size
     if which == "LM":
-        above = jnp.min(jnp.abs(wanted))
-        return jnp.stack([above, -above])
-    if which == "BE":
+        above = jnp.min(jnp.abs(known))
+        ends = above, -above
+    elif which == "BE":
         num_high = (k + 1) // 2
-        ranked = jnp.sort(wanted)
-        return jnp.stack([ranked[-num_high], ranked[max(k - num_high - 1, 0)]])
-    return jnp.stack([wanted[k - 1], wanted[k - 1]])
+        ranked = jnp.sort(known)
+        ends = ranked[-num_high], ranked[max(k - num_high - 1, 0)]
+    else:
+        ends = known[k - 1], known[k - 1]
+    return jnp.stack([ends[0] + margin, ends[1] - margin])
 
 
-def is_over(
-    search: Search,
-    values: jax.Array,
-    small: jax.Array,
-    inside: jax.Array,
-    *,
-    k: int,
-    which: str,
-    size: int,
+def has_found(
+    search: Search, values: jax.Array, inside: jax.Array, margin: jax.Array, which: str
 ) -> jax.Array:
-    """Whether an eigenvalue beyond the targets would have shown itself by now.
+    """Whether the list is another one than when the search began.
 
-    Either the overlaps say so, or the outermost pair of the search has converged: then what could
-    still hide is closer to it than the tolerance.
+    Within a multiple eigenvalue the small eigenvectors are any basis, and what is new may be spread
+    over all of them: so the list is asked as well as the single pairs.
 
     Args:
       search: as it stands.
       values: (rows,), Ritz values, the wanted ones first.
-      small: (rows,), bool, which have converged.
       inside: (rows,), bool, which belong to the search.
-      k: number of wanted pairs.
+      margin: of which no notice is taken.
+      which: end of the spectrum.
+    """
+    k = search.known.size
+    ranked = lambda values: jnp.sort(jnp.abs(values) if which == "LM" else values)
+    has_moved = jnp.any(jnp.abs(ranked(values[:k]) - ranked(search.known)) > margin)
+    return has_moved | jnp.any(_reached(search, values, inside) & _searched(k, which))
+
+
+def is_over(
+    search: Search, values: jax.Array, inside: jax.Array, *, which: str, size: int
+) -> jax.Array:
+    """Whether an eigenvalue beyond the targets would have shown itself by now.
+
+    The chance of an oversight is shared out among the searches, 1 / (s (s + 1)) of it to the s-th,
+    so that all of a run have it together: each but the last could have been the last.
+
+    Args:
+      search: as it stands.
+      values: (rows,), Ritz values, the wanted ones first.
+      inside: (rows,), bool, which belong to the search.
       which: end of the spectrum.
       size: order of the matrix.
     """
+    count = search.count.astype(values.dtype)
+    # Beyond all Ritz values of the search overlaps grow with the eigenvalue; the target stands for
+    # all beyond it.
+    clear = ~_reached(search, values, inside)
+    clear &= _miss_probabilities(search, size) <= _MISS / (count * (count + 1))
+    return jnp.all(clear | ~_searched(search.known.size, which))
+
+
+def miss_probability(search: Search, *, which: str, size: int) -> jax.Array:
+    """(), bound on the probability that an eigenvalue beyond the targets was passed over."""
+    is_searched = _searched(search.known.size, which)
+    each = jnp.where(is_searched, _miss_probabilities(search, size), 0)
+    # The shares of those before: 1/2 + 1/6 + ... = 1 - 1/s.
+    count = search.count.astype(each.dtype)
+    before = _MISS * jnp.sum(is_searched) * (1 - 1 / jnp.maximum(count, 1))
+    return jnp.minimum(before + jnp.sum(each), 1)
+
+
+def _reached(search: Search, values: jax.Array, inside: jax.Array) -> jax.Array:
+    """(2,), bool, whether a Ritz value of the search lies beyond its targets."""
     highest = jnp.max(jnp.where(inside, values, -jnp.inf))
     lowest = jnp.min(jnp.where(inside, values, jnp.inf))
-    reached = jnp.stack([highest >= search.targets[0], lowest <= search.targets[1]])
-    met = [jnp.any(small & inside & (values == end)) for end in (highest, lowest)]
-    closed = jnp.stack(met) & (search.steps >= fewest_steps(size))
-    clear = closed | (~reached & (_miss_probabilities(search, size) <= _MISS))
-    return jnp.all(clear | ~_searched(k, which))
-
-
-def miss_probability(search: Search, *, k: int, which: str, size: int) -> jax.Array:
-    """(), bound on the probability that an eigenvalue beyond the targets was passed over."""
-    each = jnp.where(_searched(k, which), _miss_probabilities(search, size), 0)
-    return jnp.minimum(jnp.sum(each), 1)
+    return jnp.stack([highest >= search.targets[0], lowest <= search.targets[1]])
 
 
 def _miss_probabilities(search: Search, size: int) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _jacobian, _tree
+from regjax import _checks, _chunks, _jacobian, _numerics, _tree
 from regjax._base import ModelFn, Params, Tree, as_partial
 from regjax.diagnostics._spline_partition import ratio
 
@@ -58,7 +58,7 @@ def margins(model_fn: Partial, params: Params, inputs: jax.Array, targets: jax.A
     logits, rows, own = _tree.wide(logits), _tree.wide(rows), targets[:, None]
     difference = jnp.take_along_axis(logits, own, 1) - logits
     gradients = jnp.take_along_axis(rows, own.T[:, :, None], 0) - rows
-    distances = ratio(difference, jnp.sqrt(jnp.sum(gradients**2, 2)).T)
+    distances = ratio(difference, _numerics.norms_along(gradients, (2,))[:, :, 0].T)
     # The class itself is infinitely far: 0 / 0.
     is_class = (targets >= 0) & (targets < logits.shape[1])
     return jnp.where(is_class, jnp.min(distances, 1), jnp.nan)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _numerics, _tree
+from regjax import _checks, _chunks, _numerics
 from regjax._base import LossFn, Params, Tree, as_partial
 from regjax.diagnostics._surface import Path, walk
 
@@ -79,7 +79,7 @@ def interval_flatness(
     if known is not None and not (known > 1).all():
         raise ValueError(f"`factor` must be above 1, got {factor}.")
     start = _chunks.mean(loss_fn, params, batch, chunk_size)
-    norm = _tree.norm(direction)
+    norm = _numerics.scaled_norm(direction)
     first = jnp.asarray(max_distance * 2.0 ** (1 - num_evaluations // 3), norm.dtype)
     is_defined = (start > 0) & (norm > 0) & jnp.isfinite(start) & jnp.isfinite(norm)
     ends, brackets, found = [], [], []

@@ -231,7 +231,7 @@ def frozen_component(
     after, before = (kernel.reshape(-1, kernel.shape[-1]) for kernel in kernels)
     basis = _with_complement(_checked_basis(basis, before.shape[0]))
     moved, *parts = (_off(basis, matrix.T) for matrix in (after - before, after, before))
-    norms = [jnp.linalg.norm(part) for part in parts]
+    norms = [_numerics.scaled_norm(part) for part in parts]
     return FrozenResult(
         jnp.max(jnp.abs(moved)), _numerics.divide(*norms, where=norms[1] > 0, otherwise=jnp.nan)
     )
@@ -266,7 +266,7 @@ def _changes(
         _tree.wide(_jacobian.flat(model_fn(params, x), num_examples))
         for x in (inputs, moved.astype(inputs.dtype))
     )
-    return jnp.sqrt(jnp.sum((there - here) ** 2, 1))
+    return _numerics.norms_along(there - here, (1,))[:, 0]
 
 
 def _off(basis: jax.Array, vectors: jax.Array) -> jax.Array:

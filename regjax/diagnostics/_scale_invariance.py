@@ -91,7 +91,7 @@ def _measured(
         for k in jax.random.split(functional_key)
     ]
     leaves, treedef = jax.tree.flatten(params)
-    largest = jnp.max(jnp.stack([_tree.norm(g) for g in gradients[0]]))
+    largest = jnp.max(jnp.stack([_numerics.scaled_norm(g) for g in gradients[0]]))
     fractions, changes, sizes, mask = [], [], [], []
     for i, leaf in enumerate(leaves):
         fraction, size = _radial([gradient[i] for gradient in gradients], leaf, per_filter)
@@ -118,14 +118,13 @@ def _radial(
 ) -> tuple[jax.Array, jax.Array]:
     """Finds the largest radial fraction, and the smallest gradient norm, over the groups."""
     axes = _tree.group_axes(leaf, per_filter)
-    fractions, norms = [], []
+    radial, fractions, norms = _numerics.units_along(leaf, axes), [], []
     for gradient in gradients:
-        along = jnp.abs(jnp.sum(leaf * gradient, axes))
-        norm = jnp.sqrt(jnp.sum(gradient**2, axes))
-        length = jnp.sqrt(jnp.sum(leaf**2, axes)) * norm
-        fractions.append(jnp.max(_numerics.divide(along, length)))
+        along = jnp.sum(radial * _numerics.units_along(gradient, axes), axes)
+        fractions.append(jnp.max(jnp.abs(along)))
         # Weights that are zero have no direction to depend on.
-        norms.append(jnp.min(jnp.where(jnp.sum(leaf**2, axes) > 0, norm, 0)))
+        has_direction = jnp.any(leaf != 0, axes, keepdims=True)
+        norms.append(jnp.min(jnp.where(has_direction, _numerics.norms_along(gradient, axes), 0)))
     return jnp.maximum(*fractions), jnp.maximum(*norms)
 
 
@@ -139,5 +138,6 @@ def _factors(key: jax.Array, leaf: jax.Array, per_filter: bool) -> jax.Array:
 
 
 def _distance(one: Tree, other: Tree) -> jax.Array:
-    difference, norm = _tree.norm(jax.tree.map(jnp.subtract, one, other)), _tree.norm(other)
+    difference = _numerics.scaled_norm(jax.tree.map(jnp.subtract, one, other))
+    norm = _numerics.scaled_norm(other)
     return _numerics.divide(difference, norm, otherwise=difference)

@@ -229,10 +229,12 @@ def _distances(function: Callable[[jax.Array], jax.Array], inputs: jax.Array) ->
     outputs = _jacobian.flat(function(inputs), len(inputs))
     if inputs[0].size < outputs.shape[1]:
         basis = jnp.eye(inputs[0].size, dtype=inputs.dtype)
-        squares = jnp.sum(_tree.wide(_jacobian.columns(function, inputs, basis)) ** 2, 0)
+        columns = _tree.wide(_jacobian.columns(function, inputs, basis))
+        norms = _numerics.norms_along(columns, (0,))[0]
     else:
-        squares = jnp.sum(_tree.wide(_jacobian.rows(function, inputs)[1]) ** 2, 2).T
-    return ratio(_tree.wide(outputs), jnp.sqrt(squares))
+        rows = _tree.wide(_jacobian.rows(function, inputs)[1])
+        norms = _numerics.norms_along(rows, (2,))[:, :, 0].T
+    return ratio(_tree.wide(outputs), norms)
 
 
 def ratio(values: jax.Array, norms: jax.Array) -> jax.Array:

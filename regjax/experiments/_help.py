@@ -52,8 +52,8 @@ _EXAMPLES = {
     ),
 }
 _STATUS = (
-    "exit status: 0 done; 1 done, but a network did not learn; 2 not done, a line says\n"
-    "what to change; 70 a fault of regjax; 130 interrupted."
+    "exit status: 0 done; 1 done, but a network did not learn; 2 not done, a line\n"
+    "says what to change; 70 a fault of regjax; 130 interrupted."
 )
 
 
@@ -156,9 +156,10 @@ def _documentation(settings_type: type) -> dict[str, str]:
 def _parser(usage: str, description: str, examples: Any) -> argparse.ArgumentParser:
     """Returns a parser that prints and parses nothing."""
     lines = "\n".join(f"  {line.format(program=PROGRAM)}" for line in examples)
+    width = _width()
     return argparse.ArgumentParser(
         usage=usage,
-        description=description,
+        description=textwrap.fill(description, width),
         epilog=f"examples:\n{lines}\n\n{_STATUS}",
         formatter_class=_formatter,
         add_help=False,
@@ -166,8 +167,11 @@ def _parser(usage: str, description: str, examples: Any) -> argparse.ArgumentPar
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
-    width = min(max(shutil.get_terminal_size().columns, _LEAST_COLUMNS), _MOST_COLUMNS)
-    return argparse.RawDescriptionHelpFormatter(prog, width=width, max_help_position=_COLUMN)
+    return argparse.RawDescriptionHelpFormatter(prog, width=_width(), max_help_position=_COLUMN)
+
+
+def _width() -> int:
+    return min(max(shutil.get_terminal_size().columns, _LEAST_COLUMNS), _MOST_COLUMNS)
 
 
 def _add_general(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from regjax import _checks
 from regjax.experiments._dataset import Dataset
 
 
@@ -16,6 +17,17 @@ class Scaling(NamedTuple):
 
     mean: jax.Array
     deviation: jax.Array
+
+
+def check_precision(dtype: str) -> None:
+    """Checks that JAX can hold numbers of a type.
+
+    Raises:
+      ValueError: it is neither float32 nor float64, or the latter and JAX is not set to it.
+    """
+    _checks.choice("dtype", dtype, ("float32", "float64"))
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("`dtype` must be float32 without jax_enable_x64, got float64.")
 
 
 def measure_scaling(dataset: Dataset, dtype: str) -> Scaling:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from regjax import _tree, diagnostics
+from regjax import _numerics, diagnostics
 from regjax._adapters import model_loss
 from regjax._base import Params
 from regjax.experiments import _figure, _record
@@ -116,7 +116,8 @@ def _surface(
         _flatness(
             diagnostics.interval_flatness(
                 loss, params, direction, inputs, targets,
-                max_distance=settings.span * float(_tree.norm(direction)), chunk_size=chunk_size,
+                max_distance=settings.span * float(_numerics.scaled_norm(direction)),
+                chunk_size=chunk_size,
             ),
             direction,
         )
@@ -127,6 +128,6 @@ def _surface(
 
 def _flatness(report: diagnostics.FlatnessResult, direction: Params) -> Record:
     """Gives the lengths in units of the direction, as the positions of the surface."""
-    norm = float(_tree.norm(direction))
+    norm = float(_numerics.scaled_norm(direction))
     lengths = {name: float(value) / norm for name, value in report._asdict().items()}
     return {**lengths, "converged": bool(report.converged)}

@@ -73,12 +73,12 @@ def kind(hint: Any) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns " (did you mean ...?)" with the closest of `known`, "" if none is close."""
-    names = list(dict.fromkeys(known))
-    found = [name for name in names if name.lower() == word.lower()]
-    if not found:
-        close = difflib.get_close_matches(word.lower(), names, n=3, cutoff=0.75)
-        found = list(dict.fromkeys([*close, *(name for name in names if _is_akin(word, name))]))
-    return f" (did you mean {' or '.join(found[:3])}?)" if found else ""
+    bare = {name.lstrip("-").lower(): name for name in known}
+    flat = word.lstrip("-").lower()
+    found = [flat] if flat in bare else difflib.get_close_matches(flat, bare, n=2, cutoff=0.8)
+    found = found or [name for name in bare if _is_akin(flat, name)]
+    found = found or difflib.get_close_matches(flat, bare, n=1, cutoff=0.65)
+    return f" (did you mean {' or '.join(bare[name] for name in found[:3])}?)" if found else ""
 
 
 def _is_akin(word: str, name: str) -> bool:

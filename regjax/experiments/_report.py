@@ -147,14 +147,11 @@ def _geometry_text(record: Record) -> str:
 def _epochs(record: Record) -> str:
     """Says how many epochs there were, and whether they were run now."""
     options, training = record["settings"], record["training"]
-    epochs = f"{training['num_epochs']} epochs"
+    count, seconds = training["num_epochs"], f"{training['seconds']:.1f} s"
+    epochs = f"{count} epoch{'' if count == 1 else 's'}"
     if options.get("checkpoint") is not None:
         return f"{epochs} before; read from {training['checkpoint']}, nothing was trained"
-    return f"{epochs}{', resumed, the last' if options['resume'] else ''} in {_seconds(training)}"
-
-
-def _seconds(entry: Record) -> str:
-    return f"{entry['seconds']:.1f} s"
+    return f"{epochs}, resumed for {seconds}" if options["resume"] else f"{epochs} in {seconds}"
 
 
 def _mode(record: Record) -> str:

@@ -10,7 +10,7 @@ from regjax import _files
 from regjax._adapters import Model
 from regjax.experiments._checkpoint import read_run, read_shape
 from regjax.experiments._dataset import Dataset
-from regjax.experiments._inputs import measure_scaling, normalize
+from regjax.experiments._inputs import check_precision, measure_scaling, normalize
 from regjax.experiments._network import build
 from regjax.experiments._settings import TrainSettings, checkpoint_path, with_training_options
 from regjax.experiments._training import initial_state, trained_model
@@ -44,6 +44,10 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     stored, _, _ = read_run(file)
     settings = with_training_options(TrainSettings(), stored)
     validate(settings)
+    try:
+        check_precision(settings.dtype)
+    except ValueError as error:
+        raise _files.CheckpointError(f"{file} cannot be loaded: {error}") from None
     model = build(settings, *read_shape(file))
     state = _files.load(file, initial_state(settings, model))
     return trained_model(settings, model, state.weights)
@@ -63,7 +67,9 @@ def scaled_inputs(dataset: Dataset, *, dtype: str = "float32") -> tuple[jax.Arra
 
     Raises:
       TypeError: `dataset` is none.
+      ValueError: `dtype` is neither, or float64 and JAX is not set to it.
     """
+    check_precision(dtype)
     if not isinstance(dataset, Dataset):
         raise TypeError(f"`dataset` must be a Dataset, got {type(dataset).__name__}.")
     scaling = measure_scaling(dataset, dtype)

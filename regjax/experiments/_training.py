@@ -17,6 +17,7 @@ from regjax.experiments._checkpoint import read_marks as read_marks
 from regjax.experiments._checkpoint import read_run as read_run
 from regjax.experiments._data import Dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
+from regjax.experiments._inputs import check_precision
 from regjax.experiments._network import Evaluation, build_model
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._options import UsageError
@@ -92,11 +93,14 @@ def train(
 
     Raises:
       TrainingError: the loss or a parameter is no longer finite.
-      UsageError: the batch is larger than the data, or the checkpoint is another run's.
+      UsageError: an option is out of its range or does not fit the data, or the checkpoint is
+        another run's.
+      ValueError: the options ask for float64, and JAX is not set to it.
       CheckpointError: the checkpoint is missing, damaged or of another model, it cannot be
         written, or another run is writing it.
     """
     validate(settings)
+    check_precision(settings.dtype)
     check_fit(settings, dataset)
     with _files.locked(path.parent, name=f".{path.name}.lock"):
         return _train(settings, dataset, path, callback, look)

@@ -14,7 +14,7 @@ from regjax.experiments._initializations import INITIALIZATIONS
 from regjax.experiments._normalization import NORMALIZATIONS
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._options import UsageError, choices, did_you_mean, kind, option
-from regjax.experiments._ranges import LARGEST, NUMBER, RANGES, Range
+from regjax.experiments._ranges import LARGEST, LARGEST_INTEGER, NUMBER, RANGES, Range
 from regjax.experiments._settings import (
     LandscapeSettings,
     SpectrumSettings,
@@ -48,7 +48,8 @@ def validate(settings: TrainSettings) -> None:
     for method in (transformation(settings), initialization(settings)):
         for field in dataclasses.fields(method):
             name, most = f"{method.name()}.{field.name}", method.most.get(field.name)
-            limits = NUMBER if most is None else Range(-LARGEST, most)
+            is_float = float in {types[name], *typing.get_args(types[name])}
+            limits = NUMBER if is_float else Range(-LARGEST, most or LARGEST_INTEGER)
             _validate_value(name, getattr(method, field.name), types[name], limits)
     _validate_sizes(settings)
     with as_options(settings.transformation):

@@ -41,15 +41,20 @@ def parse(
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(
+            settings, others = tyro.cli(
                 COMMANDS[command],
-                prog=f"{PROGRAM} {command}",
                 args=words,
                 default=COMMANDS[command]() if default is None else default,
+                return_unknown_args=True,
             )
     except SystemExit:
         message = _message(COMMANDS[command], words, told.getvalue())
-    raise UsageError(f"{message}; see {PROGRAM} {command} --help.")
+        raise UsageError(f"{message}; see {PROGRAM} {command} --help.") from None
+    if others:
+        flags = _flags(COMMANDS[command])
+        hint = did_you_mean(others[0], flags) if others[0].startswith("-") else ""
+        raise UsageError(f"{others[0]!r} must be an option or the value of one{hint}.")
+    return settings
 
 
 def check_command(command: str) -> None:
@@ -105,16 +110,12 @@ def _unknown(command: str, flag: str) -> str:
 
 def _message(settings_type: type[TrainSettings], words: Sequence[str], box: str) -> str:
     """Returns what is wrong, in the words of the library, of what tyro put into its box."""
-    text = " ".join(line.strip(" │") for line in box.splitlines()[1:])
+    text = " ".join(re.sub(r"[─│╭╮╰╯|]", " ", box).split())
     flag = re.search(r"(?:argument '|parsing )(--[\w.-]+)", text)
-    name = _flags(settings_type).get(flag[1]) if flag else None
+    name = _flags(settings_type).get(flag[1].rstrip(".")) if flag else None
     if flag and name:
-        return _wrong_value(flag[1], option_types(settings_type)[name], words)
-    stray = re.match(r"Unrecognized options: (.*?)(, | ─|$)", text)
-    if stray:
-        hint = did_you_mean(stray[1], _flags(settings_type)) if stray[1].startswith("-") else ""
-        return f"{stray[1]!r} must be an option or the value of one{hint}"
-    return re.sub(r"\s+", " ", text.partition("──")[0]).strip(" .")
+        return _wrong_value(option(name), option_types(settings_type)[name], words)
+    return text.strip(" .")
 
 
 def _wrong_value(flag: str, hint: Any, words: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
@@ -244,14 +243,11 @@ class _Iteration:
         leaves = [_tree.wide(leaf) for leaf in jax.tree.leaves(grads)]
         if self.variant.order == 1:
             return functools.reduce(jnp.add, [jnp.sum(jnp.abs(leaf)) for leaf in leaves])
-        square = functools.reduce(jnp.add, [jnp.sum(leaf**2) for leaf in leaves])
-        # The root has no derivative at zero.
-        return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
+        return _numerics.scaled_norm(leaves)
 
 
 def _sgd_step(grads: Params) -> Params:
-    inverse = _numerics.divide(1, optax.tree.norm(grads))
-    return jax.tree.map(lambda leaf: leaf * inverse.astype(leaf.dtype), grads)
+    return jax.tree.map(lambda unit, leaf: unit.astype(leaf.dtype), _numerics.unit(grads), grads)
 
 
 def _adam_step(grads: Params) -> Params:
@@ -286,8 +282,9 @@ def _adam(
     second = b2 * carry.second[row] + (1 - b2) * derivative**2
     num_first = counts[case].astype(second.dtype)
     num_second = jnp.sum(counts) if variant.shares_second_moment else counts[case]
-    mean = moment / (1 - _B1**num_first)
-    root = jnp.sqrt(second / (1 - b2 ** num_second.astype(second.dtype)))
+    # 1 - beta^t, which cancels for a beta near 1.
+    mean = moment / -jnp.expm1(num_first * math.log(_B1))
+    root = jnp.sqrt(second / -jnp.expm1(num_second.astype(second.dtype) * math.log(b2)))
     scales = carry.scales - operands.learning_rate * mean / (root + _EPSILON)
     return carry._replace(
         scales=jnp.clip(scales, operands.lower, operands.upper),

@@ -172,11 +172,11 @@ def standardize_weight(
     varies = jnp.max(jnp.abs(centred), others, keepdims=True) > rounding
     centred = jnp.where(jnp.isnan(size) | varies, centred, 0)
     variance = jnp.sum(centred**2, others, keepdims=True) / freedom
-    added = added * power
+    beside = added * power
     if in_root:
-        deviation = _statistics.root(variance + added**2)
+        deviation = _statistics.root(variance + beside**2)
     else:
-        deviation = _statistics.root(variance) + added
+        deviation = _statistics.root(variance) + beside
     return _numerics.divide(centred, deviation).astype(kernel.dtype)
 
 

@@ -73,7 +73,7 @@ def gradient_matrix(
       ValueError: `gate_loss` is no scalar, or couples the examples.
       TypeError: a gate is not real floating point.
     """
-    check_loss(gate_loss, gates, batch)
+    check_loss(gate_loss, gates, batch, name="gate_loss")
     if couples_examples(gate_loss):
         raise ValueError(
             "`gate_loss` must not couple the examples of a batch (batch norm or dropout in train "

@@ -64,7 +64,7 @@ def remove_radial(
     def update(
         grads: Params, state: optax.OptState, params: Params | None = None, **extra: object
     ) -> tuple[Params, optax.OptState]:
-        params = _gradients.check_params(params)
+        params = _gradients.check_params(grads, params)
         chosen = _masks.mask_leaves(mask, params)
         updates, state = tx.update(grads, state, params, **extra)
 
@@ -83,7 +83,11 @@ def remove_radial(
         corrected = map(correct, leaves, jax.tree.leaves(grads), jax.tree.leaves(params), chosen)
         return jax.tree.unflatten(treedef, corrected), state
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    def init(params: Params) -> optax.OptState:
+        _masks.mask_leaves(mask, params)
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _project(
@@ -101,15 +105,7 @@ def _project_groups(
     u: jax.Array, grad: jax.Array, w: jax.Array, threshold: ArrayLike, *, per_filter: bool
 ) -> tuple[jax.Array, jax.Array]:
     axes = _tree.group_axes(w, per_filter)
-    unit_w, unit_grad = _units(w, axes), _units(grad, axes)
+    unit_w, unit_grad = _numerics.units_along(w, axes), _numerics.units_along(grad, axes)
     cosine = jnp.abs(jnp.sum(unit_w * unit_grad, axes, keepdims=True))
     small = jnp.max(cosine) < threshold / (w.size // cosine.size) ** 0.5
     return u - jnp.sum(unit_w * u, axes, keepdims=True) * unit_w, small
-
-
-def _units(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Divides each group by its norm, of any size; a zero group stays zero."""
-    largest = jnp.max(jnp.abs(array), axes, keepdims=True)
-    array = array * _numerics.power_of_two(largest)
-    norm = jnp.sqrt(jnp.sum(array**2, axes, keepdims=True))
-    return array * _numerics.divide(jnp.ones_like(norm), norm)

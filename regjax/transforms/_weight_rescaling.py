@@ -58,11 +58,11 @@ def rescale_weights(
       Z. Liu, Y. Cui, J. Wan, Y. Mao, A. Chan (2021), arXiv:2102.03497, of which only the abstract
       was read: granularity, period, and the treatment of momentum are our choices.
     """
-    _checks.positive("target_norm", target_norm)
+    _checks.number("target_norm", target_norm, above_zero=True)
     check_static("every", every, 1)
 
     def init(params: Params) -> RescaleWeightsState:
-        chosen = _masks.mask_leaves(mask, params)
+        chosen = _masks.floating_leaves(mask, params)
         paths = jax.tree_util.tree_leaves_with_path(params)
         for (path, leaf), choose in zip(paths, chosen, strict=True):
             if choose and per_filter and jnp.ndim(leaf) < 2:
@@ -76,17 +76,22 @@ def rescale_weights(
         updates: Params, state: RescaleWeightsState, params: Params | None = None, **extra: object
     ) -> tuple[Params, RescaleWeightsState]:
         del extra
-        params = _gradients.check_params(params)
+        params = _gradients.check_params(updates, params)
         count = state.num_updates + 1
         leaves, treedef = jax.tree.flatten(updates)
 
         def correct(leaf: jax.Array, param: jax.Array, choose: bool) -> jax.Array:
             if not choose:
                 return leaf
-            moved = _tree.wide(param) + _tree.wide(leaf)
-            rescaled = _with_norm(moved, target_norm, per_filter)
-            corrected = (rescaled - _tree.wide(param)).astype(leaf.dtype)
-            return corrected if every == 1 else jnp.where(count % every == 0, corrected, leaf)
+            dtype, w = _gradients.sum_dtype(leaf, param), _tree.wide(param)
+            moved = w + _tree.wide(leaf).astype(w.dtype)
+            units = _numerics.units_along(moved, _tree.group_axes(moved, per_filter))
+            corrected = (jnp.asarray(target_norm, w.dtype) * units - w).astype(dtype)
+            return (
+                corrected
+                if every == 1
+                else jnp.where(count % every == 0, corrected, leaf.astype(dtype))
+            )
 
         chosen = _masks.mask_leaves(mask, params)
         corrected = map(correct, leaves, jax.tree.leaves(params), chosen)
@@ -113,11 +118,3 @@ def rescale_velocity(velocity: Params, *, factor: ArrayLike | Tree) -> Params:
     if isinstance(factor, (int, float, jax.Array)):
         return jax.tree.map(lambda leaf: leaf / jnp.asarray(factor, leaf.dtype), velocity)
     return jax.tree.map(lambda leaf, f: leaf / jnp.asarray(f, leaf.dtype), velocity, factor)
-
-
-def _with_norm(weights: jax.Array, target_norm: ArrayLike, per_filter: bool) -> jax.Array:
-    norm = jnp.sqrt(jnp.sum(weights**2, _tree.group_axes(weights, per_filter), keepdims=True))
-    factor = _numerics.divide(
-        jnp.asarray(target_norm, norm.dtype), norm, where=norm > 0, otherwise=1
-    )
-    return weights * jnp.broadcast_to(factor, weights.shape)

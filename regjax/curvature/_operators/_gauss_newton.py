@@ -12,8 +12,15 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks
-from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree, as_partial
-from regjax.curvature._operators._curvature import CurvatureOperator, Linearization, build
+from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree, check_scalar
+from regjax._programs import Program
+from regjax.curvature._operators._curvature import (
+    CurvatureOperator,
+    Linearization,
+    build,
+    parts_of,
+    trace,
+)
 from regjax.curvature._operators._likelihoods import LIKELIHOODS, check_outputs
 
 
@@ -51,9 +58,9 @@ def gauss_newton(
       N. Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient
       descent, Neural Computation 14(7).
     """
-    _check_output_loss(model_fn, output_loss_fn, params, inputs, targets)
-    curvature = Partial(_loss_hessian, as_partial(output_loss_fn))
-    return _sandwich(curvature, model_fn, params, (inputs, targets), chunk_size)
+    model, parts = _traced_model(model_fn, params, (inputs, targets), chunk_size)
+    curvature = Partial(_loss_hessian, _traced_loss(output_loss_fn, model, params, parts))
+    return _sandwich(curvature, model, params, (inputs, targets), chunk_size)
 
 
 def empirical_fisher(
@@ -91,11 +98,10 @@ def empirical_fisher(
       F. Kunstner, L. Balles, P. Hennig (2019), Limitations of the empirical Fisher approximation,
       arXiv:1905.12558, eq. 3.
     """
-    _check_output_loss(model_fn, output_loss_fn, params, inputs, targets)
-    outputs = _outputs(model_fn, params, inputs)
-    check_outputs("empirical", outputs, _checks.num_examples(inputs))
-    curvature = Partial(_observed_score, as_partial(output_loss_fn))
-    return _sandwich(curvature, model_fn, params, (inputs, targets), chunk_size)
+    model, parts = _traced_model(model_fn, params, (inputs, targets), chunk_size)
+    check_outputs("empirical", model.outputs(params, inputs), _checks.num_examples(inputs))
+    curvature = Partial(_observed_score, _traced_loss(output_loss_fn, model, params, parts))
+    return _sandwich(curvature, model, params, (inputs, targets), chunk_size)
 
 
 def fisher(
@@ -141,13 +147,14 @@ def fisher(
     """
     exact, sampled = LIKELIHOODS[_checks.choice("likelihood", likelihood, tuple(LIKELIHOODS))]
     num_examples = _checks.num_examples(inputs)
-    check_outputs(likelihood, _outputs(model_fn, params, inputs), num_examples)
+    model, _ = _traced_model(model_fn, params, (inputs,), chunk_size)
+    check_outputs(likelihood, model.outputs(params, inputs), num_examples)
     if num_samples is None:
-        return _sandwich(Partial(exact), model_fn, params, (inputs,), chunk_size)
+        return _sandwich(Partial(exact), model, params, (inputs,), chunk_size)
     _checks.integer("num_samples", num_samples)
     # One key for each example and draw: the draws do not depend on how the data are chunked.
     keys = draw_keys(_checks.key("key", key), 0, num_examples, num_samples)
-    return _sandwich(Partial(sampled), model_fn, params, (inputs, keys), chunk_size)
+    return _sandwich(Partial(sampled), model, params, (inputs, keys), chunk_size)
 
 
 def draw_keys(key: jax.Array, first: int, num_examples: int, num_samples: int) -> jax.Array:
@@ -162,9 +169,28 @@ def _draw_keys(key: jax.Array, first: jax.Array, num_examples: int, num_samples:
     return each(numbers)
 
 
+def _traced_model(
+    model_fn: ModelFn, params: Params, batch: Batch, chunk_size: int | None
+) -> tuple[Program, tuple[Batch, ...]]:
+    """The program of a model, and the shapes of the batches that it is for."""
+    _checks.floating_tree("params", params)
+    parts = parts_of(model_fn, batch, chunk_size)
+    return trace(model_fn, *((params, part[0]) for part in parts)), parts
+
+
+def _traced_loss(
+    output_loss_fn: OutputLossFn, model: Program, params: Params, parts: tuple[Batch, ...]
+) -> Program:
+    """The program of a loss of the outputs of a model for batches of (inputs, targets)."""
+    signatures = [(model.outputs(params, inputs), targets) for inputs, targets in parts]
+    loss = trace(output_loss_fn, *signatures)
+    check_scalar(loss.outputs(*signatures[0]), name="output_loss_fn")
+    return loss
+
+
 def _sandwich(
     curvature: Partial,
-    model_fn: ModelFn,
+    model: Program,
     params: Params,
     batch: Batch,
     chunk_size: int | None,
@@ -172,7 +198,7 @@ def _sandwich(
     linearization = Linearization(
         Partial(_linearize_sandwich, curvature), Partial(_multiply_sandwich, curvature)
     )
-    return build(linearization, as_partial(model_fn), params, batch, chunk_size)
+    return build(linearization, model, params, batch, chunk_size)
 
 
 def _linearize_sandwich(
@@ -201,18 +227,3 @@ def _observed_score(output_loss_fn: Partial, outputs: Tree, targets: Tree, tange
     scores = jax.grad(output_loss_fn)(outputs, targets) * outputs.shape[0]
     axes = tuple(range(1, outputs.ndim))
     return scores * jnp.sum(scores * tangent, axis=axes, keepdims=True) / outputs.shape[0]
-
-
-def _outputs(model_fn: ModelFn, params: Params, inputs: Tree) -> Tree:
-    return jax.eval_shape(as_partial(model_fn), params, inputs)
-
-
-def _check_output_loss(
-    model_fn: ModelFn, output_loss_fn: OutputLossFn, params: Params, inputs: Tree, targets: Tree
-) -> None:
-    outputs = _outputs(model_fn, params, inputs)
-    shape = getattr(jax.eval_shape(as_partial(output_loss_fn), outputs, targets), "shape", None)
-    if shape != ():
-        raise ValueError(
-            f"`output_loss_fn` must return a scalar, the mean over examples, got shape {shape}."
-        )
