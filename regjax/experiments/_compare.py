@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import re
 from pathlib import Path
@@ -35,6 +36,8 @@ from regjax.experiments._spectrum_run import (
 from regjax.experiments._training import TrainingError, read_run
 from regjax.experiments._validation import validate
 
+_LONGEST_NAME = 80
+
 Compared = TypeVar("Compared", bound=TrainSettings)
 
 
@@ -65,7 +68,7 @@ def compared_settings(settings: Compared) -> dict[str, Compared]:
     # Of one network with several seeds there is one item, which changes nothing.
     alone = settings.optimizer if settings.transformation == "plain" else settings.transformation
     for item in settings.compare or (alone,):
-        out = folder / re.sub(r"[^\w.=-]+", "_", item)
+        out = folder / _folder_name(item)
         if out in [other.out for other in result.values()]:
             raise UsageError(f"--compare must name different settings, got {item!r} twice.")
         overrides = _overrides(item, settings) if settings.compare else {}
@@ -156,6 +159,14 @@ def _kind(settings: TrainSettings) -> tuple[Any, tuple[str, ...], Any]:
     if isinstance(settings, SpectrumSettings):
         return run_spectrum, spectrum_files(settings), _figure.draw_comparison
     return run_train, TRAINING_FILES, None
+
+
+def _folder_name(item: str) -> str:
+    """Returns a name that every file system takes."""
+    name = re.sub(r"[^\w.=-]+", "_", item)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(item.encode()).hexdigest()[:8]}"
 
 
 def _of_item(progress: Progress, item: str, stage: str, done: int, total: int | None) -> None:

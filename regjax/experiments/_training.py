@@ -102,6 +102,7 @@ def train(
     validate(settings)
     check_precision(settings.dtype)
     check_fit(settings, dataset)
+    _files.check_replaceable(path)
     with _files.locked(path.parent, name=f".{path.name}.lock"):
         return _train(settings, dataset, path, callback, look)
 
