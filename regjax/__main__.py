@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regjax._files import CheckpointError
+from regjax._files import CheckpointError, MissingError
 from regjax.experiments import (
     _compare,
     _help,
@@ -148,7 +148,15 @@ def _from_checkpoint(command: str, words: list[str], settings: TrainSettings) ->
         path = out_dir(settings) / CHECKPOINT
     else:
         return settings
-    stored, _, _ = read_run(path)
+    try:
+        stored, _, _ = read_run(path)
+    except MissingError:
+        if not settings.resume:
+            raise
+        raise UsageError(
+            f"--resume needs a checkpoint, and there is none at {path}: give --out, or all options "
+            "of the run to go on with."
+        ) from None
     defaults = dataclasses.replace(COMMANDS[command](), out=out_dir(settings))
     return parse(command, words, with_training_options(defaults, stored))
 

@@ -6,8 +6,9 @@ import functools
 import hashlib
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from regjax.experiments import _figure, _record
 from regjax.experiments._effects import COMMON, missing
@@ -37,6 +38,8 @@ from regjax.experiments._training import TrainingError, read_run
 from regjax.experiments._validation import validate
 
 _LONGEST_NAME = 80
+_Run: TypeAlias = Callable[[Any, Progress], Record]
+_Draw: TypeAlias = Callable[[Path, dict[str, Record]], None]
 
 Compared = TypeVar("Compared", bound=TrainSettings)
 
@@ -152,7 +155,7 @@ def first_seeds(records: dict[str, list[Record]]) -> dict[str, Record]:
     return {f"{item}{seed(of)}": of[0] for item, of in records.items()}
 
 
-def _kind(settings: TrainSettings) -> tuple[Any, tuple[str, ...], Any]:
+def _kind(settings: TrainSettings) -> tuple[_Run, tuple[str, ...], _Draw | None]:
     """Returns what is run, the files that it writes, and what draws all."""
     if isinstance(settings, LandscapeSettings):
         return run_landscape, landscape_files(settings), _figure.draw_landscapes
