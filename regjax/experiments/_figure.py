@@ -21,7 +21,9 @@ _LINEAR_SHARE = 1e-3
 
 def draw_spectrum(path: Path, record: _record.Record) -> None:
     """Draws the blocks of a record: the network, and its layers if they were computed."""
-    _draw(path, record["blocks"], record["settings"]["matrix"], _width(record))
+    named = {"network": _network(record)}
+    blocks = {named.get(name, name): block for name, block in record["blocks"].items()}
+    _draw(path, blocks, record["settings"]["matrix"], _width(record))
 
 
 def draw_comparison(path: Path, records: dict[str, _record.Record]) -> None:
