@@ -151,8 +151,14 @@ def _from_checkpoint(command: str, words: list[str], settings: TrainSettings) ->
     try:
         stored, _, _ = read_run(path)
     except MissingError:
-        remedy = "start without --resume" if settings.resume else "give one, or its folder"
-        raise UsageError(f"There is no checkpoint at {path}; {remedy}.") from None
+        if not settings.resume:
+            raise UsageError(
+                f"There is no checkpoint at {path}; give one, or its folder."
+            ) from None
+        raise UsageError(
+            f"--resume needs a checkpoint, and there is none at {path}: give --out, or all options "
+            "of the run to go on with."
+        ) from None
     defaults = dataclasses.replace(COMMANDS[command](), out=out_dir(settings))
     return parse(command, words, with_training_options(defaults, stored))
 

@@ -208,6 +208,7 @@ def test_the_entry_point_is_main():
         (["spectrum", "--resume", "--out", "{tmp}"], "{tmp}/checkpoint.npz"),
         (["spectrum", "--compare", "sgd", "adm"], "'adm'"),
         (["spectrum", "--compare", "sgd,seed=x"], "--seed must be an integer"),
+        (["train", "--compare", "sgd", "hessian"], "'hessian'"),
         (["spectrum", "--out", "{tmp}/file/folder", *_FAST], "{tmp}/file"),
         (["train", "--batch-size", "5000", "--out", "{tmp}"], "--batch-size must be at most"),
         (["spectrum", *_FAST, "--num-eigenvalues", "331", "--out", "{tmp}"], "330, got 331"),

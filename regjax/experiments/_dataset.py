@@ -59,14 +59,17 @@ class Source(NamedTuple):
     source: str
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path) -> int:
     """Checks that data come from a file with an end, which can be read.
+
+    Returns:
+      Its number of bytes. What the system makes up as it is read has none, and may have no end.
 
     Raises:
       DataError: it is a pipe, a device or a folder, or may not be read.
     """
     try:
-        _files.regular_file(path, kind="a file of data")
+        return _files.regular_file(path, kind="a file of data")
     except _files.CheckpointError as error:
         raise DataError(str(error)) from None
 

@@ -107,6 +107,7 @@ def train(
     check_precision(settings.dtype)
     check_fit(settings, dataset)
     path = Path(path)
+    _files.check_replaceable(path)
     with _files.locked(path.parent, name=f".{path.name}.lock"):
         return _train(settings, dataset, path, callback, look)
 
