@@ -2,33 +2,46 @@
 
 import contextlib
 import dataclasses
-import io
-import re
+import importlib.util
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from regjax._files import CheckpointError
-from regjax.experiments import _compare, _landscape_run, _report, _spectrum_run
+from regjax.experiments import (
+    _compare,
+    _help,
+    _landscape_run,
+    _record,
+    _report,
+    _seeds,
+    _spectrum_run,
+)
 from regjax.experiments._data import DataError
+from regjax.experiments._effects import check_effects
+from regjax.experiments._folder import CHECKPOINT, out_dir
 from regjax.experiments._options import UsageError
+from regjax.experiments._progress import Bar
 from regjax.experiments._settings import (
+    AnalysisSettings,
     LandscapeSettings,
     SpectrumSettings,
     TrainSettings,
     checkpoint_path,
-    out_dir,
+    is_comparison,
     with_training_options,
 )
 from regjax.experiments._training import TrainingError, read_run
+from regjax.experiments._validation import validate
+from regjax.experiments._words import COMMANDS, check_command, given_options, parse
 
-_COMMANDS: dict[str, type[TrainSettings]] = {
-    "spectrum": SpectrumSettings,
-    "landscape": LandscapeSettings,
-    "train": TrainSettings,
-}
-_PROGRAM = "python -m regjax"
-_DESCRIPTION = "Train networks and see the curvature and the shape of their loss."
+# Exit statuses, as `--help` lists them.
+_DONE, _NOT_LEARNED, _REFUSED, _FAULT, _INTERRUPTED = 0, 1, 2, 70, 130
+_PACKAGES = ("tyro", "tqdm", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,148 +51,170 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: the words of the command line; None takes those of the process.
 
     Returns:
-      The exit status: 0; 2 after a line on stderr that says what was wrong; 130 after Ctrl-C.
+      The exit status: 0; 1 if a network did not learn; 2 after a line on stderr that says what was
+      wrong; 70 after one that names the traceback of a fault of regjax; 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with _Bar() as bar:
-            _run(words, bar)
-    except SystemExit as stop:  # --help
-        return int(stop.code or 0)
+        with Bar() as bar:
+            return _run(words, bar)
     except KeyboardInterrupt as error:
-        return _fail(str(error) or "interrupted.", 130)
+        return _fail(str(error) or "interrupted.", _INTERRUPTED)
+    except BrokenPipeError:  # whoever read the output has read enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for what Python still wants to flush
+        return _DONE
     except Exception as error:
-        if not _is_users(error):
-            raise
-        return _fail(str(error), 2)
-    return 0
+        message = _users_line(error)
+        if message is not None:
+            return _fail(message, _REFUSED)
+        return _fail(_fault(error), _FAULT)
 
 
-def _run(words: list[str], bar: "_Bar") -> None:
-    settings = _parse(words)
-    settings = _from_checkpoint(words, settings)
+def _run(words: list[str], bar: Bar) -> int:
+    """Does what the words say and returns the exit status."""
+    if "--version" in words:
+        return _show(", ".join(f"{name} {text}" for name, text in _record.versions().items()))
+    command, asks_help = (words or [""])[0], not {"-h", "--help"}.isdisjoint(words)
+    if asks_help and command not in COMMANDS:
+        return _show(_help.root_help(COMMANDS))
+    check_command(command)
+    _check_packages()
+    own = [word for word in words[1:] if word not in ("-h", "--help")]
+    if asks_help:
+        return _show(_help.command_help(command, _chosen(command, own)))
+    settings = _from_checkpoint(command, own, parse(command, own))
+    _check_device()
+    validate(settings)
+    compared: list[TrainSettings] = []
+    if is_comparison(settings):
+        compared = [*_compare.compared_settings(settings).values()]
+    check_effects(given_options(command, own), settings, compared)
     try:
-        text = _text_of(settings, bar)
+        text, learned = _results(settings, bar)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; {out_dir(settings)} holds what was computed, --resume goes on."
         ) from None
     bar.close()
-    print(f"{text}\n\nResults are in {out_dir(settings)}.")
+    _show(f"{text}\n\nResults are in {out_dir(settings)}.")
+    return _DONE if learned else _NOT_LEARNED
 
 
-def _text_of(settings: TrainSettings, bar: "_Bar") -> str:
-    """Runs what `settings` describe and returns what is to be printed."""
+def _results(settings: TrainSettings, bar: Bar) -> tuple[str, bool]:
+    """Runs what `settings` describe; returns what is to be printed, and whether all learned."""
+    if is_comparison(settings):
+        records = _compare.run_compare(settings, bar)
+        learned = all(_report.has_learned(record) for of in records.values() for record in of)
+        return _compared_text(settings, records), learned
     if isinstance(settings, LandscapeSettings):
-        if settings.compare:
-            return _report.landscapes_text(_compare.run_compare(settings, bar))
         record = _landscape_run.run_landscape(settings, bar)
-        return f"{_report.training_text(record)}\n\n{_report.landscape_text(record)}"
-    if isinstance(settings, SpectrumSettings):
-        if settings.compare:
-            return _report.comparison_text(_compare.run_compare(settings, bar))
+        parts = [_report.training_text(record), _report.landscape_text(record)]
+    elif isinstance(settings, SpectrumSettings):
         record = _spectrum_run.run_spectrum(settings, bar)
-        return f"{_report.training_text(record)}\n\n{_report.spectrum_text(record)}"
-    return _report.training_text(_spectrum_run.run_train(settings, bar))
+        parts = [_report.training_text(record), _report.spectrum_text(record)]
+    else:
+        record = _spectrum_run.run_train(settings, bar)
+        parts = [_report.training_text(record)]
+    return "\n\n".join(parts), _report.has_learned(record)
 
 
-def _parse(words: list[str], default: TrainSettings | None = None) -> TrainSettings:
-    """Parses `words`, with one line instead of tyro's box if they are wrong."""
-    import tyro
+def _compared_text(settings: TrainSettings, records: dict[str, list[_record.Record]]) -> str:
+    if settings.seeds > 1:
+        return _seeds.seeds_text(records)
+    text = _report.trainings_text
+    if isinstance(settings, SpectrumSettings | LandscapeSettings):
+        is_spectrum = isinstance(settings, SpectrumSettings)
+        text = _report.comparison_text if is_spectrum else _report.landscapes_text
+    return text(_compare.first_seeds(records))
 
-    told = io.StringIO()
+
+def _chosen(command: str, words: list[str]) -> TrainSettings:
+    """Returns the settings whose help is asked for; the command's own if the words are wrong."""
     try:
-        with contextlib.redirect_stderr(told):
-            command = words[0] if words else ""
-            if command not in _COMMANDS:
-                return tyro.extras.subcommand_cli_from_dict(
-                    {**_COMMANDS}, prog=_PROGRAM, description=_DESCRIPTION, args=words
-                )
-            return tyro.cli(
-                _COMMANDS[command],
-                prog=f"{_PROGRAM} {command}",
-                args=words[1:],
-                default=_COMMANDS[command]() if default is None else default,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_first_sentence(told.getvalue())) from None
+        return parse(command, words)
+    except UsageError:
+        return COMMANDS[command]()
 
 
-def _from_checkpoint(words: list[str], settings: TrainSettings) -> TrainSettings:
+def _from_checkpoint(command: str, words: list[str], settings: TrainSettings) -> TrainSettings:
     """Returns the settings with the training options of the checkpoint that they start from.
 
     Parsed again with these for defaults, an option keeps a value of its own only if it was given:
     `restore` then finds the conflict.
     """
-    checkpoint = getattr(settings, "checkpoint", None)
-    if checkpoint is not None:
-        path = checkpoint_path(checkpoint)
-    elif settings.resume and not getattr(settings, "compare", None):
-        path = out_dir(settings) / "checkpoint.npz"
+    if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:
+        path = checkpoint_path(settings.checkpoint)
+    elif settings.resume and not is_comparison(settings):
+        path = out_dir(settings) / CHECKPOINT
     else:
         return settings
     stored, _, _ = read_run(path)
-    defaults = dataclasses.replace(_COMMANDS[words[0]](), out=out_dir(settings))
-    return _parse(words, with_training_options(defaults, stored))
+    defaults = dataclasses.replace(COMMANDS[command](), out=out_dir(settings))
+    return parse(command, words, with_training_options(defaults, stored))
 
 
-def _first_sentence(box: str) -> str:
-    """Returns what tyro says between its title and its next rule, on one line, without frame."""
-    lines = [line.strip(" │") for line in box.splitlines()[1:]]
-    paragraph: list[str] = []
-    for line in lines:
-        is_rule = set(line) <= set("─-")
-        if is_rule and paragraph:
-            break
-        if not is_rule:
-            paragraph.append(line)
-    sentence = re.sub(r"\s+([.,])", r"\1", " ".join(paragraph)).rstrip(".")
-    return f"{sentence}; see {_PROGRAM} --help."
+def _check_packages() -> None:
+    """Checks that what the command line needs is installed, before anything is computed."""
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"The command line needs {name}: pip install 'regjax[run]'.")
+    # Figures go into files: a backend of the environment that is not there must not end the run.
+    os.environ["MPLBACKEND"] = "agg"
 
 
-def _is_users(error: Exception) -> bool:
-    """Tells whether the user can mend it: our own errors, and files that cannot be used."""
-    return isinstance(error, (UsageError, DataError, CheckpointError, TrainingError, OSError))
+def _check_device() -> None:
+    """Checks that JAX has a device to compute on."""
+    import jax
+
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        rule = f"JAX_PLATFORMS must name what is here, got {platforms!r}: " if platforms else ""
+        raise UsageError(f"{rule}{error}") from None
+
+
+def _users_line(error: Exception) -> str | None:
+    """Returns the line about what the user can mend; None for a fault of the library.
+
+    That is our own errors, files that cannot be used, memory that does not suffice, and arguments
+    that a function of the library refuses.
+    """
+    own = (UsageError, DataError, CheckpointError, TrainingError, OSError)
+    if isinstance(error, own):
+        return str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        text = str(error) if str(error).startswith("`") else f"Out of memory: {error}".strip(": ")
+        return f"{text} A smaller network, fewer examples or a smaller --chunk-size take less."
+    where = traceback.extract_tb(error.__traceback__)[-1].filename
+    refused = isinstance(error, ValueError | TypeError) and " must " in str(error)
+    return str(error) if refused and Path(where).is_relative_to(Path(__file__).parent) else None
+
+
+def _fault(error: Exception) -> str:
+    """Writes the traceback to a file and returns the line that names it."""
+    text = "".join(traceback.format_exception(error))
+    found = ", ".join(f"{name} {version}" for name, version in _record.versions().items())
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="regjax-", suffix=".log", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(f"{found}\n{' '.join(map(repr, sys.argv))}\n\n{text}")
+    kind = f"{type(error).__name__}: {error}"[:200]
+    return f"a fault of regjax, {kind}; please report it with the file {file.name}."
+
+
+def _show(text: str) -> int:
+    """Prints a text, whatever characters the terminal knows, and returns the status of success."""
+    with contextlib.suppress(AttributeError, ValueError):  # a stream of a test or an editor
+        typed: Any = sys.stdout
+        typed.reconfigure(errors="replace")
+    print(text, flush=True)
+    return _DONE
 
 
 def _fail(message: str, status: int) -> int:
     print(f"regjax: {' '.join(message.split())}", file=sys.stderr)
     return status
-
-
-class _Bar:
-    """A progress bar on stderr, a line for each stage."""
-
-    def __init__(self) -> None:
-        self._stage: str | None = None
-        self._bar: Any = None
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        """Shows that `done` steps of `total` of a stage are over."""
-        if stage != self._stage:
-            from tqdm import tqdm
-
-            self.close()
-            self._stage, self._bar = stage, tqdm(desc=stage, total=total, mininterval=0.5)
-        if self._bar is None:
-            return
-        self._bar.update(done - self._bar.n)
-        if done == total:
-            self.close()
-
-    def close(self) -> None:
-        """Ends the line of the stage."""
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from regjax import _checks
 from regjax._base import ModelFn, OutputLossFn, Params, PRNGKey, State, Tree
 from regjax._base import check_separable as check_separable
 from regjax._base import couples_examples as couples_examples
-from regjax._runners import Apply, ApplyFn, CallableRunner, LinenRunner, NnxRunner, Run
+from regjax._runners import Apply, ApplyFn, CallableRunner, LinenRunner, NnxRunner, Run, owned
 
 _MODES = ("evaluation", "train", "train_per_chunk")
 
@@ -73,7 +73,7 @@ def from_linen(module: linen.Module, variables: Mapping[str, Tree]) -> Model:
         raise ValueError(f"`variables` must hold 'params', got {sorted(variables)}.")
     state = core.unfreeze(variables)
     params = state.pop("params")
-    return _model(LinenRunner(module), params, state, "batch_stats" in state)
+    return _model(LinenRunner(module), owned(params), owned(state), "batch_stats" in state)
 
 
 def from_nnx(module: nnx.Module) -> Model:
@@ -99,7 +99,8 @@ def from_nnx(module: nnx.Module) -> Model:
     graph, params, state = nnx.split(evaluation, nnx.Param, ...)
     run = NnxRunner(graph, nnx.graphdef(training))
     has_statistics = bool(jax.tree.leaves(nnx.state(module, nnx.BatchStat)))
-    return _model(run, nnx.to_pure_dict(params), nnx.to_pure_dict(state), has_statistics)
+    params, state = (owned(nnx.to_pure_dict(tree)) for tree in (params, state))
+    return _model(run, params, state, has_statistics)
 
 
 def from_callable(function: ModelFn, params: Params, state: State = None) -> Model:

@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _tree
+from regjax import _checks, _programs, _tree
 
 Params: TypeAlias = Any
 """Tree of real floating-point arrays."""
@@ -131,16 +132,25 @@ def as_partial(function: Callable[..., Tree]) -> Any:
     return Partial(function) if is_plain else function
 
 
-def check_loss(loss_fn: Callable[..., Tree], params: Params, batch: Batch) -> None:
-    """Checks, without evaluating it, that `loss_fn` gives a scalar."""
+def check_loss(
+    loss_fn: Callable[..., Tree], params: Params, batch: Batch, *, name: str = "loss_fn"
+) -> None:
+    """Checks, without evaluating it, that `loss_fn` gives a real floating-point scalar."""
     _checks.floating_tree("params", params)
     # A second call for the same shapes traces nothing.
-    loss = applied.eval_shape(as_partial(loss_fn), params, batch)
+    check_scalar(applied.eval_shape(as_partial(loss_fn), params, batch), name=name)
+
+
+def check_scalar(loss: Tree, *, name: str = "loss_fn") -> None:
+    """Checks that what a loss gives, known by its shape, is a real floating-point scalar."""
     shape = getattr(loss, "shape", None)
     if shape != ():
-        raise ValueError(f"`loss_fn` must return a scalar, the mean loss, got shape {shape}.")
+        raise ValueError(f"`{name}` must return a scalar, the mean loss, got shape {shape}.")
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must return a real floating-point number, got {loss.dtype}.")
 
 
+@_programs.bounded
 @jax.jit
 def applied(function: Callable[..., Tree], params: Params, batch: Batch) -> Tree:
     """Calls function(params, *batch), compiled once for a function that is a pytree."""
@@ -148,8 +158,11 @@ def applied(function: Callable[..., Tree], params: Params, batch: Batch) -> Tree
 
 
 def _finite_scalar(loss: jax.Array) -> float:
-    if jnp.shape(loss) != ():
-        raise ValueError(f"`loss_fn` must return a scalar, got shape {jnp.shape(loss)}.")
+    shape = np.shape(loss) if loss is not None else None
+    if shape != ():
+        raise ValueError(f"`loss_fn` must return a scalar, got shape {shape}.")
+    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise TypeError(f"`loss_fn` must return a real floating-point number, got {loss!r}.")
     if not jnp.isfinite(loss):
         raise ValueError(f"`loss_fn` must be finite on the batch, got {loss}.")
     return float(loss)

@@ -6,6 +6,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 Number = TypeVar("Number")
 
@@ -23,24 +25,82 @@ def integer(name: str, value: object, *, minimum: int = 1, maximum: int | None =
     return value
 
 
-def non_negative(name: str, value: Number) -> Number:
-    """Returns `value`, a number that is not negative as far as can be seen at trace time."""
-    if not isinstance(value, jax.Array) and not _real(name, value) >= 0:
+def non_negative(name: str, value: Number, *, finite: bool = False) -> Number:
+    """Returns `value`, a number (or an array) that is not negative, as far as it is known."""
+    known = _known(name, value)
+    if known is not None and not (known >= 0).all():
         raise ValueError(f"`{name}` must be non-negative, got {value}.")
+    _check_finite(name, known, finite=finite)
     return value
 
 
-def positive(name: str, value: Number) -> Number:
-    """Returns `value`, a number above zero as far as can be seen at trace time."""
-    if not isinstance(value, jax.Array) and not _real(name, value) > 0:
+def positive(name: str, value: Number, *, finite: bool = False) -> Number:
+    """Returns `value`, a number (or an array) above zero, as far as it is known."""
+    known = _known(name, value)
+    if known is not None and not (known > 0).all():
         raise ValueError(f"`{name}` must be positive, got {value}.")
+    _check_finite(name, known, finite=finite)
     return value
 
 
-def _real(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a real number, got {value!r}.")
-    return float(value)
+def real(name: str, value: Number) -> Number:
+    """Returns `value`, a real number or an array of them; NaN is one."""
+    _known(name, value)
+    return value
+
+
+def number(name: str, value: Number, *, above_zero: bool = False) -> Number:
+    """Returns `value`, a single finite number that is not negative, as far as it is known."""
+    (positive if above_zero else non_negative)(name, value, finite=True)
+    if np.shape(value):
+        raise ValueError(f"`{name}` must be a single number, got shape {np.shape(value)}.")
+    return value
+
+
+def between(name: str, value: Number, low: float, high: float) -> Number:
+    """Returns `value`, a number from `low` to `high`, as far as it is known."""
+    known = _known(name, value)
+    if known is not None and not ((known >= low) & (known <= high)).all():
+        raise ValueError(f"`{name}` must be between {low:g} and {high:g}, got {value}.")
+    return value
+
+
+def _known(name: str, value: object) -> np.ndarray | None:
+    """Returns a real number, or an array of them, as the host sees it; None where it cannot."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"`{name}` must be a real number, got {value!r}.")
+        return np.asarray(float(value))
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise TypeError(f"`{name}` must be a real number, got {value.dtype}.")
+    return on_host(value)
+
+
+def on_host(array: ArrayLike) -> np.ndarray | None:
+    """Returns the numbers of `array`; None of a tracer, and of what lies on other machines.
+
+    By NumPy: inside of `jax.jit` JAX's own operations on known arrays give tracers.
+    """
+    if isinstance(array, jax.core.Tracer):
+        return None
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return None
+    return np.asarray(array)
+
+
+def _check_finite(name: str, known: np.ndarray | None, *, finite: bool) -> None:
+    if finite and known is not None and not np.isfinite(known).all():
+        raise ValueError(f"`{name}` must be finite, got {known}.")
+
+
+def finite_tree(name: str, tree: _Tree) -> _Tree:
+    """Returns `tree`, of floating point, if no number that is known is NaN or infinite."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        known = on_host(leaf)
+        if known is not None and not np.isfinite(known).all():
+            what = "NaN" if np.isnan(known).any() else "infinity"
+            raise ValueError(f"`{name}{jax.tree_util.keystr(path)}` must be finite, got {what}.")
+    return tree
 
 
 def choice(name: str, value: str, allowed: Sequence[str]) -> str:
@@ -59,18 +119,40 @@ def key(name: str, value: object) -> jax.Array:
     return value
 
 
+def _dtype(leaf: object) -> Any:
+    """The type of a leaf; that of Python for what is no number."""
+    try:
+        return jnp.result_type(leaf)
+    except (TypeError, ValueError):
+        return type(leaf)
+
+
 def floating_tree(name: str, tree: _Tree) -> _Tree:
     """Returns `tree` if it has leaves and all of them are real floating-point arrays."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    if not leaves:
+    if not jax.tree.leaves(tree):
         raise ValueError(f"`{name}` must have at least one array leaf, got {tree!r}.")
-    for path, leaf in leaves:
-        dtype = jnp.result_type(leaf)
+    return floating_leaves(name, tree)
+
+
+def floating_leaves(name: str, tree: _Tree, chosen: Sequence[bool] | None = None) -> _Tree:
+    """Returns `tree`, perhaps without leaves, if all or the chosen ones are real floating point."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), choose in zip(leaves, chosen or [True] * len(leaves), strict=True):
+        dtype = _dtype(leaf) if choose else jnp.float32
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"`{name}{jax.tree_util.keystr(path)}` must be real floating point, got {dtype}."
+                f"`{name}{jax.tree_util.keystr(path)}` must be real floating point, got "
+                f"{getattr(dtype, '__name__', dtype)}."
             )
     return tree
+
+
+def floating_array(name: str, array: ArrayLike) -> jax.Array:
+    """Returns `array` as a JAX array if it is one of real floating point, and no tree of them."""
+    if not isinstance(array, (jax.Array, np.ndarray, np.generic, float)):
+        raise TypeError(f"`{name}` must be one array, got {type(array).__name__}.")
+    floating_tree(name, array)
+    return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
 
 def same_structure(name: str, tree: _Tree, like: _Tree) -> _Tree:
@@ -108,14 +190,36 @@ def bool_tree(name: str, tree: _Tree) -> _Tree:
 
 
 def mask_leaves(mask: _Tree, like: _Tree) -> list[bool]:
-    """Returns one bool for each leaf of `like`; None takes all."""
-    if mask is None:
-        return [True] * len(jax.tree.leaves(like))
-    leaves = jax.tree.leaves(same_structure("mask", mask, like))
-    for leaf in leaves:
-        if not isinstance(leaf, bool):
-            raise TypeError(f"`mask` must hold Python bools, got {leaf!r}.")
-    return leaves
+    """Returns one bool for each leaf of `like`, of a mask like it or its upper part; None: all."""
+    leaves = prefix_leaves("mask", True if mask is None else mask, like)
+    return [_bool("mask", leaf) for leaf in leaves]
+
+
+def prefix_leaves(name: str, tree: _Tree, like: _Tree) -> list[Any]:
+    """Returns a leaf of `tree` for each one of `like`: a leaf of a prefix stands for all below.
+
+    Where `like` has no leaves there is nothing to compare.
+    """
+    if not jax.tree.leaves(like):
+        return []
+    leaves, structure = jax.tree.flatten(tree)
+    try:
+        below = structure.flatten_up_to(like)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"`{name}` must have the tree structure {jax.tree.structure(like)}, or that of its "
+            f"upper part, got {structure}."
+        ) from None
+    return [leaf for leaf, part in zip(leaves, below, strict=True) for _ in jax.tree.leaves(part)]
+
+
+def _bool(name: str, value: object) -> bool:
+    is_known = not isinstance(value, jax.core.Tracer) and jnp.shape(value) == ()
+    if not is_known or not isinstance(value, (bool, np.bool_, np.ndarray, jax.Array)):
+        raise TypeError(f"`{name}` must hold bools that are no arrays, got {value!r}.")
+    if np.asarray(value).dtype != np.bool_:
+        raise TypeError(f"`{name}` must hold bools, got {value!r}.")
+    return bool(value)
 
 
 def num_examples(batch: _Tree) -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from regjax import _checks, _loops, _tree
+from regjax import _checks, _loops, _programs, _tree
 from regjax._base import (
     Batch,
     Params,
@@ -178,6 +178,7 @@ def sampled(
     return jnp.mean(mean), error
 
 
+@_programs.bounded
 @jax.jit
 def _zeros(chunked: _Chunked) -> Tree:
     shapes = jax.eval_shape(lambda: chunked.at(0, chunked.size))
@@ -195,6 +196,7 @@ def _add(chunked: _Chunked, total: Tree, i: jax.Array) -> Tree:
     return _weighted(total, chunked, i * chunked.size, chunked.size)
 
 
+@_programs.bounded
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _with_ragged(put: Callable[..., Tree], total: Tree, chunked: _Chunked) -> Tree:
     ragged = chunked.length % chunked.size

@@ -1,69 +1,50 @@
-"""Files that are whole or not there; checkpoints, a tree of arrays and its metadata in one.
+"""Checkpoints: a tree of arrays and its metadata in one file.
 
 A checkpoint is an .npz without pickles. Its member `header` is JSON: the schema and its version, a
 table of the leaves (path, dtype, shape) and the metadata. Each leaf is a member of its own,
 `tree` + its path as `jax.tree_util.keystr` writes it. Every byte of both is under the zip's CRC.
+
+A file is not trusted. What is read of it is bounded by its own size and by what is expected, before
+it is read; and what is wrong with it is said by the class of the error: damaged, refused by the
+system, of another version, or something else.
 """
 
-import contextlib
-import io
 import json
+import math
 import os
-import secrets
 import zipfile
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from regjax import _archive
+from regjax._archive import shown as shown
 from regjax._base import Tree
+from regjax._disk import CheckpointError as CheckpointError
+from regjax._disk import DamagedError as DamagedError
+from regjax._disk import KindError as KindError
+from regjax._disk import LockedError as LockedError
+from regjax._disk import MissingError as MissingError
+from regjax._disk import RefusedError as RefusedError
+from regjax._disk import locked as locked
+from regjax._disk import regular_file as regular_file
+from regjax._disk import remove_leftovers as remove_leftovers
+from regjax._disk import replacing as replacing
 
 Json: TypeAlias = dict[str, Any]
 """What JSON calls an object."""
 
 _SCHEMA = "regjax.checkpoint"
 _VERSION = 1
-# The bytes and the length, where the system can leave the file's times for later.
-_SYNC = getattr(os, "fdatasync", os.fsync)
+_MAX_HEADER = 2**26  # a thousand times that of a large network
 _PYTHON_TYPES = {bool: np.dtype(np.bool_), int: np.dtype(np.int64), float: np.dtype(np.float64)}
-# What reading a damaged zip raises; most of it found by flipping every bit of one.
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    KeyError,
-    OSError,  # an offset before the start
-    RuntimeError,  # a flag or a method that zipfile does not know
-    ValueError,  # no array, or one of objects, in a file of others
-)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, read or used, in one line that names the file."""
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file that takes the place of `path` at the end: readers see either one whole.
-
-    The bytes go to a hidden name in the same folder and reach the disk before they take the place
-    of `path`, so that a process killed at any time, or a power cut, leaves a whole file.
-    """
-    # A name of its own for each call: two runs in one folder do not write into each other's file.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            _SYNC(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+class VersionError(CheckpointError):
+    """Another version of this package wrote it."""
 
 
 def save(path: str | os.PathLike[str], tree: Tree, *, metadata: Json) -> None:
@@ -90,23 +71,15 @@ def save(path: str | os.PathLike[str], tree: Tree, *, metadata: Json) -> None:
         arrays[name], entry = _encode(name, leaf)
         table.append(entry)
     header = {"schema": _SCHEMA, "version": _VERSION, "leaves": table, "metadata": metadata}
-    arrays["header"] = np.frombuffer(_to_json(header).encode(), np.uint8)
+    text = _to_json(header).encode()
+    if len(text) > _MAX_HEADER:
+        raise ValueError(f"`metadata` must be below {_MAX_HEADER} bytes, got {len(text)}.")
+    arrays["header"] = np.frombuffer(text, np.uint8)
     try:
         with replacing(path) as file:
-            _write(file, arrays)
+            _archive.write(file, arrays)
     except OSError as error:
         raise CheckpointError(f"{path} must be writable, got {error.strerror}.") from error
-
-
-def _write(file: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
-    """Writes as `np.savez`, but without its copies of each array while it holds the GIL."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
-            array = np.asarray(array, order="C")
-            header = np.lib.format.header_data_from_array_1_0(array)
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                member.write(array.reshape(-1).view(np.uint8).data)
 
 
 def load(path: str | os.PathLike[str], like: Tree) -> Tree:
@@ -124,17 +97,17 @@ def load(path: str | os.PathLike[str], like: Tree) -> Tree:
       JAX arrays on the default device elsewhere. Weakly typed arrays come back with a strong type.
 
     Raises:
-      CheckpointError: the file is missing, damaged, not a checkpoint, of a later version, or its
+      CheckpointError: the file is missing, damaged, not a checkpoint, of another version, or its
         paths, shapes or dtypes are not those of `like`.
       TypeError: a leaf of `like` is not of a kind that `save` takes.
     """
     path = Path(path)
     named = _named_leaves(like)
-    with _open(path) as archive:
+    with _archive.opened(path) as archive:
         table = {entry["name"]: entry for entry in _read_header(path, archive)["leaves"]}
         _check_table(path, table, named)
         leaves = [
-            _decode(path, name, leaf, table[name], _read_array(path, archive, name))
+            _decode(path, name, leaf, table[name], _read_leaf(path, archive, name, leaf))
             for name, leaf in named
         ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -150,10 +123,10 @@ def read_metadata(path: str | os.PathLike[str]) -> Json:
       The dict, as JSON gives it back.
 
     Raises:
-      CheckpointError: the file is missing, damaged, not a checkpoint or of a later version.
+      CheckpointError: the file is missing, damaged, not a checkpoint or of another version.
     """
     path = Path(path)
-    with _open(path) as archive:
+    with _archive.opened(path) as archive:
         return _read_header(path, archive)["metadata"]
 
 
@@ -214,7 +187,7 @@ def _decode(path: Path, name: str, leaf: Any, entry: Json, stored: np.ndarray) -
     if type(leaf) in _PYTHON_TYPES:
         return stored.item()
     if _is_key(leaf):
-        return jax.random.wrap_key_data(jnp.asarray(stored), impl=entry["key_impl"])
+        return _key(path, name, leaf, entry.get("key_impl"), stored)
     array = stored.view(leaf.dtype)
     if isinstance(leaf, np.ndarray | np.generic):
         return array if isinstance(leaf, np.ndarray) else array[()]
@@ -233,64 +206,59 @@ def _check_table(path: Path, table: Json, named: list[tuple[str, Tree]]) -> None
         if name not in table:
             raise CheckpointError(f"{rule}the leaf {name} must be there, got a file without it.")
         if name not in expected:
-            raise CheckpointError(f"{rule}it must have no leaf {name}, got a file with it.")
+            raise CheckpointError(f"{rule}it must have no leaf {shown(name)}, got a file with it.")
         for property_ in ("shape", "dtype"):
             found, wanted = table[name][property_], expected[name][property_]
             if found != wanted:
                 raise CheckpointError(
-                    f"{rule}the leaf {name} must have {property_} {wanted}, got {found}."
+                    f"{rule}the leaf {name} must have {property_} {wanted}, got {shown(found)}."
                 )
 
 
-def _open(path: Path) -> zipfile.ZipFile:
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-        return zipfile.ZipFile(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} must be a checkpoint, got no such file.") from None
-    except OSError as error:
-        if error.errno is None:  # from zipfile, about the contents
-            raise _damaged(path, error) from error
-        raise CheckpointError(f"{path} must be a readable file, got {error.strerror}.") from error
-    except _DAMAGE as error:
-        # All zip files that are not empty begin like this.
-        if start and start != b"PK\x03\x04":
-            raise _not_ours(path) from error
-        raise _damaged(path, error) from error
-
-
 def _read_header(path: Path, archive: zipfile.ZipFile) -> Json:
-    if "header.npy" not in archive.namelist():
-        raise _not_ours(path)
+    array = _archive.read_array(path, archive, "header", _MAX_HEADER)
     try:
-        header = json.loads(_read_array(path, archive, "header").tobytes())
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise _not_ours(path) from None
+        header = json.loads(array.tobytes())
+    except (ValueError, RecursionError):  # no text, no JSON, or one without end
+        raise _archive.not_ours(path) from None
     if not isinstance(header, dict) or header.get("schema") != _SCHEMA:
-        raise _not_ours(path)
-    if header["version"] != _VERSION:
-        raise CheckpointError(
+        raise _archive.not_ours(path)
+    if header.get("version") != _VERSION:
+        raise VersionError(
             f"{path} must have schema version {_VERSION}, the one that this regjax reads, got "
-            f"{header['version']}."
+            f"{shown(header.get('version'))}."
         )
+    leaves, metadata = header.get("leaves"), header.get("metadata")
+    if not isinstance(leaves, list) or not all(map(_is_row, leaves)):
+        raise CheckpointError(f"{path} must have a table of its leaves, got a file without one.")
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} must have metadata by name, got {shown(metadata)}.")
     return header
 
 
-def _read_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def _is_row(entry: object) -> bool:
+    kinds = {"name": str, "dtype": str, "shape": list}
+    return isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in kinds.items())
+
+
+def _read_leaf(path: Path, archive: zipfile.ZipFile, name: str, leaf: Any) -> np.ndarray:
+    size = math.prod(np.shape(leaf)) * _stored_dtype(leaf).itemsize
+    if _is_key(leaf):
+        size *= leaf.dtype.itemsize
+    return _archive.read_array(path, archive, name, size)
+
+
+def _key(path: Path, name: str, leaf: Any, implementation: object, stored: np.ndarray) -> jax.Array:
     try:
-        # All of the member at once: only at its end does zipfile compare the CRC.
-        return np.load(io.BytesIO(archive.read(name + ".npy")), allow_pickle=False)
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} must be a whole checkpoint, got a damaged file: {error}.")
-
-
-def _not_ours(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} must be a checkpoint of regjax, got another kind of file.")
+        key = jax.random.wrap_key_data(jnp.asarray(stored), impl=implementation)
+        if key.dtype == leaf.dtype:
+            return key
+    except (TypeError, ValueError):
+        pass
+    raise CheckpointError(
+        f"{path} must hold a key of the kind {leaf.dtype} for the leaf {name}, got "
+        f"{shown(implementation)}."
+    )
 
 
 def _to_json(header: Json) -> str:
@@ -301,13 +269,3 @@ def _to_json(header: Json) -> str:
     except (TypeError, ValueError) as error:
         raise TypeError(f"`metadata` must be what JSON can hold, got {error}.") from error
     raise TypeError(f"`metadata` must be a dict, got {metadata!r}.")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the new name durable, where folders can be synchronised."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from regjax import _jaxprs
+from regjax import _jaxprs, _programs
 from regjax._base import Tree
 
 # Compile time grows with every copy of the body; eight is where the unrolled form still compiles
@@ -49,8 +49,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def is_concrete(*trees: Tree) -> bool:
-    """Whether no leaf of `trees` is a tracer, so that the host may look and loop."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    """Whether the host may look and loop: no leaf is a tracer, nor will what is computed of them.
+
+    Inside of somebody's jit arrays that it closed over are known, but all results are tracers.
+    """
+    leaves = jax.tree.leaves(trees)
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, jnp.zeros(())))
 
 
 def scan(
@@ -135,10 +139,11 @@ def while_loop(
     """The state after `step(operands, state)` until `done(state)`, `max_steps` at most.
 
     With concrete arrays the host drives: it stops early, calls `callback(steps, max_steps)` after
-    each step and holds Ctrl-C back to the end of the step. With tracers it is one compiled loop.
+    each step and holds Ctrl-C back to the end of the step, for the caller's own handler if there is
+    one. With tracers it is one compiled loop.
 
     Raises:
-      Interrupted: Ctrl-C; its `.result` is `result(state)` at that moment.
+      Interrupted: Ctrl-C, unless the caller's handler returns; its `.result` is `result(state)` at that moment.
     """
     if is_concrete(operands, state):
         with _held_interrupt() as interrupted:
@@ -214,9 +219,11 @@ def _loop(body: Body, carry: Tree, length: int, operands: Tree) -> Tree:
     )[0]
 
 
-_compiled_scan = jax.jit(
-    lambda body, carry, length, operands: _loop(body, carry, length, operands),
-    static_argnums=(0, 2),
+_compiled_scan = _programs.bounded(
+    jax.jit(
+        lambda body, carry, length, operands: _loop(body, carry, length, operands),
+        static_argnums=(0, 2),
+    )
 )
 
 
@@ -226,9 +233,13 @@ def _turns(body: Body, carry: Tree, length: int, operands: Tree) -> Tree:
     return carry
 
 
-_compiled_turns = jax.jit(_turns, static_argnums=(0, 2))
-_compiled_turn = jax.jit(
-    lambda body, carry, operands, i: body(operands, carry, i), static_argnums=0, donate_argnums=1
+_compiled_turns = _programs.bounded(jax.jit(_turns, static_argnums=(0, 2)))
+_compiled_turn = _programs.bounded(
+    jax.jit(
+        lambda body, carry, operands, i: body(operands, carry, i),
+        static_argnums=0,
+        donate_argnums=1,
+    )
 )
 
 
@@ -271,7 +282,11 @@ def _warn_slow_branch() -> None:
 
 @contextlib.contextmanager
 def _held_interrupt() -> Iterator[Callable[[], bool]]:
-    """Holds the first Ctrl-C back, so that no donated state is lost; a second one acts at once."""
+    """Holds Ctrl-C back until the block asks for it, so that no donated state is lost.
+
+    Then the handler that was there is called, the caller's own or Python's; what is asked tells
+    whether it raised KeyboardInterrupt. A second Ctrl-C before that acts at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -279,15 +294,27 @@ def _held_interrupt() -> Iterator[Callable[[], bool]]:
     if not callable(previous):
         yield lambda: False
         return
-    received: list[int] = []
+    received: list[tuple[int, Any]] = []
 
     def hold(number: int, frame: Any) -> None:
         if received:
-            raise KeyboardInterrupt
-        received.append(number)
+            previous(number, frame)
+        else:
+            received.append((number, frame))
+
+    def interrupted() -> bool:
+        try:
+            while received:
+                previous(*received.pop())
+        except KeyboardInterrupt:
+            return True
+        return False
 
     signal.signal(signal.SIGINT, hold)
     try:
-        yield lambda: bool(received)
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, previous)
+    # It came after the block had asked for the last time.
+    while received:
+        previous(*received.pop())

@@ -1,11 +1,15 @@
 """Small pieces of arithmetic that are easily written wrong: guarded division, errors, parts."""
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from regjax import _tree
-from regjax._base import Params
+from regjax._base import Params, Tree
 
 
 def divide(
@@ -47,6 +51,17 @@ def part_outside(vectors: jax.Array, rows: jax.Array) -> jax.Array:
     return vectors - jnp.matmul(along, rows, precision="highest")
 
 
+def finite_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes singular values (r,), falling, and right singular vectors (r, d).
+
+    NaN if an entry is NaN or infinite: the iteration does not end for such matrices.
+    """
+    is_finite = jnp.all(jnp.isfinite(matrix))
+    matrix = _tree.wide(jnp.where(is_finite, matrix, 0))
+    _, values, rows = jnp.linalg.svd(matrix, full_matrices=False)
+    return jnp.where(is_finite, values, jnp.nan), jnp.where(is_finite, rows, jnp.nan)
+
+
 def between(params: Params, other_params: Params, share: ArrayLike) -> Params:
     """Gives (1 - share) params + share other_params, leaf by leaf; exact at both ends."""
 
@@ -58,19 +73,83 @@ def between(params: Params, other_params: Params, share: ArrayLike) -> Params:
     return jax.tree.map(mixed, params, other_params)
 
 
-def scaled_norm(array: jax.Array) -> jax.Array:
-    """Computes the Euclidean norm of all entries, of any size: no square under- or overflows."""
-    power = power_of_two(jnp.max(jnp.abs(array), initial=0))
+def scaled_norm(tree: Tree) -> jax.Array:
+    """Computes the Euclidean norm of all scalars of an array or a tree, in float32 at least.
+
+    Of any size: no square under- or overflows. The derivative at zero is zero.
+    """
+    leaves, power = _leaves_near_one(tree)
+    return _length(leaves, power) / power
+
+
+def unit(tree: Params) -> Params:
+    """Divides a tree by its norm, of any size, in the widest of its dtypes; zero stays zero."""
+    leaves, power = _leaves_near_one(tree)
+    length = _length(leaves, power)
+    return jax.tree.unflatten(jax.tree.structure(tree), [divide(leaf, length) for leaf in leaves])
+
+
+def cosine(one: Params, other: Params) -> jax.Array:
+    """Computes the cosine of the angle between two trees of any size; 0 if one of them is zero."""
+    return _tree.inner(unit(one), unit(other))
+
+
+def norms_along(array: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Computes Euclidean norms over `axes`, which stay with length one; of any size."""
+    array, power = near_one(array, axes)
+    return _root(jnp.sum(array**2, axes, keepdims=True)) / power
+
+
+def units_along(array: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Divides groups over `axes` by their norms, of any size; zero groups stay zero."""
+    array, _ = near_one(array, axes)
+    return array * divide(1, _root(jnp.sum(array**2, axes, keepdims=True)))
+
+
+def _leaves_near_one(tree: Tree) -> tuple[list[jax.Array], jax.Array]:
+    """Gives the leaves times the power of two that brings the largest magnitude near one."""
+    dtype = _tree.vector_dtype(tree)
+    leaves = [jnp.asarray(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    sizes = [jnp.max(jnp.abs(lax.stop_gradient(leaf)), initial=0) for leaf in leaves]
+    power = power_of_two(functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype)))
     power = jnp.where(power > 0, power, 1)
-    return jnp.linalg.norm((power * array).ravel()) / power
+    return [power * leaf for leaf in leaves], power
+
+
+def _length(leaves: list[jax.Array], like: jax.Array) -> jax.Array:
+    squares = [jnp.sum(leaf**2) for leaf in leaves]
+    return _root(functools.reduce(jnp.add, squares, jnp.zeros_like(like)))
+
+
+def _root(square: jax.Array) -> jax.Array:
+    """Computes the square root, whose derivative at zero is taken to be zero."""
+    is_zero = square == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 def power_of_two(size: jax.Array) -> jax.Array:
     """Finds the power of two that brings a positive `size` near 1; 0 for 0, NaN and infinity."""
     _, exponent = jnp.frexp(size)
-    power = jnp.ldexp(jnp.ones_like(size), jnp.clip(-exponent, -_LARGEST_POWER, _LARGEST_POWER))
+    largest = jnp.finfo(size.dtype).maxexp - 8  # its reciprocal is a normal number too
+    power = jnp.ldexp(jnp.ones_like(size), jnp.clip(-exponent, -largest, largest))
     return jnp.where((size > 0) & jnp.isfinite(size), power, 0)
 
 
-# float32 has powers of two up to 127.
-_LARGEST_POWER = 120
+def near_one(
+    array: jax.Array, axes: Sequence[int], *, at_least: float = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Brings groups of entries near one, so that no square of them under- or overflows.
+
+    Args:
+      array: real floating point.
+      axes: those of a group.
+      at_least: what a group's largest magnitude counts as, if it is smaller.
+
+    Returns:
+      power * array and power, a power of two for each group with `axes` of length one: a constant
+      to the derivative; 1 for groups of zeros and those that are not finite.
+    """
+    largest = jnp.max(jnp.abs(lax.stop_gradient(array)), axes, keepdims=True, initial=at_least)
+    power = power_of_two(largest)
+    power = jnp.where(power > 0, power, 1)
+    return power * array, power

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from jax.tree_util import PyTreeDef
 
@@ -70,7 +72,8 @@ class LinenRunner:
     def __call__(
         self, params: Params, state: State, inputs: Tree, train: bool, key: PRNGKey | None
     ) -> tuple[Tree, State]:
-        variables = {"params": params, **state}
+        params, own_state = owned(params), owned(state)
+        variables = {"params": params, **own_state}
         options = _mode_options(type(self.module), train)
         if not train:
             return self.module.apply(variables, inputs, **options), state
@@ -81,7 +84,7 @@ class LinenRunner:
             mutable=list(state),
             **options,
         )
-        return outputs, {**state, **new_state}
+        return outputs, {**own_state, **new_state}
 
 
 def _mode_options(module_type: type, train: bool) -> dict[str, bool]:
@@ -106,7 +109,8 @@ class NnxRunner:
         self, params: Params, state: State, inputs: Tree, train: bool, key: PRNGKey | None
     ) -> tuple[Tree, State]:
         # Merged from plain dicts: Variables of an outer trace may not be changed in an inner one.
-        module = nnx.merge(self.training if train else self.evaluation, params, state)
+        graph = self.training if train else self.evaluation
+        module = nnx.merge(graph, owned(params), owned(state))
         if train and key is not None:
             _reseed(module, key)
         outputs = module(inputs)
@@ -131,3 +135,10 @@ class CallableRunner:
         self, params: Params, state: State, inputs: Tree, train: bool, key: PRNGKey | None
     ) -> tuple[Tree, State]:
         return self.function(params, inputs), state
+
+
+def owned(tree: Tree) -> Tree:
+    """Copies NumPy arrays into JAX's, into which no module can write: they are the caller's."""
+    return jax.tree.map(
+        lambda leaf: jnp.array(leaf) if isinstance(leaf, np.ndarray) else leaf, tree
+    )

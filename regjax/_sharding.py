@@ -125,6 +125,18 @@ def find(batch: Batch, *others: Tree) -> Placement | None:
     return Placement(mesh, divisions.pop() if divisions else ())
 
 
+def explicit(leaf: jax.Array) -> NamedSharding | None:
+    """How an array lies where its type says so, on a mesh with explicit axes; None elsewhere."""
+    sharding = jax.typeof(leaf).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def like(array: jax.Array, reference: jax.Array) -> jax.Array:
+    """`array` as `reference` of the same shape lies, where its type says how."""
+    sharding = explicit(reference)
+    return array if sharding is None else jax.sharding.reshard(array, sharding)
+
+
 def _mesh(leaf: Any) -> Mesh | None:
     """The mesh of several devices that a concrete array lies on."""
     if not _is_concrete(leaf):

@@ -187,21 +187,34 @@ class Space:
 
         return self.map_shards(local, rows, None)
 
+    def shapes_of(self, tree: Tree) -> Tree:
+        """Shapes of a tree, each with where it lies: an array where it is, a vector where it would.
+
+        Args:
+          tree: of arrays, or of shapes that `jax.eval_shape` found.
+        """
+
+        def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+            sharding = getattr(leaf, "sharding", None)
+            if sharding is None and self.mesh is not None:
+                is_vector = leaf.shape[-1:] == (self.length,)
+                spec = self._spec(len(leaf.shape)) if is_vector else PartitionSpec()
+                sharding = NamedSharding(self.mesh, spec)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(shape_of, tree)
+
     def num_bytes(self, tree: Tree) -> int:
         """Bytes of a tree of arrays, or of their shapes, on one device; keys count nothing."""
 
-        def of(leaf: Any) -> int:
-            dtype = getattr(leaf, "dtype", None)
-            if dtype is None or jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        def of(leaf: jax.ShapeDtypeStruct) -> int:
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 return 0
-            shape, sharding = leaf.shape, getattr(leaf, "sharding", None)
-            if sharding is not None:
-                shape = sharding.shard_shape(shape)
-            elif self.mesh is not None and shape[-1:] == (self.length,):
-                shape = (*shape[:-1], self.length // self.mesh.size)
-            return math.prod(shape) * dtype.itemsize
+            shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+            return math.prod(shape) * leaf.dtype.itemsize
 
-        return sum(map(of, jax.tree.leaves(tree)))
+        arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+        return sum(map(of, self.shapes_of(arrays)))
 
     def _whole(self) -> "Space":
         return self if self.mesh is None else dataclasses.replace(self, mesh=None)

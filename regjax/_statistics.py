@@ -1,11 +1,12 @@
 """Running batch statistics: one more step of them, or those of many batches at given weights."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 
+from regjax import _checks, _loops
 from regjax._adapters import Model
 from regjax._base import Params, PRNGKey, State, Tree
 from regjax._numerics import divide
@@ -53,14 +54,15 @@ def population_statistics(
 
     Running averages lag behind the weights, and belong to other ones after weights were averaged,
     perturbed or rescaled. Statistics are recognised as what one train pass moves from s to
-    m s + (1 - m) b, for whatever momentum m; the mean of b over the batches takes their place. With
-    `unbiased_running_variance` that is the paper's population variance; flax's own batch norm
-    leaves out the factor n / (n - 1) (`normalization.exact_population_statistics`).
+    m s + (1 - m) b, for whatever momentum m; the mean of b over the batches, each weighted by its
+    number of examples, takes their place. With `unbiased_running_variance` that is the paper's
+    population variance; flax's own batch norm leaves out the factor n / (n - 1)
+    (`normalization.exact_population_statistics`).
 
     Args:
       model: from one of the adapters.
       params: tree of parameters.
-      batches: inputs of each batch, of one size; any iterable.
+      batches: inputs of each batch, leading axis the examples; any iterable.
       state: the state before, whose leaves stay as they are where they are no such averages; None:
         the model's own.
       key: typed key of dropout, or None.
@@ -69,43 +71,56 @@ def population_statistics(
       A state like `state`.
 
     Raises:
-      ValueError: there is no batch.
+      ValueError: there is no batch, its arrays share no leading axis, or an output is NaN (under
+        `jit` the statistics are NaN then).
 
     References:
       S. Ioffe, C. Szegedy (2015), arXiv:1502.03167, algorithm 2, lines 8 to 10.
     """
     state = model.state if state is None else state
-    floating = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-    zero = jax.tree.map(lambda s: jnp.zeros_like(s) if floating(s) else s, state)
-    total, num_batches, rest = zero, 0, zero
+    zero = _on_floating(jnp.zeros_like, state)
+    total, num_examples, is_nan = zero, 0, jnp.bool_(False)
+    rests: dict[int, Tree] = {}  # 1 - m, which may depend on the number of ghost batches
     for inputs in batches:
+        size = _checks.num_examples(inputs)
         # (1 - m) b, and from a start of its size m times that start more.
-        moved = _train_pass(model.apply, params, zero, inputs, key)
-        if num_batches == 0:
-            start = jax.tree.map(lambda s: 1 + jnp.abs(s) if floating(s) else s, moved)
-            other = _train_pass(model.apply, params, start, inputs, key)
-            rest = jax.tree.map(
-                lambda a, b, s: 1 - (a - b) / s if floating(s) else s, other, moved, start
-            )
-        total = jax.tree.map(lambda a, b: a + b if floating(a) else a, total, moved)
-        num_batches += 1
-    if num_batches == 0:
+        moved, found_nan = _train_pass(model.apply, params, zero, inputs, key)
+        if size not in rests:
+            start = _on_floating(lambda s: 1 + jnp.abs(s), moved)
+            other, _ = _train_pass(model.apply, params, start, inputs, key)
+            rests[size] = _on_floating(lambda s, a, b: 1 - (a - b) / s, start, other, moved)
+        seen = _on_floating(_statistic, state, moved, rests[size])
+        total = _on_floating(lambda a, b: a + size * b, total, seen)  # noqa: B023
+        num_examples, is_nan = num_examples + size, is_nan | found_nan
+    if num_examples == 0:
         raise ValueError("`batches` must hold at least one batch, got none.")
-
-    def mean(old: jax.Array, total: jax.Array, rest: jax.Array) -> jax.Array:
-        if not floating(old):
-            return old
-        return divide(total / num_batches, rest, where=rest > _FROZEN, otherwise=old)
-
-    return jax.tree.map(mean, state, total, rest)
+    if _loops.is_concrete(is_nan) and is_nan:
+        raise ValueError("`batches` must give outputs without NaN, which have no statistics.")
+    return _on_floating(lambda _, a: jnp.where(is_nan, jnp.nan, a / num_examples), state, total)
 
 
 # A leaf that moves by less of the way than this, 1 - m, is rounding about one that stays.
 _FROZEN = 1e-5
 
 
+def _statistic(old: jax.Array, moved: jax.Array, rest: jax.Array) -> jax.Array:
+    """Returns b of (1 - m) b; what does not move stays."""
+    return divide(moved, rest, where=rest > _FROZEN, otherwise=old)
+
+
+def _on_floating(function: Callable[..., jax.Array], tree: State, *others: State) -> State:
+    """Maps the floating-point leaves, and keeps those of `tree` elsewhere."""
+    floating = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return jax.tree.map(
+        lambda leaf, *rest: function(leaf, *rest) if floating(leaf) else leaf, tree, *others
+    )
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _train_pass(
     apply: ApplyFn, params: Params, state: State, inputs: Tree, key: PRNGKey | None
-) -> State:
-    return apply(params, state, inputs, train=True, key=key)[1]
+) -> tuple[State, jax.Array]:
+    """Returns the new state, and whether an output is NaN: such a batch moves no running mean."""
+    outputs, new = apply(params, state, inputs, train=True, key=key)
+    is_nan = [jnp.any(leaf != leaf) for leaf in jax.tree.leaves(outputs)]
+    return new, functools.reduce(jnp.logical_or, is_nan, jnp.bool_(False))

@@ -45,11 +45,6 @@ def inner(one: Any, other: Any) -> jax.Array:
     return functools.reduce(jnp.add, products, jnp.zeros((), dtype))
 
 
-def norm(tree: Any) -> jax.Array:
-    """The Euclidean norm of all scalars in `tree`, in float32 at least."""
-    return jnp.sqrt(inner(tree, tree))
-
-
 def mean_rows(rows: jax.Array) -> jax.Array:
     """The mean over the leading axis, as a product: XLA on CPU takes 30 times as long for a sum."""
     weights = jnp.full(len(rows), 1 / len(rows), rows.dtype)

@@ -32,3 +32,15 @@ def run(module, *arguments, num_processes=1):
         for process in processes:
             process.kill()
             process.wait()
+
+
+def start(code, *arguments):
+    """A process that runs some lines of Python, its output a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

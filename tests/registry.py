@@ -172,10 +172,9 @@ ROWS = {
     ),
     "remove_radial": Row(
         transforms.remove_radial,
-        {"threshold": 10.0},
-        static={"mask": matrices},
-        neutral={"threshold": 0.0},
-        is_last=True,
+        {"threshold": 10.0, "weight_decay": 0.1, "weight_decay_ratio": 0.5},
+        static={"tx": optax.identity(), "mask": matrices},
+        neutral={"threshold": 0.0, "weight_decay": 0.0},
     ),
     "coherent_regularization": Row(
         transforms.coherent_regularization,

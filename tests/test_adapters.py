@@ -322,3 +322,45 @@ def test_wrong_arguments_are_named():
         regjax.from_callable({}, {})
     with pytest.raises(TypeError, match="must be real floating point, got int32"):
         regjax.from_callable(oracles.model_fn, {"kernel": jnp.ones(1, jnp.int32)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("writable", [True, False])
+def test_arrays_of_the_caller_are_never_written(kind, writable, data):
+    model = make_model(kind)
+
+    def plain(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        array = np.array(leaf)
+        array.flags.writeable = writable
+        return array
+
+    def numbers(tree):
+        floating = lambda leaf: not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return [np.array(leaf) for leaf in jax.tree.leaves(tree) if floating(leaf)]
+
+    params, state = jax.tree.map(plain, model.params), jax.tree.map(plain, model.state)
+    before = numbers((params, state))
+    key = jax.random.key(0)
+    _, new = model.apply(params, state, data[0], train=True, key=key)
+    again = regjax.updated_statistics(model, params, data[0], state=state, key=key)
+    jax.tree.map(np.testing.assert_array_equal, numbers(new), numbers(again))
+    assert any(np.any(a != b) for a, b in zip(numbers(new), numbers(state), strict=True))
+    numpy_model = model._replace(params=params, state=state)
+    loss = regjax.model_loss(numpy_model, oracles.cross_entropy, mode="train", key=key)
+    loss(params, *data)
+    regjax.initializers.data_dependent(numpy_model, params, state, data[0], key=key)
+    for one, other in zip(before, numbers((params, state)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_module_with_arrays_of_numpy_is_not_changed(data):
+    module = NnxNet(rngs=nnx.Rngs(0))
+    module.norm.mean.set_value(np.zeros(4, np.float32))
+    module.norm.var.set_value(np.ones(4, np.float32))
+    model = regjax.from_nnx(module)
+    model.apply(model.params, model.state, data[0], train=True, key=jax.random.key(0))
+    np.testing.assert_array_equal(module.norm.mean[...], 0)
+    module.norm.mean[...] += 1
+    np.testing.assert_array_equal(model.state["norm"]["mean"], 0)

@@ -49,7 +49,10 @@ def test_between_hits_both_ends(dtype):
     np.testing.assert_array_equal(middle, exact.astype(dtype))
 
 
-@pytest.mark.parametrize("size", [1e-36, 1e-25, 1.0, 1e25, 3e37])
+SIZES = [1e-36, 1e-25, 1e-20, 1.0, 1e25, 3e37]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_scaled_norms_and_powers_of_two(size):
     array = jnp.asarray([3.0, 4.0], jnp.float32) * size
     np.testing.assert_allclose(_numerics.scaled_norm(array), 5 * size, rtol=1e-6)
@@ -59,3 +62,54 @@ def test_scaled_norms_and_powers_of_two(size):
     for nothing in (0.0, np.nan, np.inf):
         assert float(_numerics.power_of_two(jnp.float32(nothing))) == 0
     assert float(_numerics.scaled_norm(jnp.zeros(3))) == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_norms_of_trees_have_one_scale_and_their_derivative(size):
+    tree = {"a": size * jnp.asarray([[2.0], [1.0]]), "b": jnp.float32(-2 * size), "c": jnp.zeros(2)}
+    norm, slope = jax.value_and_grad(_numerics.scaled_norm)(tree)
+    np.testing.assert_allclose(norm, 3 * size, rtol=1e-6)
+    unit = {"a": [[2 / 3], [1 / 3]], "b": -2 / 3, "c": [0, 0]}
+    for found in (slope, _numerics.unit(tree)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, {
+            name: jnp.asarray(value) for name, value in unit.items()
+        })  # fmt: skip
+    other = {**tree, "b": -tree["b"]}
+    np.testing.assert_allclose(_numerics.cosine(tree, other), (5 - 4) / 9, rtol=1e-6)
+
+
+def test_norms_of_nothing_are_zero_with_their_derivative():
+    zero = {"a": jnp.zeros(2), "b": jnp.zeros((0, 3))}
+    norm, slope = jax.value_and_grad(_numerics.scaled_norm)(zero)
+    assert float(norm) == 0
+    np.testing.assert_array_equal(slope["a"], 0)
+    np.testing.assert_array_equal(_numerics.unit(zero)["a"], 0)
+    assert float(_numerics.cosine(zero, {"a": jnp.ones(2), "b": zero["b"]})) == 0
+    assert float(_numerics.scaled_norm({})) == 0
+
+
+def test_norms_that_are_not_finite_say_so():
+    assert np.isnan(_numerics.scaled_norm([jnp.asarray([1.0, np.nan]), jnp.ones(1)]))
+    assert np.isinf(_numerics.scaled_norm([jnp.asarray([1.0, np.inf])]))
+
+
+def test_norms_are_as_wide_as_the_widest_leaf():
+    half = jnp.full(300, 1e-25, jnp.bfloat16)
+    assert _numerics.scaled_norm(half).dtype == jnp.float32
+    np.testing.assert_allclose(_numerics.scaled_norm(half), 300**0.5 * 1e-25, rtol=1e-2)
+    with jax.enable_x64(True):
+        norm = _numerics.scaled_norm([jnp.full(3, 1e-200), jnp.full(1, 1e-30, jnp.float32)])
+        assert norm.dtype == jnp.float64
+        np.testing.assert_allclose(norm, 1e-30, rtol=1e-6)
+        np.testing.assert_allclose(_numerics.scaled_norm(jnp.full(4, 1e-200)), 2e-200, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_norms_of_groups_have_a_scale_each(size):
+    array = jnp.asarray([[3.0, 0.0, 3.0], [4.0, 0.0, -4.0]]) * jnp.asarray([[size, 1.0, 1.0]])
+    norms = _numerics.norms_along(array, (0,))
+    np.testing.assert_allclose(norms, [[5 * size, 0, 5]], rtol=1e-6)
+    units = _numerics.units_along(array, (0,))
+    np.testing.assert_allclose(units, [[0.6, 0, 0.6], [0.8, 0, -0.8]], rtol=1e-6)
+    slope = jax.grad(lambda a: jnp.sum(_numerics.norms_along(a, (0,))))(array)
+    np.testing.assert_allclose(slope, units, rtol=1e-6)

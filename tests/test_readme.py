@@ -101,7 +101,7 @@ def test_shell_commands_exist():
     "words", [words for module, words in module_runs(README) if module == "regjax"]
 )
 def test_command_line_options_exist(words, capsys):
-    assert main([words[0], "--help"]) == 0
+    assert main([*words, "--help"]) == 0
     known = capsys.readouterr().out
     options = [word.split("=")[0] for word in words[1:] if word.startswith("--")]
     assert [option for option in options if not re.search(rf"{option}\b", known)] == []

@@ -65,3 +65,46 @@ def test_a_model_without_statistics_keeps_its_state():
     np.testing.assert_array_equal(state["table"], 1)
     with pytest.raises(ValueError, match="`batches` must hold at least one batch, got none"):
         regjax.population_statistics(model, model.params, [])
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_batches_count_by_their_sizes(kind):
+    """The mean over the batches without weights is another one."""
+    data = RANDOM.normal(0, 1, size=(27, 5)).astype(np.float32)
+    data[24:] += 5
+    batches = [data[:12], data[12:24], data[24:]]
+    if kind == "linen":
+        module = Linen(linen.BatchNorm, 0.9)
+        model = regjax.from_linen(module, module.init(jax.random.key(0), batches[0], train=False))
+        found = regjax.population_statistics(model, model.params, batches)["batch_stats"]
+        found = found["BatchNorm_0"]
+    else:
+        module = nnx.BatchNorm(5, rngs=nnx.Rngs(0))
+        model = regjax.from_nnx(module)
+        found = regjax.population_statistics(model, model.params, batches)
+    np.testing.assert_allclose(found["mean"], data.mean(0), rtol=1e-4)
+    variance = np.average([b.var(0) for b in batches], axis=0, weights=[12, 12, 3])
+    np.testing.assert_allclose(found["var"], variance, rtol=1e-4)
+    wrong = np.mean([b.mean(0) for b in batches], axis=0)
+    assert np.abs(np.asarray(found["mean"]) - wrong).min() > 0.1
+
+
+def test_ghosts_of_a_smaller_batch_have_a_momentum_of_their_own():
+    data = [RANDOM.normal(1, 2, size=(n, 5)).astype(np.float32) for n in (12, 12, 4)]
+    module = normalization.nnx.GhostBatchNorm(5, ghost_size=4, momentum=0.5)
+    model = regjax.from_nnx(module)
+    found = regjax.population_statistics(model, model.params, data)
+    # Later ghosts of a batch weigh more, 1 : 2 : 4.
+    means = [np.average(x.reshape(-1, 4, 5).mean(1), axis=0, weights=[1, 2, 4]) for x in data[:2]]
+    expected = np.average([*means, data[2].mean(0)], axis=0, weights=[12, 12, 4])
+    np.testing.assert_allclose(found["mean"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [nnx.BatchNorm, normalization.nnx.BatchNorm])
+def test_nan_has_no_statistics(norm):
+    model = regjax.from_nnx(norm(5, rngs=nnx.Rngs(0)))
+    batches = [BATCHES[0], BATCHES[1].at[0, 2].set(jnp.nan)]
+    with pytest.raises(ValueError, match="`batches` must give outputs without NaN"):
+        regjax.population_statistics(model, model.params, batches)
+    compiled = jax.jit(lambda b: regjax.population_statistics(model, model.params, b))(batches)
+    assert jnp.all(jnp.isnan(compiled["mean"]))

@@ -33,7 +33,7 @@ FLAX = set().union(
         for flax, layers in ((linen, "BatchNorm GroupNorm Dense Conv"), (nnx, "BatchNorm Linear"))
         for layer in layers.split()
     ),
-    {"args", "kwargs"},
+    {"args", "kwargs", "bias_metadata", "scale_metadata"},
 )
 
 POSITIONAL_AND_KEYWORD = {

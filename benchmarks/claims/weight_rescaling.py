@@ -19,9 +19,10 @@ _DATA: dict[str, tuple[Callable[[], _networks.Split], int]] = {
     "fashion_mnist": (_networks.fashion_mnist, 3),
 }
 _WIDTH, _BATCH, _STEPS, _RATE, _DECAY = 128, 50, 3_000, 0.1, 5e-3
+_ADAM_RATE, _ADAM_DECAY = 1e-3, 1e-2  # of AdamP; the rate is its default
 _LAYERS = ("first", "second")  # those with a batch norm
 _MATCHED = "decay, then rescaled at the matched rate"
-_BASELINES = ("none", "decay", "standardized", "radial removed")
+_BASELINES = ("none", "decay", "standardized", "adamp")
 _METHODS = (*_BASELINES, "rescaled", _MATCHED)
 _SETTLED = 0.2  # decay is in equilibrium if its angle is the predicted one up to this share
 _AFTER = 300  # steps over which the two ways to go on from the decayed run are compared
@@ -155,11 +156,16 @@ def _unit(params: Any, rescales: bool) -> Any:
 
 @functools.cache
 def _chain(method: str, rate: float) -> Any:
-    """Descent without momentum, so that the identities hold of each step; other leaves at 0.1."""
+    """Descent without momentum, so that the identities hold of each step; other leaves at 0.1.
+
+    AdamP is as its authors have it, on all leaves.
+    """
+    if method == "adamp":
+        inner = transforms.remove_radial(optax.scale_by_adam(), weight_decay=_ADAM_DECAY)
+        return optax.chain(inner, optax.scale_by_learning_rate(_ADAM_RATE))
     corrections = {
         "decay": optax.masked(optax.add_decayed_weights(-rate * _DECAY), _mask),
         "rescaled": transforms.rescale_weights(mask=_mask),
-        "radial removed": transforms.remove_radial(mask=_mask),
     }
     return optax.chain(
         optax.sgd(_RATE),
@@ -269,8 +275,8 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
 def _draw(records: Sequence[Record], figure: Any) -> None:
     panels = figure.subplots(1, 3)
     own = [record for record in records if record["method"] != _MATCHED]
-    labels = {"none": "none", "decay": "decay", "standardized": "standard.", "rescaled": "rescaled"}
-    names = [labels.get(method, "no radial") for method in _claims.groups(own, "method")]
+    labels = {"standardized": "standard.", "adamp": "AdamP"}
+    names = [labels.get(method, method) for method in _claims.groups(own, "method")]
     values = (
         ("norm", "norm of a filter"),
         ("angle", "angle a step"),

@@ -21,6 +21,7 @@ from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.curvature import _search
 from regjax.curvature._assessment import EigenState, assess, begin_search, restart
+from regjax.curvature._derivatives import Slopes, attach, held, tangent_product, without_rule
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
@@ -87,6 +88,11 @@ def top_eigenpairs(
     Called from Python the host drives and stops as soon as all pairs have converged; inside
     `jax.jit` it is one compiled loop with the same limits and the same flags.
 
+    The values can be differentiated with respect to what the products depend on: d value = v' dA v,
+    whose error is of the order of the residual norm over the distance to the next eigenvalue. Of
+    a multiple eigenvalue only the sum over its copies has a derivative. The derivative of the
+    vectors and residual norms is NaN.
+
     Args:
       operator: symmetric, of order n.
       k: number of eigenpairs, at most n.
@@ -124,10 +130,27 @@ def top_eigenpairs(
       Appl. 13(4).
     """
     solver = top_eigenpairs_solver(
-        operator, k, key=key, tol=tol, which=which, max_basis=max_basis, max_matvecs=max_matvecs,
-        search=search, accumulation=accumulation,
+        held(operator), k, key=key, tol=tol, which=which, max_basis=max_basis,
+        max_matvecs=max_matvecs, search=search, accumulation=accumulation,
     )  # fmt: skip
-    return run(solver, callback=callback, checkpoint=checkpoint)
+    found = run(solver, callback=callback, checkpoint=checkpoint)
+    vectors, residual_norms = without_rule(operator, (found.vectors, found.residual_norms))
+    values = attach(_slopes, operator, found.values, found.vectors)
+    return found._replace(values=values, vectors=vectors, residual_norms=residual_norms)
+
+
+def _slopes(operator: Operator, tangent: Slopes, vectors: Params) -> jax.Array:
+    """D lambda = v' dA v for each pair."""
+    rows = jax.vmap(operator.space.ravel)(vectors)
+    slopes = jnp.zeros(rows.shape[0], rows.dtype)
+    return _loops.scan(_set_slope, slopes, rows.shape[0], operands=(operator, tangent, rows))
+
+
+def _set_slope(operands: Tree, slopes: jax.Array, i: jax.Array) -> jax.Array:
+    operator, tangent, rows = operands
+    vector = rows[i]
+    slope = jnp.vdot(vector, tangent_product(operator, tangent, vector))
+    return slopes.at[i].set(slope / jnp.vdot(vector, vector))
 
 
 def top_eigenpairs_solver(

@@ -1,5 +1,6 @@
 """Trace and diagonal from random products, with standard errors; and the dense spectrum."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 
 from regjax import _checks
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax.curvature._derivatives import Slopes, attach, held, without_rule
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._hutchinson import hutchinson_solver
+from regjax.curvature._hutchinson import Estimates, derivative, hutchinson_solver
 from regjax.curvature._hutchpp import hutchpp_solver
 from regjax.curvature._operators._operator import Operator
 
@@ -43,11 +45,15 @@ class DiagonalResult(NamedTuple):
       value: tree like the parameters.
       standard_error: tree like the parameters, of each entry; NaN with a single probe.
       num_matvecs: (), int32, products used.
+      trace: (), the estimate of `trace` from the same products.
+      trace_standard_error: (), of it.
     """
 
     value: Params
     standard_error: Params
     num_matvecs: jax.Array
+    trace: jax.Array
+    trace_standard_error: jax.Array
 
 
 def trace(
@@ -59,6 +65,10 @@ def trace(
     callback: Callback | None = None,
 ) -> TraceResult:
     """Estimates the trace by random products.
+
+    With Hutchinson's method it can be differentiated with respect to what the products depend on,
+    which gives the mean of z' dA z over the same signs z. `diagonal` gives both from the same
+    products.
 
     Args:
       operator: symmetric, of order n.
@@ -81,8 +91,15 @@ def trace(
       M. Hutchinson (1990), Communications in Statistics 19(2). R. Meyer, C. Musco, C. Musco,
       D. Woodruff (2021), Hutch++, arXiv:2010.09649, algorithm 1.
     """
-    solver = trace_solver(operator, key=key, num_matvecs=num_matvecs, method=method)
-    return run(solver, callback=_of_products(callback, solver, num_matvecs))
+    matrix = held(operator) if method == "hutchinson" else operator
+    solver = trace_solver(matrix, key=key, num_matvecs=num_matvecs, method=method)
+    found = run(solver, callback=_of_products(callback, solver, num_matvecs))
+    if method != "hutchinson":
+        return found
+    return found._replace(
+        value=attach(functools.partial(_slope_of_trace, num_matvecs), operator, found.value, key),
+        standard_error=without_rule(operator, found.standard_error),
+    )
 
 
 def trace_solver(
@@ -92,7 +109,9 @@ def trace_solver(
     _check(method, key, num_matvecs)
     return _METHODS[method](
         operator, name="trace", key=key, num_matvecs=num_matvecs, of_trace=True,
-        estimate=TraceResult,
+        result=lambda found: TraceResult(
+            found.trace, found.trace_standard_error, found.num_matvecs
+        ),
     )  # fmt: skip
 
 
@@ -104,7 +123,9 @@ def diagonal(
     method: str = "hutchinson",
     callback: Callback | None = None,
 ) -> DiagonalResult:
-    """Estimates the diagonal by random products.
+    """Estimates the diagonal by random products, and the trace from the same ones.
+
+    With Hutchinson's method it can be differentiated as `trace` can.
 
     Args:
       operator: symmetric, of order n.
@@ -127,8 +148,15 @@ def diagonal(
       C. Bekas, E. Kokiopoulou, Y. Saad (2007), An estimator for the diagonal of a matrix, Applied
       Numerical Mathematics 57. The Hutch++ form is its direct analogue.
     """
-    solver = diagonal_solver(operator, key=key, num_matvecs=num_matvecs, method=method)
-    return run(solver, callback=_of_products(callback, solver, num_matvecs))
+    matrix = held(operator) if method == "hutchinson" else operator
+    solver = diagonal_solver(matrix, key=key, num_matvecs=num_matvecs, method=method)
+    found = run(solver, callback=_of_products(callback, solver, num_matvecs))
+    if method != "hutchinson":
+        return found
+    slope = functools.partial(_slope_of_diagonal, num_matvecs)
+    value, trace = attach(slope, operator, (found.value, found.trace), key)
+    errors = without_rule(operator, (found.standard_error, found.trace_standard_error))
+    return DiagonalResult(value, errors[0], found.num_matvecs, trace, errors[1])
 
 
 def diagonal_solver(
@@ -137,10 +165,32 @@ def diagonal_solver(
     """Makes the solver of `diagonal`, whose arguments these are, to drive by hand."""
     _check(method, key, num_matvecs)
     tree = operator.space.unravel
+
+    def result(found: Estimates) -> DiagonalResult:
+        return DiagonalResult(
+            value=tree(found.diagonal),
+            standard_error=tree(found.diagonal_standard_error),
+            num_matvecs=found.num_matvecs,
+            trace=found.trace,
+            trace_standard_error=found.trace_standard_error,
+        )
+
     return _METHODS[method](
-        operator, name="diagonal", key=key, num_matvecs=num_matvecs, of_trace=False,
-        estimate=lambda value, error, count: DiagonalResult(tree(value), tree(error), count),
-    )  # fmt: skip
+        operator, name="diagonal", key=key, num_matvecs=num_matvecs, of_trace=False, result=result
+    )
+
+
+def _slope_of_trace(
+    num_matvecs: int, operator: Operator, tangent: Slopes, key: PRNGKey
+) -> jax.Array:
+    return jnp.sum(derivative(num_matvecs, operator, tangent, key))
+
+
+def _slope_of_diagonal(
+    num_matvecs: int, operator: Operator, tangent: Slopes, key: PRNGKey
+) -> tuple[Params, jax.Array]:
+    slope = derivative(num_matvecs, operator, tangent, key)
+    return operator.space.unravel(slope), jnp.sum(slope)
 
 
 def exact_spectrum(operator: Operator) -> jax.Array:

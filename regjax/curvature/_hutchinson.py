@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from regjax._base import PRNGKey
+from regjax import _loops
+from regjax._base import PRNGKey, Tree
 from regjax._space import Space
+from regjax.curvature._derivatives import Slopes, tangent_product
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely
@@ -32,22 +35,52 @@ class Moments(NamedTuple):
     num_samples: jax.Array
 
 
+class Samples(NamedTuple):
+    """What is known of z * A z: of its sums, and of its entries where these are wanted.
+
+    Attributes:
+      sums: moments of z' A z, ().
+      entries: moments (length,); None where only the trace is wanted.
+    """
+
+    sums: Moments
+    entries: Moments | None
+
+
+class Estimates(NamedTuple):
+    """Trace and diagonal from the same products.
+
+    Attributes:
+      trace: ().
+      trace_standard_error: ().
+      diagonal: (length,); () and NaN where only the trace is wanted.
+      diagonal_standard_error: likewise.
+      num_matvecs: (), int32.
+    """
+
+    trace: jax.Array
+    trace_standard_error: jax.Array
+    diagonal: jax.Array
+    diagonal_standard_error: jax.Array
+    num_matvecs: jax.Array
+
+
 class HutchinsonState(NamedTuple):
     """The estimator between two products.
 
     Attributes:
       key: typed key of the signs to come.
       vectors: (block, length), random signs, which the next products take.
-      moments: of z * A z, or of its sums.
+      samples: of z * A z.
     """
 
     key: PRNGKey
     vectors: jax.Array
-    moments: Moments
+    samples: Samples
 
 
-Estimate = Callable[[jax.Array, jax.Array, jax.Array], NamedTuple]
-"""(value, its standard error, number of products) -> result."""
+Result = Callable[[Estimates], NamedTuple]
+"""Estimates -> the result of the public function."""
 
 
 def hutchinson_solver(
@@ -57,7 +90,7 @@ def hutchinson_solver(
     key: PRNGKey,
     num_matvecs: int,
     of_trace: bool,
-    estimate: Estimate,
+    result: Result,
 ) -> Solver[HutchinsonState, NamedTuple]:
     """The solver of `trace` and `diagonal`.
 
@@ -66,8 +99,8 @@ def hutchinson_solver(
       name: of the public function.
       key: typed key of the random signs.
       num_matvecs: number of products, one for each sample.
-      of_trace: whether the samples are summed.
-      estimate: what becomes of value and error, vectors of the space or numbers.
+      of_trace: whether only the trace is wanted.
+      result: what becomes of the estimates.
     """
     space = operator.space
     # One at a time on CPU, where a block of vectors costs as much as its members.
@@ -75,12 +108,8 @@ def hutchinson_solver(
 
     def init() -> HutchinsonState:
         fresh_key, subkey = jax.random.split(jax.random.fold_in(key, 0))
-        moments = no_samples(space, of_trace)
-        return space.replicate(HutchinsonState(fresh_key, space.signs(subkey, block), moments))
-
-    def result(state: HutchinsonState) -> NamedTuple:
-        moments = state.moments
-        return estimate(moments.mean, standard_error(moments), moments.num_samples)
+        samples = no_samples(space, of_trace)
+        return space.replicate(HutchinsonState(fresh_key, space.signs(subkey, block), samples))
 
     return Solver(
         name=name,
@@ -90,7 +119,7 @@ def hutchinson_solver(
         vectors=lambda state: state.vectors,
         update=lambda state, images: _update(state, images, space),
         done=lambda state: False,
-        result=result,
+        result=lambda state: result(estimated(state.samples, state.samples.sums.num_samples)),
         max_steps=num_matvecs // block,
         lower=("num_matvecs",),
         block=block,
@@ -102,20 +131,55 @@ def hutchinson_solver(
 def _update(state: HutchinsonState, images: jax.Array, space: Space) -> HutchinsonState:
     key, subkey = jax.random.split(state.key)
     num_new = jnp.int32(images.shape[0])
-    moments = with_samples(state.moments, state.vectors * images, num_new)
-    return HutchinsonState(key, space.signs(subkey, images.shape[0]), moments)
+    samples = with_samples(state.samples, state.vectors * images, num_new)
+    return HutchinsonState(key, space.signs(subkey, images.shape[0]), samples)
 
 
-def no_samples(space: Space, of_trace: bool) -> Moments:
-    """The moments before the first sample."""
-    zeros = jnp.zeros((), space.dtype) if of_trace else space.zeros(1)[0]
-    return Moments(zeros, zeros.copy(), jnp.int32(0))
+def derivative(num_matvecs: int, operator: Operator, tangent: Slopes, key: PRNGKey) -> jax.Array:
+    """The mean of z * dA z, a vector, over the same signs z."""
+    block = num_matvecs if operator.takes_blocks else 1
+    carry = jax.random.fold_in(key, 0), operator.space.zeros(1)[0]
+    turn, operands = functools.partial(_add_block, block), (operator, tangent)
+    _, total = _loops.scan(turn, carry, num_matvecs // block, operands=operands)
+    return total / num_matvecs
 
 
-def with_samples(moments: Moments, samples: jax.Array, num_new: jax.Array) -> Moments:
-    """The moments with the first `num_new` of some samples (block, length)."""
-    if moments.mean.ndim == 0:
-        samples = jnp.sum(samples, 1)
+def _add_block(block: int, operands: Tree, carry: Tree, i: jax.Array) -> Tree:
+    del i
+    (operator, tangent), (key, total) = operands, carry
+    key, subkey = jax.random.split(key)
+    signs = operator.space.signs(subkey, block)
+    images = jax.vmap(functools.partial(tangent_product, operator, tangent))(signs)
+    return key, total + jnp.sum(signs * images, 0)
+
+
+def no_samples(space: Space, of_trace: bool) -> Samples:
+    """What is known before the first sample."""
+    zero, zeros = jnp.zeros((), space.dtype), None if of_trace else space.zeros(1)[0]
+    entries = None if zeros is None else Moments(zeros, zeros.copy(), jnp.int32(0))
+    return Samples(Moments(zero, zero.copy(), jnp.int32(0)), entries)
+
+
+def with_samples(samples: Samples, new: jax.Array, num_new: jax.Array) -> Samples:
+    """What is known with the first `num_new` of some samples (block, length)."""
+    entries = None if samples.entries is None else _joined(samples.entries, new, num_new)
+    return Samples(_joined(samples.sums, jnp.sum(new, 1), num_new), entries)
+
+
+def estimated(samples: Samples, num_matvecs: jax.Array, exact: ArrayLike = 0) -> Estimates:
+    """The estimates, with a vector that is known exactly and comes on top."""
+    sums, entries = samples
+    unknown = jnp.full((), jnp.nan, sums.mean.dtype)
+    return Estimates(
+        trace=sums.mean + jnp.sum(jnp.asarray(exact, sums.mean.dtype)),
+        trace_standard_error=standard_error(sums),
+        diagonal=unknown if entries is None else entries.mean + exact,
+        diagonal_standard_error=unknown if entries is None else standard_error(entries),
+        num_matvecs=num_matvecs,
+    )
+
+
+def _joined(moments: Moments, samples: jax.Array, num_new: jax.Array) -> Moments:
     is_new = jnp.arange(samples.shape[0], dtype=jnp.int32) < num_new
     is_new = is_new.reshape(-1, *[1] * moments.mean.ndim)
     before, new = (count.astype(samples.dtype) for count in (moments.num_samples, num_new))

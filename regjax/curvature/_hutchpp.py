@@ -17,10 +17,11 @@ from regjax._space import Space
 from regjax.curvature._engine._accumulation import inner_products
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._hutchinson import (
-    Estimate,
-    Moments,
+    Estimates,
+    Result,
+    Samples,
+    estimated,
     no_samples,
-    standard_error,
     with_samples,
 )
 from regjax.curvature._operators._operator import Operator
@@ -36,7 +37,7 @@ class HutchPlusPlusState(NamedTuple):
         outside of Q.
       rows: (s, length), first the images of random signs, then their orthonormal basis Q.
       images: (s, length), rows of (A Q)'.
-      moments: of u * A u, or of its sums.
+      samples: of u * A u.
       num_matvecs: (), int32, products so far that count.
     """
 
@@ -44,7 +45,7 @@ class HutchPlusPlusState(NamedTuple):
     vectors: jax.Array
     rows: jax.Array
     images: jax.Array
-    moments: Moments
+    samples: Samples
     num_matvecs: jax.Array
 
 
@@ -55,7 +56,7 @@ def hutchpp_solver(
     key: PRNGKey,
     num_matvecs: int,
     of_trace: bool,
-    estimate: Estimate,
+    result: Result,
 ) -> Solver[HutchPlusPlusState, NamedTuple]:
     """The solver of `trace` and `diagonal`; arguments as of `hutchinson_solver`."""
     space = operator.space
@@ -70,7 +71,7 @@ def hutchpp_solver(
             vectors=space.signs(subkey, block),
             rows=space.zeros(num_rows),
             images=space.zeros(num_rows),
-            moments=no_samples(space, of_trace),
+            samples=no_samples(space, of_trace),
             num_matvecs=jnp.int32(0),
         )
         return space.replicate(state)
@@ -82,11 +83,6 @@ def hutchpp_solver(
         )
         return _with_vectors(state, space)
 
-    def result(state: HutchPlusPlusState) -> NamedTuple:
-        exact = jnp.sum(state.rows * state.images, axis=None if of_trace else 0)
-        moments = state.moments
-        return estimate(moments.mean + exact, standard_error(moments), state.num_matvecs)
-
     return Solver(
         name=name,
         operator=operator,
@@ -95,11 +91,18 @@ def hutchpp_solver(
         vectors=lambda state: state.vectors,
         update=update,
         done=lambda state: False,
-        result=result,
+        result=lambda state: result(_estimated(state)),
         max_steps=-(-num_matvecs // block),
         lower=("num_matvecs",),
         block=block,
     )
+
+
+# In one program, so that the products are added up as they are made.
+@jax.jit
+def _estimated(state: HutchPlusPlusState) -> Estimates:
+    exact = jnp.sum(state.rows * state.images, axis=0)
+    return estimated(state.samples, state.num_matvecs, exact)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
@@ -117,13 +120,13 @@ def _absorbed(
 
     # Beyond the total the vectors of a block are idle.
     num_new = jnp.minimum(num_matvecs - count, block)
-    sampled = with_samples(state.moments, state.vectors * images, num_new)
+    sampled = with_samples(state.samples, state.vectors * images, num_new)
     is_sample = count >= 2 * num_rows
     return state._replace(
         rows=put(state.rows, count < num_rows),
         images=put(state.images, (count >= num_rows) & (count < 2 * num_rows)),
-        moments=jax.tree.map(
-            lambda new, old: jnp.where(is_sample, new, old), sampled, state.moments
+        samples=jax.tree.map(
+            lambda new, old: jnp.where(is_sample, new, old), sampled, state.samples
         ),
         num_matvecs=jnp.minimum(count + block, num_matvecs),
     )

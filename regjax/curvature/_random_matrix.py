@@ -138,7 +138,7 @@ def wigner_outlier(
     edge = jnp.sqrt(noise_power * inverse_batch)
 
     def moved(eigenvalue: Number) -> jax.Array:
-        outlier = eigenvalue > edge
+        outlier = ~(eigenvalue <= edge)  # NaN stays NaN
         return jnp.where(outlier, _shifted(eigenvalue, edge**2, outlier), 2 * edge)
 
     return BatchExtremesResult(moved(largest), -moved(-smallest))
@@ -220,8 +220,9 @@ def marchenko_pastur_outlier(
         room = jnp.where(outlier, 1 - spread / safe, 1)
         return eigenvalue + variance / room
 
-    above = largest > variance * (ratio + root)
-    below = smallest < jnp.minimum(variance * (ratio - root), 0)
+    # Not the other way round: what is NaN is to stay so.
+    above = ~(largest <= variance * (ratio + root))
+    below = ~(smallest >= jnp.minimum(variance * (ratio - root), 0))
     return BatchExtremesResult(
         jnp.where(above, outside(largest, above), variance * (1 + root) ** 2),
         jnp.where(below, outside(smallest, below), variance * (1 - jnp.minimum(root, 1)) ** 2),

@@ -101,7 +101,7 @@ def batch_norm_regularization(
     spread = covariance @ equivalent
     multiplier = _numerics.divide(-along(equivalent, grad), 2 * along(equivalent, spread))
     remainder = grad + 2 * multiplier[None] * spread
-    norm = lambda tree: jnp.sqrt(along(tree, tree))
+    norm = lambda matrix: _numerics.norms_along(matrix, (0,))[0]
     noise_penalty = multiplier * along(equivalent, noise @ equivalent)
     return BatchNormResult(
         equivalent_kernel=equivalent,

@@ -13,9 +13,11 @@ class CondensationResult(NamedTuple):
     """The directions of a layer's m neurons.
 
     Attributes:
-      cosines: (m, m), of each pair; 0 where one of the two is dropped, on the diagonal as well.
-      effective_number: (), int32, neurons whose directions stand for all that are not dropped.
-      effective_ratio: (), it over m, the dropped ones counted.
+      cosines: (m, m), of each pair; 0 where one of the two is dropped, on the diagonal as well, and
+        NaN where one is not finite.
+      effective_number: (), int32, neurons whose directions stand for all that are not dropped; -1
+        if a weight is NaN or infinite.
+      effective_ratio: (), it over m, the dropped ones counted; NaN likewise.
       norms: (m,), of the neurons' vectors.
     """
 
@@ -59,23 +61,29 @@ def condensation(
       cosine of 0.95 and the effective ratio. The greedy cover is ours, and that its directions are
       those of neurons; so is `min_norm`.
     """
-    if jnp.ndim(kernel) < 2:
+    _checks.floating_tree("kernel", kernel)
+    if jnp.ndim(kernel) < 2 or 0 in jnp.shape(kernel):
         raise ValueError(f"`kernel` must have shape (..., m), got {jnp.shape(kernel)}.")
     width = kernel.shape[-1]
-    if bias is not None and jnp.shape(bias) != (width,):
+    if bias is not None and jnp.shape(_checks.floating_array("bias", bias)) != (width,):
         raise ValueError(f"`bias` must have shape ({width},), got {jnp.shape(bias)}.")
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"`threshold` must be between -1 and 1, got {threshold}.")
-    _checks.non_negative("min_norm", min_norm)
+    _checks.between("threshold", threshold, -1, 1)
+    _checks.non_negative("min_norm", min_norm, finite=True)
     vectors = _tree.wide(kernel).reshape(-1, width)
     if bias is not None:
         vectors = jnp.concatenate([vectors, _tree.wide(bias).astype(vectors.dtype)[None]])
-    norms = jnp.sqrt(jnp.sum(vectors**2, 0))
-    kept = norms > min_norm
-    units = _numerics.divide(vectors, norms[None], where=kept[None])
+    # Each neuron by a power of two of its own, so that no square under- or overflows.
+    powers = _numerics.power_of_two(jnp.max(jnp.abs(vectors), 0, initial=0))
+    vectors = vectors * jnp.where(powers > 0, powers, 1)[None]
+    lengths = jnp.sqrt(jnp.sum(vectors**2, 0))
+    norms = lengths / jnp.where(powers > 0, powers, 1)
+    kept = ~(norms <= min_norm)  # what is NaN is not dropped
+    units = _numerics.divide(vectors, lengths[None], where=kept[None])
     cosines = jnp.matmul(units.T, units, precision="highest")
-    number = _greedy_cover(cosines > threshold, norms, kept)
-    return CondensationResult(cosines, number, number.astype(norms.dtype) / width, norms)
+    is_known = jnp.all(jnp.isfinite(norms))
+    number = jnp.where(is_known, _greedy_cover(cosines > threshold, norms, kept), -1)
+    ratio = jnp.where(is_known, number.astype(norms.dtype) / width, jnp.nan)
+    return CondensationResult(cosines, number, ratio, norms)
 
 
 def _greedy_cover(parallel: jax.Array, norms: jax.Array, kept: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """How the spread of decentralised learners acts on the step of their mean."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -103,9 +104,9 @@ def _split_step(
     products: Params,
     learning_rate: jax.Array,
 ) -> LandscapeNoiseResult:
-    square = _tree.inner(gradient, gradient)
-    rate = learning_rate.astype(square.dtype)
-    effective = _numerics.divide(rate * _tree.inner(mean_grads, gradient), square)
+    norm, direction = _numerics.scaled_norm(gradient), _numerics.unit(gradient)
+    rate = learning_rate.astype(norm.dtype)
+    effective = rate * _numerics.divide(_tree.inner(mean_grads, direction), norm)
     noise = jax.tree.map(
         lambda a, g: (
             effective.astype(_tree.wide_dtype(g)) * _tree.wide(g)
@@ -116,8 +117,8 @@ def _split_step(
     )
     num = len(jax.tree.leaves(deviations)[0])
     return LandscapeNoiseResult(
-        effective_learning_rate=jnp.where(square > 0, effective, jnp.nan),
+        effective_learning_rate=jnp.where(norm > 0, effective, jnp.nan),
         noise_power=_tree.inner(noise, noise),
-        dispersion=jnp.sqrt(_tree.inner(deviations, deviations) / num),
+        dispersion=_numerics.scaled_norm(deviations) / math.sqrt(num),
         curvature_trace=_tree.inner(deviations, products) / num,
     )

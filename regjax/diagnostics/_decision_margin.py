@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _chunks, _jacobian, _loops, _tree
+from regjax import _checks, _chunks, _jacobian, _numerics, _tree
 from regjax._base import ModelFn, Params, Tree, as_partial
 from regjax.diagnostics._spline_partition import ratio
 
@@ -58,7 +58,7 @@ def margins(model_fn: Partial, params: Params, inputs: jax.Array, targets: jax.A
     logits, rows, own = _tree.wide(logits), _tree.wide(rows), targets[:, None]
     difference = jnp.take_along_axis(logits, own, 1) - logits
     gradients = jnp.take_along_axis(rows, own.T[:, :, None], 0) - rows
-    distances = ratio(difference, jnp.sqrt(jnp.sum(gradients**2, 2)).T)
+    distances = ratio(difference, _numerics.norms_along(gradients, (2,))[:, :, 0].T)
     # The class itself is infinitely far: 0 / 0.
     is_class = (targets >= 0) & (targets < logits.shape[1])
     return jnp.where(is_class, jnp.min(distances, 1), jnp.nan)
@@ -80,14 +80,14 @@ def check_classifier(
             f"`{name}` must return logits of shape ({len(inputs)}, classes), two classes at least, "
             f"got {shape}."
         )
-    targets = jnp.asarray(targets)
+    targets = targets if isinstance(targets, jax.Array) else jnp.asarray(targets)
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"`targets` must be integers, got {targets.dtype}.")
     if targets.shape != (len(inputs),):
         raise ValueError(f"`targets` must have shape ({len(inputs)},), got {targets.shape}.")
-    if _loops.is_concrete(targets) and not (targets.min() >= 0 and targets.max() < shape[1]):
+    known = _checks.on_host(targets)
+    if known is not None and not (known.min() >= 0 and known.max() < shape[1]):
         raise ValueError(
-            f"`targets` must be between 0 and {shape[1] - 1}, got {targets.min()} to "
-            f"{targets.max()}."
+            f"`targets` must be between 0 and {shape[1] - 1}, got {known.min()} to {known.max()}."
         )
     return targets

@@ -126,7 +126,7 @@ def _compare(
     num_masks, size = factor.shape
     gram, product = _dot(factor, factor), _dot(factor, images[:num_masks])
     eigenvalues, vectors, curvatures = _principal(factor, gram, product, num_directions)
-    noise_trace, noise_norm = jnp.trace(gram), jnp.sqrt(jnp.sum(gram**2))
+    noise_trace, noise_norm = jnp.trace(gram), _numerics.scaled_norm(gram)
     # Of the same probes, so that the errors of trace and norm are known together.
     forms = jnp.sum(probes * images[num_masks:], 1)
     squares = jnp.sum(images[num_masks:] ** 2, 1)
@@ -166,7 +166,7 @@ def _principal(
     values, weights = jnp.linalg.eigh(gram)
     values, weights = values[::-1][:num_directions], weights[:, ::-1][:, :num_directions]
     # What is below is rounding: masks beyond the rank, or none that drops anything.
-    sound = values > len(gram) * jnp.finfo(values.dtype).eps * values[0]
+    sound = ~(values <= len(gram) * jnp.finfo(values.dtype).eps * values[0])
     roots = jnp.sqrt(jnp.where(sound, values, 1))
     vectors = _numerics.divide(_dot(weights.T, factor.T), roots[:, None], where=sound[:, None])
     forms = jnp.sum(weights * _dot(product, weights.T), 0)

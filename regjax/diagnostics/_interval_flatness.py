@@ -1,7 +1,6 @@
 """How wide a minimum is: where the loss reaches a multiple of its value there."""
 
 import math
-from numbers import Real
 from typing import NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _numerics, _tree
+from regjax import _checks, _chunks, _numerics
 from regjax._base import LossFn, Params, Tree, as_partial
 from regjax.diagnostics._surface import Path, walk
 
@@ -61,7 +60,8 @@ def interval_flatness(
       chunk_size: number of examples per pass; None: all at once.
 
     Returns:
-      A `FlatnessResult`; NaN where the loss at `params` is not positive or the direction is zero.
+      A `FlatnessResult`; NaN where the loss at `params` is not positive or the direction is zero,
+      or one of them is not finite.
 
     Raises:
       ValueError: a number is out of its range, `direction` is another tree, or the loss is no
@@ -72,15 +72,16 @@ def interval_flatness(
     """
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     _checks.same_tree("direction", direction, params)
-    _checks.positive("max_distance", max_distance)
+    _checks.positive("max_distance", max_distance, finite=True)
     _checks.integer("num_evaluations", num_evaluations, minimum=3)
-    _checks.positive("factor", factor)
-    if isinstance(factor, Real) and factor <= 1:
+    _checks.positive("factor", factor, finite=True)
+    known = _checks.on_host(factor)
+    if known is not None and not (known > 1).all():
         raise ValueError(f"`factor` must be above 1, got {factor}.")
     start = _chunks.mean(loss_fn, params, batch, chunk_size)
-    norm = _tree.norm(direction)
+    norm = _numerics.scaled_norm(direction)
     first = jnp.asarray(max_distance * 2.0 ** (1 - num_evaluations // 3), norm.dtype)
-    is_defined = (start > 0) & (norm > 0)
+    is_defined = (start > 0) & (norm > 0) & jnp.isfinite(start) & jnp.isfinite(norm)
     ends, brackets, found = [], [], []
     for sign in (-1, 1):
         place = Partial(_along, params, direction, _numerics.divide(sign, norm))

@@ -176,7 +176,7 @@ def _assessed(
     loss: jax.Array,
     gradient: Params,
 ) -> LineProbeResult:
-    norm = _tree.norm(gradient)
+    norm = _numerics.scaled_norm(gradient)
     lengths = learning_rates.astype(norm.dtype) * norm
     smoothness = _numerics.divide(distances, lengths, otherwise=jnp.nan)
     return LineProbeResult(losses, distances, smoothness, _tree.wide(loss), norm)
@@ -192,7 +192,7 @@ def _probe(
     losses, distances = found
     moved = jax.tree.map(lambda w, g: w - learning_rates[i].astype(w.dtype) * g, params, gradient)
     loss, there = _chunks.mean(differentiate, moved, batch, chunk_size)
-    distance = _tree.norm(jax.tree.map(jnp.subtract, there, gradient))
+    distance = _numerics.scaled_norm(jax.tree.map(jnp.subtract, there, gradient))
     return losses.at[i].set(loss.astype(losses.dtype)), distances.at[i].set(distance)
 
 
@@ -216,9 +216,9 @@ def _shift(
         jax.tree.map(lambda leaf, place: jnp.where(place == i, leaf, 0), tree, places)
         for tree in (gradient, there)
     )
-    distance = _tree.norm(jax.tree.map(jnp.subtract, new, old))
-    norms = _tree.norm(new) * _tree.norm(old)
-    cosine = _numerics.divide(_tree.inner(new, old), norms, otherwise=jnp.nan)
+    distance = _numerics.scaled_norm(jax.tree.map(jnp.subtract, new, old))
+    is_defined = (_numerics.scaled_norm(new) > 0) & (_numerics.scaled_norm(old) > 0)
+    cosine = jnp.where(is_defined, _numerics.cosine(new, old), jnp.nan)
     return distances.at[i].set(distance), cosines.at[i].set(cosine)
 
 

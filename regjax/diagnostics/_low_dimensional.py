@@ -13,7 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _jacobian, _loops, _numerics, _tree
+from regjax import _checks, _chunks, _jacobian, _numerics, _tree
 from regjax._base import ModelFn, Params, PRNGKey, as_partial
 
 # Of B'B - I: far above the float32 rounding of an SVD, far below a column that has no unit norm.
@@ -76,7 +76,8 @@ def subspace_from_data(
         Directions beyond the rank of the data are arbitrary ones, as their singular values show.
 
     Returns:
-      A `SubspaceResult`, in float32 at least; NaN for NaN with `num_directions`.
+      A `SubspaceResult`, in float32 at least; with `num_directions` NaN if an input is NaN or
+      infinite.
 
     Raises:
       ValueError: without `num_directions`, `inputs` are traced, not finite, or all zero; or an
@@ -91,7 +92,7 @@ def subspace_from_data(
         _checks.integer("num_directions", num_directions, maximum=min(shape))
         values, directions = _decomposition(inputs)
         return SubspaceResult(directions[:num_directions].T, values)
-    if not _loops.is_concrete(inputs):
+    if _checks.on_host(inputs) is None:
         raise ValueError(
             "`inputs` must be concrete, as the rank depends on their values; under jit give "
             "`num_directions`."
@@ -230,7 +231,7 @@ def frozen_component(
     after, before = (kernel.reshape(-1, kernel.shape[-1]) for kernel in kernels)
     basis = _with_complement(_checked_basis(basis, before.shape[0]))
     moved, *parts = (_off(basis, matrix.T) for matrix in (after - before, after, before))
-    norms = [jnp.linalg.norm(part) for part in parts]
+    norms = [_numerics.scaled_norm(part) for part in parts]
     return FrozenResult(
         jnp.max(jnp.abs(moved)), _numerics.divide(*norms, where=norms[1] > 0, otherwise=jnp.nan)
     )
@@ -238,9 +239,7 @@ def frozen_component(
 
 def _decomposition(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes singular values (r,), descending, and right singular vectors (r, d) of the data."""
-    matrix = _tree.wide(inputs).reshape(inputs.shape[0], -1)
-    _, values, directions = jnp.linalg.svd(matrix, full_matrices=False)
-    return values, directions
+    return _numerics.finite_svd(_tree.wide(inputs).reshape(inputs.shape[0], -1))
 
 
 def _squared_norms(
@@ -267,7 +266,7 @@ def _changes(
         _tree.wide(_jacobian.flat(model_fn(params, x), num_examples))
         for x in (inputs, moved.astype(inputs.dtype))
     )
-    return jnp.sqrt(jnp.sum((there - here) ** 2, 1))
+    return _numerics.norms_along(there - here, (1,))[:, 0]
 
 
 def _off(basis: jax.Array, vectors: jax.Array) -> jax.Array:
@@ -285,8 +284,9 @@ def _checked_basis(basis: ArrayLike, size: int) -> jax.Array:
             f"`basis` must have shape ({size}, k), k at most {size}: orthonormal columns of the "
             f"size of an example, got {shape}."
         )
-    if _loops.is_concrete(basis):
-        columns = np.asarray(basis, np.float64)
+    known = _checks.on_host(basis)
+    if known is not None:
+        columns = known.astype(np.float64)
         error = np.max(np.abs(columns.T @ columns - np.eye(shape[1])), initial=0)
         if not error <= _ORTHONORMAL:
             raise ValueError(

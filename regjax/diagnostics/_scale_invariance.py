@@ -65,19 +65,33 @@ def scale_invariant_mask(
       A `ScaleInvarianceResult`; its mask is what `transforms.rescale_weights` takes.
 
     Raises:
-      ValueError: `tol` is negative.
-      TypeError: a parameter is not real floating point, or `key` is not a typed key.
+      ValueError: `tol` is negative, or outputs or gradients are not finite.
+      TypeError: a parameter is not real floating point, `key` is not a typed key, or an argument is
+        traced: the mask is made of Python bools.
     """
     _checks.floating_tree("params", params)
-    _checks.non_negative("tol", tol)
-    functional_key, factor_key = jax.random.split(_checks.key("key", key))
+    _checks.non_negative("tol", tol, finite=True)
+    _checks.key("key", key)
+    for name, tree in (("params", params), ("inputs", inputs), ("key", key), ("tol", tol)):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+            raise TypeError(
+                f"`{name}` must be concrete, as the mask is of Python bools, got tracers."
+            )
+    with jax.ensure_compile_time_eval():
+        return _measured(model_fn, params, inputs, key, per_filter, tol)
+
+
+def _measured(
+    model_fn: ModelFn, params: Params, inputs: Tree, key: PRNGKey, per_filter: bool, tol: ArrayLike
+) -> ScaleInvarianceResult:
+    functional_key, factor_key = jax.random.split(key)
     outputs, pull_back = jax.vjp(lambda p: model_fn(p, inputs), params)
     gradients = [
         jax.tree.leaves(pull_back(optax.tree.random_like(k, outputs))[0])
         for k in jax.random.split(functional_key)
     ]
     leaves, treedef = jax.tree.flatten(params)
-    largest = jnp.max(jnp.stack([_tree.norm(g) for g in gradients[0]]))
+    largest = jnp.max(jnp.stack([_numerics.scaled_norm(g) for g in gradients[0]]))
     fractions, changes, sizes, mask = [], [], [], []
     for i, leaf in enumerate(leaves):
         fraction, size = _radial([gradient[i] for gradient in gradients], leaf, per_filter)
@@ -85,6 +99,10 @@ def scale_invariant_mask(
         moved = jax.tree.unflatten(treedef, [*leaves[:i], factors * leaf, *leaves[i + 1 :]])
         change = _distance(model_fn(moved, inputs), outputs)
         size = _numerics.divide(size, largest)
+        if not jnp.all(jnp.isfinite(jnp.stack([fraction, change, size]))):
+            raise ValueError(
+                "`params` and `inputs` must give finite outputs and gradients, got NaN or infinity."
+            )
         invariant = (fraction < tol) & (change < tol) & (size > _INSENSITIVE)
         fractions.append(fraction)
         changes.append(change)
@@ -100,14 +118,13 @@ def _radial(
 ) -> tuple[jax.Array, jax.Array]:
     """Finds the largest radial fraction, and the smallest gradient norm, over the groups."""
     axes = _tree.group_axes(leaf, per_filter)
-    fractions, norms = [], []
+    radial, fractions, norms = _numerics.units_along(leaf, axes), [], []
     for gradient in gradients:
-        along = jnp.abs(jnp.sum(leaf * gradient, axes))
-        norm = jnp.sqrt(jnp.sum(gradient**2, axes))
-        length = jnp.sqrt(jnp.sum(leaf**2, axes)) * norm
-        fractions.append(jnp.max(_numerics.divide(along, length)))
+        along = jnp.sum(radial * _numerics.units_along(gradient, axes), axes)
+        fractions.append(jnp.max(jnp.abs(along)))
         # Weights that are zero have no direction to depend on.
-        norms.append(jnp.min(jnp.where(jnp.sum(leaf**2, axes) > 0, norm, 0)))
+        has_direction = jnp.any(leaf != 0, axes, keepdims=True)
+        norms.append(jnp.min(jnp.where(has_direction, _numerics.norms_along(gradient, axes), 0)))
     return jnp.maximum(*fractions), jnp.maximum(*norms)
 
 
@@ -121,5 +138,6 @@ def _factors(key: jax.Array, leaf: jax.Array, per_filter: bool) -> jax.Array:
 
 
 def _distance(one: Tree, other: Tree) -> jax.Array:
-    difference, norm = _tree.norm(jax.tree.map(jnp.subtract, one, other)), _tree.norm(other)
+    difference = _numerics.scaled_norm(jax.tree.map(jnp.subtract, one, other))
+    norm = _numerics.scaled_norm(other)
     return _numerics.divide(difference, norm, otherwise=difference)

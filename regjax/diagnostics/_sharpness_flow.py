@@ -120,7 +120,7 @@ def sharpness_reduction_flow(
         pairs,
         from_third,
         curvature.ritz_pairs(from_third),
-        _tree.norm(third),
+        _numerics.scaled_norm(third),
         _Numbers(intrinsic_rate, flat_tol, tol),
     )
     velocity = space.unravel(predicted.velocity)

@@ -16,7 +16,8 @@ class SparseRecoveryResult(NamedTuple):
       squared_error: (), ||w - w*||^2.
       largest_error: (), largest |w - w*| where w* is not 0; 0 if it is 0 everywhere.
       largest_off_support: (), largest |w| where w* is 0; 0 if it is so nowhere.
-      share_found: (), share of the support among the k largest |w|, k its size; NaN for k = 0.
+      share_found: (), share of the support among the k largest |w|, k its size; NaN for k = 0
+        and where a weight is not finite.
       is_positive: (), whether all of u and v are positive, as flow keeps them: descent that has
         crossed 0 has left the theory.
     """
@@ -60,6 +61,7 @@ def sparse_recovery(
 
     Raises:
       ValueError: the shapes differ, or `depth` is below 2.
+      TypeError: an array is not real floating point.
 
     References:
       J. Li, T. Nguyen, C. Hegde, R. Wong (2021), arXiv:2108.05574: the errors on the support and
@@ -67,11 +69,13 @@ def sparse_recovery(
     """
     _checks.integer("depth", depth, minimum=2)
     shape = _vector("true_weights", true_weights)
+    _checks.floating_array("true_weights", true_weights)
     for name, value in (("u", u), ("v", v)):
-        if value is not None and jnp.shape(value) != shape:
+        if value is not None and jnp.shape(_checks.floating_array(name, value)) != shape:
             raise ValueError(f"`{name}` must have shape {shape}, got {jnp.shape(value)}.")
     weights = u**depth if v is None else u**depth - v**depth
     support = jnp.asarray(true_weights) != 0
+    is_known = jnp.all(jnp.isfinite(weights) & jnp.isfinite(true_weights))
     difference, zero = weights - true_weights, jnp.zeros((), weights.dtype)
     size = jnp.sum(support)
     # Rank 0 is the largest magnitude.
@@ -82,7 +86,9 @@ def sparse_recovery(
         jnp.sum(difference**2),
         jnp.max(jnp.where(support, jnp.abs(difference), zero)),
         jnp.max(jnp.where(support, zero, jnp.abs(weights))),
-        _numerics.divide(hits, size.astype(weights.dtype), otherwise=jnp.nan),
+        _numerics.divide(
+            hits, size.astype(weights.dtype), where=is_known & (size > 0), otherwise=jnp.nan
+        ),
         is_positive,
     )
 
@@ -100,10 +106,11 @@ def recovery_baselines(
       true_weights: (p,), w*; its entries that are not 0 are the support.
 
     Returns:
-      A `RecoveryBaselinesResult`.
+      A `RecoveryBaselinesResult`; NaN where a traced number is not finite.
 
     Raises:
-      ValueError: the shapes do not fit.
+      ValueError: the shapes do not fit, or a number is not finite.
+      TypeError: an array is not real floating point.
     """
     (num_weights,) = _vector("true_weights", true_weights)
     (num_examples,) = _vector("targets", targets)
@@ -111,17 +118,22 @@ def recovery_baselines(
         raise ValueError(
             f"`inputs` must have shape {(num_examples, num_weights)}, got {jnp.shape(inputs)}."
         )
+    for name, value in (("inputs", inputs), ("targets", targets), ("true_weights", true_weights)):
+        _checks.finite_tree(name, _checks.floating_array(name, value))
     support = (true_weights != 0).astype(inputs.dtype)
+    # The singular values of what is not finite are not to be had: the iteration does not end.
+    is_known = jnp.all(jnp.isfinite(inputs))
+    safe = jnp.where(is_known, inputs, 0)
 
     def error(features: jax.Array) -> jax.Array:
         # Where a feature is 0 the solution of least norm is 0 as well.
         weights = jnp.linalg.lstsq(features, targets)[0]
-        return jnp.sum((weights - true_weights) ** 2)
+        return jnp.where(is_known, jnp.sum((weights - true_weights) ** 2), jnp.nan)
 
     with jax.default_matmul_precision("highest"):
         noise = targets - inputs @ true_weights
         level = jnp.max(jnp.abs(inputs.T @ noise)) / num_examples
-        return RecoveryBaselinesResult(error(inputs * support[None]), error(inputs), level)
+        return RecoveryBaselinesResult(error(safe * support[None]), error(safe), level)
 
 
 def _vector(name: str, value: ArrayLike) -> tuple[int, ...]:

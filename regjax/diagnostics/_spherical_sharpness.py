@@ -245,7 +245,7 @@ class _Displaced:
         return couples_examples(self.loss_fn)
 
     def __call__(self, displacement: Params, *batch: Tree) -> jax.Array:
-        norm = _tree.norm(self.weights)
+        norm = _numerics.scaled_norm(self.weights)
         along = _tree.inner(self.weights, displacement) / norm if self.tangent else 0.0
         moved = jax.tree.map(
             lambda w, u: w + (norm * _tree.wide(u) - along * _tree.wide(w)).astype(w.dtype),

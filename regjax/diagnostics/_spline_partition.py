@@ -23,10 +23,11 @@ class BoundaryDensityResult(NamedTuple):
 
     Attributes:
       shares: tree like the pre-activations, (): the share of a layer's units whose boundary is
-        within the radius, mean over the examples.
+        within the radius, mean over the examples; NaN if a distance is.
       shares_standard_error: tree like it, (): over the draw of the examples, the network being
         given; NaN with a single example.
-      counts: (N,), int32: boundaries within the radius of each example, over all layers.
+      counts: (N,), int32: boundaries within the radius of each example, over all layers; -1 for an
+        example from which a distance is NaN.
     """
 
     shares: Tree
@@ -38,10 +39,11 @@ class RegionCountResult(NamedTuple):
     """How many pieces a sample of points hit.
 
     Attributes:
-      num_regions: (), int32: distinct patterns seen, a lower bound of the pieces in the ball.
+      num_regions: (), int32: distinct patterns seen, a lower bound of the pieces in the ball; -1 if
+        a pre-activation is NaN or infinite.
       unseen_share: (), the share of the ball's volume in pieces that were not hit, estimated as the
         share of the points that are alone in their piece (Good and Turing). Near 1, the number of
-        regions is that of the samples and says nothing.
+        regions is that of the samples and says nothing. NaN if a pre-activation is not finite.
     """
 
     num_regions: jax.Array
@@ -126,17 +128,21 @@ def boundary_density(
     References:
       R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778; this measure of density is ours.
     """
-    _checks.positive("radius", radius)
+    _checks.positive("radius", _scalar("radius", radius), finite=True)
     shapes = check_preactivations("preactivations_fn", preactivations_fn, params, inputs)
     function = Partial(_near, as_partial(preactivations_fn), jnp.asarray(radius))
     counts = _chunks.each(function, params, (inputs,), chunk_size)
-    shares = jax.tree.map(lambda count, shape: count / (shape.size // len(inputs)), counts, shapes)
+    shares = jax.tree.map(
+        lambda count, shape: jnp.where(count < 0, jnp.nan, count / (shape.size // len(inputs))),
+        counts,
+        shapes,
+    )
     leaves, treedef = jax.tree.flatten(shares)
     means, errors = zip(*map(_numerics.mean_and_error, leaves), strict=True)
     return BoundaryDensityResult(
         jax.tree.unflatten(treedef, means),
         jax.tree.unflatten(treedef, errors),
-        jax.tree.reduce(jnp.add, counts),
+        jax.tree.reduce(lambda a, b: jnp.where((a < 0) | (b < 0), -1, a + b), counts),
     )
 
 
@@ -175,18 +181,21 @@ def region_count(
     References:
       I. Good (1953), Biometrika 40, for the share that was not seen. Counting by samples is ours.
     """
-    _checks.positive("radius", radius)
+    _checks.positive("radius", _scalar("radius", radius), finite=True)
     _checks.integer("num_samples", num_samples)
     _checks.key("key", key)
-    center = _checks.floating_tree("center", jnp.asarray(center))
+    center = _checks.finite_tree("center", _checks.floating_array("center", center))
     points = _in_ball(key, center, radius, num_samples)
     check_preactivations("preactivations_fn", preactivations_fn, params, points)
     function = Partial(_patterns, as_partial(preactivations_fn))
-    words = _chunks.each(function, params, (points,), chunk_size)
+    words, known = _chunks.each(function, params, (points,), chunk_size)
     ranks = _loops.scan(_refined, jnp.zeros(num_samples, jnp.int32), words.shape[1], operands=words)
     sizes = jnp.bincount(ranks, length=num_samples)
     alone = jnp.mean(sizes == 1, dtype=_tree.wide_dtype(points))
-    return RegionCountResult(jnp.max(ranks) + 1, alone)
+    return RegionCountResult(
+        jnp.where(jnp.all(known), jnp.max(ranks) + 1, -1),
+        jnp.where(jnp.all(known), alone, jnp.nan),
+    )
 
 
 def signed_distances(function: Partial, params: Params, inputs: jax.Array) -> Tree:
@@ -220,10 +229,12 @@ def _distances(function: Callable[[jax.Array], jax.Array], inputs: jax.Array) ->
     outputs = _jacobian.flat(function(inputs), len(inputs))
     if inputs[0].size < outputs.shape[1]:
         basis = jnp.eye(inputs[0].size, dtype=inputs.dtype)
-        squares = jnp.sum(_tree.wide(_jacobian.columns(function, inputs, basis)) ** 2, 0)
+        columns = _tree.wide(_jacobian.columns(function, inputs, basis))
+        norms = _numerics.norms_along(columns, (0,))[0]
     else:
-        squares = jnp.sum(_tree.wide(_jacobian.rows(function, inputs)[1]) ** 2, 2).T
-    return ratio(_tree.wide(outputs), jnp.sqrt(squares))
+        rows = _tree.wide(_jacobian.rows(function, inputs)[1])
+        norms = _numerics.norms_along(rows, (2,))[:, :, 0].T
+    return ratio(_tree.wide(outputs), norms)
 
 
 def ratio(values: jax.Array, norms: jax.Array) -> jax.Array:
@@ -236,13 +247,20 @@ def ratio(values: jax.Array, norms: jax.Array) -> jax.Array:
 
 
 def _near(function: Partial, radius: jax.Array, params: Params, inputs: jax.Array) -> Tree:
-    """Counts the units of each layer within the radius, (N,) each."""
+    """Counts the units of each layer within the radius, (N,) each; -1 where a distance is NaN."""
 
     def count(distances: jax.Array) -> jax.Array:
-        is_near = jnp.abs(distances) < radius.astype(distances.dtype)
-        return jnp.sum(is_near.reshape(len(inputs), -1), 1, dtype=jnp.int32)
+        distances = jnp.abs(distances).reshape(len(inputs), -1)
+        near = jnp.sum(distances < radius.astype(distances.dtype), 1, dtype=jnp.int32)
+        return jnp.where(jnp.any(jnp.isnan(distances), 1), -1, near)
 
     return jax.tree.map(count, signed_distances(function, params, inputs))
+
+
+def _scalar(name: str, value: ArrayLike) -> ArrayLike:
+    if jnp.shape(value) != ():
+        raise ValueError(f"`{name}` must be a single number, got shape {jnp.shape(value)}.")
+    return value
 
 
 def _in_ball(key: PRNGKey, center: jax.Array, radius: ArrayLike, num_samples: int) -> jax.Array:
@@ -257,14 +275,15 @@ def _in_ball(key: PRNGKey, center: jax.Array, radius: ArrayLike, num_samples: in
     return points.astype(center.dtype)
 
 
-def _patterns(function: Partial, params: Params, points: jax.Array) -> jax.Array:
-    """Packs the signs of all pre-activations, as words (N, units / 32)."""
-    layers = jax.tree.leaves(function(params, points))
-    bits = jnp.concatenate([layer.reshape(len(points), -1) > 0 for layer in layers], 1)
+def _patterns(function: Partial, params: Params, points: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Packs the signs of all pre-activations, as words (N, units / 32); and if all are finite."""
+    layers = [layer.reshape(len(points), -1) for layer in jax.tree.leaves(function(params, points))]
+    known = jnp.all(jnp.stack([jnp.all(jnp.isfinite(layer), 1) for layer in layers]), 0)
+    bits = jnp.concatenate([layer > 0 for layer in layers], 1)
     bits = jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % _WORD)))
     powers = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
     words = bits.reshape(len(points), -1, _WORD).astype(jnp.uint32)
-    return jnp.sum(words * powers[None, None], 2, dtype=jnp.uint32)
+    return jnp.sum(words * powers[None, None], 2, dtype=jnp.uint32), known
 
 
 def _refined(words: jax.Array, ranks: jax.Array, i: jax.Array) -> jax.Array:

@@ -200,5 +200,5 @@ def _scaled_like(weights: jax.Array, draw: jax.Array, per_filter: bool) -> jax.A
     if jnp.ndim(weights) < 2:
         return jnp.zeros_like(weights)
     axes = _tree.group_axes(weights, per_filter)
-    norms = [jnp.sqrt(jnp.sum(_tree.wide(a) ** 2, axes, keepdims=True)) for a in (weights, draw)]
+    norms = [_numerics.norms_along(_tree.wide(a), axes) for a in (weights, draw)]
     return (draw * (norms[0] / norms[1])).astype(weights.dtype)

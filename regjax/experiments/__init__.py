@@ -11,6 +11,8 @@ from regjax.experiments._settings import SpectrumSettings as SpectrumSettings
 from regjax.experiments._settings import TrainSettings as TrainSettings
 from regjax.experiments._spectrum_run import run_spectrum as run_spectrum
 from regjax.experiments._spectrum_run import run_train as run_train
+from regjax.experiments._trained_model import load_model as load_model
+from regjax.experiments._trained_model import scaled_inputs as scaled_inputs
 from regjax.experiments._training import TrainingError as TrainingError
 from regjax.experiments._training import TrainingResult as TrainingResult
 from regjax.experiments._training import train as train

@@ -16,12 +16,14 @@ from regjax._base import applied
 from regjax._loops import Interrupted
 from regjax.experiments._data import Dataset
 from regjax.experiments._inputs import Scaling, cross_entropy, normalize
-from regjax.experiments._options import UsageError, option
+from regjax.experiments._options import UsageError
 from regjax.experiments._record import Record
 from regjax.experiments._settings import AnalysisSettings, SpectrumSettings, num_devices
 
 # Enough examples to tell a mean from anything else.
 _SEPARABLE_EXAMPLES = 512
+# Eigenvalues from which on it is said how long they take.
+_MANY = 50
 # Shares of the largest eigenvalue that part outliers from the bulk, and the bulk from zero.
 _OUTLIER, _ZERO = 0.1, 1e-3
 
@@ -42,9 +44,6 @@ def operators(subject: Subject, settings: SpectrumSettings) -> dict[str, curvatu
         independent examples.
     """
     model = subject.model
-    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    _check_at_most(settings, "num_eigenvalues", num_parameters, "number of parameters")
-    _check_at_most(settings, "num_steps", num_parameters, "number of parameters")
     inputs, targets = training_examples(subject, settings, "curvature_examples")
     check_examples(model, settings, inputs, targets)
     inputs, targets = _on_mesh(settings, inputs, targets)
@@ -61,11 +60,6 @@ def _on_mesh(
     if number == 1:
         return inputs, targets
     num_examples = len(targets) - len(targets) % number
-    if num_examples == 0:
-        raise UsageError(
-            f"--mesh must have at most as many devices as there are examples, {len(targets)}, "
-            f"got {settings.mesh}."
-        )
     devices = jax.local_devices()[:number]
     mesh = jax.make_mesh((number,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     divided = NamedSharding(mesh, PartitionSpec("data"))
@@ -75,16 +69,9 @@ def _on_mesh(
 def training_examples(
     subject: Subject, settings: AnalysisSettings, name: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the first training examples, as many as the option `name` says; all for None.
-
-    Raises:
-      UsageError: there are fewer.
-    """
+    """Returns the first training examples, as many as the option `name` says; all for None."""
     _, dataset, scaling = subject
     count = getattr(settings, name)
-    if count is not None:
-        limit = len(dataset.train_targets)
-        _check_at_most(settings, name, limit, "number of training examples")
     inputs = normalize(jnp.asarray(dataset.train_inputs[:count]), scaling)
     return inputs, jnp.asarray(dataset.train_targets[:count])
 
@@ -121,8 +108,7 @@ def analyse(
             min(settings.num_eigenvalues, size),
             key=eigen_key,
             tol=settings.tol,
-            # How many products it will take is not known.
-            callback=lambda done, _: progress("eigenvalues", done, None),
+            callback=_Estimated(min(settings.num_eigenvalues, size), progress),
         ),
         _describe_eigenvalues,
         functools.partial(_keep, record, "eigenvalues", save),
@@ -143,6 +129,33 @@ def analyse(
         ),
         functools.partial(_keep, record, "density", save),
     )
+
+
+class _Estimated:
+    """Reports the products of eigenvalues; of many, after a first one, how long they will take.
+
+    Args:
+      least: the least number of products, one for each eigenvalue.
+      progress: called as progress(stage, products, limit).
+    """
+
+    def __init__(self, least: int, progress: Callable[[str, int, int | None], None]):
+        self._least, self._progress, self._stage = least, progress, "eigenvalues"
+        self._first: float | None = None
+
+    def __call__(self, done: int, limit: int) -> None:
+        """Reports that `done` products are over, `limit` at the most."""
+        now = time.monotonic()
+        if done == 2 and self._first is not None and self._least >= _MANY:
+            low, high = (_duration(number * (now - self._first)) for number in (self._least, limit))
+            self._stage = f"eigenvalues ({self._least} products, {low}, at least; at most {high})"
+        self._first = now
+        self._progress(self._stage, done, limit)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min"
 
 
 def _stage(
@@ -249,27 +262,16 @@ def _operator(
     return matrices[settings.matrix]()
 
 
-def _check_at_most(settings: AnalysisSettings, name: str, limit: int, what: str) -> None:
-    value = getattr(settings, name)
-    if value > limit:
-        raise UsageError(f"{option(name)} must be at most the {what}, {limit}, got {value}.")
-
-
 def check_examples(
     model: Model, settings: AnalysisSettings, inputs: jax.Array, targets: jax.Array
 ) -> None:
-    """Checks that only batch norm in train mode couples the examples, and only as asked for.
+    """Checks that nothing but batch norm in a train mode couples the examples.
 
     Raises:
-      UsageError: examples couple in another way, or the batch would be split though they do.
+      UsageError: something else does.
     """
     mode = settings.batch_norm_mode
     if mode != "evaluation" and model.has_batch_statistics:
-        if mode == "train" and settings.chunk_size < len(targets):
-            raise UsageError(
-                f"--chunk-size must be at least the number of examples, {len(targets)}, with "
-                f"--batch-norm-mode train, got {settings.chunk_size}; or use train_per_chunk."
-            )
         return
     some = slice(min(_SEPARABLE_EXAMPLES, len(targets)))
     try:

@@ -5,32 +5,37 @@ import dataclasses
 import functools
 import io
 import re
-import typing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from regjax.experiments import _figure, _record
-from regjax.experiments._landscape_run import run_landscape
-from regjax.experiments._options import UsageError, option
+from regjax.experiments._effects import COMMON, missing
+from regjax.experiments._folder import CHECKPOINT, check_kept, claimed, command, out_dir
+from regjax.experiments._landscape_run import landscape_files, run_landscape
+from regjax.experiments._options import UsageError, choices, did_you_mean, kind, option
 from regjax.experiments._record import Record
 from regjax.experiments._settings import (
-    AnalysisSettings,
     LandscapeSettings,
     SpectrumSettings,
+    TrainSettings,
+    check_same_training,
+    checkpoint_path,
     methods,
     option_types,
-    out_dir,
     replace,
     training_options,
 )
-from regjax.experiments._spectrum_run import Progress, run_spectrum
+from regjax.experiments._spectrum_run import (
+    TRAINING_FILES,
+    Progress,
+    run_spectrum,
+    run_train,
+    spectrum_files,
+)
+from regjax.experiments._training import TrainingError, read_run
 from regjax.experiments._validation import validate
 
-Compared = TypeVar("Compared", SpectrumSettings, LandscapeSettings)
-
-# They belong to the comparison as a whole.
-_COMMON = ("compare", "checkpoint", "resume", "out")
+Compared = TypeVar("Compared", bound=TrainSettings)
 
 
 def compared_settings(settings: Compared) -> dict[str, Compared]:
@@ -47,21 +52,31 @@ def compared_settings(settings: Compared) -> dict[str, Compared]:
       {item: settings}, in the order given.
 
     Raises:
-      UsageError: an item cannot be read, is given twice, or holds a bad value.
+      UsageError: an item cannot be read, is another again, holds a bad value or one without
+        effect, or was not trained like the checkpoint.
     """
-    folder = out_dir(settings)
+    folder, path = out_dir(settings), None
+    checkpoint = getattr(settings, "checkpoint", None)
+    if checkpoint is not None:
+        path = checkpoint_path(checkpoint)
+        stored, _, _ = read_run(path)
     result: dict[str, Compared] = {}
     folders: dict[str, Path] = {}
-    for item in settings.compare:
+    # Of one network with several seeds there is one item, which changes nothing.
+    alone = settings.optimizer if settings.transformation == "plain" else settings.transformation
+    for item in settings.compare or (alone,):
         out = folder / re.sub(r"[^\w.=-]+", "_", item)
         if out in [other.out for other in result.values()]:
             raise UsageError(f"--compare must name different settings, got {item!r} twice.")
-        own = replace(settings, {**_overrides(item, settings), "compare": (), "out": out})
-        validate(own)
+        overrides = _overrides(item, settings) if settings.compare else {}
+        own = replace(settings, {**overrides, "compare": (), "seeds": 1, "out": out})
+        _check_item(item, own, overrides, result)
+        if path is not None:
+            check_same_training(own, stored, path=path)
         trained_alike = repr(training_options(own))
-        if settings.checkpoint is None and trained_alike in folders:
-            own = dataclasses.replace(own, checkpoint=folders[trained_alike] / "checkpoint.npz")
-        elif settings.resume and not (out / "checkpoint.npz").exists():
+        if checkpoint is None and trained_alike in folders and hasattr(own, "checkpoint"):
+            own = replace(own, {"checkpoint": folders[trained_alike] / CHECKPOINT})
+        elif settings.resume and not (out / CHECKPOINT).exists():
             # Its turn had not come when the comparison was interrupted.
             own = dataclasses.replace(own, resume=False)
         folders.setdefault(trained_alike, out)
@@ -69,86 +84,153 @@ def compared_settings(settings: Compared) -> dict[str, Compared]:
     return result
 
 
-def run_compare(
-    settings: SpectrumSettings | LandscapeSettings, progress: Progress
-) -> dict[str, Record]:
-    """Runs all items of `compare` and leaves `compare.json` and figures of all behind.
+def run_compare(settings: TrainSettings, progress: Progress) -> dict[str, list[Record]]:
+    """Runs all items of `compare` with all seeds; leaves their records and figures of all behind.
 
     Args:
-      settings: the common options and `compare`.
+      settings: the common options, `compare` and `seeds`.
       progress: called after each block of batches and each product.
 
     Returns:
-      The records of `run_spectrum` or `run_landscape` by item. The files hold the items done so
-      far.
+      The records of `run_train`, `run_spectrum` or `run_landscape` by item, one for each seed. The
+      file holds what is done so far.
 
     Raises:
       UsageError: an item cannot be read, before anything is computed; else as those functions.
     """
-    if isinstance(settings, LandscapeSettings):
-        return _run_all(settings, progress, run_landscape, _figure.draw_landscapes)
-    return _run_all(settings, progress, run_spectrum, _figure.draw_comparison)
-
-
-def _run_all(
-    settings: Compared,
-    progress: Progress,
-    run: Callable[[Compared, Progress], Record],
-    draw: Callable[[Path, dict[str, Record]], None],
-) -> dict[str, Record]:
-    records: dict[str, Record] = {}
-    for item, own in compared_settings(settings).items():
-        records[item] = run(own, functools.partial(_of_item, progress, item))
-        _record.write(out_dir(settings) / "compare.json", records)
-        draw(out_dir(settings) / "compare.png", records)
+    run, files, draw = _kind(settings)
+    figure = f"{command(settings)}_compare{Path(files[-1]).suffix}"
+    runs = {item: seeded(own, settings) for item, own in compared_settings(settings).items()}
+    name = f"{command(settings)}_compare.json"
+    records: dict[str, list[Record]] = {item: [] for item in runs}
+    with claimed(settings, (name, *([] if draw is None else [figure]))) as folder:
+        for own in (own for of in runs.values() for own in of):
+            # Before anything is computed; each locks its own folder in its turn.
+            check_kept(own, files)
+        for item, own in ((item, own) for item, of in runs.items() for own in of):
+            label = item if settings.seeds == 1 else f"{item}, seed {own.seed}"
+            try:
+                record = run(own, functools.partial(_of_item, progress, label))
+            except TrainingError as error:
+                raise TrainingError(f"{label}: {error}") from None
+            records[item].append(record)
+            _record.write(folder / name, {item: of for item, of in records.items() if of})
+        # A picture of half of them would pass for all; one of all seeds would show none.
+        if draw is not None:
+            draw(folder / figure, first_seeds(records))
     return records
+
+
+def seeded(own: Compared, settings: TrainSettings) -> list[Compared]:
+    """Returns the settings of one item for each seed, each with its own folder.
+
+    Raises:
+      UsageError: a seed is too large.
+    """
+    if settings.seeds == 1:
+        return [own]
+    result = []
+    for seed in range(own.seed, own.seed + settings.seeds):
+        out = out_dir(own) / f"seed_{seed}"
+        resume = settings.resume and (out / CHECKPOINT).exists()
+        one = dataclasses.replace(own, seed=seed, seeds=1, out=out, resume=resume)
+        checkpoint = getattr(own, "checkpoint", None)
+        if checkpoint is not None:  # of an item that is trained alike
+            path = checkpoint.parent / f"seed_{seed}" / CHECKPOINT
+            one = replace(one, {"checkpoint": path, "resume": False})
+        validate(one)
+        result.append(one)
+    return result
+
+
+def first_seeds(records: dict[str, list[Record]]) -> dict[str, Record]:
+    """Returns one record of each item, the first, whose name says its seed if there are others."""
+    seed = lambda of: f", seed {of[0]['settings']['seed']}" if len(of) > 1 else ""
+    return {f"{item}{seed(of)}": of[0] for item, of in records.items()}
+
+
+def _kind(settings: TrainSettings) -> tuple[Any, tuple[str, ...], Any]:
+    """Returns what is run, the files that it writes, and what draws all."""
+    if isinstance(settings, LandscapeSettings):
+        return run_landscape, landscape_files(settings), _figure.draw_landscapes
+    if isinstance(settings, SpectrumSettings):
+        return run_spectrum, spectrum_files(settings), _figure.draw_comparison
+    return run_train, TRAINING_FILES, None
 
 
 def _of_item(progress: Progress, item: str, stage: str, done: int, total: int | None) -> None:
     progress(f"{item}: {stage}", done, total)
 
 
-def _overrides(item: str, settings: AnalysisSettings) -> dict[str, Any]:
+def _check_item(
+    item: str, own: Compared, overrides: dict[str, Any], before: dict[str, Compared]
+) -> None:
+    """Checks one item: its values, that each has an effect, and that it is not another again."""
+    validate(own)
+    for name in overrides:
+        needs = missing(name, own)
+        if needs is not None:
+            raise UsageError(f"{option(name)} needs {needs}, in {item!r} of --compare.")
+    for other, settings in before.items():
+        alike = dataclasses.replace(
+            own, **{name: getattr(settings, name) for name in COMMON if hasattr(own, name)}
+        )
+        if _effective(alike) == _effective(settings):
+            raise UsageError(
+                f"--compare must name different settings, got {item!r} and {other!r}, which are "
+                "the same."
+            )
+
+
+def _effective(settings: TrainSettings) -> dict[str, Any]:
+    """Returns what decides the record of an item: the options, with the usual values filled in."""
+    return {**dataclasses.asdict(settings), **training_options(settings)}
+
+
+def _overrides(item: str, settings: TrainSettings) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for part in item.split(","):
         word, separator, text = part.strip().partition("=")
-        name = word.replace("-", "_") if separator else _option_of(word, settings)
-        allowed = [name for name in option_types(type(settings)) if name not in _COMMON]
-        # Of the chosen methods' own options the last part is enough.
-        for used in methods(replace(settings, overrides)):
-            if name not in allowed and f"{used}.{name}" in allowed:
-                name = f"{used}.{name}"
-        if name not in allowed:
-            raise UsageError(
-                f"--compare must set one of {', '.join(allowed)}, got {name!r} in {item!r}."
-            )
+        name = _option_name(word, replace(settings, overrides)) if separator else None
+        name = name or _option_of(word, settings)
+        if name in overrides:
+            raise UsageError(f"--compare must set {option(name)} once in {item!r}, got it twice.")
         overrides[name] = _parse(name, text if separator else word, settings)
     return overrides
 
 
-def _option_of(word: str, settings: AnalysisSettings) -> str:
+def _option_name(word: str, settings: TrainSettings) -> str:
+    """Returns the option that `word` spells; of a chosen method the last part is enough."""
+    name = word.replace("-", "_").lstrip("_")
+    allowed = [name for name in option_types(type(settings)) if name not in COMMON]
+    own = [f"{used}.{name}" for used in methods(settings) if f"{used}.{name}" in allowed]
+    found = [other for other in (name, *own) if other in allowed]
+    if found:
+        return found[0]
+    used = [name.partition(".")[2] for name in allowed if name.split(".")[0] in methods(settings)]
+    hint = did_you_mean(name, [*filter(None, used), *allowed])
+    raise UsageError(f"--compare must name options, got {word!r}{hint}.")
+
+
+def _option_of(word: str, settings: TrainSettings) -> str:
     """Returns the one option with the choice `word`, of a method only if there is no other."""
-    choices = _choices(settings)
-    found = [name for name, words in choices.items() if word in words]
+    types = option_types(type(settings))
+    found = [name for name, hint in types.items() if word in choices(hint)]
     names = [name for name in found if "." not in name] or found
     if len(names) == 1:
         return names[0]
     if names:
         named = " or ".join(f"{name}={word}" for name in names)
         raise UsageError(f"--compare must say which option is meant, {named}, got {word!r}.")
-    known = ", ".join(dict.fromkeys(word for words in choices.values() for word in words))
-    raise UsageError(f"--compare must be option=value or one of {known}, got {word!r}.")
+    known = [word for hint in types.values() for word in choices(hint)]
+    hint_text = did_you_mean(word, known) or f" ({', '.join(dict.fromkeys(known))})"
+    raise UsageError(
+        f"--compare must be OPTION=VALUE or a word that is the value of one, got {word!r}"
+        f"{hint_text}."
+    )
 
 
-def _choices(settings: AnalysisSettings) -> dict[str, tuple[str, ...]]:
-    return {
-        name: typing.get_args(hint)
-        for name, hint in option_types(type(settings)).items()
-        if typing.get_origin(hint) is Literal
-    }
-
-
-def _parse(name: str, text: str, settings: AnalysisSettings) -> Any:
+def _parse(name: str, text: str, settings: TrainSettings) -> Any:
     """Reads `text` as the command line does for the option `name`."""
     import tyro
 
@@ -157,12 +239,7 @@ def _parse(name: str, text: str, settings: AnalysisSettings) -> Any:
         with contextlib.redirect_stderr(io.StringIO()):
             return tyro.cli(hint, args=[text])
     except SystemExit:
-        allowed = _choices(settings).get(name)
-        rule = f"one of {', '.join(allowed)}" if allowed else f"{_name(hint)}"
-        raise UsageError(f"{option(name)} must be {rule}, got {text!r} in --compare.") from None
-
-
-def _name(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", str: "a text", Path: "a path", bool: "a flag"}
-    parts = [part for part in typing.get_args(hint) if part is not type(None)] or [hint]
-    return names.get(parts[0], str(hint))
+        raise UsageError(
+            f"{option(name)} must be {kind(hint)}, got {text!r} in --compare"
+            f"{did_you_mean(text, choices(hint))}."
+        ) from None

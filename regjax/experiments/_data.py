@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from regjax import _checks
-from regjax.experiments import _idx, _tfds
+from regjax.experiments import _arrays, _idx, _tfds
 from regjax.experiments._dataset import DataError as DataError
 from regjax.experiments._dataset import Dataset as Dataset
 from regjax.experiments._dataset import Source, Split, in_memory
@@ -33,6 +33,10 @@ def load(
       REGJAX_DATA names, else, for fashion_mnist, in /usr/share/datasets/fashion-mnist of Debian's
       package dataset-fashion-mnist; each of these holds the files itself or in a subfolder with
       the data set's name. The SHA-256 of every uncompressed file is compared.
+    - a name that ends in `.npz`: the file of this path, with the arrays `train_inputs` and
+      `test_inputs`, uint8 or floating point, (examples, height, width, channels), (examples,
+      height, width) or (examples, features), and the integers `train_targets` and `test_targets`,
+      (examples,), the classes from 0 on.
     - any other name: tensorflow-datasets, `name[/config][:version]`, with the splits `train` and
       `test` and the features `image` and `label`, prepared beforehand as ArrayRecord in
       `data_dir`, else in the folder that REGJAX_DATA names, else where tensorflow-datasets
@@ -40,7 +44,7 @@ def load(
 
     Args:
       name: of the data set.
-      data_dir: folder of its files (not used by digits).
+      data_dir: folder of its files (not used by digits and own arrays).
       num_train: take only the first so many training examples. None: all.
       num_test: take only the first so many test examples. None: all.
       seed: order of the examples; 0 leaves them as the source has them, any other shuffles both
@@ -52,11 +56,15 @@ def load(
     Raises:
       DataError: the name is unknown; files are missing, damaged or of another shape; or there are
         fewer examples than asked for.
+      TypeError: the name is no text, or a number no integer.
+      ValueError: a number is out of its range.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"`name` must be a text, got {name!r}.")
     for argument, value in (("num_train", num_train), ("num_test", num_test)):
         if value is not None:
             _checks.integer(argument, value)
-    _checks.integer("seed", seed, minimum=0)
+    _checks.integer("seed", seed, minimum=0, maximum=2**32 - 1)
     source = _source(name, data_dir)
     train_inputs, train_targets = _take("num_train", num_train, name, source.train, seed)
     test_inputs, test_targets = _take("num_test", num_test, name, source.test, seed)
@@ -89,6 +97,8 @@ def _take(
 def _source(name: str, data_dir: str | os.PathLike[str] | None) -> Source:
     if name == "digits":
         return _digits()
+    if name.endswith(_arrays.SUFFIX):
+        return _arrays.read(Path(name).expanduser())
     named = [place for place in (data_dir, os.environ.get("REGJAX_DATA")) if place]
     folders = [Path(place).expanduser() for place in named]
     for folder in folders:

@@ -1,9 +1,12 @@
 """What a data set is: the arrays a run gets, and what a source of them hands over."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from regjax import _files
 
 
 class DataError(ValueError):
@@ -15,9 +18,9 @@ class Dataset(NamedTuple):
 
     Attributes:
       name: as given to `load`.
-      train_inputs: uint8 (num_train, height, width, channels).
+      train_inputs: (num_train, height, width, channels), uint8, or floating point of own arrays.
       train_targets: int32 (num_train,), from 0 to `num_classes` - 1.
-      test_inputs: uint8 (num_test, height, width, channels).
+      test_inputs: (num_test, height, width, channels), of the same type.
       test_targets: int32 (num_test,).
       num_classes: number of classes.
       source: where the data came from.
@@ -39,8 +42,8 @@ class Split(NamedTuple):
 
     Attributes:
       num_examples: how many there are.
-      read: from int64 indices (n,) to uint8 images (n, height, width, channels) and their labels
-        (n,), of any integer type.
+      read: from int64 indices (n,) to images (n, height, width, channels) and their labels (n,),
+        of any integer type.
     """
 
     num_examples: int
@@ -54,6 +57,18 @@ class Source(NamedTuple):
     test: Split
     num_classes: int
     source: str
+
+
+def check_file(path: Path) -> None:
+    """Checks that data come from a file with an end, which can be read.
+
+    Raises:
+      DataError: it is a pipe, a device or a folder, or may not be read.
+    """
+    try:
+        _files.regular_file(path, kind="a file of data")
+    except _files.CheckpointError as error:
+        raise DataError(str(error)) from None
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray) -> Split:

@@ -41,7 +41,7 @@ class Block(NamedTuple):
     """Some batches of an epoch, what a step reads.
 
     Attributes:
-      images: (batches, batch size, height, width, channels) uint8.
+      images: (batches, batch size, height, width, channels), as in the data set.
       labels: (batches, batch size) int32.
       scaling: of the inputs.
       key: typed key of the epoch's steps.
@@ -125,7 +125,7 @@ class Epochs:
         self._scaling = measure_scaling(dataset, settings.dtype)
         self._num_examples, self._batch_size = len(labels), settings.batch_size
         self.num_batches = self._num_examples // self._batch_size
-        batch_bytes = settings.batch_size * math.prod(images.shape[1:])
+        batch_bytes = settings.batch_size * math.prod(images.shape[1:]) * images.itemsize
         self._block_batches = max(1, min(_BLOCK_BATCHES, _BLOCK_BYTES // batch_bytes))
         self._gather: Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
         if images.nbytes <= settings.device_bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regjax.experiments._dataset import DataError, Source, in_memory
+from regjax.experiments._dataset import DataError, Source, check_file, in_memory
 
 NAMES = ("fashion_mnist", "mnist")
 
@@ -108,6 +108,7 @@ def read_file(path: Path, shape: tuple[int, ...], sha256: str) -> np.ndarray:
 
 def _content(path: Path, limit: int) -> bytes:
     """Reads the first `limit` bytes, so that no file can fill the memory."""
+    check_file(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             return file.read(limit)

@@ -6,7 +6,8 @@ The name is the class's in the spelling of the function that it stands for.
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +48,17 @@ class Initialization(Options, abc.ABC):
         """Returns the sizes of the batches that go through the network, by option."""
         return {}
 
-    def _check_enough(self, field: str, number: int, dataset: Dataset) -> None:
-        if number > len(dataset.train_targets):
-            raise UsageError(
-                f"{self.option(field)} must take at most the training examples, "
-                f"{len(dataset.train_targets)}, got {number}."
-            )
+    def num_examples_taken(self) -> dict[str, int]:
+        """Returns the numbers of different training examples that are taken at once, by option."""
+        return self.batch_sizes()
+
+    def _check_enough(self, dataset: Dataset) -> None:
+        for name, number in self.num_examples_taken().items():
+            if number > len(dataset.train_targets):
+                raise UsageError(
+                    f"{name} must be at most the number of training examples, "
+                    f"{len(dataset.train_targets)}, got {number}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +86,7 @@ class DataDependent(Initialization):
 
     def make(self, model: Model, dataset: Dataset, *, dtype: str, seed: int) -> Params:
         """Makes parameters by `initializers.data_dependent`."""
-        self._check_enough("num_examples", self.num_examples, dataset)
+        self._check_enough(dataset)
         images = jnp.asarray(dataset.train_inputs[: self.num_examples])
         return initializers.data_dependent(
             model,
@@ -95,7 +101,7 @@ class DataDependent(Initialization):
         """Checks the ranges of the options."""
         _checks.positive("std", self.std)
         _checks.non_negative("epsilon", self.epsilon)
-        _checks.integer("num_examples", self.num_examples)
+        _checks.integer("num_examples", self.num_examples, minimum=2)  # for a deviation
 
     def batch_sizes(self) -> dict[str, int]:
         """Returns the size of the batch."""
@@ -110,30 +116,32 @@ class Gradinit(Initialization):
     """Bound of the gradient's norm; with the adam step in units of the sum of magnitudes."""
 
     learning_rate: float = 0.02
-    """Of the scales."""
+    """Learning rate of the scales."""
 
     num_iterations: int = 300
-    """Number of iterations."""
+    """Iterations, each on other examples."""
 
     half_batch: int = 64
     """Examples of a half batch; an iteration takes three."""
 
     first_step: Literal["sgd", "adam"] = "sgd"
-    """Step of which the loss after it is looked at."""
+    """Simulated optimizer step whose resulting loss is minimized."""
 
-    first_step_learning_rate: float = 0.1
-    """Length of that step."""
+    first_step_learning_rate: float | None = None
+    """Learning rate of the simulated step. None: 0.1 with sgd, 1e-3 with adam."""
 
-    clip: float = 1.0
-    """Bound of each scale's derivative."""
+    clip: float | None = None
+    """Bound of each scale's derivative. None: 1 with sgd, 1e8 with adam."""
 
     second_order: bool = False
     """Differentiate through the step."""
 
+    most: ClassVar[Mapping[str, int]] = {"num_iterations": 10_000}
+
     def make(self, model: Model, dataset: Dataset, *, dtype: str, seed: int) -> Params:
         """Makes parameters by `initializers.gradinit`, each iteration on other examples."""
         num_examples, size = len(dataset.train_targets), 3 * self.half_batch
-        self._check_enough("half_batch", size, dataset)
+        self._check_enough(dataset)
         random = np.random.default_rng(seed)
         drawn = [
             random.choice(num_examples, size, replace=False) for _ in range(self.num_iterations)
@@ -156,13 +164,19 @@ class Gradinit(Initialization):
         """Checks the ranges of the options."""
         for name in ("num_iterations", "half_batch"):
             _checks.integer(name, getattr(self, name))
-        _checks.positive("first_step_learning_rate", self.first_step_learning_rate)
+        if self.first_step_learning_rate is not None:
+            _checks.positive("first_step_learning_rate", self.first_step_learning_rate)
         for name in ("gradient_norm_bound", "learning_rate", "clip"):
-            _checks.non_negative(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                _checks.non_negative(name, getattr(self, name))
 
     def batch_sizes(self) -> dict[str, int]:
         """Returns the size of a half batch."""
         return {self.option("half_batch"): self.half_batch}
+
+    def num_examples_taken(self) -> dict[str, int]:
+        """Returns the number of examples of an iteration."""
+        return {f"three times {self.option('half_batch')}": 3 * self.half_batch}
 
 
 def _noise_key(seed: int) -> PRNGKey:

@@ -8,14 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from regjax import _checks
 from regjax.experiments._dataset import Dataset
 
 
 class Scaling(NamedTuple):
-    """Mean and standard deviation (channels,) of the training images, in units of 255."""
+    """Mean and standard deviation (channels,) of the training images; of uint8 in units of 255."""
 
     mean: jax.Array
     deviation: jax.Array
+
+
+def check_precision(dtype: str) -> None:
+    """Checks that JAX can hold numbers of a type.
+
+    Raises:
+      ValueError: it is neither float32 nor float64, or the latter and JAX is not set to it.
+    """
+    _checks.choice("dtype", dtype, ("float32", "float64"))
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("`dtype` must be float32 without jax_enable_x64, got float64.")
 
 
 def measure_scaling(dataset: Dataset, dtype: str) -> Scaling:
@@ -23,18 +35,26 @@ def measure_scaling(dataset: Dataset, dtype: str) -> Scaling:
     levels = np.arange(256) / 255
     means, deviations = [], []
     for channel in range(dataset.train_inputs.shape[-1]):
-        counts = np.bincount(dataset.train_inputs[..., channel].ravel(), minlength=256)
-        mean = np.average(levels, weights=counts)
+        values = dataset.train_inputs[..., channel].ravel()
+        if values.dtype == np.uint8:
+            counts = np.bincount(values, minlength=256)
+            mean = np.average(levels, weights=counts)
+            deviation = math.sqrt(np.average((levels - mean) ** 2, weights=counts))
+        else:
+            mean, deviation = np.mean(values, dtype=np.float64), np.std(values, dtype=np.float64)
         means.append(mean)
         # A channel of one value carries nothing; 1 leaves it at zero.
-        deviations.append(math.sqrt(np.average((levels - mean) ** 2, weights=counts)) or 1.0)
+        deviations.append(deviation or 1.0)
     return Scaling(jnp.asarray(means, dtype), jnp.asarray(deviations, dtype))
 
 
 def normalize(images: jax.Array, scaling: Scaling) -> jax.Array:
-    """Scales uint8 images (..., channels) to mean 0 and deviation 1 over the training images."""
+    """Scales images (..., channels) to mean 0 and deviation 1 over the training images."""
     broadcast = (1,) * (images.ndim - 1) + (-1,)
-    centred = images.astype(scaling.mean.dtype) / 255 - scaling.mean.reshape(broadcast)
+    values = images.astype(scaling.mean.dtype)
+    if images.dtype == jnp.uint8:
+        values = values / 255
+    centred = values - scaling.mean.reshape(broadcast)
     return centred / scaling.deviation.reshape(broadcast)
 
 

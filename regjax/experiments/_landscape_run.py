@@ -1,7 +1,6 @@
 """From options to a loss surface and the probes of a training run, saved row by row."""
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from regjax import _tree, diagnostics
+from regjax import _numerics, diagnostics
 from regjax._adapters import model_loss
 from regjax._base import Params
 from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, check_examples, training_examples
+from regjax.experiments._folder import CHECKPOINT, all_options, claimed
 from regjax.experiments._inputs import cross_entropy
+from regjax.experiments._probes import Probes
 from regjax.experiments._record import Record
-from regjax.experiments._settings import LandscapeSettings, learning_rate, out_dir
+from regjax.experiments._settings import AnalysisSettings, LandscapeSettings
 from regjax.experiments._spectrum_run import Progress, precision, trained
 from regjax.experiments._validation import validate
 
-# Of the learning rate: where a probe begins and ends (Santurkar et al. 2018, figure 4).
-_FIRST_STEP, _LAST_STEP = 0.5, 4.0
+
+def landscape_files(settings: AnalysisSettings) -> tuple[str, str, str]:
+    """Returns the names of the record and of the figures."""
+    return "landscape.json", f"surface.{settings.figure}", f"probes.{settings.figure}"
 
 
 def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
@@ -48,55 +51,29 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
       KeyboardInterrupt: Ctrl-C; what was computed is in `landscape.json`.
     """
     validate(settings)
-    folder = out_dir(settings)
-    path = folder / "landscape.json"
-    probes = _known_probes(path, settings) if settings.resume else {}
-    with precision(settings):
+    with claimed(settings, landscape_files(settings)) as folder, precision(settings):
+        return _landscape(settings, progress, folder)
 
-        def look(epochs: int, subject: Subject) -> None:
-            probes[epochs] = {"epochs": epochs, **_probe(subject, settings)}
-            _record.write(path, {"probes": list(probes.values())})
 
-        subject, record = trained(settings, progress, look=look)
-        num_epochs = record["training"]["num_epochs"]
-        if num_epochs not in probes:  # a checkpoint was not trained here
-            probes[num_epochs] = {"epochs": num_epochs, **_probe(subject, settings)}
-        record["probes"] = list(probes.values())
-        save = functools.partial(_record.write, path, record)
-        save()
-        _surface(subject, settings, record, save, progress)
-    _figure.draw_surface(folder / "surface.png", record)
-    _figure.draw_probes(folder / "probes.png", record)
+def _landscape(settings: LandscapeSettings, progress: Progress, folder: Path) -> Record:
+    path, surface, figure = (folder / name for name in landscape_files(settings))
+    probes = Probes(path, folder / CHECKPOINT, settings)
+
+    def look(epochs: int, subject: Subject) -> None:
+        probes.look(epochs, subject)
+        _record.write(path, {"settings": all_options(settings), "probes": probes.records()})
+
+    subject, record = trained(settings, progress, folder, look=look)
+    num_epochs = record["training"]["num_epochs"]
+    if num_epochs not in probes.by_epoch:  # a checkpoint was not trained here
+        look(num_epochs, subject)
+    record["probes"] = probes.records()
+    save = functools.partial(_record.write, path, record)
+    save()
+    _surface(subject, settings, record, save, progress)
+    _figure.draw_surface(surface, record)
+    _figure.draw_probes(figure, record)
     return record
-
-
-def _probe(subject: Subject, settings: LandscapeSettings) -> Record:
-    """Probes along the gradient, always on the same examples, in train mode."""
-    inputs, targets = training_examples(subject, settings, "probe_examples")
-    if settings.probe_examples is None:
-        inputs, targets = inputs[: settings.batch_size], targets[: settings.batch_size]
-    steps = np.geomspace(_FIRST_STEP, _LAST_STEP, settings.probe_points) * learning_rate(settings)
-    # The key is that of noise in the network: the same for all points.
-    loss = model_loss(subject.model, cross_entropy, mode="train", key=jax.random.key(settings.seed))
-    report = diagnostics.line_probe(
-        loss, subject.model.params, inputs, targets, learning_rates=jnp.asarray(steps, inputs.dtype)
-    )
-    return {
-        "num_examples": len(targets),
-        "learning_rates": steps.tolist(),
-        **{name: value.tolist() for name, value in report._asdict().items()},
-    }
-
-
-def _known_probes(path: Path, settings: LandscapeSettings) -> dict[int, Record]:
-    """Returns the probes before an interruption, by epoch, if they were made like these."""
-    if not path.exists():
-        return {}
-    # A number that was not finite was written as null.
-    probes = json.loads(path.read_text().replace("null", "NaN")).get("probes", [])
-    like = settings.probe_points, settings.probe_examples or settings.batch_size
-    made = lambda probe: (len(probe["learning_rates"]), probe["num_examples"])
-    return {probe["epochs"]: probe for probe in probes if made(probe) == like}
 
 
 def _surface(
@@ -139,7 +116,8 @@ def _surface(
         _flatness(
             diagnostics.interval_flatness(
                 loss, params, direction, inputs, targets,
-                max_distance=settings.span * float(_tree.norm(direction)), chunk_size=chunk_size,
+                max_distance=settings.span * float(_numerics.scaled_norm(direction)),
+                chunk_size=chunk_size,
             ),
             direction,
         )
@@ -150,6 +128,6 @@ def _surface(
 
 def _flatness(report: diagnostics.FlatnessResult, direction: Params) -> Record:
     """Gives the lengths in units of the direction, as the positions of the surface."""
-    norm = float(_tree.norm(direction))
+    norm = float(_numerics.scaled_norm(direction))
     lengths = {name: float(value) / norm for name, value in report._asdict().items()}
     return {**lengths, "converged": bool(report.converged)}

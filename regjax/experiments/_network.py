@@ -1,7 +1,7 @@
 """The network of the options, and its evaluation."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,51 +9,69 @@ import numpy as np
 from flax import nnx
 
 from regjax._adapters import Model, from_nnx
-from regjax._base import Params, State, Tree
+from regjax._base import Params, State
 from regjax._runners import ApplyFn
 from regjax.experiments._architectures import ARCHITECTURES
 from regjax.experiments._dataset import Dataset
 from regjax.experiments._inputs import Scaling, cross_entropy, normalize
 from regjax.experiments._settings import TrainSettings, depth, width
 
-_EVALUATION_CHUNK = 2048
+EVALUATION_CHUNK = 2048
 
 
 class Evaluation(NamedTuple):
-    """Mean loss, and the share of examples whose largest output is the label's."""
+    """How well a network does on some examples.
+
+    Attributes:
+      loss: mean.
+      accuracy: share of examples whose largest output is the label's.
+      num_predicted: number of classes that are the prediction for an example.
+    """
 
     loss: float
     accuracy: float
+    num_predicted: int
 
 
 def build_model(settings: TrainSettings, dataset: Dataset) -> Model:
     """Builds the network with its initial parameters, in the type of the options."""
-    rngs = nnx.Rngs(settings.seed)
+    return build(settings, dataset.train_inputs.shape[1:], dataset.num_classes)
+
+
+def build(settings: TrainSettings, input_shape: tuple[int, ...], num_classes: int) -> Model:
+    """Builds the network for inputs (height, width, channels), as `build_model`."""
+    return _typed(from_nnx(_module(settings, input_shape, num_classes)), settings.dtype)
+
+
+def model_shapes(settings: TrainSettings, dataset: Dataset) -> Model:
+    """Returns the network with shapes for arrays: nothing is computed, whatever its size."""
     shape, num_classes = dataset.train_inputs.shape[1:], dataset.num_classes
-    module = ARCHITECTURES[settings.model].build(
-        shape,
+    shapes = nnx.eval_shape(lambda: _module(settings, shape, num_classes))
+    return _typed(from_nnx(shapes), settings.dtype)
+
+
+def _module(settings: TrainSettings, input_shape: tuple[int, ...], num_classes: int) -> nnx.Module:
+    return ARCHITECTURES[settings.model].build(
+        input_shape,
         num_classes,
         width=width(settings),
         depth=depth(settings),
         normalization=settings.normalization,
-        rngs=rngs,
-    )
-    model = from_nnx(module)
-    return model._replace(
-        params=_cast(model.params, settings.dtype), state=_cast(model.state, settings.dtype)
+        rngs=nnx.Rngs(settings.seed),
     )
 
 
 def evaluate(model: Model, images: np.ndarray, labels: np.ndarray, scaling: Scaling) -> Evaluation:
-    """Computes mean loss and accuracy in evaluation mode, in chunks."""
-    loss, correct = 0.0, 0
-    for start in range(0, len(labels), _EVALUATION_CHUNK):
-        part = slice(start, start + _EVALUATION_CHUNK)
+    """Computes mean loss, accuracy and predicted classes in evaluation mode, in chunks."""
+    loss, correct, predicted = 0.0, 0, set[int]()
+    for start in range(0, len(labels), EVALUATION_CHUNK):
+        part = slice(start, start + EVALUATION_CHUNK)
         sums = _evaluate_chunk(
             model.apply, model.params, model.state, images[part], labels[part], scaling
         )
-        loss, correct = loss + float(sums[0]), correct + int(sums[1])
-    return Evaluation(loss / len(labels), correct / len(labels))
+        loss, correct = loss + float(sums[0]), correct + int(np.sum(sums[1] == labels[part]))
+        predicted |= set(np.unique(sums[1]).tolist())
+    return Evaluation(loss / len(labels), correct / len(labels), len(predicted))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -67,11 +85,19 @@ def _evaluate_chunk(
 ) -> tuple[jax.Array, jax.Array]:
     outputs, _ = apply(params, state, normalize(images, scaling), train=False)
     loss = cross_entropy(outputs, labels) * len(labels)
-    return loss, jnp.sum(jnp.argmax(outputs, axis=1) == labels, dtype=jnp.int32)
+    return loss, jnp.argmax(outputs, axis=1)
 
 
-def _cast(tree: Tree, dtype: str) -> Tree:
-    def cast(leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+def _typed(model: Model, dtype: str) -> Model:
+    """Returns the model with floating-point arrays, or their shapes, of another type."""
 
-    return jax.tree.map(cast, tree)
+    def cast(leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
+        return leaf.astype(dtype)
+
+    return model._replace(
+        params=jax.tree.map(cast, model.params), state=jax.tree.map(cast, model.state)
+    )

@@ -18,6 +18,9 @@ from regjax.experiments._data import Dataset
 Record: TypeAlias = dict[str, Any]
 """What a JSON file holds, by name: numbers, texts, and lists and records of these."""
 
+# A surface of 1000 x 1000 points and a thousand epochs of probes have a tenth of it.
+_MAX_BYTES = 2**28
+
 
 def write(path: Path, record: Record) -> None:
     """Writes `record` as JSON in one go: readers see the old file or the new one.
@@ -26,15 +29,40 @@ def write(path: Path, record: Record) -> None:
       path: the file.
       record: numbers that are not finite become null.
     """
-    text = json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(plain(record), indent=1, allow_nan=False) + "\n"
     write_bytes(path, text.encode())
 
 
+def read(path: Path) -> Record:
+    """Reads what `write` has written; numbers that were not finite are None.
+
+    Raises:
+      CheckpointError: there is none, it cannot be read, or it is no record.
+    """
+    _files.regular_file(path, kind="a record", max_bytes=_MAX_BYTES)
+    try:
+        record = json.loads(path.read_bytes())
+    except OSError as error:
+        raise _files.RefusedError(f"{path} must be readable, got {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise _files.DamagedError(f"{path} must be a whole record, got a damaged one.") from error
+    if not isinstance(record, dict):
+        raise _files.CheckpointError(f"{path} must be a record of regjax, got another file.")
+    return record
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file in one go, its folder too if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _files.replacing(path) as file:
-        file.write(content)
+    """Writes a file in one go, its folder too if need be.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _files.replacing(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise _files.RefusedError(f"{path} must be writable, got {error.strerror}.") from error
 
 
 def versions() -> Record:
@@ -62,11 +90,12 @@ def title(matrix: str) -> str:
     return matrix.replace("_", " ").title()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Returns a value as JSON gives it back; None where a number is not finite."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

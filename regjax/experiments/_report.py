@@ -1,20 +1,25 @@
 """What the command line prints of records."""
 
 import math
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
+from regjax.experiments._normalization import NORMALIZATIONS
 from regjax.experiments._record import Record, title
+
+_COLUMNS = 80
 
 
 def training_text(record: Record) -> str:
     """Describes the data, the network, and how well it does on both parts of the data."""
     options, data, numbers = record["settings"], record["data"], record["generalization"]
+    # Methods without options of their own are those that change nothing.
+    used = [options[kind] for kind in ("transformation", "init") if options[kind] in options]
     header = (
         f"{data['name']}, {data['num_train']} training and {data['num_test']} test examples; "
         f"{options['model']}, {record['num_parameters']:,} parameters; "
-        f"{options['optimizer']}, {record['training']['num_epochs']} epochs in "
-        f"{record['training']['seconds']:.1f} s"
+        f"{' with '.join([options['optimizer'], *used])}, {_epochs(record)}"
     )
     names = ("train", "test")
     loss = [f"{numbers[f'{name}_loss']:.4f}" for name in names]
@@ -24,13 +29,26 @@ def training_text(record: Record) -> str:
         ["loss", *loss, f"{numbers['loss_gap']:.4f}"],
         ["accuracy", *accuracy, f"{numbers['accuracy_gap']:.2%}"],
     ]
-    return f"{header}\n\n{_table(rows)}"
+    failure = record["training"]["failure"]
+    parts = [_wrapped(header), table(rows), *([] if failure is None else [_wrapped(failure)])]
+    return "\n\n".join(parts)
+
+
+def has_learned(record: Record) -> bool:
+    """Tells whether the network of a record is better than a constant guess, if it was trained."""
+    return record["training"]["failure"] is None
 
 
 def spectrum_text(record: Record) -> str:
     """Lists the eigenvalues with their bounds and the summary of the density, block by block."""
-    matrix = title(record["settings"]["matrix"])
-    what = f"{matrix} of the mean loss over {record['num_curvature_examples']} training examples"
+    options, number = record["settings"], record["num_curvature_examples"]
+    asked = options["curvature_examples"] or record["data"]["num_train"]
+    share = "" if number == asked else f" of {asked}"
+    divided = "" if number == asked else f" (what divides evenly with --mesh {options['mesh']})"
+    what = (
+        f"{title(options['matrix'])} of the mean loss over {number}{share} training "
+        f"examples{divided}{_mode(record)}"
+    )
     blocks = [_block_text(what, name, block) for name, block in record["blocks"].items()]
     geometry = [_geometry_text(record)] if "geometry" in record else []
     return "\n\n".join([*blocks, *geometry, _LEGEND])
@@ -38,13 +56,21 @@ def spectrum_text(record: Record) -> str:
 
 def comparison_text(records: dict[str, Record]) -> str:
     """Makes one column for each record."""
-    rows = [["", *records]]
+    rows = [["", *records], *_remarks(records)]
     shared = _COMPARED
     if all("geometry" in record for record in records.values()):
         shared = {**_COMPARED, **_GEOMETRY}
     for name, text in shared.items():
         rows.append([name, *(text(record) for record in records.values())])
-    return f"{_table(rows)}\n\n{_LEGEND}"
+    return "\n\n".join([table(rows), *failures(records), _ONE_SEED, _LEGEND])
+
+
+def trainings_text(records: dict[str, Record]) -> str:
+    """Makes one column for each record."""
+    rows = [["", *records], *_remarks(records)]
+    names = {name: text for name, text in _COMPARED.items() if name not in _OF_SPECTRUM}
+    rows += [[name, *map(text, records.values())] for name, text in names.items()]
+    return "\n\n".join([table(rows), *failures(records), _ONE_SEED])
 
 
 def landscape_text(record: Record) -> str:
@@ -53,19 +79,19 @@ def landscape_text(record: Record) -> str:
     header = (
         f"Loss surface of {surface['num_examples']} training examples, "
         f"{len(surface['positions'])} x {len(surface['positions'])} points in "
-        f"{surface['seconds']:.1f} s; probes of {probe['num_examples']} examples"
+        f"{surface['seconds']:.1f} s{_mode(record)}; probes of {probe['num_examples']} examples"
     )
     rows = [[name, text(record)] for name, text in _LANDSCAPE.items()]
-    return f"{header}\n\n{_table(rows)}\n\n{_LANDSCAPE_LEGEND}"
+    return f"{_wrapped(header)}\n\n{table(rows)}\n\n{_LANDSCAPE_LEGEND}"
 
 
 def landscapes_text(records: dict[str, Record]) -> str:
     """Makes one column for each record."""
-    rows = [["", *records]]
+    rows = [["", *records], *_remarks(records)]
     names = {name: text for name, text in _COMPARED.items() if name not in _OF_SPECTRUM}
     for name, text in {**names, **_LANDSCAPE}.items():
         rows.append([name, *(text(record) for record in records.values())])
-    return f"{_table(rows)}\n\n{_LANDSCAPE_LEGEND}"
+    return "\n\n".join([table(rows), *failures(records), _ONE_SEED, _LANDSCAPE_LEGEND])
 
 
 def with_error(value: float | None, error: float | None) -> str:
@@ -95,7 +121,7 @@ def _block_text(what: str, name: str, block: Record) -> str:
     dimension = density["effective_dimension"]
     outlier, zero = counts["outlier_threshold"], counts["zero_threshold"]
     rows += [
-        ["smallest eigenvalue", f"{density['smallest_ritz_value']:.4g} or less"],
+        ["smallest eigenvalue", f"<= {density['smallest_ritz_value']:.4g}"],
         ["trace", _estimate(trace)],
         ["mean eigenvalue", with_error(trace["value"] / size, trace["standard_error"] / size)],
         [f"effective dimension at damping {dimension['damping']:g}", _estimate(dimension)],
@@ -104,7 +130,7 @@ def _block_text(what: str, name: str, block: Record) -> str:
         [f"eigenvalues within ±{zero:.3g}", _estimate(counts["near_zero"])],
         [f"eigenvalues below -{zero:.3g}", _estimate(counts["negative"])],
     ]
-    return f"{header}\n\n{_table(rows)}"
+    return f"{_wrapped(header)}\n\n{table(rows)}"
 
 
 def _geometry_text(record: Record) -> str:
@@ -115,7 +141,46 @@ def _geometry_text(record: Record) -> str:
         f"{sharpness['num_examples']}, {sharpness['mode']} mode, {which}"
     )
     rows = [[name, text(record)] for name, text in _GEOMETRY.items()]
-    return f"{header}\n\n{_table(rows)}"
+    return f"{_wrapped(header)}\n\n{table(rows)}"
+
+
+def _epochs(record: Record) -> str:
+    """Says how many epochs there were, and whether they were run now."""
+    options, training = record["settings"], record["training"]
+    count, seconds = training["num_epochs"], f"{training['seconds']:.1f} s"
+    epochs = f"{count} epoch{'' if count == 1 else 's'}"
+    if options.get("checkpoint") is not None:
+        return f"{epochs} before; read from {training['checkpoint']}, nothing was trained"
+    return f"{epochs}, resumed for {seconds}" if options["resume"] else f"{epochs} in {seconds}"
+
+
+def _mode(record: Record) -> str:
+    """Says in which mode batch norm is looked at, if the network has some."""
+    options = record["settings"]
+    has_statistics = NORMALIZATIONS[options["normalization"]].has_batch_statistics
+    if not has_statistics or "batch_norm_mode" not in options:
+        return ""
+    mode = options["batch_norm_mode"]
+    chunks = f" of {options['chunk_size']}" if mode == "train_per_chunk" else ""
+    return f", batch norm in {mode} mode{chunks}"
+
+
+def _remarks(records: dict[str, Record]) -> list[list[str]]:
+    """Returns the rows of a comparison that say with what the numbers are to be read."""
+    rows = []
+    modes = [_mode(record).partition("batch norm in ")[2] for record in records.values()]
+    if any(modes):
+        rows.append(["batch norm", *modes])
+    if not all(map(has_learned, records.values())):
+        learned = ["yes" if has_learned(record) else "NO" for record in records.values()]
+        rows.append(["learned", *learned])
+    return rows
+
+
+def failures(records: dict[str, Record]) -> list[str]:
+    """Says of each network that did not learn what went wrong."""
+    failures = {name: record["training"]["failure"] for name, record in records.items()}
+    return [_wrapped(f"{name}: {text}") for name, text in failures.items() if text is not None]
 
 
 def _columns(eigenvalues: Record) -> tuple[list[Any], ...]:
@@ -126,14 +191,28 @@ def _estimate(entry: Record) -> str:
     return with_error(entry["value"], entry["standard_error"])
 
 
-def _table(rows: list[list[str]]) -> str:
-    """Sets rows in columns: the first to the left, the others to the right."""
+def table(rows: list[list[str]]) -> str:
+    """Sets rows in columns, the first to the left; columns that are too many go below."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    parts: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        taken = sum(2 + widths[i] for i in (0, *parts[-1], column))
+        if parts[-1] and taken > _COLUMNS:
+            parts.append([])
+        parts[-1].append(column)
+    return "\n\n".join("\n".join(_lines(rows, widths, columns)) for columns in parts)
+
+
+def _lines(rows: list[list[str]], widths: list[int], columns: list[int]) -> list[str]:
     lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  " + "  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
+    for row in rows:
+        cells = [row[column].rjust(widths[column]) for column in columns]
+        lines.append("  " + "  ".join([row[0].ljust(widths[0]), *cells]))
+    return lines
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, _COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def _number(name: str, form: str) -> Callable[[Record], str]:
@@ -149,9 +228,14 @@ def _largest(record: Record) -> str:
     return with_error(values[0], bounds[0])
 
 
+_ONE_SEED = (
+    "All of one seed: others give other numbers, and no ± here says how far apart.\n"
+    "--seeds 5 trains each network five times."
+)
 _LEGEND = (
-    "± behind an eigenvalue or a sharpness bounds its distance to the spectrum; elsewhere it is\n"
-    "one standard error over the random probes."
+    "For eigenvalues and sharpness, ± bounds the distance to a true eigenvalue.\n"
+    "Elsewhere it is one standard error from the random probes; quadrature error is\n"
+    "not included."
 )
 _COMPARED: dict[str, Callable[[Record], str]] = {
     "parameters": lambda record: f"{record['num_parameters']:,}",
@@ -181,19 +265,19 @@ def _last_probe(compute: Callable[[Record], float]) -> Callable[[Record], str]:
 
 
 _LANDSCAPE_LEGEND = (
-    "Directions are random, each filter (or layer) as long as in the parameters: the unit of the "
-    "widths\nis that length. A probe goes 1/2 to 4 learning rates along the gradient."
+    "Directions are random and filter-normalized; width 1 equals the norm of the\n"
+    "filters (or layers). A probe goes 1/2 to 4 learning rates along the gradient."
 )
 _LANDSCAPE: dict[str, Callable[[Record], str]] = {
     "loss at the minimum": lambda record: f"{_centre(record):.4g}",
     "largest loss on the surface": lambda record: f"{_largest_loss(record):.4g}",
-    "width of e times the loss, first direction": _width(0),
-    "width of e times the loss, second direction": _width(1),
+    "width of {loss < e x minimum}, direction 1": _width(0),
+    "width of {loss < e x minimum}, direction 2": _width(1),
     "gradient norm": _last_probe(lambda probe: probe["gradient_norm"]),
-    "largest less smallest loss of the probe": _last_probe(
+    "loss range along the gradient step": _last_probe(
         lambda probe: max(probe["losses"]) - min(probe["losses"])
     ),
-    "largest distance of gradients": _last_probe(lambda probe: max(probe["gradient_distances"])),
+    "largest change of the gradient": _last_probe(lambda probe: max(probe["gradient_distances"])),
     "effective smoothness": _last_probe(lambda probe: max(probe["smoothness"])),
 }
 

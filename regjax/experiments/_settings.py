@@ -1,7 +1,7 @@
 """The options of a run."""
 
 import dataclasses
-import re
+import functools
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,87 +37,105 @@ class TrainSettings:
     """Train a network on images and write a checkpoint."""
 
     data: str = "digits"
-    """digits, fashion_mnist, mnist, or an image classification set of tensorflow-datasets."""
+    """digits, fashion_mnist, mnist, an image classification set of tensorflow-datasets, or a file
+    of own arrays: PATH.npz with train_inputs, train_targets, test_inputs and test_targets."""
 
     data_dir: Path | None = None
-    """Folder of the data. None: the environment variable REGJAX_DATA, or the usual places."""
+    """Folder of the data. Default: the environment variable REGJAX_DATA, or the usual places."""
 
     num_train: int | None = None
-    """Number of training examples. None: all."""
+    """Training examples to take, the first ones. Default: all."""
 
     num_test: int | None = None
-    """Number of test examples. None: all."""
+    """Test examples to take, the first ones. Default: all."""
 
     model: _architectures.Name = "mlp"
-    """Network."""
+    """Network architecture."""
 
     width: int | None = None
-    """Units of a hidden layer, channels of the first convolution. None: 64 (mlp), 16."""
+    """Units of a hidden layer, or channels of the first convolution. Default: 64 (mlp) or 16."""
 
     depth: int | None = None
-    """Hidden layers, convolutions, or blocks of a resnet. None: 2, of a resnet 4."""
+    """Hidden layers, convolutions, or blocks of a resnet. Default: 2, of a resnet 4."""
 
     normalization: _normalization.Name = "none"
     """Normalization of each hidden layer."""
 
     init: _initializations.Name = "default"
-    """What is done to the initial parameters; its own options are below."""
+    """Initialisation of the parameters. Options of its own: --init NAME --help."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimiser."""
 
     learning_rate: float | None = None
-    """Constant learning rate. None: 0.05 (sgd), 0.001 (adam), or as the transformation says."""
+    """Constant learning rate. Default: 0.05 (sgd), 0.001 (adam), or as the transformation says."""
 
     momentum: float | None = None
-    """Momentum of sgd, at least 0 and below 1. None: 0.9, or as the transformation says."""
+    """Momentum of sgd, at least 0 and below 1. Default: 0.9, or as the transformation says."""
 
     weight_decay: float = 0.0
-    """Multiple of the parameters added to the gradient (sgd) or the update (adam)."""
+    """Weight decay: L2 for sgd, decoupled for adam."""
 
     transformation: _transformations.Name = "plain"
-    """What changes where or how the gradient is taken; its own options are below."""
+    """Method that changes the gradient or the update. Options of its own: --transformation NAME
+    --help."""
 
     epochs: int = 30
-    """Passes over the training examples, in an order drawn anew each time; 0: none."""
+    """Passes over the training examples, shuffled each time; 0 leaves the network untrained."""
 
     batch_size: int = 64
-    """Examples per step. The smaller last batch of an epoch is left out."""
+    """Examples per step. A smaller last batch of an epoch is left out."""
 
     seed: int = 0
-    """Seed of the initial parameters, of the order of the examples and of the probes."""
+    """Seed of the initial parameters, the shuffling and the random probes; below 2^32."""
 
     dtype: Literal["float32", "float64"] = "float32"
-    """Type of the parameters, of training and of the curvature."""
+    """Floating-point type of the parameters, of training and of the curvature."""
 
     device_bytes: int = 2**30
-    """Training images of more bytes than this are streamed from the host."""
+    """Larger training images than this, in bytes, are streamed from the host."""
 
     checkpoint_seconds: float = 5.0
-    """Least time between two checkpoints; 0: one each epoch. The last is always written."""
+    """Minimum seconds between checkpoints; 0 saves every epoch. The last is always saved."""
+
+    compare: tuple[str, ...] = ()
+    """Settings to run side by side: each is a comma-separated list of OPTION=VALUE, or of words
+    that stand for one, such as sgd sam,rho=0.1 batch,seed=1."""
+
+    seeds: int = 1
+    """Train each network with so many seeds, --seed and those after it: mean, deviation, and the
+    difference to the first network seed by seed."""
 
     resume: bool = False
-    """Go on from the checkpoint in --out."""
+    """Continue from the checkpoint in --out."""
+
+    overwrite: bool = False
+    """Replace what another run has left in --out."""
 
     out: Path | None = None
-    """Folder of the results. None: runs/DATA-MODEL, or the folder of --checkpoint."""
+    """Folder of the results. Default: one under runs/ that is named after the options, or the
+    folder of --checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisSettings(TrainSettings):
     """Train a network on images, or read a checkpoint, and analyse it."""
 
-    compare: tuple[str, ...] = ()
-    """Settings to run side by side, such as: sgd sam entropy_sgd, or sam,rho=0.1 batch."""
-
     checkpoint: Path | None = None
-    """Analyse this checkpoint, or the one in this folder, with its training options."""
+    """Analyse this checkpoint, or the one in this folder, instead of training."""
 
     batch_norm_mode: Literal["evaluation", "train", "train_per_chunk"] = "evaluation"
-    """Batch statistics in the analysis: the stored ones, of all examples, or of each chunk."""
+    """Batch norm in the analysis. evaluation: running statistics; train: statistics of all
+    examples; train_per_chunk: of each chunk."""
 
     chunk_size: int = 2048
-    """Examples per pass. More of them are gone over in chunks, in bounded memory."""
+    """Examples per pass of the analysis; less memory with fewer."""
+
+    figure: Literal["png", "pdf", "svg"] = "png"
+    """Format of the figures."""
+
+    figure_width: Literal["page", "column"] = "page"
+    """Width of the figures: 6.8 or 3.3 inches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +146,16 @@ class SpectrumSettings(AnalysisSettings):
     """Curvature matrix of the mean training loss."""
 
     num_samples: int | None = None
-    """Labels drawn per example for the fisher matrix. None: the exact expectation."""
+    """Labels drawn per example for the fisher matrix. Default: the exact expectation."""
 
     curvature_examples: int | None = None
-    """Number of training examples in the matrix, the first ones. None: all."""
+    """Training examples in the matrix, the first ones. Default: all."""
 
     num_eigenvalues: int = 10
-    """Number of largest eigenvalues."""
+    """Number of largest eigenvalues to compute."""
 
     tol: float = 1e-3
-    """An eigenvalue's residual norm relative to the largest eigenvalue, when converged."""
+    """Converged when residual norm / largest eigenvalue is below this; below 1."""
 
     num_probes: int = 2
     """Random probes of the density."""
@@ -146,17 +164,17 @@ class SpectrumSettings(AnalysisSettings):
     """Lanczos steps of a probe; twice as many first take out extreme eigenvalues."""
 
     blocks: Literal["whole", "layers"] = "whole"
-    """The whole network, or each layer as well."""
+    """Spectrum of the whole network, or of each layer as well."""
 
     mesh: str | None = None
     """data=N divides the examples of the matrix, and the vectors that the solvers keep, over N
-    devices; of all the training examples it takes the largest multiple of N. None: one device."""
+    devices; it takes the largest multiple of N of the examples. Default: one device."""
 
     damping: float = 0.01
     """The c of the effective dimension: sum over eigenvalues l of max(l, 0) / (max(l, 0) + c)."""
 
     report: bool = False
-    """Geometric complexity, spherical sharpness and margins of the network as well."""
+    """Measure geometric complexity, spherical sharpness and margins as well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,26 +182,38 @@ class LandscapeSettings(AnalysisSettings):
     """Train a network on images, then draw its loss surface and the probes along its steps."""
 
     points: int = 51
-    """Points along each of the two random directions; odd, so that the minimum is one of them."""
+    """Points along each of the two random directions; odd, so that the network is one of them."""
 
     span: float = 1.0
-    """Largest distance along a direction, in units of the norm of each filter."""
+    """Largest distance along a direction, in units of the norm of each filter; at most 1000."""
 
     directions: Literal["filter", "layer"] = "filter"
-    """What is as long in a direction as in the parameters: each filter, or each layer."""
+    """Normalize the random directions per filter or per layer."""
 
     surface_examples: int | None = None
-    """Number of training examples in the surface, the first ones. None: all."""
+    """Training examples in the surface, the first ones. Default: all."""
 
     probe_examples: int | None = None
-    """Number of training examples of the probes, the first ones. None: the batch size."""
+    """Training examples of the probes, the first ones. Default: the batch size."""
 
     probe_points: int = 8
     """Step sizes of a probe, from 1/2 to 4 times the learning rate."""
 
 
 # Options that say where and how a run works, and not what comes out.
-_INCIDENTAL = ("data_dir", "device_bytes", "checkpoint_seconds", "resume", "out")
+INCIDENTAL = (
+    "data_dir",
+    "device_bytes",
+    "checkpoint_seconds",
+    "resume",
+    "overwrite",
+    "out",
+    "checkpoint",
+    "figure",
+    "figure_width",
+)
+# Options of several networks side by side.
+COMPARISON = ("compare", "seeds")
 _LEARNING_RATES = {"sgd": 0.05, "adam": 1e-3}
 _MOMENTUM = 0.9
 
@@ -235,6 +265,11 @@ def num_shards(settings: TrainSettings) -> int:
     return transformation(settings).count_shards()
 
 
+def is_comparison(settings: TrainSettings) -> bool:
+    """Tells whether more than one network is trained or analysed."""
+    return bool(settings.compare) or settings.seeds > 1
+
+
 def option_types(settings_type: type) -> dict[str, Any]:
     """Returns the type of each option by name; "sam.rho" is `rho` of the field `sam`."""
     types: dict[str, Any] = {}
@@ -247,15 +282,6 @@ def option_types(settings_type: type) -> dict[str, Any]:
     return types
 
 
-def out_dir(settings: TrainSettings) -> Path:
-    """Returns the folder of the results."""
-    if settings.out is not None:
-        return settings.out
-    if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:
-        return checkpoint_path(settings.checkpoint).parent
-    return Path("runs") / re.sub(r"[^\w.-]+", "_", f"{settings.data}-{settings.model}")
-
-
 def checkpoint_path(path: Path) -> Path:
     """Returns the checkpoint that a folder or a file name stands for."""
     return path / "checkpoint.npz" if path.is_dir() else path
@@ -266,7 +292,7 @@ def training_options(settings: TrainSettings) -> dict[str, Any]:
     values = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(TrainSettings)
-        if field.name not in _INCIDENTAL
+        if field.name not in (*INCIDENTAL, *COMPARISON)
     }
     options = {name: value for name, value in values.items() if not dataclasses.is_dataclass(value)}
     usual = {
@@ -289,6 +315,11 @@ def methods(settings: TrainSettings) -> list[str]:
     return [name for name in (settings.transformation, settings.init) if hasattr(settings, name)]
 
 
+def value_of(settings: TrainSettings, name: str) -> Any:
+    """Returns the value of an option; "sam.rho" is `rho` of the field `sam`."""
+    return functools.reduce(getattr, name.split("."), settings)
+
+
 def replace(settings: Settings, changes: dict[str, Any]) -> Settings:
     """Returns `settings` with other values; "sam.rho" is `rho` of the field `sam`."""
     for name, value in changes.items():
@@ -299,19 +330,8 @@ def replace(settings: Settings, changes: dict[str, Any]) -> Settings:
 
 
 def with_training_options(settings: Settings, stored: dict[str, Any]) -> Settings:
-    """Returns `settings` with the options of a checkpoint; those that it does not know stay.
-
-    Raises:
-      UsageError: the checkpoint holds an option that this version does not have.
-    """
-    try:
-        return replace(settings, stored)
-    except (AttributeError, TypeError):
-        known = set(option_types(type(settings)))
-        unknown = sorted(set(stored) - known)[0]
-        raise UsageError(
-            f"The checkpoint has the unknown option {unknown}: another version's."
-        ) from None
+    """Returns `settings` with the options of a checkpoint, as `read_run` has checked them."""
+    return replace(settings, stored)
 
 
 def check_same_training(

@@ -1,10 +1,10 @@
 """From options to a trained network and its curvature spectrum, saved stage by stage."""
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +12,11 @@ import jax
 from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, analyse, operators
 from regjax.experiments._data import load
+from regjax.experiments._folder import CHECKPOINT, all_options, check_data, claimed
 from regjax.experiments._geometry import measure_geometry
 from regjax.experiments._inputs import measure_scaling
-from regjax.experiments._network import build_model, evaluate
+from regjax.experiments._network import Evaluation, build_model, evaluate
+from regjax.experiments._preflight import check_fit
 from regjax.experiments._record import Record
 from regjax.experiments._settings import (
     AnalysisSettings,
@@ -22,14 +24,19 @@ from regjax.experiments._settings import (
     TrainSettings,
     checkpoint_path,
     num_devices,
-    out_dir,
-    training_options,
 )
-from regjax.experiments._training import TrainingResult, restore, train, trained_model
+from regjax.experiments._training import TrainingResult, failure, restore, train, trained_model
 from regjax.experiments._validation import validate
+
+TRAINING_FILES = ("training.json",)
 
 Progress = Callable[[str, int, int | None], None]
 """Called as progress(stage, done, total or None)."""
+
+
+def spectrum_files(settings: AnalysisSettings) -> tuple[str, str]:
+    """Returns the names of the record and of the figure."""
+    return "spectrum.json", f"spectrum.{settings.figure}"
 
 
 def run_train(settings: TrainSettings, progress: Progress) -> Record:
@@ -49,9 +56,9 @@ def run_train(settings: TrainSettings, progress: Progress) -> Record:
       TrainingError: the loss is not finite.
     """
     validate(settings)
-    with precision(settings):
-        _, record = trained(settings, progress)
-    _record.write(out_dir(settings) / "training.json", record)
+    with claimed(settings, TRAINING_FILES) as folder, precision(settings):
+        _, record = trained(settings, progress, folder)
+        _record.write(folder / TRAINING_FILES[0], record)
     return record
 
 
@@ -77,27 +84,31 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
       Interrupted: Ctrl-C; what was computed is in `spectrum.json`.
     """
     validate(settings)
-    path = out_dir(settings) / "spectrum.json"
-    with precision(settings):
-        subject, record = trained(settings, progress)
-        num_examples = settings.curvature_examples or record["data"]["num_train"]
-        record["num_curvature_examples"] = num_examples - num_examples % num_devices(settings)
-        record["blocks"] = {}
-        save = functools.partial(_record.write, path, record)
+    with claimed(settings, spectrum_files(settings)) as folder, precision(settings):
+        return _spectrum(settings, progress, folder)
+
+
+def _spectrum(settings: SpectrumSettings, progress: Progress, folder: Path) -> Record:
+    path, figure = (folder / name for name in spectrum_files(settings))
+    subject, record = trained(settings, progress, folder)
+    num_examples = settings.curvature_examples or record["data"]["num_train"]
+    record["num_curvature_examples"] = num_examples - num_examples % num_devices(settings)
+    record["blocks"] = {}
+    save = functools.partial(_record.write, path, record)
+    save()
+    for number, (name, operator) in enumerate(operators(subject, settings).items()):
+        analyse(
+            operator,
+            settings,
+            record["blocks"].setdefault(name, {}),
+            key=jax.random.fold_in(jax.random.key(settings.seed), number),
+            save=save,
+            progress=functools.partial(_of_block, progress, name),
+        )
+    if settings.report:
+        record["geometry"] = measure_geometry(subject, settings)
         save()
-        for number, (name, operator) in enumerate(operators(subject, settings).items()):
-            analyse(
-                operator,
-                settings,
-                record["blocks"].setdefault(name, {}),
-                key=jax.random.fold_in(jax.random.key(settings.seed), number),
-                save=save,
-                progress=functools.partial(_of_block, progress, name),
-            )
-        if settings.report:
-            record["geometry"] = measure_geometry(subject, settings)
-            save()
-    _figure.draw_spectrum(path.with_suffix(".png"), record)
+    _figure.draw_spectrum(figure, record)
     return record
 
 
@@ -108,6 +119,7 @@ def _of_block(progress: Progress, block: str, stage: str, done: int, total: int 
 def trained(
     settings: TrainSettings,
     progress: Progress,
+    folder: Path,
     *,
     look: Callable[[int, Subject], None] | None = None,
 ) -> tuple[Subject, Record]:
@@ -126,19 +138,23 @@ def trained(
     subject_of = lambda model: Subject(model, dataset, scaling)
     if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:
         path = checkpoint_path(settings.checkpoint)
+        check_fit(settings, dataset)
         model = build_model(settings, dataset)
         state, losses = restore(path, settings, dataset, model)
         weights = state.weights
         model = trained_model(settings, model, weights)
         result = TrainingResult(model, losses, time.monotonic() - start)
     else:
-        path = out_dir(settings) / "checkpoint.npz"
+        path = folder / CHECKPOINT
+        check_data(settings, path, dataset.sha256)
         report = functools.partial(progress, "training")
         see = None if look is None else lambda epochs, model: look(epochs, subject_of(model))
         result = train(settings, dataset, path=path, callback=report, look=see)
     subject = subject_of(result.model)
+    seen = evaluate(result.model, dataset.train_inputs, dataset.train_targets, scaling)
+    unseen = evaluate(result.model, dataset.test_inputs, dataset.test_targets, scaling)
     return subject, {
-        "settings": {**dataclasses.asdict(settings), **training_options(settings)},
+        "settings": all_options(settings),
         "versions": _record.versions(),
         "device": jax.devices()[0].device_kind,
         "data": _record.describe(dataset),
@@ -148,15 +164,13 @@ def trained(
             "num_epochs": len(result.losses),
             "losses": result.losses,
             "seconds": result.seconds,
+            "failure": failure(settings, dataset, result.losses, seen),
         },
-        "generalization": _generalization(subject),
+        "generalization": _generalization(seen, unseen),
     }
 
 
-def _generalization(subject: Subject) -> Record:
-    model, data, scaling = subject
-    seen = evaluate(model, data.train_inputs, data.train_targets, scaling)
-    unseen = evaluate(model, data.test_inputs, data.test_targets, scaling)
+def _generalization(seen: Evaluation, unseen: Evaluation) -> Record:
     return {
         "train_loss": seen.loss,
         "test_loss": unseen.loss,

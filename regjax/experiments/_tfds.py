@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from regjax.experiments._dataset import DataError, Source, Split
+from regjax.experiments._dataset import DataError, Source, Split, check_file
 
 # Without namespaces and keyword arguments: those ask the network or choose other code.
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", re.ASCII)
@@ -32,6 +32,8 @@ def read(name: str, folder: Path | None, *, others: Sequence[str]) -> Source:
     """
     place = f"{folder or 'the default folder of tensorflow-datasets'}"
     with _one_line_errors(f"{name} in {place}"):
+        if folder is not None and _NAME.fullmatch(name):
+            _check_files(folder / re.split("[/:]", name)[0])
         import tensorflow_datasets as tfds  # a second, and only these names need it
 
         builder = _builder(tfds, name, folder, others)
@@ -54,6 +56,13 @@ def read(name: str, folder: Path | None, *, others: Sequence[str]) -> Source:
     )
     source = f"tensorflow-datasets {train.dataset_info.full_name} in {place}"
     return Source(train_split, test_split, num_classes, source)
+
+
+def _check_files(folder: Path) -> None:
+    """Checks that nothing in the folder would be waited for, or read without end."""
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            check_file(path)
 
 
 def _how_to_prepare(name: str) -> str:

@@ -1,21 +1,27 @@
 """A training run: epochs, checkpoints, and going on from one."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from regjax import _files
 from regjax._adapters import Model
 from regjax._base import Tree
+from regjax.experiments._checkpoint import read_marks as read_marks
+from regjax.experiments._checkpoint import read_run as read_run
 from regjax.experiments._data import Dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
-from regjax.experiments._network import build_model
+from regjax.experiments._inputs import check_precision
+from regjax.experiments._network import Evaluation, build_model
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._options import UsageError
+from regjax.experiments._preflight import check_fit
 from regjax.experiments._settings import (
     TrainSettings,
     check_same_training,
@@ -25,6 +31,7 @@ from regjax.experiments._settings import (
     training_options,
     transformation,
 )
+from regjax.experiments._validation import as_options, validate
 
 Look = Callable[[int, Model], None]
 """Called as look(epochs, model) with the network as it is after so many epochs."""
@@ -74,32 +81,45 @@ def train(
 
     Args:
       settings: the options; with `resume` the run goes on from `path`, to the same bits as one
-        that was not interrupted.
+        that was not interrupted. Without it the file is replaced.
       dataset: the examples. The last, smaller batch of an epoch is left out.
       path: the checkpoint, written after epochs.
       callback: called as callback(steps, total) after each block of batches.
       look: called as look(epochs, model) before the first epoch and after each one, with the
-        parameters as the optimiser has them.
+        parameters as the optimiser has them; a resumed run begins with the epoch that it is at.
 
     Returns:
       A `TrainingResult`.
 
     Raises:
       TrainingError: the loss or a parameter is no longer finite.
-      UsageError: the batch is larger than the data, or the checkpoint is another run's.
-      CheckpointError: the checkpoint is missing, damaged or of another model.
+      UsageError: an option is out of its range or does not fit the data, or the checkpoint is
+        another run's.
+      ValueError: the options ask for float64, and JAX is not set to it.
+      CheckpointError: the checkpoint is missing, damaged or of another model, it cannot be
+        written, or another run is writing it.
     """
-    num_examples = len(dataset.train_targets)
-    if settings.batch_size > num_examples:
-        raise UsageError(
-            f"--batch-size must be at most the number of training examples, {num_examples}, "
-            f"got {settings.batch_size}."
-        )
+    validate(settings)
+    check_precision(settings.dtype)
+    check_fit(settings, dataset)
+    with _files.locked(path.parent, name=f".{path.name}.lock"):
+        return _train(settings, dataset, path, callback, look)
+
+
+def _train(
+    settings: TrainSettings,
+    dataset: Dataset,
+    path: Path,
+    callback: Callable[[int, int], None] | None,
+    look: Look | None,
+) -> TrainingResult:
     model, start = build_model(settings, dataset), time.monotonic()
     if settings.resume:
         state, losses = restore(path, settings, dataset, model)
+        marks = read_marks(path)
     else:
-        state, losses = _initial(settings, initialized(settings, model, dataset)), []
+        state, losses = initial_state(settings, initialized(settings, model, dataset)), []
+        marks = {}
     epochs = Epochs(settings, dataset, Step(model.apply, optimizer(settings), num_shards(settings)))
     num_saved, saved_at = len(losses) if settings.resume else -1, start
 
@@ -108,39 +128,75 @@ def train(
             done = len(losses) * epochs.num_batches + num_batches
             callback(done, settings.epochs * epochs.num_batches)
 
-    def show(weights: Weights) -> None:
+    def current() -> Model:
+        return model._replace(params=state.weights.params, state=state.weights.model_state)
+
+    def show() -> None:
         if look is not None:
-            own = model._replace(params=weights.params, state=weights.model_state)
-            look(len(losses), own)
+            look(len(losses), current())
 
     try:
-        if not losses:
-            show(state.weights)
+        marks[len(losses)] = weights_sha256(current())
+        show()
         while len(losses) < settings.epochs:
             key = jax.random.fold_in(state.key, len(losses))
             weights, loss = epochs.run(state.weights, key, report)
             if not _is_finite((weights.params, weights.model_state, loss)):
                 raise TrainingError(_not_finite(settings, float(loss), len(losses), path))
             state, losses = state._replace(weights=weights), [*losses, float(loss)]
+            marks[len(losses)] = weights_sha256(current())
             if time.monotonic() - saved_at >= settings.checkpoint_seconds:
-                save(path, settings, dataset, state, losses)
+                save(path, settings, dataset, state, losses, marks)
                 num_saved, saved_at = len(losses), time.monotonic()
-            show(weights)
+            show()
     finally:
         if num_saved < len(losses):
-            save(path, settings, dataset, state, losses)
+            save(path, settings, dataset, state, losses, marks)
     trained = trained_model(settings, model, state.weights)
     return TrainingResult(trained, losses, time.monotonic() - start)
+
+
+def failure(
+    settings: TrainSettings, dataset: Dataset, losses: list[float], seen: Evaluation
+) -> str | None:
+    """Says that training did not teach the network anything; None if it did, or was not asked to.
+
+    The best constant guess has the entropy of the labels for loss. Who does not beat it and
+    predicts one class only is dead; who is far above it, or ends above where it began, diverged.
+
+    Args:
+      settings: of the training.
+      dataset: the examples.
+      losses: mean training loss of each epoch.
+      seen: evaluation on the training examples at the end.
+    """
+    shares = np.bincount(dataset.train_targets) / len(dataset.train_targets)
+    guess = float(-np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
+    if not losses or not guess or seen.loss < guess:
+        return None
+    if seen.num_predicted == 1:
+        what = "predicts one class only"
+    elif not seen.loss <= 2 * guess or losses[-1] > losses[0]:
+        what = "diverged"
+    else:
+        return None
+    return (
+        f"TRAINING FAILED: the network {what}; its training loss, {seen.loss:.4g}, is not below "
+        f"that of the best constant guess, {guess:.4g}. A smaller --learning-rate than "
+        f"{learning_rate(settings):g} may help."
+    )
 
 
 def initialized(settings: TrainSettings, model: Model, dataset: Dataset) -> Model:
     """Returns the model with the initial parameters of the options.
 
     Raises:
-      UsageError: there are fewer training examples than the options ask for.
+      UsageError: there are fewer training examples than the options ask for, or the network cannot
+        be initialised so.
     """
     method = initialization(settings)
-    params = method.make(model, dataset, dtype=settings.dtype, seed=settings.seed)
+    with as_options(settings.init):
+        params = method.make(model, dataset, dtype=settings.dtype, seed=settings.seed)
     return model._replace(params=params)
 
 
@@ -151,16 +207,38 @@ def trained_model(settings: TrainSettings, model: Model, weights: Weights) -> Mo
     return model._replace(params=params, state=weights.model_state)
 
 
+def weights_sha256(model: Model) -> str:
+    """Returns the SHA-256 of the parameters and the state of a model, by which it is known."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path((model.params, model.state)):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
 def save(
-    path: Path, settings: TrainSettings, dataset: Dataset, state: TrainingState, losses: list[float]
+    path: Path,
+    settings: TrainSettings,
+    dataset: Dataset,
+    state: TrainingState,
+    losses: list[float],
+    marks: dict[int, str],
 ) -> None:
-    """Writes a checkpoint: the state, the options, the losses and the hash of the data."""
+    """Writes a checkpoint: state, options, losses, and the data's hash, shape and classes.
+
+    The hashes of the weights after each epoch are there as well, so that what was found at one of
+    them can be told from what another run found.
+    """
     metadata = {
         "settings": training_options(settings),
         "losses": losses,
         "data_sha256": dataset.sha256,
+        "weights_sha256": {str(epochs): sha256 for epochs, sha256 in marks.items()},
+        "input_shape": list(dataset.train_inputs.shape[1:]),
+        "num_classes": int(dataset.num_classes),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     _files.save(path, state, metadata=metadata)
 
 
@@ -185,25 +263,11 @@ def restore(
             f"The data must be those of the checkpoint {path}, SHA-256 {sha256[:12]}..., "
             f"got {dataset.source}, {dataset.sha256[:12]}..."
         )
-    return _files.load(path, _initial(settings, model)), losses
+    return _files.load(path, initial_state(settings, model)), losses
 
 
-def read_run(path: Path) -> tuple[dict[str, Any], list[float], str]:
-    """Reads the training options, the losses and the SHA-256 of the data in a checkpoint.
-
-    Raises:
-      CheckpointError: it is missing, damaged or not one of a training run.
-    """
-    metadata = _files.read_metadata(path)
-    try:
-        return metadata["settings"], list(metadata["losses"]), metadata["data_sha256"]
-    except KeyError as error:
-        raise _files.CheckpointError(
-            f"{path} must be the checkpoint of a training run, got one without {error}."
-        ) from None
-
-
-def _initial(settings: TrainSettings, model: Model) -> TrainingState:
+def initial_state(settings: TrainSettings, model: Model) -> TrainingState:
+    """Returns the state before the first epoch."""
     optimizer_state = optimizer(settings).init(model.params)
     weights = Weights(model.params, model.state, optimizer_state)
     return TrainingState(weights, jax.random.key(settings.seed))

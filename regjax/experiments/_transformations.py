@@ -6,6 +6,7 @@ the function that it stands for.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import optax
@@ -51,6 +52,10 @@ class Sam(Transformation):
         """Makes `transforms.sam`."""
         return transforms.sam(**self.arguments())
 
+    def missing(self) -> dict[str, str]:
+        """Returns what `eta` needs."""
+        return {} if self.adaptive else {"eta": self.option("adaptive")}
+
     def check(self, descent: Descent) -> None:
         """Checks that the batch can be divided."""
         if descent.batch_size % self.num_shards:
@@ -84,6 +89,10 @@ class Gsam(Transformation):
         """Makes `transforms.gsam`."""
         return transforms.gsam(**self.arguments())
 
+    def missing(self) -> dict[str, str]:
+        """Returns what `eta` needs."""
+        return {} if self.adaptive else {"eta": self.option("adaptive")}
+
 
 @dataclasses.dataclass(frozen=True)
 class PerturbedGradient(Transformation):
@@ -101,6 +110,10 @@ class PerturbedGradient(Transformation):
     def make(self, descent: Descent) -> optax.GradientTransformation:
         """Makes `transforms.perturbed_gradient`."""
         return transforms.perturbed_gradient(**self.arguments(), key=descent.key)
+
+    def missing(self) -> dict[str, str]:
+        """Returns what `cyclic` needs."""
+        return {} if self.layerwise else {"cyclic": self.option("layerwise")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +167,7 @@ class EntropySgd(Transformation):
     scale_by_gamma: bool = False
     """Multiply the outer gradient by gamma."""
 
+    most: ClassVar[Mapping[str, int]] = {"num_inner_steps": 10_000}
     # Moves to the mean of the walk.
     usual_learning_rate: ClassVar[float | None] = 1.0
     usual_momentum: ClassVar[float | None] = 0.0
@@ -219,10 +233,10 @@ class CoherentRegularization(Transformation):
     """When the penalty is on."""
 
     threshold: float = 0.5
-    """Of the cosine or the ratio."""
+    """Of the cosine (below 1) or the ratio of norms."""
 
     hold: int | None = None
-    """Open steps in a row after which the gate stays open."""
+    """Open steps in a row after which the gate stays open. Default: never."""
 
     delay: int = 100
     """Of the delayed gate, in steps."""
@@ -242,6 +256,21 @@ class CoherentRegularization(Transformation):
             penalty_gradient=penalty_gradients[self.penalty],
             mask=kernels,
         )
+
+    def check(self, descent: Descent) -> None:
+        """Checks that the gate can be open: a cosine is at most 1."""
+        if self.gate == "cosine" and not self.threshold < 1:
+            raise UsageError(
+                f"{self.option('threshold')} must be below 1 with {self.option('gate')} cosine, "
+                f"got {self.threshold}."
+            )
+
+    def missing(self) -> dict[str, str]:
+        """Returns what the options of the other gates need."""
+        gate, found = self.option("gate"), {}
+        if self.gate not in ("cosine", "ratio"):
+            found = dict.fromkeys(("threshold", "hold"), f"{gate} cosine or ratio")
+        return found if self.gate == "delayed" else {**found, "delay": f"{gate} delayed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,13 +297,13 @@ class SpectralController(Transformation):
     """
 
     every: int = 100
-    """Steps between two looks at the curvature; the first is before the first step."""
+    """Steps between curvature estimates; the first is before the first step."""
 
     num_steps: int = 20
     """Lanczos steps, a Hessian product each."""
 
     rule: Literal["nesterov", "polyak"] = "nesterov"
-    """How rate and momentum follow; with polyak the momentum is heavy ball, else Nesterov's."""
+    """Rule that turns curvature into learning rate and momentum (heavy ball with polyak)."""
 
     smallest_ratio: float = 1e-3
     """Least ratio of the smallest curvature to the largest that a rule is given."""
@@ -282,6 +311,7 @@ class SpectralController(Transformation):
     max_momentum: float = 0.99
     """Bound of the momentum, below 1."""
 
+    most: ClassVar[Mapping[str, int]] = {"num_steps": 1000}
     usual_momentum: ClassVar[float | None] = 0.0
 
     def make(self, descent: Descent) -> optax.GradientTransformation:

@@ -1,61 +1,102 @@
 """What can be said about the options without data."""
 
 import contextlib
+import dataclasses
 import re
+import typing
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from regjax.experiments._architectures import ARCHITECTURES
+from regjax.experiments._initializations import INITIALIZATIONS
 from regjax.experiments._normalization import NORMALIZATIONS
 from regjax.experiments._optimizer import optimizer
-from regjax.experiments._options import UsageError, option
+from regjax.experiments._options import UsageError, choices, did_you_mean, kind, option
+from regjax.experiments._ranges import LARGEST, LARGEST_INTEGER, NUMBER, RANGES, Range
 from regjax.experiments._settings import (
-    AnalysisSettings,
     LandscapeSettings,
     SpectrumSettings,
     TrainSettings,
+    depth,
     initialization,
-    momentum,
     num_devices,
     num_shards,
+    option_types,
+    transformation,
+    value_of,
 )
+from regjax.experiments._transformations import TRANSFORMATIONS
 
 
 def validate(settings: TrainSettings) -> None:
     """Checks all that can be said without data.
 
     Raises:
-      UsageError: an option is out of its range.
+      TypeError: `settings` are none.
+      UsageError: an option is of another type or out of its range, or does not fit another.
     """
-    positive = ["width", "num_train", "num_test", "batch_size", "device_bytes"]
-    non_negative = ["epochs", "seed", "weight_decay", "checkpoint_seconds"]
-    can_be_flat = ARCHITECTURES[settings.model].least_depth == 0
-    (non_negative if can_be_flat else positive).append("depth")
-    if isinstance(settings, SpectrumSettings):
-        positive += ["curvature_examples", "num_eigenvalues", "num_probes", "num_steps"]
-        positive += ["damping", "num_samples"]
-        non_negative += ["tol"]
-        _validate_mesh(settings)
-    if isinstance(settings, LandscapeSettings):
-        positive += ["points", "span", "surface_examples", "probe_examples", "probe_points"]
-        if settings.points < 3 or settings.points % 2 == 0:
-            raise UsageError(f"--points must be odd and at least 3, got {settings.points}.")
-    if isinstance(settings, AnalysisSettings):
-        positive += ["chunk_size"]
-    for name in [*positive, "learning_rate", *non_negative]:
-        value = getattr(settings, name)
-        # NaN is neither.
-        if value is not None and not (value >= 0 if name in non_negative else value > 0):
-            rule = "at least 0" if name in non_negative else "above 0"
-            raise UsageError(f"{option(name)} must be {rule}, got {value}.")
-    if not 0 <= momentum(settings) < 1:
-        raise UsageError(f"--momentum must be at least 0 and below 1, got {settings.momentum}.")
-    with _as_options(settings.transformation):
+    if not isinstance(settings, TrainSettings):
+        raise TypeError(f"`settings` must be of a kind of TrainSettings, got {settings!r}.")
+    types = option_types(type(settings))
+    for name in [name for name in types if "." not in name]:
+        _validate_value(name, value_of(settings, name), types[name], RANGES.get(name, NUMBER))
+    for name, cls in {**TRANSFORMATIONS, **INITIALIZATIONS}.items():
+        if not isinstance(getattr(settings, name, cls()), cls):
+            raise UsageError(f"`{name}` must be {cls()}, got {getattr(settings, name)!r}.")
+    for method in (transformation(settings), initialization(settings)):
+        for field in dataclasses.fields(method):
+            name, most = f"{method.name()}.{field.name}", method.most.get(field.name)
+            is_float = float in {types[name], *typing.get_args(types[name])}
+            limits = NUMBER if is_float else Range(-LARGEST, most or LARGEST_INTEGER)
+            _validate_value(name, getattr(method, field.name), types[name], limits)
+    _validate_sizes(settings)
+    with as_options(settings.transformation):
         optimizer(settings)
-    with _as_options(settings.init):
+    with as_options(settings.init):
         initialization(settings).check()
     _validate_batches(settings)
+
+
+def _validate_value(name: str, value: Any, hint: Any, limits: Range) -> None:
+    """Checks the type of a value, that it is one of the choices, and the range of a number."""
+    if not _is_of(value, hint):
+        hint_text = did_you_mean(value, choices(hint)) if isinstance(value, str) else ""
+        raise UsageError(f"{option(name)} must be {kind(hint)}, got {value!r}{hint_text}.")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        rule = limits.broken_rule(value)
+        if rule is not None:
+            raise UsageError(f"{option(name)} must be {rule}, got {value}.")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Tells whether `value` is of the type of an option; an integer is a number too, True none."""
+    parts = typing.get_args(hint)
+    if choices(hint):
+        return isinstance(value, str) and value in choices(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if parts:
+        return any(_is_of(value, part) for part in parts)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _validate_sizes(settings: TrainSettings) -> None:
+    """Checks what the range of a number alone does not say."""
+    least = ARCHITECTURES[settings.model].least_depth
+    if depth(settings) < least:
+        raise UsageError(
+            f"--depth must be at least {least} with --model {settings.model}, got {settings.depth}."
+        )
+    if not settings.data:
+        raise UsageError("--data must name a data set or a file, got ''.")
+    if isinstance(settings, SpectrumSettings):
+        _validate_mesh(settings)
+    if isinstance(settings, LandscapeSettings) and settings.points % 2 == 0:
+        raise UsageError(f"--points must be odd, got {settings.points}.")
 
 
 def _validate_mesh(settings: SpectrumSettings) -> None:
@@ -82,12 +123,18 @@ def _validate_mesh(settings: SpectrumSettings) -> None:
 
 
 @contextlib.contextmanager
-def _as_options(method: str) -> Iterator[None]:
+def as_options(method: str) -> Iterator[None]:
     """Turns errors of functions, which name their arguments, into errors of a method's options."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        text = re.sub(r"`(\w+)`", lambda match: option(f"{method}.{match[1]}"), str(error))
+        kinds = {**TRANSFORMATIONS, **INITIALIZATIONS}
+        fields = [field.name for field in dataclasses.fields(kinds[method])]
+        text = re.sub(
+            r"`(\w+)`",
+            lambda match: option(f"{method}.{match[1]}") if match[1] in fields else match[0],
+            str(error),
+        )
         raise UsageError(text) from None
 
 

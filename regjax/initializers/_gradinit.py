@@ -2,19 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.tree_util import Partial
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _numerics, _tree
 from regjax._base import Batch, LossFn, Params, Tree, as_partial, check_loss
 
-_B1, _B2, _EPSILON = 0.9, 0.999, 1e-8  # of Adam, as in the official code
+_B1, _EPSILON = 0.9, 1e-8  # of Adam, as in the official code
 _MIN_SCALE = 0.01
 
 
@@ -44,9 +44,10 @@ def gradinit(
     gradient_norm_bound: ArrayLike,
     learning_rate: ArrayLike,
     first_step: str = "sgd",
-    first_step_learning_rate: ArrayLike = 0.1,
+    first_step_learning_rate: ArrayLike | None = None,
     min_scale: float | Tree = None,
-    clip: ArrayLike = 1.0,
+    max_scale: float | Tree = None,
+    clip: ArrayLike | None = None,
     second_order: bool = False,
 ) -> GradInitResult:
     """Learns a scale for each parameter array from a few hundred batches.
@@ -56,15 +57,21 @@ def gradinit(
         g = grad L(S; p),  n = |g|
         n > bound:   d = derivative of n in the scales
         otherwise:   d = derivative of L(S~; p - s step(g)) / s, the step held
-        scales move by Adam on clip(d), at least `min_scale`; p = scales times the initial params
+        scales move by Adam on clip(d), from `min_scale` to `max_scale`
+        p = scales times the initial params
 
     with s the `first_step_learning_rate`. The step is g / |g|_2 of SGD (0 for 0), or the signs of
     g, the first one of Adam. |g| is of order 2 with SGD and of order 1 with Adam, not divided by
-    the number of parameters. Adam's first moment is kept for each of the two cases apart, each with
-    its own bias correction; the second moment is shared. Arrays that are zero keep their scale of 1
-    for good. An iteration whose derivative is NaN changes nothing. Costs three gradients an
-    iteration: both cases are one derivative of the gradient, taken at another place. Make the
-    optimiser's state afterwards.
+    the number of parameters. The authors have a code for each of the two, and they differ:
+
+        "sgd", convolutions:   s 0.1,  clip 1,   beta2 0.999, one second moment for both cases
+        "adam", transformers:  s 1e-3, clip 1e8, beta2 0.98, a second moment for each case; scales
+                               of normalizations are at most 100
+
+    The first moment is kept for each case apart in both. Arrays that are zero keep their scale of
+    1 for good, and a scale that has come to 0 stays there. An iteration whose derivative is NaN
+    changes nothing. Costs three gradients an iteration: both cases are one derivative of the
+    gradient, taken at another place. Make the optimiser's state afterwards.
 
     Args:
       loss_fn: (params, *batch) -> mean loss in train mode, such as
@@ -74,13 +81,15 @@ def gradinit(
         batch, ...): three independent half batches an iteration.
       gradient_norm_bound: of |g|, in units of the loss per parameter. Used: 1 with SGD; a
         norm of order 1 grows with the number of parameters, so that there is no default.
-      learning_rate: of the scales. Used: 1e-3 (ResNet-110 with batch norm) to 1e-1 (VGG-19 with).
-      first_step: "sgd" or "adam", whose first step is simulated.
-      first_step_learning_rate: s, in units of the parameters over the step. Used: 0.1 (SGD), 1e-3
-        (Adam).
+      learning_rate: of the scales. Used: 1e-3 (ResNet-110 with batch norm) to 1e-1 (VGG-19 with),
+        2.5e-3 (a translation transformer, Adam).
+      first_step: "sgd" or "adam", whose first step is simulated; decides the variant.
+      first_step_learning_rate: s, in units of the parameters over the step. None: as above.
       min_scale: lower bound, a number or a tree of numbers. None: 0 for leaves named "bias", 0.01
         for all others, as in the official code.
-      clip: bound of each derivative.
+      max_scale: upper bound, likewise. None: 100 for leaves named "scale" with Adam's step, and
+        otherwise no bound.
+      clip: bound of each derivative. None: as above.
       second_order: whether to differentiate through the simulated step too; the official code does
         not.
 
@@ -92,30 +101,40 @@ def gradinit(
       TypeError: a parameter is not real floating point.
 
     References:
-      C. Zhu et al. (2021), arXiv:2102.08098; the form is that of the official code, the paper's
+      C. Zhu et al. (2021), arXiv:2102.08098; the forms are those of the official code, the paper's
       body was not read.
     """
+    variant = _VARIANTS[_checks.choice("first_step", first_step, tuple(_VARIANTS))]
+    step_rate = variant.step_rate if first_step_learning_rate is None else first_step_learning_rate
+    clip = variant.clip if clip is None else clip
     for name, value in (("gradient_norm_bound", gradient_norm_bound), ("clip", clip)):
         _checks.non_negative(name, value)
     _checks.non_negative("learning_rate", learning_rate)
-    _checks.positive("first_step_learning_rate", first_step_learning_rate)
+    _checks.positive("first_step_learning_rate", step_rate)
     num_iterations = _num_iterations(batches)
     check_loss(loss_fn, params, jax.tree.map(lambda leaf: leaf[0, 0], batches))
-    iteration = _Iteration(_checks.choice("first_step", first_step, tuple(_STEPS)), second_order)
+    iteration = _Iteration(variant, second_order)
     dtype, num_leaves = _tree.vector_dtype(params), len(jax.tree.leaves(params))
-    numbers = (gradient_norm_bound, learning_rate, first_step_learning_rate, clip)
+    numbers = (gradient_norm_bound, learning_rate, step_rate, clip)
+    lower = _bounds("min_scale", min_scale, params, _MIN_SCALE, {"bias": 0.0})
+    upper = _bounds("max_scale", max_scale, params, math.inf, {"scale": variant.max_norm_scale})
+    if any(low > high for low, high in zip(lower, upper, strict=True)):
+        raise ValueError(
+            f"`max_scale` must not be below `min_scale`, got {max_scale} and {min_scale}."
+        )
     operands = _Operands(
         as_partial(loss_fn),
         params,
         batches,
-        _lower_bounds(min_scale, params, dtype),
+        jnp.asarray(lower, dtype),
+        jnp.asarray(upper, dtype),
         *(jnp.asarray(number, dtype) for number in numbers),
     )
     history = jnp.zeros(num_iterations, dtype)
     carry = _Carry(
         jnp.ones(num_leaves, dtype),
         jnp.zeros((2, num_leaves), dtype),
-        jnp.zeros(num_leaves, dtype),
+        jnp.zeros((2, num_leaves), dtype),
         jnp.zeros(2, jnp.int32),
         (history, history, jnp.zeros(num_iterations, bool)),
     )
@@ -131,6 +150,7 @@ class _Operands(NamedTuple):
     params: Params
     batches: Batch
     lower: jax.Array
+    upper: jax.Array
     bound: jax.Array
     learning_rate: jax.Array
     step_rate: jax.Array
@@ -138,7 +158,10 @@ class _Operands(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    """Scales and Adam's moments, one for each array; first moment and count for each case."""
+    """Scales and Adam's moments, one for each array; moments and count for each case.
+
+    Where both cases share the second moment it is the first row.
+    """
 
     scales: jax.Array
     first: jax.Array
@@ -151,7 +174,7 @@ class _Carry(NamedTuple):
 class _Iteration:
     """One iteration as the body of a fold."""
 
-    first_step: str
+    variant: "_Variant"
     second_order: bool
 
     def __call__(self, operands: _Operands, carry: _Carry, i: jax.Array) -> _Carry:
@@ -164,8 +187,9 @@ class _Iteration:
         pairs = zip(jax.tree.leaves(slope), jax.tree.leaves(operands.params), strict=True)
         derivative = jnp.stack([_inner(d, p) for d, p in pairs]).astype(carry.scales.dtype)
         is_zero = jnp.stack([~jnp.any(p != 0) for p in jax.tree.leaves(operands.params)])
+        is_zero |= carry.scales == 0
         derivative = jnp.clip(jnp.where(is_zero, 0, derivative), -operands.clip, operands.clip)
-        new = _adam(carry, derivative, over.astype(jnp.int32), operands)
+        new = _adam(carry, derivative, over.astype(jnp.int32), operands, self.variant)
         new = new._replace(scales=jnp.where(is_zero, carry.scales, new.scales))
         keep = jnp.all(jnp.isfinite(derivative))
         new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, carry)
@@ -213,41 +237,59 @@ class _Iteration:
 
     def _moved(self, operands: _Operands, params: Params, grads: Params) -> Params:
         move = lambda p, a: p - operands.step_rate.astype(p.dtype) * a
-        return jax.tree.map(move, params, _STEPS[self.first_step](grads))
+        return jax.tree.map(move, params, self.variant.step(grads))
 
     def _norm(self, grads: Params) -> jax.Array:
         leaves = [_tree.wide(leaf) for leaf in jax.tree.leaves(grads)]
-        if self.first_step == "adam":
+        if self.variant.order == 1:
             return functools.reduce(jnp.add, [jnp.sum(jnp.abs(leaf)) for leaf in leaves])
-        square = functools.reduce(jnp.add, [jnp.sum(leaf**2) for leaf in leaves])
-        # The root has no derivative at zero.
-        return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
+        return _numerics.scaled_norm(leaves)
 
 
 def _sgd_step(grads: Params) -> Params:
-    inverse = _numerics.divide(1, optax.tree.norm(grads))
-    return jax.tree.map(lambda leaf: leaf * inverse.astype(leaf.dtype), grads)
+    return jax.tree.map(lambda unit, leaf: unit.astype(leaf.dtype), _numerics.unit(grads), grads)
 
 
 def _adam_step(grads: Params) -> Params:
     return jax.tree.map(jnp.sign, grads)
 
 
-_STEPS: dict[str, Callable[[Params], Params]] = {"sgd": _sgd_step, "adam": _adam_step}
+@dataclasses.dataclass(frozen=True)
+class _Variant:
+    """One of the authors' two codes."""
+
+    step: Callable[[Params], Params]
+    order: int  # of the gradient's norm
+    step_rate: float
+    clip: float
+    b2: float
+    shares_second_moment: bool
+    max_norm_scale: float  # of the leaves named "scale"
 
 
-def _adam(carry: _Carry, derivative: jax.Array, case: jax.Array, operands: _Operands) -> _Carry:
-    counts = carry.counts.at[case].add(1)
+_VARIANTS = {
+    "sgd": _Variant(_sgd_step, 2, 0.1, 1.0, 0.999, True, math.inf),
+    "adam": _Variant(_adam_step, 1, 1e-3, 1e8, 0.98, False, 100.0),
+}
+
+
+def _adam(
+    carry: _Carry, derivative: jax.Array, case: jax.Array, operands: _Operands, variant: _Variant
+) -> _Carry:
+    counts, b2 = carry.counts.at[case].add(1), variant.b2
+    row = 0 if variant.shares_second_moment else case
     moment = _B1 * carry.first[case] + (1 - _B1) * derivative
-    second = _B2 * carry.second + (1 - _B2) * derivative**2
-    powers = [counts[case].astype(second.dtype), jnp.sum(counts).astype(second.dtype)]
-    mean = moment / (1 - _B1 ** powers[0])
-    root = jnp.sqrt(second / (1 - _B2 ** powers[1]))
+    second = b2 * carry.second[row] + (1 - b2) * derivative**2
+    num_first = counts[case].astype(second.dtype)
+    num_second = jnp.sum(counts) if variant.shares_second_moment else counts[case]
+    # 1 - beta^t, which cancels for a beta near 1.
+    mean = moment / -jnp.expm1(num_first * math.log(_B1))
+    root = jnp.sqrt(second / -jnp.expm1(num_second.astype(second.dtype) * math.log(b2)))
     scales = carry.scales - operands.learning_rate * mean / (root + _EPSILON)
     return carry._replace(
-        scales=jnp.maximum(scales, operands.lower),
+        scales=jnp.clip(scales, operands.lower, operands.upper),
         first=carry.first.at[case].set(moment),
-        second=second,
+        second=carry.second.at[row].set(second),
         counts=counts,
     )
 
@@ -262,18 +304,23 @@ def _inner(one: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.sum(_tree.wide(one) * _tree.wide(other))
 
 
-def _lower_bounds(min_scale: float | Tree, params: Params, dtype: DTypeLike) -> jax.Array:
+def _bounds(
+    name: str,
+    given: float | Tree | None,
+    params: Params,
+    default: float,
+    by_name: Mapping[str, float],
+) -> list[float]:
+    """Makes one bound of each leaf's scale, by the leaf's own name where none is given."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    if min_scale is None:
-        values: list[float] = [
-            0.0 if jax.tree_util.keystr(path[-1:]).strip("[]'.") == "bias" else _MIN_SCALE
-            for path, _ in leaves
-        ]
-    elif isinstance(min_scale, (int, float)):
-        values = [min_scale] * len(leaves)
+    if given is None:
+        own = [jax.tree_util.keystr(path[-1:]).strip("[]'.") for path, _ in leaves]
+        values = [by_name.get(leaf, default) for leaf in own]
+    elif isinstance(given, (int, float)):
+        values = [given] * len(leaves)
     else:
-        values = jax.tree.leaves(_checks.same_structure("min_scale", min_scale, params))
-    return jnp.asarray([_checks.non_negative("min_scale", value) for value in values], dtype)
+        values = jax.tree.leaves(_checks.same_structure(name, given, params))
+    return [_checks.non_negative(name, value) for value in values]
 
 
 def _num_iterations(batches: Batch) -> int:

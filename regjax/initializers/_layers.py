@@ -11,7 +11,7 @@ from flax import linen, nnx
 from regjax import normalization
 from regjax._adapters import Model
 from regjax._base import Params, PRNGKey, State, Tree
-from regjax._runners import LinenRunner, NnxRunner
+from regjax._runners import LinenRunner, NnxRunner, owned
 
 Path = tuple[str | int, ...]
 # (path, parameters, channel axis of the kernel, parameters -> outputs on the layer's inputs)
@@ -77,7 +77,7 @@ def _run_linen(
 def _run_nnx(
     runner: NnxRunner, params: Params, state: State, inputs: Tree, visit: Visit
 ) -> dict[Path, Params]:
-    module = nnx.merge(runner.training, params, state)
+    module = nnx.merge(runner.training, owned(params), owned(state))
     module.set_attributes(deterministic=True, raise_if_not_found=False)
     found: dict[Path, Params] = {}
     modules = dict(nnx.iter_modules(module))

@@ -1,6 +1,7 @@
 """Batch normalization, and what it becomes with fewer examples, more noise, or the mean alone."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -16,6 +17,7 @@ from regjax.normalization._layer import (
     Standardized,
     check_options,
     running_average,
+    stored,
 )
 from regjax.normalization._statistics import Moments
 
@@ -26,21 +28,22 @@ class BatchNorm(Layer):
 
         outputs = (x - mean) / sqrt(variance + epsilon) * scale + bias
 
-    Mean and biased variance go over all axes but the last one, and over the devices of `axis_name`;
-    in evaluation they are running averages. A batch of one value for each channel has variance zero
-    and gives the bias. A NaN in the batch gives NaN outputs and leaves the running averages.
+    Mean and biased variance go over all axes but the channels', and over the devices of
+    `axis_name`; in evaluation they are running averages. A batch of one value for each channel has
+    variance zero and gives the bias. A NaN in the batch, or a variance beyond the type's numbers,
+    gives NaN outputs and leaves the running averages.
 
     Differs from flax in that running variances are unbiased (`unbiased_running_variance=False` is
-    flax's), and in that the variance does not cancel where the mean is large.
+    flax's), that the variance does not cancel where the mean is large, and that devices count by
+    how many values the mask leaves them.
 
     Attributes:
       momentum: weight of the old running average, flax's default (torch's 0.1 is 0.9 here).
       epsilon: added to the variance, in units of the inputs squared.
-      use_scale: whether there is a scale.
-      use_bias: whether there is a bias.
       unbiased_running_variance: whether the running variance takes m / (m - 1) times that of the
         batch, m values for each channel.
-      axis_name: of the mapped axis over which the batch is spread; None under plain `jit`.
+      use_fast_variance: whether one pass suffices; a second one costs time and does not cancel
+        where the first value is an outlier either.
 
     Raises:
       ValueError: an option is out of its range.
@@ -51,88 +54,119 @@ class BatchNorm(Layer):
 
     momentum: float = 0.99
     epsilon: float = 1e-5
-    use_scale: bool = True
-    use_bias: bool = True
     unbiased_running_variance: bool = True
-    axis_name: str | None = None
+    use_fast_variance: bool = True
     initial_state: ClassVar = {"mean": 0.0, "var": 1.0}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_options(self.momentum, self.epsilon)
 
-    def init_params(self, num_features: int) -> dict[str, jax.Array]:
-        """Returns scale one and bias zero, (channels,), as far as they are used."""
-        used = {"scale": self.use_scale, "bias": self.use_bias}
-        params = super().init_params(num_features)
-        return {name: value for name, value in params.items() if used[name]}
-
     def _normalize(
-        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None
     ) -> tuple[Standardized, Arrays]:
         if not train:
-            mean, variance = (state[name].astype(x.dtype) for name in ("mean", "var"))
+            mean, variance = stored(x, state["mean"], state["var"])
             return Standardized(x, mean, self._factor(variance)), state
-        found = _statistics.moments(x, range(x.ndim - 1), axis_name=self.axis_name)
+        found = _statistics.moments(
+            x, range(x.ndim - 1),
+            devices=self.devices, mask=mask, use_fast_variance=self.use_fast_variance,
+        )  # fmt: skip
         factor = self._factor(found.variance)
         standardized = Standardized(x, found.reference, factor, -found.shift * factor)
-        return standardized, self._ticked(state, found)
+        return standardized, {
+            "mean": running_average(self.momentum, state["mean"], found.mean),
+            "var": running_average(self.momentum, state["var"], self._running_variance(found)),
+        }
 
     def _factor(self, variance: jax.Array) -> jax.Array:
-        return lax.rsqrt(variance + self.epsilon)
+        square = variance + self.epsilon
+        # Without epsilon a channel that does not vary gives the bias too.
+        return jnp.where(square == 0, 0, lax.rsqrt(jnp.where(square == 0, 1, square)))
 
-    def _ticked(self, state: Arrays, found: Moments) -> Arrays:
-        variance = found.variance
-        if self.unbiased_running_variance:
-            variance = _statistics.unbiased(variance, found.num_values)
-        return {
-            "mean": running_average(self.momentum, state["mean"], found.mean),
-            "var": running_average(self.momentum, state["var"], variance),
-        }
+    def _running_variance(self, found: Moments) -> jax.Array:
+        if not self.unbiased_running_variance:
+            return found.variance
+        return _statistics.unbiased(found.variance, found.num_values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GhostBatchNorm(BatchNorm):
     """Applies batch norm to each group of `ghost_size` consecutive examples by itself.
 
-    Keeps the noise of small batches in large ones. The running averages take the mean over the
-    groups, of the variances within them. Devices of `axis_name` share the running averages only.
+    Keeps the noise of small batches in large ones. The running averages tick once for each group,
+    one after the other, as if the groups were batches:
+
+        running' = momentum^n running + (1 - momentum) sum_i momentum^(n - i) statistic_i
+
+    Devices of `axis_name` share the running averages only, as if their groups were one batch's. A
+    group of which a mask leaves nothing gives the bias.
 
     Attributes:
       ghost_size: examples of a group; it divides the batch on each device.
+      tick_per_ghost: whether running averages tick for each group; else they do so once a batch, by
+        the mean over the groups.
 
     Raises:
       ValueError: an option is out of its range, or `ghost_size` does not divide the batch.
 
     References:
-      E. Hoffer, I. Hubara, D. Soudry (2017), arXiv:1705.08741, which was not read: that the running
-      averages take the mean over the groups is our choice.
+      E. Hoffer, I. Hubara, D. Soudry (2017), arXiv:1705.08741, algorithm 1, as commonly described;
+      the paper was not read.
     """
 
     ghost_size: int = 32
+    tick_per_ghost: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _checks.integer("ghost_size", self.ghost_size)
 
     def _normalize(
-        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None
     ) -> tuple[Standardized, Arrays]:
         if not train:
-            return super()._normalize(x, params, state, train)
-        if x.shape[0] % self.ghost_size:
+            return super()._normalize(x, params, state, train, mask)
+        if x.ndim < 2 or x.shape[0] % self.ghost_size:
             raise ValueError(
-                f"`ghost_size` must divide the batch, {x.shape[0]}, got {self.ghost_size}."
+                f"`ghost_size` must divide the batch, got {self.ghost_size} for inputs of shape "
+                f"{x.shape}."
             )
         ghosts = x.reshape(-1, self.ghost_size, *x.shape[1:])
-        found = _statistics.moments(ghosts, range(1, ghosts.ndim - 1))
-        factor = self._factor(found.variance)
-        means = jnp.stack([jnp.mean(found.mean, 0), jnp.mean(found.variance, 0)])
-        if self.axis_name is not None:
-            means = lax.pmean(means, self.axis_name)
-        state = self._ticked(state, found._replace(mean=means[0], variance=means[1]))
-        normalized = Standardized(ghosts, found.reference, factor, -found.shift * factor)
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
+            mask = mask.reshape(*ghosts.shape[:2], *mask.shape[1:])
+        found = _statistics.moments(
+            ghosts, range(1, ghosts.ndim - 1),
+            mask=mask, use_fast_variance=self.use_fast_variance,
+        )  # fmt: skip
+        everywhere = self.devices.gather(found.mean, self._running_variance(found))
+        rows = [array.reshape(-1, x.shape[-1]) for array in everywhere]
+        state = {
+            name: self._ticked(state[name], row)
+            for name, row in zip(("mean", "var"), rows, strict=True)
+        }
+        factor, offset = self._factor(found.variance), -found.shift * self._factor(found.variance)
+        if mask is not None:
+            # A ghost of padding has no statistics, and no NaN whose derivative spreads.
+            exists = jnp.asarray(found.num_values) > 0
+            factor, offset = jnp.where(exists, factor, 0), jnp.where(exists, offset, 0)
+        normalized = Standardized(ghosts, found.reference, factor, offset)
         # The parameters have the rank of the inputs.
         return Standardized(normalized.apply().reshape(x.shape)), state
+
+    def _ticked(self, old: jax.Array, rows: jax.Array) -> jax.Array:
+        """Ticks by the statistics (groups, channels), leaving out those that are not finite."""
+        exists = jnp.isfinite(rows)
+        rows, num_each = jnp.where(exists, rows, 0), jnp.sum(exists, 0, dtype=old.dtype)
+        if not self.tick_per_ghost:
+            mean = jnp.sum(rows, 0) / jnp.maximum(num_each, 1)
+            return running_average(self.momentum, old, jnp.where(num_each > 0, mean, jnp.nan))
+        later = num_each[None] - jnp.cumsum(exists, 0, dtype=old.dtype)
+        decay = lambda count: jnp.asarray(self.momentum, old.dtype) ** count
+        new = (1 - self.momentum) * jnp.sum(jnp.where(exists, decay(later), 0) * rows, 0)
+        new = new if jnp.iscomplexobj(new) else new.astype(old.dtype)
+        return decay(num_each.reshape(old.shape)) * old + new.reshape(old.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,13 +199,15 @@ class NoisyBatchNorm(BatchNorm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mean_range", "mean_jitter", "scale_jitter"):
-            _checks.non_negative(name, getattr(self, name))
+        for name in ("mean_range", "scale_range", "mean_jitter", "scale_jitter"):
+            if not _checks.non_negative(name, getattr(self, name)) < math.inf:
+                raise ValueError(f"`{name}` must be finite, got {getattr(self, name)}.")
         if not self.scale_range >= 1:
             raise ValueError(f"`scale_range` must be at least 1, got {self.scale_range}.")
 
     def _disturb(self, outputs: jax.Array, key: PRNGKey) -> jax.Array:
-        keys, shape, dtype = jax.random.split(key, 4), outputs.shape, outputs.dtype
+        keys, shape = jax.random.split(key, 4), outputs.shape
+        dtype = jnp.finfo(outputs.dtype).dtype
         channels = (1,) * (len(shape) - 1) + shape[-1:]
         mu = jax.random.uniform(keys[0], channels, dtype, -self.mean_range, self.mean_range)
         sigma = jax.random.uniform(keys[1], channels, dtype, 1, self.scale_range)
@@ -190,7 +226,7 @@ class MeanOnlyBatchNorm(Layer):
 
     Attributes:
       momentum: weight of the old running mean, 0.9 in the official code.
-      axis_name: of the mapped axis over which the batch is spread.
+      use_scale: whether there is a scale after all.
 
     Raises:
       ValueError: an option is out of its range.
@@ -200,22 +236,18 @@ class MeanOnlyBatchNorm(Layer):
     """
 
     momentum: float = 0.9
-    axis_name: str | None = None
-    initial_params: ClassVar = {"bias": 0.0}
+    use_scale: bool = False
     initial_state: ClassVar = {"mean": 0.0}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_options(self.momentum, 0)
 
     def _normalize(
-        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None
     ) -> tuple[Standardized, Arrays]:
         if not train:
             return Standardized(x, state["mean"].astype(x.dtype)), state
-        axes = tuple(range(x.ndim - 1))
-        reference = _statistics.first(x, axes)
-        mean = reference + jnp.mean(x - reference, axes, keepdims=True)
-        if self.axis_name is not None:
-            mean = lax.pmean(mean, self.axis_name)
-        state = {"mean": running_average(self.momentum, state["mean"], mean)}
-        return Standardized(x, reference, offset=reference - mean), state
+        found = _statistics.moments(x, range(x.ndim - 1), devices=self.devices, mask=mask)
+        state = {"mean": running_average(self.momentum, state["mean"], found.mean)}
+        return Standardized(x, found.reference, offset=-found.shift), state

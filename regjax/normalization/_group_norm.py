@@ -1,18 +1,22 @@
 """GroupNorm+: a learned mix of group normalization and a batch normalization of it."""
 
 import dataclasses
+import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _tree
+from regjax import _checks, _numerics, _tree
 from regjax.normalization import _statistics
 from regjax.normalization._layer import (
     Arrays,
     Layer,
+    Shape,
     Standardized,
     check_options,
     running_average,
+    stored,
 )
 from regjax.normalization._statistics import Moments
 
@@ -57,28 +61,35 @@ class GroupNormPlus(Layer):
     batch_axes: tuple[int, ...] | None = (0,)
     track_running: bool = False
     momentum: float = 0.9
+    initial_state: ClassVar = {"mean": 0.0, "var": 1.0}
+    takes_mask: ClassVar[bool] = False  # which values are left of a group has no definition
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _checks.integer("num_groups", self.num_groups)
         _checks.integer("degrees_of_freedom", self.degrees_of_freedom, minimum=0)
         check_options(self.momentum, self.epsilon)
         if self.track_running and self.batch_axes == (0,):
             raise ValueError("`batch_axes` must be None with `track_running`, got (0,).")
+        if not math.isfinite(self.mix_init):
+            raise ValueError(f"`mix_init` must be finite, got {self.mix_init}.")
+        if self.batch_axes is not None:
+            axes = tuple(_checks.integer("batch_axes", a, minimum=-32) for a in self.batch_axes)
+            object.__setattr__(self, "batch_axes", axes)
 
-    def init_params(self, num_features: int) -> dict[str, jax.Array]:
+    def init_params(self, num_features: Shape) -> dict[str, jax.Array]:
         """Returns scale one, bias zero, (channels,), and mix_logit ()."""
-        _group_size(num_features, self.num_groups)
+        sizes = (num_features,) if isinstance(num_features, int) else num_features
+        _group_size(math.prod(sizes), self.num_groups)
         mix_logit = jnp.full((), self.mix_init, self.param_dtype)
         return {**super().init_params(num_features), "mix_logit": mix_logit}
 
-    def init_state(self, num_features: int) -> dict[str, jax.Array]:
+    def init_state(self, num_features: Shape) -> dict[str, jax.Array]:
         """Returns running mean zero and variance one of B, if it has such, (channels,)."""
-        if not self.track_running:
-            return {}
-        return {"mean": jnp.zeros(num_features), "var": jnp.ones(num_features)}
+        return super().init_state(num_features) if self.track_running else {}
 
     def _normalize(
-        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None
     ) -> tuple[Standardized, Arrays]:
         share = jax.nn.sigmoid(params["mix_logit"])
         group = self._group(x).apply().reshape(x.shape)
@@ -92,11 +103,17 @@ class GroupNormPlus(Layer):
         self, x: jax.Array, state: Arrays, train: bool
     ) -> tuple[Standardized | None, Arrays]:
         if self.track_running and not train:
-            mean, variance = (state[name].astype(x.dtype) for name in ("mean", "var"))
-            return Standardized(x, mean, 1 / (jnp.sqrt(variance) + self.epsilon)), state
+            mean, variance = stored(x, state["mean"], state["var"])
+            return Standardized(x, mean, _inverse(variance, self.epsilon)), state
         axes = tuple(range(x.ndim - 1)) if self.batch_axes is None else self.batch_axes
-        found = _corrected(_statistics.moments(x, axes), self.degrees_of_freedom)
-        if found.num_values <= self.degrees_of_freedom:
+        if {axis % x.ndim for axis in axes} - set(range(x.ndim - 1)) or max(axes) >= x.ndim:
+            raise ValueError(
+                f"`batch_axes` must be axes of the inputs other than the channels', got {axes} for "
+                f"inputs with {x.ndim} axes, channels last."
+            )
+        found = _statistics.moments(x, axes, devices=self.devices)
+        found = _corrected(found, self.degrees_of_freedom)
+        if int(found.num_values) <= self.degrees_of_freedom:
             return None, state
         if self.track_running:
             if found.mean.size != x.shape[-1]:
@@ -122,7 +139,7 @@ class BatchNormGroupNorm(GroupNormPlus):
     """
 
     def _normalize(
-        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None
     ) -> tuple[Standardized, Arrays]:
         batch, state = self._batch(x, state, train)
         if batch is None:
@@ -143,7 +160,7 @@ class ParallelGroupBatchNorm(GroupNormPlus):
     """
 
     def _normalize(
-        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None
     ) -> tuple[Standardized, Arrays]:
         group = self._group(x).apply().reshape(x.shape)
         batch, state = self._batch(x, state, train)
@@ -198,13 +215,15 @@ def _group_part(
 ) -> Standardized:
     """Normalizes groups; without positions in a view (batch, groups, channels of a group)."""
     size = _group_size(x.shape[-1], num_groups)
+    if x.ndim < 2:
+        raise ValueError(f"`inputs` must have shape (batch, ..., channels), got {x.shape}.")
     if x.ndim == 2:
         x = x.reshape(-1, num_groups, size)
         found = _statistics.moments(x, (-1,))
     else:
         found = _group_moments(x, num_groups, size)
     found = _corrected(found, degrees_of_freedom)
-    if found.num_values <= degrees_of_freedom:
+    if int(found.num_values) <= degrees_of_freedom:
         raise ValueError(
             f"`num_groups` must leave more than {degrees_of_freedom} values to a group, got "
             f"{num_groups} for inputs of shape {x.shape}."
@@ -228,20 +247,25 @@ def _group_moments(x: jax.Array, num_groups: int, size: int) -> Moments:
     reference = over_group(_statistics.first(x, positions))
     difference = x - reference
     shift = over_group(jnp.mean(difference, positions, keepdims=True))
-    square = over_group(jnp.mean(difference**2, positions, keepdims=True))
+    square = over_group(jnp.mean(_statistics.squared(difference), positions, keepdims=True))
     num_values = x.size // x.shape[0] // num_groups if x.size else 0
     return _statistics.from_shifted(reference, shift, square, num_values)
 
 
 def _corrected(found: Moments, degrees_of_freedom: int) -> Moments:
-    freedom = max(found.num_values - degrees_of_freedom, 1)  # the caller refuses fewer values
-    return found._replace(variance=found.variance * (found.num_values / freedom))
+    count = int(found.num_values)  # there is no mask
+    freedom = max(count - degrees_of_freedom, 1)  # the caller refuses fewer values
+    return found._replace(variance=found.variance * (count / freedom))
 
 
 def _standardize(x: jax.Array, found: Moments, epsilon: float) -> Standardized:
     """Normalizes by the standard deviation: (x - mean) / (std + epsilon)."""
-    factor = 1 / (_statistics.root(found.variance) + epsilon)
+    factor = _inverse(found.variance, epsilon)
     return Standardized(x, found.reference, factor, -found.shift * factor)
+
+
+def _inverse(variance: jax.Array, epsilon: float) -> jax.Array:
+    return _numerics.divide(1, _statistics.root(variance) + epsilon)
 
 
 def _blend(x: jax.Array, inner: Standardized, share: jax.Array) -> Standardized:

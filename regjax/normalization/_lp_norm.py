@@ -7,6 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from regjax import _numerics
 from regjax.normalization import _statistics
 from regjax.normalization._layer import (
     Arrays,
@@ -14,6 +15,7 @@ from regjax.normalization._layer import (
     Standardized,
     check_options,
     running_average,
+    stored,
 )
 
 
@@ -28,7 +30,6 @@ class LpNorm(Layer):
       order: 1, 2 or math.inf.
       momentum: weight of the old running averages of mean and norm.
       epsilon: added to the norm, in units of the inputs.
-      axis_name: of the mapped axis over which the batch is spread.
 
     Raises:
       ValueError: an option is out of its range.
@@ -41,36 +42,38 @@ class LpNorm(Layer):
     order: float = 2
     momentum: float = 0.99
     epsilon: float = 1e-5
-    axis_name: str | None = None
     initial_state: ClassVar = {"mean": 0.0, "norm": 1.0}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_options(self.momentum, self.epsilon)
         if self.order not in (1, 2, math.inf):
             raise ValueError(f"`order` must be 1, 2 or inf, got {self.order}.")
 
     def _normalize(
-        self, x: jax.Array, params: Arrays, state: Arrays, train: bool
+        self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None
     ) -> tuple[Standardized, Arrays]:
         if not train:
-            mean, norm = (state[name].astype(x.dtype) for name in ("mean", "norm"))
-            return Standardized(x, mean, 1 / (norm + self.epsilon)), state
-        reference = _statistics.first(x, range(x.ndim - 1))
-        mean, norm = self._mean_and_norm(x, reference)
-        state = {
-            "mean": running_average(self.momentum, state["mean"], mean),
+            mean, norm = stored(x, state["mean"], state["norm"])
+            return Standardized(x, mean, self._factor(norm)), state
+        axes = range(x.ndim - 1)
+        found = _statistics.moments(x, axes, devices=self.devices, mask=mask)
+        norm = self._norm(x, tuple(axes), mask)
+        factor = self._factor(norm)
+        return Standardized(x, found.reference, factor, -found.shift * factor), {
+            "mean": running_average(self.momentum, state["mean"], found.mean),
             "norm": running_average(self.momentum, state["norm"], norm),
         }
-        factor = 1 / (norm + self.epsilon)
-        return Standardized(x, reference, factor, (reference - mean) * factor), state
 
-    def _mean_and_norm(self, x: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:
-        axes, combine = tuple(range(x.ndim - 1)), jnp.max if self.order == math.inf else jnp.mean
-        mean = reference + jnp.mean(x - reference, axes, keepdims=True)
-        reduced = combine(x**2 if self.order == 2 else jnp.abs(x), axes, keepdims=True)
-        if self.axis_name is not None:
-            means, parts = _statistics.gather(self.axis_name, mean, reduced)
-            mean, reduced = jnp.mean(means, 0), combine(parts, 0)
-        if self.order != 2:
-            return mean, reduced
-        return mean, _statistics.root(reduced)
+    def _factor(self, norm: jax.Array) -> jax.Array:
+        return _numerics.divide(1, norm + self.epsilon)
+
+    def _norm(self, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None) -> jax.Array:
+        size = jnp.abs(x) if mask is None else jnp.where(mask, jnp.abs(x), 0)
+        if self.order == math.inf:
+            return jnp.max(self.devices.gather(jnp.max(size, axes, keepdims=True))[0], 0)
+        # The same power for all devices; squares do not under- or overflow then.
+        power = jnp.min(self.devices.gather(_numerics.near_one(size, axes)[1])[0], 0)
+        values = (power * size) ** self.order if self.order == 2 else power * size
+        mean = _statistics.moments(values, axes, devices=self.devices, mask=mask).mean
+        return (_statistics.root(mean) if self.order == 2 else mean) / power

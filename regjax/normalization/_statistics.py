@@ -1,13 +1,14 @@
-"""Moments of a batch: one pass, in float32 at least, with one collective under a mapped axis."""
+"""Moments of a batch: one pass, where a mask holds, and over the devices of a mapped axis."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from regjax import _tree
+Groups: TypeAlias = Sequence[Sequence[int]]
+"""Indices along a mapped axis, one list for each group that shares its statistics."""
 
 
 class Moments(NamedTuple):
@@ -15,59 +16,137 @@ class Moments(NamedTuple):
 
     Attributes:
       mean: the mean.
-      variance: the biased variance, the mean squared deviation.
-      num_values: Python integer, the number of values behind each, over all devices.
+      variance: the biased variance, the mean squared deviation; NaN where it overflows.
+      num_values: the number of values behind each, over all devices: a Python integer, or an array
+        with a mask.
       reference: a constant near the mean.
       shift: mean - reference, without the rounding of a large mean.
     """
 
     mean: jax.Array
     variance: jax.Array
-    num_values: int
+    num_values: int | jax.Array
     reference: jax.Array
     shift: jax.Array
 
 
-def moments(inputs: jax.Array, axes: Sequence[int], *, axis_name: str | None = None) -> Moments:
-    """Computes mean and biased variance over `axes`, and over the devices of a mapped axis.
+class Devices(NamedTuple):
+    """The devices that share their statistics.
 
-        d = x - x_0;   mean = x_0 + E[d];   variance = E[d^2] - E[d]^2
+    Attributes:
+      axis_name: of a mapped axis (`shard_map`, `vmap`); None under plain `jit`, where sharded
+        inputs give the global moments by themselves.
+      axis_index_groups: those of them that belong together; None: all.
+    """
+
+    axis_name: str | None = None
+    axis_index_groups: Groups | None = None
+
+    def size(self) -> int:
+        """Returns how many they are."""
+        if self.axis_name is None:
+            return 1
+        if self.axis_index_groups is not None:
+            return len(self.axis_index_groups[0])
+        return int(lax.psum(1, self.axis_name))
+
+    def gather(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """Stacks arrays of one shape over all devices, in one collective: (devices, ...) each.
+
+        The first is complex if any is.
+        By a sum, whose outcome is known to be the same on all devices; `all_gather`'s is not.
+        """
+        if self.axis_name is None:
+            return tuple(array[None] for array in arrays)
+        size, index = self.size(), lax.axis_index(self.axis_name)
+        if self.axis_index_groups is not None:
+            index = jnp.argmax(jnp.any(jnp.asarray(self.axis_index_groups) == index, 0))
+        row = jnp.stack([array.astype(arrays[0].dtype) for array in arrays])
+        rows = jnp.zeros((size, *row.shape), row.dtype).at[index].set(row)
+        rows = lax.psum(rows, self.axis_name, axis_index_groups=self.axis_index_groups)
+        real = lambda array: jnp.iscomplexobj(rows) and not jnp.iscomplexobj(array)
+        return tuple(rows[:, i].real if real(a) else rows[:, i] for i, a in enumerate(arrays))
+
+
+ALONE = Devices()
+
+
+def moments(
+    inputs: jax.Array,
+    axes: Sequence[int],
+    *,
+    devices: Devices = ALONE,
+    mask: jax.Array | None = None,
+    use_fast_variance: bool = True,
+) -> Moments:
+    """Computes mean and biased variance over `axes`, and over devices.
+
+        d = x - x_0;   mean = x_0 + E[d];   variance = E[|d|^2] - |E[d]|^2
 
     x_0 is the first value along `axes`: the result does not depend on it, but rounding does. With
     x_0 = 0 values far from zero would cancel. Over devices the means and variances are merged, so
     that nothing cancels there either (T. Chan, G. Golub, R. LeVeque, 1983).
 
     Args:
-      inputs: floating point array.
+      inputs: real or complex floating point array; the sums are of its type.
       axes: those to reduce.
-      axis_name: of a mapped axis (`shard_map`, `vmap`); None under plain `jit`, where sharded
-        inputs give the global moments by themselves.
+      devices: those that share the statistics.
+      mask: bool, of the rank of `inputs` and broadcastable to them, which values count.
+      use_fast_variance: whether x_0 is the first value; else it is the mean, in a second pass, as
+        it is with a mask: that does not cancel where the first value is an outlier either.
 
     Returns:
-      `Moments` in float32 at least.
+      `Moments`; NaN where a mask leaves no value.
     """
-    inputs, axes = _tree.wide(inputs), tuple(axis % jnp.ndim(inputs) for axis in axes)
-    reference = first(inputs, axes)
-    difference = inputs - reference
-    shift = jnp.mean(difference, axes, keepdims=True)
-    square = jnp.mean(difference**2, axes, keepdims=True)
-    num_values = inputs.size // shift.size if shift.size else 0
+    axes = tuple(axis % inputs.ndim for axis in axes)
+    count = None
+    if mask is not None:
+        counted = jnp.broadcast_to(mask, inputs.shape)
+        count = jnp.sum(counted, axes, keepdims=True, dtype=jnp.finfo(inputs.dtype).dtype)
+
+    def mean_of(values: jax.Array) -> jax.Array:
+        if count is None:
+            return jnp.mean(values, axes, keepdims=True)
+        return jnp.sum(values, axes, keepdims=True) / jnp.maximum(count, 1)
+
+    # A value that does not count may be NaN, and its derivative with it.
+    counting = lambda values: values if mask is None else jnp.where(mask, values, 0)
+    if use_fast_variance and mask is None:
+        reference = first(inputs, axes)
+    else:
+        reference = lax.stop_gradient(mean_of(counting(inputs)))
+    difference = counting(inputs - reference)
+    shift, square = mean_of(difference), mean_of(squared(difference))
+    num_values: int | jax.Array = inputs.size // shift.size if count is None else count
     found = from_shifted(reference, shift, square, num_values)
-    if axis_name is None:
-        return found
-    means, variances = gather(axis_name, found.mean, found.variance)
-    mean = jnp.mean(means, 0)
-    variance = jnp.mean(variances, 0) + jnp.mean((means - mean[None]) ** 2, 0)
-    num_values *= int(lax.psum(1, axis_name))
-    return Moments(mean, variance, num_values, reference, mean - reference)
+    return _over_devices(found, devices)
 
 
 def from_shifted(
-    reference: jax.Array, shift: jax.Array, square: jax.Array, num_values: int
+    reference: jax.Array, shift: jax.Array, square: jax.Array, num_values: int | jax.Array
 ) -> Moments:
-    """Computes the moments of x from E[d] = `shift` and E[d^2] = `square`, d = x - reference."""
-    variance = jnp.maximum(square - shift**2, 0)
+    """Computes the moments of x from E[d] and E[|d|^2] = `square`, d = x - reference."""
+    variance = jnp.maximum(square - squared(shift), 0)
     return Moments(reference + shift, variance, num_values, reference, shift)
+
+
+def _over_devices(found: Moments, devices: Devices) -> Moments:
+    mean, variance, num_values, reference, shift = found
+    if devices.axis_name is not None:
+        has_mask = not isinstance(num_values, int)
+        counted = [jnp.asarray(num_values)] if has_mask else []
+        means, variances, *counts = devices.gather(mean, variance, *counted)
+        share = counts[0] / jnp.maximum(jnp.sum(counts[0], 0), 1) if has_mask else 1 / len(means)
+        mean = jnp.sum(share * means, 0)
+        variance = jnp.sum(share * (variances + squared(means - mean[None])), 0)
+        num_values = jnp.sum(counts[0], 0) if has_mask else num_values * devices.size()
+        shift = mean - reference
+    variance = jnp.where(jnp.isfinite(variance), variance, jnp.nan)
+    if isinstance(num_values, int):
+        return Moments(mean, variance, num_values, reference, shift)
+    exists = num_values > 0
+    mean, variance, shift = (jnp.where(exists, a, jnp.nan) for a in (mean, variance, shift))
+    return Moments(mean, variance, num_values, reference, shift)
 
 
 def first(inputs: jax.Array, axes: Sequence[int]) -> jax.Array:
@@ -76,9 +155,9 @@ def first(inputs: jax.Array, axes: Sequence[int]) -> jax.Array:
     return lax.stop_gradient(inputs[index])
 
 
-def gather(axis_name: str, *arrays: jax.Array) -> jax.Array:
-    """Gathers arrays of all devices along a new axis, behind one of the arrays: one collective."""
-    return jnp.moveaxis(lax.all_gather(jnp.stack(arrays), axis_name), 1, 0)
+def squared(array: jax.Array) -> jax.Array:
+    """Computes |x|^2 of real or complex numbers."""
+    return array.real**2 + array.imag**2 if jnp.iscomplexobj(array) else array**2
 
 
 def root(square: jax.Array) -> jax.Array:
@@ -87,6 +166,8 @@ def root(square: jax.Array) -> jax.Array:
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
-def unbiased(variance: jax.Array, count: int) -> jax.Array:
+def unbiased(variance: jax.Array, count: int | jax.Array) -> jax.Array:
     """Multiplies the variance by count / (count - 1); as it is where there is only one value."""
-    return variance * (count / (count - 1)) if count > 1 else variance
+    if isinstance(count, int):
+        return variance * (count / (count - 1)) if count > 1 else variance
+    return variance * jnp.where(count > 1, count / jnp.maximum(count - 1, 1), 1)

@@ -1,12 +1,15 @@
 """Kernels made of others: direction and length apart, or standardized, for each output unit."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import PyTreeDef
 
-from regjax import _checks, _tree
+from regjax import _checks, _numerics, _tree
 from regjax._base import Mask, Params, Tree
+from regjax.normalization import _statistics
 
 
 class SplitWeightResult(NamedTuple):
@@ -28,7 +31,7 @@ def weight_normalize(v: jax.Array, g: jax.Array, *, axis: int = -1) -> jax.Array
 
         w = g v / |v|
 
-    A zero column of v gives zero and has gradient zero.
+    At any size of v. A zero column of v gives zero and has gradient zero.
 
     Args:
       v: (..., channels, ...), direction.
@@ -39,20 +42,22 @@ def weight_normalize(v: jax.Array, g: jax.Array, *, axis: int = -1) -> jax.Array
       An array like `v`.
 
     Raises:
-      ValueError: `v` has no input axes, or `g` another shape.
+      ValueError: `v` has no input axes or no entries, `axis` is none of it, or `g` has another
+        shape.
+      TypeError: `v` or `g` is not real floating point.
 
     References:
       T. Salimans, D. Kingma (2016), arXiv:1602.07868, equation 2.
     """
-    _check_kernel("v", v)
+    _check_kernel("v", v, axis)
+    _checks.floating_tree("g", g)
     if jnp.shape(g) != (v.shape[axis],):
         raise ValueError(f"`g` must have shape {(v.shape[axis],)}, got {jnp.shape(g)}.")
-    wide, others = _tree.wide(v), _others(v, axis)
-    square = jnp.sum(wide**2, others, keepdims=True)
-    # The norm has no derivative at zero.
-    inverse = jnp.where(square == 0, 0, jax.lax.rsqrt(jnp.where(square == 0, 1, square)))
-    factor = jnp.expand_dims(_tree.wide(g), others) * inverse
-    return (wide * jnp.broadcast_to(factor, v.shape)).astype(v.dtype)
+    others = _others(v, axis)
+    scaled, _ = _numerics.near_one(_tree.wide(v), others)
+    norm = _statistics.root(jnp.sum(scaled**2, others, keepdims=True))
+    factor = _numerics.divide(jnp.expand_dims(jnp.asarray(g, norm.dtype), others), norm)
+    return (scaled * jnp.broadcast_to(factor, v.shape)).astype(v.dtype)
 
 
 def split_weight(w: jax.Array, *, axis: int = -1) -> SplitWeightResult:
@@ -66,12 +71,14 @@ def split_weight(w: jax.Array, *, axis: int = -1) -> SplitWeightResult:
       A `SplitWeightResult`.
 
     Raises:
-      ValueError: `w` has no input axes.
+      ValueError: `w` has no input axes or no entries, or `axis` is none of it.
+      TypeError: `w` is not real floating point.
     """
-    _check_kernel("w", w)
-    return SplitWeightResult(
-        w, jnp.sqrt(jnp.sum(_tree.wide(w) ** 2, _others(w, axis))).astype(w.dtype)
-    )
+    _check_kernel("w", w, axis)
+    others = _others(w, axis)
+    scaled, power = _numerics.near_one(_tree.wide(w), others)
+    norm = _statistics.root(jnp.sum(scaled**2, others))
+    return SplitWeightResult(w, (norm / jnp.squeeze(power, others)).astype(w.dtype))
 
 
 def split_weights(params: Params, *, mask: Mask) -> Tree:
@@ -89,8 +96,11 @@ def split_weights(params: Params, *, mask: Mask) -> Tree:
     Raises:
       ValueError: the mask is another tree, or a masked leaf has no input axes.
     """
-    _checks.same_structure("mask", mask, params)
-    return jax.tree.map(lambda leaf, split: split_weight(leaf) if split else leaf, params, mask)
+    treedef: PyTreeDef = jax.tree.structure(params)
+    pairs = zip(jax.tree.leaves(params), _checks.mask_leaves(mask, params), strict=True)
+    return jax.tree.unflatten(
+        treedef, [split_weight(leaf) if split else leaf for leaf, split in pairs]
+    )
 
 
 def join_weights(params: Tree) -> Params:
@@ -107,39 +117,77 @@ def join_weights(params: Tree) -> Params:
     return jax.tree.map(join, params, is_leaf=is_split)
 
 
-def standardize_weight(kernel: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
-    """Standardizes the weights of each output channel.
+def standardize_weight(
+    kernel: jax.Array,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    degrees_of_freedom: int = 1,
+    epsilon_added_to: str = "deviation",
+) -> jax.Array:
+    """Standardizes the weights of each output unit: weight standardization.
 
-        (kernel - mean) / sqrt(variance + epsilon)
+        w = (k - mean(k)) / (std(k) + epsilon)
 
-    A baseline for weight rescaling, applied inside of the forward pass: the gradient goes through.
-    The form is the one in common use; the paper was not read.
+    The defaults are the authors' code. timm's layers are `epsilon=1e-6, degrees_of_freedom=0,
+    epsilon_added_to="variance"`: (k - mean) / sqrt(var + epsilon). Weights whose deviation is not
+    far above `epsilon` keep a part of their size; with `epsilon=0` no factor of a kernel changes
+    anything, at any size. A constant filter gives zero.
 
     Args:
-      kernel: (..., channels) with at least one input axis.
-      epsilon: added to the variance, in units of the kernel squared, at least 0.
+      kernel: (..., channels, ...).
+      axis: of the channels; mean and deviation go over all others.
+      epsilon: in units of the kernel, those squared with "variance"; at least 0.
+      degrees_of_freedom: subtracted from the number of weights in the variance.
+      epsilon_added_to: "deviation" or "variance".
 
     Returns:
-      An array like `kernel`; the variance is the mean squared deviation.
+      An array like `kernel`.
 
     Raises:
-      ValueError: `kernel` has no input axes, or `epsilon` is negative.
+      ValueError: `kernel` has no input axes or no more weights to a unit than
+        `degrees_of_freedom`, `axis` is none of it, or an option is out of its range.
+      TypeError: `kernel` is not real floating point.
 
     References:
-      S. Qiao et al. (2019), arXiv:1903.10520.
+      S. Qiao et al. (2019), arXiv:1903.10520; the default form is that of the authors' code.
     """
     _checks.non_negative("epsilon", epsilon)
-    _check_kernel("kernel", kernel)
-    axes = _tree.group_axes(kernel, per_filter=True)
-    centred = kernel - jnp.mean(kernel, axes, keepdims=True)
-    variance = jnp.mean(centred**2, axes, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + epsilon)
+    _checks.integer("degrees_of_freedom", degrees_of_freedom, minimum=0)
+    _checks.choice("epsilon_added_to", epsilon_added_to, ("deviation", "variance"))
+    _check_kernel("kernel", kernel, axis)
+    others, in_root = _others(kernel, axis), epsilon_added_to == "variance"
+    freedom = kernel.size // kernel.shape[axis] - degrees_of_freedom
+    if freedom < 1:
+        raise ValueError(
+            f"`kernel` must have more than {degrees_of_freedom} weights to a unit, got shape "
+            f"{kernel.shape}."
+        )
+    added = math.sqrt(epsilon) if in_root else epsilon
+    scaled, power = _numerics.near_one(_tree.wide(kernel), others, at_least=added)
+    centred = scaled - jnp.mean(scaled, others, keepdims=True)
+    # What rounding leaves of a constant filter is no direction.
+    size = jnp.max(jnp.abs(scaled), others, keepdims=True)
+    rounding = 8 * jnp.finfo(scaled.dtype).eps * size
+    varies = jnp.max(jnp.abs(centred), others, keepdims=True) > rounding
+    centred = jnp.where(jnp.isnan(size) | varies, centred, 0)
+    variance = jnp.sum(centred**2, others, keepdims=True) / freedom
+    beside = added * power
+    if in_root:
+        deviation = _statistics.root(variance + beside**2)
+    else:
+        deviation = _statistics.root(variance) + beside
+    return _numerics.divide(centred, deviation).astype(kernel.dtype)
 
 
 def _others(array: jax.Array, axis: int) -> tuple[int, ...]:
     return tuple(i for i in range(array.ndim) if i != axis % array.ndim)
 
 
-def _check_kernel(name: str, kernel: jax.Array) -> None:
-    if jnp.ndim(kernel) < 2:
-        raise ValueError(f"`{name}` must have at least two axes, got shape {jnp.shape(kernel)}.")
+def _check_kernel(name: str, kernel: jax.Array, axis: int) -> None:
+    _checks.floating_tree(name, kernel)
+    if jnp.ndim(kernel) < 2 or not kernel.size:
+        raise ValueError(
+            f"`{name}` must have at least two axes and no empty one, got shape {jnp.shape(kernel)}."
+        )
+    _checks.integer("axis", axis, minimum=-kernel.ndim, maximum=kernel.ndim - 1)

@@ -6,64 +6,109 @@ the options of the layer of the same name in `regjax.normalization`. Parameters 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen
+from jax.nn import initializers
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from regjax._base import Tree
 from regjax.normalization import _batch_norm, _group_norm, _lp_norm, _weight_norm
-from regjax.normalization._layer import Layer
+from regjax.normalization._layer import Arrays, Layer
+from regjax.normalization._statistics import Groups
 
 
 class Normalization(linen.Module):
-    """A layer of `regjax.normalization` with its arrays, channels last.
+    """A layer of `regjax.normalization` with its arrays.
 
     Attributes:
       use_running_average: whether the mode is evaluation, here or in the call.
-      rng_collection: stream of the random numbers, for layers that draw some in training.
+      axis: of the channels; of several, each index has its scale and bias.
       dtype: of the outputs; None: that of the inputs and the parameters together.
       param_dtype: of the parameters.
+      use_scale: whether there is a scale.
+      use_bias: whether there is a bias.
+      bias_init: makes the bias, (key, shape, dtype) -> array, with partitions perhaps.
+      scale_init: makes the scale.
+      axis_name: of the mapped axis over which the batch is spread; `init` needs no such axis.
+      axis_index_groups: groups of indices of that axis, which share statistics; None: all do.
+      force_float32_reductions: whether statistics are float32 at least.
+      rng_collection: stream of the random numbers, for layers that draw some in training.
     """
 
     layer_type: ClassVar[type[Layer]]
     use_running_average: bool | None = None
-    rng_collection: str = "dropout"
+    axis: int | Sequence[int] = -1
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    use_scale: bool = True
+    use_bias: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    axis_name: str | None = None
+    axis_index_groups: Groups | None = None
+    force_float32_reductions: bool = True
+    rng_collection: str = "dropout"
 
     @linen.compact
-    def __call__(self, inputs: jax.Array, use_running_average: bool | None = None) -> jax.Array:
-        """Returns the normalized inputs (batch, ..., channels); in training the statistics tick."""
+    def __call__(
+        self,
+        inputs: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the normalized inputs; in training the statistics tick.
+
+        Args:
+          inputs: (batch, ..., channels), or with the channels along `axis`.
+          use_running_average: whether the mode is evaluation, where the field does not say it.
+          mask: bool, broadcastable to the inputs, which of their values the statistics are of.
+        """
         evaluates = linen.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        names = [field.name for field in dataclasses.fields(self.layer_type)]
-        layer = self.layer_type(**{name: getattr(self, name) for name in names})
-        channels = inputs.shape[-1]
-        params = {
-            name: self.param(name, lambda key, value=value: value)
-            for name, value in layer.init_params(channels).items()
-        }
+        starts, layer = self.is_initializing(), self._layer()
+        shape = tuple(jnp.shape(inputs)[axis] for axis in layer.channel_axes(jnp.ndim(inputs)))
+        params = self._params(layer, shape)
         stored = {
             name: self.variable("batch_stats", name, lambda value=value: value)
-            for name, value in layer.init_state(channels).items()
+            for name, value in layer.init_state(shape).items()
         }
-        needs_key = layer.needs_key and not evaluates and not self.is_initializing()
+        train = not evaluates
+        if starts:
+            # There may be no mapped axis yet, nor a stream of random numbers.
+            train = train and not layer.needs_key and jnp.ndim(inputs) > 1
+            layer = dataclasses.replace(layer, axis_name=None, axis_index_groups=None)
         outputs, state = layer.apply(
             params,
             {name: variable.value for name, variable in stored.items()},
             inputs,
-            train=not evaluates and (needs_key or not layer.needs_key),
-            key=self.make_rng(self.rng_collection) if needs_key else None,
+            train=train,
+            mask=mask,
+            key=self.make_rng(self.rng_collection) if train and layer.needs_key else None,
         )
-        if not evaluates and not self.is_initializing():
+        if train and not starts:
             for name, value in state.items():
                 stored[name].value = value
         return outputs
+
+    def _layer(self) -> Layer:
+        names = [field.name for field in dataclasses.fields(self.layer_type)]
+        return self.layer_type(**{name: getattr(self, name) for name in names})
+
+    def _params(self, layer: Layer, shape: tuple[int, ...]) -> Arrays:
+        inits = {"scale": self.scale_init, "bias": self.bias_init}
+        return {
+            name: self.param(
+                name, inits.get(name, lambda *_, value=value: value), value.shape, value.dtype
+            )
+            for name, value in layer.init_params(shape).items()
+        }
 
 
 class BatchNorm(Normalization):
@@ -72,10 +117,8 @@ class BatchNorm(Normalization):
     layer_type = _batch_norm.BatchNorm
     momentum: float = 0.99
     epsilon: float = 1e-5
-    use_scale: bool = True
-    use_bias: bool = True
     unbiased_running_variance: bool = True
-    axis_name: str | None = None
+    use_fast_variance: bool = True
 
 
 class GhostBatchNorm(BatchNorm):
@@ -83,6 +126,7 @@ class GhostBatchNorm(BatchNorm):
 
     layer_type = _batch_norm.GhostBatchNorm
     ghost_size: int = 32
+    tick_per_ghost: bool = True
 
 
 class NoisyBatchNorm(BatchNorm):
@@ -100,7 +144,7 @@ class MeanOnlyBatchNorm(Normalization):
 
     layer_type = _batch_norm.MeanOnlyBatchNorm
     momentum: float = 0.9
-    axis_name: str | None = None
+    use_scale: bool = False
 
 
 class LpNorm(Normalization):
@@ -110,7 +154,6 @@ class LpNorm(Normalization):
     order: float = 2
     momentum: float = 0.99
     epsilon: float = 1e-5
-    axis_name: str | None = None
 
 
 class GroupNormPlus(Normalization):
@@ -170,17 +213,34 @@ class WeightNormConv(_WeightNorm, linen.Conv):
 class _WeightStandardized(linen.Module):
     """Hands a layer the standardized kernel where it asks for its own."""
 
+    epsilon: float = 1e-5
+    degrees_of_freedom: int = 1
+    epsilon_added_to: str = "deviation"
+
     def param(
         self, name: str, init_fn: Callable[..., Tree], *args: Any, **kwargs: Any
     ) -> jax.Array:
         """Returns the parameter of the layer, the kernel standardized."""
         value = super().param(name, init_fn, *args, **kwargs)
-        return _weight_norm.standardize_weight(value) if name == "kernel" else value
+        if name != "kernel":
+            return value
+        return _weight_norm.standardize_weight(
+            value,
+            epsilon=self.epsilon,
+            degrees_of_freedom=self.degrees_of_freedom,
+            epsilon_added_to=self.epsilon_added_to,
+        )
 
 
 class WeightStandardizedDense(_WeightStandardized, linen.Dense):
-    """flax's Dense with a standardized kernel, `regjax.normalization.standardize_weight`."""
+    """flax's Dense with a standardized kernel, `regjax.normalization.standardize_weight`.
+
+    Attributes:
+      epsilon: as there.
+      degrees_of_freedom: as there.
+      epsilon_added_to: as there.
+    """
 
 
 class WeightStandardizedConv(_WeightStandardized, linen.Conv):
-    """flax's Conv with a standardized kernel, `regjax.normalization.standardize_weight`."""
+    """flax's Conv with a standardized kernel, as `WeightStandardizedDense`."""

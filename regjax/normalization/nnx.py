@@ -5,25 +5,37 @@ in `regjax.normalization`, and `module.train()` and `module.eval()` set the mode
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
 from flax import nnx
+from jax.nn.initializers import Initializer
 
 from regjax import _checks
+from regjax._base import Tree
 from regjax.normalization import _batch_norm, _group_norm, _lp_norm, _weight_norm
 from regjax.normalization._layer import Layer
 
+_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+
 
 class Normalization(nnx.Module):
-    """A layer of `regjax.normalization` with its arrays, channels last.
+    """A layer of `regjax.normalization` with its arrays.
 
     Args:
-      num_features: number of channels.
-      use_running_average: whether to start in evaluation mode.
+      num_features: number of channels, or a tuple of numbers for several axes of them.
+      use_running_average: whether to start in evaluation mode; None: each call says it.
+      bias_init: makes the bias, (key, shape, dtype) -> array; None: zeros.
+      scale_init: makes the scale; None: ones.
+      bias_metadata: of the bias as an `nnx.Param`, such as its sharding.
+      scale_metadata: of the scale.
+      promote_dtype: makes the types of ((inputs, *statistics, scale, bias), dtype=dtype) one, as
+        flax's does, which rounds running statistics to half precision; None: they stay.
       rng_collection: stream of `rngs` for layers that draw random numbers in training.
-      rngs: needed by those layers only.
+      rngs: needed by those layers and by `bias_init` and `scale_init` only, which alone draw keys
+        from it; flax's layers always draw two.
       **options: of the layer.
 
     Raises:
@@ -42,21 +54,38 @@ class Normalization(nnx.Module):
 
     def __init__(
         self,
-        num_features: int,
+        num_features: int | tuple[int, ...],
         *,
-        use_running_average: bool = False,
+        use_running_average: bool | None = False,
+        bias_init: Initializer | None = None,
+        scale_init: Initializer | None = None,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        scale_metadata: Mapping[str, Any] = _NO_METADATA,
+        promote_dtype: Callable[..., Tree] | None = None,
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | None = None,
         **options: Any,
     ):
-        _checks.integer("num_features", num_features)
+        sizes = num_features if isinstance(num_features, tuple) else (num_features,)
+        shape = tuple(_checks.integer("num_features", size) for size in sizes)
         self.layer = self.layer_type(**options)
-        params, state = self.layer.init_params(num_features), self.layer.init_state(num_features)
-        self.param_names, self.state_names = tuple(params), tuple(state)
-        for name, value in params.items():
-            setattr(self, name, nnx.Param(value))
-        for name, value in state.items():
-            setattr(self, name, nnx.BatchStat(value))
+        self.num_features, self.promote_dtype = num_features, promote_dtype
+        inits = {"scale": scale_init, "bias": bias_init}
+        metadata = {"scale": scale_metadata, "bias": bias_metadata}
+        params, state = self.layer.init_params(shape), self.layer.init_state(shape)
+        # "scale" and "bias" are None where there is no such.
+        self.param_names = tuple(dict.fromkeys(["scale", "bias", *params]))
+        self.state_names = tuple(state)
+        for name in self.param_names:
+            value, init = params.get(name), inits.get(name)
+            if value is not None and init is not None:
+                if rngs is None:
+                    raise ValueError(f"`rngs` must be given with `{name}_init`, got None.")
+                value = init(rngs.params(), value.shape, value.dtype)
+            boxed = nnx.data(None) if value is None else nnx.Param(value, **metadata.get(name, {}))
+            setattr(self, name, boxed)
+        for name, array in state.items():
+            setattr(self, name, nnx.BatchStat(array))
         self.use_running_average = use_running_average
         self.rngs = nnx.data(None)
         if self.layer.needs_key:
@@ -64,24 +93,58 @@ class Normalization(nnx.Module):
                 raise ValueError("`rngs` must be given to a layer that draws random numbers.")
             self.rngs = rngs[rng_collection].fork()
 
-    def __call__(self, inputs: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """Returns the normalized inputs (batch, ..., channels); in training the statistics tick."""
-        if use_running_average is None:
-            use_running_average = self.use_running_average
-        key = None
-        if self.rngs is not None and not use_running_average:
-            key = self.rngs()
-        outputs, state = self.layer.apply(
-            {name: getattr(self, name)[...] for name in self.param_names},
-            {name: getattr(self, name)[...] for name in self.state_names},
-            inputs,
-            train=not use_running_average,
-            key=key,
+    def __call__(
+        self,
+        inputs: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the normalized inputs; in training the statistics tick.
+
+        Args:
+          inputs: (batch, ..., channels), or with the channels along `axis`.
+          use_running_average: whether the mode is evaluation; None: as the module is set.
+          mask: bool, broadcastable to the inputs, which of their values the statistics are of.
+        """
+        evaluates = nnx.module.first_from(
+            use_running_average,
+            self.use_running_average,
+            error_msg="`use_running_average` must be given to the module or in the call.",
         )
-        if not use_running_average:
-            for name, value in state.items():
-                getattr(self, name)[...] = value
+        names = (*self.state_names, *self.param_names)
+        own = {name: self._value(name) for name in names}
+        used = own
+        if self.promote_dtype is not None:
+            inputs, *arrays = self.promote_dtype((inputs, *own.values()), dtype=self.layer.dtype)
+            used = dict(zip(names, arrays, strict=True))
+        outputs, new = self.layer.apply(
+            {name: used[name] for name in self.param_names if used[name] is not None},
+            # In training they are what is ticked, and nothing else.
+            {name: (used if evaluates else own)[name] for name in self.state_names},
+            inputs,
+            train=not evaluates,
+            mask=mask,
+            key=None if self.rngs is None or evaluates else self.rngs(),
+        )
+        if not evaluates:
+            for name, value in new.items():
+                # Not [...], which writes into the array where it is one of NumPy.
+                getattr(self, name).set_value(value)
         return outputs
+
+    def _value(self, name: str) -> Any:  # None where there is no such parameter
+        variable = getattr(self, name)
+        return None if variable is None else variable[...]
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Sets the mode of a view, for `nnx.view`.
+
+        Args:
+          use_running_average: whether it is evaluation; None leaves it.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
 
 class BatchNorm(Normalization):
@@ -189,15 +252,35 @@ class WeightStandardized(Reparametrized):
 
     Args:
       layer: nnx.Linear, nnx.Conv or another module with a `kernel` and no state.
-      epsilon: added to the variance.
+      axis: as in `WeightNorm`.
+      epsilon: as in `standardize_weight`.
+      degrees_of_freedom: as in `standardize_weight`.
+      epsilon_added_to: as in `standardize_weight`.
 
     Raises:
       TypeError: `layer` is not such a module.
+      ValueError: an option is out of its range.
     """
 
-    def __init__(self, layer: Callable[[jax.Array], jax.Array], *, epsilon: float = 1e-5):
-        super().__init__(layer, -1)
-        self.epsilon = epsilon
+    def __init__(
+        self,
+        layer: Callable[[jax.Array], jax.Array],
+        *,
+        axis: int = -1,
+        epsilon: float = 1e-5,
+        degrees_of_freedom: int = 1,
+        epsilon_added_to: str = "deviation",
+    ):
+        super().__init__(layer, axis)
+        self.epsilon, self.degrees_of_freedom = epsilon, degrees_of_freedom
+        self.epsilon_added_to = epsilon_added_to
+        self._kernel(self.layer.kernel[...])  # raises where an option is wrong
 
     def _kernel(self, stored: jax.Array) -> jax.Array:
-        return _weight_norm.standardize_weight(stored, epsilon=self.epsilon)
+        return _weight_norm.standardize_weight(
+            stored,
+            axis=self.axis,
+            epsilon=self.epsilon,
+            degrees_of_freedom=self.degrees_of_freedom,
+            epsilon_added_to=self.epsilon_added_to,
+        )

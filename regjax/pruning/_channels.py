@@ -7,7 +7,7 @@ all the weights that come and go with it. What mixes channels, so that none can 
 fixes them and says why.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -51,9 +51,18 @@ class Graph:
         it is contracted with channels, "scale" or "bias" where it multiplies or is added to them,
         "carried" for other ways of passing them on.
       reasons: why an atom is fixed.
+      splits: the labels of the axes that an equation splits in several.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, choices: Mapping[int, int] | None = None) -> None:
+        """Begins without any.
+
+        Args:
+          choices: which of the axes that a split makes has the channels, by the equation; the first
+            if it is not here.
+        """
+        self.choices = {} if choices is None else choices
+        self.splits: dict[int, tuple[Labels, Sequence[int]]] = {}
         self.atoms: dict[LeafAxis, Labels] = {}
         self.roles: dict[LeafAxis, set[str]] = {}
         self.reasons: dict[int, str] = {}
@@ -80,7 +89,28 @@ class Graph:
         both = (one >= 0) & (other >= 0) & (one != other)
         if both.any():
             self._edges.append(np.stack([one[both], other[both]]))
-        return np.where((one == FREE) | ((one < 0) & (other >= 0)), other, one)
+        return joined(one, other)
+
+    def choose(self, equation: JaxprEqn, labels: Labels, lengths: Sequence[int]) -> int:
+        """Chooses the axis that keeps the channels where one axis is split in several."""
+        self.splits[id(equation)] = labels, lengths
+        return self.choices.get(id(equation), 0)
+
+    def contract(self, left: Value, i: int, right: Value, j: int) -> None:
+        """Notes the sum over axis i of the left and axis j of the right value.
+
+        The one that is linear in a parameter consumes the channels of the other: to multiply its
+        slice by a gate is to multiply the channel, seen from here.
+        """
+        if right.sources[j] is not None:
+            left, i, right, j = right, j, left, i
+        self.use(right.sources[j], "carried")
+        if left.sources[i] is not None:
+            self.use(left.sources[i], "consumed")
+            self.couple(left.labels[i], right.labels[j])
+            return
+        for labels in (left.labels[i], right.labels[j]):
+            self.fix(labels, "is contracted with what is no parameter")
 
     def fix(self, labels: Labels, reason: str) -> None:
         """Notes that no channel of an axis can be removed."""
@@ -109,6 +139,11 @@ def components(num_nodes: int, edges: np.ndarray) -> np.ndarray:
         if np.array_equal(found, labels):
             return labels
         labels = found
+
+
+def joined(one: Labels, other: Labels) -> Labels:
+    """Takes at each position the label that says more."""
+    return np.where((one == FREE) | ((one < 0) & (other >= 0)), other, one)
 
 
 def free(length: int) -> Labels:

@@ -35,7 +35,9 @@ def hierarchical_plan(
       The number of units to remove from each group.
 
     Raises:
-      ValueError: the groups of `costs` are others, a cost is not positive, or `budget` is negative.
+      ValueError: the groups of `costs` are others, a cost is not positive, `budget` is negative, or
+        a result is not finite.
+      TypeError: a result is traced.
 
     References:
       Z. Zhou, L. Lian, Y. Yin, Z. Wang (2022), arXiv:2206.03596; a reconstruction.
@@ -45,8 +47,10 @@ def hierarchical_plan(
             f"`costs` must have the groups of `results`, {sorted(results)}, got {sorted(costs)}."
         )
     for name, cost in costs.items():
-        _checks.positive(f"costs[{name!r}]", cost)
-    left = _checks.non_negative("budget", budget)
+        _checks.positive(f"costs[{name!r}]", cost, finite=True)
+    for name, result in results.items():
+        _check_result(name, result)
+    left = _checks.non_negative("budget", budget, finite=True)
     # A group's own directions come weakest first, as they fall; ties go in the order of `results`.
     offers = sorted(
         (error / costs[name], place, name)
@@ -85,6 +89,17 @@ def mask_planned(plan: Mapping[str, int], scores: Units, masks: Units) -> Units:
         name: mask_lowest({name: scores[name]}, {name: masks[name]}, number)[name]
         for name, number in plan.items()
     }
+
+
+def _check_result(name: str, result: RedundancyResult) -> None:
+    if not isinstance(result, RedundancyResult):
+        raise TypeError(
+            f"`results[{name!r}]` must come from `gradient_redundancy`, got a "
+            f"{type(result).__name__}."
+        )
+    if any(_checks.on_host(leaf) is None for leaf in result):
+        raise TypeError(f"`results[{name!r}]` must be concrete, as the host plans, got tracers.")
+    _checks.finite_tree(f"results[{name!r}].singular_values", result.singular_values)
 
 
 def _predicted_errors(result: RedundancyResult) -> list[float]:

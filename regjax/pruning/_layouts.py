@@ -33,6 +33,8 @@ def broadcast(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[V
     for axis, place in enumerate(equation.params["broadcast_dimensions"]):
         if len(operand.labels[axis]) == shape[place]:
             labels[place], sources[place] = operand.labels[axis], operand.sources[axis]
+        else:
+            graph.fix(operand.labels[axis], "is taken out alone and repeated")
     return carried(graph, operands[:1], [Value(tuple(labels), tuple(sources))])
 
 
@@ -49,6 +51,8 @@ def transpose(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[V
 
 def squeeze(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     dropped = equation.params["dimensions"]
+    for axis in dropped:
+        graph.fix(operands[0].labels[axis], "is taken out alone by `squeeze`")
     return [_pick(operands[0], [i for i in range(len(operands[0].labels)) if i not in dropped])]
 
 
@@ -64,18 +68,33 @@ def reshape(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Val
         return opaque(graph, equation, operands, "passes through an odd `reshape`")
     output = unlabelled(shape, FREE)
     labels, sources = list(output.labels), list(output.sources)
+    for axis in operand.labels:
+        if len(axis) == 1:
+            graph.fix(axis, "is taken out alone by `reshape`")
     for olds, news in _blocks([len(axis) for axis in operand.labels], shape):
         if len(olds) == len(news) == 1:
             labels[news[0]], sources[news[0]] = operand.labels[olds[0]], operand.sources[olds[0]]
-        elif len(news) == 1:
-            labels[news[0]] = _flattened(graph, [operand.labels[axis] for axis in olds])
-        else:
-            for axis in olds:
-                graph.fix(operand.labels[axis], "is split by a reshape, as for norms of groups")
-            code = min(int(operand.labels[axis].min()) for axis in olds)
-            for axis in news:
-                labels[axis] = rigid(shape[axis], MIXED if code >= 0 else code)
+            continue
+        whole = _flattened(graph, [operand.labels[axis] for axis in olds])
+        for axis, part in zip(
+            news, _split_axis(graph, equation, whole, [shape[axis] for axis in news]), strict=True
+        ):
+            labels[axis] = part
     return carried(graph, operands[:1], [Value(tuple(labels), tuple(sources))])
+
+
+def _split_axis(
+    graph: Graph, equation: JaxprEqn, whole: Labels, lengths: Sequence[int]
+) -> list[Labels]:
+    """Splits an axis in several, of which one keeps the channels: heads, or groups, go whole."""
+    if len(lengths) == 1:
+        return [whole]
+    if (whole < 0).all():
+        return [rigid(length, int(whole.min())) for length in lengths]
+    place = graph.choose(equation, whole, lengths)
+    rows = np.moveaxis(whole.reshape(lengths), place, 0).reshape(lengths[place], -1)
+    channels = functools.reduce(graph.couple, rows.T)
+    return [channels if i == place else rigid(n, MIXED) for i, n in enumerate(lengths)]
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -92,13 +111,14 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 
 
 def _flattened(graph: Graph, axes: list[Labels]) -> Labels:
-    """Flattens the labels of several axes, of which one may have channels."""
+    """Flattens the labels of several axes; of two with channels the first one keeps them."""
+    if len(axes) == 1:
+        return axes[0]
     grids = np.meshgrid(*axes, indexing="ij")
-    channels = [grid for grid, labels in zip(grids, axes, strict=True) if (labels >= 0).any()]
-    if len(channels) > 1:
-        for labels in axes:
-            graph.fix(labels, "is flattened together with another axis of channels")
-    return np.maximum.reduce(channels or [np.minimum.reduce(grids)]).ravel()
+    channels = [i for i, labels in enumerate(axes) if (labels >= 0).any()]
+    for i in channels[1:]:
+        graph.fix(axes[i], "is flattened together with another axis of channels")
+    return (grids[channels[0]] if channels else np.minimum.reduce(grids)).ravel()
 
 
 def reduction(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
@@ -118,6 +138,54 @@ def cut(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     lengths = [len(labels) for labels in operands[0].labels]
     new = shape_of(equation.outvars[0])
     return _along(graph, equation, operands, [a != b for a, b in zip(lengths, new, strict=True)])
+
+
+def slices(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+    starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
+    strides = equation.params["strides"] or (1,) * len(starts)
+    bounds = zip(starts, limits, strides, strict=True)
+    return carried(graph, operands, [taken(operands[0], [slice(*bound) for bound in bounds])])
+
+
+def split(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+    axis, ends = equation.params["axis"], np.cumsum(equation.params["sizes"])
+    whole = [slice(None)] * len(operands[0].labels)
+    parts = [
+        taken(operands[0], [*whole[:axis], slice(start, end), *whole[axis + 1 :]])
+        for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+    return carried(graph, operands, parts)
+
+
+def taken(operand: Value, parts: Sequence[slice]) -> Value:
+    """Takes a part of each axis; an axis of which something is missing is no leaf's own."""
+    labels = tuple(axis[part] for axis, part in zip(operand.labels, parts, strict=True))
+    pairs = zip(labels, operand.labels, operand.sources, strict=True)
+    return Value(labels, tuple(s if len(new) == len(old) else None for new, old, s in pairs))
+
+
+def unstack(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+    axis, operand = equation.params["axis"], operands[0]
+    graph.fix(operand.labels[axis], "is taken apart by `unstack`")
+    part = _pick(operand, [i for i in range(len(operand.labels)) if i != axis])
+    return carried(graph, operands, [part] * len(equation.outvars))
+
+
+def gather(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """Keeps the axes of which all is looked up: an embedding's features."""
+    (operand, indices), numbers = operands[:2], equation.params["dimension_numbers"]
+    dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = [i for i in range(len(operand.labels)) if i not in dropped]
+    shape = shape_of(equation.outvars[0])
+    labels = [rigid(length, DATA) for length in shape]
+    for labels_of_index in indices.labels:
+        graph.fix(labels_of_index, "is an index of `gather`")
+    for axis, size in enumerate(equation.params["slice_sizes"]):
+        if axis in kept and size == len(operand.labels[axis]):
+            labels[numbers.offset_dims[kept.index(axis)]] = operand.labels[axis]
+        else:
+            graph.fix(operand.labels[axis], "is looked up by `gather`")
+    return carried(graph, operands, [Value(tuple(labels), (None,) * len(labels))])
 
 
 def pad(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:

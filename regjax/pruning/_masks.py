@@ -45,9 +45,8 @@ def mask_lowest(
 ) -> Tree:
     """Removes those with the lowest scores of all leaves together, `num_to_remove` exactly.
 
-    Ties go in the order of `jax.tree.leaves`, first come first removed; NaN counts as highest. In
-    each leaf at least `min_units` stay, those with its highest scores. What is removed already does
-    not count again.
+    Ties go in the order of `jax.tree.leaves`, first come first removed. In each leaf at least
+    `min_units` stay, those with its highest scores. What is removed already does not count again.
 
     Args:
       scores: tree of scores, a leaf for each group of units, or for each array of weights.
@@ -57,10 +56,13 @@ def mask_lowest(
 
     Returns:
       The new masks, a tree like `scores` of bool arrays. Where a count or masks that are known only
-      at run time ask for more than can go, all that can go is removed.
+      at run time ask for more than can go, all that can go is removed; a count below 0 removes
+      nothing. Where a score that is known only at run time is NaN, the order says nothing, and
+      nothing is removed.
 
     Raises:
-      ValueError: the trees differ, a number is negative, or so many cannot be removed.
+      ValueError: the trees differ, a number is negative, so many cannot be removed, or the score of
+        one that is still there is NaN.
       TypeError: a leaf or a number has the wrong type.
     """
     _checks.floating_tree("scores", scores)
@@ -74,8 +76,24 @@ def mask_lowest(
     count = _check_count(num_to_remove, removable, min_units, leaves)
     dtype = _tree.vector_dtype(scores)
     rank = _ranks(jnp.concatenate([leaf.astype(dtype) for leaf in leaves]), removable)
-    stays = jnp.concatenate(kept) & ~(removable & (rank < count))
-    return _like(stays, masks)
+    goes = removable & (rank < count) & ~_some_unknown(scores, masks)
+    return _like(jnp.concatenate(kept) & ~goes, masks)
+
+
+def _some_unknown(scores: Tree, masks: Tree) -> jax.Array:
+    """Tells whether a score that counts is NaN; where that is known now, it is refused."""
+    unknown = jnp.zeros((), bool)
+    for (path, leaf), mask in zip(
+        jax.tree_util.tree_leaves_with_path(scores), jax.tree.leaves(masks), strict=True
+    ):
+        found = jnp.any(jnp.isnan(leaf) & mask)
+        if _checks.on_host(found):
+            raise ValueError(
+                f"`scores{jax.tree_util.keystr(path)}` must be numbers where `masks` are True, "
+                "got NaN."
+            )
+        unknown |= found
+    return unknown
 
 
 def _check_count(
@@ -88,6 +106,9 @@ def _check_count(
                 f"`num_to_remove` must be one integer, got {num_to_remove.dtype} of shape "
                 f"{num_to_remove.shape}."
             )
+        known = _checks.on_host(num_to_remove)
+        if known is not None and known < 0:
+            raise ValueError(f"`num_to_remove` must be non-negative, got {known}.")
         return num_to_remove
     count = _checks.integer("num_to_remove", num_to_remove, minimum=0)
     if _loops.is_concrete(removable):

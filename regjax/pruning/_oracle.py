@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _loops, _tree
-from regjax._base import Batch, LossFn, Tree, as_partial
+from regjax._base import Batch, LossFn, Tree, as_partial, check_loss
 from regjax._space import Space
 
 
@@ -44,6 +44,7 @@ def oracle_importance(
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771, the target of its expansion.
     """
+    check_loss(gate_loss, gates, batch, name="gate_loss")
     # The row behind the last gate is all zeros and gives the loss with none removed.
     losses = _by_unit_rows(_losses, gate_loss, gates, batch, chunk_size, block_size, extra=1)
     changes = (losses[:-1] - losses[-1]) ** 2

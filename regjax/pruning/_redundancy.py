@@ -10,22 +10,23 @@ A unit is redundant only as a whole: two units with equal incoming weights but o
 are not proportional do different things, and G has full rank.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from regjax import _checks, _chunks, _tree
+from regjax import _checks, _chunks, _numerics, _tree
 from regjax._base import LossFn, Tree, as_partial, check_loss, couples_examples
-from regjax._numerics import divide
 
 
 class RedundancyResult(NamedTuple):
     """What is redundant in one group of C units; arrays.
 
     Attributes:
-      rank: (), int32, number of directions that the loss depends on, `numerical_rank`.
+      rank: (), int32, number of directions that the loss depends on, `numerical_rank`; -1 for
+        traced gradients that are not finite, with NaN for all other numbers of the decomposition.
       num_units: (), int32, units that are still there.
       rate: (), the redundant share 1 - rank / num_units.
       smallest_null_energy: (), sigma^2 / N of the weakest of the `num_units` directions, the
@@ -72,7 +73,7 @@ def gradient_matrix(
       ValueError: `gate_loss` is no scalar, or couples the examples.
       TypeError: a gate is not real floating point.
     """
-    check_loss(gate_loss, gates, batch)
+    check_loss(gate_loss, gates, batch, name="gate_loss")
     if couples_examples(gate_loss):
         raise ValueError(
             "`gate_loss` must not couple the examples of a batch (batch norm or dropout in train "
@@ -101,7 +102,8 @@ def gradient_redundancy(
       A `RedundancyResult`.
 
     Raises:
-      ValueError: `matrix` has not two axes, `mask` has another length, or a number is negative.
+      ValueError: `matrix` has not two axes or an entry that is not finite, `mask` has another
+        length, or a number is negative.
       TypeError: `matrix` is not real floating point, or `mask` not bool.
 
     References:
@@ -109,28 +111,30 @@ def gradient_redundancy(
       this module.
     """
     _checks.floating_tree("matrix", matrix)
-    if jnp.ndim(matrix) != 2:
-        raise ValueError(f"`matrix` must have shape (N, C), got {jnp.shape(matrix)}.")
-    _checks.non_negative("vanishing_threshold", vanishing_threshold)
-    num_examples, size = matrix.shape
+    if jnp.ndim(matrix) != 2 or 0 in jnp.shape(matrix):
+        raise ValueError(
+            f"`matrix` must have shape (N, C), neither of them 0, got {jnp.shape(matrix)}."
+        )
+    _checks.non_negative("tol", tol, finite=True)
+    _checks.non_negative("vanishing_threshold", vanishing_threshold, finite=True)
+    num_examples, size = jnp.shape(matrix)
     mask = jnp.ones(size, bool) if mask is None else _check_mask(mask, size)
-    matrix = jnp.where(mask[None], _tree.wide(matrix), 0)
-    # Columns of zeros for the units removed add zeros at the end; so do the rows that are missing.
-    padded = jnp.pad(matrix, ((0, max(size - num_examples, 0)), (0, 0)))
-    _, values, rows = jnp.linalg.svd(padded, full_matrices=False)
+    matrix = _checks.finite_tree("matrix", jnp.where(mask[None], _tree.wide(matrix), 0))
+    values, rows = _numerics.finite_svd(_filled(matrix))
     num_units = jnp.sum(mask, dtype=jnp.int32)
     rank = numerical_rank(values, tol=tol)
     energies = values**2 / num_examples
+    rate = 1 - rank / jnp.maximum(num_units, 1)
     return RedundancyResult(
         rank=rank,
         num_units=num_units,
-        rate=1 - rank / jnp.maximum(num_units, 1),
+        rate=jnp.where(rank < 0, jnp.nan, rate),
         smallest_null_energy=energies[jnp.maximum(num_units - 1, 0)],
         singular_values=values,
         directions=rows.T,
         num_examples=jnp.int32(num_examples),
         has_enough_examples=num_units <= num_examples,
-        is_vanishing=jnp.sqrt(energies[0]) < vanishing_threshold,
+        is_vanishing=values[0] / math.sqrt(num_examples) < vanishing_threshold,
     )
 
 
@@ -151,45 +155,51 @@ def redundancy_saliency(result: RedundancyResult) -> jax.Array:
     """
     number = jnp.arange(result.singular_values.size, dtype=jnp.int32)
     energies = jnp.where(number < result.rank, result.singular_values**2, 0)
-    return jnp.matmul(result.directions**2, energies, precision="highest")
+    scores = jnp.matmul(result.directions**2, energies, precision="highest")
+    return jnp.where(result.rank < 0, jnp.nan, scores)
 
 
 def numerical_rank(singular_values: jax.Array, *, tol: float = 1e-2) -> jax.Array:
     """Counts the singular values above `tol` times the largest.
 
     Args:
-      singular_values: (C,), falling.
+      singular_values: (C,), in any order.
       tol: relative to the largest one.
 
     Returns:
-      The rank (), int32; 0 if all are 0.
+      The rank (), int32; 0 if all are 0, and -1 where one that is traced is NaN or infinite.
 
     Raises:
-      ValueError: `tol` is negative.
+      ValueError: `tol` is negative, or `singular_values` are no vector of finite numbers that are
+        not negative.
+      TypeError: `singular_values` are not real floating point.
     """
-    _checks.non_negative("tol", tol)
-    above = singular_values > tol * singular_values[0]
-    return jnp.sum(above, dtype=jnp.int32)
+    _checks.non_negative("tol", tol, finite=True)
+    values = _falling(singular_values)
+    rank = jnp.sum(values > jnp.asarray(tol, values.dtype) * values[0], dtype=jnp.int32)
+    return jnp.where(jnp.all(jnp.isfinite(values)), rank, -1)
 
 
 def energy_rank(singular_values: jax.Array, *, share: float = 0.99) -> jax.Array:
     """Finds the least r for which the r largest hold this share of the sum of squares.
 
     Args:
-      singular_values: (C,), falling.
+      singular_values: (C,), in any order.
       share: in [0, 1]; at 1 rounding decides.
 
     Returns:
-      The rank (), int32; 0 if all are 0.
+      The rank (), int32; 0 if all are 0, and -1 where one that is traced is NaN or infinite.
 
     Raises:
-      ValueError: `share` is not in [0, 1].
+      ValueError: `share` is not in [0, 1], or as in `numerical_rank`.
+      TypeError: as in `numerical_rank`.
     """
-    if not 0 <= _checks.non_negative("share", share) <= 1:
-        raise ValueError(f"`share` must be at most 1, got {share}.")
-    held = jnp.cumsum(singular_values**2)
+    _checks.between("share", share, 0, 1)
+    values = _relative(singular_values)
+    held = jnp.cumsum(values**2)
     before = jnp.concatenate([jnp.zeros(1, held.dtype), held[:-1]])
-    return jnp.sum(before < share * held[-1], dtype=jnp.int32)
+    rank = jnp.sum(before < jnp.asarray(share, held.dtype) * held[-1], dtype=jnp.int32)
+    return jnp.where(jnp.all(jnp.isfinite(values)), rank, -1)
 
 
 def stable_rank(singular_values: jax.Array) -> jax.Array:
@@ -198,13 +208,17 @@ def stable_rank(singular_values: jax.Array) -> jax.Array:
         sum_i sigma_i^2 / sigma_1^2
 
     Args:
-      singular_values: (C,), falling.
+      singular_values: (C,), in any order.
 
     Returns:
-      The rank (), a real number between 1 and C; 0 if all are 0.
+      The rank (), a real number between 1 and C; 0 if all are 0, and NaN where one that is traced
+      is NaN or infinite.
+
+    Raises:
+      ValueError: as in `numerical_rank`.
+      TypeError: as in `numerical_rank`.
     """
-    largest = singular_values[0] ** 2
-    return divide(jnp.sum(singular_values**2), largest, where=largest > 0)
+    return jnp.sum(_relative(singular_values) ** 2)
 
 
 def effective_rank(singular_values: jax.Array) -> jax.Array:
@@ -213,18 +227,48 @@ def effective_rank(singular_values: jax.Array) -> jax.Array:
         exp(-sum_i p_i log p_i),   p_i = sigma_i / sum_j sigma_j
 
     Args:
-      singular_values: (C,).
+      singular_values: (C,), in any order.
 
     Returns:
-      The rank (), a real number between 1 and C; 0 if all are 0.
+      The rank (), a real number between 1 and C; 0 if all are 0, and NaN where one that is traced
+      is NaN or infinite.
+
+    Raises:
+      ValueError: as in `numerical_rank`.
+      TypeError: as in `numerical_rank`.
 
     References:
       O. Roy, M. Vetterli (2007), "The effective rank", EUSIPCO.
     """
-    total = jnp.sum(singular_values)
-    shares = divide(singular_values, total, where=total > 0)
+    values = _relative(singular_values)
+    shares = _numerics.divide(values, jnp.sum(values))
     logarithms = jnp.log(jnp.where(shares > 0, shares, 1))
-    return jnp.where(total > 0, jnp.exp(-jnp.sum(shares * logarithms)), 0)
+    return jnp.where(values[0] == 0, 0, jnp.exp(-jnp.sum(shares * logarithms)))
+
+
+def _falling(singular_values: jax.Array) -> jax.Array:
+    """Returns the singular values from the largest one; those that are none are refused."""
+    _checks.floating_tree("singular_values", singular_values)
+    if jnp.ndim(singular_values) != 1 or not jnp.size(singular_values):
+        raise ValueError(
+            "`singular_values` must be a vector with at least one entry, got shape "
+            f"{jnp.shape(singular_values)}."
+        )
+    _checks.finite_tree("singular_values", singular_values)
+    _checks.non_negative("singular_values", singular_values)
+    return jnp.sort(_tree.wide(singular_values), descending=True)
+
+
+def _relative(singular_values: jax.Array) -> jax.Array:
+    """Divides them by the largest one, so that no square under- or overflows; NaN for infinity."""
+    values = _falling(singular_values)
+    return _numerics.divide(values, values[0])
+
+
+def _filled(matrix: jax.Array) -> jax.Array:
+    """Adds rows of zeros, which add singular values of 0, up to as many as there are columns."""
+    num_rows, num_columns = matrix.shape
+    return jnp.pad(matrix, ((0, max(num_columns - num_rows, 0)), (0, 0)))
 
 
 def _gradients(gate_loss: Partial, gates: Tree, *batch: Tree) -> Tree:

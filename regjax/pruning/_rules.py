@@ -2,7 +2,7 @@
 
 A rule takes (graph, equation, operands) and returns the value of each output, after
 `graph.couple(one, other)` for two axes that share their channels and `graph.fix(labels, reason)`
-for an axis whose channels it mixes. To add one, write it and enter it in `_RULES` under the name of
+for an axis whose channels it mixes. To add one, write it and enter it in `RULES` under the name of
 the primitive. Without a rule all channels that meet the primitive are fixed, which is always right.
 """
 
@@ -33,12 +33,13 @@ from regjax.pruning._channels import (
 
 Rule: TypeAlias = Callable[[Graph, JaxprEqn, list[Value]], list[Value]]
 
-_ELEMENTWISE = """
+_ELEMENTWISE_NAMES = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
 copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
 is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision
 rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """
+ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 _REDUCTIONS = """
 argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor
 """
@@ -64,7 +65,7 @@ def propagate(
     )
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
-        outputs = _RULES.get(equation.primitive.name, _without_rule)(graph, equation, operands)
+        outputs = RULES.get(equation.primitive.name, without_rule)(graph, equation, operands)
         values |= zip(equation.outvars, outputs, strict=True)
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -76,7 +77,7 @@ def inner_jaxpr(equation: JaxprEqn) -> tuple[Jaxpr | None, Sequence[jax.Array]]:
     return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
 
 
-def _without_rule(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+def without_rule(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     reason = f"passes through `{equation.primitive.name}`, which has no rule"
     return opaque(graph, equation, operands, reason)
 
@@ -84,7 +85,7 @@ def _without_rule(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> li
 def _call(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     jaxpr, arrays = inner_jaxpr(equation)
     if jaxpr is None:
-        return _without_rule(graph, equation, operands)
+        return without_rule(graph, equation, operands)
     constants = [unlabelled(np.shape(array), CONSTANT) for array in arrays]
     return propagate(graph, jaxpr, constants, operands)
 
@@ -92,11 +93,13 @@ def _call(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value
 def _elementwise(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     name, shape = equation.primitive.name, shape_of(equation.outvars[0])
     arrays = [operand for operand in operands if operand.labels]  # a scalar has no axes
-    spread = lambda labels, length: labels if len(labels) == length else free(length)
-    labels = [
-        functools.reduce(graph.couple, (spread(array.labels[axis], n) for array in arrays), free(n))
-        for axis, n in enumerate(shape)
-    ]
+    labels = [free(length) for length in shape]
+    for array in arrays:
+        for axis, along in enumerate(array.labels):
+            if len(along) == shape[axis]:
+                labels[axis] = graph.couple(labels[axis], along)
+            else:
+                graph.fix(along, "is taken out alone and repeated")
     sources = [_linear_source(name, operands, axis) for axis in range(len(shape))]
     output = Value(tuple(labels), tuple(sources))
     return carried(graph, arrays, [output], _ROLES.get(name, "carried"))
@@ -112,23 +115,6 @@ def _linear_source(name: str, operands: list[Value], axis: int) -> LeafAxis | No
     return varying[0].sources[axis]
 
 
-def _contract(graph: Graph, left: Value, i: int, right: Value, j: int) -> None:
-    """Notes the sum over axis i of the left and axis j of the right value.
-
-    The one that is linear in a parameter consumes the channels of the other: to multiply its slice
-    by a gate is to multiply the channel, seen from here.
-    """
-    if right.sources[j] is not None:
-        left, i, right, j = right, j, left, i
-    graph.use(right.sources[j], "carried")
-    if left.sources[i] is not None:
-        graph.use(left.sources[i], "consumed")
-        graph.couple(left.labels[i], right.labels[j])
-        return
-    for labels in (left.labels[i], right.labels[j]):
-        graph.fix(labels, "is contracted with what is no parameter")
-
-
 def _carry_axis(graph: Graph, operand: Value, axis: int) -> Labels:
     graph.use(operand.sources[axis], "carried")
     return operand.labels[axis]
@@ -138,7 +124,7 @@ def _dot(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]
     left, right = operands
     (left_sum, right_sum), (left_batch, right_batch) = equation.params["dimension_numbers"]
     for i, j in zip(left_sum, right_sum, strict=True):
-        _contract(graph, left, i, right, j)
+        graph.contract(left, i, right, j)
     labels = [
         graph.couple(_carry_axis(graph, left, i), _carry_axis(graph, right, j))
         for i, j in zip(left_batch, right_batch, strict=True)
@@ -152,22 +138,78 @@ def _dot(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]
 def _convolution(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     inputs, kernel = operands
     numbers, shape = equation.params["dimension_numbers"], shape_of(equation.outvars[0])
-    if equation.params["feature_group_count"] > 1 or equation.params["batch_group_count"] > 1:
+    if equation.params["batch_group_count"] > 1:
         return opaque(graph, equation, operands, "passes through `conv_general_dilated` in groups")
     (batch, features, *places), (out, into, *window) = numbers.lhs_spec, numbers.rhs_spec
-    _contract(graph, inputs, features, kernel, into)
+    num_groups = equation.params["feature_group_count"]
+    if num_groups == 1:
+        graph.contract(inputs, features, kernel, into)
+        channels = _carry_axis(graph, kernel, out)
+    else:
+        graph.fix(_carry_axis(graph, kernel, into), "goes into each group of a convolution")
+        channels = _in_groups(graph, inputs, features, kernel, out, num_groups)
     for operand, axes in ((inputs, places), (kernel, window)):
         for axis in axes:
             graph.fix(operand.labels[axis], "is a position of a convolution")
     labels = [rigid(length, DATA) for length in shape]
     labels[numbers.out_spec[0]] = _carry_axis(graph, inputs, batch)
-    labels[numbers.out_spec[1]] = _carry_axis(graph, kernel, out)
+    labels[numbers.out_spec[1]] = channels
     return [Value(tuple(labels), (None,) * len(labels))]
 
 
-_RULES: dict[str, Rule] = {
+def _in_groups(
+    graph: Graph, inputs: Value, features: int, kernel: Value, out: int, num_groups: int
+) -> Labels:
+    """Joins what goes into each group of a convolution with what comes out of it."""
+    into, come = (
+        _carry_axis(graph, operand, axis).reshape(num_groups, -1)
+        for operand, axis in ((inputs, features), (kernel, out))
+    )
+    channels = functools.reduce(graph.couple, (*come.T, *into.T))
+    return np.repeat(channels, come.shape[1])
+
+
+def inside_scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """Finds the values of what the body of a scan takes: constants, carry and slices."""
+    jaxpr, arrays = inner_jaxpr(equation)
+    num_consts, num_carry = equation.params["num_consts"], equation.params["num_carry"]
+    given = list(operands)
+    for i, operand in enumerate(given[num_consts + num_carry :], num_consts + num_carry):
+        graph.fix(_carry_axis(graph, operand, 0), "is scanned over")
+        given[i] = Value(operand.labels[1:], operand.sources[1:])
+    places = range(num_consts, num_consts + num_carry)
+    for i in places:
+        given[i] = carried(graph, [given[i]], [_sourceless(given[i].labels)])[0]
+    constants = [unlabelled(np.shape(array), CONSTANT) for array in arrays]
+    while True:
+        found = propagate(graph, jaxpr, constants, given)
+        changed = False
+        for i, after in zip(places, found, strict=False):
+            labels = tuple(map(graph.couple, given[i].labels, after.labels))
+            changed |= not all(map(np.array_equal, labels, given[i].labels))
+            given[i] = _sourceless(labels)
+        if not changed:
+            return given
+
+
+def _scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+    given = inside_scan(graph, equation, operands)
+    jaxpr, arrays = inner_jaxpr(equation)
+    constants = [unlabelled(np.shape(array), CONSTANT) for array in arrays]
+    num_carry, length = equation.params["num_carry"], equation.params["length"]
+    num_consts = equation.params["num_consts"]
+    found = propagate(graph, jaxpr, constants, given)
+    stacked = [(rigid(length, DATA), *value.labels) for value in found[num_carry:]]
+    return [*given[num_consts : num_consts + num_carry], *map(_sourceless, stacked)]
+
+
+def _sourceless(labels: Sequence[Labels]) -> Value:
+    return Value(tuple(labels), (None,) * len(labels))
+
+
+RULES: dict[str, Rule] = {
     **dict.fromkeys(_CALLS.split(), _call),
-    **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(_REDUCTIONS.split(), _layouts.reduction),
     **dict.fromkeys(_CUMULATIVE, _layouts.cumulative),
     **dict.fromkeys(_WINDOWS, _layouts.window),
@@ -176,13 +218,17 @@ _RULES: dict[str, Rule] = {
     "conv_general_dilated": _convolution,
     "dot_general": _dot,
     "dynamic_slice": _layouts.cut,
+    "gather": _layouts.gather,
     "iota": _layouts.iota,
     "optimization_barrier": _layouts.unchanged,
     "pad": _layouts.pad,
     "reshape": _layouts.reshape,
     "rev": _layouts.reverse,
-    "slice": _layouts.cut,
+    "scan": _scan,
+    "slice": _layouts.slices,
+    "split": _layouts.split,
     "squeeze": _layouts.squeeze,
     "stack": _layouts.stack,
     "transpose": _layouts.transpose,
+    "unstack": _layouts.unstack,
 }

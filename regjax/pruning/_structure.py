@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 
 from regjax import _checks
 from regjax._base import ModelFn, Params, Tree, as_partial
@@ -99,16 +100,38 @@ def find_structure(model_fn: ModelFn, params: Params, inputs: Tree) -> Structure
     traced = jax.make_jaxpr(_apply)(function, params, inputs)
     state, paths = jax.tree.leaves(function), [*_paths(function), *_paths(params)]
     leaves = [*state, *jax.tree.leaves(params)]
-    graph = Graph()
-    values = [graph.leaf(i, np.shape(leaf)) for i, leaf in enumerate(leaves)]
-    values += [unlabelled(np.shape(leaf), DATA) for leaf in jax.tree.leaves(inputs)]
-    constants = [unlabelled(np.shape(array), CONSTANT) for array in traced.consts]
-    for output in propagate(graph, traced.jaxpr, constants, values):
-        for labels in output.labels:
-            graph.fix(labels, "feeds the outputs")
+    graph = _graph(traced, leaves, jax.tree.leaves(inputs))
     groups, fixed = _groups(graph, _Leaves(paths, [np.ndim(x) for x in leaves], len(state)))
     abstract = lambda tree: jax.eval_shape(lambda same: same, tree)
     return Structure(groups, fixed, abstract(params), abstract(state), abstract(inputs))
+
+
+def _graph(traced: ClosedJaxpr, leaves: list[jax.Array], inputs: list[jax.Array]) -> Graph:
+    """Follows the channels from the leaves of the model to its outputs.
+
+    Where an axis is split (heads, groups of channels), the first axis of the split is tried, then
+    the next one, until its channels are not fixed.
+    """
+    choices: dict[int, int] = {}
+    while True:
+        graph = Graph(choices)
+        values = [graph.leaf(i, np.shape(leaf)) for i, leaf in enumerate(leaves)]
+        values += [unlabelled(np.shape(leaf), DATA) for leaf in inputs]
+        constants = [unlabelled(np.shape(array), CONSTANT) for array in traced.consts]
+        for output in propagate(graph, traced.jaxpr, constants, values):
+            for labels in output.labels:
+                graph.fix(labels, "feeds the outputs")
+        channel = graph.channels()
+        fixed = channel[list(graph.reasons)]
+        stuck = [
+            equation
+            for equation, (labels, lengths) in graph.splits.items()
+            if choices.get(equation, 0) + 1 < len(lengths)
+            and np.isin(channel[labels[labels >= 0]], fixed).all()
+        ]
+        if not stuck:
+            return graph
+        choices |= {equation: choices.get(equation, 0) + 1 for equation in stuck}
 
 
 def _apply(function: ModelFn, params: Params, inputs: Tree) -> Tree:
@@ -127,10 +150,13 @@ class _Leaves(NamedTuple):
     ndims: list[int]
     num_state: int
 
+    def name(self, leaf: int) -> str:
+        return self.paths[leaf] or "params"
+
     def slice(self, source: LeafAxis, units: np.ndarray) -> Slice:
         leaf, axis = source
         index = leaf if self.in_state(source) else leaf - self.num_state
-        return Slice(self.paths[leaf] or "params", index, axis, units)
+        return Slice(self.name(leaf), index, axis, units)
 
     def in_state(self, source: LeafAxis) -> bool:
         return source[0] < self.num_state
@@ -152,20 +178,25 @@ def _groups(graph: Graph, leaves: _Leaves) -> tuple[dict[str, Group], dict[str, 
     reasons = dict.fromkeys(set(channel.tolist()).difference(*map(set, consumed)), _NOT_CONSUMED)
     reasons |= {int(channel[atom]): reason for atom, reason in reversed(graph.reasons.items())}
     groups: dict[str, Group] = {}
-    fixed: dict[str, str] = {}
+    fixed: dict[LeafAxis, str] = {}
     for kernels in _stages(graph, channels, leaves):
         members = list(dict.fromkeys(np.concatenate([channels[s] for s in kernels]).tolist()))
         reason = next((reasons[member] for member in members if member in reasons), None)
         if reason is not None:
-            for leaf, _ in kernels:
-                fixed.setdefault(leaves.paths[leaf] or "params", reason)
+            fixed |= dict.fromkeys(kernels, reason)
             continue
         leaf, axis = kernels[0]
-        name = leaves.paths[leaf] or "params"
+        name = leaves.name(leaf)
         groups[f"{name}[{axis}]" if name in groups else name] = _group(
             graph, channels, leaves, np.array(members)
         )
-    return groups, {name: reason for name, reason in fixed.items() if name not in groups}
+    # A kernel of several such axes has the one in the groups, the others here.
+    grouped = {part.path for group in groups.values() for part in group.producers}
+    names: dict[str, str] = {}
+    for (leaf, axis), reason in fixed.items():
+        name = leaves.name(leaf)
+        names.setdefault(f"{name}[{axis}]" if name in grouped else name, reason)
+    return groups, names
 
 
 _NOT_CONSUMED = "goes into no kernel"

@@ -162,7 +162,7 @@ def taylor_scores_second_order(
 
 
 def _num_batches(gate_loss: LossFn, gates: Tree, batch: Batch, batch_size: int) -> int:
-    check_loss(gate_loss, gates, batch)
+    check_loss(gate_loss, gates, batch, name="gate_loss")
     length = _checks.num_examples(batch)
     return length // _checks.integer("batch_size", batch_size, maximum=length)
 

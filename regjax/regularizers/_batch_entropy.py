@@ -101,19 +101,25 @@ def layerwise_batch_entropy(
         penalty with them.
 
     Returns:
-      The penalty (), in float32 at least. The loss of the training is `task_loss` plus this.
+      The penalty (), in float32 at least; NaN if an entropy or a target is. The loss of the
+      training is `task_loss` plus this.
 
     Raises:
       ValueError: `strength` or `min_target_entropy` is negative, `task_loss` is not a scalar, or
         `entropies` and `target_entropies` are not vectors of one length.
+      TypeError: one of them is not real floating point.
 
     References:
       D. Peer and others (2022), arXiv:2208.01134; as in the authors' code. There `entropies` are
       those of a perceptron's hidden layers behind ReLU, but for the first, or of a residual
       network's blocks behind addition and ReLU.
     """
-    _checks.non_negative("strength", strength)
-    _checks.non_negative("min_target_entropy", min_target_entropy)
+    _checks.non_negative("strength", strength, finite=True)
+    _checks.non_negative("min_target_entropy", min_target_entropy, finite=True)
+    for name, value in (
+        ("task_loss", task_loss), ("entropies", entropies), ("target_entropies", target_entropies)
+    ):  # fmt: skip
+        _checks.floating_tree(name, value)
     task_loss, entropies, targets = map(_tree.wide, (task_loss, entropies, target_entropies))
     if task_loss.ndim:
         raise ValueError(f"`task_loss` must be a scalar, got shape {task_loss.shape}.")
@@ -124,7 +130,8 @@ def layerwise_batch_entropy(
         )
     size = jnp.abs(targets)
     # Not `maximum`, which halves the gradient between the two where they are equal.
-    wanted = jnp.where(size > min_target_entropy, size, jnp.asarray(min_target_entropy, size.dtype))
+    floor = jnp.asarray(min_target_entropy, size.dtype)
+    wanted = jnp.where((size > floor) | jnp.isnan(size), size, floor)
     return task_loss * jnp.asarray(strength, size.dtype) * jnp.mean((entropies - wanted) ** 2)
 
 

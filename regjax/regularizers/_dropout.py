@@ -112,7 +112,7 @@ def dropout_gradient_penalty(
     """
     _checks.non_negative("learning_rate", learning_rate)
     _checks.integer("num_samples", num_samples)
-    check_loss(dropout_loss_fn, params, (_checks.key("key", key),))
+    check_loss(dropout_loss_fn, params, (_checks.key("key", key),), name="dropout_loss_fn")
     keys = jax.random.split(key, num_samples)
     norms = _chunks.each(Partial(_squared_norm, as_partial(dropout_loss_fn)), params, (keys,), 1)
     factor = jnp.asarray(learning_rate, norms.dtype) / 4

@@ -58,7 +58,8 @@ def spectral_norm_penalty(
         matrix = _tree.wide(kernel).reshape(-1, kernel.shape[-1])
         # The norm of W' is that of W, and the vector is as short as it can be.
         matrix = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-        fixed = jax.lax.stop_gradient(matrix)
+        # Near one, or the squares of the product would under- or overflow.
+        fixed, _ = _numerics.near_one(jax.lax.stop_gradient(matrix), (0, 1))
         if num_iterations is None:
             vector = jnp.linalg.eigh(_product(fixed.T, fixed))[1][:, -1]
         else:
@@ -88,12 +89,7 @@ def _kernels(params: Params, mask: Mask) -> list[jax.Array]:
 
 def _power_step(matrix: jax.Array, vector: jax.Array, i: jax.Array) -> jax.Array:
     del i
-    return _unit(_product(matrix.T, _product(matrix, vector)))
-
-
-def _unit(vector: jax.Array) -> jax.Array:
-    """Scales `vector` to length 1; zeros stay zeros."""
-    return _numerics.divide(vector, jnp.linalg.norm(vector))
+    return _numerics.unit(_product(matrix.T, _product(matrix, vector)))
 
 
 def _product(one: jax.Array, other: jax.Array) -> jax.Array:

@@ -54,5 +54,6 @@ class BatchEntropyTap(nnx.Module):
                 degrees_of_freedom=self.degrees_of_freedom,
                 axis_name=self.axis_name,
             )
-            self.batch_entropy[...] = entropy.astype(self.batch_entropy[...].dtype)
+            # Not [...], which writes into the array where it is one of NumPy.
+            self.batch_entropy.set_value(entropy.astype(self.batch_entropy[...].dtype))
         return activations

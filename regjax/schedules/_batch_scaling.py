@@ -30,14 +30,14 @@ def batch_size_scaling(
       replacement take b = B / (1 - B / N).
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: an argument, or b, is out of its range.
 
     References:
       D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092.
     """
-    _checks.positive("reference_learning_rate", reference_learning_rate)
-    _checks.positive("reference_batch_size", reference_batch_size)
-    _checks.non_negative("power", power)
+    _checks.number("reference_learning_rate", reference_learning_rate, above_zero=True)
+    _checks.number("reference_batch_size", reference_batch_size, above_zero=True)
+    _checks.number("power", power)
 
     def rate(batch_size: ArrayLike) -> jax.Array:
         size = _floating(batch_size)
@@ -66,15 +66,15 @@ def saturating_batch_size_scaling(
       A function of b, as in `batch_size_scaling`; infinity is allowed.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: an argument, or b, is out of its range.
 
     References:
       D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092; the formula between the two
       regimes is ours.
     """
-    _checks.positive("reference_learning_rate", reference_learning_rate)
-    _checks.positive("reference_batch_size", reference_batch_size)
-    _checks.non_negative("crossover", crossover)
+    _checks.number("reference_learning_rate", reference_learning_rate, above_zero=True)
+    _checks.number("reference_batch_size", reference_batch_size, above_zero=True)
+    _checks.number("crossover", crossover)
 
     def rate(batch_size: ArrayLike) -> jax.Array:
         size = _floating(batch_size)
@@ -85,6 +85,6 @@ def saturating_batch_size_scaling(
     return rate
 
 
-def _floating(number: ArrayLike) -> jax.Array:
-    array = jnp.asarray(number)
+def _floating(batch_size: ArrayLike) -> jax.Array:
+    array = jnp.asarray(_checks.positive("batch_size", batch_size))
     return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(float)

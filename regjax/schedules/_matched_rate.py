@@ -27,12 +27,13 @@ def matched_learning_rate(
       The rate for `rescale_weights`, of the shape of the arguments.
 
     Raises:
-      ValueError: a number is not positive.
+      ValueError: a number is not positive or infinite.
     """
     for name, value in (
         ("learning_rate", learning_rate),
         ("weight_decay", weight_decay),
         ("gradient_norm", gradient_norm),
     ):
-        _checks.positive(name, value)
-    return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay) / gradient_norm
+        _checks.positive(name, value, finite=True)
+    # A product of the two would underflow.
+    return jnp.sqrt(learning_rate) * jnp.sqrt(2 * jnp.asarray(weight_decay)) / gradient_norm

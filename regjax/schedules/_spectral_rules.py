@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
+
+from regjax import _checks
 
 
 class SpectralRatesResult(NamedTuple):
@@ -31,12 +34,16 @@ def nesterov_rule(largest: ArrayLike, smallest: ArrayLike) -> SpectralRatesResul
     Returns:
       A `SpectralRatesResult`. A loss multiplied by a number has the same momentum and trajectory.
 
+    Raises:
+      ValueError: a curvature is known and not positive, infinite, or out of order.
+
     References:
       D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092, eq. 26, with Nesterov's rate
       1 / L in place of the printed sqrt(m / L), which has no unit of a learning rate and diverges
       on a quadratic with the curvatures 1 and 100.
     """
-    return SpectralRatesResult(1 / jnp.asarray(largest), _contraction(largest, smallest))
+    momentum = _contraction(largest, smallest)
+    return SpectralRatesResult(1 / jnp.asarray(largest), momentum)
 
 
 def polyak_rule(largest: ArrayLike, smallest: ArrayLike) -> SpectralRatesResult:
@@ -59,10 +66,15 @@ def polyak_rule(largest: ArrayLike, smallest: ArrayLike) -> SpectralRatesResult:
       B. Polyak (1964), USSR Computational Mathematics 4(5). D. Granziol, S. Zohren, S. Roberts
       (2022), arXiv:2006.09092, eq. 26, whose rate lacks the square (the code has it).
     """
-    rate = (2 / (jnp.sqrt(largest) + jnp.sqrt(smallest))) ** 2
-    return SpectralRatesResult(rate, _contraction(largest, smallest) ** 2)
+    momentum = _contraction(largest, smallest) ** 2
+    return SpectralRatesResult((2 / (jnp.sqrt(largest) + jnp.sqrt(smallest))) ** 2, momentum)
 
 
 def _contraction(largest: ArrayLike, smallest: ArrayLike) -> jax.Array:
+    _checks.positive("largest", largest, finite=True)
+    _checks.positive("smallest", smallest, finite=True)
+    ends = _checks.on_host(largest), _checks.on_host(smallest)
+    if ends[0] is not None and ends[1] is not None and np.any(ends[0] < ends[1]):
+        raise ValueError(f"`smallest` must be at most `largest`, {largest}, got {smallest}.")
     roots = jnp.sqrt(largest), jnp.sqrt(smallest)
     return (roots[0] - roots[1]) / (roots[0] + roots[1])

@@ -23,6 +23,7 @@ from regjax.transforms._noise import anticorrelated_noise as anticorrelated_nois
 from regjax.transforms._noise import denoise_params as denoise_params
 from regjax.transforms._noise import perturbed_gradient as perturbed_gradient
 from regjax.transforms._pruning import hold_masks as hold_masks
+from regjax.transforms._remove_radial import remove_radial as remove_radial
 from regjax.transforms._sam import gsam as gsam
 from regjax.transforms._sam import sam as sam
 from regjax.transforms._spectral_controller import (
@@ -32,7 +33,6 @@ from regjax.transforms._spectral_controller import (
     refresh_spectral_controller as refresh_spectral_controller,
 )
 from regjax.transforms._spectral_controller import spectral_controller as spectral_controller
-from regjax.transforms._weight_rescaling import remove_radial as remove_radial
 from regjax.transforms._weight_rescaling import rescale_velocity as rescale_velocity
 from regjax.transforms._weight_rescaling import rescale_weights as rescale_weights
 from regjax.transforms._wrappers import only_extra as only_extra

@@ -80,14 +80,14 @@ def gossip_average(
         raise TypeError(f"`axis_name` must be a name or a pair of names, got {axis_name!r}.")
 
     def init(params: Params) -> GossipAverageState:
-        _checks.floating_tree("params", params)
+        _checks.floating_leaves("params", params)
         return GossipAverageState(jnp.int32(0))
 
     def update(
         updates: Params, state: GossipAverageState, params: Params | None = None, **extra: object
     ) -> tuple[Params, GossipAverageState]:
         del extra
-        params = _gradients.check_params(params)
+        params = _gradients.check_params(updates, params)
         num_learners(axis_name)
         # The same on all learners anyway; now `jax.vmap` knows it and takes one branch, not all.
         count = lax.pmax(state.num_updates, axis_name)
@@ -101,7 +101,8 @@ def gossip_average(
 
 def _added(update: jax.Array, mixed: jax.Array, param: jax.Array) -> jax.Array:
     change = _tree.wide(mixed) - _tree.wide(param)
-    return (change + _tree.wide(update)).astype(jnp.result_type(update))
+    update_too = _tree.wide(update).astype(change.dtype)
+    return (change + update_too).astype(_gradients.sum_dtype(update, param))
 
 
 def mean_params(params: Params) -> Params:
@@ -133,7 +134,7 @@ def consensus_model(
     Args:
       model: of one learner; its parameters are replaced, and its batch statistics.
       params: stacked tree, leaves (n, ...) with a leading axis of learners.
-      batches: inputs of each batch, of one size; any iterable. Unread without batch statistics.
+      batches: inputs of each batch; any iterable. Unread without batch statistics.
       key: typed key of dropout, or None.
 
     Returns:

@@ -60,8 +60,8 @@ def entropy_sgd(
       gamma: stiffness of the well, in units of the loss over the parameter squared, or a schedule
         of the outer count (`schedules.scoping_schedule`).
       key: typed key.
-      num_inner_steps: number of inner steps; compile time does not grow with it, but for
-        convolutions on CPU.
+      num_inner_steps: number of inner steps, at most 100 000; compile time does not grow with it,
+        but for convolutions on CPU.
       learning_rate: of the inner steps.
       noise_scale: standard deviation of the noise per square root of the inner learning rate, in
         units of the parameters.
@@ -90,11 +90,11 @@ def entropy_sgd(
         _schedules.check_size(name, value)
     if isinstance(averaging, (int, float)) and averaging > 1:
         raise ValueError(f"`averaging` must be at most 1, got {averaging}.")
-    check_static("num_inner_steps", num_inner_steps, 0)
+    check_static("num_inner_steps", num_inner_steps, 0, _MAX_INNER_STEPS)
     _checks.key("key", key)
 
     def init(params: Params) -> EntropySgdState:
-        _checks.floating_tree("params", params)
+        _checks.floating_leaves("params", params)
         return EntropySgdState(jnp.int32(0), jax.random.clone(key))
 
     def update(
@@ -110,9 +110,9 @@ def entropy_sgd(
         next_state = EntropySgdState(state.num_updates + 1, next_key)
         if num_inner_steps == 0:
             return updates, next_state
-        params = _gradients.check_whole_params(params)
+        params = _gradients.check_whole_params(updates, params)
         grad_fn = _gradients.check_grad_fn(grad_fn)
-        stiffness = _schedules.value_at(gamma, state.num_updates)
+        stiffness = _schedules.value_at("gamma", gamma, state.num_updates)
         has_momentum = not _schedules.is_zero(momentum)
 
         def inner_step(_: None, carry: _Walk, i: jax.Array) -> _Walk:
@@ -137,9 +137,16 @@ def entropy_sgd(
         new = jax.tree.map(lambda x, mean: _tree.wide(x) - mean, params, walk.mean)
         if scale_by_gamma:
             new = jax.tree.map(lambda leaf: jnp.asarray(stiffness, leaf.dtype) * leaf, new)
-        return _gradients.like(new, updates), next_state
+        _gradients.check_is_first(
+            updates, new, grad_fn=grad_fn, params=params, count=state.num_updates
+        )
+        return _gradients.like(new, updates, params), next_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# More gradients than anybody waits for.
+_MAX_INNER_STEPS = 100_000
 
 
 class _Walk(NamedTuple):

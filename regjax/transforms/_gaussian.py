@@ -6,17 +6,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from regjax import _tree
+from regjax import _sharding, _tree
 from regjax._base import PRNGKey
-from regjax._space import Space
 
 
 def normal_like(key: PRNGKey, leaves: Sequence[jax.Array]) -> list[jax.Array]:
     """Draws standard normal arrays of the shapes of `leaves`, in float32 at least.
 
-    Drawn as one vector: XLA on CPU takes a quarter longer for a draw of each leaf.
+    Each leaf by itself, so that on a mesh each device draws what it has of the parameters; the
+    numbers are the same on any mesh.
     """
-    like = [jax.ShapeDtypeStruct(jnp.shape(leaf), _tree.wide_dtype(leaf)) for leaf in leaves]
-    space = Space.of(like)
-    # Or each use of the noise would compute it again.
-    return space.unravel(lax.optimization_barrier(space.normal(key)))
+
+    def draw(key: PRNGKey, leaf: jax.Array) -> jax.Array:
+        shape, dtype = jnp.shape(leaf), _tree.wide_dtype(leaf)
+        noise = jax.random.normal(key, shape, dtype, out_sharding=_sharding.explicit(leaf))
+        # Or each use of the noise would compute it again.
+        return lax.optimization_barrier(noise)
+
+    return [
+        draw(own, leaf)
+        for own, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
+    ]

@@ -1,13 +1,14 @@
 """Strong L1 or L2 regularisation that waits: the penalty is on while a gate says so."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from regjax import _checks, _tree
+from regjax import _checks, _numerics, _tree
 from regjax._base import Params, ScalarOrSchedule, Tree
 from regjax.transforms import _gradients, _masks, _schedules
 from regjax.transforms._masks import MaskOrFunction
@@ -82,10 +83,12 @@ def coherent_regularization(
       read.
     """
     _schedules.check_size("strength", strength)
+    if not isinstance(gate, Gate):
+        raise TypeError(f"`gate` must be a Gate such as cosine_gate(), got {gate!r}.")
     penalty = l2_gradient if penalty_gradient is None else penalty_gradient
 
     def init(params: Params) -> CoherentRegularizationState:
-        _masks.mask_leaves(mask, params)
+        _masks.floating_leaves(mask, params)
         return CoherentRegularizationState(
             jnp.int32(0), gate.init(), jnp.bool_(False), jnp.int32(0)
         )
@@ -97,17 +100,22 @@ def coherent_regularization(
         **extra: object,
     ) -> tuple[Params, CoherentRegularizationState]:
         del extra
-        params = _gradients.check_params(params)
+        params = _gradients.check_params(updates, params)
         leaves, treedef = jax.tree.flatten(updates)
         chosen = _masks.mask_leaves(mask, params)
-        weight = _schedules.value_at(strength, state.num_updates)
+        weight = _schedules.value_at("strength", strength, state.num_updates)
         if _schedules.is_zero(weight):
             return updates, state._replace(num_updates=state.num_updates + 1)
         places = [i for i, choose in enumerate(chosen) if choose]
         weights = jax.tree.leaves(params)
-        grads = [leaves[i] for i in places]
-        added = [jnp.asarray(weight, leaf.dtype) * penalty(weights[i]).astype(leaf.dtype)
-                 for i, leaf in zip(places, grads, strict=True)]  # fmt: skip
+        # In the wider dtype of both, or a small penalty would be lost beside the gradient.
+        dtypes = [_gradients.sum_dtype(leaves[i], weights[i]) for i in places]
+        grads = [leaves[i].astype(dtype) for i, dtype in zip(places, dtypes, strict=True)]
+        slopes = [_checked(penalty(weights[i]), weights[i]) for i in places]
+        added = [
+            jnp.asarray(weight, dtype) * slope.astype(dtype)
+            for slope, dtype in zip(slopes, dtypes, strict=True)
+        ]
         on, gate_state = gate.decide(grads, added, state.gate, state.num_updates)
         for i, grad, extra_grad in zip(places, grads, added, strict=True):
             leaves[i] = jnp.where(on, grad + extra_grad, grad)
@@ -116,6 +124,12 @@ def coherent_regularization(
         return jax.tree.unflatten(treedef, leaves), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _checked(penalty: Params, weights: jax.Array) -> Params:
+    """Returns what `penalty_gradient` made of a leaf, if it is an array like it."""
+    name = "penalty_gradient(weights)"
+    return _checks.floating_leaves(name, _checks.same_tree(name, penalty, weights))
 
 
 def l2_gradient(weights: jax.Array) -> jax.Array:
@@ -187,14 +201,14 @@ def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
       ValueError: an argument is out of its range.
     """
     _checks.non_negative("threshold", threshold)
+    if isinstance(threshold, Real) and threshold > 1:
+        raise ValueError(f"`threshold` must be at most 1, got {threshold}.")
 
     def is_coherent(grads: Leaves, added: Leaves) -> jax.Array:
         # The sum is formed: from the inner products of its parts it would be rounding where they
         # cancel, and that is where the gate decides.
         total = [grad + extra for grad, extra in zip(grads, added, strict=True)]
-        product = _tree.inner(grads, total)
-        square = _tree.inner(grads, grads) * _tree.inner(total, total)
-        return product > threshold * jnp.sqrt(square)
+        return _numerics.cosine(grads, total) > threshold
 
     return _held(is_coherent, hold)
 
@@ -214,11 +228,10 @@ def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
     Raises:
       ValueError: an argument is out of its range.
     """
-    _checks.non_negative("threshold", threshold)
+    _checks.number("threshold", threshold)
 
     def is_stronger(grads: Leaves, added: Leaves) -> jax.Array:
-        penalty = _tree.norm(added)
-        return _tree.norm(grads) > threshold * penalty
+        return _numerics.scaled_norm(grads) > threshold * _numerics.scaled_norm(added)
 
     return _held(is_stronger, hold)
 
@@ -274,15 +287,15 @@ def soft_threshold(
     _schedules.check_size("threshold", threshold)
 
     def init(params: Params) -> SoftThresholdState:
-        _masks.mask_leaves(mask, params)
+        _masks.floating_leaves(mask, params)
         return SoftThresholdState(jnp.int32(0))
 
     def update(
         updates: Params, state: SoftThresholdState, params: Params | None = None, **extra: object
     ) -> tuple[Params, SoftThresholdState]:
         del extra
-        params = _gradients.check_params(params)
-        cut = _schedules.value_at(threshold, state.num_updates)
+        params = _gradients.check_params(updates, params)
+        cut = _schedules.value_at("threshold", threshold, state.num_updates)
         state = SoftThresholdState(state.num_updates + 1)
         if _schedules.is_zero(cut):
             return updates, state
@@ -291,10 +304,12 @@ def soft_threshold(
         def shrink(leaf: jax.Array, param: jax.Array, choose: bool) -> jax.Array:
             if not choose:
                 return leaf
-            q = param + leaf.astype(jnp.result_type(param))
+            dtype = _gradients.sum_dtype(leaf, param)
+            w = _tree.wide(param)
+            q = w + _tree.wide(leaf).astype(w.dtype)
             small = jnp.maximum(jnp.abs(q) - jnp.asarray(cut, q.dtype), 0)
             # -w where the weight becomes zero, so that w + update is zero exactly.
-            return (jnp.sign(q) * small - param).astype(leaf.dtype)
+            return (jnp.sign(q) * small - w).astype(dtype)
 
         chosen = _masks.mask_leaves(mask, params)
         return jax.tree.unflatten(

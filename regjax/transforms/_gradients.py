@@ -8,19 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax._base import GradFn, Params
+from regjax import _checks, _loops, _numerics
+from regjax._base import GradFn, Params, Tree
 
 
-def check_params(params: Params | None) -> Params:
-    """Returns `params`, or raises an error that says how to pass them."""
+def check_params(updates: Params, params: Params | None) -> Params:
+    """Returns `params` if they are a tree like `updates`, or says how to pass them."""
     if params is None:
         raise ValueError("`params` must be given: call update(updates, state, params, ...).")
+    _checks.same_tree("updates", updates, params)
     return params
 
 
-def check_whole_params(params: Params | None) -> Params:
+def check_whole_params(updates: Params, params: Params | None) -> Params:
     """Returns `params`, or raises an error that says that `grad_fn` needs all of them."""
-    params = check_params(params)
+    params = check_params(updates, params)
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
         raise ValueError(
@@ -31,15 +33,57 @@ def check_whole_params(params: Params | None) -> Params:
 
 
 def check_grad_fn(grad_fn: GradFn | None) -> GradFn:
-    """Returns `grad_fn`, or raises an error that says how to pass it."""
+    """Returns `grad_fn` with a check of what it gives, or says how to pass it."""
     if grad_fn is None:
         raise ValueError(
             "`grad_fn` must be given, got None: call "
             "update(grads, state, params, grad_fn=lambda params, i: gradient)."
         )
-    return grad_fn
+    if not callable(grad_fn):
+        raise TypeError(f"`grad_fn` must be a function (params, i) -> gradient, got {grad_fn!r}.")
+    given: GradFn = grad_fn
+
+    def checked(params: Params, i: jax.Array | int) -> Params:
+        grads = _checks.same_tree("grad_fn(params, i)", given(params, i), params)
+        return _checks.floating_leaves("grad_fn(params, i)", grads)
+
+    return checked
 
 
-def like(tree: Params, reference: Params) -> Params:
-    """Casts the leaves of `tree` to the dtypes of `reference`."""
-    return jax.tree.map(lambda leaf, ref: leaf.astype(jnp.result_type(ref)), tree, reference)
+def check_is_first(
+    updates: Params, grads: Params, *, grad_fn: GradFn, params: Params, count: jax.Array
+) -> None:
+    """Refuses what a step of descent made of the gradient, where the numbers are known.
+
+    A transformation that puts a gradient into the chain would climb behind `optax.sgd`. Outside of
+    `jit` this is seen in the first update: what comes in points against the gradient.
+    """
+    is_known = all(map(_loops.is_concrete, jax.tree.leaves((updates, grads, params, count))))
+    # What the transformation returns is at hand; only where that is suspicious ask for another.
+    if not is_known or count != 0 or _numerics.cosine(updates, grads) >= 0:
+        return
+    if _numerics.cosine(updates, grad_fn(params, 0)) < -_AGAINST:
+        raise ValueError(
+            "`updates` must be the gradient, got what points against it: what puts a gradient into "
+            "the chain comes first, as in optax.chain(sam(0.05), optax.sgd(0.1))."
+        )
+
+
+# Of the cosine: Adam's first step, the signs of the gradient, has -0.8 with Gaussian gradients.
+_AGAINST = 0.1
+
+
+def like(tree: Params, *references: Tree) -> Params:
+    """Casts the leaves of `tree` to the dtypes of a reference, or to what several promote to."""
+    cast = lambda leaf, *refs: leaf.astype(sum_dtype(*refs))
+    return jax.tree.map(cast, tree, *references)
+
+
+def sum_dtype(*leaves: jax.Array) -> jnp.dtype:
+    """The dtype in which arrays are added, such as an update and its weights.
+
+    What puts the weights somewhere, to zero or to a norm, needs its update in this type: one in
+    bfloat16 takes float32 weights to nowhere exactly.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*leaves)

@@ -163,7 +163,7 @@ def dense_mixing(matrix: ArrayLike) -> Mixing:
         learners.
       TypeError: `matrix` is traced.
     """
-    if not _loops.is_concrete(matrix):
+    if _checks.on_host(matrix) is None:
         raise TypeError("`matrix` must be known when the program is built, got a traced array.")
     matrix = np.asarray(matrix, np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:

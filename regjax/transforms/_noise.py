@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _tree
@@ -56,8 +57,9 @@ def perturbed_gradient(
       layerwise: True: one group a step, with `std`. False: every group, with
         std / sqrt(number of groups), which has the same regulariser to first order.
       cyclic: group = count modulo number of groups. False: drawn uniformly.
-      groups: tree of ints, the group of each leaf; None is one for each leaf, as in the official
-        code. Better: kernel and bias of a layer together.
+      groups: tree of ints, the group of each leaf, or of an upper part of the tree, such as one
+        for each layer; None is one for each leaf, as in the official code. Better: kernel and bias
+        of a layer together.
       mask: leaves that may be perturbed; groups outside of it do not count.
 
     Returns:
@@ -75,7 +77,7 @@ def perturbed_gradient(
     _checks.key("key", key)
 
     def init(params: Params) -> PerturbedGradientState:
-        _checks.floating_tree("params", params)
+        _checks.floating_leaves("params", params)
         _group_numbers(groups, params, mask)
         # A copy: states are donated, the caller's key is not.
         return PerturbedGradientState(jnp.int32(0), jax.random.clone(key))
@@ -89,8 +91,9 @@ def perturbed_gradient(
         **extra: object,
     ) -> tuple[Params, PerturbedGradientState]:
         del extra
-        params, grad_fn = _gradients.check_whole_params(params), _gradients.check_grad_fn(grad_fn)
-        sigma = _schedules.value_at(std, state.num_updates)
+        params = _gradients.check_whole_params(updates, params)
+        grad_fn, clean = _gradients.check_grad_fn(grad_fn), params
+        sigma = _schedules.value_at("std", std, state.num_updates)
         next_key, noise_key, group_key = jax.random.split(state.key, 3)
         if not _schedules.is_zero(sigma):
             numbers = _group_numbers(groups, params, mask)
@@ -104,6 +107,9 @@ def perturbed_gradient(
                 sigma = sigma / math.sqrt(num_groups)
             params = _perturb(params, numbers, chosen, sigma, noise_key)
         grads = _gradients.like(grad_fn(params, 0), updates)
+        _gradients.check_is_first(
+            updates, grads, grad_fn=grad_fn, params=clean, count=state.num_updates
+        )
         return grads, PerturbedGradientState(state.num_updates + 1, next_key)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -115,13 +121,13 @@ class AnticorrelatedNoiseState(NamedTuple):
     Attributes:
       num_updates: (), int32, updates so far.
       key: typed key of the noise to come.
-      noise: for each leaf of the parameters the noise xi that it carries, MaskedNode where it
-        carries none.
+      noise: tree like the parameters of the noise xi that they carry, in float32 at least;
+        MaskedNode where a leaf carries none.
     """
 
     num_updates: jax.Array
     key: PRNGKey
-    noise: tuple[Tree, ...]
+    noise: Tree
 
 
 @static_args("key", "mask")
@@ -137,6 +143,9 @@ def anticorrelated_noise(
     optimiser comes before, if its update reads only gradients. Last in the chain. Evaluate,
     checkpoint and decay z, which `denoise_params` gives. `std=0` passes updates through.
 
+    Weights that are given to `update` may be rounded as they like: what the sum with the update
+    rounds off goes into xi, and z is followed in float32 also where w is in bfloat16.
+
     Args:
       std: standard deviation of xi, in units of the parameters, or a schedule of the update
         count.
@@ -144,7 +153,7 @@ def anticorrelated_noise(
       mask: leaves that carry noise.
 
     Returns:
-      A transformation that keeps one copy of the masked parameters.
+      A transformation that keeps one copy of the masked parameters, in float32 at least.
 
     Raises:
       ValueError: `std` is negative.
@@ -157,12 +166,13 @@ def anticorrelated_noise(
     _checks.key("key", key)
 
     def init(params: Params) -> AnticorrelatedNoiseState:
-        leaves, chosen = jax.tree.leaves(params), _masks.mask_leaves(mask, params)
+        leaves, treedef = jax.tree.flatten(params)
         noise = [
-            jnp.zeros_like(leaf) if choose else optax.MaskedNode()
-            for leaf, choose in zip(leaves, chosen, strict=True)
+            jnp.zeros_like(leaf, dtype=_tree.wide_dtype(leaf)) if choose else optax.MaskedNode()
+            for leaf, choose in zip(leaves, _masks.floating_leaves(mask, params), strict=True)
         ]
-        return AnticorrelatedNoiseState(jnp.int32(0), jax.random.clone(key), tuple(noise))
+        noise = jax.tree.unflatten(treedef, noise)
+        return AnticorrelatedNoiseState(jnp.int32(0), jax.random.clone(key), noise)
 
     def update(
         updates: Params,
@@ -170,20 +180,21 @@ def anticorrelated_noise(
         params: Params | None = None,
         **extra: object,
     ) -> tuple[Params, AnticorrelatedNoiseState]:
-        del params, extra
+        del extra
         next_key, noise_key = jax.random.split(state.key)
-        sigma, count = _schedules.value_at(std, state.num_updates), state.num_updates + 1
+        sigma, count = _schedules.value_at("std", std, state.num_updates), state.num_updates + 1
         if _schedules.is_zero(sigma):
             return updates, AnticorrelatedNoiseState(count, next_key, state.noise)
         leaves, treedef = jax.tree.flatten(updates)
-        new = list(state.noise)
-        places = [i for i, xi in enumerate(new) if not isinstance(xi, optax.MaskedNode)]
-        drawn = _gaussian.normal_like(noise_key, [new[i] for i in places])
+        carried, places = _carried(updates, state.noise)
+        weights = [None] * len(leaves)
+        if params is not None:
+            weights = jax.tree.leaves(_gradients.check_params(updates, params))
+        drawn = _gaussian.normal_like(noise_key, [carried[i] for i in places])
         for i, noise in zip(places, drawn, strict=True):
-            old = new[i]
-            new[i] = (jnp.asarray(sigma, noise.dtype) * noise).astype(old.dtype)
-            leaves[i] = leaves[i] + (new[i] - old).astype(leaves[i].dtype)
-        state = AnticorrelatedNoiseState(count, next_key, tuple(new))
+            fresh = jnp.asarray(sigma, noise.dtype) * noise
+            leaves[i], carried[i] = _exchange(leaves[i], weights[i], carried[i], fresh)
+        state = AnticorrelatedNoiseState(count, next_key, jax.tree.unflatten(treedef, carried))
         return jax.tree.unflatten(treedef, leaves), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -200,14 +211,54 @@ def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
 
     Returns:
       A tree like `params`, the weights z that are trained.
+
+    Raises:
+      ValueError: `state` is that of other parameters.
+      TypeError: `state` is that of another transformation.
     """
+    if not isinstance(state, AnticorrelatedNoiseState):
+        raise TypeError(
+            f"`state` must be an AnticorrelatedNoiseState, got {type(state).__name__}: in a chain "
+            "take the last one of the tuple."
+        )
     leaves, treedef = jax.tree.flatten(params)
-    carried = state.noise
-    clean = [
-        leaf if isinstance(xi, optax.MaskedNode) else leaf - xi
-        for leaf, xi in zip(leaves, carried, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, clean)
+    carried, places = _carried(params, state.noise)
+    for i in places:
+        clean = _tree.wide(leaves[i]) - carried[i]
+        leaves[i] = clean.astype(jnp.result_type(leaves[i]))
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _carried(params: Params, noise: Tree) -> tuple[list[Tree], list[int]]:
+    """Lists the noise of each leaf of `params`, and the places of leaves that carry some."""
+    try:
+        carried = jax.tree.structure(params).flatten_up_to(noise)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"`state` must be that of a tree {jax.tree.structure(params)}, got noise of "
+            f"{jax.tree.structure(noise)}."
+        ) from None
+    return carried, [i for i, xi in enumerate(carried) if not isinstance(xi, optax.MaskedNode)]
+
+
+def _exchange(
+    update: jax.Array, weights: jax.Array | None, old: jax.Array, fresh: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Puts fresh noise into the update in the place of the old; returns what is carried then."""
+    moved = _tree.wide(update).astype(old.dtype) + (fresh - old)
+    if weights is None:
+        return moved.astype(update.dtype), fresh
+    # The sum as `optax.apply_updates` forms it, with the rounding that a compiler may leave out.
+    dtype = _gradients.sum_dtype(update, weights)
+    moved = _rounded(moved, dtype)
+    after = _rounded(_tree.wide(weights) + moved, jnp.result_type(weights))
+    trained = (_tree.wide(weights) - old) + _tree.wide(update).astype(old.dtype)
+    return moved.astype(dtype), after - trained
+
+
+def _rounded(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    kind = jnp.finfo(dtype)
+    return lax.reduce_precision(array, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
 
 
 def _perturb(
@@ -234,7 +285,7 @@ def _group_numbers(groups: Tree, params: Params, mask: MaskOrFunction) -> list[i
     if groups is None:
         given: list[int] = list(range(len(chosen)))
     else:
-        given = jax.tree.leaves(_checks.same_structure("groups", groups, params))
+        given = _checks.prefix_leaves("groups", groups, params)
         for group in given:
             _checks.integer("groups", group, minimum=0)
     order = sorted({group for group, choose in zip(given, chosen, strict=True) if choose})

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax import _checks, pruning
+from regjax import _checks, _sharding
 from regjax._base import Params, Tree
 from regjax.transforms import _gradients
 from regjax.transforms._static_args import static_args
@@ -55,10 +55,13 @@ def hold_masks(
     """
 
     def init(params: Params) -> HoldMasksState:
+        _checks.floating_leaves("params", params)
         found = masks(params) if callable(masks) else masks
-        return HoldMasksState(
-            pruning.full_masks(params) if found is None else _arrays(found, params)
-        )
+        if found is None:
+            return HoldMasksState(
+                jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), params)
+            )
+        return HoldMasksState(_arrays(found, params))
 
     def update(
         updates: Params,
@@ -69,12 +72,12 @@ def hold_masks(
         **extra: object,
     ) -> tuple[Params, HoldMasksState]:
         del extra
-        params = _gradients.check_params(params)
+        params = _gradients.check_params(updates, params)
         held = _arrays(state.masks if masks is None else masks, params)
 
         def correct(mask: jax.Array, leaf: jax.Array, param: jax.Array) -> jax.Array:
             # The wider of both types, or the sum of parameter and update would not be exactly 0.
-            dtype = jnp.promote_types(leaf.dtype, jnp.result_type(param))
+            dtype = _gradients.sum_dtype(leaf, param)
             return jnp.where(mask, leaf.astype(dtype), -jnp.asarray(param, dtype))
 
         leaves, treedef = jax.tree.flatten(updates)
@@ -85,5 +88,9 @@ def hold_masks(
 
 
 def _arrays(masks: Tree, params: Params) -> Tree:
+    if not jax.tree.leaves(params):
+        # As `optax.tree_map_params` asks for the state, with a tree of its own without leaves.
+        return params
     _checks.same_tree("masks", _checks.bool_tree("masks", masks), params)
-    return jax.tree.map(jnp.asarray, masks)
+    # Each as its weights lie, which the types of the state say on a mesh with explicit axes.
+    return jax.tree.map(lambda mask, leaf: _sharding.like(jnp.asarray(mask), leaf), masks, params)

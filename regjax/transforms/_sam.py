@@ -42,7 +42,8 @@ def sam(
     besides the incoming one. With k = `num_shards` > 1 each shard climbs by itself (m-sharpness):
     updates = mean over i of grad_fn(w + e_i, i), e_i from grad_fn(w, i); the incoming gradient is
     not read, and a step costs 2 k gradients of a shard. First in the chain:
-    `optax.chain(sam(0.05), optax.sgd(0.1))`.
+    `optax.chain(sam(0.05), optax.sgd(0.1))`; behind `optax.sgd` it would climb, which is refused
+    where it can be seen, in a first update outside of `jit`.
 
     Report the loss and keep the batch statistics of the clean pass, and give both passes the same
     dropout key: `grad_fn` decides. `rho=0` gives grad_fn(w, 0) bit for bit.
@@ -53,7 +54,7 @@ def sam(
       adaptive: False, True (all leaves), or a tree of bools.
       eta: added to |w| on adaptive leaves, in units of the parameters. 0.01 is the default of the
         official code.
-      num_shards: number of equal shards of the batch, with their own ascents.
+      num_shards: number of equal shards of the batch, with their own ascents; at most 4096.
       mask: leaves that climb; the others stay put and leave the norm.
 
     Returns:
@@ -69,7 +70,7 @@ def sam(
       official code adapts only tensors named "weight", here `adaptive` says which.
     """
     _check(rho, eta)
-    check_static("num_shards", num_shards, 1)
+    check_static("num_shards", num_shards, 1, _MAX_SHARDS)
 
     def update(
         updates: Params,
@@ -80,11 +81,12 @@ def sam(
         **extra: object,
     ) -> tuple[Params, SamState]:
         del extra
-        params = _gradients.check_whole_params(params)
+        params = _gradients.check_whole_params(updates, params)
         grad_fn = _gradients.check_grad_fn(grad_fn)
+        radius = _schedules.value_at("rho", rho, state.num_updates)
         climb = functools.partial(
             ascend,
-            rho=_schedules.value_at(rho, state.num_updates),
+            rho=radius,
             adaptive=adaptive,
             eta=eta,
             mask=mask,
@@ -95,12 +97,15 @@ def sam(
 
             def add_shard(_: None, total: Params, i: jax.Array) -> Params:
                 # No gradient is needed to stay where one is.
-                top = params if _schedules.is_zero(rho) else climb(params, grad_fn(params, i))
+                top = params if _schedules.is_zero(radius) else climb(params, grad_fn(params, i))
                 return jax.tree.map(lambda a, b: a + _tree.wide(b), total, grad_fn(top, i))
 
             zeros = jax.tree.map(lambda leaf: jnp.zeros_like(_tree.wide(leaf)), params)
             total = _loops.scan(add_shard, zeros, num_shards)
             new = jax.tree.map(lambda leaf: leaf / num_shards, total)
+        _gradients.check_is_first(
+            updates, new, grad_fn=grad_fn, params=params, count=state.num_updates
+        )
         return _gradients.like(new, updates), SamState(state.num_updates + 1)
 
     return optax.GradientTransformationExtraArgs(_init, update)
@@ -151,17 +156,20 @@ def gsam(
         **extra: object,
     ) -> tuple[Params, SamState]:
         del extra
-        params = _gradients.check_whole_params(params)
+        params = _gradients.check_whole_params(updates, params)
         grad_fn = _gradients.check_grad_fn(grad_fn)
         top = ascend(
             params,
             updates,
-            rho=_schedules.value_at(rho, state.num_updates),
+            rho=_schedules.value_at("rho", rho, state.num_updates),
             adaptive=adaptive,
             eta=eta,
             mask=mask,
         )
-        new, weight = grad_fn(top, 0), _schedules.value_at(alpha, state.num_updates)
+        new, weight = grad_fn(top, 0), _schedules.value_at("alpha", alpha, state.num_updates)
+        _gradients.check_is_first(
+            updates, new, grad_fn=grad_fn, params=params, count=state.num_updates
+        )
         if not _schedules.is_zero(weight):
             new = _less_orthogonal(new, updates, weight)
         return _gradients.like(new, updates), SamState(state.num_updates + 1)
@@ -188,28 +196,28 @@ def ascend(
         return params
     leaves, treedef = jax.tree.flatten(params)
     climbs = _masks.mask_leaves(mask, params)
-    if isinstance(adaptive, bool):
-        adapts = [adaptive] * len(leaves)
-    else:
-        adapts = _masks.mask_leaves(adaptive, params)
+    adapts = _masks.mask_leaves(adaptive, params)
     scales = [
-        jnp.abs(_tree.wide(leaf)) + eta if adapt else None
+        jnp.abs(_tree.wide(leaf)) + jnp.asarray(eta, _tree.wide_dtype(leaf)) if adapt else None
         for leaf, adapt in zip(leaves, adapts, strict=True)
     ]
-    scaled = [
-        _tree.wide(grad) if scale is None else scale * _tree.wide(grad)
-        for grad, scale in zip(jax.tree.leaves(grads), scales, strict=True)
-    ]
-    norm = _tree.norm([leaf for leaf, climb in zip(scaled, climbs, strict=True) if climb])
-    factor = _numerics.divide(jnp.asarray(rho, norm.dtype), norm, where=norm > 0)
+    # T g / ||T g||, of the length one: no product of it leaves the range of numbers.
+    own = [leaf for leaf, climb in zip(jax.tree.leaves(grads), climbs, strict=True) if climb]
+    climbing = [scale for scale, climb in zip(scales, climbs, strict=True) if climb]
+    units = iter(_numerics.unit(list(map(_times, climbing, _numerics.unit(own)))))
 
-    def move(leaf: jax.Array, scale: jax.Array | None, grad: jax.Array, climb: bool) -> jax.Array:
+    def move(leaf: jax.Array, scale: jax.Array | None, climb: bool) -> jax.Array:
         if not climb:
             return leaf
-        step = factor.astype(grad.dtype) * (grad if scale is None else scale * grad)
+        direction = _times(scale, next(units).astype(_tree.wide_dtype(leaf)))
+        step = jnp.asarray(rho, direction.dtype) * direction
         return (_tree.wide(leaf) + step).astype(jnp.result_type(leaf))
 
-    return jax.tree.unflatten(treedef, map(move, leaves, scales, scaled, climbs))
+    return jax.tree.unflatten(treedef, map(move, leaves, scales, climbs))
+
+
+def _times(scale: jax.Array | None, leaf: jax.Array) -> jax.Array:
+    return leaf if scale is None else scale.astype(leaf.dtype) * leaf
 
 
 def _less_orthogonal(top: Params, grads: Params, weight: ArrayLike) -> Params:
@@ -219,22 +227,26 @@ def _less_orthogonal(top: Params, grads: Params, weight: ArrayLike) -> Params:
 
     Without the projection where gp = 0.
     """
-    ours, clean = jax.tree.leaves(top), jax.tree.leaves(grads)
-    square = _tree.inner(ours, ours)
-    along = _numerics.divide(_tree.inner(clean, ours), square, where=square > 0)
+    units = _numerics.unit(top)
+    along = _tree.inner(grads, units)
 
-    def combine(gp: jax.Array, g: jax.Array) -> jax.Array:
-        gp, g = _tree.wide(gp), _tree.wide(g)
-        return gp - jnp.asarray(weight, gp.dtype) * (g - along.astype(g.dtype) * gp)
+    def combine(gp: jax.Array, u: jax.Array, g: jax.Array) -> jax.Array:
+        gp = _tree.wide(gp)
+        rest = _tree.wide(g).astype(gp.dtype) - along.astype(gp.dtype) * u.astype(gp.dtype)
+        return gp - jnp.asarray(weight, gp.dtype) * rest
 
-    return jax.tree.map(combine, top, grads)
+    return jax.tree.map(combine, top, units, grads)
 
 
 def _check(rho: ScalarOrSchedule, eta: ArrayLike) -> None:
     _schedules.check_size("rho", rho)
-    _checks.non_negative("eta", eta)
+    _checks.number("eta", eta)
 
 
 def _init(params: Params) -> SamState:
-    _checks.floating_tree("params", params)
+    _checks.floating_leaves("params", params)
     return SamState(jnp.int32(0))
+
+
+# More gradients than anybody waits for: an index that is no shard would run on and on.
+_MAX_SHARDS = 4096

@@ -7,9 +7,13 @@ from regjax import _checks
 from regjax._base import ScalarOrSchedule
 
 
-def value_at(number: ScalarOrSchedule, count: jax.Array) -> ArrayLike:
-    """Returns a number, or a schedule's value at `count`."""
-    return number(count) if callable(number) else number
+def value_at(name: str, number: ScalarOrSchedule, count: jax.Array) -> ArrayLike:
+    """Returns a number, or a schedule's value at `count`, checked like a number."""
+    if not callable(number):
+        return number
+    value = number(count)
+    _checks.number(name, value)
+    return value
 
 
 def is_zero(number: ScalarOrSchedule) -> bool:
@@ -20,4 +24,4 @@ def is_zero(number: ScalarOrSchedule) -> bool:
 def check_size(name: str, value: ScalarOrSchedule) -> None:
     """Checks a number or schedule that must not be negative."""
     if not callable(value):
-        _checks.non_negative(name, value)
+        _checks.number(name, value)

@@ -104,13 +104,13 @@ def spectral_controller(
       where L is unusable, are ours.
     """
     _checks.key("key", key)
-    _checks.positive("initial_learning_rate", initial_learning_rate)
+    _checks.number("initial_learning_rate", initial_learning_rate, above_zero=True)
     if every is not None:
         check_static("every", every, 1)
     _check_options(num_steps, smallest_ratio, max_momentum)
 
     def init(params: Params) -> SpectralControllerState:
-        _checks.floating_tree("params", params)
+        _checks.floating_leaves("params", params)
         # Arrays of their own: the state is donated.
         number = lambda value: jnp.array(value, _tree.vector_dtype(params))
         return SpectralControllerState(
@@ -136,8 +136,9 @@ def spectral_controller(
         **extra: object,
     ) -> tuple[Params, SpectralControllerState]:
         del extra
-        if every is not None:
-            params = _gradients.check_whole_params(params)
+        _checks.same_tree("updates", updates, state.velocity)
+        if every is not None and jax.tree.leaves(updates):
+            params = _gradients.check_whole_params(updates, params)
             if curvature_grad_fn is None:
                 curvature_grad_fn = Partial(_first, as_partial(_gradients.check_grad_fn(grad_fn)))
             state = _loops.cond(
@@ -203,8 +204,8 @@ def refresh_spectral_controller(
 
 def _check_options(num_steps: int, smallest_ratio: ArrayLike, max_momentum: ArrayLike) -> None:
     check_static("num_steps", num_steps, 1)
-    _checks.non_negative("smallest_ratio", smallest_ratio)
-    _checks.non_negative("max_momentum", max_momentum)
+    _checks.number("smallest_ratio", smallest_ratio)
+    _checks.number("max_momentum", max_momentum)
     if isinstance(max_momentum, (int, float)) and max_momentum >= 1:
         raise ValueError(f"`max_momentum` must be below 1, got {max_momentum}.")
 

@@ -19,8 +19,8 @@ class SpectralEnds(NamedTuple):
     """The range of curvature that a rule is given, as magnitudes.
 
     Attributes:
-      largest: (), the largest magnitude; NaN if a value is.
-      smallest: (), the smallest one outside of the bulk, bounded below.
+      largest: (), the largest magnitude; NaN if a value with weight is, or a weight.
+      smallest: (), the smallest one outside of the bulk, bounded below; NaN likewise.
     """
 
     largest: jax.Array
@@ -51,7 +51,7 @@ def spectral_ends(
       after a drop as in the paper (the code does not). One node near zero, and the bound, are ours.
     """
     _checks.non_negative("smallest_ratio", smallest_ratio)
-    is_node = weights > 0
+    is_node = ~(weights <= 0)  # a weight that is NaN is no empty place
     magnitudes = jnp.abs(values)
     largest = jnp.max(jnp.where(is_node, magnitudes, 0))
     near_zero = is_node & (magnitudes < _NEAR_ZERO * largest)
@@ -69,4 +69,6 @@ def spectral_ends(
     dropped = jnp.cumprod((masses > _HEAVY * left) & ~is_last).astype(bool)
     smallest = jnp.min(jnp.where(dropped, nothing, nodes))
     bound = jnp.asarray(smallest_ratio, largest.dtype) * largest
-    return SpectralEnds(largest, jnp.maximum(smallest, bound))
+    known = ~jnp.any(jnp.isnan(weights) | jnp.isnan(jnp.where(is_node, values, 0)))
+    ends = largest, jnp.maximum(smallest, bound)
+    return SpectralEnds(*(jnp.where(known, end, jnp.nan) for end in ends))

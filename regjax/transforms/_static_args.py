@@ -45,11 +45,14 @@ def static_args(
     return named
 
 
-def check_static(name: str, value: int, minimum: int) -> int:
+def check_static(name: str, value: int, minimum: int, maximum: int | None = None) -> int:
     """Checks an integer that decides the program, so that it cannot be traced."""
     if isinstance(value, jax.Array):
         raise TypeError(
             f"`{name}` must be a Python integer, got an array: name it in inject_hyperparams, "
             "static_args=f.static_args."
         )
-    return _checks.integer(name, value, minimum=minimum)
+    value = _checks.integer(name, value, minimum=minimum)
+    if maximum is not None and value > maximum:
+        raise ValueError(f"`{name}` must be at most {maximum}, got {value}.")
+    return value

@@ -58,11 +58,11 @@ def rescale_weights(
       Z. Liu, Y. Cui, J. Wan, Y. Mao, A. Chan (2021), arXiv:2102.03497, of which only the abstract
       was read: granularity, period, and the treatment of momentum are our choices.
     """
-    _checks.positive("target_norm", target_norm)
+    _checks.number("target_norm", target_norm, above_zero=True)
     check_static("every", every, 1)
 
     def init(params: Params) -> RescaleWeightsState:
-        chosen = _masks.mask_leaves(mask, params)
+        chosen = _masks.floating_leaves(mask, params)
         paths = jax.tree_util.tree_leaves_with_path(params)
         for (path, leaf), choose in zip(paths, chosen, strict=True):
             if choose and per_filter and jnp.ndim(leaf) < 2:
@@ -76,17 +76,22 @@ def rescale_weights(
         updates: Params, state: RescaleWeightsState, params: Params | None = None, **extra: object
     ) -> tuple[Params, RescaleWeightsState]:
         del extra
-        params = _gradients.check_params(params)
+        params = _gradients.check_params(updates, params)
         count = state.num_updates + 1
         leaves, treedef = jax.tree.flatten(updates)
 
         def correct(leaf: jax.Array, param: jax.Array, choose: bool) -> jax.Array:
             if not choose:
                 return leaf
-            moved = _tree.wide(param) + _tree.wide(leaf)
-            rescaled = _with_norm(moved, target_norm, per_filter)
-            corrected = (rescaled - _tree.wide(param)).astype(leaf.dtype)
-            return corrected if every == 1 else jnp.where(count % every == 0, corrected, leaf)
+            dtype, w = _gradients.sum_dtype(leaf, param), _tree.wide(param)
+            moved = w + _tree.wide(leaf).astype(w.dtype)
+            units = _numerics.units_along(moved, _tree.group_axes(moved, per_filter))
+            corrected = (jnp.asarray(target_norm, w.dtype) * units - w).astype(dtype)
+            return (
+                corrected
+                if every == 1
+                else jnp.where(count % every == 0, corrected, leaf.astype(dtype))
+            )
 
         chosen = _masks.mask_leaves(mask, params)
         corrected = map(correct, leaves, jax.tree.leaves(params), chosen)
@@ -113,78 +118,3 @@ def rescale_velocity(velocity: Params, *, factor: ArrayLike | Tree) -> Params:
     if isinstance(factor, (int, float, jax.Array)):
         return jax.tree.map(lambda leaf: leaf / jnp.asarray(factor, leaf.dtype), velocity)
     return jax.tree.map(lambda leaf, f: leaf / jnp.asarray(f, leaf.dtype), velocity, factor)
-
-
-@static_args("mask")
-def remove_radial(
-    *, mask: MaskOrFunction, threshold: float = 0.1
-) -> optax.GradientTransformationExtraArgs:
-    """Takes the part along the weights out of an update that is nearly orthogonal to them.
-
-    For each masked leaf, first per output channel (all axes but the last), then as a whole: where
-    all cosines between update and weights are below threshold / sqrt(number of weights in a group),
-    the update is projected off the weights; the first view that passes is taken.
-
-    Deviation: the official code tests the cosine of the raw gradient; an optax transformation sees
-    the update made of it. The reduced weight decay of AdamP is the caller's.
-
-    Args:
-      mask: leaves to look at.
-      threshold: of the cosine times the root of the size of a group. 0.1 is the default of the
-        official code, where it is delta.
-
-    Returns:
-      A transformation without state whose `update` needs `params`. Last in the chain.
-
-    Raises:
-      ValueError: `threshold` is negative, or `params` is missing in `update`.
-
-    References:
-      B. Heo et al. (2021), arXiv:2006.08217, AdamP.
-    """
-    _checks.non_negative("threshold", threshold)
-
-    def update(
-        updates: Params, state: optax.OptState, params: Params | None = None, **extra: object
-    ) -> tuple[Params, optax.OptState]:
-        del extra
-        params = _gradients.check_params(params)
-        leaves, treedef = jax.tree.flatten(updates)
-        chosen = _masks.mask_leaves(mask, params)
-
-        def project(leaf: jax.Array, param: jax.Array, choose: bool) -> jax.Array:
-            if not choose or jnp.ndim(leaf) < 2:
-                return leaf
-            u, w = _tree.wide(leaf), _tree.wide(param)
-            per_channel, small_channel = _off(u, w, threshold, per_filter=True)
-            per_layer, small_layer = _off(u, w, threshold, per_filter=False)
-            projected = jnp.where(small_channel, per_channel, jnp.where(small_layer, per_layer, u))
-            return projected.astype(leaf.dtype)
-
-        return jax.tree.unflatten(
-            treedef, map(project, leaves, jax.tree.leaves(params), chosen)
-        ), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def _off(
-    u: jax.Array, w: jax.Array, threshold: ArrayLike, *, per_filter: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Takes from `u` its part along `w` in each group, and says whether all cosines are small."""
-    axes = _tree.group_axes(w, per_filter)
-    along = jnp.sum(u * w, axes, keepdims=True)
-    square = jnp.sum(w * w, axes, keepdims=True)
-    length = jnp.sqrt(square * jnp.sum(u * u, axes, keepdims=True))
-    cosine = _numerics.divide(jnp.abs(along), length, where=length > 0)
-    size = w.size // along.size
-    radial = _numerics.divide(along, square, where=square > 0)
-    return u - jnp.broadcast_to(radial, w.shape) * w, jnp.max(cosine) < threshold / size**0.5
-
-
-def _with_norm(weights: jax.Array, target_norm: ArrayLike, per_filter: bool) -> jax.Array:
-    norm = jnp.sqrt(jnp.sum(weights**2, _tree.group_axes(weights, per_filter), keepdims=True))
-    factor = _numerics.divide(
-        jnp.asarray(target_norm, norm.dtype), norm, where=norm > 0, otherwise=1
-    )
-    return weights * jnp.broadcast_to(factor, weights.shape)

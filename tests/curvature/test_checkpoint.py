@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from regjax import _files, curvature
-from regjax.curvature._engine import _identity
+from regjax import _digest, _files, curvature
 from regjax.curvature._operators._traced import TracedOperator
 from tests.curvature import long_runs
 
@@ -239,7 +238,7 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
         ({"seed": 1}, "`key` must be"),
         ({"matrix": of_loss(scale=2.0)}, "`params` must be"),
         ({"matrix": of_loss(shift=0.5)}, "`batch` must be"),
-        ({"matrix": of_loss(fourth)}, "the first product must have the components .* another loss"),
+        ({"matrix": of_loss(fourth)}, "`program` must be .*: another loss or model"),
         ({"matrix": operator()}, "`number of parameters` must be 60, got 8"),
     ]:
         options = {"max_basis": 7, "matrix": of_loss(), **wrong}
@@ -271,9 +270,9 @@ def test_a_digest_sees_place_type_and_every_bit():
         jnp.asarray(array, jnp.bfloat16), jnp.asarray(array, jnp.float16), array > 3, array > 4,
         array + 1j, jax.random.key(0), jax.random.key(1), np.zeros(6), np.int8(array),
     ]  # fmt: skip
-    digests = [_identity.digest(tree) for tree in trees]
+    digests = [_digest.digest(tree) for tree in trees]
     assert len(set(digests)) == len(digests)
-    assert digests == [_identity.digest(tree) for tree in trees]
+    assert digests == [_digest.digest(tree) for tree in trees]
 
 
 def test_inside_of_jit_a_checkpoint_is_refused(tmp_path):
@@ -290,12 +289,12 @@ def test_inside_of_jit_a_checkpoint_is_refused(tmp_path):
 
 def test_what_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(_files.CheckpointError, match="`folder` must be one that can be made"):
+    with pytest.raises(_files.CheckpointError, match="file must be a folder, got something else there"):
         top(checkpoint=curvature.Checkpoint(tmp_path / "file"))
     with pytest.raises(ValueError, match="`every` must be at least 1, got 0"):
         top(checkpoint=curvature.Checkpoint(tmp_path, every=0))
     fail = lambda *arguments: (_ for _ in ()).throw(OSError(28, "full"))
-    monkeypatch.setattr(_files, "_write", fail)
+    monkeypatch.setattr(_files._archive, "write", fail)
     with pytest.raises(_files.CheckpointError, match="must be writable, got full"):
         top(checkpoint=curvature.Checkpoint(tmp_path, every=2))
 
@@ -330,3 +329,205 @@ def test_other_errors_of_the_device_pass(monkeypatch):
     monkeypatch.setattr(TracedOperator, "product", fails)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         tridiagonal()
+
+
+class Trainer:
+    decay, target = 0.0, np.float32(np.arange(8))
+
+    def loss(self, params, inputs):
+        return jnp.mean((inputs @ (params - self.target)) ** 3) + self.decay * jnp.sum(params**2)
+
+
+def weighted(curvatures):
+    return lambda params: jnp.sum(curvatures * params**2) / 2
+
+
+def of_curvatures(change=None, dtype=jnp.float32):
+    values = np.linspace(1.0, 1.5, 1000)
+    if change is not None:
+        values[change[0]] = change[1]
+    return curvature.hessian(weighted(jnp.asarray(values, dtype)), jnp.zeros(1000, dtype))
+
+
+@jax.custom_jvp
+def ramp(x):
+    return x * x
+
+
+ramp.defjvp(lambda primals, tangents: (ramp(*primals), 2 * primals[0] * tangents[0]))
+
+
+@jax.custom_jvp
+def other_ramp(x):
+    return x * x
+
+
+other_ramp.defjvp(lambda primals, tangents: (other_ramp(*primals), 3 * primals[0] * tangents[0]))
+
+
+def bound_loss(decay):
+    trainer = Trainer()
+    trainer.decay = decay
+    return trainer.loss
+
+
+CHANGES = {
+    # One value of a thousand that a closure reads, by a little; a number; a rule of derivation.
+    "closure": (of_curvatures, lambda: of_curvatures((500, 1.6)), "function"),
+    "least bit": (
+        of_curvatures,
+        lambda: of_curvatures((999, np.nextafter(np.float32(1.5), np.float32(2)))),
+        "function",
+    ),
+    "bfloat16": (
+        lambda: of_curvatures(None, jnp.bfloat16),
+        lambda: of_curvatures((3, 1.04), jnp.bfloat16),
+        "function",
+    ),
+    "number": (lambda: of_loss(bound_loss(0.0)), lambda: of_loss(bound_loss(1e-4)), "program"),
+    "rule": (
+        lambda: of_loss(lambda p, x: jnp.sum(ramp(p) * x[0])),
+        lambda: of_loss(lambda p, x: jnp.sum(other_ramp(p) * x[0])),
+        "program",
+    ),
+    "factor": (
+        lambda: 2 * of_loss(), lambda: 2.001 * of_loss(), "factor",
+    ),
+    "product": (
+        lambda: curvature.from_matvec(lambda v: 2.0 * v, PARAMS),
+        lambda: curvature.from_matvec(lambda v: 2.0001 * v, PARAMS),
+        "program",
+    ),
+    "outputs": (
+        lambda: of_outputs(lambda o, y: jnp.mean((o - y) ** 2)),
+        lambda: of_outputs(lambda o, y: jnp.mean((o - y) ** 2 + 1e-5 * o**2)),
+        "program",
+    ),
+    "stream": (lambda: of_source(INPUTS), lambda: of_source(INPUTS[::-1] * 1.0001), "source"),
+}  # fmt: skip
+
+
+def of_outputs(output_loss_fn):
+    inputs = jnp.asarray(INPUTS, jnp.float32)
+    model_fn = lambda params, x: jnp.tanh(x @ params)
+    return curvature.gauss_newton(model_fn, output_loss_fn, PARAMS, inputs, inputs[:, 0])
+
+
+def of_source(inputs, sizes=(5, 7)):
+    pieces = np.split(np.asarray(inputs, np.float32), np.cumsum(sizes)[:-1])
+    return curvature.stream(curvature.hessian, quadratic, PARAMS, [(piece,) for piece in pieces])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_loss_reads_and_computes_is_part_of_the_problem(name, tmp_path):
+    one, other, named = CHANGES[name]
+    checkpoint = curvature.Checkpoint(tmp_path, every=2)
+    solve = lambda **options: top(max_basis=7, tol=1e-7, checkpoint=checkpoint, **options)
+    stop(lambda **options: solve(matrix=one(), **options), 3)
+    with pytest.raises(ValueError, match=rf"must be of the same problem: `.*{named}` must be"):
+        solve(matrix=other())
+    # The same again, from new function objects, goes on.
+    assert stop(lambda **options: solve(matrix=one(), **options), 3) == 3
+
+
+def test_of_a_source_neither_the_order_nor_the_batches_count(tmp_path):
+    checkpoint = curvature.Checkpoint(tmp_path, every=2)
+    solve = lambda matrix: lambda **options: top(
+        matrix=matrix, max_basis=7, tol=1e-7, checkpoint=checkpoint, **options
+    )
+    stop(solve(of_source(INPUTS)), 3)
+    assert stop(solve(of_source(INPUTS[::-1], (2, 7, 3))), 3) == 3
+
+
+def test_a_file_that_is_not_understood_is_an_error_and_stays(tmp_path):
+    checkpoint = curvature.Checkpoint(tmp_path, every=2)
+    solve = lambda **options: top(checkpoint=checkpoint, **options)
+    stop(solve, 6)
+    newest, saved = files(tmp_path)[-1], {path: path.read_bytes() for path in files(tmp_path)}
+    newest.unlink()
+    newest.mkdir()
+    with pytest.raises(_files.KindError, match="must be a checkpoint, a regular file, got a folder"):
+        solve()
+    newest.rmdir()
+    newer = saved[newest].replace(b'"version": 1', b'"version": 9')
+    _rewrite(newest, newer)
+    with pytest.raises(_files.VersionError, match="must have schema version 1"):
+        solve()
+    newest.write_bytes(saved[newest])
+    assert {path: path.read_bytes() for path in files(tmp_path)} == saved
+    assert stop(solve, 7) == 7
+
+
+def _rewrite(path, content):
+    """Writes a changed archive with checksums that are right again."""
+    import io
+    import zipfile
+    import zlib
+
+    content = bytearray(content)
+    with zipfile.ZipFile(io.BytesIO(bytes(content))) as archive:
+        for member in archive.infolist():
+            start = member.header_offset
+            length = int.from_bytes(content[start + 26 : start + 28], "little")
+            extra = int.from_bytes(content[start + 28 : start + 30], "little")
+            data = content[start + 30 + length + extra :][: member.file_size]
+            crc = zlib.crc32(data).to_bytes(4, "little")
+            old = member.CRC.to_bytes(4, "little")
+            content = bytearray(bytes(content).replace(old, crc))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("facts", None), ("facts", 3), ("product", None), ("product", [1.0]),
+        ("product", ["a", "b"]), ("count", None), ("count", -1), ("count", 1.5), ("count", True),
+        ("stage", None), ("stage", 1), ("stage", 10**9), ("parts", None), ("parts", []),
+        ("parts", {}), ("parts", {".krylov.basis.blocks": 3}), ("more", 1),
+        ("parts", {".krylov.basis.blocks": [0, [["../../x.npz", 0, 3]]]}),
+        ("parts", {".krylov.basis.blocks": [0, [["00000006.00000000.products.npz", 0, 10**12]]]}),
+        ("parts", {".krylov.basis.blocks": [0, [["00000006.00000000.products.npz", 2, 3]]]}),
+        ("parts", {".elsewhere": [0, []]}),
+    ],
+)  # fmt: skip
+def test_what_a_file_says_of_itself_is_checked(name, value, tmp_path):
+    checkpoint = curvature.Checkpoint(tmp_path, every=2)
+    solve = lambda **options: top(checkpoint=checkpoint, **options)
+    stop(solve, 6)
+    newest = files(tmp_path)[-1]
+    metadata = _files.read_metadata(newest) | {name: value}
+    if value is None:
+        del metadata[name]
+    _files.save(newest, {}, metadata=metadata)
+    before = files(tmp_path)
+    with pytest.raises(_files.CheckpointError, match=rf"{newest.name} must be .*`{name}` must be"):
+        solve()
+    assert files(tmp_path) == before
+
+
+def test_files_of_another_problem_that_are_older_are_left_alone(tmp_path):
+    other = tmp_path / "00000001.0123abcd.products.npz"
+    _files.save(other, {}, metadata={"facts": {"solver": "another"}})
+    checkpoint = curvature.Checkpoint(tmp_path, every=2)
+    with pytest.raises(ValueError, match="`solver` must be 'top_eigenpairs', got 'another'"):
+        top(checkpoint=checkpoint)
+    moved = other.rename(tmp_path / "elsewhere")
+    stop(lambda **options: top(checkpoint=checkpoint, **options), 6)
+    moved.rename(other)
+    top(checkpoint=checkpoint)
+    assert other in files(tmp_path)
+
+
+def test_one_folder_is_of_one_run_at_a_time(tmp_path):
+    checkpoint = curvature.Checkpoint(tmp_path, every=2)
+
+    def second(count, total):
+        with pytest.raises(_files.LockedError, match="must be used by one run at a time"):
+            tridiagonal(checkpoint=checkpoint)
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        top(checkpoint=checkpoint, callback=second)
+    # What a killed process leaves behind locks nobody out.
+    (tmp_path / ".products.lock").write_text('{"process": 1, "host": "elsewhere"}')
+    assert bits(top(checkpoint=checkpoint)) == bits(top())

@@ -57,13 +57,14 @@ def test_samples_of_a_block_are_those_of_numpy():
     """The mean and its error, in one round and in two, the second of one probe or of two."""
     matrix = jnp.asarray([[2.0, 1], [1, 3]])
     for total, rounds in ((5, 1), (3, 2), (4, 2)):
-        moments = _hutchinson.no_samples(Space.of(jnp.zeros(2)), of_trace=True)
+        seen = _hutchinson.no_samples(Space.of(jnp.zeros(2)), of_trace=True)
         block = total if rounds == 1 else 2
         signs = np.random.default_rng(0).choice([-1.0, 1], size=(rounds * block, 2))
         for i in range(rounds):
             vectors = jnp.asarray(signs[i * block : (i + 1) * block], jnp.float32)
             num_new = jnp.int32(min(block, total - i * block))
-            moments = _hutchinson.with_samples(moments, vectors * (vectors @ matrix), num_new)
+            seen = _hutchinson.with_samples(seen, vectors * (vectors @ matrix), num_new)
+        moments = seen.sums
         samples = np.einsum("bi,ij,bj->b", signs, matrix, signs)[:total]
         assert int(moments.num_samples) == total
         assert float(moments.mean) == pytest.approx(samples.mean(), rel=1e-6)

@@ -6,6 +6,7 @@ from jax.tree_util import Partial
 
 from regjax import curvature
 from regjax.curvature._engine import _memory
+from regjax.curvature._operators import _stream
 
 SIZE, EXAMPLES, WIDTH = 20_000, 64, 100
 ROW = 4 * SIZE
@@ -43,10 +44,11 @@ def test_bytes_of_the_basis_are_those_of_the_state():
     # Booleans and keys are a few bytes.
     assert found.state_bytes == pytest.approx(actual(state), abs=200)
     assert found.state_bytes >= 40 * ROW
-    assert found.result_bytes == pytest.approx(10 * ROW, rel=1e-3)
+    assert found.result_bytes >= 10 * ROW
     assert found.operator_bytes == 2 * ROW
     assert found.product_bytes == pytest.approx(ROW, abs=100)
-    assert found.total_bytes == found.operator_bytes + found.state_bytes + found.result_bytes
+    beside = max(found.product_bytes, found.update_bytes, found.result_bytes)
+    assert found.total_bytes == found.operator_bytes + found.state_bytes + beside
     assert all(type(number) is int for number in found)
 
 
@@ -58,7 +60,7 @@ def test_of_every_solver():
     # While the pairs that were found are taken out, their basis and the probes' are both there.
     found = estimate(curvature.spectral_density_solver, matrix, num_steps=16, deflate=32, key=key)
     assert found.state_bytes == pytest.approx((32 + 2) * ROW, rel=1e-2)
-    assert found.result_bytes == pytest.approx((32 + 16 + 2) * ROW, rel=1e-2)
+    assert found.result_bytes >= (32 + 16 + 2) * ROW
     plain = estimate(curvature.spectral_density_solver, matrix, num_steps=16, deflate=0)
     assert plain.state_bytes == pytest.approx(18 * ROW, rel=1e-2)
     found = estimate(curvature.trace_solver, matrix, num_matvecs=30, method="hutch++")
@@ -93,16 +95,94 @@ def test_several_products_at_once_take_more(monkeypatch):
     assert four.state_bytes == pytest.approx(4 * one.state_bytes, rel=1e-2)
 
 
+def model_fn(params, inputs):
+    return jnp.tanh(inputs @ params["first"]) @ params["second"]
+
+
+def square_loss(outputs, targets):
+    return jnp.mean((outputs - targets) ** 2)
+
+
+def of_model(name, **options):
+    params = {"first": jnp.full((WIDTH, 150), 0.01), "second": jnp.full((150, 10), 0.01)}
+    inputs, targets = jnp.ones((EXAMPLES, WIDTH)), jnp.ones((EXAMPLES, 10))
+    if name == "fisher":
+        return curvature.fisher(model_fn, params, inputs, key=jax.random.key(1), **options)
+    operator_fn = getattr(curvature, name)
+    return operator_fn(model_fn, square_loss, params, inputs, targets, **options)
+
+
+def of_source():
+    batches = [(jnp.ones((EXAMPLES, WIDTH)),)] * 3
+    return curvature.stream(curvature.hessian, loss_fn, jnp.full(SIZE, 0.01), batches)
+
+
+def closing_over_data():
+    inputs = jnp.ones((20 * EXAMPLES, WIDTH))
+    return curvature.hessian(lambda params: loss_fn(params, inputs), jnp.full(SIZE, 0.01))
+
+
+EIGENPAIRS, LANCZOS = curvature.top_eigenpairs_solver, curvature.lanczos_solver
+DENSITY, TRACE = curvature.spectral_density_solver, curvature.trace_solver
+CASES = {
+    "eigenpairs": lambda: (EIGENPAIRS, operator(), {"k": 10, "max_basis": 40}),
+    "density": lambda: (DENSITY, operator(), {"num_steps": 16, "deflate": 32}),
+    "plain density": lambda: (DENSITY, operator(), {"num_steps": 16, "deflate": 0}),
+    "trace": lambda: (TRACE, operator(), {"num_matvecs": 30}),
+    "Hutch++": lambda: (TRACE, operator(), {"num_matvecs": 30, "method": "hutch++"}),
+    "diagonal": lambda: (curvature.diagonal_solver, operator(), {"num_matvecs": 30}),
+    "chunks": lambda: (TRACE, operator(chunk_size=5), {"num_matvecs": 30}),
+    "stream": lambda: (TRACE, of_source(), {"num_matvecs": 30}),
+    "Gauss-Newton": lambda: (LANCZOS, of_model("gauss_newton"), {"num_steps": 9}),
+    "Fisher": lambda: (TRACE, of_model("fisher", num_samples=4), {"num_matvecs": 4}),
+    "empirical": lambda: (TRACE, of_model("empirical_fisher", chunk_size=9), {"num_matvecs": 4}),
+    "closure": lambda: (TRACE, closing_over_data(), {"num_matvecs": 4}),
+}
+
+
+def of_programs(solver):
+    """Bytes that the programs of a run on the host have at most, each with what else is there."""
+
+    def account(function, *arguments, donated=()):
+        compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        found = compiled.memory_analysis()
+        beside = found.temp_size_in_bytes + found.output_size_in_bytes
+        return found.argument_size_in_bytes, beside - found.alias_size_in_bytes
+
+    operator, state = solver.operator, jax.eval_shape(solver.init)
+    vectors = jax.eval_shape(solver.vectors, state)
+    if isinstance(operator, _stream.StreamedOperator):
+        batch = operator.source.first()
+        held = actual(operator.params)
+        one = curvature.hessian(loss_fn, operator.params, *batch, chunk_size=EXAMPLES)
+        _, product = account(lambda of, row: of.product(row), one, jnp.zeros(SIZE))
+        # What was read, the sum and the product before.
+        product += 3 * actual(batch) + 2 * ROW
+    else:
+        held = actual(operator)
+        multiply = lambda of, rows: of.product(rows.reshape(-1, rows.shape[-1])[0])
+        product = account(multiply, operator, vectors)[1]
+    whole, _ = account(lambda state: state, state)
+    _, update = account(solver.update, state, vectors, donated=0)
+    _, result = account(solver.beside, state)
+    return held + whole + max(product, update + 4 * vectors.size, result)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_within_a_tenth_of_the_compilers_account(name):
+    solver, matrix, options = CASES[name]()
+    key = jax.random.key(0)
+    solver = solver(matrix, key=key, **options)
+    found = curvature.memory_estimate(solver)
+    assert found.total_bytes == pytest.approx(of_programs(solver), rel=0.1)
+
+
 def test_wrong_arguments_are_named():
     matrix = diagonal(8)
     with pytest.raises(TypeError, match="max_bases"):
         estimate(curvature.top_eigenpairs_solver, matrix, 2, max_bases=4)
     with pytest.raises(ValueError, match="`max_basis` must be between 4 and 8, got 9"):
         estimate(curvature.top_eigenpairs_solver, matrix, 2, max_basis=9)
-    batches = [(jnp.ones((EXAMPLES, WIDTH)),)]
-    streamed = curvature.stream(curvature.hessian, loss_fn, jnp.ones(SIZE), batches)
-    with pytest.raises(TypeError, match="one that reads them; take that of one batch"):
-        estimate(curvature.top_eigenpairs_solver, streamed, 2)
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,23 @@ def test_networks_of_either_kind(kind):
     np.testing.assert_allclose(noise.value, expected, rtol=1e-4)
 
 
+LAWS = [
+    curvature.wigner_outlier,
+    curvature.additive_outlier,
+    functools.partial(curvature.marchenko_pastur_outlier, num_params=100),
+]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_an_end_that_is_not_known_stays_so(law):
+    predict = jax.jit(functools.partial(curvature.batch_extreme_eigenvalues, batch_size=8, law=law))
+    known = predict(3.0, -2.0, noise_power=0.5)
+    assert np.isnan(predict(jnp.nan, -2.0, noise_power=0.5).largest)
+    assert float(predict(jnp.nan, -2.0, noise_power=0.5).smallest) == float(known.smallest)
+    assert np.isnan(predict(3.0, jnp.nan, noise_power=0.5).smallest)
+    assert np.isnan(predict(3.0, -2.0, noise_power=jnp.nan)).all()
+
+
 def test_error_texts():
     matrices, tree = quadratic_problem(5, 3, np.float32)
     matrices, w = jnp.asarray(matrices, jnp.float32), tree(np.ones(3))

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import struct
 import sys
 from collections import Counter
@@ -182,6 +183,20 @@ def test_no_more_is_read_than_the_file_should_hold(idx, tmp_path, monkeypatch):
     assert sizes == [len(contents[TRAIN_IMAGES]) + 1]
 
 
+@pytest.mark.parametrize("name", [TRAIN_IMAGES, f"{TRAIN_LABELS}.gz"])
+def test_only_files_with_an_end_are_read(idx, tmp_path, name):
+    write(tmp_path, idx[1], zipped=name.endswith(".gz"))
+    path = tmp_path / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=f"{name} must be a file of data, .* got a named pipe"):
+        load("mnist", data_dir=tmp_path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=f"{name} must be a file of data, .* got a device"):
+        load("mnist", data_dir=tmp_path)
+
+
 def test_missing_files(idx, tmp_path, monkeypatch):
     contents = idx[1]
     with pytest.raises(DataError, match=r"No files of mnist found: put train-images.*--data-dir"):
@@ -193,7 +208,7 @@ def test_missing_files(idx, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=f"only some of the files of mnist: put {TEST_LABELS} "):
         load("mnist", data_dir=tmp_path)
     (tmp_path / TEST_LABELS).mkdir()
-    with pytest.raises(DataError, match=f"{TEST_LABELS} cannot be read"):
+    with pytest.raises(DataError, match=f"{TEST_LABELS} must be a file of data"):
         load("mnist", data_dir=tmp_path)
     with pytest.raises(DataError, match="nowhere is not a folder"):
         load("mnist", data_dir=tmp_path / "nowhere")

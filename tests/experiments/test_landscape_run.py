@@ -10,8 +10,8 @@ import regjax
 from regjax.experiments import (
     LandscapeSettings,
     UsageError,
-    _landscape_run,
     _network,
+    _probes,
     _report,
     _spectrum_run,
     _training,
@@ -80,7 +80,7 @@ def test_the_record_holds_the_surface_and_a_probe_for_each_epoch(tmp_path):
         assert (settings.out / name).stat().st_size > 10_000
     text = _report.landscape_text(record)
     assert "3 x 3 points" in text
-    assert "width of e times the loss, first direction" in text
+    assert "width of {loss < e x minimum}, direction 1" in text
 
 
 def test_a_checkpoint_is_probed_as_it_is_and_gives_the_same_surface(tmp_path):
@@ -92,7 +92,7 @@ def test_a_checkpoint_is_probed_as_it_is_and_gives_the_same_surface(tmp_path):
     assert [probe["epochs"] for probe in again["probes"]] == [2]
     assert again["probes"][0] == record["probes"][2]
     np.testing.assert_allclose(again["surface"]["losses"], record["surface"]["losses"], rtol=1e-6)
-    whole = run_landscape(dataclasses.replace(settings, chunk_size=50), silent)
+    whole = run_landscape(dataclasses.replace(settings, chunk_size=50, overwrite=True), silent)
     np.testing.assert_allclose(whole["surface"]["losses"], record["surface"]["losses"], rtol=1e-5)
 
 
@@ -108,29 +108,32 @@ def test_what_was_computed_before_an_interruption_stays(tmp_path, monkeypatch):
     assert len(on_disk["surface"]["losses"]) == 2
     # One more epoch: the probes of those before are read, not computed again.
     longer = dataclasses.replace(settings, resume=True, epochs=3)
-    computed, probe = [], _landscape_run._probe
-    monkeypatch.setattr(_landscape_run, "_probe", lambda *args: computed.append(1) or probe(*args))
+    computed, probe = [], _probes._probe
+    monkeypatch.setattr(_probes, "_probe", lambda *args: computed.append(1) or probe(*args))
     record = run_landscape(longer, silent)
     assert [probe["epochs"] for probe in record["probes"]] == [0, 1, 2, 3]
     assert record["probes"][:3] == on_disk["probes"]
     assert len(computed) == 1
     # Probes of another kind do not mix with them.
-    other = run_landscape(dataclasses.replace(longer, probe_points=3, epochs=4), silent)
-    assert [len(probe["losses"]) for probe in other["probes"]] == [3]
+    other = dataclasses.replace(longer, probe_points=3, epochs=4, overwrite=True)
+    other = run_landscape(other, silent)
+    # The epoch that the run begins with is probed as well.
+    assert [(p["epochs"], len(p["losses"])) for p in other["probes"]] == [(3, 3), (4, 3)]
 
 
 def test_settings_side_by_side(tmp_path):
     settings = make_settings(tmp_path, compare=("none", "batch"), epochs=1)
-    records = run_compare(settings, silent)
+    records = {item: record for item, (record,) in run_compare(settings, silent).items()}
     assert list(records) == ["none", "batch"]
-    for name in ("compare.json", "compare.png", "compare_probes.png"):
-        assert (settings.out / name).exists()
+    for name in (".json", ".png", "_probes.png"):
+        assert (settings.out / f"landscape_compare{name}").exists()
     assert "effective smoothness" in _report.landscapes_text(records)
+    assert "All of one seed" in _report.landscapes_text(records)
     assert "trace" not in _report.landscapes_text(records)
 
 
 def test_bad_options(tmp_path):
-    with pytest.raises(UsageError, match="--points must be odd and at least 3, got 4"):
+    with pytest.raises(UsageError, match="--points must be odd, got 4"):
         run_landscape(make_settings(tmp_path, points=4), silent)
     with pytest.raises(UsageError, match="--span must be above 0, got 0"):
         run_landscape(make_settings(tmp_path, span=0.0), silent)
@@ -138,4 +141,4 @@ def test_bad_options(tmp_path):
         run_landscape(make_settings(tmp_path, surface_examples=99), silent)
     coupled = {"normalization": "batch", "batch_norm_mode": "train", "chunk_size": 4}
     with pytest.raises(UsageError, match="--chunk-size must be at least the number of examples"):
-        run_landscape(make_settings(tmp_path, **coupled), silent)
+        run_landscape(make_settings(tmp_path / "coupled", **coupled), silent)

@@ -1,6 +1,7 @@
 """`load` through tensorflow-datasets, without TensorFlow and without a network."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -171,6 +172,14 @@ def test_damaged_files(small, tmp_path, damage, message):
     damage(small / "prepared-train.array_record-00000-of-00001")
     message = rf"prepared.* in {tmp_path} cannot be read \(.*{message}.*\): prepare it again"
     one_line(message, "prepared", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json", "more"])
+def test_only_files_with_an_end_are_read(small, tmp_path, name):
+    (small / name).unlink(missing_ok=True)
+    os.mkfifo(small / name)
+    one_line(f"{name} must be a file of data, a regular file, got a named pipe", "prepared",
+             data_dir=tmp_path)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def test_scaling_is_mean_and_deviation_of_each_channel():
 
 
 def test_evaluation_in_chunks_matches_numpy(monkeypatch):
-    monkeypatch.setattr(_network, "_EVALUATION_CHUNK", 9)
+    monkeypatch.setattr(_network, "EVALUATION_CHUNK", 9)
     dataset = make_dataset()
     model = _network.build_model(make_settings(depth=0), dataset)
     scaling = _inputs.measure_scaling(dataset, "float32")

@@ -61,38 +61,42 @@ def derivative(alpha, params, batches, i, *, bound, step, order, step_rate, seco
     return over, np.asarray(jax.grad(n if over else ahead)(alpha)), float(n(alpha))
 
 
-def replica(params, batches, *, rate, bound, clip=1.0, lower=0.01, **options):
-    """Adam in NumPy: a first moment for each case, one second moment."""
+def replica(
+    params, batches, *, rate, bound, clip=1.0, lower=0.01, b2=0.999, shared=True, **options
+):
+    """Adam in NumPy: a first moment for each case, and one second moment or one for each."""
     size = len(jax.tree.leaves(params))
-    alpha, m, v, counts = np.ones(size), np.zeros((2, size)), np.zeros(size), [0, 0]
+    alpha, m, v, counts = np.ones(size), np.zeros((2, size)), np.zeros((2, size)), [0, 0]
     cases, norms = [], []
     for i in range(batches[0].shape[0]):
         over, d, n = derivative(jnp.asarray(alpha), params, batches, i, bound=bound, **options)
         d = np.clip(d, -clip, clip)
         case = int(over)
         counts[case] += 1
+        row, count = (0, sum(counts)) if shared else (case, counts[case])
         m[case] = 0.9 * m[case] + 0.1 * d
-        v = 0.999 * v + 0.001 * d**2
+        v[row] = b2 * v[row] + (1 - b2) * d**2
         mean = m[case] / (1 - 0.9 ** counts[case])
-        alpha = alpha - rate * mean / (np.sqrt(v / (1 - 0.999 ** sum(counts))) + 1e-8)
+        alpha = alpha - rate * mean / (np.sqrt(v[row] / (1 - b2**count)) + 1e-8)
         alpha = np.maximum(alpha, lower)
         cases.append(over)
         norms.append(n)
     return alpha, cases, norms
 
 
+# What the authors' codes for convolutions and for transformers do.
+SGD = {"step": _gradinit._sgd_step, "order": 2, "step_rate": 0.1}
+ADAM = {"step": _gradinit._adam_step, "order": 1, "step_rate": 1e-3}
+ADAM |= {"clip": 1e8, "b2": 0.98, "shared": False}
+
+
 @pytest.mark.parametrize("second_order", [False, True])
-@pytest.mark.parametrize(
-    ("name", "step", "order"), [("sgd", _gradinit._sgd_step, 2), ("adam", _gradinit._adam_step, 1)]
-)
-def test_scales_are_those_of_the_replica(name, step, order, second_order, double):
+@pytest.mark.parametrize(("name", "options"), [("sgd", SGD), ("adam", ADAM)])
+def test_scales_are_those_of_the_replica(name, options, second_order, double):
     params, batches = problem()
-    middle = replica(
-        params, batches, rate=0.05, bound=np.inf, step=step, order=order, step_rate=0.1,
-        second_order=second_order,
-    )[2]  # fmt: skip
+    options = {**options, "second_order": second_order}
+    middle = replica(params, batches, rate=0.05, bound=np.inf, **options)[2]
     bound = float(np.median(middle))
-    options = {"step": step, "order": order, "step_rate": 0.1, "second_order": second_order}
     alpha, cases, norms = replica(params, batches, rate=0.05, bound=bound, **options)
     assert 0 < sum(cases) < T  # both cases are met
     result = initializers.gradinit(
@@ -150,6 +154,39 @@ def test_without_a_rate_nothing_moves_and_zero_arrays_stay():
     assert moved.scales["second"]["bias"] == 0
     kernels = [float(layer["kernel"]) for layer in moved.scales.values()]
     assert min(kernels) == pytest.approx(0.01)
+
+
+def test_a_scale_that_came_to_zero_stays_there():
+    params = {"kernel": jnp.ones(()), "bias": jnp.ones(())}
+    # The bias is bad in the first batches and good in the later ones.
+    x = jnp.concatenate([jnp.ones((3, 3, 2)), -jnp.ones((30, 3, 2))])
+    loss = lambda p, x: jnp.mean((p["kernel"] + x * p["bias"] - 1) ** 2)
+    for min_scale, stays in ((None, True), (1e-3, False)):
+        found = initializers.gradinit(
+            loss, params, (x,), gradient_norm_bound=np.inf, learning_rate=0.4, min_scale=min_scale
+        )
+        assert (found.scales["bias"] == 0) == stays
+        assert stays or found.scales["bias"] > 0.1
+
+
+def test_scales_of_normalizations_end_at_their_bound():
+    params = {"norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)}, "kernel": jnp.ones(2)}
+    loss = lambda p, x: -jnp.mean(x) * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(p))
+    run = functools.partial(
+        initializers.gradinit,
+        loss,
+        params,
+        (jnp.ones((8, 3, 2)),),
+        gradient_norm_bound=np.inf,
+        learning_rate=50.0,
+    )
+    for first_step, bound in (("adam", 100), ("sgd", np.inf)):
+        scales = run(first_step=first_step).scales
+        assert float(scales["norm"]["scale"]) == min(bound, float(scales["kernel"]))
+        assert float(scales["norm"]["bias"]) == float(scales["kernel"]) > 300
+    assert jax.tree.leaves(run(max_scale=2.0).scales) == [2.0] * 3
+    with pytest.raises(ValueError, match="`max_scale` must not be below `min_scale`"):
+        run(max_scale=0.001, min_scale=0.01)
 
 
 def test_chain_of_scalar_layers_comes_down_to_the_bound(double):

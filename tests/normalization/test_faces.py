@@ -75,7 +75,8 @@ def test_options_have_one_name_and_one_default(name):
     in_linen = {f.name: f.default for f in dataclasses.fields(getattr(normalization.linen, name))}
     assert fields.items() <= in_linen.items()
     extra = set(in_linen) - set(fields)
-    assert extra == {"use_running_average", "rng_collection", "name", "parent"}
+    ours = {"use_running_average", "rng_collection", "bias_init", "scale_init"}
+    assert extra == {*ours, "name", "parent"}
     signature = inspect.signature(getattr(normalization.nnx, name)).parameters
     assert fields.items() <= {k: p.default for k, p in signature.items()}.items()
 

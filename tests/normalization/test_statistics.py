@@ -6,6 +6,7 @@ import pytest
 from regjax.normalization import _statistics
 
 RANDOM = np.random.default_rng(0)
+DEVICES = _statistics.Devices("d")
 
 
 @pytest.mark.parametrize("axes", [(0,), (0, 1), (0, -2), (1,)])
@@ -25,13 +26,6 @@ def test_far_values_do_not_cancel(offset):
     # E[x^2] - E[x]^2 fails here.
     naive = jnp.mean(x**2, 0) - jnp.mean(x, 0) ** 2
     assert jnp.abs(naive / exact[0] - 1).max() > 1e-2
-
-
-def test_half_precision_is_reduced_in_float32():
-    x = jnp.asarray(RANDOM.normal(size=(4096, 2)) + 3, jnp.bfloat16)
-    found = _statistics.moments(x, (0,))
-    assert found.mean.dtype == jnp.float32
-    np.testing.assert_allclose(found.mean[0], np.asarray(x, np.float64).mean(0), rtol=1e-5)
 
 
 def test_gradient_is_that_of_the_two_pass_form():
@@ -56,7 +50,7 @@ def test_gradient_is_that_of_the_two_pass_form():
 def test_devices_of_a_mapped_axis_share_one_collective():
     x = RANDOM.normal(size=(4, 6, 3)) + 50 * np.arange(4).reshape(4, 1, 1)
     shards = jnp.asarray(x, jnp.float32)
-    parted = jax.vmap(lambda x: _statistics.moments(x, (0,), axis_name="d"), axis_name="d")
+    parted = jax.vmap(lambda x: _statistics.moments(x, (0,), devices=DEVICES), axis_name="d")
     mean, variance = jax.jit(lambda x: parted(x)[:2])(shards)
     whole = x.reshape(24, 3)
     for device in range(4):
@@ -64,14 +58,14 @@ def test_devices_of_a_mapped_axis_share_one_collective():
         np.testing.assert_allclose(variance[device, 0], whole.var(0), rtol=1e-5)
     seen = []
     jax.vmap(
-        lambda x: seen.append(_statistics.moments(x, (0,), axis_name="d").num_values) or x,
+        lambda x: seen.append(_statistics.moments(x, (0,), devices=DEVICES).num_values) or x,
         axis_name="d",
     )(shards)
     assert seen == [24]
     jaxpr = str(
         jax.make_jaxpr(
-            lambda x: _statistics.moments(x, (0,), axis_name="d")[:2], axis_env=[("d", 4)]
+            lambda x: _statistics.moments(x, (0,), devices=DEVICES)[:2], axis_env=[("d", 4)]
         )(shards[0])
     )
-    assert jaxpr.count("all_gather[") == 1
-    assert "psum" not in jaxpr
+    assert jaxpr.count("psum[") == 1
+    assert "all_gather" not in jaxpr

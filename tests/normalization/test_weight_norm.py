@@ -138,17 +138,104 @@ def test_nnx_trains_the_length_and_never_writes_the_direction(default_promotion)
     assert jnp.all(longer > jnp.linalg.norm(model.params["layer"]["kernel"], axis=0))
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (3, 3, 2, 4)])
-def test_standardized_weights_have_mean_zero_and_variance_one(shape):
-    kernel = jnp.asarray(3 + 2 * RANDOM.normal(size=shape), jnp.float32)
-    flat = np.asarray(normalization.standardize_weight(kernel)).reshape(-1, 4)
-    np.testing.assert_allclose(flat.mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(flat.var(0), 1, rtol=1e-4)
-    # A constant filter has no direction: finite, and so is its gradient.
-    constant = jnp.ones(shape)
-    assert jnp.all(normalization.standardize_weight(constant) == 0)
-    gradient = jax.grad(lambda k: jnp.sum(normalization.standardize_weight(k) ** 2))(constant)
-    assert jnp.all(jnp.isfinite(gradient))
+SIZES = [1e-33, 1e-25, 1.0, 1e22, 1e36]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_directions_of_any_size(size):
+    """Squares under- and overflow outside of 1e-19 to 1e19."""
+    start, g = RANDOM.normal(size=(6, 4)), jnp.arange(1.0, 5.0)
+    v = jnp.asarray(start * size, jnp.float32)
+    expected = normalization.weight_normalize(jnp.asarray(start, jnp.float32), g)
+    np.testing.assert_allclose(normalization.weight_normalize(v, g), expected, rtol=1e-5)
+    slope = jax.grad(lambda v: loss(normalization.weight_normalize(v, g)))
+    right = np.asarray(slope(jnp.asarray(start, jnp.float32)), np.float64)
+    if size < 1e36:  # beyond, the derivative is no number of float32
+        np.testing.assert_allclose(np.asarray(slope(v), np.float64) * size, right, atol=1e-5)
+    split = normalization.split_weights({"k": v}, mask={"k": True})["k"]
+    length = np.sqrt(np.sum((np.asarray(v, np.float64)) ** 2, 0))
+    np.testing.assert_allclose(np.asarray(split.g, np.float64) / length, 1, rtol=1e-5)
+    np.testing.assert_allclose(normalization.join_weights(split), v, rtol=1e-5)
+
+
+def test_double_precision_has_sizes_of_its_own(double):
+    start, g = jnp.asarray(RANDOM.normal(size=(6, 4))), jnp.arange(1.0, 5.0)
+    expected = normalization.weight_normalize(start, g)
+    for size in (1e-300, 1e-170, 1e200, 1e300):
+        np.testing.assert_allclose(
+            normalization.weight_normalize(start * size, g), expected, rtol=1e-12
+        )
+
+
+def of_authors(kernel, epsilon=1e-5):
+    """The authors' code: torch's `std`, which is unbiased, plus epsilon."""
+    k = np.asarray(kernel, np.float64)
+    axes = tuple(range(k.ndim - 1))
+    return (k - k.mean(axes)) / (k.std(axes, ddof=1) + epsilon)
+
+
+def of_timm(kernel, epsilon=1e-6):
+    """timm's StdConv2d: a batch norm over the weights."""
+    k = np.asarray(kernel, np.float64)
+    axes = tuple(range(k.ndim - 1))
+    return (k - k.mean(axes)) / np.sqrt(k.var(axes) + epsilon)
+
+
+TIMM = {"epsilon": 1e-6, "degrees_of_freedom": 0, "epsilon_added_to": "variance"}
+
+
+@pytest.mark.parametrize("norm", [1e-3, 0.1, 1.0, 100.0])
+@pytest.mark.parametrize("shape", [(6, 4), (3, 3, 2, 4), (3, 3, 512, 4)])
+def test_standardized_weights_are_those_of_the_authors_and_of_timm(shape, norm):
+    kernel = RANDOM.normal(size=shape)
+    kernel *= norm / np.linalg.norm(kernel.reshape(-1, 4), axis=0)
+    kernel = jnp.asarray(kernel, jnp.float32)
+    ours = normalization.standardize_weight(kernel)
+    np.testing.assert_allclose(ours, of_authors(kernel), rtol=1e-4, atol=1e-5)
+    timm = normalization.standardize_weight(kernel, **TIMM)
+    np.testing.assert_allclose(timm, of_timm(kernel), rtol=1e-4, atol=1e-5)
+    if shape[-2] == 512 and norm == 0.1:  # 0.42 with epsilon inside of the root
+        assert np.asarray(ours).std() == pytest.approx(0.993, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("added_to", ["deviation", "variance"])
+def test_without_epsilon_no_factor_changes_standardized_weights(size, added_to):
+    start = RANDOM.normal(0.5, 1, size=(3, 3, 8, 4))
+    options = {"epsilon": 0.0, "epsilon_added_to": added_to}
+    standardize = lambda k: normalization.standardize_weight(k, **options)
+    expected = standardize(jnp.asarray(start, jnp.float32))
+    np.testing.assert_allclose(np.asarray(expected).std((0, 1, 2), ddof=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        standardize(jnp.asarray(start * size, jnp.float32)), expected, atol=1e-5
+    )
+    kernel, slope = jnp.asarray(start, jnp.float32), jnp.ones((3, 3, 8, 4)) * kernel_weights(start)
+    gradient = jax.grad(lambda k: jnp.sum(standardize(k) * slope))(kernel)
+    np.testing.assert_allclose(jnp.sum(gradient * kernel, (0, 1, 2)), 0, atol=1e-4)
+
+
+def kernel_weights(like):
+    return jnp.asarray(np.random.default_rng(1).normal(size=like.shape), jnp.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"epsilon": 0.0}, TIMM, {**TIMM, "epsilon": 0.0}])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e-30, 1e30])
+def test_a_constant_filter_has_no_direction(value, options):
+    constant = jnp.full((3, 3, 7, 4), value)
+    assert jnp.all(normalization.standardize_weight(constant, **options) == 0)
+    gradient = jax.grad(lambda k: jnp.sum(normalization.standardize_weight(k, **options) ** 2))
+    assert jnp.all(jnp.isfinite(gradient(constant)))
+
+
+def test_standardized_weights_along_another_axis_and_of_half_precision():
+    kernel = jnp.asarray(RANDOM.normal(size=(3, 3, 5, 2)), jnp.float32)
+    other = normalization.standardize_weight(kernel, axis=-2)
+    expected = normalization.standardize_weight(jnp.swapaxes(kernel, -1, -2))
+    np.testing.assert_allclose(other, jnp.swapaxes(expected, -1, -2), rtol=1e-6)
+    assert normalization.standardize_weight(kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert jnp.all(
+        jnp.isnan(normalization.standardize_weight(kernel.at[0, 0, 0, 0].set(jnp.nan))[..., 0])
+    )
 
 
 @pytest.mark.parametrize("kind", ["dense", "conv"])
@@ -165,10 +252,25 @@ def test_standardized_layers_agree(kind, default_promotion):
 
 
 def test_error_texts():
-    with pytest.raises(ValueError, match=r"`kernel` must have at least two axes, got shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"`kernel` must have at least two axes and .* shape \(3,\)"
+    ):
         normalization.standardize_weight(jnp.ones(3))
     with pytest.raises(ValueError, match="`epsilon` must be non-negative, got -1"):
         normalization.standardize_weight(jnp.ones((2, 3)), epsilon=-1)
+    with pytest.raises(ValueError, match="`epsilon_added_to` must be one of deviation, variance"):
+        normalization.standardize_weight(jnp.ones((2, 3)), epsilon_added_to="std")
+    with pytest.raises(ValueError, match="more than 1 weights to a unit, got shape"):
+        normalization.standardize_weight(jnp.ones((1, 3)))
+    for bad in (jnp.ones((2, 3), int), jnp.ones((2, 3), complex), jnp.ones((2, 3), bool)):
+        with pytest.raises(TypeError, match="`kernel` must be real floating point"):
+            normalization.standardize_weight(bad)
+        with pytest.raises(TypeError, match="`v` must be real floating point"):
+            normalization.weight_normalize(bad, jnp.ones(3))
+    with pytest.raises(ValueError, match="no empty one, got shape"):
+        normalization.weight_normalize(jnp.ones((0, 3)), jnp.ones(3))
+    with pytest.raises(ValueError, match="`axis` must be between -2 and 1, got 2"):
+        normalization.weight_normalize(jnp.ones((2, 3)), jnp.ones(3), axis=2)
     with pytest.raises(ValueError, match=r"`g` must have shape \(3,\), got \(2,\)"):
         normalization.weight_normalize(jnp.ones((2, 3)), jnp.ones(2))
     with pytest.raises(TypeError, match="must be an nnx module with a kernel, got function"):

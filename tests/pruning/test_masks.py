@@ -1,5 +1,7 @@
 """Masks: exact counts, ties, floors, and errors; and what schedules ask for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,11 +83,33 @@ def test_a_count_at_run_time_removes_what_it_can():
     assert remove._cache_size() == 1
 
 
-def test_infinite_scores_are_scores_and_nan_is_highest():
-    scores = {"a": jnp.asarray([jnp.inf, jnp.nan, 1.0, -jnp.inf])}
+def test_infinite_scores_are_scores():
+    scores = {"a": jnp.asarray([jnp.inf, 2.0, 1.0, -jnp.inf])}
     full = pruning.full_masks(scores)
     orders = [removed(pruning.mask_lowest(scores, full, count)) for count in (1, 2, 3)]
-    assert orders == [[3], [2, 3], [0, 2, 3]]
+    assert orders == [[3], [2, 3], [1, 2, 3]]
+
+
+def test_nan_is_no_score():
+    """Refused where that is known, else nothing goes; what is gone already may have any score."""
+    scores = {"a": jnp.asarray([3.0, jnp.nan, 1.0]), "b": jnp.ones(2)}
+    full = pruning.full_masks(scores)
+    with pytest.raises(ValueError, match=r"`scores\['a'\]` must be numbers where `masks` are True"):
+        pruning.mask_lowest(scores, full, 1)
+    remove = jax.jit(functools.partial(pruning.mask_lowest, num_to_remove=1))
+    assert removed(remove(scores, full)) == []
+    without = {**full, "a": jnp.asarray([True, False, True])}
+    for form in (remove, functools.partial(pruning.mask_lowest, num_to_remove=1)):
+        np.testing.assert_array_equal(form(scores, without)["a"], [True, False, False])
+        np.testing.assert_array_equal(form(scores, without)["b"], [True, True])
+
+
+def test_negative_counts():
+    for count in (-1, jnp.int32(-1)):
+        with pytest.raises(ValueError, match=r"`num_to_remove` must be .*-1"):
+            pruning.mask_lowest(SCORES, FULL, count)
+    remove = jax.jit(lambda count: pruning.mask_lowest(SCORES, FULL, count))
+    assert removed(remove(jnp.int32(-1))) == []
 
 
 def test_gates_of_masks():

@@ -176,16 +176,57 @@ class Coupled:
         return jnp.mean(gates["a"]) * jnp.std(x)
 
 
+SPECTRA = [pruning.numerical_rank, pruning.energy_rank, pruning.stable_rank, pruning.effective_rank]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_has_no_rank(bad):
+    """Refused where it is known; else NaN, and -1 for what is an integer. No infinite loop."""
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+    broken = matrix.at[2, 1].set(bad)
+    with pytest.raises(ValueError, match="`matrix` must be finite, got"):
+        pruning.gradient_redundancy(broken)
+    result = jax.jit(pruning.gradient_redundancy)(broken)
+    assert int(result.rank) == -1
+    for number in (result.rate, result.smallest_null_energy, result.singular_values):
+        assert np.isnan(number).all()
+    assert np.isnan(jax.jit(pruning.redundancy_saliency)(result)).all()
+    with pytest.raises(ValueError, match=r"`results\['a'\]\..* must be finite, got NaN"):
+        pruning.hierarchical_plan({"a": result}, {"a": 1.0}, budget=9.0)
+    # A unit that is removed has no gradient that counts.
+    mask = jnp.asarray([True, False, True, True])
+    assert int(pruning.gradient_redundancy(broken, mask=mask).rank) == 3
+    for rank in SPECTRA:
+        values = jnp.asarray([3.0, abs(bad), 1.0])
+        with pytest.raises(ValueError, match="`singular_values` must be finite"):
+            rank(values)
+        found = jax.jit(rank)(values)
+        assert int(found) == -1 if found.dtype == jnp.int32 else np.isnan(found)
+
+
+def test_ranks_have_no_unit():
+    """They are those of the shares of the largest value, in any order and of any size."""
+    values = jnp.asarray([1.0, 4.0, 0.5, 2.0])
+    for rank in SPECTRA:
+        expected = rank(jnp.sort(values, descending=True))
+        for size in (1.0, 1e-30, 1e30):
+            np.testing.assert_allclose(rank(values * size), expected, rtol=1e-6)
+        assert float(rank(jnp.zeros(3))) == 0
+        with pytest.raises(ValueError, match="`singular_values` must be non-negative"):
+            rank(-values)
+    np.testing.assert_allclose(pruning.stable_rank(values), 21.25 / 16, rtol=1e-6)
+
+
 def test_error_texts():
     with pytest.raises(ValueError, match="`gate_loss` must not couple the examples"):
         pruning.gradient_matrix(Coupled(), {"a": jnp.ones(2)}, jnp.ones(5))
-    with pytest.raises(ValueError, match=r"`matrix` must have shape \(N, C\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"`matrix` must have shape \(N, C\), neither.*got \(3,\)"):
         pruning.gradient_redundancy(jnp.ones(3))
     with pytest.raises(ValueError, match=r"`mask` must have shape \(2,\), got \(3,\)"):
         pruning.gradient_redundancy(jnp.ones((3, 2)), mask=jnp.ones(3, bool))
     with pytest.raises(TypeError, match="`mask` must be bool, got float32"):
         pruning.gradient_redundancy(jnp.ones((3, 2)), mask=jnp.ones(2))
-    with pytest.raises(ValueError, match="`share` must be at most 1, got 2"):
+    with pytest.raises(ValueError, match="`share` must be between 0 and 1, got 2"):
         pruning.energy_rank(jnp.ones(2), share=2)
     with pytest.raises(ValueError, match="`tol` must be non-negative"):
         pruning.numerical_rank(jnp.ones(2), tol=-1)

@@ -75,17 +75,21 @@ def test_positions_of_units_behind_flattening_and_concatenation():
 SIZES = {models.MLP: {"width": 4}, models.ConvNet: {"width": 4}, models.ResNet: {"widths": (4, 6)}}
 RESNET = ["stem", "block_0/first", "block_1/first", "block_1/second"]
 BY_CHANNEL = ["none", "batch", "ghost", "noisy", "lp1", "lp2", "lpinf", "mean_only"]
-ACROSS = {"layer": "is reduced by `reduce_sum`", "group_plus": "is split by a reshape"}
+ACROSS = {"layer": "is reduced by `reduce_sum`"}
+IN_GROUPS = {"group": 4, "group_plus": 2}
 OF_KERNELS = ["weight", "weight_standardized", "weight_mean_only"]
 
 
-@pytest.mark.parametrize("norm", [*BY_CHANNEL, *ACROSS, *OF_KERNELS])
+@pytest.mark.parametrize("norm", [*BY_CHANNEL, *ACROSS, *IN_GROUPS, *OF_KERNELS])
 @pytest.mark.parametrize("kind", SIZES)
 def test_networks_of_the_library(kind, norm):
     structure = find_in(networks.packaged_model(kind, norm, **SIZES[kind]))
     names = RESNET if kind is models.ResNet else ["layer_0", "layer_1"]
-    if norm in BY_CHANNEL:
+    if norm in BY_CHANNEL or norm in IN_GROUPS:
         assert list(structure.groups) == [f"{name}/layer/kernel" for name in names]
+        if norm in IN_GROUPS and kind is not models.ResNet:
+            counts = {group.num_units for group in structure.groups.values()}
+            assert counts == {IN_GROUPS[norm]}
         assert structure.fixed == {"head/kernel": "feeds the outputs"}
     elif norm in ACROSS:
         assert not structure.groups
@@ -143,6 +147,13 @@ HANDLED = {
     "other dtype": between(lambda h, p: h.astype(jnp.float16).astype(jnp.float32)),
     "stacked": between(lambda h, p: jnp.stack([h, h * p["v"]]).sum(0)),
     "summed over examples": between(lambda h, p: jnp.cumsum(h, 0) / jnp.std(h, 0)),
+    "permuted": between(lambda h, p: jnp.concatenate([h[:, 3:], h[:, :3]], 1)),
+    "depthwise": between(
+        lambda h, p: conv(h[:, None, None], jnp.ones((1, 1, 1, 6)), groups=6)[:, 0, 0]
+    ),
+    "scanned": between(
+        lambda h, p: jax.lax.scan(lambda h, _: (jnp.tanh(h), None), h, None, length=2)[0]
+    ),
     "two consumers": lambda p, x: x @ p["a"] * p["v"] @ p["b"] + (x @ p["a"]) @ p["b"],
     "one example": lambda p, x: jax.vmap(lambda x: jnp.tanh(p["a"].T @ x + p["v"]) @ p["b"])(x),
     "transposed": lambda p, x: (p["b"].T @ jnp.maximum(p["a"].T @ x.T, 0)).T,
@@ -168,8 +179,8 @@ def test_operations_that_keep_channels_apart(name):
     assert float(jnp.max(jnp.abs(masked - forward(PARAMS, X)))) > 1e-3
 
 
-def scanned(h, params):
-    return jax.lax.scan(lambda carry, _: (jnp.tanh(carry), None), h, None, length=2)[0]
+def repeated(h, params):
+    return jax.lax.while_loop(lambda h: jnp.sum(h) > 9, lambda h: h / 2, h)
 
 
 def pairs(h, params):
@@ -197,9 +208,15 @@ REFUSED = [
     ("is reduced by `reduce_sum`", between(lambda h, p: h - jnp.mean(h, 1, keepdims=True))),
     ("is reduced by `reduce_max`", between(lambda h, p: jax.nn.softmax(h))),
     ("is reduced by `argmax`", between(lambda h, p: h * jnp.argmax(h, 1)[:, None])),
-    ("is split by a reshape", between(lambda h, p: jnp.max(h.reshape(3, 2, 3), 1)[:, [0] * 6])),
+    ("is looked up by `gather`", between(lambda h, p: jnp.max(h.reshape(3, 2, 3), 1)[:, [0] * 6])),
+    ("is taken out alone", between(lambda h, p: h[:, :1] * h)),
+    ("is taken out alone", between(lambda h, p: h * h[:, 2][:, None])),
+    ("is taken apart", between(lambda h, p: h + sum(jnp.unstack(h, axis=1))[:, None])),
     ("is flattened together", between(pairs)),
-    ("is cut or mixed by `slice`", between(lambda h, p: jnp.concatenate([h[:, 3:], h[:, :3]], 1))),
+    (
+        "is cut or mixed by `dynamic_slice`",
+        between(lambda h, p: jax.lax.dynamic_slice_in_dim(h, 1, 3, 1)[:, jnp.zeros(6, int)]),
+    ),
     (
         "is cut or mixed by `pad`",
         between(lambda h, p: jax.lax.pad(h, 0.0, ((0, 0, 0), (1, -1, 0)))),
@@ -213,12 +230,8 @@ REFUSED = [
         "is a position of a convolution",
         between(lambda h, p: conv(h[:, None, :, None], jnp.ones((1, 3, 1, 1)))[:, 0, :, 0]),
     ),
-    (
-        "passes through `conv_general_dilated` in groups",
-        between(lambda h, p: conv(h[:, None, None], jnp.ones((1, 1, 1, 6)), groups=6)[:, 0, 0]),
-    ),
     ("passes through `sort`, which has no rule", between(lambda h, p: jnp.sort(h, 1))),
-    ("passes through `scan`, which has no rule", between(scanned)),
+    ("passes through `while`, which has no rule", between(repeated)),
     ("meets an axis that an operation has mixed", between(lambda h, p: h + jnp.sort(p["v"]))),
     ("is contracted with what is no parameter", between(lambda h, p: h @ h.T @ h)),
     ("is contracted with what is no parameter", lambda p, x: x @ p["a"] @ jnp.tanh(p["b"])),
@@ -250,7 +263,7 @@ def test_kernel_in_the_state_takes_no_gates():
 
 def test_one_position_of_a_group_that_is_fixed_fixes_all_of_it():
     structure = find(lambda p, x: ((h := x @ p["a"]) @ p["b"], h[:, 2]))
-    assert structure.fixed["a"] == "is cut or mixed by `slice`"
+    assert structure.fixed["a"] == "is taken out alone by `squeeze`"
 
 
 def test_recurrent_units_are_one_group():

@@ -210,6 +210,8 @@ def test_error_texts():
         transforms.gsam(0.1, alpha=-1)
     with pytest.raises(ValueError, match=r"`num_shards` must be at least 1, got 0"):
         transforms.sam(0.1, num_shards=0)
+    with pytest.raises(ValueError, match=r"`num_shards` must be at most 4096, got 1000000"):
+        transforms.sam(0.1, num_shards=10**6)
     params = {"a": jnp.ones(2)}
     tx = transforms.sam(0.1, mask={"b": True})
     with pytest.raises(ValueError, match=r"`mask` must have the tree structure"):

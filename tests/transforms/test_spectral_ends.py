@@ -44,5 +44,9 @@ def test_the_bound_of_the_smallest_and_unusable_values():
     assert float(spectral_ends(jnp.zeros(4), weights).largest) == 0
     broken = spectral_ends(jnp.asarray([jnp.nan, 1.0, 2.0, 3.0]), weights)
     assert np.isnan(broken.largest)
+    for unknown in (values, weights.at[1].set(jnp.nan)), (values.at[3].set(jnp.nan), weights):
+        assert np.isnan(jax.jit(spectral_ends)(*unknown)).all()
+    fillers = spectral_ends(jnp.append(values, jnp.nan), jnp.append(weights, 0.0))
+    assert float(fillers.largest) == 10
     with pytest.raises(ValueError, match="`smallest_ratio` must be non-negative, got -1"):
         spectral_ends(values, weights, smallest_ratio=-1)

@@ -16,10 +16,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from regjax import _checks
+from regjax._arguments import ACCUMULATIONS
 from regjax._base import Tree
 from regjax._space import Space
 
-CHOICES = ("compensated", "float64")
 # Partial sums of a row; those of a block of rows stay in a core's own cache.
 _LANES = 1024
 # Slabs, of as many columns, in a turn of the loop; turns whose sum is made before it meets others.
@@ -32,7 +32,10 @@ def small_dtype(dtype: jnp.dtype, accumulation: str | None) -> jnp.dtype:
     Raises:
       ValueError: `accumulation` is none of the choices, or JAX has no float64 now.
     """
-    if accumulation is None or _checks.choice("accumulation", accumulation, CHOICES) != "float64":
+    if (
+        accumulation is None
+        or _checks.choice("accumulation", accumulation, ACCUMULATIONS) != "float64"
+    ):
         return dtype
     if jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise ValueError(

@@ -8,6 +8,7 @@ states are kept. So there is a whole state at any moment, and one to fall back o
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -25,21 +26,35 @@ from regjax import _checks, _files
 from regjax._base import Tree
 from regjax.curvature._engine import _identity
 from regjax.curvature._engine._basis import Basis
+from regjax.curvature._engine._saved import (
+    PATTERN,
+    Part,
+    Piece,
+    Saved,
+    facts_of,
+    metadata_of,
+    saved_of,
+    wrong,
+)
 from regjax.curvature._engine._solver import Solver, multiply
 
-_PATTERN = "*.products.npz"
+_LOCK = ".products.lock"
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """Where a solver keeps its state, so that the same call goes on after the process was killed.
 
-    The answer is that of an undisturbed run, bit for bit, on the same device with the same
+    A run goes on from its own files alone: of the same traced program and the same arrays, those
+    that functions close over included; of a source all examples are read once to see that. What is
+    damaged is gone back from; files of another problem or another version, and those that may not
+    be read, are an error, and stay. The answer is that of an undisturbed run, bit for bit, on the same device with the same
     versions. For one process that drives the solver from Python, outside of `jax.jit`.
 
     Attributes:
-      folder: made where it is not there; of one run alone, which deletes what it no longer needs.
-        It takes up to twice the memory of the basis. Delete it to start anew.
+      folder: made where it is not there; of one run at a time, which deletes those of its own files
+        that it no longer needs. It takes up to twice the memory of the basis. Delete it to start
+        anew.
       every: number of steps (products; rounds of them, where several probes go at once) between
         two files. As many vectors are copied on the device each time.
     """
@@ -67,7 +82,7 @@ class Position(NamedTuple):
 
 
 class Chain:
-    """The files of a run; a context that waits for the last of them.
+    """The files of a run; a context that has the folder for itself and waits for the last file.
 
     Args:
       checkpoint: where.
@@ -75,7 +90,7 @@ class Chain:
 
     Raises:
       ValueError: several processes drive the solver.
-      CheckpointError: the folder cannot be made.
+      CheckpointError: the folder cannot be made, or another run uses it.
     """
 
     def __init__(self, checkpoint: Checkpoint, begin: Position):
@@ -85,40 +100,46 @@ class Chain:
             )
         self.every = _checks.integer("every", checkpoint.every)
         self.folder = Path(checkpoint.folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _files.CheckpointError(
-                f"`folder` must be one that can be made, got {self.folder}: {error.strerror}."
-            ) from error
         self.begin = begin
-        self.facts = _identity.facts(begin.solver)
+        self.facts: dict[str, Any] = {}
         self.shapes = _shapes(begin.state)
         self.count = 0
         self.witness: list[float] = []
-        self.parts: dict[str, Tree] = {}
+        self.parts: dict[str, Part] = {}
         self.needed: set[str] = set()
-        self.writer = concurrent.futures.ThreadPoolExecutor(1)
+        self.ours: set[str] = set()
         self.pending: concurrent.futures.Future[None] | None = None
 
     def __enter__(self) -> "Chain":
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_files.locked(self.folder, name=_LOCK))
+            self.facts = _identity.facts(self.begin.solver)
+            self.writer = concurrent.futures.ThreadPoolExecutor(1)
+            stack.callback(self.writer.shutdown)
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.writer.shutdown()
+        self.stack.close()
 
     def newest(self) -> Position:
-        """The last whole position, or the beginning."""
-        for path in sorted(self.folder.glob(_PATTERN), reverse=True):
+        """The last whole position, or the beginning.
+
+        Files that are damaged, or refer to one that is, are gone back from. All else that is wrong
+        with a file is raised: it was not understood, and what follows would delete it.
+        """
+        paths, position = sorted(self.folder.glob(PATTERN), reverse=True), self.begin
+        for i, path in enumerate(paths):
             try:
-                metadata = _files.read_metadata(path)
-                self._check(path, metadata)
-                return self._restore(path, metadata)
-            except _identity.OtherProblem:
-                raise
-            except _files.CheckpointError as error:
+                position = self._restore(path, self._read(path))
+            except (_files.DamagedError, _files.MissingError) as error:
+                self.ours.add(path.name)
                 warnings.warn(f"{error} Going back to the state before it.", stacklevel=4)
-        return self.begin
+                continue
+            older = {path.name for path in paths[i + 1 :] if self._is_ours(path)}
+            self.ours |= {*self.needed, *older}
+            break
+        return position
 
     def look(self, vectors: jax.Array, images: jax.Array) -> None:
         """Remembers the first product, by which the problem is known."""
@@ -137,85 +158,113 @@ class Chain:
         if self.pending is not None:
             self.pending.result()
 
-    def _check(self, path: Path, metadata: dict[str, Tree]) -> None:
-        """Raises OtherProblem if the file is of another one."""
-        if self.witness:
-            return
-        _identity.check_facts(path, metadata.get("facts", {}), self.facts)
-        solver = self.begin.solver
-        vectors = solver.vectors(self.begin.state)
-        images = multiply(solver.operator, vectors)
-        self.look(vectors, images)
-        space = solver.operator.space
-        _identity.check_product(path, metadata["product"], self.witness, space)
+    def _read(self, path: Path) -> Saved:
+        """What a file says of itself, once it is known to be of this problem.
+
+        Raises:
+          OtherProblem: it is of another one.
+          CheckpointError: it says something else, or nothing.
+        """
+        metadata = _files.read_metadata(path)
+        _identity.check_facts(path, facts_of(path, metadata), self.facts)
+        saved = saved_of(path, metadata)
+        if not self.witness:
+            solver = self.begin.solver
+            vectors = solver.vectors(self.begin.state)
+            self.look(vectors, multiply(solver.operator, vectors))
+        space = self.begin.solver.operator.space
+        _identity.check_product(path, saved.product, self.witness, space)
+        return saved
+
+    def _is_ours(self, path: Path) -> bool:
+        """Whether a file that is no longer needed was written by this run."""
+        try:
+            return facts_of(path, _files.read_metadata(path)) == self.facts
+        except _files.DamagedError:
+            return True
+        except _files.CheckpointError:
+            return False
 
     def _save(self, stage: int, state: Tree) -> None:
         # Sorted by name they are sorted by age; names are never used twice, so that no file can
         # take the place of one that others refer to.
-        name = f"{self.count:08d}.{secrets.token_hex(4)}{_PATTERN[1:]}"
+        name = f"{self.count:08d}.{secrets.token_hex(4)}{PATTERN[1:]}"
         self.wait()
         rows, parts = {}, {}
         named = _named(state)
         for prefix, basis in _bases(state).items():
             # Of several bases at once the rows are filled together.
             stop, generation = int(basis.filled.ravel()[0]), int(basis.generation.ravel()[0])
-            part = self.parts.get(prefix, {"generation": None})
-            pieces = part["pieces"] if part["generation"] == generation else []
-            start = pieces[-1][2] if pieces else 0
+            part = self.parts.get(prefix)
+            pieces = part.pieces if part is not None and part.generation == generation else ()
+            start = pieces[-1].stop if pieces else 0
             if start < stop:
-                pieces = [*pieces, [name, start, stop]]
+                pieces = (*pieces, Piece(name, start, stop))
                 rows[prefix] = _cut(_blocks(named, prefix), start, stop)
-            parts[prefix] = {"generation": generation, "pieces": pieces}
-        metadata = {
-            "facts": self.facts,
-            "product": self.witness,
-            "count": self.count,
-            "stage": stage,
-            "parts": parts,
-        }
+            parts[prefix] = Part(generation, pieces)
+        saved = Saved(self.witness, self.count, stage, parts)
         # The next step takes the state's memory: copies go to the thread that writes.
         rest = _copies(_rest(named, parts))
-        keep, self.needed = self.needed, {name, *_files_of(parts)}
+        keep, self.needed = self.needed, {name, *saved.files()}
         self.parts = parts
-        self.pending = self.writer.submit(self._write, name, rest, rows, metadata, keep)
+        self.pending = self.writer.submit(self._write, name, rest, rows, saved, keep)
 
-    def _write(self, name: str, rest: Tree, rows: Tree, metadata: Tree, keep: set[str]) -> None:
+    def _write(self, name: str, rest: Tree, rows: Tree, saved: Saved, keep: set[str]) -> None:
+        metadata = metadata_of(self.facts, saved)
         _files.save(self.folder / name, {"rest": rest, "rows": rows}, metadata=metadata)
-        keep = {name, *_files_of(metadata["parts"]), *keep}
-        for path in [*self.folder.glob(_PATTERN), *self.folder.glob(f".{_PATTERN}.*.tmp")]:
-            if path.name not in keep:
-                path.unlink(missing_ok=True)
+        self.ours.add(name)
+        for old in self.ours - {name, *saved.files(), *keep}:
+            (self.folder / old).unlink(missing_ok=True)
+            self.ours.discard(old)
+        # Begun by a run that was killed: this one has the folder for itself.
+        for path in self.folder.glob(f".{PATTERN}.*.tmp"):
+            path.unlink(missing_ok=True)
 
-    def _restore(self, path: Path, metadata: dict[str, Tree]) -> Position:
+    def _restore(self, path: Path, saved: Saved) -> Position:
         solver, shapes, first = self.begin.solver, self.shapes, 0
-        for _ in range(metadata["stage"]):
+        for _ in range(saved.stage):
+            if solver.then is None:
+                raise wrong(path, "stage", saved.stage)
             # Of the state only the structure counts, and where the arrays lie.
-            first, (solver, state) = first + solver.max_steps, _next(solver)
+            first, (solver, state) = first + solver.max_steps, solver.then(solver.init())
             shapes = _shapes(state)
-        named, parts = _named(shapes), metadata["parts"]
-        loaded = {name: self._read(name, named) for name in {path.name, *_files_of(parts)}}
+        named, parts = _named(shapes), saved.parts
+        if set(parts) != set(_bases(shapes)):
+            raise wrong(path, "parts", sorted(parts))
+        for prefix, part in parts.items():
+            if part.filled > _num_rows(_blocks(named, prefix)):
+                raise wrong(path, "parts", part.filled)
+        files = {path.name, *saved.files()}
+        loaded = {name: self._load(path, name, named) for name in files}
         leaves: dict[str, Tree] = dict(loaded[path.name]["rest"])
         for prefix, part in parts.items():
-            pieces = [loaded[name]["rows"][prefix] for name, _, _ in part["pieces"]]
+            pieces = [_piece(path, loaded, piece, prefix) for piece in part.pieces]
             rows = itertools.chain.from_iterable(pieces)
             leaves |= _assemble(_blocks(named, prefix), rows)
         placed = [_place(leaves[name], shape) for name, shape in named.items()]
-        self.count, self.witness = metadata["count"], metadata["product"]
-        self.parts, self.needed = parts, set(loaded)
+        self.count, self.witness = saved.count, saved.product
+        self.parts, self.needed = parts, files
         state = jax.tree.unflatten(jax.tree.structure(shapes), placed)
-        return Position(solver, state, metadata["stage"], first, self.count)
+        return Position(solver, state, saved.stage, first, self.count)
 
-    def _read(self, name: str, named: dict[str, Tree]) -> Tree:
+    def _load(self, path: Path, name: str, named: dict[str, Tree]) -> Tree:
         """The leaves in a file, and the rows that are new in it."""
-        parts = _files.read_metadata(self.folder / name)["parts"]
+        other = self.folder / name
+        metadata = _files.read_metadata(other)
+        if facts_of(other, metadata) != self.facts:
+            raise wrong(path, "parts", name)
+        parts = saved_of(other, metadata).parts
         rows = {}
         for prefix, part in parts.items():
-            for file, start, stop in part["pieces"]:
-                if file == name:
-                    first = next(iter(_blocks(named, prefix).values()))
+            blocks = _blocks(named, prefix)
+            if part.filled > _num_rows(blocks):
+                raise wrong(other, "parts", prefix)
+            for piece in part.pieces:
+                if piece.file == name:
+                    first = next(iter(blocks.values()))
                     shape = (*first.shape[:-2], first.shape[-1])
-                    rows[prefix] = [np.empty(shape, first.dtype)] * (stop - start)
-        return _files.load(self.folder / name, {"rest": _rest(named, parts), "rows": rows})
+                    rows[prefix] = [np.empty(shape, first.dtype)] * (piece.stop - piece.start)
+        return _files.load(other, {"rest": _rest(named, parts), "rows": rows})
 
 
 def _shapes(state: Tree) -> Tree:
@@ -228,10 +277,6 @@ def _shapes(state: Tree) -> Tree:
 def _named(tree: Tree) -> dict[str, Tree]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-def _next(solver: Solver[Any, Any]) -> tuple[Solver[Any, Any], Tree]:
-    return (solver, solver.init()) if solver.then is None else solver.then(solver.init())
 
 
 def _bases(state: Tree) -> dict[str, Basis]:
@@ -250,8 +295,15 @@ def _rest(named: dict[str, Tree], prefixes: Iterable[str]) -> dict[str, Tree]:
     return {name: leaf for name, leaf in named.items() if not name.startswith(tuple(prefixes))}
 
 
-def _files_of(parts: dict[str, Tree]) -> set[str]:
-    return {name for part in parts.values() for name, _, _ in part["pieces"]}
+def _num_rows(blocks: dict[str, Tree]) -> int:
+    return sum(block.shape[-2] for block in blocks.values())
+
+
+def _piece(path: Path, loaded: dict[str, Tree], piece: Piece, prefix: str) -> list[np.ndarray]:
+    rows = loaded[piece.file]["rows"].get(prefix, [])
+    if len(rows) != piece.stop - piece.start:
+        raise wrong(path, "parts", list(piece))
+    return rows
 
 
 def _cut(blocks: dict[str, Tree], start: int, stop: int) -> list[jax.Array]:

@@ -1,7 +1,6 @@
 """Whether two runs are of the same problem: what they are known by, and one product."""
 
 import functools
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax import _files, _numerics
+from regjax import _archive, _files, _numerics
+from regjax._digest import digest
 from regjax._space import Space
 from regjax.curvature._engine._solver import Solver
 
@@ -25,9 +25,9 @@ class OtherProblem(_files.CheckpointError):
 
 
 def facts(solver: Solver[Any, Any]) -> dict[str, Any]:
-    """What decides the answer: arguments as they are, arrays by their digest.
+    """What decides the answer: arguments as they are, programs and arrays by their digests.
 
-    The size of a chunk is not among them: after running out of memory one lowers it and goes on.
+    A source is read once for it. The size of a chunk is not among them: after running out of memory one lowers it and goes on.
     """
     found: dict[str, Any] = {
         "solver": solver.name,
@@ -35,9 +35,13 @@ def facts(solver: Solver[Any, Any]) -> dict[str, Any]:
         "dtype": str(solver.operator.dtype),
     }
     for name, value in solver.arguments.items():
-        plain = value is None or isinstance(value, bool | int | float | str)
-        found[name] = value if plain else digest(value)
-    return found | {name: digest(tree) for name, tree in solver.operator.facts().items()}
+        found[name] = _told(value)
+    return found | {name: _told(value) for name, value in solver.operator.facts().items()}
+
+
+def _told(value: Any) -> Any:
+    is_plain = value is None or isinstance(value, bool | int | float | str)
+    return value if is_plain else digest(value)
 
 
 def first_product(space: Space, vectors: jax.Array, images: jax.Array) -> list[float]:
@@ -60,9 +64,11 @@ def check_facts(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> No
     """Raises OtherProblem naming the first difference."""
     for name, value in wanted.items():
         if found.get(name) != value:
+            # What the loss or the model computes, beside the arrays that it reads.
+            why = ": another loss or model, or another version of JAX" if "program" in name else ""
             raise OtherProblem(
                 f"`checkpoint` must be of the same problem: `{name}` must be {value!r}, got "
-                f"{found.get(name)!r} in {path}."
+                f"{_archive.shown(repr(found.get(name)))} in {path}{why}."
             )
 
 
@@ -77,39 +83,3 @@ def check_product(path: Path, found: list[float], wanted: list[float], space: Sp
             "or model."
         )
 
-
-def digest(tree: Any) -> str:
-    """Of structure, dtypes, shapes and bits, as hexadecimal digits; no safeguard against malice."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = jnp.asarray(leaf)
-        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            array = jax.random.key_data(array)
-        total.update(np.asarray(_sums(array)).tobytes())
-    return total.hexdigest()[:16]
-
-
-@jax.jit
-def _sums(array: jax.Array) -> jax.Array:
-    """(2,), uint32: two sums over all bits, on the device; each depends on every bit's place."""
-    words = _words(array).ravel()
-    place = jax.lax.iota(np.uint32, words.size)
-    once = _mixed(words ^ (place * np.uint32(0x9E3779B9)))
-    return jnp.stack([jnp.sum(once), jnp.sum(_mixed(once + place))])
-
-
-def _words(array: jax.Array) -> jax.Array:
-    if jnp.iscomplexobj(array):
-        array = jnp.stack([array.real, array.imag])
-    if array.dtype == jnp.bool_:
-        array = array.astype(np.uint8)
-    width = min(array.dtype.itemsize, 4)
-    return jax.lax.bitcast_convert_type(array, f"uint{8 * width}").astype(np.uint32)
-
-
-def _mixed(words: jax.Array) -> jax.Array:
-    """The last step of MurmurHash3 (A. Appleby): every bit of a word changes half of the others."""
-    words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
-    words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)
-    return words ^ (words >> 16)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from regjax import _programs
 from regjax.curvature._engine._solver import Solver
 
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
@@ -15,18 +16,21 @@ class MemoryResult(NamedTuple):
     """Bytes on each device that a solver needs; Python integers.
 
     Attributes:
-      operator_bytes: the operator's own arrays: parameters, batch, and what is kept of a
-        linearisation.
+      operator_bytes: the operator's own arrays: parameters, batch, what functions close over, and
+        what is kept of a linearisation.
       state_bytes: the solver's state: the rows of its bases and a few vectors.
-      product_bytes: temporaries and result of one product (of all that are made at once), from the
-        compiler's own account.
-      result_bytes: what is made beside the state: eigenvectors, or the probes of a density.
-      total_bytes: those of operator and state, and the larger of product and result.
+      product_bytes: temporaries and result of one product (of all that are made at once); of a
+        source its batches as well.
+      update_bytes: temporaries of what the method makes of the product, and the product itself.
+      result_bytes: temporaries and arrays of what is made beside the state: eigenvectors, or the
+        probes of a density.
+      total_bytes: those of operator and state, and the largest of product, update and result.
     """
 
     operator_bytes: int
     state_bytes: int
     product_bytes: int
+    update_bytes: int
     result_bytes: int
     total_bytes: int
 
@@ -34,27 +38,28 @@ class MemoryResult(NamedTuple):
 def memory_estimate(solver: Solver[Any, Any]) -> MemoryResult:
     """Adds up the memory that a solver needs on each device, without running it.
 
-    For example `memory_estimate(top_eigenpairs_solver(operator, 10, key=key, max_basis=64))`. A
-    product is compiled, not run; of the state and the results the shapes are enough. What the
-    compiler adds to run a program (workspaces of libraries) and what fragments of freed memory
-    cost is not in it: leave a tenth.
+    For example `memory_estimate(top_eigenpairs_solver(operator, 10, key=key, max_basis=64))`.
+    Arrays count by their shapes; a product, a step and the result are compiled, not run, and count
+    by the compiler's own account. Of a source the batches are taken to be as large as the first.
+    What libraries need for themselves and what fragments of freed memory cost is not in it: leave
+    a tenth.
 
     Args:
       solver: from a function such as `top_eigenpairs_solver`.
 
     Returns:
       A `MemoryResult`, in bytes.
-
-    Raises:
-      TypeError: the operator reads its data in batches.
     """
-    operator, state = solver.operator, jax.eval_shape(solver.init)
-    num_bytes = operator.space.num_bytes
-    vectors = jax.eval_shape(solver.vectors, state)
-    held, basis = num_bytes(operator), num_bytes(state)
-    result = num_bytes(jax.eval_shape(solver.beside, state))
+    operator, space = solver.operator, solver.operator.space
+    state = space.shapes_of(jax.eval_shape(solver.init))
+    vectors = space.shapes_of(jax.eval_shape(solver.vectors, state))
+    held, basis = space.num_bytes(operator), space.num_bytes(state)
     product = operator.product_bytes(1 if len(vectors.shape) == 1 else vectors.shape[0])
-    return MemoryResult(held, basis, product, result, held + basis + max(product, result))
+    update = _programs.num_bytes(solver.update, state, vectors, donate_argnums=(0,))
+    update += space.num_bytes(vectors)
+    result = _programs.num_bytes(solver.beside, state)
+    total = held + basis + max(product, update, result)
+    return MemoryResult(held, basis, product, update, result, total)
 
 
 @contextlib.contextmanager
@@ -84,7 +89,7 @@ def _needed(solver: Solver[Any, Any]) -> str:
     return (
         f" It needs about {_short(found.total_bytes)} on each device: "
         f"{_short(found.state_bytes)} for its basis, {_short(found.product_bytes)} for a product, "
-        f"{_short(found.result_bytes)} for its result, "
+        f"{_short(found.update_bytes)} for a step, {_short(found.result_bytes)} for its result, "
         f"{_short(found.operator_bytes)} for parameters, data and what is kept of them."
     )
 

@@ -74,7 +74,24 @@ class Solver(Generic[State, Result]):
 def multiply(operator: Operator, vectors: jax.Array) -> jax.Array:
     """The images of a vector, or of rows."""
     if vectors.ndim == 1:
-        return operator.product(vectors)
-    if vectors.shape[0] == 1:
-        return operator.product(vectors[0])[None]
-    return operator.block_product(vectors)
+        images = operator.product(vectors)
+    elif vectors.shape[0] == 1:
+        images = operator.product(vectors[0])[None]
+    else:
+        images = operator.block_product(vectors)
+    return _without_derivative(images) if isinstance(images, jax.core.Tracer) else images
+
+
+@jax.custom_jvp
+def _without_derivative(images: jax.Array) -> jax.Array:
+    """Returns the images; a loop that ends when it has converged has no derivative of its own."""
+    return images
+
+
+@_without_derivative.defjvp
+def _refuse(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    raise TypeError(
+        "`operator` must not be differentiated through this solver: differentiate the values of "
+        "`top_eigenpairs`, or `trace` and `diagonal` by Hutchinson's estimator, or put "
+        "`jax.lax.stop_gradient` around the operator."
+    )

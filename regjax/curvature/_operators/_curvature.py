@@ -9,13 +9,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from regjax import _checks, _chunks, _loops, _tree
+from regjax import _checks, _chunks, _jaxprs, _loops, _programs, _tree
 from regjax._base import (
     Batch,
     LossFn,
@@ -23,8 +23,10 @@ from regjax._base import (
     Tree,
     as_partial,
     check_loss,
+    check_scalar,
     couples_examples,
 )
+from regjax._programs import Program
 from regjax._sharding import Placement, find
 from regjax._space import Space
 from regjax.curvature._operators._operator import Operator, subtree
@@ -60,7 +62,7 @@ class CurvatureOperator(TracedOperator):
 
     Attributes:
       linearization: how the matrix follows from `function`.
-      function: the loss or the model, a callable pytree.
+      function: the program of the loss or the model.
       params: the parameters.
       batch: the arrays with a leading axis of examples.
       linear_map: the linear map at `params`, kept if its residuals fit `CACHE_BYTES`; else None.
@@ -114,7 +116,7 @@ class CurvatureOperator(TracedOperator):
     def facts(self) -> dict[str, Tree]:
         return {
             "params": self.params, "batch": self.batch, "function": self.function,
-            "linearization": self.linearization,
+            "linearization": self.linearization, "program": program(self, self.batch),
         }  # fmt: skip
 
     def product_bytes(self, count: int) -> int:
@@ -123,14 +125,16 @@ class CurvatureOperator(TracedOperator):
         # One chunk on one device, one vector at a time: slices of the data, sums over the chunks.
         row = lambda leaf: jax.ShapeDtypeStruct((self.chunk_size, *leaf.shape[1:]), leaf.dtype)
         batch = jax.tree.map(row, self.batch)
-        extra = self.space.num_bytes(batch) + count * self.size * self.dtype.itemsize
+        # Several follow one another, and are put together at the end.
+        num_vectors = 1 if count == 1 else 2 * count
+        extra = self.space.num_bytes(batch) + num_vectors * self.size * self.dtype.itemsize
         whole = dataclasses.replace(self, chunk_size=None, placement=None)
         whole = jax.eval_shape(lambda same: same, whole)
         return dataclasses.replace(whole, batch=batch).product_bytes(1) + extra
 
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
         function, block = of_subtree(self.function, self.params, inside)
-        return build(self.linearization, function, block, self.batch, self.chunk_size)
+        return assemble(self.linearization, function, block, self.batch, self.chunk_size)
 
 
 @functools.partial(
@@ -189,8 +193,9 @@ def hessian(
     """Makes the Hessian of the mean loss over the batch.
 
     Args:
-      loss_fn: (params, *batch) -> scalar, the mean over the examples. Data are arguments: what it
-        closes over is compiled in. Bind state as `jax.tree_util.Partial(loss_fn, state=...)`.
+      loss_fn: (params, *batch) -> scalar, the mean over the examples. It is traced now: the
+        operator is that of the loss as it is, and the arrays that it closes over are data of the
+        operator. A new function of the same program compiles nothing again.
       params: tree of real floating-point parameters, n in all.
       *batch: arrays with a leading axis of examples.
       chunk_size: number of examples per pass, for bounded memory; the ragged last chunk counts by
@@ -207,17 +212,19 @@ def hessian(
         mode: ask for "train_per_chunk" by name). The arrays of the batch are divided differently,
         or lie on a mesh with explicit axes.
     """
-    check_loss(loss_fn, params, batch)
+    _checks.floating_tree("params", params)
+    parts = parts_of(loss_fn, batch, chunk_size)
+    loss = trace(loss_fn, *((params, *part) for part in parts))
+    check_scalar(loss.outputs(params, *batch))
     linearization = Linearization(Partial(_linearize_gradient), Partial(differentiate_gradient))
-    return build(linearization, as_partial(loss_fn), params, batch, chunk_size)
+    return build(linearization, loss, params, batch, chunk_size)
 
 
 def from_gradient(grad_fn: Callable[[Params], Params], params: Params) -> CurvatureOperator:
     """Makes the Hessian of a loss that is known by its gradient alone.
 
     Args:
-      grad_fn: params -> gradient; the same function again, or `jax.tree_util.Partial` of the same
-        function with the data as arguments, compiles nothing again.
+      grad_fn: params -> gradient; traced now, as in `hessian`.
       params: tree of parameters.
 
     Returns:
@@ -226,28 +233,85 @@ def from_gradient(grad_fn: Callable[[Params], Params], params: Params) -> Curvat
     Raises:
       TypeError: a parameter is not real floating point.
     """
-    return build(_JACOBIAN, as_partial(grad_fn), params, (), None)
+    _checks.floating_tree("params", params)
+    return build(_JACOBIAN, trace(grad_fn, (params,)), params, (), None)
+
+
+def parts_of(
+    function: Callable[..., Tree], batch: Batch, chunk_size: int | None
+) -> tuple[Batch, ...]:
+    """Shapes of the batch and of all that it is split into: what a function is traced for.
+
+    Raises:
+      ValueError: `chunk_size` is not positive, or splits examples that `function` couples.
+    """
+    if chunk_size is None:
+        return (batch,)
+    num_examples = _checks.num_examples(batch)
+    placement = find(batch)
+    own = num_examples // (1 if placement is None else placement.num_parts)
+    size = min(_checks.integer("chunk_size", chunk_size), own)
+    if size < num_examples:
+        _chunks.refuse_coupled(function, size)
+    sizes = [size] if own % size == 0 else [size, own % size]
+    shapes = _programs.structs(batch)
+    row = lambda leaf, size: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
+    return batch, *(jax.tree.map(functools.partial(row, size=size), shapes) for size in sizes)
+
+
+def trace(function: Callable[..., Tree], *signatures: Batch) -> Program:
+    """The program of a loss or a model, with full float32 products."""
+    with precision():
+        coupled = couples_examples(function)
+        return _programs.trace(function, *signatures, couples_examples=coupled)
 
 
 def build(
     linearization: Linearization,
-    function: Partial,
+    function: Callable[..., Tree],
     params: Params,
     batch: Batch,
     chunk_size: int | None,
 ) -> CurvatureOperator:
-    """An operator from its parts: checks the chunks, keeps the residuals if they fit."""
-    _checks.floating_tree("params", params)
+    """An operator from programs that are not shared yet."""
+    plain = CurvatureOperator(linearization, function, params, batch, None, None, None)
+    linearization, function = _programs.share((linearization, function), derive(plain, batch))
+    return assemble(linearization, function, params, batch, chunk_size)
+
+
+def derive(operator: CurvatureOperator, batch: Batch) -> Any:
+    """The traced product with the matrix of `batch`."""
+    linearization, function, params, batch = _programs.structs(
+        (operator.linearization, operator.function, operator.params, batch)
+    )
+
+    def multiply(linearization: Linearization, function: Partial, *arguments: Tree) -> Tree:
+        return linearization.multiply(function, *arguments)
+
+    with precision():
+        return jax.make_jaxpr(multiply)(linearization, function, params, params, *batch)
+
+
+def program(operator: CurvatureOperator, batch: Batch) -> str:
+    """What a product computes, in a few letters, the same ones in each process."""
+    return _jaxprs.describe(derive(operator, batch), lasting=True).text[:16]
+
+
+def assemble(
+    linearization: Linearization,
+    function: Callable[..., Tree],
+    params: Params,
+    batch: Batch,
+    chunk_size: int | None,
+) -> CurvatureOperator:
+    """An operator from its parts: puts them where they belong, keeps the residuals if they fit."""
     linear_map, num_parts = None, 1
     placement = find(batch, params, function, linearization)
     if placement is not None:
         linearization, function, params = placement.replicate((linearization, function, params))
         batch, num_parts = placement.shard(batch), placement.num_parts
     if chunk_size is not None:
-        num_examples = _checks.num_examples(batch)
-        chunk_size = min(_checks.integer("chunk_size", chunk_size), num_examples // num_parts)
-        if chunk_size < num_examples:
-            _chunks.refuse_coupled(function, chunk_size)
+        chunk_size = min(chunk_size, _checks.num_examples(batch) // num_parts)
     else:
         residuals = jax.tree.leaves(_linear_map.eval_shape(linearization, function, params, batch))
         num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals)
@@ -279,6 +343,7 @@ def _differentiate(function: Callable[[Tree], Tree], params: Params, vector: Par
 _JACOBIAN = Linearization(Partial(_linearize), Partial(_differentiate))
 
 
+@_programs.bounded
 @jax.jit
 def _linear_map(
     linearization: Linearization, function: Callable[..., Tree], params: Params, batch: Batch

@@ -75,7 +75,7 @@ def dropout_covariance_factor(
       TypeError: as in `dropout_covariance`.
     """
     _checks.integer("num_samples", num_samples, minimum=2)
-    check_loss(dropout_loss_fn, params, (_checks.key("key", key),))
+    check_loss(dropout_loss_fn, params, (_checks.key("key", key),), name="dropout_loss_fn")
     keys = jax.random.split(key, num_samples)
     rows = _chunks.each(Partial(_gradient, as_partial(dropout_loss_fn)), params, (keys,), 1)
     return _centred(rows)

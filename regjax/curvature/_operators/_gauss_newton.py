@@ -12,8 +12,16 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks
-from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree, as_partial
-from regjax.curvature._operators._curvature import CurvatureOperator, Linearization, build
+from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree, check_scalar
+from regjax._programs import Program
+from regjax.curvature._operators._curvature import (
+    CurvatureOperator,
+    Linearization,
+    build,
+    parts_of,
+    trace,
+)
+from regjax.curvature._operators._likelihoods import LIKELIHOODS, check_outputs
 
 
 def gauss_newton(
@@ -50,9 +58,9 @@ def gauss_newton(
       N. Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient
       descent, Neural Computation 14(7).
     """
-    _check_output_loss(model_fn, output_loss_fn, params, inputs, targets)
-    curvature = Partial(_loss_hessian, as_partial(output_loss_fn))
-    return _sandwich(curvature, model_fn, params, (inputs, targets), chunk_size)
+    model, parts = _traced_model(model_fn, params, (inputs, targets), chunk_size)
+    curvature = Partial(_loss_hessian, _traced_loss(output_loss_fn, model, params, parts))
+    return _sandwich(curvature, model, params, (inputs, targets), chunk_size)
 
 
 def empirical_fisher(
@@ -83,15 +91,17 @@ def empirical_fisher(
       An `Operator` of shape (n, n), in squared units of the gradient.
 
     Raises:
-      ValueError: the output loss is not a scalar, or as in `hessian`.
+      ValueError: the output loss is not a scalar, the outputs are no array with the examples in
+        front, or as in `hessian`.
 
     References:
       F. Kunstner, L. Balles, P. Hennig (2019), Limitations of the empirical Fisher approximation,
       arXiv:1905.12558, eq. 3.
     """
-    _check_output_loss(model_fn, output_loss_fn, params, inputs, targets)
-    curvature = Partial(_observed_score, as_partial(output_loss_fn))
-    return _sandwich(curvature, model_fn, params, (inputs, targets), chunk_size)
+    model, parts = _traced_model(model_fn, params, (inputs, targets), chunk_size)
+    check_outputs("empirical", model.outputs(params, inputs), _checks.num_examples(inputs))
+    curvature = Partial(_observed_score, _traced_loss(output_loss_fn, model, params, parts))
+    return _sandwich(curvature, model, params, (inputs, targets), chunk_size)
 
 
 def fisher(
@@ -111,14 +121,16 @@ def fisher(
     with None it is exact, and then equal to the Gauss-Newton matrix of the likelihood's loss.
 
     Args:
-      model_fn: (params, inputs) -> outputs (examples, ..., classes or dimensions): logits of a
-        softmax, or means of normals of unit variance. All axes but the last enumerate independent
-        predictions; the first is the axis of the mean.
+      model_fn: (params, inputs) -> outputs, an array whose leading axis is that of the mean: logits
+        of a softmax (examples, ..., classes), with all axes but the last for independent
+        predictions; or logits of independent yes and no (examples, ...); or means of independent
+        normals of unit variance (examples, ...).
       params: tree of real floating-point parameters, n in all.
       inputs: array or tree with a leading axis of examples.
       key: typed key of the draws; None with `num_samples=None`.
       num_samples: draws per prediction, or None for the exact expectation.
-      likelihood: "categorical" (softmax cross-entropy) or "normal" (half the squared error).
+      likelihood: "categorical" (softmax cross-entropy), "bernoulli" (sigmoid cross-entropy) or
+        "normal" (half the squared error).
       chunk_size: number of examples per pass, None for all at once (see `hessian`).
 
     Returns:
@@ -126,19 +138,23 @@ def fisher(
 
     Raises:
       TypeError: `key` is not a typed key though draws are asked for.
-      ValueError: `likelihood` is unknown, `num_samples` below one, or as in `hessian`.
+      ValueError: `likelihood` is unknown or does not go with the shape of the outputs,
+        `num_samples` is below one, or as in `hessian`.
 
     References:
       J. Martens (2020), New insights and perspectives on the natural gradient method,
       arXiv:1412.1193, sections 5 and 9.
     """
-    _checks.choice("likelihood", likelihood, tuple(_EXACT))
+    exact, sampled = LIKELIHOODS[_checks.choice("likelihood", likelihood, tuple(LIKELIHOODS))]
+    num_examples = _checks.num_examples(inputs)
+    model, _ = _traced_model(model_fn, params, (inputs,), chunk_size)
+    check_outputs(likelihood, model.outputs(params, inputs), num_examples)
     if num_samples is None:
-        return _sandwich(Partial(_EXACT[likelihood]), model_fn, params, (inputs,), chunk_size)
+        return _sandwich(Partial(exact), model, params, (inputs,), chunk_size)
     _checks.integer("num_samples", num_samples)
     # One key for each example and draw: the draws do not depend on how the data are chunked.
-    keys = draw_keys(_checks.key("key", key), 0, _checks.num_examples(inputs), num_samples)
-    return _sandwich(Partial(_SAMPLED[likelihood]), model_fn, params, (inputs, keys), chunk_size)
+    keys = draw_keys(_checks.key("key", key), 0, num_examples, num_samples)
+    return _sandwich(Partial(sampled), model, params, (inputs, keys), chunk_size)
 
 
 def draw_keys(key: jax.Array, first: int, num_examples: int, num_samples: int) -> jax.Array:
@@ -153,9 +169,28 @@ def _draw_keys(key: jax.Array, first: jax.Array, num_examples: int, num_samples:
     return each(numbers)
 
 
+def _traced_model(
+    model_fn: ModelFn, params: Params, batch: Batch, chunk_size: int | None
+) -> tuple[Program, tuple[Batch, ...]]:
+    """The program of a model, and the shapes of the batches that it is for."""
+    _checks.floating_tree("params", params)
+    parts = parts_of(model_fn, batch, chunk_size)
+    return trace(model_fn, *((params, part[0]) for part in parts)), parts
+
+
+def _traced_loss(
+    output_loss_fn: OutputLossFn, model: Program, params: Params, parts: tuple[Batch, ...]
+) -> Program:
+    """The program of a loss of the outputs of a model for batches of (inputs, targets)."""
+    signatures = [(model.outputs(params, inputs), targets) for inputs, targets in parts]
+    loss = trace(output_loss_fn, *signatures)
+    check_scalar(loss.outputs(*signatures[0]), name="output_loss_fn")
+    return loss
+
+
 def _sandwich(
     curvature: Partial,
-    model_fn: ModelFn,
+    model: Program,
     params: Params,
     batch: Batch,
     chunk_size: int | None,
@@ -163,7 +198,7 @@ def _sandwich(
     linearization = Linearization(
         Partial(_linearize_sandwich, curvature), Partial(_multiply_sandwich, curvature)
     )
-    return build(linearization, as_partial(model_fn), params, batch, chunk_size)
+    return build(linearization, model, params, batch, chunk_size)
 
 
 def _linearize_sandwich(
@@ -192,48 +227,3 @@ def _observed_score(output_loss_fn: Partial, outputs: Tree, targets: Tree, tange
     scores = jax.grad(output_loss_fn)(outputs, targets) * outputs.shape[0]
     axes = tuple(range(1, outputs.ndim))
     return scores * jnp.sum(scores * tangent, axis=axes, keepdims=True) / outputs.shape[0]
-
-
-def _exact_categorical(outputs: jax.Array, tangent: jax.Array) -> jax.Array:
-    probabilities = jax.nn.softmax(outputs)
-    centred = tangent - jnp.sum(probabilities * tangent, axis=-1, keepdims=True)
-    return probabilities * centred / outputs.shape[0]
-
-
-def _exact_normal(outputs: jax.Array, tangent: jax.Array) -> jax.Array:
-    return tangent / outputs.shape[0]
-
-
-def _score_products(scores: jax.Array, tangent: jax.Array) -> jax.Array:
-    """The mean over draws of s <s, u>; scores (examples, draws, ..., classes)."""
-    tangent = tangent[:, None]
-    inner = jnp.sum(scores * tangent, axis=-1, keepdims=True)
-    return jnp.mean(scores * inner, axis=1) / tangent.shape[0]
-
-
-def _sampled_categorical(outputs: jax.Array, keys: jax.Array, tangent: jax.Array) -> jax.Array:
-    sample = jax.vmap(jax.vmap(jax.random.categorical, (0, None)))
-    one_hot = jax.nn.one_hot(sample(keys, outputs), outputs.shape[-1], dtype=outputs.dtype)
-    return _score_products(jax.nn.softmax(outputs)[:, None] - one_hot, tangent)
-
-
-def _sampled_normal(outputs: jax.Array, keys: jax.Array, tangent: jax.Array) -> jax.Array:
-    sample = jax.vmap(
-        jax.vmap(lambda key: jax.random.normal(key, outputs.shape[1:], outputs.dtype))
-    )
-    return _score_products(sample(keys), tangent)
-
-
-_EXACT = {"categorical": _exact_categorical, "normal": _exact_normal}
-_SAMPLED = {"categorical": _sampled_categorical, "normal": _sampled_normal}
-
-
-def _check_output_loss(
-    model_fn: ModelFn, output_loss_fn: OutputLossFn, params: Params, inputs: Tree, targets: Tree
-) -> None:
-    outputs = jax.eval_shape(as_partial(model_fn), params, inputs)
-    shape = getattr(jax.eval_shape(as_partial(output_loss_fn), outputs, targets), "shape", None)
-    if shape != ():
-        raise ValueError(
-            f"`output_loss_fn` must return a scalar, the mean over examples, got shape {shape}."
-        )

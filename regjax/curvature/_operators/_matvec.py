@@ -5,14 +5,15 @@ import functools
 
 import jax
 from jax.sharding import Mesh
-from jax.tree_util import Partial
 
-from regjax import _checks
-from regjax._base import MatVec, Params, Tree, as_partial
+from regjax import _checks, _jaxprs, _programs
+from regjax._base import MatVec, Params, Tree
+from regjax._programs import Program
 from regjax._sharding import find
 from regjax._space import Space
 from regjax.curvature._operators._operator import Operator, Submatrix
 from regjax.curvature._operators._traced import TracedOperator
+from regjax.curvature._precision import precision
 
 
 @functools.partial(
@@ -28,7 +29,7 @@ class MatvecOperator(TracedOperator):
       mesh: the devices over which vectors are divided; None: one.
     """
 
-    linear_map: Partial
+    linear_map: Program
     example: Params
     mesh: Mesh | None
 
@@ -40,7 +41,11 @@ class MatvecOperator(TracedOperator):
         return self.linear_map(tree)
 
     def facts(self) -> dict[str, Tree]:
-        return {"linear_map": self.linear_map}
+        traced = jax.make_jaxpr(MatvecOperator.apply)(
+            *_programs.structs((self, self.space.like()))
+        )
+        text = _jaxprs.describe(traced, lasting=True).text[:16]
+        return {"linear_map": self.linear_map, "program": text}
 
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
         return Submatrix(self, inside)
@@ -50,8 +55,8 @@ def from_matvec(matvec: MatVec, like: Params) -> Operator:
     """Makes an operator from any symmetric product.
 
     Args:
-      matvec: v -> A v on trees (or arrays) like `like`; traceable by JAX. Arrays that it closes
-        over are compiled in: bind them with `jax.tree_util.Partial(matvec_of, matrix)`.
+      matvec: v -> A v on trees (or arrays) like `like`; traceable by JAX. It is traced now; the
+        arrays that it closes over are data of the operator.
       like: an example of a vector: a tree or an array of real floating point.
 
     Returns:
@@ -61,7 +66,8 @@ def from_matvec(matvec: MatVec, like: Params) -> Operator:
       TypeError: a leaf of `like` is not real floating point.
     """
     _checks.floating_tree("like", like)
-    linear_map = as_partial(matvec)
+    with precision():
+        linear_map = _programs.share(_programs.trace(matvec, (like,)))
     placement = find((), like, linear_map)
     if placement is None:
         return MatvecOperator(linear_map, like, None)

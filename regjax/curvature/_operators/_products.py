@@ -38,11 +38,7 @@ class Products(abc.ABC):
 
     @abc.abstractmethod
     def product_bytes(self, count: int) -> int:
-        """Bytes on a device of temporaries and results of `count` products at once.
-
-        Raises:
-          TypeError: the compiler cannot know, since the host reads the data.
-        """
+        """Bytes on a device of temporaries and results of `count` products at once."""
 
     def block_product(self, rows: jax.Array) -> jax.Array:
         """A V' for rows V (k, length) of vectors of the space, as rows."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from regjax import _checks
+from regjax import _checks, _digest
 from regjax._base import Batch, Tree
 
 _END = object()
@@ -68,6 +68,19 @@ class Source:
             _close(iterator)
         raise ValueError("`source` must give at least one batch, got none.")
 
+    def drawn(self, first: int, batch: Batch) -> Batch:
+        """A batch that begins with example `first`, with its draws."""
+        extra = () if self.draw is None else (self.draw(first, _checks.num_examples(batch)),)
+        return batch + extra
+
+    def digest(self) -> str:
+        """Of all examples with their draws, in any order and in batches of any size; a pass."""
+        total = np.zeros(2, np.uint32)
+        with contextlib.closing(self.batches()) as batches:
+            for _, batch in batches:
+                total += np.asarray(_digest.of_examples(batch))
+        return total.tobytes().hex()
+
     def batches(self) -> Generator[tuple[int, Batch], None, None]:
         """The batches of a pass on the device, each with its number of examples.
 
@@ -88,10 +101,10 @@ class Source:
                         f"{self.num_passes}: {type(item.error).__name__}: {item.error}"
                     ) from item.error
                 count = _checks.num_examples(item)
-                extra = () if self.draw is None else (self.draw(first, count),)
+                item = self.drawn(first, item)
                 first += count
-                yield count, item + extra
-                del item, extra
+                yield count, item
+                del item
                 if number > 0:
                     permits.release()
         expected = self.num_examples

@@ -13,18 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
 
-from regjax import _checks, _loops
+from regjax import _checks, _loops, _programs
 from regjax._base import Batch, Params, Tree, couples_examples
 from regjax._sharding import Placement
 from regjax._space import Space
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
     Linearization,
-    build,
+    assemble,
     hessian,
     of_subtree,
+    program,
 )
 from regjax.curvature._operators._gauss_newton import (
     draw_keys,
@@ -32,7 +32,7 @@ from regjax.curvature._operators._gauss_newton import (
     fisher,
     gauss_newton,
 )
-from regjax.curvature._operators._operator import Operator
+from regjax.curvature._operators._operator import Operator, subtree
 from regjax.curvature._operators._source import Source
 
 # What stands before the source among the arguments.
@@ -44,34 +44,79 @@ _ARGUMENTS = {
 }
 
 
+_Functions = tuple[Linearization, Callable[..., Tree]]
+
+
+@dataclasses.dataclass(eq=False)
+class _Programs:
+    """The programs of an operator for batches of each size, made when one of it comes.
+
+    Attributes:
+      make: batch -> the operator of that batch alone.
+      first: the first batch's shapes.
+      known: types of a batch -> how its matrix follows from which function.
+    """
+
+    make: Callable[..., CurvatureOperator]
+    first: Batch
+    known: dict[Any, _Functions] = dataclasses.field(default_factory=dict)
+
+    def at(self, batch: Batch) -> _Functions:
+        """The programs for a batch as the source gives it.
+
+        Raises:
+          ValueError: the functions are not what they were when the operator was made.
+        """
+        types = _programs.types(batch)
+        if types not in self.known:
+            if self.known:
+                self._check()
+            self.known[types] = _functions(self.make(*batch))
+        return self.known[types]
+
+    def _check(self) -> None:
+        then = self.known[_programs.types(self.first)]
+        if not _programs.same(then, _functions(self.make(*self.first))):
+            raise ValueError(
+                "`arguments` must hold functions that stay the same as long as the operator is "
+                "used, got one that computes something else than when it was made."
+            )
+
+
+def _functions(operator: CurvatureOperator) -> _Functions:
+    return operator.linearization, operator.function
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["linearization", "function", "params"],
-    meta_fields=["placement", "source", "unit"],
+    data_fields=["params"],
+    meta_fields=["placement", "source", "unit", "programs", "inside"],
 )
 @dataclasses.dataclass(frozen=True)
 class StreamedOperator(Operator):
     """An operator whose data come from a source; only the host can make its products.
 
     Attributes:
-      linearization: how the matrix follows from `function`.
-      function: the loss or the model, a callable pytree.
       params: the parameters.
       placement: where the batches lie if they are on several devices; else None.
       source: where the batches come from.
       unit: unit of rounding of a product with a batch.
+      programs: how the matrix of a batch follows from which function.
+      inside: which leaves of the parameters are differentiated; None: all.
     """
 
-    linearization: Linearization
-    function: Partial
     params: Params
     placement: Placement | None
     source: Source
     unit: float
+    programs: _Programs
+    inside: tuple[bool, ...] | None = None
 
     @property
     def space(self) -> Space:
-        return Space.of(self.params, None if self.placement is None else self.placement.mesh)
+        mesh = None if self.placement is None else self.placement.mesh
+        inside = self.inside
+        return Space.of(self.params if inside is None else subtree(self.params, inside), mesh)
 
     @property
     def takes_blocks(self) -> bool:
@@ -87,31 +132,52 @@ class StreamedOperator(Operator):
 
     def block_product(self, rows: jax.Array) -> jax.Array:
         # One linearisation of a batch serves all vectors.
-        part = lambda batch: build(self.linearization, self.function, self.params, batch, None)
+        part = lambda batch: assemble(*self._parts(batch), batch, None)
         return self._mean(rows, lambda batch: part(batch).block_product(rows))
 
     def facts(self) -> dict[str, Tree]:
+        one = jax.tree.map(lambda leaf: leaf[:1], self.source.first())
+        linearization, function, params = self._parts(self.source.drawn(0, one))
+        ours = CurvatureOperator(linearization, function, params, (), None, None, None)
         return {
             "params": self.params,
-            "function": self.function,
-            "linearization": self.linearization,
+            "inside": repr(self.inside),
+            "function": function,
+            "linearization": linearization,
+            "program": program(ours, self.source.drawn(0, one)),
+            "source": self.source.digest(),
         }
 
     def product_bytes(self, count: int) -> int:
-        raise TypeError(
-            "`operator` must have its data on the device, got one that reads them; take that of "
-            "one batch."
-        )
+        """Bytes on a device of `count` products at once, of batches as large as the first one."""
+        batch = jax.eval_shape(functools.partial(self.source.drawn, 0), self.programs.first)
+        linearization, function, params = self._parts(batch)
+        # Beside the product of a batch its data and those read ahead, the sum, the product before.
+        num_bytes = self.space.num_bytes
+        vectors = num_bytes(jax.eval_shape(lambda: self.space.zeros(count)))
+        held = (self.source.prefetch + 1) * num_bytes(batch) + 2 * vectors
+        shapes = _programs.structs((linearization, function, params))
+        if count == 1:
+            return held + CurvatureOperator(*shapes, batch, None, None, None).product_bytes(1)
+        kept = jax.eval_shape(lambda *parts: assemble(*parts, None), *shapes, batch)
+        return held + num_bytes(kept.linear_map) + kept.product_bytes(count)
 
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
-        function, params = of_subtree(self.function, self.params, inside)
-        return dataclasses.replace(self, function=function, params=params)
+        if self.inside is not None:
+            ours = iter(inside)
+            inside = tuple(here and next(ours) for here in self.inside)
+        return dataclasses.replace(self, inside=inside)
+
+    def _parts(self, batch: Batch) -> tuple[Linearization, Callable[..., Tree], Params]:
+        """The programs for a batch with its draws, and what is differentiated."""
+        linearization, function = self.programs.at(batch[: len(self.programs.first)])
+        if self.inside is None:
+            return linearization, function, self.params
+        return linearization, *of_subtree(function, self.params, self.inside)
 
     def _fused(self, batch: Batch, vector: jax.Array) -> jax.Array:
         """The product with the matrix of a batch, of which nothing is kept."""
-        part = CurvatureOperator(
-            self.linearization, self.function, self.params, batch, None, None, self.placement
-        )
+        part = CurvatureOperator(*self._parts(batch), batch, None, None, self.placement)
         return part.product(vector)
 
     def _mean(self, vectors: jax.Array, multiply: Callable[[Batch], jax.Array]) -> jax.Array:
@@ -177,14 +243,17 @@ def stream(
     functions, params, source = _split(operator_fn, arguments, options)
     passes = Source(source, _checks.integer("prefetch", prefetch))
     first = passes.first()
-    # One example at a time: nothing is computed and kept for the first batch.
-    one = operator_fn(*functions, params, *first, chunk_size=1, **options)
     num_samples = options.get("num_samples", 1)
     if operator_fn is fisher and num_samples is not None:
         passes.draw = lambda first, count: draw_keys(options["key"], first, count, num_samples)
-    return StreamedOperator(
-        one.linearization, one.function, one.params, one.placement, passes, one.eps
-    )
+
+    # One example at a time: nothing is computed and kept for a batch.
+    def make(*batch: Tree) -> CurvatureOperator:
+        return operator_fn(*functions, params, *batch, chunk_size=1, **options)
+
+    one, programs = make(*first), _Programs(make, _programs.structs(first))
+    programs.known[_programs.types(first)] = _functions(one)
+    return StreamedOperator(one.params, one.placement, passes, one.eps, programs)
 
 
 def _split(

@@ -1,12 +1,11 @@
 """Matrices of which a product is one traced program on trees, compiled once."""
 
 import abc
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks
+from regjax import _checks, _programs
 from regjax._base import Params
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import narrowest_eps, precision
@@ -33,12 +32,10 @@ class TracedOperator(Operator):
         return max(own, narrowest_eps(_image, self, self.space.like()))
 
     def product_bytes(self, count: int) -> int:
-        zeros = jax.eval_shape(lambda: self.space.zeros(count))
-        several = lambda operator, rows: jax.vmap(operator.product)(rows)
+        zeros = self.space.shapes_of(jax.eval_shape(lambda: self.space.zeros(count)))
+        several = lambda operator, rows: operator.block_product(rows)
         one = lambda operator, rows: operator.product(rows[0])
-        compiled = jax.jit(one if count == 1 else several).lower(self, zeros).compile()
-        account: Any = compiled.memory_analysis()
-        return int(account.temp_size_in_bytes + account.output_size_in_bytes)
+        return _programs.num_bytes(one if count == 1 else several, self, zeros)
 
 
 def _image(operator: TracedOperator, tree: Params) -> Params:
@@ -50,11 +47,13 @@ def _image(operator: TracedOperator, tree: Params) -> Params:
     return image
 
 
+@_programs.bounded
 @jax.jit
 def _product(operator: TracedOperator, vector: jax.Array) -> jax.Array:
     return operator.space.ravel(_image(operator, operator.space.unravel(vector)), vector.dtype)
 
 
+@_programs.bounded
 @jax.jit
 def _like_vectors(operator: TracedOperator, tree: Params) -> Params:
     example = operator.space.like()

@@ -1,0 +1,177 @@
+"""What every public function checks before anything else, by the names of its arguments.
+
+A name has one meaning in the whole library (docs/vocabulary.md), and so it has one rule: a count
+is an integer, a key a typed key, parameters a tree of real floating-point arrays, a loss can be
+called. What only one function knows, such as a largest k, is checked there.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regjax import _checks
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+ACCUMULATIONS = ("compensated", "float64")
+Rule: TypeAlias = Callable[[str, Any, Mapping[str, Any]], object]
+"""(name, value, all arguments) -> anything; raises."""
+
+
+def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Checks the arguments of a public function by their names, each time it is called.
+
+    Raises:
+      TypeError: an argument has the wrong type, as a function that cannot be called.
+      ValueError: an argument is out of its range, or a tree is not like the parameters.
+    """
+    signature = inspect.signature(function)
+    rules = {name: RULES[name] for name in signature.parameters if name in RULES}
+    defaults = {name: signature.parameters[name].default for name in rules}
+
+    @functools.wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        given = signature.bind(*args, **kwargs).arguments
+        for name, rule in rules.items():
+            if name in given and given[name] is not defaults[name]:
+                rule(name, given[name], given)
+        return function(*args, **kwargs)
+
+    call.__dict__["checks"] = tuple(rules)
+    return call
+
+
+def _count(name: str, value: object, given: Mapping[str, Any]) -> None:
+    del given
+    # Counts of masks may be known only on the device.
+    if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jnp.integer):
+        _checks.integer(name, value, minimum=0)
+
+
+def _finite(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    del given
+    if not callable(value):  # a schedule
+        _checks.non_negative(name, value, finite=True)
+
+
+def _real(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    del given
+    _checks.real(name, value)
+
+
+def _not_negative(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    del given
+    _checks.non_negative(name, value)
+
+
+def _key(name: str, value: object, given: Mapping[str, Any]) -> None:
+    del given
+    _checks.key(name, value)
+
+
+def _params(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    del given
+    _checks.floating_tree(name, value)
+
+
+def _like_params(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    if "params" in given:
+        _checks.same_tree(name, value, given["params"])
+    _checks.floating_tree(name, value)
+
+
+def _function(name: str, value: object, given: Mapping[str, Any]) -> None:
+    del given
+    if not callable(value):
+        raise TypeError(f"`{name}` must be a function, got {value!r}.")
+
+
+def _array(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    del given
+    if isinstance(value, str) or not np.size(value):
+        what = "text" if isinstance(value, str) else f"shape {np.shape(value)}"
+        raise ValueError(f"`{name}` must be an array with at least one number, got {what}.")
+    if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+        raise TypeError(f"`{name}` must be real, got {jnp.result_type(value)}.")
+
+
+def _examples(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    for leaf in jax.tree.leaves(value):
+        if not isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.AbstractValue)):
+            _array(name, leaf, given)
+
+
+def _accumulation(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    del given
+    _checks.choice(name, value, ACCUMULATIONS)
+
+
+def _operator(name: str, value: object, given: Mapping[str, Any]) -> None:
+    del given
+    if not hasattr(value, "block_product"):
+        raise TypeError(
+            f"`{name}` must be an operator, as from `hessian` or `from_matvec`, got "
+            f"{type(value).__name__}."
+        )
+
+
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(
+        (
+            "batch_size", "block_size", "chunk_size", "deflate", "delay", "every", "k",
+            "max_basis", "max_matvecs", "min_units", "num_directions", "num_each",
+            "num_evaluations", "num_examples", "num_groups", "num_inner_steps", "num_iterations",
+            "num_matvecs", "num_params", "num_points", "num_probes", "num_removed", "num_rounds",
+            "num_samples", "num_shards", "num_steps", "num_to_remove", "num_units",
+        ),
+        _count,
+    ),
+    **dict.fromkeys(
+        (
+            "alpha", "budget", "crossover", "damping", "epsilon", "eta", "factor",
+            "first_step_learning_rate", "flat_tol", "gamma", "gamma0", "gradient_norm", "growth",
+            "initial_learning_rate", "intrinsic_rate", "inverse_batch", "keep_probability",
+            "learning_rate", "linear_threshold", "margin", "max_distance", "max_momentum",
+            "min_norm", "momentum", "noise_power", "noise_scale", "radius",
+            "reference_batch_size", "reference_learning_rate", "rho", "share", "smallest_ratio",
+            "std", "strength", "target_norm", "threshold", "tol", "vanishing_threshold",
+            "weight_decay", "weight_decay_ratio",
+        ),
+        _finite,
+    ),
+    **dict.fromkeys(("clip", "gradient_norm_bound"), _not_negative),
+    **dict.fromkeys(("largest", "power", "smallest"), _real),
+    "key": _key,
+    **dict.fromkeys(("mean_grads", "params"), _params),
+    **dict.fromkeys(
+        (
+            "direction", "grads", "other_direction", "other_params", "start", "vector",
+        ),
+        _like_params,
+    ),
+    **dict.fromkeys(
+        (
+            "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "dropout_loss_fn",
+            "gate_loss", "grad_fn", "law", "loss_fn", "matvec", "model_fn", "operator_fn",
+            "output_loss_fn", "preactivations_fn", "rule",
+        ),
+        _function,
+    ),
+    **dict.fromkeys(
+        (
+            "activations", "basis", "batch_means", "batch_variances", "center", "covariance",
+            "features", "g", "grid", "initial_kernel", "kernel", "learning_rates", "matrix",
+            "positions", "singular_values", "true_weights", "u", "v",
+        ),
+        _array,
+    ),
+    "inputs": _examples,
+    "accumulation": _accumulation,
+    "operator": _operator,
+}  # fmt: skip
+"""Name of an argument -> its rule."""

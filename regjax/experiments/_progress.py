@@ -1,0 +1,36 @@
+"""A progress bar."""
+
+from typing import Any
+
+
+class Bar:
+    """A progress bar on stderr, a line for each stage."""
+
+    def __init__(self) -> None:
+        self._stage: str | None = None
+        self._bar: Any = None
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """Shows that `done` steps of `total` of a stage are over."""
+        if stage != self._stage:
+            from tqdm import tqdm
+
+            self.close()
+            self._stage, self._bar = stage, tqdm(desc=stage, total=total, mininterval=0.5)
+        if self._bar is None:
+            return
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the line of the stage."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None

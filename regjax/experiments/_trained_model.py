@@ -1,0 +1,80 @@
+"""A trained network out of its checkpoint, for a notebook."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from regjax import _files
+from regjax._adapters import Model
+from regjax.experiments._checkpoint import read_run, read_shape
+from regjax.experiments._dataset import Dataset
+from regjax.experiments._inputs import check_precision, measure_scaling, normalize
+from regjax.experiments._network import build
+from regjax.experiments._settings import TrainSettings, checkpoint_path, with_training_options
+from regjax.experiments._training import initial_state, trained_model
+from regjax.experiments._validation import validate
+
+
+def load_model(path: str | os.PathLike[str]) -> Model:
+    """Reads the trained network of a checkpoint of the command line.
+
+    For example
+
+        dataset = experiments.load("digits")
+        inputs, _ = experiments.scaled_inputs(dataset)
+        model = experiments.load_model("runs/mine")
+        loss_fn = regjax.model_loss(model, cross_entropy)
+        curvature.hessian(loss_fn, model.params, inputs, dataset.train_targets)
+
+    Args:
+      path: the checkpoint, or the folder that holds `checkpoint.npz`.
+
+    Returns:
+      A `Model` with the trained parameters and statistics, for inputs as `scaled_inputs` makes
+      them. What a transformation keeps on the parameters, such as noise, is taken off.
+
+    Raises:
+      CheckpointError: the checkpoint is missing, damaged, or not one of a training run; or of
+        float64, and JAX is not set to it.
+      UsageError: it holds options that this version does not have.
+    """
+    file = checkpoint_path(Path(path))
+    stored, _, _ = read_run(file)
+    settings = with_training_options(TrainSettings(), stored)
+    validate(settings)
+    try:
+        check_precision(settings.dtype)
+    except ValueError as error:
+        raise _files.CheckpointError(f"{file} cannot be loaded: {error}") from None
+    model = build(settings, *read_shape(file))
+    state = _files.load(file, initial_state(settings, model))
+    return trained_model(settings, model, state.weights)
+
+
+def scaled_inputs(dataset: Dataset, *, dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
+    """Scales the images of a data set as training does: mean 0 and deviation 1 of each channel.
+
+    Mean and deviation are those of the training images.
+
+    Args:
+      dataset: as from `load`.
+      dtype: of the results, "float32" or "float64".
+
+    Returns:
+      The training and the test inputs, (examples, height, width, channels).
+
+    Raises:
+      TypeError: `dataset` is none.
+      ValueError: `dtype` is neither, or float64 and JAX is not set to it.
+    """
+    check_precision(dtype)
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`dataset` must be a Dataset, got {type(dataset).__name__}.")
+    scaling = measure_scaling(dataset, dtype)
+    train, test = (
+        normalize(jnp.asarray(images), scaling)
+        for images in (dataset.train_inputs, dataset.test_inputs)
+    )
+    return train, test
