@@ -106,7 +106,8 @@ def lanczos(
 
     Args:
       operator: symmetric, of order n.
-      start: the first direction, a tree like the parameters; need not be of unit norm.
+      start: the first direction, a tree like the parameters; need not be of unit norm. One
+        that is zero or not finite gives NaN where it is traced.
       num_steps: number of products m, at most n. Compile time does not depend on it.
       key: typed key of the fresh directions with which the recurrence goes on after a breakdown
         (an invariant subspace); None stops there.
@@ -123,8 +124,8 @@ def lanczos(
       matrices and with ten million parameters.
 
     Raises:
-      ValueError: `num_steps` is not between 1 and n, `start` does not fit the operator, or the
-        checkpoint is of another problem.
+      ValueError: `num_steps` is not between 1 and n, `start` does not fit the operator or is zero
+        or not finite, or the checkpoint is of another problem.
       CheckpointError: a file of the checkpoint cannot be written.
       MemoryError: the device has no room; names what to lower, with the bytes that are needed.
       Interrupted: Ctrl-C; its `.result` holds the steps done.
@@ -147,14 +148,17 @@ def lanczos_solver(
 ) -> Solver[Tree, LanczosResult]:
     """Makes the solver of `lanczos`, whose arguments these are, to drive by hand."""
     space = operator.space
-    _checks.same_tree("start", start, space.like())
+    _checks.direction("start", _checks.same_tree("start", start, space.like()))
     _checks.integer("num_steps", num_steps, maximum=space.size)
     if key is not None:
         _checks.key("key", key)
 
     def init() -> Krylov:
         fresh = jax.random.key(0) if key is None else key
-        return empty(space, space.ravel(start), num_steps, fresh, accumulation)
+        krylov = empty(space, space.ravel(start), num_steps, fresh, accumulation)
+        # Traced, what is no direction could not be refused: nothing follows from it.
+        first = jnp.where(jnp.any(krylov.direction != 0), krylov.direction, jnp.nan)
+        return krylov._replace(direction=first)
 
     def done(krylov: Krylov) -> jax.Array:
         is_full = krylov.filled >= num_steps
