@@ -1,6 +1,7 @@
 """Our own promise of `top_eigenpairs`: what is complete is right, on random spectra with copies."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ def matrix_of(values: np.ndarray, random: np.random.Generator, *, blocks: bool =
     size = len(values)
     vectors = np.zeros((size, size))
     cuts = (0, size // 2, size) if blocks else (0, size)
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in itertools.pairwise(cuts):
         part = random.normal(size=(stop - start, stop - start))
         vectors[start:stop, start:stop] = np.linalg.qr(part)[0]
     matrix = (vectors * random.permutation(values)) @ vectors.T

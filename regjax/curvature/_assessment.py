@@ -154,12 +154,8 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
 
     if state.searches:
         inside = standing.mass > _SOME
-        nothing_hides = _search.is_over(
-            search, pairs.values, inside, which=state.which, size=size
-        )
-        has_found = _search.has_found(
-            search, pairs.values, inside, standing.threshold, state.which
-        )
+        nothing_hides = _search.is_over(search, pairs.values, inside, which=state.which, size=size)
+        has_found = _search.has_found(search, pairs.values, inside, standing.threshold, state.which)
         search_is_done = search.active & all_converged & ~has_found & nothing_hides
         # Searching drops the residuals of the kept pairs for good: they go in with room to spare,
         # or with nothing to gain.

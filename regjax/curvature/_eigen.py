@@ -248,9 +248,7 @@ def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
         num_matvecs=state.num_matvecs,
         converged=state.small[:k],
         complete=_is_complete(state),
-        miss_probability=_search.miss_probability(
-            state.search, which=state.which, size=space.size
-        ),
+        miss_probability=_search.miss_probability(state.search, which=state.which, size=space.size),
     )
 
 

@@ -65,9 +65,7 @@ def ritz_pairs(result: LanczosResult) -> RitzResult:
     values = jnp.where(pairs.valid, pairs.values, jnp.nan)
     beta = _numerics.scaled_norm(result.residual).astype(values.dtype)
     outside = beta * jnp.abs(pairs.vectors[result.num_steps - 1])
-    unknown = rounding(
-        values, eps=result.eps, dtype=result.basis.dtype, num_rows=result.num_steps
-    )
+    unknown = rounding(values, eps=result.eps, dtype=result.basis.dtype, num_rows=result.num_steps)
     return RitzResult(
         values=values,
         residual_norms=jnp.where(pairs.valid, outside + unknown, jnp.nan),

@@ -65,6 +65,25 @@ def test_miss_probability_is_reported_and_holds():
     assert float(alone.miss_probability) == 1
 
 
+@pytest.mark.parametrize("copies", [5, 9])
+def test_the_promise_is_shared_by_all_searches(copies):
+    """Each search but the last could have been the last, and have missed what it found."""
+    diagonal = jnp.asarray(np.r_[np.ones(copies), np.linspace(0.5, 0, 100)], jnp.float32)
+    operator = curvature.from_matvec(lambda v: v * diagonal, diagonal)
+    solver = curvature.top_eigenpairs_solver(operator, copies, key=jax.random.key(copies))
+    state = solver.init()
+    while not solver.done(state):
+        state = solver.step(state)
+    count = int(state.search.count)
+    assert count > 2
+    spent = 0.01 * sum(1 / (s * (s + 1)) for s in range(1, count))
+    assert (
+        spent
+        <= float(solver.result(state).miss_probability)
+        <= spent + 0.01 / (count * (count + 1))
+    )
+
+
 @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
 def test_copies_are_missed_as_rarely_as_claimed(which):
     sign = -1 if which == "SA" else 1

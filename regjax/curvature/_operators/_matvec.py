@@ -16,8 +16,8 @@ from regjax.curvature._operators._operator import Operator, Submatrix
 from regjax.curvature._operators._traced import TracedOperator
 from regjax.curvature._precision import precision
 
-# Relative difference of A(u + v) from A u + A v, or of u' A v from v' A u, beyond which a product is
-# called neither; and the same in units of its rounding. Differences of gradients still pass.
+# Relative difference of A(u + v) from A u + A v, and of u' A v from v' A u, beyond which a product
+# is refused, and units of its rounding that come to it.
 _DIFFERENCE, _UNITS = 3e-3, 16
 
 
@@ -46,9 +46,7 @@ class MatvecOperator(TracedOperator):
         return self.linear_map(tree)
 
     def facts(self) -> dict[str, Tree]:
-        traced = jax.make_jaxpr(MatvecOperator.apply)(
-            *_programs.structs((self, self.space.like()))
-        )
+        traced = jax.make_jaxpr(MatvecOperator.apply)(*_programs.structs((self, self.space.like())))
         text = _jaxprs.describe(traced, lasting=True).text[:16]
         return {"linear_map": self.linear_map, "program": text}
 
