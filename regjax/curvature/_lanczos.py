@@ -25,8 +25,6 @@ from regjax.curvature._precision import precisely
 
 # A norm below this many units of rounding of the matrix is rounding itself: the space is invariant.
 _BREAKDOWN = 8
-# Dropped directions of which the parts are kept apart.
-_DROPS = 16
 
 
 class Krylov(NamedTuple):
@@ -36,9 +34,9 @@ class Krylov(NamedTuple):
       basis: rows, the first `filled` of which hold it.
       projected: (rows, rows), Q A Q' as measured by the inner products, zero beyond `filled`.
       coupling: (rows,), the part of each row's A q along `direction`.
-      lost: (drops, rows), the parts along directions that were dropped when a fresh one was taken,
-        the newest first. Each is one unit vector, so that the parts of a combination of rows add up
-        with their signs.
+      lost: (rows, rows), the parts along directions that were dropped when a fresh one was taken,
+        the newest first, as many as there may be until the rows are combined anew. Each is one unit
+        vector, so that the parts of a combination of rows add up with their signs.
       blur: (), norm of all other parts outside of the basis, of all rows together: rounding, and
         directions that were dropped long ago.
       newest: the last row, a vector, or zeros after a change of basis.
@@ -209,7 +207,7 @@ def empty(
         basis=basis,
         projected=jnp.zeros((rows, rows), small),
         coupling=jnp.zeros(rows, small),
-        lost=jnp.zeros((_DROPS, rows), small),
+        lost=jnp.zeros((rows, rows), small),
         blur=jnp.zeros((), small),
         newest=jnp.zeros_like(direction),
         direction=unit(direction, space.norm(direction)),
