@@ -142,6 +142,15 @@ def boolean(name: str, value: object) -> bool:
     return value
 
 
+def direction(name: str, tree: _Tree) -> _Tree:
+    """Returns `tree`, of floating point, if it is finite and not zero as far as it is known."""
+    finite_tree(name, tree)
+    known = [on_host(leaf) for leaf in jax.tree.leaves(tree)]
+    if not any(leaf is None or leaf.any() for leaf in known):
+        raise ValueError(f"`{name}` must not be zero: it is a direction.")
+    return tree
+
+
 def choice(name: str, value: str, allowed: Sequence[str]) -> str:
     """Returns `value` if it is one of `allowed`, else raises ValueError."""
     if value not in allowed:

@@ -23,7 +23,7 @@ from regjax.curvature._engine._solver import Solver
 from regjax.curvature._lanczos import Krylov, absorb, empty, expand
 from regjax.curvature._measure import DensityResult, spectral_sum
 from regjax.curvature._operators._operator import Operator
-from regjax.curvature._precision import floor, precisely
+from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._ritz import residual_parts, small_pairs
 
 # A Ritz pair is taken out when its residual norm is below this share of the largest |Ritz value|.
@@ -195,7 +195,8 @@ def _taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
     # A run cut short by Ctrl-C has empty rows, whose pairs are nobody's.
     take &= krylov.filled == num_rows
     order = jnp.argsort(~take, stable=True)
-    bounds = jnp.maximum(bounds, floor(values, eps))
+    dtype = krylov.basis.space.dtype
+    bounds += rounding(values, eps=eps, dtype=dtype, num_rows=krylov.filled)
     count = jnp.sum(take, dtype=jnp.int32)
     inside = jnp.arange(num_rows, dtype=jnp.int32) < count
     weights = jnp.where(inside[None], vectors[:, order], 0)

@@ -18,8 +18,7 @@ class SharpnessResult(NamedTuple):
         squared parameter; of the loss if spherical.
       residual_norm: (), ||H v - value v||: some eigenvalue lies within it of the value. Not below
         the rounding of products in low precision.
-      converged: (), bool: the residual norm is at most max(tol, 8 eps) times the largest
-        |Ritz value|, were products exact; as in `curvature.EigenResult`.
+      converged: (), bool, as in `curvature.EigenResult`.
     """
 
     value: jax.Array

@@ -1,5 +1,6 @@
 """How descent with weight decay moves along the minima of a loss whose weights have no scale."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -115,12 +116,15 @@ def sharpness_reduction_flow(
     third = _chunks.mean(
         Partial(_third_derivative, of_direction), (origin, leading), batch, chunk_size
     )
-    from_third = curvature.lanczos(hessian, third, num_steps)
+    norm = _numerics.scaled_norm(third)
+    # Where there is no gradient any direction will do: it is multiplied by its norm of 0.
+    start = jax.tree.map(functools.partial(jnp.where, norm > 0), third, noise)
+    from_third = curvature.lanczos(hessian, start, num_steps)
     predicted = _predicted(
         pairs,
         from_third,
         curvature.ritz_pairs(from_third),
-        _numerics.scaled_norm(third),
+        norm,
         _Numbers(intrinsic_rate, flat_tol, tol),
     )
     velocity = space.unravel(predicted.velocity)
@@ -178,7 +182,7 @@ def _predicted(
     flat = jnp.abs(values) <= limit
     # Of the gradient in the basis of the Ritz vectors, and of those vectors along the residual.
     first = third_pairs.vectors[0]
-    last = jnp.linalg.norm(from_third.residual) * third_pairs.vectors[-1]
+    last = _numerics.scaled_norm(from_third.residual) * third_pairs.vectors[-1]
     kept = jnp.where(flat, first, 0)
     gradient = slope * _combined(from_third, third_pairs.vectors @ kept)
     size = slope * jnp.linalg.norm(kept)
