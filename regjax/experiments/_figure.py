@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from regjax import curvature, plots
 from regjax.experiments import _record
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
 
 # In inches: of a column of a paper, and of a page.
 _WIDTHS = {"column": 3.3, "page": 6.8}
-# Where the eigenvalue axis turns linear, as a share of the largest magnitude.
-_LINEAR_SHARE = 1e-3
 
 
 def draw_spectrum(path: Path, record: _record.Record) -> None:
@@ -95,14 +92,8 @@ def _probes(name: str, record: _record.Record) -> plots.ProbePanel:
 
 def _draw(path: Path, blocks: _record.Record, matrix: str, width: float) -> None:
     panels = [_panel(name, block) for name, block in blocks.items()]
-    largest = max(abs(v) for block in blocks.values() for v in block["eigenvalues"]["values"])
     figure = plots.spectrum_figure(
-        panels,
-        axis_scale="symlog",
-        # A power of ten, so that ticks fall on both ends of the linear part and not inside.
-        linear_threshold=float(10.0 ** np.ceil(np.log10(_LINEAR_SHARE * largest or 1.0))),
-        matrix_name=_record.title(matrix),
-        figure_width=width,
+        panels, matrix_name=_record.title(matrix), figure_width=width
     )
     _save(path, figure)
 
