@@ -137,7 +137,7 @@ RULES: Mapping[str, Rule] = {
         (
             "alpha", "budget", "crossover", "damping", "epsilon", "eta", "factor",
             "first_step_learning_rate", "flat_tol", "gamma", "gamma0", "gradient_norm", "growth",
-            "initial_learning_rate", "intrinsic_rate", "keep_probability",
+            "initial_learning_rate", "intrinsic_rate", "keep_probability", "kernel_width",
             "learning_rate", "margin", "max_distance", "max_momentum",
             "min_norm", "momentum", "noise_scale", "radius",
             "reference_batch_size", "reference_learning_rate", "rho", "share", "smallest_ratio",

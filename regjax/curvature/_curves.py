@@ -182,8 +182,9 @@ def _curves(
         squares.append(np.mean(square, 0))
     estimate, least, most, square = (np.mean(part, 0) for part in (means, leasts, mosts, squares))
     # So many eigenvalues alike would have this mean and this mean square.
-    count = np.where(square > 0, measure.dimension * estimate**2, 1)
-    count = count / np.where(square > 0, square, 1)
+    is_known = np.minimum(square, estimate**2) > 0  # elsewhere there is nothing but underflow
+    count = np.where(is_known, max(measure.dimension, 1) * estimate**2, 1)
+    count = count / np.where(is_known, square, 1)
     fewest, greatest = _count_interval(count, len(means))
     rest = estimate, least * fewest / count, most * greatest / count
     share = measure.dimension / measure.size

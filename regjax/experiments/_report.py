@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from regjax.experiments._normalization import NORMALIZATIONS
@@ -49,7 +49,7 @@ def spectrum_text(record: Record) -> str:
     )
     blocks = [_block_text(what, name, block) for name, block in record["blocks"].items()]
     geometry = [_geometry_text(record)] if "geometry" in record else []
-    return "\n\n".join([*blocks, *geometry, _LEGEND])
+    return "\n\n".join([*blocks, *geometry, _LEGEND, _COUNT_LEGEND, *_of_drawn([record])])
 
 
 def comparison_text(records: dict[str, Record]) -> str:
@@ -60,7 +60,7 @@ def comparison_text(records: dict[str, Record]) -> str:
         shared = {**_COMPARED, **_GEOMETRY}
     for name, text in shared.items():
         rows.append([name, *(text(record) for record in records.values())])
-    return "\n\n".join([table(rows), *failures(records), _ONE_SEED, _LEGEND])
+    return "\n\n".join([table(rows), *failures(records), _ONE_SEED, _LEGEND, *_of_drawn(records.values())])
 
 
 def trainings_text(records: dict[str, Record]) -> str:
@@ -105,9 +105,10 @@ def with_error(value: float | None, error: float | None) -> str:
 def _block_text(what: str, name: str, block: Record) -> str:
     eigenvalues, density = block["eigenvalues"], block["density"]
     products = eigenvalues["num_matvecs"] + density["num_matvecs"]
+    steps = " and ".join(map(str, density["num_steps"]))
     header = (
         f"{what}, {name}: {block['num_parameters']:,} parameters, {products} products in "
-        f"{eigenvalues['seconds'] + density['seconds']:.1f} s"
+        f"{eigenvalues['seconds'] + density['seconds']:.1f} s; density of {steps} Lanczos steps"
     )
     rows = [
         [f"eigenvalue {rank}", ("" if converged else "not converged ") + with_error(value, bound)]
@@ -123,10 +124,10 @@ def _block_text(what: str, name: str, block: Record) -> str:
         ["trace", _estimate(trace)],
         ["mean eigenvalue", with_error(trace["value"] / size, trace["standard_error"] / size)],
         [f"effective dimension at damping {dimension['damping']:g}", _estimate(dimension)],
-        [f"eigenvalues above {outlier:.3g}", _estimate(counts["outliers"])],
-        [f"eigenvalues from {zero:.3g} to {outlier:.3g}", _estimate(counts["bulk"])],
-        [f"eigenvalues within ±{zero:.3g}", _estimate(counts["near_zero"])],
-        [f"eigenvalues below -{zero:.3g}", _estimate(counts["negative"])],
+        [f"eigenvalues above {outlier:.3g}", _count(counts["outliers"])],
+        [f"eigenvalues from {zero:.3g} to {outlier:.3g}", _count(counts["bulk"])],
+        [f"eigenvalues within ±{zero:.3g}", _count(counts["near_zero"])],
+        [f"eigenvalues below -{zero:.3g}", _count(counts["negative"])],
     ]
     return f"{_wrapped(header)}\n\n{table(rows)}"
 
@@ -206,6 +207,28 @@ def _estimate(entry: Record) -> str:
     return with_error(entry["value"], entry["standard_error"])
 
 
+def _count(entry: Record) -> str:
+    """Formats a number of eigenvalues with its error and what the Lanczos steps leave open."""
+    ends = [f"{entry[f'{end}_bound']:.4g}" for end in ("lower", "upper")]
+    return f"{_estimate(entry)} [{', '.join(ends)}]"
+
+
+def _of_drawn(records: Iterable[Record]) -> list[str]:
+    """Says that errors leave out the draw of labels, where labels were drawn."""
+    drawn = [record["settings"].get("num_samples") for record in records]
+    counts = sorted({count for count in drawn if count is not None})
+    if not counts:
+        return []
+    number = " or ".join(map(str, counts))
+    return [
+        _wrapped(
+            f"The Fisher matrix is that of {number} drawn label(s) per example: every ± and bracket "
+            "is about that matrix, and leaves out how far it is from the exact one (without "
+            "--num-samples)."
+        )
+    ]
+
+
 def table(rows: list[list[str]]) -> str:
     """Sets rows in columns, the first to the left; columns that are too many go below."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -249,8 +272,13 @@ _ONE_SEED = (
 )
 _LEGEND = (
     "For eigenvalues and sharpness, ± bounds the distance to a true eigenvalue.\n"
-    "Elsewhere it is one standard error from the random probes; quadrature error is\n"
-    "not included."
+    "Elsewhere it is one standard error from the random probes; what the quadrature\n"
+    "leaves open is not included."
+)
+_COUNT_LEGEND = (
+    "[a, b] behind a number of eigenvalues: what the Lanczos steps leave open, rigorous\n"
+    "for the probes that were drawn; ± comes in addition. Steps are added until the\n"
+    "bracket is about as narrow as ±, or 320 are made, unless --num-steps is given."
 )
 _COMPARED: dict[str, Callable[[Record], str]] = {
     "parameters": lambda record: f"{record['num_parameters']:,}",
