@@ -167,7 +167,7 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
         ),
         Verdict(
             f"{_claims.word(bound <= 1)}: residual norms are bounds",
-            f"the true residual is at most {bound:.2f} of what is claimed",
+            f"the true residual is at most {bound:.4f} of what is claimed",
         ),
     ]
 

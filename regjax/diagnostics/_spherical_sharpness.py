@@ -6,6 +6,7 @@ nothing without the norm, nor does a learning rate. On the unit sphere both do.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -277,7 +278,7 @@ def _of_usable_norm(weights: Params) -> Params:
     """Returns the weights, or NaN where they are traced, unless curvature would leave its type."""
     norm = _numerics.scaled_norm(weights)
     # The curvature goes with the inverse square of the norm: there it over- or underflows.
-    limit = float(jnp.sqrt(jnp.finfo(norm.dtype).max)) / 8
+    limit = math.sqrt(float(jnp.finfo(norm.dtype).max)) / 8
     is_usable = (norm > 1 / limit) & (norm < limit)
     if not _loops.is_concrete(is_usable):
         return jax.tree.map(lambda w: jnp.where(is_usable, w, jnp.nan), weights)
