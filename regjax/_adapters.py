@@ -23,6 +23,7 @@ import jax
 from flax import core, linen, nnx
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax._base import ModelFn, OutputLossFn, Params, PRNGKey, State, Tree
 from regjax._base import check_separable as check_separable
 from regjax._base import couples_examples as couples_examples
@@ -105,6 +106,7 @@ def from_nnx(module: nnx.Module) -> Model:
     return _model(run, params, state, has_statistics)
 
 
+@checked
 def from_callable(function: ModelFn, params: Params, state: State = None) -> Model:
     """Turns a pure function into a `Model`.
 
@@ -193,6 +195,7 @@ class ModelLoss:
         return self.output_loss_fn(self.function(params, inputs), targets)
 
 
+@checked
 def model_function(
     model: Model, *, mode: str = "evaluation", key: PRNGKey | None = None
 ) -> ModelFunction:
@@ -220,6 +223,7 @@ def model_function(
     return ModelFunction(model.state, key, model.apply, mode, coupled)
 
 
+@checked
 def model_loss(
     model: Model,
     output_loss_fn: OutputLossFn,

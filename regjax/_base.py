@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _programs, _tree
+from regjax._arguments import checked
 
 Params: TypeAlias = Any
 """Tree of real floating-point arrays."""
@@ -89,6 +90,7 @@ def _says(function: Callable[..., Tree], name: str) -> bool:
     return bool(getattr(function, name, False))
 
 
+@checked
 def check_separable(loss_fn: LossFn, params: Params, *batch: Tree, tol: float = 1e-4) -> None:
     """Checks that a loss is a mean over independent examples, by splitting the batch unevenly.
 

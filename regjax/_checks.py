@@ -135,13 +135,6 @@ def finite_tree(name: str, tree: _Tree) -> _Tree:
     return tree
 
 
-def boolean(name: str, value: object) -> bool:
-    """Returns `value` if it is a Python bool: of anything else it is not known what it says."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
-    return value
-
-
 def direction(name: str, tree: _Tree) -> _Tree:
     """Returns `tree`, of floating point, if it is finite and not zero as far as it is known."""
     finite_tree(name, tree)

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from regjax import _checks, _loops
 from regjax._adapters import Model, check_model
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, State, Tree
 from regjax._numerics import divide
 from regjax._runners import ApplyFn
 
 
+@checked
 def updated_statistics(
     model: Model,
     params: Params,
@@ -47,6 +49,7 @@ def updated_statistics(
     return model.apply(params, state, inputs, train=True, key=key)[1]
 
 
+@checked
 def population_statistics(
     model: Model,
     params: Params,

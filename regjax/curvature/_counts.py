@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from regjax import _checks, _loops
+from regjax import _loops
 from regjax.curvature._measure import DensityResult
 from regjax.curvature._quadrature import Rule, mass_up_to, rules
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax.curvature._counts import Measure
 from regjax.curvature._measure import DensityResult
 
@@ -27,8 +28,8 @@ class DensityCurveResult(NamedTuple):
     Attributes:
       grid: (num_points,), eigenvalues, ascending.
       density: (num_points,), mass per unit of the eigenvalue.
-      band_low: (num_points,), lower end of a band that holds the exact density, seen through the same
-        kernel, at 95 % of the places.
+      band_low: (num_points,), lower end of a band that holds the exact density, seen through the
+        same kernel, at 95 % of the places.
       band_high: (num_points,), its upper end.
       kernel_width: (num_points,), standard deviation of the Gaussian that an eigenvalue at each
         place is drawn as: in units of the eigenvalue on a linear scale, of asinh(eigenvalue /
@@ -45,6 +46,7 @@ class DensityCurveResult(NamedTuple):
     linear_threshold: jax.Array
 
 
+@checked
 def density_curve(
     density: DensityResult,
     *,
@@ -207,7 +209,7 @@ def _count_interval(count: np.ndarray, num_probes: int) -> tuple[np.ndarray, np.
 def _kernels(
     axis: _Axis, places: np.ndarray, widths: np.ndarray, values: np.ndarray, bounds: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The kernel at the distance of each value, (num_points, values), and its ends in the bounds."""
+    """The kernel at each value's distance, (num_points, values), and its ends in the bounds."""
     distance = np.abs(places[:, None] - axis.transform(values))
     moved = np.maximum(
         axis.transform(values + bounds) - axis.transform(values),

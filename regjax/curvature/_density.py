@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from regjax import _checks, _loops
+from regjax._arguments import checked
 from regjax._base import Callback, PRNGKey, Tree
 from regjax._space import Space
 from regjax.curvature._engine import _basis
@@ -79,6 +80,7 @@ class DensityState(NamedTuple):
     num_matvecs: jax.Array
 
 
+@checked
 def spectral_density(
     operator: Operator,
     *,
@@ -131,6 +133,7 @@ def spectral_density(
     return run(solver, callback=callback, checkpoint=checkpoint)
 
 
+@checked
 def spectral_density_solver(
     operator: Operator,
     *,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops
+from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.curvature import _search
@@ -65,6 +66,7 @@ class EigenResult(NamedTuple):
     miss_probability: jax.Array
 
 
+@checked
 def top_eigenpairs(
     operator: Operator,
     k: int,
@@ -153,6 +155,7 @@ def _set_slope(operands: Tree, slopes: jax.Array, i: jax.Array) -> jax.Array:
     return slopes.at[i].set(slope / jnp.vdot(vector, vector))
 
 
+@checked
 def top_eigenpairs_solver(
     operator: Operator,
     k: int,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from regjax import _checks, _numerics
+from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.curvature._engine import _basis
@@ -90,6 +91,7 @@ class LanczosResult(NamedTuple):
     eps: jax.Array
 
 
+@checked
 def lanczos(
     operator: Operator,
     start: Params,
@@ -136,6 +138,7 @@ def lanczos(
     return run(solver, callback=callback, checkpoint=checkpoint)
 
 
+@checked
 def lanczos_solver(
     operator: Operator,
     start: Params,

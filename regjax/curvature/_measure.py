@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics
+from regjax._arguments import checked
 from regjax.curvature._precision import precisely
 
 
@@ -111,6 +112,7 @@ def share_error(share: jax.Array, dimension: jax.Array, num_probes: ArrayLike) -
     return jnp.sqrt(2 * share * (1 - share) / ((dimension + 2) * jnp.maximum(count, 1)))
 
 
+@checked
 def effective_dimension(density: DensityResult, damping: ArrayLike) -> SpectralSumResult:
     """Counts the directions that matter beside a damping c.
 

@@ -30,6 +30,7 @@ _MASS_UNITS = 8
 Rule: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Nodes, ascending, and their weights, of sum 1."""
 
+
 def gauss_rule(
     alphas: jax.Array, betas: jax.Array, num_steps: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -48,9 +49,7 @@ def gauss_rule(
     power = jnp.where(power > 0, power, 1)
     diagonal = power * jnp.where(rows < num_steps, alphas, 0)
     beside = power * jnp.where(rows < num_steps - 1, betas, 0)[:-1]
-    pairs = small_pairs(
-        jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1), num_steps
-    )
+    pairs = small_pairs(jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1), num_steps)
     # Pairs of rows that are not filled come first.
     values = jnp.roll(pairs.values, num_steps, 0) / power
     weights = jnp.roll(jnp.square(pairs.vectors[0]), num_steps, 0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
 
 
 class BatchNormResult(NamedTuple):
@@ -33,6 +34,7 @@ class BatchNormResult(NamedTuple):
     noise_penalty: jax.Array
 
 
+@checked
 def batch_norm_regularization(
     kernel: jax.Array,
     scale: ArrayLike,

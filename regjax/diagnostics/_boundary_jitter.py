@@ -9,6 +9,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params, Tree, as_partial
 from regjax.diagnostics._decision_margin import check_classifier, margins
 from regjax.diagnostics._spline_partition import check_preactivations, signed_distances
@@ -59,6 +60,7 @@ class LeastSquaresResult(NamedTuple):
     mean_squared_distance: jax.Array
 
 
+@checked
 def boundary_jitter(
     batch_preactivations_fn: Callable[..., Tree],
     params: Params,
@@ -132,6 +134,7 @@ def boundary_jitter(
     )
 
 
+@checked
 def margin_jitter(
     batch_model_fn: Callable[..., jax.Array],
     params: Params,
@@ -180,6 +183,7 @@ def margin_jitter(
     return MarginJitterResult(mean, std, _error_of_root(error, std))
 
 
+@checked
 def least_squares_offset(kernel: jax.Array, inputs: jax.Array) -> LeastSquaresResult:
     """Computes the offset of each unit's hyperplane that is closest to the inputs.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _numerics, _tree
+from regjax._arguments import checked
 
 
 class CondensationResult(NamedTuple):
@@ -27,6 +28,7 @@ class CondensationResult(NamedTuple):
     norms: jax.Array
 
 
+@checked
 def condensation(
     kernel: jax.Array,
     bias: jax.Array | None = None,

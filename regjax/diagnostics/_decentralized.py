@@ -9,6 +9,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics, _tree, curvature
+from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree, as_partial
 
 
@@ -30,6 +31,7 @@ class LandscapeNoiseResult(NamedTuple):
     curvature_trace: jax.Array
 
 
+@checked
 def landscape_dependent_noise(
     loss_fn: LossFn,
     params: Params,

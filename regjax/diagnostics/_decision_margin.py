@@ -9,10 +9,12 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _jacobian, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import ModelFn, Params, Tree, as_partial
 from regjax.diagnostics._spline_partition import ratio
 
 
+@checked
 def decision_margin(
     model_fn: ModelFn,
     params: Params,

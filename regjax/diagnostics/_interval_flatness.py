@@ -9,6 +9,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics
+from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree, as_partial
 from regjax.diagnostics._surface import Path, walk
 
@@ -32,6 +33,7 @@ class FlatnessResult(NamedTuple):
     converged: jax.Array
 
 
+@checked
 def interval_flatness(
     loss_fn: LossFn,
     params: Params,

@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Params, Tree, as_partial
 
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
@@ -48,6 +49,7 @@ class CovariateShiftResult(NamedTuple):
     cosines: jax.Array
 
 
+@checked
 def line_probe(
     loss_fn: LossFn,
     params: Params,
@@ -101,6 +103,7 @@ def line_probe(
     return _assessed(losses, distances, learning_rates, loss, gradient)
 
 
+@checked
 def internal_covariate_shift(
     loss_fn: LossFn,
     params: Params,

@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _jacobian, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import ModelFn, Params, PRNGKey, as_partial
 
 # Of B'B - I: far above the float32 rounding of an SVD, far below a column that has no unit norm.
@@ -58,6 +59,7 @@ class FrozenResult(NamedTuple):
     norm_ratio: jax.Array
 
 
+@checked
 def subspace_from_data(
     inputs: jax.Array, *, tol: ArrayLike = 1e-6, num_directions: int | None = None
 ) -> SubspaceResult:
@@ -107,6 +109,7 @@ def subspace_from_data(
         return SubspaceResult(directions[:rank].T, values)
 
 
+@checked
 def transversal_complexity(
     model_fn: ModelFn,
     params: Params,
@@ -148,6 +151,7 @@ def transversal_complexity(
     return jnp.mean(_chunks.each(function, (params, basis), (inputs,), chunk_size))
 
 
+@checked
 def transversal_variation(
     model_fn: ModelFn,
     params: Params,
@@ -196,6 +200,7 @@ def transversal_variation(
     return TransversalVariationResult(value, error)
 
 
+@checked
 def frozen_component(
     kernel: jax.Array, initial_kernel: jax.Array, basis: jax.Array
 ) -> FrozenResult:

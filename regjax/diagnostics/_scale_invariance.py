@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree, as_partial
 
 # A gradient this small beside the largest one of any leaf is rounding (a bias before a batch norm).
@@ -34,6 +35,7 @@ class ScaleInvarianceResult(NamedTuple):
     relative_gradient_norm: Tree
 
 
+@checked
 def scale_invariant_mask(
     model_fn: ModelFn,
     params: Params,

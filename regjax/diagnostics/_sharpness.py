@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree, curvature
+from regjax._arguments import checked
 from regjax._base import LossFn, Params, PRNGKey, Tree
 
 
@@ -44,6 +45,7 @@ class SharpnessBetweenResult(NamedTuple):
     residual_norms: jax.Array
 
 
+@checked
 def lambda_max_between(
     loss_fn: LossFn,
     params: Params,

@@ -9,6 +9,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics, _tree, curvature
+from regjax._arguments import checked
 from regjax._base import LossFn, Mask, Params, PRNGKey, Tree
 from regjax.diagnostics._spherical_sharpness import displaced
 
@@ -46,6 +47,7 @@ class FlowResult(NamedTuple):
     converged: jax.Array
 
 
+@checked
 def sharpness_reduction_flow(
     loss_fn: LossFn,
     params: Params,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics
+from regjax._arguments import checked
 
 
 class SparseRecoveryResult(NamedTuple):
@@ -45,6 +46,7 @@ class RecoveryBaselinesResult(NamedTuple):
     noise_level: jax.Array
 
 
+@checked
 def sparse_recovery(
     u: jax.Array, v: jax.Array | None, *, depth: int, true_weights: jax.Array
 ) -> SparseRecoveryResult:
@@ -92,6 +94,7 @@ def sparse_recovery(
     )
 
 
+@checked
 def recovery_baselines(
     inputs: jax.Array, targets: jax.Array, *, true_weights: jax.Array
 ) -> RecoveryBaselinesResult:

@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree, curvature
+from regjax._arguments import checked
 from regjax._base import LossFn, Mask, Params, PRNGKey, Tree, as_partial, couples_examples
 from regjax.diagnostics._sharpness import SharpnessResult, largest_eigenvalue
 
@@ -39,6 +40,7 @@ class EdgeResult(NamedTuple):
     converged: jax.Array
 
 
+@checked
 def spherical_sharpness(
     loss_fn: LossFn,
     params: Params,
@@ -88,6 +90,7 @@ def spherical_sharpness(
     return largest_eigenvalue(hessian, key=key, max_matvecs=max_matvecs, tol=tol)
 
 
+@checked
 def spherical_sharpness_by_group(
     loss_fn: LossFn,
     params: Params,
@@ -131,6 +134,7 @@ def spherical_sharpness_by_group(
     return reports
 
 
+@checked
 def effective_learning_rate(
     params: Params,
     *,
@@ -174,6 +178,7 @@ def effective_learning_rate(
     return rate / (1 - rate * decay) / norm / norm
 
 
+@checked
 def edge_of_stability(
     loss_fn: LossFn,
     params: Params,

@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _jacobian, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, Tree, as_partial
 
 _WORD = 32  # units to a word of the sign pattern
@@ -50,6 +51,7 @@ class RegionCountResult(NamedTuple):
     unseen_share: jax.Array
 
 
+@checked
 def boundary_distances(
     preactivations_fn: Callable[[Params, jax.Array], Tree],
     params: Params,
@@ -95,6 +97,7 @@ def boundary_distances(
     return jax.tree.map(jnp.abs, distances)
 
 
+@checked
 def boundary_density(
     preactivations_fn: Callable[[Params, jax.Array], Tree],
     params: Params,
@@ -146,6 +149,7 @@ def boundary_density(
     )
 
 
+@checked
 def region_count(
     preactivations_fn: Callable[[Params, jax.Array], Tree],
     params: Params,

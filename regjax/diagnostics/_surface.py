@@ -11,12 +11,14 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Params, PRNGKey, Tree, as_partial
 from regjax.diagnostics._landscape import vector_of
 
 _Carry = TypeVar("_Carry")
 
 
+@checked
 def filter_normalized_direction(params: Params, *, key: PRNGKey, per_filter: bool = True) -> Params:
     """Draws a random direction, each filter of it as long as the filter of the parameters.
 
@@ -52,6 +54,7 @@ def filter_normalized_direction(params: Params, *, key: PRNGKey, per_filter: boo
     return jax.tree.unflatten(treedef, directions)
 
 
+@checked
 def interpolate(
     loss_fn: LossFn,
     params: Params,
@@ -86,6 +89,7 @@ def interpolate(
     return _losses(loss_fn, place, len(positions), batch, chunk_size)
 
 
+@checked
 def loss_surface(
     loss_fn: LossFn,
     params: Params,

@@ -92,9 +92,7 @@ def _probes(name: str, record: _record.Record) -> plots.ProbePanel:
 
 def _draw(path: Path, blocks: _record.Record, matrix: str, width: float) -> None:
     panels = [_panel(name, block) for name, block in blocks.items()]
-    figure = plots.spectrum_figure(
-        panels, matrix_name=_record.title(matrix), figure_width=width
-    )
+    figure = plots.spectrum_figure(panels, matrix_name=_record.title(matrix), figure_width=width)
     _save(path, figure)
 
 

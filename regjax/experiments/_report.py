@@ -60,7 +60,9 @@ def comparison_text(records: dict[str, Record]) -> str:
         shared = {**_COMPARED, **_GEOMETRY}
     for name, text in shared.items():
         rows.append([name, *(text(record) for record in records.values())])
-    return "\n\n".join([table(rows), *failures(records), _ONE_SEED, _LEGEND, *_of_drawn(records.values())])
+    return "\n\n".join(
+        [table(rows), *failures(records), _ONE_SEED, _LEGEND, *_of_drawn(records.values())]
+    )
 
 
 def trainings_text(records: dict[str, Record]) -> str:

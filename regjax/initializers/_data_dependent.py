@@ -10,6 +10,7 @@ from jax.tree_util import PyTreeDef
 
 from regjax import _checks, _loops, _numerics, _tree
 from regjax._adapters import Model
+from regjax._arguments import checked
 from regjax._base import Mask, Params, PRNGKey, State, Tree
 from regjax.initializers import _layers
 from regjax.initializers._layers import Path
@@ -18,6 +19,7 @@ from regjax.initializers._layers import Path
 _PROBE = {"bias": 0, "scale": 1}
 
 
+@checked
 def data_dependent(
     model: Model,
     params: Params,

@@ -6,9 +6,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax.normalization import _statistics
 
 
+@checked
 def exact_population_statistics(
     batch_means: ArrayLike, batch_variances: ArrayLike, *, num_values: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -42,6 +44,7 @@ def exact_population_statistics(
     return jnp.mean(means, 0), _statistics.unbiased(jnp.mean(variances, 0), num_values)
 
 
+@checked
 def fold_batch_norm(
     kernel: jax.Array,
     bias: jax.Array | None,
@@ -91,6 +94,7 @@ def fold_batch_norm(
     return kernel * jnp.broadcast_to(factor, kernel.shape), offset * factor + norm_bias
 
 
+@checked
 def rescale_statistics(
     mean: ArrayLike, variance: ArrayLike, *, factor: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:

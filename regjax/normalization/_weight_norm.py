@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 
 from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Mask, Params, Tree
 from regjax.normalization import _statistics
 
@@ -26,6 +27,7 @@ class SplitWeightResult(NamedTuple):
     g: jax.Array
 
 
+@checked
 def weight_normalize(v: jax.Array, g: jax.Array, *, axis: int = -1) -> jax.Array:
     """Makes a kernel of direction and length, one norm for each output unit.
 
@@ -80,6 +82,7 @@ def split_weight(w: jax.Array, *, axis: int = -1) -> SplitWeightResult:
     return SplitWeightResult(w, (norm / jnp.squeeze(power, others)).astype(w.dtype))
 
 
+@checked
 def split_weights(params: Params, *, mask: Mask) -> Tree:
     """Splits the masked kernels into direction and length: weight norm for any model.
 
@@ -104,6 +107,7 @@ def split_weights(params: Params, *, mask: Mask) -> Tree:
     )
 
 
+@checked
 def join_weights(params: Tree) -> Params:
     """Joins the split kernels of a tree from `split_weights`.
 
@@ -118,6 +122,7 @@ def join_weights(params: Tree) -> Params:
     return jax.tree.map(join, params, is_leaf=is_split)
 
 
+@checked
 def standardize_weight(
     kernel: jax.Array,
     *,

@@ -6,6 +6,7 @@ import functools
 import jax
 
 from regjax import _base
+from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree
 from regjax.pruning._gates import Units, apply_gates
 from regjax.pruning._structure import Structure, check_structure
@@ -45,6 +46,7 @@ class GatedLoss:
         return self.loss_fn(apply_gates(self.structure, self.params, gates), *batch)
 
 
+@checked
 def gated_loss(structure: Structure, loss_fn: LossFn, params: Params) -> LossFn:
     """Turns the loss into a function of gates in front of the consumers of each unit.
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from regjax import _checks, _tree
+from regjax._arguments import checked
 from regjax._base import Params, Tree
 from regjax.pruning._structure import Slice, Structure, check_structure
 
@@ -19,6 +20,7 @@ Units: TypeAlias = dict[str, jax.Array]
 """An array (num_units,) for each group of a `Structure`, by its name."""
 
 
+@checked
 def unit_gates(structure: Structure, params: Params) -> Units:
     """Makes gates that change nothing: ones.
 
@@ -38,6 +40,7 @@ def unit_gates(structure: Structure, params: Params) -> Units:
     return {name: jnp.ones(group.num_units, dtype) for name, group in structure.groups.items()}
 
 
+@checked
 def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
     """Returns the parameters with which the model computes what it does with gates at its units.
 
@@ -66,6 +69,7 @@ def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
     return jax.tree.unflatten(treedef, leaves)
 
 
+@checked
 def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units:
     """Computes the derivative of the loss by every gate, from its gradient by the parameters.
 
@@ -106,6 +110,7 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
     return found
 
 
+@checked
 def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> Tree:
     """Marks the weights that remain when units are removed, as `transforms.hold_masks` takes it.
 

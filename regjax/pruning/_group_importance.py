@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax._base import Params, Tree
 from regjax._space import Space
 
 _REDUCTIONS = ("square_of_sum", "sum_of_squares", "sum_of_absolute")
 
 
+@checked
 def group_importance(
     params: Params,
     grads: Params,

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax.pruning._gates import Units
 from regjax.pruning._masks import mask_lowest
 from regjax.pruning._redundancy import RedundancyResult
@@ -14,6 +15,7 @@ from regjax.pruning._redundancy import RedundancyResult
 _Known = TypeVar("_Known")
 
 
+@checked
 def hierarchical_plan(
     results: Mapping[str, RedundancyResult], costs: Mapping[str, float], *, budget: float
 ) -> dict[str, int]:

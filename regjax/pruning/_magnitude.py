@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _tree
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.pruning._gates import Units
 from regjax.pruning._structure import Group, Slice, Structure, check_structure
 
 
+@checked
 def incoming_norm(structure: Structure, params: Params) -> Units:
     """Computes the norm of the weights that make each unit, biases left out.
 
@@ -29,6 +31,7 @@ def incoming_norm(structure: Structure, params: Params) -> Units:
     return _norms(structure, params, lambda group: group.producers)
 
 
+@checked
 def outgoing_norm(structure: Structure, params: Params) -> Units:
     """Computes the norm of the weights that read each unit.
 
@@ -46,6 +49,7 @@ def outgoing_norm(structure: Structure, params: Params) -> Units:
     return _norms(structure, params, lambda group: group.consumers)
 
 
+@checked
 def scale_magnitude(structure: Structure, params: Params) -> Units:
     """Takes the size of each unit's scale in the normalization behind it.
 
@@ -69,6 +73,7 @@ def scale_magnitude(structure: Structure, params: Params) -> Units:
     return _norms(structure, params, lambda group: group.scales)
 
 
+@checked
 def weight_magnitude(params: Params) -> Params:
     """Takes the size |w| of each single weight, for unstructured pruning with `mask_lowest`.
 
@@ -84,6 +89,7 @@ def weight_magnitude(params: Params) -> Params:
     return jax.tree.map(jnp.abs, _checks.floating_tree("params", params))
 
 
+@checked
 def random_scores(gates: Tree, *, key: PRNGKey) -> Tree:
     """Draws scores by chance, uniform in [0, 1).
 

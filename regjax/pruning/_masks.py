@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from regjax import _checks, _loops, _tree
+from regjax._arguments import checked
 from regjax._base import Tree
 
 
@@ -44,6 +45,7 @@ def gates_from_masks(masks: Tree, *, dtype: DTypeLike = jnp.float32) -> Tree:
     return jax.tree.map(lambda mask: jnp.asarray(mask).astype(dtype), masks)
 
 
+@checked
 def mask_lowest(
     scores: Tree, masks: Tree, num_to_remove: int | jax.Array, *, min_units: int = 1
 ) -> Tree:

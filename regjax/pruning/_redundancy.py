@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import LossFn, Tree, as_partial, check_loss, couples_examples
 
 
@@ -51,6 +52,7 @@ class RedundancyResult(NamedTuple):
     is_vanishing: jax.Array
 
 
+@checked
 def gradient_matrix(
     gate_loss: LossFn, gates: Tree, *batch: Tree, chunk_size: int | None = None
 ) -> Tree:
@@ -82,6 +84,7 @@ def gradient_matrix(
     return _chunks.each(Partial(_gradients, as_partial(gate_loss)), gates, batch, chunk_size)
 
 
+@checked
 def gradient_redundancy(
     matrix: jax.Array,
     *,
@@ -167,6 +170,7 @@ def redundancy_saliency(result: RedundancyResult) -> jax.Array:
     return jnp.where(is_known, scores, jnp.nan)
 
 
+@checked
 def numerical_rank(singular_values: jax.Array, *, tol: float = 1e-2) -> jax.Array:
     """Counts the singular values above `tol` times the largest.
 
@@ -188,6 +192,7 @@ def numerical_rank(singular_values: jax.Array, *, tol: float = 1e-2) -> jax.Arra
     return jnp.where(jnp.all(jnp.isfinite(values)), rank, -1)
 
 
+@checked
 def energy_rank(singular_values: jax.Array, *, share: float = 0.99) -> jax.Array:
     """Finds the least r for which the r largest hold this share of the sum of squares.
 
@@ -210,6 +215,7 @@ def energy_rank(singular_values: jax.Array, *, share: float = 0.99) -> jax.Array
     return jnp.where(jnp.all(jnp.isfinite(values)), rank, -1)
 
 
+@checked
 def stable_rank(singular_values: jax.Array) -> jax.Array:
     """Divides the squared Frobenius norm by the squared spectral norm.
 
@@ -229,6 +235,7 @@ def stable_rank(singular_values: jax.Array) -> jax.Array:
     return jnp.sum(_relative(singular_values) ** 2)
 
 
+@checked
 def effective_rank(singular_values: jax.Array) -> jax.Array:
     """Computes the exponential of the entropy of the singular values over their sum.
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from regjax import _checks, _tree
 from regjax._adapters import Model, model_function
+from regjax._arguments import checked
 from regjax._base import ModelFn, Params, Tree, applied, as_partial
 from regjax.pruning._gates import Units, check_units
 from regjax.pruning._smaller import Parts, SmallerApply
@@ -68,6 +69,7 @@ def remove_units(structure: Structure, model: Model, unit_masks: Units) -> Model
     return pruned
 
 
+@checked
 def count_cost(model_fn: ModelFn, params: Params, inputs: Tree) -> CostResult:
     """Counts parameters and operations of the forward pass, these as the compiler does.
 

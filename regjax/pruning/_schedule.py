@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _tree
+from regjax._arguments import checked
 from regjax._base import Tree
 
 
+@checked
 def linear_removal(
     step: int | jax.Array, *, every: int, num_each: int, total: int, begin: int = 0
 ) -> jax.Array:
@@ -40,6 +42,7 @@ def linear_removal(
     return jnp.minimum(rounds * num_each, total)
 
 
+@checked
 def cubic_removal(
     step: int | jax.Array,
     *,
@@ -88,6 +91,7 @@ def cubic_removal(
     return jnp.where(done < 0, 0, jnp.round(share * num_units).astype(jnp.int32))
 
 
+@checked
 def num_missing(masks: Tree, num_removed: int | jax.Array) -> jax.Array:
     """Counts what is still to go, for `mask_lowest`, until so many are removed.
 

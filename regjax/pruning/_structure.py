@@ -8,6 +8,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax._base import ModelFn, Params, Tree, as_partial
 from regjax.pruning._channels import CONSTANT, DATA, Graph, LeafAxis, components, unlabelled
 from regjax.pruning._rules import propagate
@@ -80,6 +81,7 @@ def check_structure(structure: object, params: Params) -> None:
     _checks.same_tree("params", _checks.floating_tree("params", params), structure.params)
 
 
+@checked
 def find_structure(model_fn: ModelFn, params: Params, inputs: Tree) -> Structure:
     """Finds the groups of units that can be removed, from a trace of the forward pass.
 

@@ -11,6 +11,7 @@ from jax.tree_util import DictKey
 from jax.typing import ArrayLike, DTypeLike
 
 from regjax import _checks, _tree
+from regjax._arguments import checked
 from regjax._base import Params, State, Tree
 
 # The leaves of a tap by which its parameter and its state are found in any model.
@@ -73,6 +74,7 @@ def batch_entropy(
     return jnp.mean(0.5 * jnp.log1p(scale * _mean(deviations**2, axis_name)))
 
 
+@checked
 def layerwise_batch_entropy(
     task_loss: jax.Array,
     entropies: jax.Array,

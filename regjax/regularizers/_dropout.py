@@ -9,6 +9,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, as_partial, check_loss
 from regjax.regularizers._gradient_norm import squared_gradient_norm
 
@@ -25,6 +26,7 @@ class DropoutGradientPenaltyResult(NamedTuple):
     standard_error: jax.Array
 
 
+@checked
 def dropout_penalty(
     features: jax.Array, kernel: jax.Array, *, keep_probability: float | jax.Array
 ) -> jax.Array:
@@ -76,6 +78,7 @@ def dropout_penalty(
     return (1 - keep) / (2 * keep) * total
 
 
+@checked
 def dropout_gradient_penalty(
     dropout_loss_fn: Callable[[Params, PRNGKey], jax.Array],
     params: Params,

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Mask, Params, PRNGKey
 
 
+@checked
 def spectral_norm_penalty(
     params: Params,
     *,

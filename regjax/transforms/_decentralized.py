@@ -10,6 +10,7 @@ from jax import lax
 
 from regjax import _checks, _tree
 from regjax._adapters import Model
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, Tree
 from regjax._statistics import population_statistics
 from regjax.transforms import _gradients
@@ -106,6 +107,7 @@ def _added(update: jax.Array, mixed: jax.Array, param: jax.Array) -> jax.Array:
     return (change + update_too).astype(_gradients.sum_dtype(update, param))
 
 
+@checked
 def mean_params(params: Params) -> Params:
     """Computes the mean over the learners, at which decentralised runs are evaluated.
 
@@ -124,6 +126,7 @@ def mean_params(params: Params) -> Params:
     )
 
 
+@checked
 def consensus_model(
     model: Model, params: Params, batches: Iterable[Tree], *, key: PRNGKey | None = None
 ) -> Model:

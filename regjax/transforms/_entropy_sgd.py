@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule
 from regjax.transforms import _gradients, _schedules
 from regjax.transforms._langevin import langevin_step
@@ -27,6 +28,7 @@ class EntropySgdState(NamedTuple):
 
 
 @static_args("key", "num_inner_steps", "scale_by_gamma")
+@checked
 def entropy_sgd(
     gamma: ScalarOrSchedule,
     *,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params, ScalarOrSchedule, Tree
 from regjax.transforms import _gradients, _masks, _schedules
 from regjax.transforms._masks import MaskOrFunction
@@ -47,6 +48,7 @@ class CoherentRegularizationState(NamedTuple):
 
 
 @static_args("gate", "penalty_gradient", "mask")
+@checked
 def coherent_regularization(
     strength: ScalarOrSchedule,
     *,
@@ -170,6 +172,7 @@ def always_gate() -> Gate:
     return Gate(lambda: (), lambda grads, added, state, count: (jnp.bool_(True), state))
 
 
+@checked
 def delayed_gate(delay: int) -> Gate:
     """Makes a gate that opens for good at step `delay`, counted from 0.
 
@@ -186,6 +189,7 @@ def delayed_gate(delay: int) -> Gate:
     return Gate(lambda: (), lambda grads, added, state, count: (count >= delay, state))
 
 
+@checked
 def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
     """Makes a gate that is open while the cosine between g and g + r exceeds `threshold`.
 
@@ -216,6 +220,7 @@ def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
     return _held(is_coherent, hold)
 
 
+@checked
 def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
     """Makes a gate that is open while the gradient of the loss is the larger one.
 
@@ -269,6 +274,7 @@ class SoftThresholdState(NamedTuple):
 
 
 @static_args("mask")
+@checked
 def soft_threshold(
     threshold: ScalarOrSchedule, *, mask: MaskOrFunction = None
 ) -> optax.GradientTransformationExtraArgs:

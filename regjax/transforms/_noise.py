@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _tree
+from regjax._arguments import checked
 from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule, Tree
 from regjax.transforms import _gaussian, _gradients, _masks, _schedules
 from regjax.transforms._masks import MaskOrFunction
@@ -29,6 +30,7 @@ class PerturbedGradientState(NamedTuple):
 
 
 @static_args("key", "layerwise", "cyclic", "groups", "mask")
+@checked
 def perturbed_gradient(
     std: ScalarOrSchedule,
     *,
@@ -133,6 +135,7 @@ class AnticorrelatedNoiseState(NamedTuple):
 
 
 @static_args("key", "mask")
+@checked
 def anticorrelated_noise(
     std: ScalarOrSchedule, *, key: PRNGKey, mask: MaskOrFunction = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -205,6 +208,7 @@ def anticorrelated_noise(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked
 def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
     """Takes from the weights the noise that `anticorrelated_noise` keeps on them.
 

@@ -6,6 +6,7 @@ import optax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params
 from regjax.transforms import _gradients, _masks
 from regjax.transforms._masks import MaskOrFunction
@@ -14,6 +15,7 @@ from regjax.transforms._wrappers import with_extra_args
 
 
 @static_args("tx", "mask")
+@checked
 def remove_radial(
     tx: optax.GradientTransformation,
     *,

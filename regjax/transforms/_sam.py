@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import GradFn, Params, ScalarOrSchedule
 from regjax.transforms import _gradients, _masks, _schedules
 from regjax.transforms._masks import MaskOrFunction
@@ -26,6 +27,7 @@ class SamState(NamedTuple):
 
 
 @static_args("adaptive", "num_shards", "mask")
+@checked
 def sam(
     rho: ScalarOrSchedule,
     *,
@@ -112,6 +114,7 @@ def sam(
 
 
 @static_args("adaptive", "mask")
+@checked
 def gsam(
     rho: ScalarOrSchedule,
     *,

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree, curvature, schedules
+from regjax._arguments import checked
 from regjax._base import GradFn, Params, PRNGKey, as_partial
 from regjax.transforms import _gradients
 from regjax.transforms._spectral_ends import spectral_ends
@@ -51,6 +52,7 @@ class SpectralControllerState(NamedTuple):
 
 
 @static_args("key", "every", "num_steps", "rule", "nesterov")
+@checked
 def spectral_controller(
     *,
     key: PRNGKey,
@@ -166,6 +168,7 @@ def spectral_controller(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked
 def refresh_spectral_controller(
     state: SpectralControllerState,
     curvature_grad_fn: Callable[[Params], Params],

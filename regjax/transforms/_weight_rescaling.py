@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params, Tree
 from regjax.transforms import _gradients, _masks
 from regjax.transforms._masks import MaskOrFunction
@@ -25,6 +26,7 @@ class RescaleWeightsState(NamedTuple):
 
 
 @static_args("mask", "per_filter", "every")
+@checked
 def rescale_weights(
     *, mask: MaskOrFunction, target_norm: ArrayLike = 1.0, per_filter: bool = True, every: int = 1
 ) -> optax.GradientTransformationExtraArgs:
@@ -101,6 +103,7 @@ def rescale_weights(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked
 def rescale_velocity(velocity: Params, *, factor: ArrayLike | Tree) -> Params:
     """Computes the momentum that goes with weights w -> factor w of a scale-invariant loss.
 

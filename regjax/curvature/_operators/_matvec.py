@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from regjax import _checks, _jaxprs, _loops, _numerics, _programs
+from regjax._arguments import checked
 from regjax._base import MatVec, Params, Tree
 from regjax._programs import Program
 from regjax._sharding import find
@@ -54,6 +55,7 @@ class MatvecOperator(TracedOperator):
         return Submatrix(self, inside)
 
 
+@checked
 def from_matvec(matvec: MatVec, like: Params) -> Operator:
     """Makes an operator from any symmetric product.
 
