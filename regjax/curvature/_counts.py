@@ -123,7 +123,7 @@ def eigenvalue_count(
 
 
 def _taken(measure: Measure, places: np.ndarray) -> np.ndarray:
-    return np.sum(measure.values[:, None] <= places, 0, dtype=np.float64)
+    return np.asarray(np.sum(measure.values[:, None] <= places, 0, dtype=np.float64))
 
 
 def _up_to(measure: Measure, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -96,7 +96,7 @@ def density_curve(
         _checks.positive("kernel_width", kernel_width)
     if grid is None:
         ends = axis.ends + _MARGIN * np.array([-1, 1]) * axis.widths(axis.ends, kernel_width)
-        places = np.linspace(*ends, num_points)
+        places = np.linspace(ends[0], ends[1], num_points)
         grid = axis.inverse(places)
     else:
         grid = np.asarray(grid, np.float64)

@@ -30,6 +30,8 @@ _MASS_UNITS = 8
 Rule: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Nodes, ascending, and their weights, of sum 1."""
 
+_Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+
 
 def gauss_rule(
     alphas: jax.Array, betas: jax.Array, num_steps: jax.Array
@@ -116,7 +118,7 @@ def open_share(
     size = jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas))
     least = float(jnp.finfo(alphas.dtype).eps) * jnp.where(size > 0, size, 1)
 
-    def step(carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    def step(carry: _Carry, index: jax.Array) -> tuple[_Carry, None]:
         # The newest two polynomials over the root of the sum so far: nothing overflows.
         here, before, logarithm = carry
         beta = jnp.where(index > 0, betas[index - 1], 0)

@@ -224,9 +224,9 @@ def _of_drawn(records: Iterable[Record]) -> list[str]:
     number = " or ".join(map(str, counts))
     return [
         _wrapped(
-            f"The Fisher matrix is that of {number} drawn label(s) per example: every ± and bracket "
-            "is about that matrix, and leaves out how far it is from the exact one (without "
-            "--num-samples)."
+            f"The Fisher matrix is that of {number} drawn label(s) per example: every ± and "
+            "bracket is about that matrix, and leaves out how far it is from the exact one "
+            "(without --num-samples)."
         )
     ]
 

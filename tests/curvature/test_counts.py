@@ -182,7 +182,7 @@ def test_error_texts():
         curvature.density_curve(density, kernel_width=-1.0)
     with pytest.raises(ValueError, match="`grid` must be ascending"):
         curvature.density_curve(density, grid=[1.0, 0.0])
-    with pytest.raises(ValueError, match="`low` must be at most `high`, got 2.0 and 1.0"):
+    with pytest.raises(ValueError, match=r"`low` must be at most `high`, got 2.0 and 1.0"):
         curvature.eigenvalue_count(density, 2.0, 1.0)
     with pytest.raises(ValueError, match="`low` must be at most `high`"):
         curvature.eigenvalue_count(density, np.nan)

@@ -74,7 +74,7 @@ def test_the_promise_is_shared_by_all_searches(copies):
     state = solver.init()
     while not solver.done(state):
         state = solver.step(state)
-    count = int(state.search.count)
+    count = int(state.search.num_searches)
     assert count > 1
     spent = 0.01 * sum(1 / (s * (s + 1)) for s in range(1, count))
     assert (

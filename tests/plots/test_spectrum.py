@@ -1,5 +1,7 @@
 """What is drawn, read back from the axes."""
 
+import itertools
+
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
@@ -119,7 +121,7 @@ def test_the_lowest_density_has_the_axis_of_the_eigenvalue(width, num_panels, tm
     assert [axes.get_xlabel() for axes in rows[:-1]] == [""] * (num_panels - 1)
     assert last.get_xlabel() == "index"
     boxes = [axes.get_tightbbox() for axes in figure.axes]
-    for one, other in zip(boxes, boxes[1:], strict=False):
+    for one, other in itertools.pairwise(boxes):
         assert not one.overlaps(other)
 
 
