@@ -188,7 +188,10 @@ def test_interrupted_stage_leaves_what_was_computed(stage, count, tmp_path):
         ({"curvature_examples": 24}, "--curvature-examples must be at most .* 23, got 24"),
         ({"tol": float("nan")}, "--tol must be at least 0 and below 1, got nan"),
         ({"momentum": 1.0}, "--momentum must be below 1, got 1.0"),
-        ({"depth": 0, "model": "convnet"}, "--depth must be at least 1 with --model convnet, got 0"),
+        (
+            {"depth": 0, "model": "convnet"},
+            "--depth must be at least 1 with --model convnet, got 0",
+        ),
         (
             {"normalization": "batch", "batch_norm_mode": "train", "chunk_size": 22},
             "--chunk-size must be at least the number of examples, 23",
