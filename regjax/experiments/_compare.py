@@ -69,7 +69,8 @@ def compared_settings(settings: Compared) -> dict[str, Compared]:
     result: dict[str, Compared] = {}
     folders: dict[str, Path] = {}
     # Of one network with several seeds there is one item, which changes nothing.
-    alone = settings.optimizer if settings.transformation == "plain" else settings.transformation
+    is_plain = settings.transformation == TrainSettings.transformation
+    alone = settings.optimizer if is_plain else settings.transformation
     for item in settings.compare or (alone,):
         out = folder / _folder_name(item)
         if out in [other.out for other in result.values()]:

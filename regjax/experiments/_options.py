@@ -84,7 +84,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _is_akin(word: str, name: str) -> bool:
-    """Tells whether `word` is a part of `name`, its initials, or has a long part with it."""
+    """Tells whether `word` is a part of `name`, its initials or letters, or shares a long part."""
     parts, others = (set(re.findall(r"[a-z0-9]+", text.lower())) for text in (word, name))
     if "no" in others - parts:
         return False
@@ -93,5 +93,6 @@ def _is_akin(word: str, name: str) -> bool:
     return (
         (len(flat) >= 3 and flat in other)
         or (len(flat) >= 2 and flat == initials)
+        or sorted(flat) == sorted(other)  # letters in another order
         or any(len(part) >= 4 for part in parts & others)
     )
