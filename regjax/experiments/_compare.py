@@ -108,10 +108,11 @@ def run_compare(settings: TrainSettings, progress: Progress) -> dict[str, list[R
     validate_run(settings, TrainSettings, progress)
     run, files, draw = _kind(settings)
     figure = f"{command(settings)}_compare{Path(files[-1]).suffix}"
+    figures = [] if draw is None else [figure, *_figure.beside(figure)]
     runs = {item: seeded(own, settings) for item, own in compared_settings(settings).items()}
     name = f"{command(settings)}_compare.json"
     records: dict[str, list[Record]] = {item: [] for item in runs}
-    with claimed(settings, (name, *([] if draw is None else [figure]))) as folder:
+    with claimed(settings, (name, *figures)) as folder:
         for own in (own for of in runs.values() for own in of):
             # Before anything is computed; each locks its own folder in its turn.
             check_kept(own, files)

@@ -49,7 +49,14 @@ def draw_landscapes(path: Path, records: dict[str, _record.Record]) -> None:
     _save(path, plots.surface_figure(surfaces, figure_width=width))
     probes = [_probes(_label(name), record) for name, record in records.items()]
     figure = plots.probe_figure(probes, figure_width=width)
-    _save(path.with_name(f"{path.stem}_probes{path.suffix}"), figure)
+    (name,) = beside(path.name)
+    _save(path.with_name(name), figure)
+
+
+def beside(name: str) -> list[str]:
+    """Returns the names of the further figures that may stand beside a comparison's."""
+    stem, _, kind = name.rpartition(".")
+    return [f"{stem}_probes.{kind}"]
 
 
 def _width(*records: _record.Record) -> float:
