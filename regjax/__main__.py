@@ -33,7 +33,7 @@ from regjax.experiments._settings import (
     TrainSettings,
     checkpoint_path,
     is_comparison,
-    with_training_options,
+    replace,
 )
 from regjax.experiments._training import TrainingError, read_run
 from regjax.experiments._validation import validate
@@ -160,7 +160,7 @@ def _from_checkpoint(command: str, words: list[str], settings: TrainSettings) ->
             "of the run to go on with."
         ) from None
     defaults = dataclasses.replace(COMMANDS[command](), out=out_dir(settings))
-    return parse(command, words, with_training_options(defaults, stored))
+    return parse(command, words, replace(defaults, stored))
 
 
 def _check_packages() -> None:

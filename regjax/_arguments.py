@@ -71,7 +71,8 @@ def _real(name: str, value: Any, given: Mapping[str, Any]) -> None:
 
 def _key(name: str, value: object, given: Mapping[str, Any]) -> None:
     del given
-    _checks.key(name, value)
+    if value is not None:  # where nothing is drawn, none is needed
+        _checks.key(name, value)
 
 
 def _params(name: str, value: Any, given: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, PRNGKey, Tree
 from regjax._space import Space
+from regjax.curvature._deflation import Deflation, outside, taken_out
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._accumulation import small_dtype
 from regjax.curvature._engine._checkpoint import Checkpoint
@@ -28,32 +29,13 @@ from regjax.curvature._measure import DensityResult, share_error, spectral_sum
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._quadrature import gauss_rule, open_share
-from regjax.curvature._ritz import residual_parts, small_pairs
 
-# A Ritz pair is taken out when its residual norm is below the one share of the largest |Ritz value|
-# and below the other of its own. Left-over coupling moves the numbers of eigenvalues up to a place
-# as little as residual^2 / distance to the pair does.
-_DEFLATION_TOLERANCE, _OWN_TOLERANCE = 1e-3, 1e-2
 # Where `num_steps` is chosen: the fewest, the most, and the bytes of vectors beyond which there are
 # no more than the fewest.
 _FEWEST, _MOST, _BUDGET = 40, 320, 2**30
 _LOOKS = (40, 56, 80, 113, 160, 226)
 # Where numbers of eigenvalues are to be known, in units of the largest magnitude.
 _PLACES = np.outer([-1, 1], 10.0 ** np.arange(-3, 0.1, 0.5)).ravel()
-
-
-class Deflation(NamedTuple):
-    """The eigenpairs that are taken out.
-
-    Attributes:
-      rows: their vectors.
-      values: (r,), 0 beyond the rows that are filled.
-      residual_norms: (r,), likewise.
-    """
-
-    rows: _basis.Basis
-    values: jax.Array
-    residual_norms: jax.Array
 
 
 class DensityState(NamedTuple):
@@ -167,7 +149,7 @@ def spectral_density_solver(
         return empty(space, space.normal(start_key), num_rows, krylov_key, accumulation)
 
     def after_deflation(krylov: Krylov) -> DensityState:
-        return begin(_taken_out(krylov, num_rows, operator.eps), krylov.filled)
+        return begin(taken_out(krylov, num_rows, operator.eps), krylov.filled)
 
     def without_deflation() -> DensityState:
         nothing = jnp.zeros(0, small)
@@ -217,32 +199,6 @@ def _budget(space: Space) -> int:
     return min(max(_FEWEST, min(_MOST, fit)), space.size)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-@precisely
-def _taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
-    """The Ritz pairs that converged, in descending order."""
-    values, vectors, _ = small_pairs(krylov.projected, krylov.filled)
-    values, vectors = values[::-1][:num_rows], vectors[:, ::-1][:, :num_rows]
-    outside, dropped = residual_parts(krylov, vectors)
-    bounds = outside + dropped
-    sizes = jnp.abs(values)
-    take = bounds <= jnp.minimum(_DEFLATION_TOLERANCE * jnp.max(sizes), _OWN_TOLERANCE * sizes)
-    # A run cut short by Ctrl-C has empty rows, whose pairs are nobody's.
-    take &= krylov.filled == num_rows
-    order = jnp.argsort(~take, stable=True)
-    dtype = krylov.basis.space.dtype
-    bounds += rounding(values, eps=eps, dtype=dtype, num_rows=krylov.filled)
-    count = jnp.sum(take, dtype=jnp.int32)
-    inside = jnp.arange(num_rows, dtype=jnp.int32) < count
-    weights = jnp.where(inside[None], vectors[:, order], 0)
-    values, bounds = krylov.unscaled(values), krylov.unscaled(bounds)
-    return Deflation(
-        rows=_basis.combined(krylov.basis, weights, count),
-        values=jnp.where(inside, values[order], 0),
-        residual_norms=jnp.where(inside, bounds[order], 0),
-    )
-
-
 @functools.partial(jax.jit, static_argnums=7)
 @precisely
 def _begin(
@@ -258,7 +214,7 @@ def _begin(
     """The state before the next `block` probes."""
     key, probe_key, krylov_key = jax.random.split(key, 3)
     rows, most = deflation.rows, alphas.shape[1]
-    starts = _outside(rows, rows.space.normal(probe_key, block))
+    starts = outside(rows, rows.space.normal(probe_key, block))
     make = lambda start, key: empty(rows.space, start, most, key, rows.accumulation, num_finished)
     probes = jax.vmap(make)(starts, jax.random.split(krylov_key, block))
     return DensityState(
@@ -287,7 +243,7 @@ def _update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityS
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
 def _absorb(state: DensityState, images: jax.Array) -> DensityState:
-    images, block = _outside(state.deflation.rows, images), images.shape[0]
+    images, block = outside(state.deflation.rows, images), images.shape[0]
     if block == 1:
         probes = jax.tree.map(lambda leaf: leaf[0], state.probes)
         probes = jax.tree.map(lambda leaf: leaf[None], absorb(probes, images[0]))
@@ -347,13 +303,6 @@ def _recurrence(krylov: Krylov) -> tuple[jax.Array, jax.Array]:
     alphas = jnp.diagonal(krylov.projected)
     betas = jnp.append(jnp.diagonal(krylov.projected, 1), 0).astype(alphas.dtype)
     return alphas, betas.at[krylov.filled - 1].set(krylov.beta)
-
-
-def _outside(rows: _basis.Basis, vectors: jax.Array) -> jax.Array:
-    """The `vectors` less their part in the rows; twice is enough."""
-    for _ in range(2):
-        vectors = jax.vmap(lambda vector: _basis.outside(rows, vector)[0])(vectors)
-    return vectors
 
 
 def _result(state: DensityState, size: int, eps: float) -> DensityResult:

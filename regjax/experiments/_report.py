@@ -1,14 +1,12 @@
 """What the command line prints of records."""
 
 import math
-import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from regjax.experiments._normalization import NORMALIZATIONS
 from regjax.experiments._record import Record, title
-
-_COLUMNS = 80
+from regjax.experiments._table import table, wrapped
 
 
 def training_text(record: Record) -> str:
@@ -30,7 +28,7 @@ def training_text(record: Record) -> str:
         ["accuracy", *accuracy, f"{numbers['accuracy_gap']:.2%}"],
     ]
     failure = record["training"]["failure"]
-    parts = [_wrapped(header), table(rows), *([] if failure is None else [_wrapped(failure)])]
+    parts = [wrapped(header), table(rows), *([] if failure is None else [wrapped(failure)])]
     return "\n\n".join(parts)
 
 
@@ -82,7 +80,7 @@ def landscape_text(record: Record) -> str:
         f"{surface['seconds']:.1f} s{_mode(record)}; probes of {probe['num_examples']} examples"
     )
     rows = [[name, text(record)] for name, text in _LANDSCAPE.items()]
-    return f"{_wrapped(header)}\n\n{table(rows)}\n\n{_LANDSCAPE_LEGEND}"
+    return f"{wrapped(header)}\n\n{table(rows)}\n\n{_LANDSCAPE_LEGEND}"
 
 
 def landscapes_text(records: dict[str, Record]) -> str:
@@ -131,7 +129,7 @@ def _block_text(what: str, name: str, block: Record) -> str:
         [f"eigenvalues within ±{zero:.3g}", _count(counts["near_zero"])],
         [f"eigenvalues below -{zero:.3g}", _count(counts["negative"])],
     ]
-    return f"{_wrapped(header)}\n\n{table(rows)}"
+    return f"{wrapped(header)}\n\n{table(rows)}"
 
 
 def _geometry_text(record: Record) -> str:
@@ -142,7 +140,7 @@ def _geometry_text(record: Record) -> str:
         f"{sharpness['num_examples']}, {sharpness['mode']} mode, {which}"
     )
     rows = [[name, text(record)] for name, text in _GEOMETRY.items()]
-    return f"{_wrapped(header)}\n\n{table(rows)}"
+    return f"{wrapped(header)}\n\n{table(rows)}"
 
 
 def _epochs(record: Record) -> str:
@@ -193,7 +191,7 @@ def _divided_count(record: Record) -> str:
 def failures(records: dict[str, Record]) -> list[str]:
     """Says of each network that did not learn what went wrong."""
     failures = {name: record["training"]["failure"] for name, record in records.items()}
-    return [_wrapped(f"{name}: {text}") for name, text in failures.items() if text is not None]
+    return [wrapped(f"{name}: {text}") for name, text in failures.items() if text is not None]
 
 
 def _plain(loss: float) -> str:
@@ -223,36 +221,12 @@ def _of_drawn(records: Iterable[Record]) -> list[str]:
         return []
     number = " or ".join(map(str, counts))
     return [
-        _wrapped(
+        wrapped(
             f"The Fisher matrix is that of {number} drawn label(s) per example: every ± and "
             "bracket is about that matrix, and leaves out how far it is from the exact one "
             "(without --num-samples)."
         )
     ]
-
-
-def table(rows: list[list[str]]) -> str:
-    """Sets rows in columns, the first to the left; columns that are too many go below."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    parts: list[list[int]] = [[]]
-    for column in range(1, len(widths)):
-        taken = sum(2 + widths[i] for i in (0, *parts[-1], column))
-        if parts[-1] and taken > _COLUMNS:
-            parts.append([])
-        parts[-1].append(column)
-    return "\n\n".join("\n".join(_lines(rows, widths, columns)) for columns in parts)
-
-
-def _lines(rows: list[list[str]], widths: list[int], columns: list[int]) -> list[str]:
-    lines = []
-    for row in rows:
-        cells = [row[column].rjust(widths[column]) for column in columns]
-        lines.append("  " + "  ".join([row[0].ljust(widths[0]), *cells]))
-    return lines
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, _COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def _number(name: str, form: str) -> Callable[[Record], str]:

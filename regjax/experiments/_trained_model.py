@@ -14,7 +14,7 @@ from regjax.experiments._checkpoint import read_run, read_shape
 from regjax.experiments._dataset import Dataset, check_dataset
 from regjax.experiments._inputs import check_precision, measure_scaling, normalize
 from regjax.experiments._network import build
-from regjax.experiments._settings import TrainSettings, checkpoint_path, with_training_options
+from regjax.experiments._settings import TrainSettings, checkpoint_path, replace
 from regjax.experiments._training import initial_state, trained_model
 from regjax.experiments._validation import validate
 
@@ -44,7 +44,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     """
     file = checkpoint_path(Path(path))
     stored, _, _ = read_run(file)
-    settings = with_training_options(TrainSettings(), stored)
+    settings = replace(TrainSettings(), stored)
     validate(settings)
     try:
         check_precision(settings.dtype)

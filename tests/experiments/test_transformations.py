@@ -93,7 +93,7 @@ def test_another_option_of_the_transformation_is_another_training(tmp_path):
     unused = _settings.replace(settings, {"gsam.rho": 0.2, "resume": True})
     train(unused, dataset, path=path)
     stored, _, _ = _training.read_run(path)
-    assert _settings.with_training_options(make_settings(), stored).sam.rho == 0.05
+    assert _settings.replace(make_settings(), stored).sam.rho == 0.05
 
 
 def inner_batches(settings, num_shards, indices):
