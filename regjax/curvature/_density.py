@@ -158,9 +158,8 @@ def spectral_density_solver(
 
     def begin(deflation: Deflation, num_matvecs: jax.Array) -> DensityState:
         probe_key, _, _ = jax.random.split(key, 3)
-        zeros = jnp.zeros((num_probes, most), small)
-        counts = jnp.zeros(num_probes, jnp.int32)
-        rest = (probe_key, zeros, zeros.copy(), counts, jnp.int32(0), num_matvecs)
+        zeros, none = jnp.zeros((num_probes, most), small), jnp.zeros(num_probes, jnp.int32)
+        rest = (probe_key, zeros, zeros.copy(), none, jnp.int32(0), num_matvecs)
         return _begin(deflation, *space.replicate(rest), block)
 
     probes: Solver[Any, DensityResult] = Solver(

@@ -110,7 +110,7 @@ def sam(
         )
         return _gradients.like(new, updates), SamState(optax.safe_increment(state.num_updates))
 
-    return optax.GradientTransformationExtraArgs(_init, update)
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, mask), update)
 
 
 @static_args("adaptive", "mask")
@@ -177,7 +177,7 @@ def gsam(
             new = _less_orthogonal(new, updates, weight)
         return _gradients.like(new, updates), SamState(optax.safe_increment(state.num_updates))
 
-    return optax.GradientTransformationExtraArgs(_init, update)
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, mask), update)
 
 
 def ascend(
@@ -246,8 +246,9 @@ def _check(rho: ScalarOrSchedule, eta: ArrayLike) -> None:
     _checks.number("eta", eta)
 
 
-def _init(params: Params) -> SamState:
+def _init(mask: MaskOrFunction, params: Params) -> SamState:
     _checks.floating_leaves("params", params)
+    _masks.mask_leaves(mask, params)
     return SamState(jnp.int32(0))
 
 
