@@ -38,8 +38,10 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         given = signature.bind(*args, **kwargs).arguments
         for name, rule in rules.items():
-            if name in given and given[name] is not defaults[name]:
-                rule(name, given[name], given)
+            value = given.get(name)
+            # What None means is the function's own.
+            if value is not None and value is not defaults[name]:
+                rule(name, value, given)
         return function(*args, **kwargs)
 
     call.__dict__["checks"] = tuple(rules)
@@ -71,13 +73,12 @@ def _real(name: str, value: Any, given: Mapping[str, Any]) -> None:
 
 def _key(name: str, value: object, given: Mapping[str, Any]) -> None:
     del given
-    if value is not None:  # where nothing is drawn, none is needed
-        _checks.key(name, value)
+    _checks.key(name, value)
 
 
 def _params(name: str, value: Any, given: Mapping[str, Any]) -> None:
     del given
-    _checks.floating_tree(name, value)
+    _checks.floating_leaves(name, value)
 
 
 def _like_params(name: str, value: Any, given: Mapping[str, Any]) -> None:
