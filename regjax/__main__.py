@@ -152,9 +152,7 @@ def _from_checkpoint(command: str, words: list[str], settings: TrainSettings) ->
         stored, _, _ = read_run(path)
     except MissingError:
         if not settings.resume:
-            raise UsageError(
-                f"There is no checkpoint at {path}; give one, or its folder."
-            ) from None
+            raise
         raise UsageError(
             f"--resume needs a checkpoint, and there is none at {path}: give --out, or all options "
             "of the run to go on with."

@@ -380,7 +380,6 @@ BAD = {
         "many": lambda: jax.random.split(key(), 2),
     },
     "params": {
-        "empty": dict,
         "complex": lambda: replaced(lambda leaf: leaf.astype(jnp.complex64)),
         "integers": lambda: replaced(lambda leaf: leaf.astype(jnp.int32)),
         "bools": lambda: replaced(lambda leaf: leaf > 0),
