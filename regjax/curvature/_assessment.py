@@ -223,7 +223,7 @@ def begin_search(state: EigenState) -> EigenState:
             known,
             _search.targets_of(known, state.threshold, state.which),
             num_rows=state.values.size,
-            count=state.search.num_searches + 1,
+            num_searches=state.search.num_searches + 1,
         ),
         wants_search=jnp.zeros_like(state.wants_search),
     )

@@ -185,7 +185,9 @@ def top_eigenpairs_solver(
         rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
         state = EigenState(
             krylov=krylov,
-            search=_search.begin(jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, count=0),
+            search=_search.begin(
+                jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, num_searches=0
+            ),
             tol=jnp.asarray(tol, dtype),
             num_matvecs=jnp.int32(0),
             num_restarts=jnp.int32(0),

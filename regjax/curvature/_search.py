@@ -56,10 +56,10 @@ class Search(NamedTuple):
         return self.num_searches > 0
 
 
-def begin(known: jax.Array, targets: jax.Array, *, num_rows: int, count: Any) -> Search:
+def begin(known: jax.Array, targets: jax.Array, *, num_rows: int, num_searches: Any) -> Search:
     """The search before its first product; arguments as the attributes."""
     return Search(
-        num_searches=jnp.asarray(count, jnp.int32),
+        num_searches=jnp.asarray(num_searches, jnp.int32),
         own=jnp.zeros((num_rows, num_rows), targets.dtype),
         known=known,
         targets=targets,

@@ -35,7 +35,7 @@ def test_overlaps_are_those_of_the_missed_eigenvector():
     krylov, missed = first_space()
     krylov = _lanczos.redirect(krylov)
     targets = jnp.asarray([2.0, -1.0]) * krylov.scale  # as all numbers of a basis
-    search = _search.begin(targets, targets, num_rows=krylov.basis.num_rows, count=1)
+    search = _search.begin(targets, targets, num_rows=krylov.basis.num_rows, num_searches=1)
     share = float(missed @ np.asarray(krylov.direction))
     assert abs(share) > 1e-3
     for _ in range(5):
@@ -105,7 +105,7 @@ def test_overlaps_survive_a_restart():
     krylov, missed = first_space()
     krylov = _lanczos.redirect(krylov)
     targets = jnp.full(2, 2.0) * krylov.scale
-    search = _search.begin(jnp.zeros(4), targets, num_rows=krylov.basis.num_rows, count=1)
+    search = _search.begin(jnp.zeros(4), targets, num_rows=krylov.basis.num_rows, num_searches=1)
     share = missed @ np.asarray(krylov.direction)
     for _ in range(4):
         krylov = grow(krylov, 1)
