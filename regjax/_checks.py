@@ -61,7 +61,7 @@ def number(name: str, value: Number, *, above_zero: bool = False) -> Number:
 def boolean(name: str, value: object) -> bool:
     """Returns `value` as a `bool` if it is one that is known."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"`{name}` must be a bool, got {value!r}.")
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
     return bool(value)
 
 

@@ -265,7 +265,7 @@ def _look(state: DensityState) -> DensityState:
         nodes, weights = gauss_rule(*recurrence)
         largest = jnp.maximum(taken * krylov.scale, jnp.max(jnp.abs(nodes)))
         places = largest * jnp.asarray(_PLACES, largest.dtype)
-        below = jnp.where(nodes <= places[:, None], weights, 0)
+        below = jnp.where(nodes[None] <= places[:, None], weights[None], 0)
         share = jnp.minimum(jnp.sum(below, 1), 1)
         error = dimension * share_error(share, dimension, num_probes)
         return jnp.all(dimension * open_share(*recurrence, places) / 2 <= jnp.maximum(error, 1))
