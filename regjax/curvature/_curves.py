@@ -112,7 +112,9 @@ def density_curve(
     slope = np.ones_like(grid) if threshold is None else 1 / np.hypot(grid, threshold)
     numbers = (grid, *(slope * curve for curve in curves), widths)
     numbers = (*numbers, np.inf if threshold is None else threshold)
-    return DensityCurveResult(*(jnp.asarray(array, density.alphas.dtype) for array in numbers))
+    # A scale that is linear has no threshold: infinity is the answer.
+    with jax.debug_infs(False):
+        return DensityCurveResult(*(jnp.asarray(array, density.alphas.dtype) for array in numbers))
 
 
 class _Axis:

@@ -275,7 +275,7 @@ def test_error_texts():
         regularizers.dropout_penalty(hidden, jnp.ones(2), keep_probability=0.5)
     with pytest.raises(ValueError, match="`keep_probability` must be positive, got 0"):
         regularizers.dropout_penalty(hidden, kernel, keep_probability=0.0)
-    with pytest.raises(ValueError, match=r"`keep_probability` must be at most 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"`keep_probability` must be between 0 and 1, got 1.5"):
         regularizers.dropout_penalty(hidden, kernel, keep_probability=1.5)
     penalty = functools.partial(regularizers.dropout_gradient_penalty, lambda w, key: jnp.sum(w))
     with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
