@@ -380,7 +380,6 @@ BAD = {
         "many": lambda: jax.random.split(key(), 2),
     },
     "params": {
-        "empty": dict,
         "complex": lambda: replaced(lambda leaf: leaf.astype(jnp.complex64)),
         "integers": lambda: replaced(lambda leaf: leaf.astype(jnp.int32)),
         "bools": lambda: replaced(lambda leaf: leaf > 0),
@@ -418,6 +417,10 @@ BAD = {
 EXCUSED = {
     ("gradient_norm_bound", "infinity"): "no bound",
     ("clip", "infinity"): "no bound",
+    ("factor", "-1"): "weights may change their sign",
+    ("factor", "array of -1"): "weights may change their sign",
+    ("diagnostics.condensation", "threshold", "-1"): "a cosine",
+    ("diagnostics.condensation", "threshold", "array of -1"): "a cosine",
     **{
         ("pruning.gated_loss", "loss_fn", label): "it is called with the gates, later"
         for label in ("no result", "vector", "integer")

@@ -1,9 +1,10 @@
 """Curvature of the loss: operators, solvers on them, and what is read off their results."""
 
 from regjax._space import Space as Space
+from regjax.curvature._counts import CountResult as CountResult
+from regjax.curvature._counts import eigenvalue_count as eigenvalue_count
 from regjax.curvature._curves import DensityCurveResult as DensityCurveResult
-from regjax.curvature._curves import density_grid as density_grid
-from regjax.curvature._curves import evaluate_density as evaluate_density
+from regjax.curvature._curves import density_curve as density_curve
 from regjax.curvature._density import spectral_density as spectral_density
 from regjax.curvature._density import spectral_density_solver as spectral_density_solver
 from regjax.curvature._eigen import EigenResult as EigenResult

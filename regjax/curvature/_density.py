@@ -12,37 +12,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from regjax import _checks, _loops
+from regjax._arguments import checked
 from regjax._base import Callback, PRNGKey, Tree
+from regjax._space import Space
+from regjax.curvature._deflation import Deflation, outside, taken_out
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._accumulation import small_dtype
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._lanczos import Krylov, absorb, empty, expand
-from regjax.curvature._measure import DensityResult, spectral_sum
+from regjax.curvature._measure import DensityResult, share_error, spectral_sum
 from regjax.curvature._operators._operator import Operator
-from regjax.curvature._precision import floor, precisely
-from regjax.curvature._ritz import residual_parts, small_pairs
+from regjax.curvature._precision import precisely, rounding
+from regjax.curvature._quadrature import gauss_rule, open_share
 
-# A Ritz pair is taken out when its residual norm is below this share of the largest |Ritz value|.
-# Left-over coupling moves no eigenvalue of the complement by more than the residual norm.
-_DEFLATION_TOLERANCE = 1e-3
-
-
-class Deflation(NamedTuple):
-    """The eigenpairs that are taken out.
-
-    Attributes:
-      rows: their vectors.
-      values: (r,), NaN beyond the rows that are filled.
-      residual_norms: (r,), likewise.
-    """
-
-    rows: _basis.Basis
-    values: jax.Array
-    residual_norms: jax.Array
+# Where `num_steps` is chosen: the fewest, the most, and the bytes of vectors beyond which there are
+# no more than the fewest.
+_FEWEST, _MOST, _BUDGET = 40, 320, 2**30
+_LOOKS = (40, 56, 80, 113, 160, 226)
+# Where numbers of eigenvalues are to be known, in units of the largest magnitude.
+_PLACES = np.outer([-1, 1], 10.0 ** np.arange(-3, 0.1, 0.5)).ravel()
 
 
 class DensityState(NamedTuple):
@@ -52,24 +45,29 @@ class DensityState(NamedTuple):
       key: typed key of the probes to come.
       deflation: what was taken out.
       probes: bases of the probes under way, each leaf with a leading axis of their number.
-      nodes: (P, m). weights: (P, m), each probe of mass 1. num_finished: (), int32, probes done.
+      alphas: (P, m), diagonal of each probe's T. betas: (P, m), its off-diagonal.
+      num_steps: (P,), int32, steps of each probe. num_finished: (), int32, probes done.
+      resolved: (), bool, whether the probes under way may end.
       num_matvecs: (), int32, products so far, those of the deflation included.
     """
 
     key: PRNGKey
     deflation: Deflation
     probes: Krylov
-    nodes: jax.Array
-    weights: jax.Array
+    alphas: jax.Array
+    betas: jax.Array
+    num_steps: jax.Array
     num_finished: jax.Array
+    resolved: jax.Array
     num_matvecs: jax.Array
 
 
+@checked
 def spectral_density(
     operator: Operator,
     *,
     key: PRNGKey,
-    num_steps: int = 40,
+    num_steps: int | None = None,
     num_probes: int = 2,
     deflate: int | None = None,
     accumulation: str | None = None,
@@ -81,10 +79,15 @@ def spectral_density(
     Args:
       operator: symmetric, of order n.
       key: typed key of the start and of the probes.
-      num_steps: Lanczos steps m a probe, at most n.
+      num_steps: Lanczos steps m a probe, at most n. None takes as many as it needs to know how many
+        eigenvalues lie beyond each of the shares 0.001, 0.003, 0.01, ..., 1 of the largest
+        magnitude, on both sides of 0, as well as the draw of the probes lets it: to one standard
+        error, or to one eigenvalue. At least 40, at most 320, and no more than 40 where a vector is
+        so long that they would take more than 1 GiB; at most n.
       num_probes: number of probes P, Gaussian directions in the complement.
       deflate: products spent on finding extreme eigenpairs to take out, at most n; the vectors
-        stay in memory. 0 gives the plain method; None takes 2 `num_steps`.
+        stay in memory. 0 gives the plain method; None takes 2 `num_steps`, 80 where that is None,
+        at most n.
       accumulation: how inner products of vectors (n,) are summed, as for `lanczos`; with "float64"
         nodes, weights, eigenvalues and what follows from them are float64.
       callback: called as callback(products, total) after each product when the host drives.
@@ -92,7 +95,7 @@ def spectral_density(
         the process was killed; only when the host drives.
 
     Returns:
-      A `DensityResult`, after `deflate` + P m products. Multiplying the matrix by c > 0 and
+      A `DensityResult`, after `deflate` + P m products at most. Multiplying the matrix by c > 0 and
       adding d I maps all nodes and eigenvalues likewise, up to rounding.
 
     Raises:
@@ -112,11 +115,12 @@ def spectral_density(
     return run(solver, callback=callback, checkpoint=checkpoint)
 
 
+@checked
 def spectral_density_solver(
     operator: Operator,
     *,
     key: PRNGKey,
-    num_steps: int = 40,
+    num_steps: int | None = None,
     num_probes: int = 2,
     deflate: int | None = None,
     accumulation: str | None = None,
@@ -126,7 +130,11 @@ def spectral_density_solver(
     It finds what is taken out; its `then` is the solver of the probes.
     """
     space = operator.space
-    _checks.integer("num_steps", num_steps, maximum=space.size)
+    chosen = num_steps is None
+    if num_steps is None:
+        most, num_steps = _budget(space), _FEWEST
+    else:
+        most = _checks.integer("num_steps", num_steps, maximum=space.size)
     _checks.integer("num_probes", num_probes)
     num_rows = min(2 * num_steps, space.size) if deflate is None else deflate
     _checks.integer("deflate", num_rows, minimum=0, maximum=space.size)
@@ -134,14 +142,14 @@ def spectral_density_solver(
     small = small_dtype(space.dtype, accumulation)
     # One at a time on CPU, where a block of vectors costs as much as its members.
     block = num_probes if operator.takes_blocks else 1
-    num_rounds = -(-num_probes // block) * num_steps
+    num_rounds = -(-num_probes // block) * most
 
     def before_deflation() -> Krylov:
         _, start_key, krylov_key = jax.random.split(key, 3)
         return empty(space, space.normal(start_key), num_rows, krylov_key, accumulation)
 
     def after_deflation(krylov: Krylov) -> DensityState:
-        return begin(_taken_out(krylov, num_rows, operator.eps), krylov.filled)
+        return begin(taken_out(krylov, num_rows, operator.eps), krylov.filled)
 
     def without_deflation() -> DensityState:
         nothing = jnp.zeros(0, small)
@@ -150,22 +158,22 @@ def spectral_density_solver(
 
     def begin(deflation: Deflation, num_matvecs: jax.Array) -> DensityState:
         probe_key, _, _ = jax.random.split(key, 3)
-        zeros = jnp.zeros((num_probes, num_steps), small)
-        rest = space.replicate((probe_key, zeros, zeros.copy(), jnp.int32(0), num_matvecs))
-        return _begin(deflation, *rest, block)
+        zeros, none = jnp.zeros((num_probes, most), small), jnp.zeros(num_probes, jnp.int32)
+        rest = (probe_key, zeros, zeros.copy(), none, jnp.int32(0), num_matvecs)
+        return _begin(deflation, *space.replicate(rest), block)
 
     probes: Solver[Any, DensityResult] = Solver(
         name="spectral_density",
         operator=operator,
         arguments={
-            "key": key, "num_steps": num_steps, "num_probes": num_probes, "deflate": num_rows,
-            "probes at once": block, "accumulation": accumulation,
+            "key": key, "num_steps": most, "steps are chosen": chosen, "num_probes": num_probes,
+            "deflate": num_rows, "probes at once": block, "accumulation": accumulation,
         },
         init=without_deflation,
         vectors=lambda state: state.probes.direction,
-        update=_update,
-        done=lambda state: False,
-        result=lambda state: _result(state, space.size),
+        update=functools.partial(_update, chosen=chosen),
+        done=lambda state: (state.num_finished >= num_probes) if chosen else False,
+        result=lambda state: _result(state, space.size, operator.eps),
         max_steps=num_rounds,
         lower=("num_steps", "deflate", "num_probes"),
     )  # fmt: skip
@@ -176,69 +184,65 @@ def spectral_density_solver(
         init=before_deflation,
         vectors=lambda krylov: krylov.direction,
         update=expand,
-        result=lambda krylov: _result(after_deflation(krylov), space.size),
+        done=lambda krylov: False,
+        result=lambda krylov: _result(after_deflation(krylov), space.size, operator.eps),
         max_steps=num_rows,
         then=lambda krylov: (probes, after_deflation(krylov)),
         later_steps=num_rounds,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-@precisely
-def _taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
-    """The Ritz pairs that converged, in descending order."""
-    values, vectors, _ = small_pairs(krylov.projected, krylov.filled)
-    values, vectors = values[::-1][:num_rows], vectors[:, ::-1][:, :num_rows]
-    outside, dropped = residual_parts(krylov, vectors)
-    bounds = outside + dropped
-    take = bounds <= _DEFLATION_TOLERANCE * jnp.max(jnp.abs(values))
-    # A run cut short by Ctrl-C has empty rows, whose pairs are nobody's.
-    take &= krylov.filled == num_rows
-    order = jnp.argsort(~take, stable=True)
-    bounds = jnp.maximum(bounds, floor(values, eps))
-    count = jnp.sum(take, dtype=jnp.int32)
-    inside = jnp.arange(num_rows, dtype=jnp.int32) < count
-    weights = jnp.where(inside[None], vectors[:, order], 0)
-    values, bounds = krylov.unscaled(values), krylov.unscaled(bounds)
-    return Deflation(
-        rows=_basis.combined(krylov.basis, weights, count),
-        values=jnp.where(inside, values[order], jnp.nan),
-        residual_norms=jnp.where(inside, bounds[order], jnp.nan),
-    )
+def _budget(space: Space) -> int:
+    """The most steps of a probe where their number is chosen."""
+    fit = _BUDGET // max(space.size * space.dtype.itemsize, 1)
+    return min(max(_FEWEST, min(_MOST, fit)), space.size)
 
 
-@functools.partial(jax.jit, static_argnums=6)
+@functools.partial(jax.jit, static_argnums=7)
 @precisely
 def _begin(
     deflation: Deflation,
     key: PRNGKey,
-    nodes: jax.Array,
-    weights: jax.Array,
+    alphas: jax.Array,
+    betas: jax.Array,
+    num_steps: jax.Array,
     num_finished: jax.Array,
     num_matvecs: jax.Array,
     block: int,
 ) -> DensityState:
     """The state before the next `block` probes."""
     key, probe_key, krylov_key = jax.random.split(key, 3)
-    rows, num_steps = deflation.rows, nodes.shape[1]
-    starts = _outside(rows, rows.space.normal(probe_key, block))
-    make = lambda start, key: empty(
-        rows.space, start, num_steps, key, rows.accumulation, num_finished
-    )
+    rows, most = deflation.rows, alphas.shape[1]
+    starts = outside(rows, rows.space.normal(probe_key, block))
+    make = lambda start, key: empty(rows.space, start, most, key, rows.accumulation, num_finished)
     probes = jax.vmap(make)(starts, jax.random.split(krylov_key, block))
-    return DensityState(key, deflation, probes, nodes, weights, num_finished, num_matvecs)
+    return DensityState(
+        key=key,
+        deflation=deflation,
+        probes=probes,
+        alphas=alphas,
+        betas=betas,
+        num_steps=num_steps,
+        num_finished=num_finished,
+        resolved=jnp.bool_(False),
+        num_matvecs=num_matvecs,
+    )
 
 
-def _update(state: DensityState, images: jax.Array) -> DensityState:
-    """One more row for each probe under way, and the quadrature when they are full."""
+def _update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityState:
+    """One more row for each probe under way, and what it knows of its measure when that is all."""
     state = _absorb(state, images)
-    return _loops.cond(state.probes.filled[0] == state.nodes.shape[1], _collect, state)
+    filled, most = state.probes.filled[0], state.alphas.shape[1]
+    if chosen:
+        looks = jnp.asarray([count for count in _LOOKS if count < most], jnp.int32)
+        state = _loops.cond(jnp.any(filled == looks), _look, state)
+    return _loops.cond(state.resolved | (filled == most), _collect, state)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
 def _absorb(state: DensityState, images: jax.Array) -> DensityState:
-    images, block = _outside(state.deflation.rows, images), images.shape[0]
+    images, block = outside(state.deflation.rows, images), images.shape[0]
     if block == 1:
         probes = jax.tree.map(lambda leaf: leaf[0], state.probes)
         probes = jax.tree.map(lambda leaf: leaf[None], absorb(probes, images[0]))
@@ -249,44 +253,90 @@ def _absorb(state: DensityState, images: jax.Array) -> DensityState:
 
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
+def _look(state: DensityState) -> DensityState:
+    """Whether the probes under way know the numbers of eigenvalues as well as their draw does."""
+    count = state.deflation.rows.filled
+    taken = jnp.max(jnp.abs(state.deflation.values), initial=0)
+    num_probes = state.num_steps.size
+    dimension = jnp.asarray(state.deflation.rows.space.size - count, state.alphas.dtype)
+
+    def is_resolved(krylov: Krylov) -> jax.Array:
+        recurrence = *_recurrence(krylov), krylov.filled
+        nodes, weights = gauss_rule(*recurrence)
+        largest = jnp.maximum(taken * krylov.scale, jnp.max(jnp.abs(nodes)))
+        places = largest * jnp.asarray(_PLACES, largest.dtype)
+        below = jnp.where(nodes <= places[:, None], weights, 0)
+        share = jnp.minimum(jnp.sum(below, 1), 1)
+        error = dimension * share_error(share, dimension, num_probes)
+        return jnp.all(dimension * open_share(*recurrence, places) / 2 <= jnp.maximum(error, 1))
+
+    resolved = jnp.all(jax.vmap(is_resolved)(state.probes))
+    return state._replace(resolved=resolved)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+@precisely
 def _collect(state: DensityState) -> DensityState:
-    """Stores the quadrature of the finished probes and starts the next ones."""
-    num_steps, block = state.nodes.shape[1], state.probes.direction.shape[0]
-    projected = state.probes.projected[:, :num_steps, :num_steps]
-    values, vectors = jnp.linalg.eigh(projected)
-    values = jax.vmap(Krylov.unscaled)(state.probes, values)
-    start = (state.num_finished, jnp.int32(0))
+    """Stores the coefficients of the finished probes and starts the next ones."""
+    found = jax.vmap(_recurrence)(state.probes)
+    most = state.alphas.shape[1]
+    alphas, betas = (jax.vmap(Krylov.unscaled)(state.probes, numbers) for numbers in found)
+    alphas, betas = alphas[:, :most], betas[:, :most]
+    store = lambda rows, part: jax.lax.dynamic_update_slice_in_dim(
+        rows, part, state.num_finished, 0
+    )
     return _begin(
         state.deflation,
         state.key,
-        jax.lax.dynamic_update_slice(state.nodes, values, start),
-        jax.lax.dynamic_update_slice(state.weights, vectors[:, 0, :] ** 2, start),
-        state.num_finished + block,
+        store(state.alphas, alphas),
+        store(state.betas, betas),
+        store(state.num_steps, state.probes.filled),
+        state.num_finished + alphas.shape[0],
         state.num_matvecs,
-        block,
+        alphas.shape[0],
     )
 
 
-def _outside(rows: _basis.Basis, vectors: jax.Array) -> jax.Array:
-    """The `vectors` less their part in the rows; twice is enough."""
-    for _ in range(2):
-        vectors = jax.vmap(lambda vector: _basis.outside(rows, vector)[0])(vectors)
-    return vectors
+def _recurrence(krylov: Krylov) -> tuple[jax.Array, jax.Array]:
+    """The coefficients of scale times A, both (m,): the last beta leads out of T."""
+    alphas = jnp.diagonal(krylov.projected)
+    betas = jnp.append(jnp.diagonal(krylov.projected, 1), 0).astype(alphas.dtype)
+    return alphas, betas.at[krylov.filled - 1].set(krylov.beta)
 
 
-def _result(state: DensityState, size: int) -> DensityResult:
-    """The measure of the probes finished so far; NaN weights before the first one."""
-    deflation, dtype = state.deflation, state.nodes.dtype
+def _result(state: DensityState, size: int, eps: float) -> DensityResult:
+    """The measure of the probes finished so far; NaN before the first one, also where forbidden."""
+    if _loops.is_concrete(state) and not state.num_finished:
+        with jax.debug_nans(False):
+            return _measured(state, size, eps)
+    return _measured(state, size, eps)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+@precisely
+def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
+    deflation, dtype = state.deflation, state.alphas.dtype
     count = deflation.rows.filled
+    finished = jnp.arange(state.alphas.shape[0], dtype=jnp.int32) < state.num_finished
+    nodes, weights = jax.vmap(gauss_rule)(state.alphas, state.betas, state.num_steps)
+    nodes = jnp.where(finished[:, None], nodes, 0)
     rest = (size - count).astype(dtype) / size
-    finished = jnp.arange(state.nodes.shape[0], dtype=jnp.int32) < state.num_finished
-    share = jnp.where(state.num_finished > 0, rest / state.num_finished.astype(dtype), jnp.nan)
     # Nothing is known before the first probe, not even that a weight is zero.
     absent = jnp.where(state.num_finished > 0, jnp.zeros((), dtype), jnp.nan)
+    share = rest / jnp.maximum(state.num_finished, 1).astype(dtype)
     inside = jnp.arange(deflation.values.size, dtype=jnp.int32) < count
     result = DensityResult(
-        nodes=state.nodes,
-        weights=jnp.where(finished[:, None], state.weights * share, absent),
+        nodes=nodes,
+        weights=jnp.where(finished[:, None], weights * share, absent),
+        alphas=state.alphas,
+        betas=state.betas,
+        num_steps=state.num_steps,
+        node_error_bound=rounding(
+            jnp.concatenate([nodes.ravel(), deflation.values]),
+            eps=eps,
+            dtype=dtype,
+            num_rows=jnp.max(state.num_steps) + count,
+        ),
         eigenvalues=deflation.values,
         eigenvalue_weights=jnp.where(inside, jnp.asarray(1 / size, dtype), 0),
         residual_norms=deflation.residual_norms,

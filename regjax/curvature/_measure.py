@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics
+from regjax._arguments import checked
 from regjax.curvature._precision import precisely
 
 
@@ -15,11 +16,18 @@ class DensityResult(NamedTuple):
     """A discrete measure of mass 1 on the eigenvalues; P probes, m steps, n the order.
 
     Attributes:
-      nodes: (P, m), quadrature nodes of the complement, in the units of the matrix.
-      weights: (P, m), their mass; sums to (n - num_eigenvalues) / n.
-      eigenvalues: (r,), the eigenvalues taken out, descending, NaN beyond `num_eigenvalues`.
+      nodes: (P, m), nodes of Gauss quadrature in the complement, in the units of the matrix; a
+        probe that made fewer steps repeats its last one.
+      weights: (P, m), their mass, 0 for repeats; sums to (n - num_eigenvalues) / n.
+      alphas: (P, m), diagonal of the Lanczos matrix T of each probe, 0 beyond its `num_steps`.
+      betas: (P, m), off-diagonal of T; the last one leads to the step that was not made. With
+        `alphas`, all that is known of the measure of a probe: see `eigenvalue_count`.
+      num_steps: (P,), int32, Lanczos steps of each probe, 0 for one that was not finished.
+      node_error_bound: (), what rounding may move an eigenvalue by, as it is added to the residual
+        norms of `top_eigenpairs`.
+      eigenvalues: (r,), the eigenvalues taken out, descending, 0 beyond `num_eigenvalues`.
       eigenvalue_weights: (r,), 1/n each, 0 beyond `num_eigenvalues`.
-      residual_norms: (r,), ||A v - value v|| of the pairs taken out, NaN beyond.
+      residual_norms: (r,), ||A v - value v|| of the pairs taken out, 0 beyond.
       num_eigenvalues: (), int32, number of eigenvalues taken out.
       trace: (), sum of the eigenvalues.
       trace_standard_error: (), of `trace`, over the draw of the probes.
@@ -29,6 +37,10 @@ class DensityResult(NamedTuple):
 
     nodes: jax.Array
     weights: jax.Array
+    alphas: jax.Array
+    betas: jax.Array
+    num_steps: jax.Array
+    node_error_bound: jax.Array
     eigenvalues: jax.Array
     eigenvalue_weights: jax.Array
     residual_norms: jax.Array
@@ -90,6 +102,17 @@ def spectral_sum(
     return SpectralSumResult(exact + dimension * mean, error)
 
 
+def share_error(share: jax.Array, dimension: jax.Array, num_probes: ArrayLike) -> jax.Array:
+    """The standard error of a share of the eigenvalues in `dimension` dimensions.
+
+    It is that of `spectral_sum` for a projector: the mass of a probe in a subspace has a Beta
+    distribution.
+    """
+    count = jnp.asarray(num_probes, share.dtype)
+    return jnp.sqrt(2 * share * (1 - share) / ((dimension + 2) * jnp.maximum(count, 1)))
+
+
+@checked
 def effective_dimension(density: DensityResult, damping: ArrayLike) -> SpectralSumResult:
     """Counts the directions that matter beside a damping c.
 

@@ -52,7 +52,8 @@ def check_memory(settings: TrainSettings, dataset: Dataset, model: Model) -> Non
         "--width, --batch-size or --chunk-size",
     )
     if isinstance(settings, SpectrumSettings):
-        rows = max(settings.num_eigenvalues, settings.num_steps) + settings.num_probes
+        # Steps that are chosen are as many as fit, and not fewer than 40.
+        rows = max(settings.num_eigenvalues, settings.num_steps or 40) + settings.num_probes
         _check(
             room,
             (rows + 1) * size * itemsize,

@@ -160,8 +160,9 @@ class SpectrumSettings(AnalysisSettings):
     num_probes: int = 2
     """Random probes of the density."""
 
-    num_steps: int = 40
-    """Lanczos steps of a probe; twice as many first take out extreme eigenvalues."""
+    num_steps: int | None = None
+    """Lanczos steps of a probe; twice as many first take out extreme eigenvalues. None: 40 to 320,
+    as many as the numbers of eigenvalues in the table need (1 GiB of memory at most)."""
 
     blocks: Literal["whole", "layers"] = "whole"
     """Spectrum of the whole network, or of each layer as well."""
@@ -327,11 +328,6 @@ def replace(settings: Settings, changes: dict[str, Any]) -> Settings:
         new = dataclasses.replace(getattr(settings, outer), **{inner: value}) if inner else value
         settings = dataclasses.replace(settings, **{outer: new})
     return settings
-
-
-def with_training_options(settings: Settings, stored: dict[str, Any]) -> Settings:
-    """Returns `settings` with the options of a checkpoint, as `read_run` has checked them."""
-    return replace(settings, stored)
 
 
 def check_same_training(

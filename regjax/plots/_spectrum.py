@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from regjax.curvature import DensityCurveResult
 
-_SCALES = ("linear", "symlog")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Bumps this far below the peak are rounding: less than one eigenvalue in a network of 1e12.
 _LEAST_BUMP = 1e-12
+_TICKS = "eigenvalues"
 _CURVE = "density"  # by this mark a second call on the same axes finds the first
 
 
@@ -46,29 +46,23 @@ def draw_spectrum(
     axes: "Axes",
     label: str | None = None,
     color: Color | None = None,
-    axis_scale: str = "linear",
-    linear_threshold: float | None = None,
     matrix_name: str = "Hessian",
 ) -> "Axes":
-    """Draws a spectral density on a logarithmic axis, with its error and the top eigenvalues.
+    """Draws a spectral density on a logarithmic axis, with its band and the top eigenvalues.
 
-    The band is the density plus and minus one standard error. Eigenvalues are ticks at the bottom,
-    each with a horizontal bar of its residual norm on both sides. Densities that are zero leave a
-    gap, and the axis ends below the lowest bump of the curve: farther down are only tails of the
-    Gaussian that draws it. A second call on the same axes adds a second curve.
+    The scale of the eigenvalues is that of the curve. The band is the curve's own. Eigenvalues are
+    ticks at the bottom, named in a legend, each with a horizontal bar of its residual norm on both
+    sides. Densities that are zero leave a gap, and the axis ends below the lowest bump of the
+    curve: farther down are only tails of the Gaussian that draws it. A second call on the same axes
+    adds a second curve.
 
     Args:
-      curve: arrays (num_points,): `grid` in units of the eigenvalue, `density` and
-        `standard_error` as mass per unit of the eigenvalue.
+      curve: from `curvature.density_curve`.
       eigenvalues: (k,), or None.
       residual_norms: (k,), in units of the eigenvalue, or None.
       axes: to draw on.
       label: name of the curve in a legend, or None.
       color: any colour of matplotlib; None takes the next of a palette for colour-blind readers.
-      axis_scale: of the eigenvalue: "linear", or "symlog", logarithmic on both sides of zero.
-      linear_threshold: where the symmetric-log axis turns linear, positive, in units of the
-        eigenvalue. None takes 1e-3 of the largest magnitude in `curve.grid`. Unused on a linear
-        axis.
       matrix_name: name of the matrix on the axis.
 
     Returns:
@@ -77,22 +71,19 @@ def draw_spectrum(
     Raises:
       ValueError: shapes differ, no density is positive, or an option is out of its range.
     """
-    grid, density, error = _curve_arrays(curve)
+    grid, density, low, high = _curve_arrays(curve)
     values, bounds = _eigenvalue_arrays(eigenvalues, residual_norms)
-    threshold = _threshold(axis_scale, linear_threshold, [curve])
+    threshold = _threshold([curve])
     num_before = sum(line.get_gid() == _CURVE for line in axes.lines)
     color = COLORS[num_before % len(COLORS)] if color is None else color
-    floor, top = _limits(density, error)
+    floor, top = _limits(density, high)
     if num_before:
         floor, top = min(floor, axes.get_ylim()[0]), max(top, axes.get_ylim()[1])
 
     _set_scale(axes.set_xscale, threshold)
     axes.set_yscale("log")
-    lower, upper = (
-        np.maximum(density - error, 0.1 * floor),
-        np.maximum(density + error, 0.1 * floor),
-    )
-    axes.fill_between(grid, lower, upper, color=color, alpha=0.3, linewidth=0)
+    band = (np.maximum(end, 0.1 * floor) for end in (low, high))
+    axes.fill_between(grid, *band, color=color, alpha=0.3, linewidth=0)
     positive = np.where(density > 0, density, np.nan)
     axes.plot(grid, positive, color=color, linewidth=1.0, label=label, gid=_CURVE)
     if values.size:
@@ -100,24 +91,27 @@ def draw_spectrum(
         transform = axes.get_xaxis_transform()  # the height as a share of the axes
         axes.errorbar(
             values, height, xerr=bounds, fmt="|", transform=transform, color=color,
-            markersize=5, markeredgewidth=0.8, elinewidth=1.0,
+            markersize=5, markeredgewidth=0.8, elinewidth=1.0, label=_named_ticks(axes),
         )  # fmt: skip
     axes.set_ylim(floor, top)
     label_axes(axes, f"eigenvalue of the {matrix_name}", "density")
-    if label is not None:
-        axes.legend(frameon=False, fontsize=TICK_SIZE)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=TICK_SIZE, borderaxespad=0.2)
     return axes
+
+
+def _named_ticks(axes: "Axes") -> str | None:
+    """The name of the ticks for the legend, once on each axes."""
+    return None if _TICKS in axes.get_legend_handles_labels()[1] else _TICKS
 
 
 def spectrum_figure(
     panels: Sequence[SpectrumPanel],
     *,
-    axis_scale: str = "linear",
-    linear_threshold: float | None = None,
     matrix_name: str = "Hessian",
     figure_width: float = 3.3,
 ) -> "Figure":
-    """Draws the spectra of several settings one below the other, on the same axes.
+    """Draws the spectra of several settings one below the other, on axes of the same limits.
 
     A last panel has the eigenvalues of all settings against their index, with their residual norms
     as error bars; slightly apart, so that equal ones can be told. It stands below the densities,
@@ -125,9 +119,6 @@ def spectrum_figure(
 
     Args:
       panels: one `SpectrumPanel` for each setting; six are told apart by colour alone.
-      axis_scale: of the eigenvalues, as in `draw_spectrum`.
-      linear_threshold: as in `draw_spectrum`; None takes 1e-3 of the largest magnitude in all
-        grids.
       matrix_name: name of the matrix on the axes.
       figure_width: in inches: 3.3 is a column, 6.8 a page.
 
@@ -136,31 +127,37 @@ def spectrum_figure(
 
     Raises:
       ImportError: matplotlib is missing.
-      ValueError: `panels` is empty, or an argument of `draw_spectrum` is wrong.
+      ValueError: `panels` is empty, their curves are of different scales, or an argument of
+        `draw_spectrum` is wrong.
     """
     if not panels:
         raise ValueError("`panels` must have at least one SpectrumPanel, got none.")
     _checks.positive("figure_width", figure_width)
-    threshold = _threshold(axis_scale, linear_threshold, [panel.curve for panel in panels])
+    threshold = _threshold([panel.curve for panel in panels])
     has_eigenvalues = any(panel.eigenvalues is not None for panel in panels)
     figure, rows, last = _layout(len(panels), figure_width, has_eigenvalues)
     for index, (panel, axes) in enumerate(zip(panels, rows, strict=True)):
         color = COLORS[index % len(COLORS)]
-        draw_spectrum(
-            *panel[1:],
-            axes=axes,
-            color=color,
-            axis_scale=axis_scale,
-            linear_threshold=threshold,
-            matrix_name=matrix_name,
-        )
+        draw_spectrum(*panel[1:], axes=axes, color=color, matrix_name=matrix_name)
+        _set_scale(axes.set_xscale, threshold)
         axes.set_title(panel.label, loc="left", fontsize=LABEL_SIZE, color=color, pad=3)
-        axes.label_outer()
-    limits = [axes.get_ylim() for axes in rows]
-    rows[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        if index < len(panels) - 1:
+            axes.tick_params(labelbottom=False)
+            axes.set_xlabel("")
+        if index > 0 and (legend := axes.get_legend()) is not None:
+            legend.remove()  # the first panel has it
+    _share_limits(rows)
     if last is not None:
         _eigenvalues_by_index(panels, last, threshold)
     return figure
+
+
+def _share_limits(rows: "Sequence[Axes]") -> None:
+    """Gives all axes the limits that hold what each was drawn to."""
+    xs, ys = [axes.get_xlim() for axes in rows], [axes.get_ylim() for axes in rows]
+    for axes in rows:
+        axes.set_xlim(min(low for low, _ in xs), max(high for _, high in xs))
+        axes.set_ylim(min(low for low, _ in ys), max(high for _, high in ys))
 
 
 def _eigenvalues_by_index(
@@ -198,7 +195,7 @@ def _eigenvalues_by_index(
 def _layout(
     num_rows: int, figure_width: float, has_eigenvalues: bool
 ) -> "tuple[Figure, list[Axes], Axes | None]":
-    """Makes the figure: axes for each density, sharing both scales, and for the eigenvalues."""
+    """Makes the figure: axes for each density, and for the eigenvalues."""
     row_height = 1.6 if num_rows == 1 else 1.1
     densities, beside = row_height * num_rows + 0.4, has_eigenvalues and figure_width >= 5
     if beside:
@@ -210,10 +207,7 @@ def _layout(
         height = densities + below
     figure = new_figure(figure_width, height)
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-    rows: list[Axes] = []
-    for row in range(num_rows):
-        first = rows[0] if rows else None
-        rows.append(figure.add_subplot(grid[row, 0], sharex=first, sharey=first))
+    rows = [figure.add_subplot(grid[row, 0]) for row in range(num_rows)]
     if not has_eigenvalues:
         return figure, rows, None
     return figure, rows, figure.add_subplot(grid[:, 1] if beside else grid[num_rows, 0])
@@ -226,28 +220,35 @@ def _set_scale(setter: Callable[..., None], threshold: float | None) -> None:
         setter("symlog", linthresh=threshold)
 
 
-def _threshold(
-    axis_scale: str, linear_threshold: float | None, curves: "Sequence[DensityCurveResult]"
-) -> float | None:
-    """Returns None on a linear scale, else where the symmetric-log scale turns linear."""
-    if _checks.choice("axis_scale", axis_scale, _SCALES) == "linear":
+def _threshold(curves: "Sequence[DensityCurveResult]") -> float | None:
+    """Returns None on a linear scale, else where the symmetric-log scale turns linear.
+
+    A power of ten, so that ticks fall on both ends of the linear part and not inside.
+    """
+    thresholds = np.array([float(curve.linear_threshold) for curve in curves])
+    if np.all(np.isinf(thresholds)):
         return None
-    if linear_threshold is not None:
-        return _checks.positive("linear_threshold", linear_threshold)
-    return 1e-3 * max(float(np.max(np.abs(np.asarray(curve.grid)))) for curve in curves)
+    if np.any(np.isinf(thresholds)):
+        raise ValueError("`panels` must have curves of one scale, got linear and symlog ones.")
+    return float(10.0 ** np.ceil(np.log10(np.max(thresholds)) - 1e-6))
 
 
-def _limits(density: np.ndarray, error: np.ndarray) -> tuple[float, float]:
-    """Goes from below the lowest bump of the curve to above its error band."""
+def _limits(density: np.ndarray, high: np.ndarray) -> tuple[float, float]:
+    """Goes from below the lowest bump of the curve to above its band."""
     peak = np.max(density)
     sides = np.concatenate([[0.0], density, [0.0]])
     is_bump = (density >= sides[:-2]) & (density >= sides[2:]) & (density > _LEAST_BUMP * peak)
-    return 0.1 * np.min(density[is_bump]), 3 * np.max(density + error)
+    return 0.1 * np.min(density[is_bump]), 3 * max(peak, np.max(high))
 
 
-def _curve_arrays(curve: "DensityCurveResult") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    arrays = [np.asarray(array, np.float64) for array in curve[:3]]
-    for name, array in zip(curve._fields, arrays, strict=False):
+def _curve_arrays(curve: "DensityCurveResult") -> list[np.ndarray]:
+    if not hasattr(curve, "band_low"):
+        raise ValueError(
+            f"`curve` must be from `curvature.density_curve`, got a {type(curve).__name__}."
+        )
+    names = ("grid", "density", "band_low", "band_high")
+    arrays = [np.asarray(getattr(curve, name), np.float64) for name in names]
+    for name, array in zip(names, arrays, strict=True):
         if array.ndim != 1 or array.shape != arrays[0].shape:
             raise ValueError(
                 f"`curve.{name}` must have the shape (num_points,) of `curve.grid`, "
@@ -255,7 +256,7 @@ def _curve_arrays(curve: "DensityCurveResult") -> tuple[np.ndarray, np.ndarray, 
             )
     if not np.any(arrays[1] > 0):
         raise ValueError("`curve.density` must be positive somewhere, got none that is.")
-    return arrays[0], arrays[1], arrays[2]
+    return arrays
 
 
 def _eigenvalue_arrays(

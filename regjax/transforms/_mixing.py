@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey
 
 AxisName: TypeAlias = str | tuple[str, str]
@@ -50,6 +51,7 @@ def ring_mixing() -> Mixing:
     return mix
 
 
+@checked
 def random_pair_mixing(*, key: PRNGKey) -> Mixing:
     """Mixes with a random partner each step, every learner in one pair.
 
@@ -143,6 +145,7 @@ def full_mixing() -> Mixing:
     return mix
 
 
+@checked
 def dense_mixing(matrix: ArrayLike) -> Mixing:
     """Mixes by any doubly stochastic matrix.
 

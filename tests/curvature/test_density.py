@@ -110,29 +110,6 @@ def test_effective_dimension():
     assert abs(mean - exact) < abs(mean - with_modulus)
 
 
-@pytest.mark.parametrize("scale", ["linear", "symlog"])
-def test_curves_integrate_to_one(scale):
-    density = solve(spectrum(), num_steps=20)
-    grid = curvature.density_grid(density, num_points=4000, axis_scale=scale, margin=0.3)
-    curve = curvature.evaluate_density(density, grid, axis_scale=scale)
-    assert np.trapezoid(curve.density, curve.grid) == pytest.approx(1, abs=1e-3)
-    assert np.all(np.diff(curve.grid) > 0)
-
-
-def test_curve_is_the_sum_of_gaussians_of_the_stated_width():
-    density = solve(spectrum(), num_steps=10, num_probes=2)
-    grid = np.linspace(-5, 21, 50)
-    curve = curvature.evaluate_density(density, grid, kernel_width=0.3)
-    taken = np.asarray(density.eigenvalue_weights) > 0
-    places = np.concatenate([np.ravel(density.nodes), np.asarray(density.eigenvalues)[taken]])
-    masses = np.concatenate(
-        [np.ravel(density.weights), np.asarray(density.eigenvalue_weights)[taken]]
-    )
-    kernel = np.exp(-0.5 * ((grid[:, None] - places) / 0.3) ** 2) / (0.3 * np.sqrt(2 * np.pi))
-    np.testing.assert_allclose(curve.density, kernel @ masses, rtol=1e-3, atol=1e-6)
-    assert float(curve.kernel_width) == pytest.approx(0.3)
-
-
 def test_compiled_loop_gives_the_host_driven_result():
     operator = operator_of(spectrum())
 
@@ -160,6 +137,56 @@ def test_stages_by_hand_are_the_plain_function():
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_small_matrices_need_no_options():
+    for size in (1, 2, 7, 39, 60):
+        eigenvalues = np.random.default_rng(size).normal(size=size)
+        density = solve(eigenvalues)
+        assert float(density.trace) == pytest.approx(eigenvalues.sum(), abs=1e-4)
+        assert total_mass(density) == pytest.approx(1, abs=1e-5)
+
+
+def test_steps_are_as_many_as_the_numbers_need():
+    # A spectrum of three values is known after a few steps, one crowded at 0 needs all of them.
+    easy = solve([3.0] * 100 + [2.0] * 100 + [1.0] * 100)
+    assert np.asarray(easy.num_steps).tolist() == [40, 40]
+    cubes = np.random.default_rng(0).normal(size=2000) ** 3
+    crowded = solve(cubes, num_probes=1)
+    assert np.asarray(crowded.num_steps).tolist() == [320]
+    assert int(crowded.num_matvecs) == 80 + 320
+    some = solve(np.linspace(-1, 5, 600))
+    steps = np.asarray(some.num_steps)
+    assert np.all((steps >= 40) & (steps < 320))
+    assert int(some.num_matvecs) == 80 + steps.sum()
+    # Beyond a probe's own steps there are copies of its last node.
+    beyond = np.arange(320) >= steps[:, None]
+    last = np.take_along_axis(np.asarray(some.nodes), steps[:, None] - 1, 1)
+    assert np.all(np.where(beyond, some.nodes == last, True))
+    assert np.all(np.asarray(some.weights)[beyond] == 0)
+    # Stopped where the bounds are as narrow as the probes' own error, and not before.
+    count = curvature.eigenvalue_count(some, high=1.0)
+    half = (count.upper_bound - count.lower_bound) / 2
+    assert float(half) < 2 * float(count.standard_error)
+
+
+def test_chosen_steps_inside_of_a_compiled_program():
+    operator = operator_of(np.linspace(-1, 5, 90))
+    run = lambda operator, key: curvature.spectral_density(operator, key=key, num_probes=1)
+    driven, compiled = run(operator, jax.random.key(0)), jax.jit(run)(operator, jax.random.key(0))
+    assert int(driven.num_matvecs) == int(compiled.num_matvecs)
+    np.testing.assert_array_equal(driven.num_steps, compiled.num_steps)
+    assert float(driven.trace) == pytest.approx(float(compiled.trace), rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_steps": 8}, {"deflate": 0, "num_steps": 8}])
+def test_nothing_is_filled_with_what_debugging_forbids(options):
+    eigenvalues = [3.0, 2.0] + [0.0] * 98  # breaks down, and little is taken out
+    with jax.debug_nans(True), jax.debug_infs(True):
+        density = solve(eigenvalues, **options)
+        curvature.eigenvalue_count(density, [-jnp.inf, 1.0], [1.0, jnp.inf])
+        curvature.density_curve(density)
+    assert all(np.all(np.isfinite(array)) for array in density)
+
+
 def test_error_texts():
     density = solve(spectrum(), num_steps=4, num_probes=1, deflate=0)
     with pytest.raises(ValueError, match="`num_steps` must be between 1 and 300, got 301"):
@@ -168,10 +195,6 @@ def test_error_texts():
         solve(spectrum(), deflate=-1)
     with pytest.raises(ValueError, match="`damping` must be positive, got 0"):
         curvature.effective_dimension(density, 0)
-    with pytest.raises(ValueError, match="`axis_scale` must be one of linear, symlog, got 'log'"):
-        curvature.density_grid(density, axis_scale="log")
-    with pytest.raises(ValueError, match=r"`kernel_width` must be positive, got -1\.0"):
-        curvature.evaluate_density(density, [0.0], kernel_width=-1.0)
 
 
 def test_hessian_density_of_a_network_against_the_dense_spectrum():

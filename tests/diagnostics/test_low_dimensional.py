@@ -416,7 +416,7 @@ def test_subspace_refuses_tracers_and_integers():
         (np.eye(D - 1), r"`basis` must have shape \(8, k\).* got \(7, 7\)"),
         (np.eye(D, D + 1), r"`basis` must have shape \(8, k\).* got \(8, 9\)"),
         (2 * np.eye(D)[:, :2], "`basis` must have orthonormal columns.* by 3"),
-        (np.full((D, 1), np.nan), "`basis` must have orthonormal columns.* by nan"),
+        (np.full((D, 1), np.nan), "`basis` must be finite, got NaN"),
         (np.ones((D, 2)) / np.sqrt(D), "`basis` must have orthonormal columns.* by 1"),
     ],
 )

@@ -1,5 +1,7 @@
 """What is drawn, read back from the axes."""
 
+import itertools
+
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
@@ -10,10 +12,13 @@ from regjax import curvature, plots
 GRID = np.linspace(-1.0, 5.0, 61)
 
 
-def curve(centre=0.0, height=2.0):
-    density = height * np.exp(-((GRID - centre) ** 2) / 0.1)
+def curve(centre=0.0, height=2.0, threshold=np.inf, grid=GRID):
+    density = height * np.exp(-((grid - centre) ** 2) / 0.1)
     density[-5:] = 0.0
-    return curvature.DensityCurveResult(GRID, density, 0.1 * density, 0.1)
+    width = np.full(grid.shape, 0.1)
+    return curvature.DensityCurveResult(
+        grid, density, 0.8 * density, 1.1 * density, width, np.asarray(threshold)
+    )
 
 
 def axes_of(figure=None):
@@ -39,9 +44,8 @@ def test_density_band_and_eigenvalues_are_where_the_numbers_say():
 
 def test_the_axis_ends_below_the_lowest_bump_and_not_in_its_tails():
     density = curve().density + 1e-6 * curve(3.0).density
-    axes = plots.draw_spectrum(
-        curvature.DensityCurveResult(GRID, density, 0 * density, 0.1), axes=axes_of()
-    )
+    ours = curve()._replace(density=density, band_low=density, band_high=density)
+    axes = plots.draw_spectrum(ours, axes=axes_of())
     floor, top = axes.get_ylim()
     assert 1e-8 < floor < 2e-6
     assert top > 2
@@ -55,24 +59,27 @@ def test_a_second_curve_takes_the_next_colour_and_widens_the_axis():
     assert not same_color(lines[0].get_color(), lines[1].get_color())
     assert axes.get_ylim()[0] <= floor
     assert axes.get_ylim()[1] > 20
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
+    # What the ticks are is said once.
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(texts) == ["eigenvalues", "one", "two"]
     heights = [line.get_ydata()[0] for line in axes.lines if line.get_gid() != "density"]
     assert heights[0] != heights[1]  # the eigenvalues of both can be told apart
 
 
 def test_figure_has_a_density_for_each_setting_and_the_eigenvalues_of_all():
     panels = [
-        plots.SpectrumPanel("plain", curve(), [4.0, 0.01], [0.5, 0.001]),
-        plots.SpectrumPanel("sam", curve(1.0), [3.0, 0.02], [0.1, 0.001]),
+        plots.SpectrumPanel("plain", curve(threshold=0.004), [4.0, 0.01], [0.5, 0.001]),
+        plots.SpectrumPanel("sam", curve(1.0, threshold=0.002), [3.0, 0.02], [0.1, 0.001]),
     ]
-    figure = plots.spectrum_figure(
-        panels, axis_scale="symlog", matrix_name="Gauss-Newton matrix", figure_width=6.8
-    )
+    figure = plots.spectrum_figure(panels, matrix_name="Gauss-Newton matrix", figure_width=6.8)
     first, second, last = figure.axes
     assert [axes.get_title("left") for axes in (first, second)] == ["plain", "sam"]
     assert first.get_ylim() == second.get_ylim()
     assert first.get_xlim() == second.get_xlim()
     assert second.get_xlabel() == "eigenvalue of the Gauss-Newton matrix"
+    assert first.get_xscale() == second.get_xscale() == "symlog"
+    # A power of ten above both, for all axes.
+    assert first.xaxis.get_transform().linthresh == pytest.approx(0.01)
     assert last.get_yscale() == "symlog"  # they span more than two decades
     values = [container.lines[0].get_ydata() for container in last.containers]
     np.testing.assert_array_equal(values, [[4, 0.01], [3, 0.02]])
@@ -99,13 +106,50 @@ def test_without_eigenvalues_there_is_no_panel_of_them():
     assert len(figure.axes) == 1
 
 
+@pytest.mark.parametrize("width", [3.3, 6.8])
+@pytest.mark.parametrize("num_panels", [1, 3])
+def test_the_lowest_density_has_the_axis_of_the_eigenvalue(width, num_panels, tmp_path):
+    panels = [
+        plots.SpectrumPanel(f"setting {i}", curve(), [4.0, 3.0], [0.5, 0.1])
+        for i in range(num_panels)
+    ]
+    figure = plots.spectrum_figure(panels, figure_width=width)
+    figure.savefig(tmp_path / "figure.png")
+    *rows, last = figure.axes
+    assert rows[-1].get_xlabel() == "eigenvalue of the Hessian"
+    assert any(label.get_text() for label in rows[-1].get_xticklabels() if label.get_visible())
+    assert [axes.get_xlabel() for axes in rows[:-1]] == [""] * (num_panels - 1)
+    assert last.get_xlabel() == "index"
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    for one, other in itertools.pairwise(boxes):
+        assert not one.overlaps(other)
+
+
+def test_panels_have_limits_that_hold_all_of_them():
+    # The widest comes first: the last one's limits would cut it on all sides.
+    wide = np.linspace(-5.0, 9.0, 141)
+    panels = [
+        plots.SpectrumPanel("wide", curve(height=1e4, grid=wide)),
+        plots.SpectrumPanel("narrow", curve(height=1.0)),
+    ]
+    first, second = plots.spectrum_figure(panels).axes
+    for axes in (first, second):
+        assert axes.get_ylim()[1] > 1.1e4
+        assert axes.get_ylim()[0] < 1
+        assert axes.get_xlim()[0] <= -5
+        assert axes.get_xlim()[1] >= 9
+
+
 def test_error_texts():
     with pytest.raises(ValueError, match="`panels` must have at least one SpectrumPanel, got none"):
         plots.spectrum_figure([])
     with pytest.raises(ValueError, match="`figure_width` must be positive, got -1"):
         plots.spectrum_figure([plots.SpectrumPanel("a", curve())], figure_width=-1)
-    with pytest.raises(ValueError, match="`axis_scale` must be one of linear, symlog, got 'log'"):
-        plots.draw_spectrum(curve(), axes=axes_of(), axis_scale="log")
+    mixed = [plots.SpectrumPanel("a", curve()), plots.SpectrumPanel("b", curve(threshold=1.0))]
+    with pytest.raises(ValueError, match="`panels` must have curves of one scale"):
+        plots.spectrum_figure(mixed)
+    with pytest.raises(ValueError, match=r"`curve` must be from `curvature.density_curve`"):
+        plots.draw_spectrum(np.ones(3), axes=axes_of())
     with pytest.raises(ValueError, match=r"`residual_norms` must have the shape .* \(2,\), got"):
         plots.draw_spectrum(curve(), [1.0, 2.0], [1.0], axes=axes_of())
     with pytest.raises(ValueError, match=r"`curve.density` must have the shape .* got \(3,\)"):

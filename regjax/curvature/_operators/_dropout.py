@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _programs
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, check_scalar
 from regjax._programs import Program
 from regjax._space import Space
@@ -17,6 +18,7 @@ from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precision
 
 
+@checked
 def dropout_covariance(
     dropout_loss_fn: Callable[..., Any], params: Params, *, key: PRNGKey, num_samples: int
 ) -> Operator:
@@ -56,6 +58,7 @@ def dropout_covariance(
     return from_matvec(Partial(_multiply, factor), params)
 
 
+@checked
 def dropout_covariance_factor(
     dropout_loss_fn: Callable[..., Any], params: Params, *, key: PRNGKey, num_samples: int
 ) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 from jax.tree_util import Partial
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree, check_loss, check_scalar
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
@@ -17,6 +18,7 @@ from regjax.curvature._operators._curvature import (
 from regjax.curvature._precision import precision
 
 
+@checked
 def hvp(loss_fn: LossFn, params: Params, vector: Params, *batch: Tree) -> Params:
     """Computes a Hessian-vector product by forward-over-reverse differentiation.
 
@@ -43,6 +45,7 @@ def hvp(loss_fn: LossFn, params: Params, vector: Params, *batch: Tree) -> Params
         return differentiate_gradient(loss_fn, params, vector, *batch)
 
 
+@checked
 def hessian(
     loss_fn: LossFn, params: Params, *batch: Tree, chunk_size: int | None = None
 ) -> CurvatureOperator:
@@ -76,6 +79,7 @@ def hessian(
     return build(linearization, loss, params, batch, chunk_size)
 
 
+@checked
 def from_gradient(grad_fn: Callable[[Params], Params], params: Params) -> CurvatureOperator:
     """Makes the Hessian of a loss that is known by its gradient alone.
 

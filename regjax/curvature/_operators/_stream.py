@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops, _programs
+from regjax._arguments import checked
 from regjax._base import Batch, Params, Tree, couples_examples
 from regjax._sharding import Placement
 from regjax._space import Space
@@ -210,6 +211,7 @@ class StreamedOperator(Operator):
         return total / jnp.asarray(self.source.num_examples, total.dtype)
 
 
+@checked
 def stream(
     operator_fn: Callable[..., CurvatureOperator],
     *arguments: Any,
