@@ -26,19 +26,21 @@ def operator(diagonal=DIAGONAL):
     return curvature.from_matvec(Partial(jnp.multiply, jnp.asarray(diagonal)), diagonal)
 
 
-def top(seed=0, matrix=None, k=3, **options):
-    matrix = operator() if matrix is None else matrix
+MATRIX = operator()
+
+
+def top(seed=0, matrix=MATRIX, k=3, **options):
     options = {"max_basis": 8, "tol": 1e-5, "key": jax.random.key(seed), **options}
     return curvature.top_eigenpairs(matrix, k, **options)
 
 
 def tridiagonal(**options):
-    return curvature.lanczos(operator(), DIAGONAL, 25, key=jax.random.key(1), **options)
+    return curvature.lanczos(MATRIX, DIAGONAL, 25, key=jax.random.key(1), **options)
 
 
 def density(**options):
     options = {"num_steps": 8, "num_probes": 3, "deflate": 13, "key": jax.random.key(2), **options}
-    return curvature.spectral_density(operator(), **options)
+    return curvature.spectral_density(MATRIX, **options)
 
 
 def plain_density(**options):
@@ -311,7 +313,7 @@ def test_what_cannot_be_written_is_an_error(tmp_path, monkeypatch):
         (tridiagonal, "`lanczos` .* Lower `num_steps`, or"),
         (density, "Lower `num_steps` or `deflate` or `num_probes`, or the `chunk_size`"),
         (
-            lambda: curvature.trace(operator(), key=jax.random.key(0), num_matvecs=3),
+            lambda: curvature.trace(MATRIX, key=jax.random.key(0), num_matvecs=3),
             "`trace` .* Lower `num_matvecs`, or",
         ),
     ],
