@@ -96,7 +96,7 @@ def spectral_density(
 
     Returns:
       A `DensityResult`, after `deflate` + P m products at most. Multiplying the matrix by c > 0 and
-      adding d I maps all nodes and eigenvalues likewise, up to rounding.
+      with `deflate=0` adding d I map all nodes and eigenvalues likewise, up to rounding.
 
     Raises:
       ValueError: an argument is out of its range, or the checkpoint is of another problem.

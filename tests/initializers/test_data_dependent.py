@@ -229,7 +229,7 @@ def test_arguments_of_another_model_are_named(default_promotion):
         run(model, other, model.state, inputs)
     with pytest.raises(ValueError, match="`std` must be finite, got inf"):
         run(model, model.params, model.state, inputs, std=float("inf"))
-    with pytest.raises(ValueError, match="`batch` must hold at least one example, got 0"):
+    with pytest.raises(ValueError, match="`inputs` must hold at least one example, got 0"):
         run(model, model.params, model.state, inputs[:0])
     with pytest.raises(TypeError, match="`key` must be a typed key"):
         run(model, model.params, model.state, inputs, key=0)
