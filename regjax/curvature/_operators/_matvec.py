@@ -60,7 +60,7 @@ def from_matvec(matvec: MatVec, like: Params) -> Operator:
     """Makes an operator from any symmetric product.
 
     Whether it is linear and symmetric is tried once on two random vectors, at the cost of three
-    products; not inside of `jax.jit`, where no host can look.
+    products; not inside of `jax.jit`, where no host can look, and not if `like` has shapes alone.
 
     Args:
       matvec: v -> A v on trees (or arrays) like `like`; traceable by JAX. It is traced now; the
@@ -92,7 +92,9 @@ def from_matvec(matvec: MatVec, like: Params) -> Operator:
 
 def _check_symmetric(operator: MatvecOperator) -> None:
     """Raises if the product is seen not to be a symmetric matrix's; NaN shows nothing."""
-    if not _loops.is_concrete(operator):
+    # Where shapes stand for a vector nothing is to be computed: of an estimate of memory, say.
+    is_shape = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(operator))
+    if is_shape or not _loops.is_concrete(operator):
         return
     space = operator.space
     one, other = (space.normal(key) for key in jax.random.split(jax.random.key(0)))
