@@ -108,7 +108,9 @@ def sam(
         )
         return _gradients.like(new, updates), SamState(optax.safe_increment(state.num_updates))
 
-    return optax.GradientTransformationExtraArgs(_init, update)
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(_init, mask=mask, adaptive=adaptive), update
+    )
 
 
 @static_args("adaptive", "mask")
@@ -174,7 +176,9 @@ def gsam(
             new = _less_orthogonal(new, updates, weight)
         return _gradients.like(new, updates), SamState(optax.safe_increment(state.num_updates))
 
-    return optax.GradientTransformationExtraArgs(_init, update)
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(_init, mask=mask, adaptive=adaptive), update
+    )
 
 
 def ascend(
@@ -196,7 +200,7 @@ def ascend(
         return params
     leaves, treedef = jax.tree.flatten(params)
     climbs = _masks.mask_leaves(mask, params)
-    adapts = _masks.mask_leaves(adaptive, params)
+    adapts = _masks.mask_leaves(adaptive, params, "adaptive")
     scales = [
         jnp.abs(_tree.wide(leaf)) + jnp.asarray(eta, _tree.wide_dtype(leaf)) if adapt else None
         for leaf, adapt in zip(leaves, adapts, strict=True)
@@ -243,8 +247,10 @@ def _check(rho: ScalarOrSchedule, eta: ArrayLike) -> None:
     _checks.number("eta", eta)
 
 
-def _init(params: Params) -> SamState:
+def _init(params: Params, *, mask: MaskOrFunction, adaptive: MaskOrFunction) -> SamState:
     _checks.floating_leaves("params", params)
+    for name, chosen in (("mask", mask), ("adaptive", adaptive)):
+        _masks.mask_leaves(chosen, params, name)
     return SamState(jnp.int32(0))
 
 
