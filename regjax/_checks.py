@@ -245,10 +245,10 @@ def bool_tree(name: str, tree: _Tree) -> _Tree:
     return tree
 
 
-def mask_leaves(mask: _Tree, like: _Tree) -> list[bool]:
+def mask_leaves(mask: _Tree, like: _Tree, name: str = "mask") -> list[bool]:
     """Returns one bool for each leaf of `like`, of a mask like it or its upper part; None: all."""
-    leaves = prefix_leaves("mask", True if mask is None else mask, like)
-    return [_bool("mask", leaf) for leaf in leaves]
+    leaves = prefix_leaves(name, True if mask is None else mask, like)
+    return [_bool(name, leaf) for leaf in leaves]
 
 
 def prefix_leaves(name: str, tree: _Tree, like: _Tree) -> list[Any]:

@@ -149,6 +149,8 @@ def consensus_model(
         it; or there is no batch though the model has batch statistics.
     """
     _checks.same_tree("params", params, model.params, leading=(_num_stacked(params),))
+    if key is not None:
+        _checks.key("key", key)
     mean, state = mean_params(params), model.state
     if model.has_batch_statistics:
         state = population_statistics(model, mean, batches, state=state, key=key)

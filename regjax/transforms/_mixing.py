@@ -168,7 +168,10 @@ def dense_mixing(matrix: ArrayLike) -> Mixing:
     """
     if _checks.on_host(matrix) is None:
         raise TypeError("`matrix` must be known when the program is built, got a traced array.")
-    matrix = np.asarray(matrix, np.float64)
+    matrix = np.asarray(matrix)
+    if not np.issubdtype(matrix.dtype, np.floating) and not np.issubdtype(matrix.dtype, np.integer):
+        raise TypeError(f"`matrix` must have real numbers, got {matrix.dtype}.")
+    matrix = matrix.astype(np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"`matrix` must have shape (n, n), got {matrix.shape}.")
     if not np.all(matrix >= 0):

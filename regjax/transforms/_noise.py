@@ -230,6 +230,7 @@ def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
             f"`state` must be an AnticorrelatedNoiseState, got {type(state).__name__}: in a chain "
             "take the last one of the tuple."
         )
+    _checks.floating_tree("params", params)
     leaves, treedef = jax.tree.flatten(params)
     carried, places = _carried(params, state.noise)
     for i in places:
@@ -245,9 +246,13 @@ def _carried(params: Params, noise: Tree) -> tuple[list[Tree], list[int]]:
         carried = structure.flatten_up_to(noise)
     except (ValueError, TypeError):
         raise ValueError(
-            f"`state` must be that of a tree {structure}, got noise of {jax.tree.structure(noise)}."
+            f"`params` must have the tree structure {jax.tree.structure(noise)} of the noise in "
+            f"`state`, got {structure}."
         ) from None
-    return carried, [i for i, xi in enumerate(carried) if not isinstance(xi, optax.MaskedNode)]
+    places = [i for i, xi in enumerate(carried) if not isinstance(xi, optax.MaskedNode)]
+    leaves = jax.tree.leaves(params)
+    _checks.same_tree("params", [leaves[i] for i in places], [carried[i] for i in places])
+    return carried, places
 
 
 def _exchange(

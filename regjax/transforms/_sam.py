@@ -199,7 +199,7 @@ def ascend(
         return params
     leaves, treedef = jax.tree.flatten(params)
     climbs = _masks.mask_leaves(mask, params)
-    adapts = _masks.mask_leaves(adaptive, params)
+    adapts = _masks.mask_leaves(adaptive, params, "adaptive")
     scales = [
         jnp.abs(_tree.wide(leaf)) + jnp.asarray(eta, _tree.wide_dtype(leaf)) if adapt else None
         for leaf, adapt in zip(leaves, adapts, strict=True)

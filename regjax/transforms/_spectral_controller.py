@@ -109,7 +109,7 @@ def spectral_controller(
     _checks.number("initial_learning_rate", initial_learning_rate, above_zero=True)
     if every is not None:
         check_static("every", every, 1)
-    _check_options(num_steps, smallest_ratio, max_momentum)
+    _check_options(num_steps, smallest_ratio, max_momentum, rule)
     _checks.boolean("nesterov", nesterov)
 
     def init(params: Params) -> SpectralControllerState:
@@ -201,8 +201,13 @@ def refresh_spectral_controller(
       ValueError: an argument is out of its range.
       TypeError: an argument has the wrong type.
     """
-    _check_options(num_steps, smallest_ratio, max_momentum)
+    _check_options(num_steps, smallest_ratio, max_momentum, rule)
+    if not isinstance(state, SpectralControllerState):
+        raise TypeError(f"`state` must be a SpectralControllerState, got {type(state).__name__}.")
+    if not callable(curvature_grad_fn):
+        raise TypeError(f"`curvature_grad_fn` must be a function, got {curvature_grad_fn!r}.")
     _checks.floating_tree("params", params)
+    _checks.same_tree("params", params, state.velocity)
     next_key, start_key = jax.random.split(state.key)
     operator = curvature.from_gradient(curvature_grad_fn, params)
     space = operator.space
@@ -214,7 +219,11 @@ def refresh_spectral_controller(
     return state._replace(key=next_key, refresh_ok=good, **kept)
 
 
-def _check_options(num_steps: int, smallest_ratio: ArrayLike, max_momentum: ArrayLike) -> None:
+def _check_options(
+    num_steps: int, smallest_ratio: ArrayLike, max_momentum: ArrayLike, rule: Rule
+) -> None:
+    if not callable(rule):
+        raise TypeError(f"`rule` must be a function such as nesterov_rule, got {rule!r}.")
     check_static("num_steps", num_steps, 1)
     _checks.number("smallest_ratio", smallest_ratio)
     _checks.number("max_momentum", max_momentum)

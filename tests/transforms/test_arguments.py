@@ -102,7 +102,7 @@ CASES = {
         lambda: transforms.denoise_params(
             {"w": W["w"]}, transforms.anticorrelated_noise(0.1, key=KEY).init(W)
         ),
-        "`state` must be that of a tree",
+        "`params` must have the tree structure",
     ),
     "nesterov": (lambda: controller(nesterov="yes"), "`nesterov` must be True or False"),
     "rate at first": (
