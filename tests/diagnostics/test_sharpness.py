@@ -287,7 +287,7 @@ def test_bad_inputs(double):
         between(params["head"], *batch)
     with pytest.raises(ValueError, match="`mask` must choose at least one leaf, got none"):
         measure(mask=jax.tree.map(lambda _: False, MASK))
-    with pytest.raises(TypeError, match="`mask` must hold Python bools, .* got 0"):
+    with pytest.raises(TypeError, match=r"`mask` must hold Python bools, .* got 0"):
         measure(mask=jax.tree.map(int, MASK))
     with pytest.raises(ValueError, match="`mask` must have the tree structure"):
         measure(mask=MASK["layers"])
