@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regjax._files import CheckpointError
+from regjax._files import CheckpointError, MissingError
 from regjax.experiments import (
     _compare,
     _help,
@@ -33,7 +33,7 @@ from regjax.experiments._settings import (
     TrainSettings,
     checkpoint_path,
     is_comparison,
-    with_training_options,
+    replace,
 )
 from regjax.experiments._training import TrainingError, read_run
 from regjax.experiments._validation import validate
@@ -148,9 +148,17 @@ def _from_checkpoint(command: str, words: list[str], settings: TrainSettings) ->
         path = out_dir(settings) / CHECKPOINT
     else:
         return settings
-    stored, _, _ = read_run(path)
+    try:
+        stored, _, _ = read_run(path)
+    except MissingError:
+        if not settings.resume:
+            raise
+        raise UsageError(
+            f"--resume needs a checkpoint, and there is none at {path}: give --out, or all options "
+            "of the run to go on with."
+        ) from None
     defaults = dataclasses.replace(COMMANDS[command](), out=out_dir(settings))
-    return parse(command, words, with_training_options(defaults, stored))
+    return parse(command, words, replace(defaults, stored))
 
 
 def _check_packages() -> None:

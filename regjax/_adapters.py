@@ -23,6 +23,7 @@ import jax
 from flax import core, linen, nnx
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax._base import ModelFn, OutputLossFn, Params, PRNGKey, State, Tree
 from regjax._base import check_separable as check_separable
 from regjax._base import couples_examples as couples_examples
@@ -64,11 +65,13 @@ def from_linen(module: linen.Module, variables: Mapping[str, Tree]) -> Model:
       "dropout".
 
     Raises:
-      TypeError: `module` is not a linen module.
+      TypeError: `module` is not a linen module, or `variables` are no mapping.
       ValueError: `variables` hold no "params".
     """
     if not isinstance(module, linen.Module):
         raise TypeError(f"`module` must be a flax.linen.Module, got {type(module).__name__}.")
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"`variables` must be a mapping, got {type(variables).__name__}.")
     if "params" not in variables:
         raise ValueError(f"`variables` must hold 'params', got {sorted(variables)}.")
     state = core.unfreeze(variables)
@@ -103,6 +106,7 @@ def from_nnx(module: nnx.Module) -> Model:
     return _model(run, params, state, has_statistics)
 
 
+@checked
 def from_callable(function: ModelFn, params: Params, state: State = None) -> Model:
     """Turns a pure function into a `Model`.
 
@@ -117,8 +121,7 @@ def from_callable(function: ModelFn, params: Params, state: State = None) -> Mod
     Raises:
       TypeError: `function` is not callable, or a parameter is not real floating point.
     """
-    if not callable(function):
-        raise TypeError(f"`function` must be callable, got {type(function).__name__}.")
+    _checks.function("function", function)
     _checks.floating_tree("params", params)
     return _model(CallableRunner(function), params, {} if state is None else state, False)
 
@@ -192,6 +195,7 @@ class ModelLoss:
         return self.output_loss_fn(self.function(params, inputs), targets)
 
 
+@checked
 def model_function(
     model: Model, *, mode: str = "evaluation", key: PRNGKey | None = None
 ) -> ModelFunction:
@@ -208,8 +212,9 @@ def model_function(
 
     Raises:
       ValueError: `mode` is unknown.
-      TypeError: `key` is not a typed key.
+      TypeError: `key` is not a typed key, or `model` is no `Model`.
     """
+    check_model(model)
     _checks.choice("mode", mode, _MODES)
     if key is not None:
         _checks.key("key", key)
@@ -218,6 +223,7 @@ def model_function(
     return ModelFunction(model.state, key, model.apply, mode, coupled)
 
 
+@checked
 def model_loss(
     model: Model,
     output_loss_fn: OutputLossFn,
@@ -241,9 +247,17 @@ def model_loss(
       ValueError: `mode` is unknown.
       TypeError: `key` is not a typed key, or `output_loss_fn` is not callable.
     """
-    if not callable(output_loss_fn):
-        raise TypeError(f"`output_loss_fn` must be callable, got {type(output_loss_fn).__name__}.")
+    _checks.function("output_loss_fn", output_loss_fn)
     return ModelLoss(model_function(model, mode=mode, key=key), output_loss_fn)
+
+
+def check_model(model: Model) -> None:
+    """Raises TypeError if `model` is not from one of the adapters."""
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"`model` must be a regjax.Model, from from_nnx, from_linen or from_callable, got "
+            f"{type(model).__name__}."
+        )
 
 
 def _model(run: Run, params: Params, state: State, has_batch_statistics: bool) -> Model:

@@ -67,6 +67,9 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
       CheckpointError: the file is missing, refused by the system, damaged, or of another kind.
     """
     size = regular_file(path, kind="a checkpoint")
+    if size == 0:
+        # What the system makes up as it is read may have no end.
+        raise _damaged(path, EOFError("it is empty"))
     with contextlib.ExitStack() as stack:
         start = b""
         try:

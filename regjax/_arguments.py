@@ -2,7 +2,7 @@
 
 A name has one meaning in the whole library (docs/vocabulary.md), and so it has one rule: a count
 is an integer, a key a typed key, parameters a tree of real floating-point arrays, a loss can be
-called. What only one function knows, such as a largest k, is checked there.
+called. What only one function knows, such as a sign or a largest k, is checked there.
 """
 
 import functools
@@ -12,12 +12,12 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from regjax import _checks
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+_ANY = 2**63
 ACCUMULATIONS = ("compensated", "float64")
 Rule: TypeAlias = Callable[[str, Any, Mapping[str, Any]], object]
 """(name, value, all arguments) -> anything; raises."""
@@ -38,8 +38,10 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         given = signature.bind(*args, **kwargs).arguments
         for name, rule in rules.items():
-            if name in given and given[name] is not defaults[name]:
-                rule(name, given[name], given)
+            value = given.get(name)
+            # What None means is the function's own.
+            if value is not None and value is not defaults[name]:
+                rule(name, value, given)
         return function(*args, **kwargs)
 
     call.__dict__["checks"] = tuple(rules)
@@ -48,25 +50,24 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
 
 def _count(name: str, value: object, given: Mapping[str, Any]) -> None:
     del given
-    # Counts of masks may be known only on the device.
-    if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jnp.integer):
-        _checks.integer(name, value, minimum=0)
+    if not isinstance(value, jax.Array):  # some counts are known only on the device
+        _checks.integer(name, value, minimum=-_ANY)
 
 
 def _finite(name: str, value: Any, given: Mapping[str, Any]) -> None:
     del given
     if not callable(value):  # a schedule
-        _checks.non_negative(name, value, finite=True)
+        _checks.real(name, value, finite=True)
+
+
+def _not_negative(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    del given
+    _checks.non_negative(name, value, finite=True)
 
 
 def _real(name: str, value: Any, given: Mapping[str, Any]) -> None:
     del given
     _checks.real(name, value)
-
-
-def _not_negative(name: str, value: Any, given: Mapping[str, Any]) -> None:
-    del given
-    _checks.non_negative(name, value)
 
 
 def _key(name: str, value: object, given: Mapping[str, Any]) -> None:
@@ -76,7 +77,7 @@ def _key(name: str, value: object, given: Mapping[str, Any]) -> None:
 
 def _params(name: str, value: Any, given: Mapping[str, Any]) -> None:
     del given
-    _checks.floating_tree(name, value)
+    _checks.floating_leaves(name, value)
 
 
 def _like_params(name: str, value: Any, given: Mapping[str, Any]) -> None:
@@ -88,22 +89,27 @@ def _like_params(name: str, value: Any, given: Mapping[str, Any]) -> None:
 def _function(name: str, value: object, given: Mapping[str, Any]) -> None:
     del given
     if not callable(value):
-        raise TypeError(f"`{name}` must be a function, got {value!r}.")
+        raise TypeError(f"`{name}` must be callable, got {type(value).__name__}.")
 
 
 def _array(name: str, value: Any, given: Mapping[str, Any]) -> None:
     del given
-    if isinstance(value, str) or not np.size(value):
-        what = "text" if isinstance(value, str) else f"shape {np.shape(value)}"
-        raise ValueError(f"`{name}` must be an array with at least one number, got {what}.")
-    if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
-        raise TypeError(f"`{name}` must be real, got {jnp.result_type(value)}.")
+    if isinstance(value, str):
+        raise TypeError(f"`{name}` must be one array, got {value!r}.")
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        return  # a list, or what is no array: the function says what it takes
+    if 0 in value.shape:
+        raise ValueError(f"`{name}` must hold at least one number, got shape {value.shape}.")
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"`{name}` must be real floating point, got {dtype}.")
 
 
 def _examples(name: str, value: Any, given: Mapping[str, Any]) -> None:
     for leaf in jax.tree.leaves(value):
-        if not isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.AbstractValue)):
-            _array(name, leaf, given)
+        if getattr(leaf, "shape", ())[:1] == (0,):
+            raise ValueError(f"`{name}` must hold at least one example, got 0.")
+        _array(name, leaf, given)
 
 
 def _accumulation(name: str, value: Any, given: Mapping[str, Any]) -> None:
@@ -133,24 +139,24 @@ RULES: Mapping[str, Rule] = {
     ),
     **dict.fromkeys(
         (
-            "alpha", "budget", "crossover", "damping", "epsilon", "eta", "factor",
+            "alpha", "budget", "crossover", "damping", "epsilon", "eta",
             "first_step_learning_rate", "flat_tol", "gamma", "gamma0", "gradient_norm", "growth",
-            "initial_learning_rate", "intrinsic_rate", "inverse_batch", "keep_probability",
-            "kernel_width", "learning_rate", "linear_threshold", "max_distance", "max_momentum",
-            "min_norm", "momentum", "noise_power", "noise_scale", "radius",
+            "initial_learning_rate", "intrinsic_rate", "keep_probability", "kernel_width",
+            "learning_rate", "margin", "max_distance", "max_momentum",
+            "min_norm", "momentum", "noise_scale", "radius",
             "reference_batch_size", "reference_learning_rate", "rho", "share", "smallest_ratio",
             "std", "strength", "target_norm", "threshold", "tol", "vanishing_threshold",
             "weight_decay", "weight_decay_ratio",
         ),
         _finite,
     ),
-    **dict.fromkeys(("clip", "gradient_norm_bound"), _not_negative),
-    **dict.fromkeys(("largest", "power", "smallest"), _real),
+    **dict.fromkeys(("inverse_batch", "linear_threshold", "noise_power"), _not_negative),
+    **dict.fromkeys(("clip", "gradient_norm_bound", "largest", "power", "smallest"), _real),
     "key": _key,
     **dict.fromkeys(("mean_grads", "params"), _params),
     **dict.fromkeys(
         (
-            "direction", "grads", "other_direction", "other_params", "start", "vector",
+            "direction", "other_direction", "other_params", "start", "vector",
         ),
         _like_params,
     ),
@@ -164,7 +170,7 @@ RULES: Mapping[str, Rule] = {
     ),
     **dict.fromkeys(
         (
-            "activations", "basis", "batch_means", "batch_variances", "center", "covariance",
+            "batch_means", "batch_variances", "center", "covariance",
             "features", "g", "grid", "initial_kernel", "kernel", "learning_rates", "matrix",
             "positions", "singular_values", "true_weights", "u", "v",
         ),

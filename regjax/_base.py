@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _programs, _tree
+from regjax._arguments import checked
 
 Params: TypeAlias = Any
 """Tree of real floating-point arrays."""
@@ -32,7 +33,7 @@ State: TypeAlias = Any
 """Tree of what a model keeps beside its parameters: batch statistics, counts, keys."""
 
 Mask: TypeAlias = Any
-"""Tree of Python bools like the parameters, or None for all leaves."""
+"""Tree of bools like the parameters or an upper part of it, or None for all leaves."""
 
 Tree: TypeAlias = Any
 """Any other tree of arrays; what its leaves are is said where it is used."""
@@ -89,6 +90,7 @@ def _says(function: Callable[..., Tree], name: str) -> bool:
     return bool(getattr(function, name, False))
 
 
+@checked
 def check_separable(loss_fn: LossFn, params: Params, *batch: Tree, tol: float = 1e-4) -> None:
     """Checks that a loss is a mean over independent examples, by splitting the batch unevenly.
 
@@ -136,6 +138,7 @@ def check_loss(
     loss_fn: Callable[..., Tree], params: Params, batch: Batch, *, name: str = "loss_fn"
 ) -> None:
     """Checks, without evaluating it, that `loss_fn` gives a real floating-point scalar."""
+    _checks.function(name, loss_fn)
     _checks.floating_tree("params", params)
     # A second call for the same shapes traces nothing.
     check_scalar(applied.eval_shape(as_partial(loss_fn), params, batch), name=name)

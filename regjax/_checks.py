@@ -7,9 +7,10 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 Number = TypeVar("Number")
+Function = TypeVar("Function")
 
 _Tree: TypeAlias = Any  # `_base` stands on this file
 
@@ -43,18 +44,49 @@ def positive(name: str, value: Number, *, finite: bool = False) -> Number:
     return value
 
 
-def real(name: str, value: Number) -> Number:
-    """Returns `value`, a real number or an array of them; NaN is one."""
-    _known(name, value)
+def real(name: str, value: Number, *, finite: bool = False) -> Number:
+    """Returns `value`, a real number or an array of them."""
+    _check_finite(name, _known(name, value), finite=finite)
     return value
 
 
 def number(name: str, value: Number, *, above_zero: bool = False) -> Number:
     """Returns `value`, a single finite number that is not negative, as far as it is known."""
     (positive if above_zero else non_negative)(name, value, finite=True)
-    if np.shape(value):
-        raise ValueError(f"`{name}` must be a single number, got shape {np.shape(value)}.")
+    if shape := getattr(value, "shape", ()):
+        raise ValueError(f"`{name}` must be a single number, got shape {shape}.")
     return value
+
+
+def boolean(name: str, value: object) -> bool:
+    """Returns `value` as a `bool` if it is one that is known."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def function(name: str, value: Function) -> Function:
+    """Returns `value` if it can be called."""
+    if not callable(value):
+        raise TypeError(f"`{name}` must be callable, got {type(value).__name__}.")
+    return value
+
+
+def axis_name(name: str, value: str | tuple[str, ...] | None) -> None:
+    """Checks that `value` can be the name of a mapped axis, or is None."""
+    names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not all(isinstance(part, str) for part in names):
+        raise TypeError(f"`{name}` must be a string, got {value!r}.")
+
+
+def inexact_dtype(name: str, value: DTypeLike) -> None:
+    """Checks that `value` is a real or complex floating-point type."""
+    try:
+        is_inexact = jnp.issubdtype(jnp.dtype(value), jnp.inexact)
+    except (TypeError, ValueError):
+        is_inexact = False
+    if not is_inexact or hasattr(value, "shape"):
+        raise TypeError(f"`{name}` must be a floating-point type, got {value!r}.")
 
 
 def between(name: str, value: Number, low: float, high: float) -> Number:
@@ -100,6 +132,15 @@ def finite_tree(name: str, tree: _Tree) -> _Tree:
         if known is not None and not np.isfinite(known).all():
             what = "NaN" if np.isnan(known).any() else "infinity"
             raise ValueError(f"`{name}{jax.tree_util.keystr(path)}` must be finite, got {what}.")
+    return tree
+
+
+def direction(name: str, tree: _Tree) -> _Tree:
+    """Returns `tree`, of floating point, if it is finite and not zero as far as it is known."""
+    finite_tree(name, tree)
+    known = [on_host(leaf) for leaf in jax.tree.leaves(tree)]
+    if not any(leaf is None or leaf.any() for leaf in known):
+        raise ValueError(f"`{name}` must not be zero: it is a direction.")
     return tree
 
 
@@ -155,6 +196,16 @@ def floating_array(name: str, array: ArrayLike) -> jax.Array:
     return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
 
+def real_tree(name: str, tree: _Tree) -> _Tree:
+    """Returns `tree` if no leaf is complex, whose imaginary part a conversion would drop."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise TypeError(
+                f"`{name}{jax.tree_util.keystr(path)}` must be real, got {jnp.result_type(leaf)}."
+            )
+    return tree
+
+
 def same_structure(name: str, tree: _Tree, like: _Tree) -> _Tree:
     """Returns `tree` if it has the structure of `like`."""
     structure: Any = jax.tree.structure(tree)
@@ -178,6 +229,11 @@ def same_tree(name: str, tree: _Tree, like: _Tree, *, leading: tuple[int, ...] =
     return tree
 
 
+def floating_like(name: str, tree: _Tree, like: _Tree) -> _Tree:
+    """Returns `tree` if it has the structure and the shapes of `like`, and real numbers."""
+    return floating_leaves(name, same_tree(name, tree, like))
+
+
 def bool_tree(name: str, tree: _Tree) -> _Tree:
     """Returns `tree` if all leaves are boolean arrays."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -189,10 +245,10 @@ def bool_tree(name: str, tree: _Tree) -> _Tree:
     return tree
 
 
-def mask_leaves(mask: _Tree, like: _Tree) -> list[bool]:
+def mask_leaves(mask: _Tree, like: _Tree, name: str = "mask") -> list[bool]:
     """Returns one bool for each leaf of `like`, of a mask like it or its upper part; None: all."""
-    leaves = prefix_leaves("mask", True if mask is None else mask, like)
-    return [_bool("mask", leaf) for leaf in leaves]
+    leaves = prefix_leaves(name, True if mask is None else mask, like)
+    return [_bool(name, leaf) for leaf in leaves]
 
 
 def prefix_leaves(name: str, tree: _Tree, like: _Tree) -> list[Any]:
@@ -202,7 +258,8 @@ def prefix_leaves(name: str, tree: _Tree, like: _Tree) -> list[Any]:
     """
     if not jax.tree.leaves(like):
         return []
-    leaves, structure = jax.tree.flatten(tree)
+    leaves = jax.tree.leaves(tree)
+    structure: Any = jax.tree.structure(tree)
     try:
         below = structure.flatten_up_to(like)
     except (ValueError, TypeError):
@@ -214,12 +271,12 @@ def prefix_leaves(name: str, tree: _Tree, like: _Tree) -> list[Any]:
 
 
 def _bool(name: str, value: object) -> bool:
-    is_known = not isinstance(value, jax.core.Tracer) and jnp.shape(value) == ()
-    if not is_known or not isinstance(value, (bool, np.bool_, np.ndarray, jax.Array)):
-        raise TypeError(f"`{name}` must hold bools that are no arrays, got {value!r}.")
-    if np.asarray(value).dtype != np.bool_:
-        raise TypeError(f"`{name}` must hold bools, got {value!r}.")
-    return bool(value)
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    known = on_host(value) if isinstance(value, (np.ndarray, jax.Array)) else None
+    if known is None or known.shape or known.dtype != np.bool_:
+        raise TypeError(f"`{name}` must hold Python bools, or single ones of NumPy, got {value!r}.")
+    return bool(known)
 
 
 def num_examples(batch: _Tree) -> int:

@@ -230,6 +230,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     The bytes go to a hidden name in the same folder and reach the disk before they take the place
     of `path`, so that a process killed at any time, or a power cut, leaves a whole file. Only a
     file is replaced: a pipe, a device or a folder of that name stays what it is.
+
+    Raises:
+      KindError: there is one.
+      OSError: the file cannot be written.
     """
     # A name of its own for each call: two runs in one folder do not write into each other's file.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -238,12 +242,22 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             _SYNC(file.fileno())
-        if path.exists() and not path.is_file():
-            raise FileExistsError(errno.EEXIST, "something there that is no file", str(path))
+        check_replaceable(path)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Checks that a file may take the place of what is there; asked before much is computed.
+
+    Raises:
+      KindError: there is a folder, a pipe or a device.
+    """
+    if path.exists() and not path.is_file():
+        what = _KINDS.get(stat.S_IFMT(path.stat().st_mode), "something else")
+        raise KindError(f"{path} must be a file or not be there, got {what}.")
 
 
 def remove_leftovers(path: Path) -> None:

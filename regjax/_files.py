@@ -29,6 +29,7 @@ from regjax._disk import KindError as KindError
 from regjax._disk import LockedError as LockedError
 from regjax._disk import MissingError as MissingError
 from regjax._disk import RefusedError as RefusedError
+from regjax._disk import check_replaceable as check_replaceable
 from regjax._disk import locked as locked
 from regjax._disk import regular_file as regular_file
 from regjax._disk import remove_leftovers as remove_leftovers

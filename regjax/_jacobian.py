@@ -22,6 +22,7 @@ def check_model(name: str, model_fn: ModelFn, inputs: Tree) -> None:
       ValueError: the model couples the examples (batch norm in train mode), or there is none.
       TypeError: `inputs` is not one array of real floating point.
     """
+    _checks.function(name, model_fn)
     if couples_examples(model_fn):
         raise ValueError(
             f"`{name}` must not couple the examples of a batch (batch norm or dropout in train "
@@ -78,8 +79,8 @@ def squared_norms(
       without: orthonormal columns (d, r) of the subspace that P projects out; None: P = I.
     """
     size = math.prod(inputs.shape[1:])
-    shape = jax.eval_shape(function, inputs).shape
-    if size < math.prod(shape[1:]):
+    outputs = jax.eval_shape(lambda x: flat(function(x), x.shape[0]), inputs)
+    if size < outputs.shape[1]:
         basis = jnp.eye(size, dtype=inputs.dtype)
         images = columns(function, inputs, _without(basis, without))
     else:
@@ -89,11 +90,14 @@ def squared_norms(
 
 def flat(outputs: Tree, num_examples: int) -> jax.Array:
     """`outputs` (N, ...) as (N, k), or an error that names them."""
-    if jnp.ndim(outputs) == 0 or outputs.shape[0] != num_examples:
+    shape = getattr(outputs, "shape", None)
+    if not shape or shape[0] != num_examples:
         raise ValueError(
             f"`model_fn` must return an array with the leading axis of its inputs, {num_examples}, "
-            f"got shape {jnp.shape(outputs)}."
+            f"got shape {shape}."
         )
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise TypeError(f"`model_fn` must return real floating point, got {outputs.dtype}.")
     return outputs.reshape(num_examples, -1)
 
 

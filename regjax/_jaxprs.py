@@ -2,16 +2,20 @@
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
 # What only decides how something is called.
 _NAMES = {"jit": ("name",), "pjit": ("name",), "custom_jvp_call": ("name",)}
+# Functions with rules of differentiation, and whether these go forward.
+_RULES = {"custom_jvp_call": True, "custom_vjp_call": False, "custom_vjp_call_jaxpr": False}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -43,35 +47,37 @@ class Description:
 
     Attributes:
       text: a digest: of equal programs equal, whatever its functions and variables are called.
-      has_rules: whether it holds rules of differentiation, which are not in the text: functions
-        that were not called yet.
+      is_whole: whether nothing is missing in the text, such as a rule that could not be applied.
       references: objects that the text knows by their identity.
     """
 
     text: str
-    has_rules: bool
+    is_whole: bool
     references: tuple[Any, ...]
 
 
-def describe(closed: Any, *, lasting: bool = False) -> Description:
+def describe(closed: Any, *, derivatives: int = 0, lasting: bool = False) -> Description:
     """Describes a traced program.
 
     Args:
       closed: from `jax.make_jaxpr`; arrays that it captured count by their bits.
+      derivatives: how often the program will be differentiated. Rules of differentiation are
+        functions that nobody can compare: what they compute is described.
       lasting: whether the text must be the same in another process: functions that JAX cannot look
         into (callbacks to the host) are then known by their names and code alone.
     """
-    writer = _Writer(lasting)
+    writer = _Writer(derivatives, lasting)
     text = writer.jaxpr(closed)
-    return Description(text, writer.has_rules, tuple(writer.references))
+    return Description(text, writer.is_whole, tuple(writer.references))
 
 
 class _Writer:
     """Writes jaxprs, each once."""
 
-    def __init__(self, lasting: bool):
+    def __init__(self, derivatives: int, lasting: bool):
+        self.derivatives = derivatives
         self.lasting = lasting
-        self.has_rules = False
+        self.is_whole = True
         self.references: list[Any] = []
         self.written: dict[int, str] = {}
 
@@ -104,14 +110,26 @@ class _Writer:
             name = equation.primitive.name
             yield name
             for key, parameter in sorted(equation.params.items()):
-                is_function = callable(parameter) or hasattr(parameter, "call_wrapped")
-                is_rule = name.startswith("custom_") and is_function
-                self.has_rules |= is_rule
+                is_rule = name in _RULES and not _is_plain(parameter)
                 if not is_rule and key not in _NAMES.get(name, ()):
                     yield f"{key}={self.value(parameter)}"
+            if name in _RULES and self.derivatives > 0:
+                yield self._rule(equation)
             yield ",".join(map(old, equation.invars))
             yield ",".join(map(new, equation.outvars))
         yield ",".join(map(old, jaxpr.outvars))
+
+    def _rule(self, equation: Any) -> str:
+        """What the rule of an equation computes."""
+        try:
+            traced = _differentiated(equation)
+        except Exception:  # whatever a rule may raise that is called in another way than here
+            self.is_whole = False
+            return ""
+        found = describe(traced, derivatives=self.derivatives - 1, lasting=self.lasting)
+        self.is_whole &= found.is_whole
+        self.references += found.references
+        return found.text
 
     def value(self, value: Any) -> str:
         """A parameter or a constant, as text."""
@@ -132,7 +150,7 @@ class _Writer:
     def _array(self, value: Any) -> str:
         if isinstance(value, jax.core.Tracer):
             return self._identity(value)
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             return f"{value.dtype}{self._array(jax.random.key_data(value))}"
         array = np.asarray(value)
         return f"{array.dtype}{array.shape}{hashlib.sha256(array.tobytes()).hexdigest()}"
@@ -151,3 +169,33 @@ class _Writer:
             return str(hash(value))
         except TypeError:
             return str(id(value))
+
+
+def _is_plain(parameter: Any) -> bool:
+    return (
+        isinstance(parameter, _PLAIN) or hasattr(parameter, "eqns") or hasattr(parameter, "jaxpr")
+    )
+
+
+def _differentiated(equation: Any) -> Any:
+    """The traced derivative of an equation that has a rule."""
+    avals = [atom.aval for atom in equation.invars]
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
+    is_float = [jnp.issubdtype(struct.dtype, jnp.inexact) for struct in structs]
+    parameters = equation.primitive.get_bind_params(equation.params)
+
+    def derivative(operands: Any, tangents: Any) -> Any:
+        def function(*floats: Any) -> Any:
+            remaining = iter(floats)
+            pairs = zip(operands, is_float, strict=True)
+            given = [next(remaining) if real else operand for operand, real in pairs]
+            outputs = equation.primitive.bind(*given, **parameters)
+            return [out for out in outputs if jnp.issubdtype(out.dtype, jnp.inexact)]
+
+        floats = list(itertools.compress(operands, is_float))
+        if _RULES[equation.primitive.name]:
+            return jax.jvp(function, floats, tangents)
+        outputs, backwards = jax.vjp(function, *floats)
+        return backwards(outputs)
+
+    return jax.make_jaxpr(derivative)(structs, list(itertools.compress(structs, is_float)))

@@ -143,7 +143,8 @@ def while_loop(
     one. With tracers it is one compiled loop.
 
     Raises:
-      Interrupted: Ctrl-C, unless the caller's handler returns; its `.result` is `result(state)` at that moment.
+      Interrupted: Ctrl-C, unless the caller's handler returns; its `.result` is `result(state)` at
+        that moment.
     """
     if is_concrete(operands, state):
         with _held_interrupt() as interrupted:

@@ -99,7 +99,9 @@ class Program:
         return self.code.traces[wanted]
 
 
-def trace(function: Callable[..., Any], *signatures: Any, couples_examples: bool = False) -> Program:
+def trace(
+    function: Callable[..., Any], *signatures: Any, couples_examples: bool = False
+) -> Program:
     """Traces a function for arguments of some types.
 
     Args:
@@ -130,27 +132,24 @@ def trace(function: Callable[..., Any], *signatures: Any, couples_examples: bool
     return Program(arrays, Code(traces, couples_examples))
 
 
-def share(tree: Any, derived: ClosedJaxpr | None = None) -> Any:
+def share(tree: Any) -> Any:
     """`tree` with the code of equal programs in place of its own.
 
-    Args:
-      tree: holds programs.
-      derived: what is computed with them. Rules of differentiation are functions that nobody can
-        compare: programs are equal if, beside their own text, that of `derived` is, in which the
-        rules have been applied. None: with such rules they are equal to no others.
+    Programs are equal if they compute the same, and so do their first two derivatives; one whose
+    rules of differentiation cannot be applied by themselves is equal to no other.
     """
     is_program = lambda node: isinstance(node, Program)
-    rules = None if derived is None else _jaxprs.describe(derived)
 
     def shared(node: Any) -> Any:
-        return Program(node.constants, _find(node.code, rules)) if is_program(node) else node
+        return Program(node.constants, _find(node.code)) if is_program(node) else node
 
     return jax.tree.map(shared, tree, is_leaf=is_program)
 
 
 def same(one: Any, other: Any) -> bool:
     """Whether two trees of shared programs compute the same of equal arguments."""
-    if jax.tree.structure(one) != jax.tree.structure(other):
+    structure: Any = jax.tree.structure(one)
+    if structure != jax.tree.structure(other):
         return False
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(a is b or digest(a) == digest(b) for a, b in pairs)
@@ -183,22 +182,23 @@ def bounded(jitted: _Jitted) -> _Jitted:
     return jitted
 
 
-def _find(code: Code, rules: _jaxprs.Description | None) -> Code:
-    described = [_jaxprs.describe(trace.jaxpr) for trace in code.traces.values()]
+def _find(code: Code) -> Code:
+    described = [
+        _jaxprs.describe(trace.jaxpr, derivatives=2 if i == 0 else 0)
+        for i, trace in enumerate(code.traces.values())
+    ]
     places = tuple(trace.places for trace in code.traces.values())
     texts = tuple(description.text for description in described)
-    is_known = rules is not None or not any(description.has_rules for description in described)
-    own = (rules.text if rules is not None else "") if is_known else object()
-    name = (texts, places, tuple(code.traces), code.couples_examples, own)
+    alone = None if all(description.is_whole for description in described) else object()
+    name = (texts, places, tuple(code.traces), code.couples_examples, alone)
     found = _known.get(name)
     if found is not None:
         return found
     if next(_count) % _MAX_COMPILED == 0:
         for jitted in _compiled:
             jitted.clear_cache()
-    everything = [*described, *([] if rules is None else [rules])]
-    code = dataclasses.replace(code, references=tuple(d.references for d in everything))
-    return _known.setdefault(name, code)
+    references = tuple(description.references for description in described)
+    return _known.setdefault(name, dataclasses.replace(code, references=references))
 
 
 def _leaves(function: Callable[..., Any]) -> tuple[list[Any], Any]:

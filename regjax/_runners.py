@@ -51,6 +51,11 @@ class Apply:
         train: bool,
         key: PRNGKey | None = None,
     ) -> tuple[Tree, State]:
+        self.check(params, state)
+        return self.run(params, state, inputs, train, key)
+
+    def check(self, params: Params, state: State) -> None:
+        """Raises ValueError where a tree is not like the model's."""
         for name, tree, expected in (
             ("params", params, self.params_structure),
             ("state", state, self.state_structure),
@@ -60,7 +65,6 @@ class Apply:
                     f"`{name}` must have the tree structure of the model's, {expected}, "
                     f"got {jax.tree.structure(tree)}."
                 )
-        return self.run(params, state, inputs, train, key)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,12 @@ class Placement:
         """`batch` with what is not on the mesh yet divided along the examples."""
         return place(batch, self.mesh, PartitionSpec(self.example_axes or None))
 
+    def shapes_of(self, batch: Batch) -> Batch:
+        """Shapes of `batch`, divided along the examples."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.example_axes or None))
+        shape_of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.tree.map(shape_of, batch)
+
     def replicate(self, tree: Tree) -> Tree:
         """`tree` with what is not on the mesh yet copied to each device."""
         return place(tree, self.mesh, PartitionSpec())

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from regjax import _sharding, _tree
+from regjax import _checks, _sharding, _tree
 from regjax._base import Params, PRNGKey, Tree
 
 
@@ -67,7 +67,12 @@ class Space:
         return jax.tree.unflatten(self.treedef, structs)
 
     def ravel(self, tree: Params, dtype: Any = None) -> jax.Array:
-        """The vector of `tree`, of this space's dtype unless another one is named."""
+        """The vector of `tree`, of this space's dtype unless another one is named.
+
+        Raises:
+          TypeError: a leaf is complex.
+        """
+        _checks.real_tree("tree", tree)
         dtype = self.dtype if dtype is None else dtype
         vector, start = jnp.zeros(self.size, dtype), 0
         # Updates in place: XLA on CPU takes four times as long for a concatenation.

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops
-from regjax._adapters import Model
+from regjax._adapters import Model, check_model
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, State, Tree
 from regjax._numerics import divide
 from regjax._runners import ApplyFn
 
 
+@checked
 def updated_statistics(
     model: Model,
     params: Params,
@@ -37,11 +39,17 @@ def updated_statistics(
 
     Returns:
       The new state: the running statistics have taken one step towards those of the batch.
+
+    Raises:
+      ValueError: `params` or `state` are not like the model's.
+      TypeError: `model` is no `regjax.Model`, or `key` is not a typed key.
     """
+    _check(model, key)
     state = model.state if state is None else state
     return model.apply(params, state, inputs, train=True, key=key)[1]
 
 
+@checked
 def population_statistics(
     model: Model,
     params: Params,
@@ -73,10 +81,15 @@ def population_statistics(
     Raises:
       ValueError: there is no batch, its arrays share no leading axis, or an output is NaN (under
         `jit` the statistics are NaN then).
+      TypeError: `model` is no `regjax.Model`, `batches` are no iterable, or `key` is not a typed
+        key.
 
     References:
       S. Ioffe, C. Szegedy (2015), arXiv:1502.03167, algorithm 2, lines 8 to 10.
     """
+    _check(model, key)
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"`batches` must be an iterable, got {type(batches).__name__}.")
     state = model.state if state is None else state
     zero = _on_floating(jnp.zeros_like, state)
     total, num_examples, is_nan = zero, 0, jnp.bool_(False)
@@ -101,6 +114,12 @@ def population_statistics(
 
 # A leaf that moves by less of the way than this, 1 - m, is rounding about one that stays.
 _FROZEN = 1e-5
+
+
+def _check(model: Model, key: PRNGKey | None) -> None:
+    check_model(model)
+    if key is not None:
+        _checks.key("key", key)
 
 
 def _statistic(old: jax.Array, moved: jax.Array, rest: jax.Array) -> jax.Array:

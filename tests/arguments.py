@@ -315,7 +315,7 @@ _KINDS = {
         "k", "max_basis", "max_matvecs", "max_steps", "min_units", "prefetch",
     ),
     "number": (
-        "alpha", "budget", "clip", "crossover", "damping", "decay", "epsilon", "eta", "factor",
+        "alpha", "budget", "clip", "crossover", "damping", "decay", "epsilon", "eta",
         "first_step_learning_rate", "flat_tol", "gamma", "gamma0", "gradient_norm",
         "gradient_norm_bound", "growth", "initial_learning_rate", "intrinsic_rate",
         "inverse_batch", "keep_probability", "learning_rate", "linear_threshold", "margin",
@@ -326,7 +326,7 @@ _KINDS = {
     ),
     "real": ("largest", "power", "smallest"),
     "like params": (
-        "direction", "grads", "other_direction", "other_params", "start", "vector",
+        "direction", "other_direction", "other_params", "start", "vector",
     ),
     "loss": ("dropout_loss_fn", "gate_loss", "loss_fn"),
     "function": (
@@ -334,7 +334,7 @@ _KINDS = {
         "matvec", "model_fn", "operator_fn", "output_loss_fn", "preactivations_fn", "rule",
     ),
     "array": (
-        "activations", "basis", "batch_means", "batch_variances", "center", "covariance",
+        "activations", "batch_means", "batch_variances", "center", "covariance",
         "features", "g", "grid", "initial_kernel", "inputs", "kernel", "learning_rates", "matrix",
         "positions", "singular_values", "true_weights", "u", "v",
     ),
@@ -380,7 +380,6 @@ BAD = {
         "many": lambda: jax.random.split(key(), 2),
     },
     "params": {
-        "empty": dict,
         "complex": lambda: replaced(lambda leaf: leaf.astype(jnp.complex64)),
         "integers": lambda: replaced(lambda leaf: leaf.astype(jnp.int32)),
         "bools": lambda: replaced(lambda leaf: leaf > 0),
@@ -418,6 +417,10 @@ BAD = {
 EXCUSED = {
     ("gradient_norm_bound", "infinity"): "no bound",
     ("clip", "infinity"): "no bound",
+    ("factor", "-1"): "weights may change their sign",
+    ("factor", "array of -1"): "weights may change their sign",
+    ("diagnostics.condensation", "threshold", "-1"): "a cosine",
+    ("diagnostics.condensation", "threshold", "array of -1"): "a cosine",
     **{
         ("pruning.gated_loss", "loss_fn", label): "it is called with the gates, later"
         for label in ("no result", "vector", "integer")

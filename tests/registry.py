@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from regjax import transforms
@@ -28,7 +29,12 @@ class Row(NamedTuple):
       has_key: whether it takes a key.
       needs_grad_fn: whether `update` needs `grad_fn`.
       is_last: whether it corrects the final update, behind the optimiser.
+      reads_gradient: whether it stands before the optimiser and can tell if it does not.
       traced: an integer argument that must not be traced, or None.
+      num_copies: how many trees like the parameters its state holds.
+      num_temporaries: as many copies of a device's parameters its update may take, at most.
+      exact: what holds for the weights after each step, whatever the dtypes: a function of a
+        `Step`, or None.
       skipped: check -> the reason why it does not apply.
     """
 
@@ -39,7 +45,11 @@ class Row(NamedTuple):
     has_key: bool = False
     needs_grad_fn: bool = False
     is_last: bool = False
+    reads_gradient: bool = False
     traced: str | None = None
+    num_copies: int = 0
+    num_temporaries: int = 5
+    exact: Callable[["Step"], None] | None = None
     skipped: Mapping[str, str] = _NONE
 
     def make(self, key=None, **changes):
@@ -48,6 +58,83 @@ class Row(NamedTuple):
         if self.has_key:
             arguments["key"] = jax.random.key(0) if key is None else key
         return self.factory(**arguments)
+
+
+class Step(NamedTuple):
+    """What a step did, in float64; `rounding` is that of the weights' dtype.
+
+    Attributes:
+      params: tree of the weights before.
+      updates: tree of what came in.
+      after: tree of the weights after.
+      before_state: of the transformation.
+      state: after the step.
+      rounding: relative error of a number in the dtype of the weights.
+    """
+
+    params: Any
+    updates: Any
+    after: Any
+    before_state: Any
+    state: Any
+    rounding: float
+
+
+def has_exact_zeros(step):
+    """Of `soft_threshold`: what is below the threshold is 0, and there is some."""
+    zeros = 0
+    for w, u, new in zip(*map(jax.tree.leaves, step[:3]), strict=True):
+        # Not where rounding decides.
+        small, large = np.abs(w + u) < 0.0999, np.abs(w + u) > 0.1001
+        np.testing.assert_array_equal(new[small], 0)
+        assert np.all(new[large] != 0)
+        zeros += small.sum()
+    assert zeros > 100
+
+
+def has_unit_filters(step):
+    """Of `rescale_weights`: each filter of a kernel has norm 1."""
+    for w, u, new in zip(*map(jax.tree.leaves, step[:3]), strict=True):
+        if new.ndim > 1:
+            norm = lambda leaf: np.sqrt(np.sum(leaf**2, tuple(range(leaf.ndim - 1))))
+            # Half a unit of rounding in the update, and half of one in its sum with the weights.
+            error = step.rounding * (norm(w) + norm(u) + 1)
+            assert np.all(np.abs(norm(new) - 1) < error)
+
+
+def follows_the_clean_run(step):
+    """Of `anticorrelated_noise`: weights less noise move by the updates alone."""
+    noise = [jax.tree.map(double, state.noise) for state in (step.before_state, step.state)]
+    old_clean, new_clean = (
+        jax.tree.map(np.subtract, tree, xi)
+        for tree, xi in zip((step.params, step.after), noise, strict=True)
+    )
+    trees = map(jax.tree.leaves, (old_clean, step.updates, new_clean))
+    for old, u, new in zip(*trees, strict=True):
+        # In float32 at least, though the weights themselves are rounded.
+        np.testing.assert_allclose(new, old + u, atol=1e-6)
+    assert all(np.abs(xi).max() > 0.1 for xi in jax.tree.leaves(noise[1]))
+
+
+def holds_zeros(step):
+    """Of `hold_masks` with `far_from_zero`."""
+    for mask, new in zip(*map(jax.tree.leaves, (step.state.masks, step.after)), strict=True):
+        assert not mask.all()
+        np.testing.assert_array_equal(new[~mask], 0)
+        assert np.all(new[mask] != 0)
+
+
+def moves_to_the_mean_of_a_ring(step):
+    """Of the ring of `among_learners`, of whom the first has weights 1, 1.1 and 1.3 to mix."""
+    for w, u, new in zip(*map(jax.tree.leaves, step[:3]), strict=True):
+        expected = 3.4 / 3 * w + u
+        size = 2 * np.abs(w) + np.abs(u)
+        np.testing.assert_allclose((new - expected) / size, 0, atol=3 * step.rounding)
+
+
+def double(leaf):
+    """`leaf` in float64."""
+    return np.asarray(leaf, np.float64)
 
 
 def matrices(params):
@@ -104,11 +191,19 @@ gossip_in_pairs.static_args = ("key",)
 
 _NO_NEUTRAL = {"neutral": "no setting leaves the update as it is"}
 
-_NO_OWN_MASK = {"own_mask": "it mixes all leaves that it is given; optax.masked chooses them"}
+_NO_OWN_MASK = {
+    "own_mask": "it mixes all leaves that it is given; optax.masked chooses them",
+    "empty": "jax.vmap, which calls it here, wants an array",
+}
 
 ROWS = {
     "sam": Row(
-        transforms.sam, {"rho": 0.1}, neutral={"rho": 0.0}, needs_grad_fn=True, traced="num_shards"
+        transforms.sam,
+        {"rho": 0.1},
+        neutral={"rho": 0.0},
+        needs_grad_fn=True,
+        reads_gradient=True,
+        traced="num_shards",
     ),
     "asam": Row(
         transforms.sam,
@@ -116,6 +211,7 @@ ROWS = {
         static={"adaptive": True},
         neutral={"rho": 0},
         needs_grad_fn=True,
+        reads_gradient=True,
     ),
     "m_sharpness": Row(
         transforms.sam,
@@ -123,6 +219,7 @@ ROWS = {
         static={"num_shards": 2},
         neutral={"rho": 0.0},
         needs_grad_fn=True,
+        reads_gradient=True,
         traced="num_shards",
     ),
     "gsam": Row(
@@ -130,6 +227,7 @@ ROWS = {
         {"rho": 0.1, "alpha": 0.4},
         neutral={"rho": 0.0, "alpha": 0.0},
         needs_grad_fn=True,
+        reads_gradient=True,
     ),
     "perturbed_gradient": Row(
         transforms.perturbed_gradient,
@@ -137,6 +235,7 @@ ROWS = {
         neutral={"std": 0.0},
         has_key=True,
         needs_grad_fn=True,
+        reads_gradient=True,
     ),
     "perturbed_gradient_everywhere": Row(
         transforms.perturbed_gradient,
@@ -145,6 +244,7 @@ ROWS = {
         neutral={"std": 0.0},
         has_key=True,
         needs_grad_fn=True,
+        reads_gradient=True,
     ),
     "anticorrelated_noise": Row(
         transforms.anticorrelated_noise,
@@ -152,6 +252,8 @@ ROWS = {
         neutral={"std": 0.0},
         has_key=True,
         is_last=True,
+        num_copies=1,
+        exact=follows_the_clean_run,
     ),
     "entropy_sgd": Row(
         transforms.entropy_sgd,
@@ -160,13 +262,17 @@ ROWS = {
         neutral={"num_inner_steps": 0},
         has_key=True,
         needs_grad_fn=True,
+        reads_gradient=True,
+        num_temporaries=9,
         traced="num_inner_steps",
+        skipped={"own_mask": "its walk is one of all parameters"},
     ),
     "rescale_weights": Row(
         transforms.rescale_weights,
         {"target_norm": 1.0},
         static={"mask": matrices},
         is_last=True,
+        exact=has_unit_filters,
         traced="every",
         skipped=_NO_NEUTRAL,
     ),
@@ -183,7 +289,11 @@ ROWS = {
         neutral={"strength": 0.0},
     ),
     "soft_threshold": Row(
-        transforms.soft_threshold, {"threshold": 0.01}, neutral={"threshold": 0.0}, is_last=True
+        transforms.soft_threshold,
+        {"threshold": 0.1},
+        neutral={"threshold": 0.0},
+        is_last=True,
+        exact=has_exact_zeros,
     ),
     "spectral_controller": Row(
         transforms.spectral_controller,
@@ -191,8 +301,15 @@ ROWS = {
         static={"every": 2, "num_steps": 6},
         has_key=True,
         needs_grad_fn=True,
+        reads_gradient=True,
         traced="num_steps",
-        skipped={"neutral": "it is the optimiser"},
+        num_copies=1,
+        skipped={
+            "neutral": "it is the optimiser",
+            "own_mask": "its curvature is that of all parameters",
+            "divided": "the rows of its Lanczos run are whole on each device",
+            "explicit": "operators of curvature want automatic axes, and say so",
+        },
     ),
     "gossip_ring": Row(
         among_learners(transforms.gossip_average),
@@ -200,6 +317,7 @@ ROWS = {
         static={"mixing": transforms.ring_mixing()},
         neutral={"mixing": keep_weights},
         is_last=True,
+        exact=moves_to_the_mean_of_a_ring,
         skipped=_NO_OWN_MASK,
     ),
     "gossip_in_pairs": Row(
@@ -207,6 +325,7 @@ ROWS = {
         {},
         has_key=True,
         is_last=True,
+        num_temporaries=12,  # of four learners
         skipped={**_NO_OWN_MASK, "neutral": "that of the ring is the mixing, here it is fixed"},
     ),
     "hold_masks": Row(
@@ -215,6 +334,12 @@ ROWS = {
         static={"masks": far_from_zero},
         neutral={"masks": everything},
         is_last=True,
-        skipped={"masked": "its masks are a tree like all parameters"},
+        num_copies=1,
+        exact=holds_zeros,
+        skipped={
+            "masked": "its masks are a tree like all parameters",
+            "own_mask": "its masks are arrays",
+            "abstract": "these masks are made of the weights, which are not there",
+        },
     ),
 }

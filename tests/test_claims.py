@@ -73,8 +73,10 @@ def test_every_claim_says_what_it_is_and_has_enough_seeds():
     for name, claim in _claims.find_claims().items():
         assert name == claim.name
         settings = claim.settings("cpu")
+        # Our own promise has no data: a thousand matrices instead.
+        no_data = sum(s["matrices"] for s in settings if "matrices" in s) * 10 >= 1000
         for data, least in (("digits", 5), ("fashion_mnist", 3)):
-            assert len({s["seed"] for s in settings if s["data"] == data}) >= least
+            assert no_data or len({s["seed"] for s in settings if s["data"] == data}) >= least
         keys = [json.dumps(dict(s), sort_keys=True) for s in settings]
         assert len(set(keys)) == len(keys)
 

@@ -177,6 +177,56 @@ def test_second_ctrl_c_acts_at_once():
     assert not isinstance(caught.value, regjax.Interrupted)
 
 
+def interrupted_at(count, handler):
+    """What a loop of five steps gives when Ctrl-C comes in one of them, and how far it had come."""
+    done, before = [], signal.signal(signal.SIGINT, handler)
+
+    def step(operands, state):
+        done.append(len(done) + 1)
+        if len(done) == count:
+            signal.raise_signal(signal.SIGINT)
+            done[-1] = f"{done[-1]} to its end"
+        return state + operands
+
+    try:
+        state = _loops.while_loop(
+            step, jnp.float32(0), operands=jnp.float32(1), done=lambda state: False, max_steps=5,
+            result=lambda state: state,
+        )  # fmt: skip
+    finally:
+        assert signal.signal(signal.SIGINT, before) is handler
+    return state, done
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_the_callers_own_handler_is_called_after_the_step(count):
+    calls = []
+    state, done = interrupted_at(count, lambda number, frame: calls.append((number, frame)))
+    assert state == 5
+    assert done[count - 1] == f"{count} to its end"
+    ((number, frame),) = calls
+    assert number == signal.SIGINT
+    assert frame is not None
+
+
+def test_a_handler_may_stop_the_loop_in_its_own_way():
+    class Enough(Exception):
+        pass
+
+    def enough(number, frame):
+        raise Enough
+
+    with pytest.raises(Enough):
+        interrupted_at(3, enough)
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    with pytest.raises(regjax.Interrupted) as caught:
+        interrupted_at(3, stop)
+    assert caught.value.result == 3
+
+
 def test_cond_chooses_on_the_host_and_in_the_program():
     double = lambda state: 2 * state
     for condition, expected in ((True, 6.0), (False, 3.0)):

@@ -176,7 +176,7 @@ def test_probe_sees_what_is_wrong_with_a_factorisation():
 
 def test_steps_are_cut_to_the_memory_of_the_device():
     row, steps = 1000, 80
-    needed = curvature.MemoryResult(5000, 84 * row, 30_000, 80 * row, 0)
+    needed = curvature.MemoryResult(5000, 84 * row, 30_000, 0, 80 * row, 0)
     enough = math.ceil((5000 + 84 * row + 30_000) / 0.9)
     fit = functools.partial(bench_accelerator.steps_that_fit, needed, row)
     assert fit(enough, steps) == steps

@@ -39,6 +39,7 @@ FLAX = set().union(
 POSITIONAL_AND_KEYWORD = {
     "noise_power": "a law is (largest, smallest, noise_power, inverse_batch) -> extremes",
     "num_steps": "third of `lanczos`, which needs it, as elsewhere; else an option",
+    "path": "what is read comes first; where a run writes is an option",
     "positions": "data of a figure; after *batch it can only be a keyword",
     "state": "data where it is what is read, an option where the model has one",
     "std": "the number that a transformation is about comes first",

@@ -31,9 +31,6 @@ from regjax.curvature._measure import effective_dimension as effective_dimension
 from regjax.curvature._measure import spectral_sum as spectral_sum
 from regjax.curvature._operators._blocks import by_block as by_block
 from regjax.curvature._operators._curvature import CurvatureOperator as CurvatureOperator
-from regjax.curvature._operators._curvature import from_gradient as from_gradient
-from regjax.curvature._operators._curvature import hessian as hessian
-from regjax.curvature._operators._curvature import hvp as hvp
 from regjax.curvature._operators._dropout import dropout_covariance as dropout_covariance
 from regjax.curvature._operators._dropout import (
     dropout_covariance_factor as dropout_covariance_factor,
@@ -41,6 +38,9 @@ from regjax.curvature._operators._dropout import (
 from regjax.curvature._operators._gauss_newton import empirical_fisher as empirical_fisher
 from regjax.curvature._operators._gauss_newton import fisher as fisher
 from regjax.curvature._operators._gauss_newton import gauss_newton as gauss_newton
+from regjax.curvature._operators._hessian import from_gradient as from_gradient
+from regjax.curvature._operators._hessian import hessian as hessian
+from regjax.curvature._operators._hessian import hvp as hvp
 from regjax.curvature._operators._matvec import from_matvec as from_matvec
 from regjax.curvature._operators._operator import Operator as Operator
 from regjax.curvature._operators._operator import identity as identity

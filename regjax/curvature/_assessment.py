@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from regjax.curvature import _search
 from regjax.curvature._engine import _basis
 from regjax.curvature._lanczos import Krylov, redirect
-from regjax.curvature._precision import floor, precisely
+from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._ritz import residual_parts, small_pairs
 
 # With so many rows left, the first search keeps the whole basis: what is known of the unwanted
@@ -131,10 +131,14 @@ def _pairs(state: EigenState) -> _Pairs:
 
 
 def _standing(state: EigenState, pairs: _Pairs) -> _Standing:
-    eps = float(jnp.finfo(state.krylov.direction.dtype).eps)
     largest = jnp.max(jnp.abs(jnp.nan_to_num(pairs.values)), initial=0)
     largest = jnp.maximum(state.largest, largest)
-    threshold = jnp.maximum(state.tol * largest, floor(largest, eps))
+    dtype = state.krylov.direction.dtype
+    unknown = rounding(
+        largest, eps=float(jnp.finfo(dtype).eps), dtype=dtype, num_rows=state.krylov.filled
+    )
+    # What is reported is the bound and what rounding adds.
+    threshold = jnp.maximum(state.tol * largest - unknown, unknown)
     mass = jnp.sum(pairs.weights * (state.search.own @ pairs.weights), 0)
     mass = jnp.where(jnp.isnan(pairs.values), 0, mass)
     return _Standing(largest, threshold, pairs.bounds <= threshold, mass)
@@ -150,12 +154,8 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
 
     if state.searches:
         inside = standing.mass > _SOME
-        nothing_hides = _search.is_over(
-            search, pairs.values, inside, which=state.which, size=size
-        )
-        has_found = _search.has_found(
-            search, pairs.values, inside, standing.threshold, state.which
-        )
+        nothing_hides = _search.is_over(search, pairs.values, inside, which=state.which, size=size)
+        has_found = _search.has_found(search, pairs.values, inside, standing.threshold, state.which)
         search_is_done = search.active & all_converged & ~has_found & nothing_hides
         # Searching drops the residuals of the kept pairs for good: they go in with room to spare,
         # or with nothing to gain.
@@ -163,7 +163,7 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         gains_nothing = outside <= standing.threshold / 16
         may_search = all_converged & jnp.all(has_room | gains_nothing)
         # What dropped residuals keep from converging has to be found anew.
-        is_held_back = ~small & (outside <= standing.threshold / 2)
+        is_held_back = bounds - outside > standing.threshold
         is_stuck = search.active & jnp.any(is_held_back)
         done = spans_everything | is_broken | search_is_done
         wants_search = ~done & ((may_search & (has_found | ~search.active)) | is_stuck)
@@ -223,7 +223,7 @@ def begin_search(state: EigenState) -> EigenState:
             known,
             _search.targets_of(known, state.threshold, state.which),
             num_rows=state.values.size,
-            count=state.search.count + 1,
+            num_searches=state.search.num_searches + 1,
         ),
         wants_search=jnp.zeros_like(state.wants_search),
     )

@@ -2,9 +2,12 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax.curvature._counts import Measure
 from regjax.curvature._measure import DensityResult
 
@@ -20,7 +23,7 @@ _BAND = 2.0
 
 
 class DensityCurveResult(NamedTuple):
-    """A spectral density on a grid, with a band: NumPy arrays, to be drawn.
+    """A spectral density on a grid, with a band.
 
     Attributes:
       grid: (num_points,), eigenvalues, ascending.
@@ -35,14 +38,15 @@ class DensityCurveResult(NamedTuple):
         infinite on a linear scale.
     """
 
-    grid: np.ndarray
-    density: np.ndarray
-    band_low: np.ndarray
-    band_high: np.ndarray
-    kernel_width: np.ndarray
-    linear_threshold: np.ndarray
+    grid: jax.Array
+    density: jax.Array
+    band_low: jax.Array
+    band_high: jax.Array
+    kernel_width: jax.Array
+    linear_threshold: jax.Array
 
 
+@checked
 def density_curve(
     density: DensityResult,
     *,
@@ -108,7 +112,9 @@ def density_curve(
     slope = np.ones_like(grid) if threshold is None else 1 / np.hypot(grid, threshold)
     numbers = (grid, *(slope * curve for curve in curves), widths)
     numbers = (*numbers, np.inf if threshold is None else threshold)
-    return DensityCurveResult(*(np.asarray(array, density.alphas.dtype) for array in numbers))
+    # A scale that is linear has no threshold: infinity is the answer.
+    with jax.debug_infs(False):
+        return DensityCurveResult(*(jnp.asarray(array, density.alphas.dtype) for array in numbers))
 
 
 class _Axis:
@@ -205,7 +211,7 @@ def _count_interval(count: np.ndarray, num_probes: int) -> tuple[np.ndarray, np.
 def _kernels(
     axis: _Axis, places: np.ndarray, widths: np.ndarray, values: np.ndarray, bounds: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The kernel of each value at each place, and the least and most that it is within `bounds`."""
+    """The kernel at each value's distance, (num_points, values), and its ends in the bounds."""
     distance = np.abs(places[:, None] - axis.transform(values))
     moved = np.maximum(
         axis.transform(values + bounds) - axis.transform(values),

@@ -1,4 +1,4 @@
-"""The eigenpairs that are taken out before random probes look at the rest."""
+"""The extreme eigenpairs that a density takes out, and what is left of vectors without them."""
 
 import functools
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from regjax.curvature._engine import _basis
 from regjax.curvature._lanczos import Krylov
-from regjax.curvature._precision import floor, precisely
+from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._ritz import residual_parts, small_pairs
 
 # A Ritz pair is taken out when its residual norm is below the one share of the largest distance of
@@ -37,14 +37,15 @@ def taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
     """The Ritz pairs that converged, in descending order."""
     values, vectors, _ = small_pairs(krylov.projected, krylov.filled)
     values, vectors = values[::-1][:num_rows], vectors[:, ::-1][:, :num_rows]
-    outside, dropped = residual_parts(krylov, vectors)
-    bounds = outside + dropped
-    sizes = jnp.abs(values - krylov.projected[0, 0])
+    beyond, dropped = residual_parts(krylov, vectors)
+    bounds = beyond + dropped
+    sizes = jnp.abs(values - krylov.projected[0, 0])  # of a random direction: near the mean
     take = bounds <= jnp.minimum(_DEFLATION_TOLERANCE * jnp.max(sizes), _OWN_TOLERANCE * sizes)
     # A run cut short by Ctrl-C has empty rows, whose pairs are nobody's.
     take &= krylov.filled == num_rows
     order = jnp.argsort(~take, stable=True)
-    bounds = jnp.maximum(bounds, floor(values, eps))
+    dtype = krylov.basis.space.dtype
+    bounds += rounding(values, eps=eps, dtype=dtype, num_rows=krylov.filled)
     count = jnp.sum(take, dtype=jnp.int32)
     inside = jnp.arange(num_rows, dtype=jnp.int32) < count
     weights = jnp.where(inside[None], vectors[:, order], 0)
@@ -54,3 +55,10 @@ def taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
         values=jnp.where(inside, values[order], 0),
         residual_norms=jnp.where(inside, bounds[order], 0),
     )
+
+
+def outside(rows: _basis.Basis, vectors: jax.Array) -> jax.Array:
+    """The `vectors` less their part in the rows; twice is enough."""
+    for _ in range(2):
+        vectors = jax.vmap(lambda vector: _basis.outside(rows, vector)[0])(vectors)
+    return vectors

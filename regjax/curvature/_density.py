@@ -12,21 +12,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from regjax import _checks, _loops
+from regjax._arguments import checked
 from regjax._base import Callback, PRNGKey, Tree
-from regjax.curvature._deflation import Deflation, taken_out
+from regjax._space import Space
+from regjax.curvature._deflation import Deflation, outside, taken_out
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._accumulation import small_dtype
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._lanczos import Krylov, absorb, empty, expand
-from regjax.curvature._measure import DensityResult, spectral_sum
+from regjax.curvature._measure import DensityResult, share_error, spectral_sum
 from regjax.curvature._operators._operator import Operator
-from regjax.curvature._precision import floor, precisely
-from regjax.curvature._quadrature import gauss_rule
-from regjax.curvature._resolution import FEWEST, LOOKS, budget, is_resolved, recurrence
+from regjax.curvature._precision import precisely, rounding
+from regjax.curvature._quadrature import gauss_rule, open_share
+
+# Where `num_steps` is chosen: the fewest, the most, and the bytes of vectors beyond which there are
+# no more than the fewest.
+_FEWEST, _MOST, _BUDGET = 40, 320, 2**30
+_LOOKS = (40, 56, 80, 113, 160, 226)
+# Where numbers of eigenvalues are to be known, in units of the largest magnitude.
+_PLACES = np.outer([-1, 1], 10.0 ** np.arange(-3, 0.1, 0.5)).ravel()
 
 
 class DensityState(NamedTuple):
@@ -53,6 +62,7 @@ class DensityState(NamedTuple):
     num_matvecs: jax.Array
 
 
+@checked
 def spectral_density(
     operator: Operator,
     *,
@@ -86,7 +96,7 @@ def spectral_density(
 
     Returns:
       A `DensityResult`, after `deflate` + P m products at most. Multiplying the matrix by c > 0 and
-      adding d I maps all nodes and eigenvalues likewise, up to rounding.
+      adding d I map all nodes and eigenvalues likewise, up to rounding.
 
     Raises:
       ValueError: an argument is out of its range, or the checkpoint is of another problem.
@@ -105,6 +115,7 @@ def spectral_density(
     return run(solver, callback=callback, checkpoint=checkpoint)
 
 
+@checked
 def spectral_density_solver(
     operator: Operator,
     *,
@@ -121,7 +132,7 @@ def spectral_density_solver(
     space = operator.space
     chosen = num_steps is None
     if num_steps is None:
-        most, num_steps = budget(space), FEWEST
+        most, num_steps = _budget(space), _FEWEST
     else:
         most = _checks.integer("num_steps", num_steps, maximum=space.size)
     _checks.integer("num_probes", num_probes)
@@ -147,9 +158,8 @@ def spectral_density_solver(
 
     def begin(deflation: Deflation, num_matvecs: jax.Array) -> DensityState:
         probe_key, _, _ = jax.random.split(key, 3)
-        zeros = jnp.zeros((num_probes, most), small)
-        counts = jnp.zeros(num_probes, jnp.int32)
-        rest = (probe_key, zeros, zeros.copy(), counts, jnp.int32(0), num_matvecs)
+        zeros, none = jnp.zeros((num_probes, most), small), jnp.zeros(num_probes, jnp.int32)
+        rest = (probe_key, zeros, zeros.copy(), none, jnp.int32(0), num_matvecs)
         return _begin(deflation, *space.replicate(rest), block)
 
     probes: Solver[Any, DensityResult] = Solver(
@@ -182,6 +192,12 @@ def spectral_density_solver(
     )
 
 
+def _budget(space: Space) -> int:
+    """The most steps of a probe where their number is chosen."""
+    fit = _BUDGET // max(space.size * space.dtype.itemsize, 1)
+    return min(max(_FEWEST, min(_MOST, fit)), space.size)
+
+
 @functools.partial(jax.jit, static_argnums=7)
 @precisely
 def _begin(
@@ -197,7 +213,7 @@ def _begin(
     """The state before the next `block` probes."""
     key, probe_key, krylov_key = jax.random.split(key, 3)
     rows, most = deflation.rows, alphas.shape[1]
-    starts = _outside(rows, rows.space.normal(probe_key, block))
+    starts = outside(rows, rows.space.normal(probe_key, block))
     make = lambda start, key: empty(rows.space, start, most, key, rows.accumulation, num_finished)
     probes = jax.vmap(make)(starts, jax.random.split(krylov_key, block))
     return DensityState(
@@ -218,7 +234,7 @@ def _update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityS
     state = _absorb(state, images)
     filled, most = state.probes.filled[0], state.alphas.shape[1]
     if chosen:
-        looks = jnp.asarray([count for count in LOOKS if count < most], jnp.int32)
+        looks = jnp.asarray([count for count in _LOOKS if count < most], jnp.int32)
         state = _loops.cond(jnp.any(filled == looks), _look, state)
     return _loops.cond(state.resolved | (filled == most), _collect, state)
 
@@ -226,7 +242,7 @@ def _update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityS
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
 def _absorb(state: DensityState, images: jax.Array) -> DensityState:
-    images, block = _outside(state.deflation.rows, images), images.shape[0]
+    images, block = outside(state.deflation.rows, images), images.shape[0]
     if block == 1:
         probes = jax.tree.map(lambda leaf: leaf[0], state.probes)
         probes = jax.tree.map(lambda leaf: leaf[None], absorb(probes, images[0]))
@@ -239,23 +255,30 @@ def _absorb(state: DensityState, images: jax.Array) -> DensityState:
 @precisely
 def _look(state: DensityState) -> DensityState:
     """Whether the probes under way know the numbers of eigenvalues as well as their draw does."""
-    deflation = state.deflation
-    resolved = jax.vmap(
-        lambda krylov: is_resolved(
-            krylov,
-            largest=jnp.max(jnp.abs(deflation.values), initial=0),
-            dimension=deflation.rows.space.size - deflation.rows.filled,
-            num_probes=state.num_steps.size,
-        )
-    )(state.probes)
-    return state._replace(resolved=jnp.all(resolved))
+    count = state.deflation.rows.filled
+    taken = jnp.max(jnp.abs(state.deflation.values), initial=0)
+    num_probes = state.num_steps.size
+    dimension = jnp.asarray(state.deflation.rows.space.size - count, state.alphas.dtype)
+
+    def is_resolved(krylov: Krylov) -> jax.Array:
+        recurrence = *_recurrence(krylov), krylov.filled
+        nodes, weights = gauss_rule(*recurrence)
+        largest = jnp.maximum(taken * krylov.scale, jnp.max(jnp.abs(nodes)))
+        places = largest * jnp.asarray(_PLACES, largest.dtype)
+        below = jnp.where(nodes[None] <= places[:, None], weights[None], 0)
+        share = jnp.minimum(jnp.sum(below, 1), 1)
+        error = dimension * share_error(share, dimension, num_probes)
+        return jnp.all(dimension * open_share(*recurrence, places) / 2 <= jnp.maximum(error, 1))
+
+    resolved = jnp.all(jax.vmap(is_resolved)(state.probes))
+    return state._replace(resolved=resolved)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
 def _collect(state: DensityState) -> DensityState:
     """Stores the coefficients of the finished probes and starts the next ones."""
-    found = jax.vmap(recurrence)(state.probes)
+    found = jax.vmap(_recurrence)(state.probes)
     most = state.alphas.shape[1]
     alphas, betas = (jax.vmap(Krylov.unscaled)(state.probes, numbers) for numbers in found)
     alphas, betas = alphas[:, :most], betas[:, :most]
@@ -274,11 +297,11 @@ def _collect(state: DensityState) -> DensityState:
     )
 
 
-def _outside(rows: _basis.Basis, vectors: jax.Array) -> jax.Array:
-    """The `vectors` less their part in the rows; twice is enough."""
-    for _ in range(2):
-        vectors = jax.vmap(lambda vector: _basis.outside(rows, vector)[0])(vectors)
-    return vectors
+def _recurrence(krylov: Krylov) -> tuple[jax.Array, jax.Array]:
+    """The coefficients of scale times A, both (m,): the last beta leads out of T."""
+    alphas = jnp.diagonal(krylov.projected)
+    betas = jnp.append(jnp.diagonal(krylov.projected, 1), 0).astype(alphas.dtype)
+    return alphas, betas.at[krylov.filled - 1].set(krylov.beta)
 
 
 def _result(state: DensityState, size: int, eps: float) -> DensityResult:
@@ -308,7 +331,12 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
         alphas=state.alphas,
         betas=state.betas,
         num_steps=state.num_steps,
-        node_error_bound=floor(jnp.concatenate([nodes.ravel(), deflation.values]), eps),
+        node_error_bound=rounding(
+            jnp.concatenate([nodes.ravel(), deflation.values]),
+            eps=eps,
+            dtype=dtype,
+            num_rows=jnp.max(state.num_steps) + count,
+        ),
         eigenvalues=deflation.values,
         eigenvalue_weights=jnp.where(inside, jnp.asarray(1 / size, dtype), 0),
         residual_norms=deflation.residual_norms,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops
+from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.curvature import _search
@@ -28,7 +29,7 @@ from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._lanczos import absorb, empty
 from regjax.curvature._operators._operator import Operator
-from regjax.curvature._precision import floor, precisely
+from regjax.curvature._precision import precisely, rounding
 
 _ENDS = ("LA", "SA", "LM", "BE")
 
@@ -41,17 +42,19 @@ class EigenResult(NamedTuple):
       vectors: tree like the parameters with a leading axis k, orthonormal up to the rounding of
         the parameters' type.
       residual_norms: (k,), ||A v - value v||: some eigenvalue lies within it of the value. Says
-        nothing about the value's rank in the spectrum. At least 8 units of rounding, of the
-        narrowest type in a product, of the largest |Ritz value|: 6 % of it in bfloat16.
+        nothing about the value's rank in the spectrum. With what rounding may add, from m rows in
+        the basis: of the largest |Ritz value| 8 units of rounding of the narrowest type in a
+        product (6 % in bfloat16), and 2.5 sqrt(m) of the rows' own. A is the matrix as the products
+        have it: see `top_eigenpairs`.
       num_matvecs: (), int32, products used, the search for missed copies included.
-      converged: (k,), bool: the residual norm is at most max(tol, 8 eps) times the largest
-        |Ritz value|, eps that of the vectors, were products exact to it.
+      converged: (k,), bool: the residual norm is at most `tol` times the largest |Ritz value|, or
+        twice what rounding adds, were products exact to the vectors' type.
       complete: (), bool: all have converged, and the search ended without finding an eigenvalue
         that was passed over. Never without a search, unless the basis spans the whole space.
-      miss_probability: (), bound on the probability, over the random starts, that an eigenvector
-        orthogonal to what the search began with and with an eigenvalue at or beyond the k-th value
-        was passed over; 1 without a search. Typically up to 0.01; more if the search ended
-        because the next eigenvalue had converged.
+      miss_probability: (), bound on the probability, over all random starts of the run, that an
+        eigenvector orthogonal to what a search began with was passed over whose eigenvalue would
+        change the list by more than the tolerance. At most 0.01 if complete, 0.02 from both ends;
+        1 without a search.
     """
 
     values: jax.Array
@@ -63,6 +66,7 @@ class EigenResult(NamedTuple):
     miss_probability: jax.Array
 
 
+@checked
 def top_eigenpairs(
     operator: Operator,
     k: int,
@@ -79,6 +83,10 @@ def top_eigenpairs(
 ) -> EigenResult:
     """Finds the k eigenpairs at one end of the spectrum, with residual norms.
 
+    All is said of the matrix as its products have it. They are off themselves where a loss cancels:
+    near interpolation 1 - p of a softmax in float32 is off by 6e-8 / (1 - p), and with it the
+    curvature, of which no residual tells. There compare with products in float64.
+
     Called from Python the host drives and stops as soon as all pairs have converged; inside
     `jax.jit` it is one compiled loop with the same limits and the same flags.
 
@@ -91,16 +99,16 @@ def top_eigenpairs(
       operator: symmetric, of order n.
       k: number of eigenpairs, at most n.
       key: typed key of the random starts.
-      tol: relative tolerance: a pair has converged when ||A v - value v|| is at most
-        max(tol, 8 eps) times the largest |Ritz value|.
+      tol: relative tolerance: a pair has converged when its residual norm is at most `tol` times
+        the largest |Ritz value|, or twice what rounding adds to it.
       which: "LA" algebraically largest, "SA" smallest, "LM" largest magnitude, "BE" from both ends
         (the larger half from above).
       max_basis: number of vectors (n,) in memory; at this size the basis is compressed to the best
         Ritz vectors (thick restart). Default: min(n, max(48, 2 k + 20)).
       max_matvecs: limit of the number of products. Default: 20 times `max_basis`.
       search: whether to look for missed copies of multiple eigenvalues after convergence, at half
-        as many products more: it ends when one is there with a probability below 0.01, or within
-        the tolerance of a found one.
+        as many products more: it ends when one that would change the list by more than the
+        tolerance is there with a probability below 0.01.
       accumulation: how inner products of vectors (n,) are summed, as for `lanczos`; with "float64"
         values and residual norms are float64, the vectors are not.
       callback: called as callback(products, max_matvecs) after each product when the host drives.
@@ -147,6 +155,7 @@ def _set_slope(operands: Tree, slopes: jax.Array, i: jax.Array) -> jax.Array:
     return slopes.at[i].set(slope / jnp.vdot(vector, vector))
 
 
+@checked
 def top_eigenpairs_solver(
     operator: Operator,
     k: int,
@@ -176,7 +185,9 @@ def top_eigenpairs_solver(
         rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
         state = EigenState(
             krylov=krylov,
-            search=_search.begin(jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, count=0),
+            search=_search.begin(
+                jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, num_searches=0
+            ),
             tol=jnp.asarray(tol, dtype),
             num_matvecs=jnp.int32(0),
             num_restarts=jnp.int32(0),
@@ -232,19 +243,17 @@ def _update(state: EigenState, image: jax.Array) -> EigenState:
 @precisely
 def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
     """The wanted pairs as they stand, converged or not."""
-    k = state.k
-    vectors = _basis.combine(state.krylov.basis, state.weights[:, :k])
-    bounds = jnp.maximum(state.bounds[:k], floor(state.largest, eps))
+    k, krylov = state.k, state.krylov
+    vectors = _basis.combine(krylov.basis, state.weights[:, :k])
+    unknown = rounding(state.largest, eps=eps, dtype=space.dtype, num_rows=krylov.filled)
     return EigenResult(
-        values=state.krylov.unscaled(state.values[:k]),
+        values=krylov.unscaled(state.values[:k]),
         vectors=space.unravel_rows(vectors),
-        residual_norms=state.krylov.unscaled(bounds),
+        residual_norms=krylov.unscaled(state.bounds[:k] + unknown),
         num_matvecs=state.num_matvecs,
         converged=state.small[:k],
         complete=_is_complete(state),
-        miss_probability=_search.miss_probability(
-            state.search, which=state.which, size=space.size
-        ),
+        miss_probability=_search.miss_probability(state.search, which=state.which, size=space.size),
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax.curvature._derivatives import Slopes, attach, held, without_rule
 from regjax.curvature._engine._driver import run
@@ -56,6 +57,7 @@ class DiagonalResult(NamedTuple):
     trace_standard_error: jax.Array
 
 
+@checked
 def trace(
     operator: Operator,
     *,
@@ -102,6 +104,7 @@ def trace(
     )
 
 
+@checked
 def trace_solver(
     operator: Operator, *, key: PRNGKey, num_matvecs: int, method: str = "hutchinson"
 ) -> Solver[Tree, TraceResult]:
@@ -115,6 +118,7 @@ def trace_solver(
     )  # fmt: skip
 
 
+@checked
 def diagonal(
     operator: Operator,
     *,
@@ -159,6 +163,7 @@ def diagonal(
     return DiagonalResult(value, errors[0], found.num_matvecs, trace, errors[1])
 
 
+@checked
 def diagonal_solver(
     operator: Operator, *, key: PRNGKey, num_matvecs: int, method: str = "hutchinson"
 ) -> Solver[Tree, DiagonalResult]:
@@ -193,6 +198,7 @@ def _slope_of_diagonal(
     return operator.space.unravel(slope), jnp.sum(slope)
 
 
+@checked
 def exact_spectrum(operator: Operator) -> jax.Array:
     """Computes all eigenvalues of a small matrix, ascending (n,), from its dense form.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from regjax import _checks, _numerics
+from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.curvature._engine import _basis
@@ -25,8 +26,6 @@ from regjax.curvature._precision import precisely
 
 # A norm below this many units of rounding of the matrix is rounding itself: the space is invariant.
 _BREAKDOWN = 8
-# Dropped directions of which the parts are kept apart.
-_DROPS = 16
 
 
 class Krylov(NamedTuple):
@@ -36,9 +35,9 @@ class Krylov(NamedTuple):
       basis: rows, the first `filled` of which hold it.
       projected: (rows, rows), Q A Q' as measured by the inner products, zero beyond `filled`.
       coupling: (rows,), the part of each row's A q along `direction`.
-      lost: (drops, rows), the parts along directions that were dropped when a fresh one was taken,
-        the newest first. Each is one unit vector, so that the parts of a combination of rows add up
-        with their signs.
+      lost: (rows, rows), the parts along directions that were dropped when a fresh one was taken,
+        the newest first, as many as there may be until the rows are combined anew. Each is one unit
+        vector, so that the parts of a combination of rows add up with their signs.
       blur: (), norm of all other parts outside of the basis, of all rows together: rounding, and
         directions that were dropped long ago.
       newest: the last row, a vector, or zeros after a change of basis.
@@ -92,6 +91,7 @@ class LanczosResult(NamedTuple):
     eps: jax.Array
 
 
+@checked
 def lanczos(
     operator: Operator,
     start: Params,
@@ -106,7 +106,8 @@ def lanczos(
 
     Args:
       operator: symmetric, of order n.
-      start: the first direction, a tree like the parameters; need not be of unit norm.
+      start: the first direction, a tree like the parameters; need not be of unit norm. One
+        that is zero or not finite gives NaN where it is traced.
       num_steps: number of products m, at most n. Compile time does not depend on it.
       key: typed key of the fresh directions with which the recurrence goes on after a breakdown
         (an invariant subspace); None stops there.
@@ -123,8 +124,8 @@ def lanczos(
       matrices and with ten million parameters.
 
     Raises:
-      ValueError: `num_steps` is not between 1 and n, `start` does not fit the operator, or the
-        checkpoint is of another problem.
+      ValueError: `num_steps` is not between 1 and n, `start` does not fit the operator or is zero
+        or not finite, or the checkpoint is of another problem.
       CheckpointError: a file of the checkpoint cannot be written.
       MemoryError: the device has no room; names what to lower, with the bytes that are needed.
       Interrupted: Ctrl-C; its `.result` holds the steps done.
@@ -137,6 +138,7 @@ def lanczos(
     return run(solver, callback=callback, checkpoint=checkpoint)
 
 
+@checked
 def lanczos_solver(
     operator: Operator,
     start: Params,
@@ -147,14 +149,17 @@ def lanczos_solver(
 ) -> Solver[Tree, LanczosResult]:
     """Makes the solver of `lanczos`, whose arguments these are, to drive by hand."""
     space = operator.space
-    _checks.same_tree("start", start, space.like())
+    _checks.direction("start", _checks.same_tree("start", start, space.like()))
     _checks.integer("num_steps", num_steps, maximum=space.size)
     if key is not None:
         _checks.key("key", key)
 
     def init() -> Krylov:
         fresh = jax.random.key(0) if key is None else key
-        return empty(space, space.ravel(start), num_steps, fresh, accumulation)
+        krylov = empty(space, space.ravel(start), num_steps, fresh, accumulation)
+        # Traced, what is no direction could not be refused: nothing follows from it.
+        first = jnp.where(jnp.any(krylov.direction != 0), krylov.direction, jnp.nan)
+        return krylov._replace(direction=first)
 
     def done(krylov: Krylov) -> jax.Array:
         is_full = krylov.filled >= num_steps
@@ -205,7 +210,7 @@ def empty(
         basis=basis,
         projected=jnp.zeros((rows, rows), small),
         coupling=jnp.zeros(rows, small),
-        lost=jnp.zeros((_DROPS, rows), small),
+        lost=jnp.zeros((rows, rows), small),
         blur=jnp.zeros((), small),
         newest=jnp.zeros_like(direction),
         direction=unit(direction, space.norm(direction)),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics
+from regjax._arguments import checked
 from regjax.curvature._precision import precisely
 
 
@@ -22,8 +23,8 @@ class DensityResult(NamedTuple):
       betas: (P, m), off-diagonal of T; the last one leads to the step that was not made. With
         `alphas`, all that is known of the measure of a probe: see `eigenvalue_count`.
       num_steps: (P,), int32, Lanczos steps of each probe, 0 for one that was not finished.
-      node_error_bound: (), what rounding may move an eigenvalue by: 8 units of rounding, of the
-        narrowest type in a product, of the largest magnitude.
+      node_error_bound: (), what rounding may move an eigenvalue by, as it is added to the residual
+        norms of `top_eigenpairs`.
       eigenvalues: (r,), the eigenvalues taken out, descending, 0 beyond `num_eigenvalues`.
       eigenvalue_weights: (r,), 1/n each, 0 beyond `num_eigenvalues`.
       residual_norms: (r,), ||A v - value v|| of the pairs taken out, 0 beyond.
@@ -111,6 +112,7 @@ def share_error(share: jax.Array, dimension: jax.Array, num_probes: ArrayLike) -
     return jnp.sqrt(2 * share * (1 - share) / ((dimension + 2) * jnp.maximum(count, 1)))
 
 
+@checked
 def effective_dimension(density: DensityResult, damping: ArrayLike) -> SpectralSumResult:
     """Counts the directions that matter beside a damping c.
 

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree, as_partial, couples_examples
 from regjax._space import Space
-from regjax.curvature._operators._curvature import differentiate_gradient
+from regjax.curvature._operators._hessian import differentiate_gradient
 from regjax.curvature._precision import precision
 
 Number: TypeAlias = float | jax.Array
@@ -55,6 +56,7 @@ class BatchExtremesResult(NamedTuple):
     smallest: jax.Array
 
 
+@checked
 def hessian_noise_power(
     loss_fn: LossFn,
     params: Params,
@@ -113,6 +115,7 @@ def hessian_noise_power(
     return NoisePowerResult(*_numerics.mean_and_error(squares))
 
 
+@checked
 def wigner_outlier(
     largest: Number, smallest: Number, noise_power: Number, inverse_batch: Number
 ) -> BatchExtremesResult:
@@ -144,6 +147,7 @@ def wigner_outlier(
     return BatchExtremesResult(moved(largest), -moved(-smallest))
 
 
+@checked
 def additive_outlier(
     largest: Number, smallest: Number, noise_power: Number, inverse_batch: Number
 ) -> BatchExtremesResult:
@@ -176,6 +180,7 @@ def additive_outlier(
     return BatchExtremesResult(moved(largest), -moved(-smallest))
 
 
+@checked
 def marchenko_pastur_outlier(
     largest: Number,
     smallest: Number,
@@ -229,6 +234,7 @@ def marchenko_pastur_outlier(
     )
 
 
+@checked
 def batch_extreme_eigenvalues(
     largest: Number,
     smallest: Number,

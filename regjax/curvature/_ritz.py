@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from regjax import _numerics
 from regjax.curvature._lanczos import Krylov, LanczosResult
-from regjax.curvature._precision import floor, precisely
+from regjax.curvature._precision import precisely, rounding
 
 
 class RitzResult(NamedTuple):
@@ -20,8 +20,9 @@ class RitzResult(NamedTuple):
 
     Attributes:
       values: (m,), Ritz values, ascending; NaN, at the front, for steps that were not done.
-      residual_norms: (m,), of the Ritz pairs: an eigenvalue lies within it. At least 8 units of
-        rounding, of the narrowest type in a product, of the largest |Ritz value|; NaN as above.
+      residual_norms: (m,), of the Ritz pairs: an eigenvalue of the matrix as the products have it
+        lies within it. With what rounding may do: 8 units of the narrowest type in a product, of
+        the largest |Ritz value|, and 2.5 sqrt(m) of the rows' own; NaN as above.
       weights: (m,), the squared component of the start along each Ritz vector, which is its weight
         in Gauss quadrature; sum 1, 0 as above.
       vectors: (m, m), columns: the Ritz vectors in the basis, `basis.T @ vectors` in full.
@@ -64,11 +65,10 @@ def ritz_pairs(result: LanczosResult) -> RitzResult:
     values = jnp.where(pairs.valid, pairs.values, jnp.nan)
     beta = _numerics.scaled_norm(result.residual).astype(values.dtype)
     outside = beta * jnp.abs(pairs.vectors[result.num_steps - 1])
+    unknown = rounding(values, eps=result.eps, dtype=result.basis.dtype, num_rows=result.num_steps)
     return RitzResult(
         values=values,
-        residual_norms=jnp.where(
-            pairs.valid, jnp.maximum(outside, floor(values, result.eps)), jnp.nan
-        ),
+        residual_norms=jnp.where(pairs.valid, outside + unknown, jnp.nan),
         weights=jnp.where(pairs.valid, pairs.vectors[0] ** 2, 0),
         vectors=jnp.where(pairs.valid[None], pairs.vectors, 0),
     )

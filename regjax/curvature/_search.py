@@ -31,18 +31,18 @@ class Search(NamedTuple):
     """What the search knows; index 0 looks above the first target, 1 below the second.
 
     Attributes:
-      count: (), int32, how many searches there were, this one included; 0: none is under way. The
+      num_searches: (), int32, how many there were, this one included; 0: none is under way. The
         first one keeps the basis as it was.
       own: (rows, rows), projector on the search's own directions, in the basis: s' own s is how
         much of a vector s of norm 1 lies in them.
       known: (k,), the wanted values when it began.
-      targets: (2,), eigenvalues at or beyond them are searched for.
+      targets: (2,), eigenvalues beyond them are searched for.
       overlaps: (2, rows), <u, q> / c for each row, u an eigenvector to the target.
       next_overlap: (2,), the same for the direction to come.
       evidence: (2,), the largest sum of squares of the overlaps so far.
     """
 
-    count: jax.Array
+    num_searches: jax.Array
     own: jax.Array
     known: jax.Array
     targets: jax.Array
@@ -53,13 +53,13 @@ class Search(NamedTuple):
     @property
     def active(self) -> jax.Array:
         """(), bool, whether a search is under way."""
-        return self.count > 0
+        return self.num_searches > 0
 
 
-def begin(known: jax.Array, targets: jax.Array, *, num_rows: int, count: Any) -> Search:
+def begin(known: jax.Array, targets: jax.Array, *, num_rows: int, num_searches: Any) -> Search:
     """The search before its first product; arguments as the attributes."""
     return Search(
-        count=jnp.asarray(count, jnp.int32),
+        num_searches=jnp.asarray(num_searches, jnp.int32),
         own=jnp.zeros((num_rows, num_rows), targets.dtype),
         known=known,
         targets=targets,
@@ -136,7 +136,7 @@ def is_over(
       which: end of the spectrum.
       size: order of the matrix.
     """
-    count = search.count.astype(values.dtype)
+    count = search.num_searches.astype(values.dtype)
     # Beyond all Ritz values of the search overlaps grow with the eigenvalue; the target stands for
     # all beyond it.
     clear = ~_reached(search, values, inside)
@@ -146,19 +146,18 @@ def is_over(
 
 def miss_probability(search: Search, *, which: str, size: int) -> jax.Array:
     """(), bound on the probability that an eigenvalue beyond the targets was passed over."""
-    is_searched = _searched(search.known.size, which)
-    each = jnp.where(is_searched, _miss_probabilities(search, size), 0)
+    last = _miss_probabilities(search, size)
     # The shares of those before: 1/2 + 1/6 + ... = 1 - 1/s.
-    count = search.count.astype(each.dtype)
-    before = _MISS * jnp.sum(is_searched) * (1 - 1 / jnp.maximum(count, 1))
-    return jnp.minimum(before + jnp.sum(each), 1)
+    before = _MISS * (1 - 1 / jnp.maximum(search.num_searches, 1).astype(last.dtype))
+    is_searched = _searched(search.known.size, which)
+    return jnp.minimum(jnp.sum(jnp.where(is_searched, before + last, 0)), 1)
 
 
 def _reached(search: Search, values: jax.Array, inside: jax.Array) -> jax.Array:
     """(2,), bool, whether a Ritz value of the search lies beyond its targets."""
     highest = jnp.max(jnp.where(inside, values, -jnp.inf))
     lowest = jnp.min(jnp.where(inside, values, jnp.inf))
-    return jnp.stack([highest >= search.targets[0], lowest <= search.targets[1]])
+    return jnp.stack([highest > search.targets[0], lowest < search.targets[1]])
 
 
 def _miss_probabilities(search: Search, size: int) -> jax.Array:

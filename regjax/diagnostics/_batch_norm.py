@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
 
 
 class BatchNormResult(NamedTuple):
@@ -33,6 +34,7 @@ class BatchNormResult(NamedTuple):
     noise_penalty: jax.Array
 
 
+@checked
 def batch_norm_regularization(
     kernel: jax.Array,
     scale: ArrayLike,
@@ -71,13 +73,16 @@ def batch_norm_regularization(
 
     Raises:
       ValueError: a shape does not fit, or `epsilon` is negative.
+      TypeError: an array is not real floating point.
 
     References:
       A derivation of our own after the abstract of A. Annamalai, N. Thakur (2022),
       arXiv:2209.07587, which is all that could be read; no constant is the paper's.
     """
-    _checks.non_negative("epsilon", epsilon)
-    kernel = _tree.wide(kernel)
+    _checks.number("epsilon", epsilon)
+    kernel = _tree.wide(_checks.floating_array("kernel", kernel))
+    for name, given in (("scale", scale), ("bias", bias)):
+        _checks.real(name, given)
     if kernel.ndim != 2:
         raise ValueError(f"`kernel` must have shape (d, k), got {kernel.shape}.")
     size, units = kernel.shape
@@ -88,7 +93,7 @@ def batch_norm_regularization(
         ("noise_covariance", noise, (size, size)),
         ("grad", grad, (size, units)),
     ):
-        if jnp.shape(array) != shape:
+        if jnp.shape(_checks.floating_array(name, array)) != shape:
             raise ValueError(f"`{name}` must have shape {shape}, got {jnp.shape(array)}.")
     covariance, noise, grad = (jnp.asarray(a, kernel.dtype) for a in (covariance, noise, grad))
     scale, bias = (jnp.broadcast_to(jnp.asarray(a, kernel.dtype), units) for a in (scale, bias))

@@ -9,6 +9,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params, Tree, as_partial
 from regjax.diagnostics._decision_margin import check_classifier, margins
 from regjax.diagnostics._spline_partition import check_preactivations, signed_distances
@@ -59,6 +60,7 @@ class LeastSquaresResult(NamedTuple):
     mean_squared_distance: jax.Array
 
 
+@checked
 def boundary_jitter(
     batch_preactivations_fn: Callable[..., Tree],
     params: Params,
@@ -132,6 +134,7 @@ def boundary_jitter(
     )
 
 
+@checked
 def margin_jitter(
     batch_model_fn: Callable[..., jax.Array],
     params: Params,
@@ -180,6 +183,7 @@ def margin_jitter(
     return MarginJitterResult(mean, std, _error_of_root(error, std))
 
 
+@checked
 def least_squares_offset(kernel: jax.Array, inputs: jax.Array) -> LeastSquaresResult:
     """Computes the offset of each unit's hyperplane that is closest to the inputs.
 
@@ -198,10 +202,13 @@ def least_squares_offset(kernel: jax.Array, inputs: jax.Array) -> LeastSquaresRe
 
     Raises:
       ValueError: the shapes do not fit, or there is no input.
+      TypeError: one of them is not an array of real floating point.
 
     References:
       R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, the theorem of the abstract.
     """
+    kernel = _checks.floating_array("kernel", kernel)
+    inputs = _checks.floating_array("inputs", inputs)
     if jnp.ndim(kernel) != 2 or jnp.ndim(inputs) != 2 or kernel.shape[0] != inputs.shape[1]:
         raise ValueError(
             "`kernel` and `inputs` must have shapes (d, k) and (N, d), got "

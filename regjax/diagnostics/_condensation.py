@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _numerics, _tree
+from regjax._arguments import checked
 
 
 class CondensationResult(NamedTuple):
@@ -27,6 +28,7 @@ class CondensationResult(NamedTuple):
     norms: jax.Array
 
 
+@checked
 def condensation(
     kernel: jax.Array,
     bias: jax.Array | None = None,
@@ -61,7 +63,7 @@ def condensation(
       cosine of 0.95 and the effective ratio. The greedy cover is ours, and that its directions are
       those of neurons; so is `min_norm`.
     """
-    _checks.floating_tree("kernel", kernel)
+    kernel = _checks.floating_array("kernel", kernel)
     if jnp.ndim(kernel) < 2 or 0 in jnp.shape(kernel):
         raise ValueError(f"`kernel` must have shape (..., m), got {jnp.shape(kernel)}.")
     width = kernel.shape[-1]

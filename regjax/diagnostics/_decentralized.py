@@ -9,6 +9,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics, _tree, curvature
+from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree, as_partial
 
 
@@ -30,6 +31,7 @@ class LandscapeNoiseResult(NamedTuple):
     curvature_trace: jax.Array
 
 
+@checked
 def landscape_dependent_noise(
     loss_fn: LossFn,
     params: Params,
@@ -71,7 +73,8 @@ def landscape_dependent_noise(
       W. Zhang et al. (2021), arXiv:2112.01433, of which the abstract alone could be read: the
       definitions follow its words, the identities and the Hessian term are ours.
     """
-    _checks.non_negative("learning_rate", learning_rate)
+    _checks.number("learning_rate", learning_rate)
+    _checks.floating_tree("mean_grads", mean_grads)
     leaves = jax.tree.leaves(_checks.floating_tree("params", params))
     _checks.same_tree("params", params, mean_grads, leading=jnp.shape(leaves[0])[:1] or (1,))
     center, deviations = _centered(params)

@@ -4,14 +4,17 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _jacobian, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import ModelFn, Params, Tree, as_partial
 from regjax.diagnostics._spline_partition import ratio
 
 
+@checked
 def decision_margin(
     model_fn: ModelFn,
     params: Params,
@@ -80,6 +83,8 @@ def check_classifier(
             f"`{name}` must return logits of shape ({len(inputs)}, classes), two classes at least, "
             f"got {shape}."
         )
+    if not isinstance(targets, (jax.Array, np.ndarray, list, tuple)):
+        raise TypeError(f"`targets` must be an array of integers, got {type(targets).__name__}.")
     targets = targets if isinstance(targets, jax.Array) else jnp.asarray(targets)
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"`targets` must be integers, got {targets.dtype}.")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _chunks, _numerics, curvature
+from regjax._arguments import checked
 from regjax._base import LossFn, Params, PRNGKey, Tree
 
 
@@ -52,6 +53,7 @@ class DropoutNoiseResult(NamedTuple):
     null_std: jax.Array
 
 
+@checked
 def dropout_noise_alignment(
     loss_fn: LossFn,
     dropout_loss_fn: Callable[[Params, PRNGKey], jax.Array],

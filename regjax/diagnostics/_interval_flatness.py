@@ -9,6 +9,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics
+from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree, as_partial
 from regjax.diagnostics._surface import Path, walk
 
@@ -32,6 +33,7 @@ class FlatnessResult(NamedTuple):
     converged: jax.Array
 
 
+@checked
 def interval_flatness(
     loss_fn: LossFn,
     params: Params,
@@ -71,10 +73,10 @@ def interval_flatness(
       Y. Feng, Y. Tu (2021), PNAS 118(9), doi 10.1073/pnas.2015617118, definition of F.
     """
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
-    _checks.same_tree("direction", direction, params)
-    _checks.positive("max_distance", max_distance, finite=True)
+    _checks.floating_like("direction", direction, params)
+    _checks.number("max_distance", max_distance, above_zero=True)
     _checks.integer("num_evaluations", num_evaluations, minimum=3)
-    _checks.positive("factor", factor, finite=True)
+    _checks.number("factor", factor, above_zero=True)
     known = _checks.on_host(factor)
     if known is not None and not (known > 1).all():
         raise ValueError(f"`factor` must be above 1, got {factor}.")

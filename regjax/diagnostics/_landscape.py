@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Params, Tree, as_partial
 
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
@@ -48,6 +49,7 @@ class CovariateShiftResult(NamedTuple):
     cosines: jax.Array
 
 
+@checked
 def line_probe(
     loss_fn: LossFn,
     params: Params,
@@ -101,6 +103,7 @@ def line_probe(
     return _assessed(losses, distances, learning_rates, loss, gradient)
 
 
+@checked
 def internal_covariate_shift(
     loss_fn: LossFn,
     params: Params,
@@ -131,6 +134,7 @@ def internal_covariate_shift(
       A `CovariateShiftResult`.
 
     Raises:
+      TypeError: a parameter is not real floating point, or `layers` no tuple of paths.
       ValueError: a layer is not in the tree or holds a leaf of another one, `other_params` is
         another tree, or the loss is no scalar or cannot be split in chunks.
 
@@ -138,7 +142,7 @@ def internal_covariate_shift(
       S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, definition 2.1.
     """
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
-    _checks.same_tree("other_params", other_params, params)
+    _checks.floating_like("other_params", other_params, params)
     places = _layer_numbers(params, layers)
     differentiate = Partial(_value_and_grad, as_partial(loss_fn))
     loss, gradient = _chunks.mean(differentiate, params, batch, chunk_size)
@@ -157,11 +161,14 @@ def internal_covariate_shift(
 
 
 def vector_of(name: str, values: ArrayLike) -> jax.Array:
-    """Returns `values` as a vector of at least one entry."""
-    values = jnp.asarray(values)
-    if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"`{name}` must be a vector with at least one entry, got {values.shape}.")
-    return values
+    """Returns `values` as a vector of at least one finite number."""
+    if not isinstance(values, (jax.Array, np.ndarray, list, tuple, float, int)):
+        raise TypeError(f"`{name}` must be a vector of numbers, got {type(values).__name__}.")
+    array = values if isinstance(values, jax.Array) else jnp.asarray(np.asarray(values))
+    _checks.finite_tree(name, _checks.real(name, array))
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"`{name}` must be a vector with at least one entry, got {array.shape}.")
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(float)
 
 
 def _value_and_grad(loss_fn: Partial, params: Params, *batch: Tree) -> tuple[jax.Array, Params]:
@@ -224,6 +231,8 @@ def _shift(
 
 def _layer_numbers(params: Params, layers: Sequence[str | Sequence[str]]) -> Tree:
     """Returns a tree like `params`: the number of each leaf's layer, -1 for none."""
+    if not isinstance(layers, (tuple, list)):
+        raise TypeError(f"`layers` must be a tuple of paths, got {layers!r}.")
     owners = [
         (path, i)
         for i, layer in enumerate(layers)

@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _jacobian, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import ModelFn, Params, PRNGKey, as_partial
 
 # Of B'B - I: far above the float32 rounding of an SVD, far below a column that has no unit norm.
@@ -58,6 +59,7 @@ class FrozenResult(NamedTuple):
     norm_ratio: jax.Array
 
 
+@checked
 def subspace_from_data(
     inputs: jax.Array, *, tol: ArrayLike = 1e-6, num_directions: int | None = None
 ) -> SubspaceResult:
@@ -84,8 +86,8 @@ def subspace_from_data(
         argument is out of its range.
       TypeError: `inputs` is not real floating point.
     """
-    _checks.non_negative("tol", tol)
-    _checks.floating_tree("inputs", inputs)
+    _checks.non_negative("tol", tol, finite=True)
+    inputs = _checks.floating_array("inputs", inputs)
     num_examples = _checks.num_examples(inputs)
     if num_directions is not None:
         shape = num_examples, inputs[0].size
@@ -107,6 +109,7 @@ def subspace_from_data(
         return SubspaceResult(directions[:rank].T, values)
 
 
+@checked
 def transversal_complexity(
     model_fn: ModelFn,
     params: Params,
@@ -148,6 +151,7 @@ def transversal_complexity(
     return jnp.mean(_chunks.each(function, (params, basis), (inputs,), chunk_size))
 
 
+@checked
 def transversal_variation(
     model_fn: ModelFn,
     params: Params,
@@ -187,7 +191,7 @@ def transversal_variation(
     """
     _jacobian.check_model("model_fn", model_fn, inputs)
     basis = _with_complement(_checked_basis(basis, inputs[0].size))
-    _checks.non_negative("radius", radius)
+    _checks.non_negative("radius", radius, finite=True)
     rest = params, basis, jnp.asarray(radius, basis.dtype)
     value, error = _chunks.sampled(
         Partial(_changes, as_partial(model_fn)), rest, inputs,
@@ -196,6 +200,7 @@ def transversal_variation(
     return TransversalVariationResult(value, error)
 
 
+@checked
 def frozen_component(
     kernel: jax.Array, initial_kernel: jax.Array, basis: jax.Array
 ) -> FrozenResult:
@@ -223,8 +228,10 @@ def frozen_component(
     References:
       As in `transversal_complexity`; these statements are our derivation and are tested.
     """
-    kernels = [_tree.wide(_checks.floating_tree("kernel", kernel))]
-    kernels.append(_tree.wide(_checks.floating_tree("initial_kernel", initial_kernel)))
+    kernels = [
+        _tree.wide(_checks.floating_array(name, given))
+        for name, given in (("kernel", kernel), ("initial_kernel", initial_kernel))
+    ]
     _checks.same_tree("kernel", *kernels)
     if kernels[0].ndim < 2:
         raise ValueError(f"`kernel` must have shape (d, m), got {kernels[0].shape}.")
@@ -277,14 +284,14 @@ def _off(basis: jax.Array, vectors: jax.Array) -> jax.Array:
 
 def _checked_basis(basis: ArrayLike, size: int) -> jax.Array:
     """Returns `basis` in float32 at least, if it has shape (size, k) and orthonormal columns."""
-    _checks.floating_tree("basis", basis)
+    basis = _checks.floating_array("basis", basis)
     shape = jnp.shape(basis)
     if len(shape) != 2 or shape[0] != size or shape[1] > size:
         raise ValueError(
             f"`basis` must have shape ({size}, k), k at most {size}: orthonormal columns of the "
             f"size of an example, got {shape}."
         )
-    known = _checks.on_host(basis)
+    known = _checks.on_host(_checks.finite_tree("basis", basis))
     if known is not None:
         columns = known.astype(np.float64)
         error = np.max(np.abs(columns.T @ columns - np.eye(shape[1])), initial=0)

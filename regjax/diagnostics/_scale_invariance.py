@@ -1,7 +1,7 @@
 """Which weights have no scale: those that a normalization divides out again."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import optax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
-from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree
+from regjax._arguments import checked
+from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree, as_partial
 
 # A gradient this small beside the largest one of any leaf is rounding (a bias before a batch norm).
 _INSENSITIVE = 1e-5
@@ -34,6 +35,7 @@ class ScaleInvarianceResult(NamedTuple):
     relative_gradient_norm: Tree
 
 
+@checked
 def scale_invariant_mask(
     model_fn: ModelFn,
     params: Params,
@@ -85,6 +87,8 @@ def _measured(
     model_fn: ModelFn, params: Params, inputs: Tree, key: PRNGKey, per_filter: bool, tol: ArrayLike
 ) -> ScaleInvarianceResult:
     functional_key, factor_key = jax.random.split(key)
+    outputs: Any = jax.eval_shape(as_partial(model_fn), params, inputs)
+    _checks.floating_tree("model_fn", outputs)
     outputs, pull_back = jax.vjp(lambda p: model_fn(p, inputs), params)
     gradients = [
         jax.tree.leaves(pull_back(optax.tree.random_like(k, outputs))[0])

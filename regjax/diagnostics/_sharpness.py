@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree, curvature
+from regjax._arguments import checked
 from regjax._base import LossFn, Params, PRNGKey, Tree
 
 
@@ -18,8 +19,7 @@ class SharpnessResult(NamedTuple):
         squared parameter; of the loss if spherical.
       residual_norm: (), ||H v - value v||: some eigenvalue lies within it of the value. Not below
         the rounding of products in low precision.
-      converged: (), bool: the residual norm is at most max(tol, 8 eps) times the largest
-        |Ritz value|, were products exact; as in `curvature.EigenResult`.
+      converged: (), bool, as in `curvature.EigenResult`.
     """
 
     value: jax.Array
@@ -45,6 +45,7 @@ class SharpnessBetweenResult(NamedTuple):
     residual_norms: jax.Array
 
 
+@checked
 def lambda_max_between(
     loss_fn: LossFn,
     params: Params,
@@ -86,7 +87,7 @@ def lambda_max_between(
       does not state its solver.
     """
     _checks.integer("num_points", num_points, minimum=2)
-    _checks.same_tree("other_params", other_params, params)
+    _checks.floating_like("other_params", other_params, params)
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     keys = jax.random.split(_checks.key("key", key), num_points)
 

@@ -1,5 +1,6 @@
 """How descent with weight decay moves along the minima of a loss whose weights have no scale."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics, _tree, curvature
+from regjax._arguments import checked
 from regjax._base import LossFn, Mask, Params, PRNGKey, Tree
 from regjax.diagnostics._spherical_sharpness import displaced
 
@@ -45,6 +47,7 @@ class FlowResult(NamedTuple):
     converged: jax.Array
 
 
+@checked
 def sharpness_reduction_flow(
     loss_fn: LossFn,
     params: Params,
@@ -99,9 +102,9 @@ def sharpness_reduction_flow(
       flow and of the amplitude was derived again, and holds in descent on batch-normalized linear
       regression. The projection by Lanczos and its error are ours.
     """
-    _checks.positive("intrinsic_rate", intrinsic_rate)
-    _checks.positive("flat_tol", flat_tol)
-    _checks.non_negative("tol", tol)
+    _checks.number("intrinsic_rate", intrinsic_rate, above_zero=True)
+    _checks.number("flat_tol", flat_tol, above_zero=True)
+    _checks.number("tol", tol)
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
     of_direction, origin = displaced(loss_fn, params, mask, tangent=True)
     hessian = curvature.hessian(of_direction, origin, *batch, chunk_size=chunk_size)
@@ -115,12 +118,15 @@ def sharpness_reduction_flow(
     third = _chunks.mean(
         Partial(_third_derivative, of_direction), (origin, leading), batch, chunk_size
     )
-    from_third = curvature.lanczos(hessian, third, num_steps)
+    norm = _numerics.scaled_norm(third)
+    # Where there is no gradient any direction will do: it is multiplied by its norm of 0.
+    start = jax.tree.map(functools.partial(jnp.where, norm > 0), third, noise)
+    from_third = curvature.lanczos(hessian, start, num_steps)
     predicted = _predicted(
         pairs,
         from_third,
         curvature.ritz_pairs(from_third),
-        _numerics.scaled_norm(third),
+        norm,
         _Numbers(intrinsic_rate, flat_tol, tol),
     )
     velocity = space.unravel(predicted.velocity)
@@ -178,7 +184,7 @@ def _predicted(
     flat = jnp.abs(values) <= limit
     # Of the gradient in the basis of the Ritz vectors, and of those vectors along the residual.
     first = third_pairs.vectors[0]
-    last = jnp.linalg.norm(from_third.residual) * third_pairs.vectors[-1]
+    last = _numerics.scaled_norm(from_third.residual) * third_pairs.vectors[-1]
     kept = jnp.where(flat, first, 0)
     gradient = slope * _combined(from_third, third_pairs.vectors @ kept)
     size = slope * jnp.linalg.norm(kept)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics
+from regjax._arguments import checked
 
 
 class SparseRecoveryResult(NamedTuple):
@@ -45,6 +46,7 @@ class RecoveryBaselinesResult(NamedTuple):
     noise_level: jax.Array
 
 
+@checked
 def sparse_recovery(
     u: jax.Array, v: jax.Array | None, *, depth: int, true_weights: jax.Array
 ) -> SparseRecoveryResult:
@@ -69,9 +71,8 @@ def sparse_recovery(
     """
     _checks.integer("depth", depth, minimum=2)
     shape = _vector("true_weights", true_weights)
-    _checks.floating_array("true_weights", true_weights)
-    for name, value in (("u", u), ("v", v)):
-        if value is not None and jnp.shape(_checks.floating_array(name, value)) != shape:
+    for name, value in (("u", u), ("v", u if v is None else v)):
+        if jnp.shape(_checks.floating_array(name, value)) != shape:
             raise ValueError(f"`{name}` must have shape {shape}, got {jnp.shape(value)}.")
     weights = u**depth if v is None else u**depth - v**depth
     support = jnp.asarray(true_weights) != 0
@@ -93,6 +94,7 @@ def sparse_recovery(
     )
 
 
+@checked
 def recovery_baselines(
     inputs: jax.Array, targets: jax.Array, *, true_weights: jax.Array
 ) -> RecoveryBaselinesResult:
@@ -137,6 +139,7 @@ def recovery_baselines(
 
 
 def _vector(name: str, value: ArrayLike) -> tuple[int, ...]:
-    if jnp.ndim(value) != 1:
-        raise ValueError(f"`{name}` must have one axis, got shape {jnp.shape(value)}.")
-    return jnp.shape(value)
+    shape = _checks.floating_array(name, value).shape
+    if len(shape) != 1 or not shape[0]:
+        raise ValueError(f"`{name}` must have one axis, not of length 0, got shape {shape}.")
+    return shape

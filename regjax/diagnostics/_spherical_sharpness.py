@@ -6,6 +6,7 @@ nothing without the norm, nor does a learning rate. On the unit sphere both do.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _numerics, _tree, curvature
+from regjax import _checks, _chunks, _loops, _numerics, _tree, curvature
+from regjax._arguments import checked
 from regjax._base import LossFn, Mask, Params, PRNGKey, Tree, as_partial, couples_examples
 from regjax.diagnostics._sharpness import SharpnessResult, largest_eigenvalue
 
@@ -38,6 +40,7 @@ class EdgeResult(NamedTuple):
     converged: jax.Array
 
 
+@checked
 def spherical_sharpness(
     loss_fn: LossFn,
     params: Params,
@@ -72,7 +75,9 @@ def spherical_sharpness(
       A `SharpnessResult`, in units of the loss.
 
     Raises:
-      ValueError: `mask` is another tree or chooses no leaf, or as in `lambda_max_between`.
+      ValueError: `mask` is another tree or chooses no leaf, the norm of w leaves room for no
+        curvature in its type (beyond 4e-19 to 2e18 in float32; NaN where it is traced), or as in
+        `lambda_max_between`.
       TypeError: `mask` holds anything but Python bools, or as in `lambda_max_between`.
 
     References:
@@ -85,6 +90,7 @@ def spherical_sharpness(
     return largest_eigenvalue(hessian, key=key, max_matvecs=max_matvecs, tol=tol)
 
 
+@checked
 def spherical_sharpness_by_group(
     loss_fn: LossFn,
     params: Params,
@@ -128,6 +134,7 @@ def spherical_sharpness_by_group(
     return reports
 
 
+@checked
 def effective_learning_rate(
     params: Params,
     *,
@@ -165,11 +172,13 @@ def effective_learning_rate(
     _checks.positive("learning_rate", learning_rate)
     _checks.non_negative("weight_decay", weight_decay)
     weights, _ = split(params, mask)
-    square = _tree.inner(weights, weights)
-    rate, decay = (jnp.asarray(x, square.dtype) for x in (learning_rate, weight_decay))
-    return rate / ((1 - rate * decay) * square)
+    norm = _numerics.scaled_norm(weights)
+    rate, decay = (jnp.asarray(x, norm.dtype) for x in (learning_rate, weight_decay))
+    # One after the other: the square may overflow where the rate does not.
+    return rate / (1 - rate * decay) / norm / norm
 
 
+@checked
 def edge_of_stability(
     loss_fn: LossFn,
     params: Params,
@@ -245,11 +254,12 @@ class _Displaced:
         return couples_examples(self.loss_fn)
 
     def __call__(self, displacement: Params, *batch: Tree) -> jax.Array:
-        norm = _numerics.scaled_norm(self.weights)
-        along = _tree.inner(self.weights, displacement) / norm if self.tangent else 0.0
+        norm, direction = _numerics.scaled_norm(self.weights), _numerics.unit(self.weights)
+        along = _tree.inner(direction, displacement) if self.tangent else 0.0
         moved = jax.tree.map(
-            lambda w, u: w + (norm * _tree.wide(u) - along * _tree.wide(w)).astype(w.dtype),
+            lambda w, v, u: w + (norm * (_tree.wide(u) - along * _tree.wide(v))).astype(w.dtype),
             self.weights,
+            direction,
             displacement,
         )
         return self.loss_fn(_tree.merge(moved, self.rest), *batch)
@@ -264,8 +274,25 @@ def displaced(
     structure of `params`, with None in place of the other leaves.
     """
     weights, rest = split(params, mask)
+    weights = _of_usable_norm(weights)
     function = _Displaced(as_partial(loss_fn), weights, rest, tangent)
     return function, jax.tree.map(jnp.zeros_like, weights)
+
+
+def _of_usable_norm(weights: Params) -> Params:
+    """Returns the weights, or NaN where they are traced, unless curvature would leave its type."""
+    norm = _numerics.scaled_norm(weights)
+    # The curvature goes with the inverse square of the norm: there it over- or underflows.
+    limit = math.sqrt(float(jnp.finfo(norm.dtype).max)) / 8
+    is_usable = (norm > 1 / limit) & (norm < limit)
+    if not _loops.is_concrete(is_usable):
+        return jax.tree.map(lambda w: jnp.where(is_usable, w, jnp.nan), weights)
+    if jnp.isfinite(norm) and not is_usable:
+        raise ValueError(
+            f"`params` must have a norm between {1 / limit:.0e} and {limit:.0e} in the leaves of "
+            f"`mask`, got {float(norm):.2g}: the loss does not see their scale, so multiply them."
+        )
+    return weights
 
 
 def split(params: Params, mask: Mask) -> tuple[Params, Params]:
@@ -287,6 +314,6 @@ def _chosen(mask: Mask, params: Params) -> list[bool]:
 
 def _midpoint(params: Params, other_params: Params, mask: Mask) -> Params:
     (weights, rest), (other_weights, other_rest) = split(params, mask), split(other_params, mask)
-    shrink = jnp.sqrt(_tree.inner(weights, weights) / _tree.inner(other_weights, other_weights))
+    shrink = _numerics.scaled_norm(weights) / _numerics.scaled_norm(other_weights)
     turned = jax.tree.map(lambda w, v: (w + shrink.astype(v.dtype) * v) / 2, weights, other_weights)
     return _tree.merge(turned, _numerics.between(rest, other_rest, 0.5))

@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _jacobian, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, Tree, as_partial
 
 _WORD = 32  # units to a word of the sign pattern
@@ -50,6 +51,7 @@ class RegionCountResult(NamedTuple):
     unseen_share: jax.Array
 
 
+@checked
 def boundary_distances(
     preactivations_fn: Callable[[Params, jax.Array], Tree],
     params: Params,
@@ -95,6 +97,7 @@ def boundary_distances(
     return jax.tree.map(jnp.abs, distances)
 
 
+@checked
 def boundary_density(
     preactivations_fn: Callable[[Params, jax.Array], Tree],
     params: Params,
@@ -128,7 +131,7 @@ def boundary_density(
     References:
       R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778; this measure of density is ours.
     """
-    _checks.positive("radius", _scalar("radius", radius), finite=True)
+    _checks.number("radius", radius, above_zero=True)
     shapes = check_preactivations("preactivations_fn", preactivations_fn, params, inputs)
     function = Partial(_near, as_partial(preactivations_fn), jnp.asarray(radius))
     counts = _chunks.each(function, params, (inputs,), chunk_size)
@@ -146,6 +149,7 @@ def boundary_density(
     )
 
 
+@checked
 def region_count(
     preactivations_fn: Callable[[Params, jax.Array], Tree],
     params: Params,
@@ -181,10 +185,12 @@ def region_count(
     References:
       I. Good (1953), Biometrika 40, for the share that was not seen. Counting by samples is ours.
     """
-    _checks.positive("radius", _scalar("radius", radius), finite=True)
+    _checks.number("radius", radius, above_zero=True)
     _checks.integer("num_samples", num_samples)
     _checks.key("key", key)
     center = _checks.finite_tree("center", _checks.floating_array("center", center))
+    if not center.size:
+        raise ValueError(f"`center` must hold at least one number, got shape {center.shape}.")
     points = _in_ball(key, center, radius, num_samples)
     check_preactivations("preactivations_fn", preactivations_fn, params, points)
     function = Partial(_patterns, as_partial(preactivations_fn))
@@ -234,7 +240,9 @@ def _distances(function: Callable[[jax.Array], jax.Array], inputs: jax.Array) ->
     else:
         rows = _tree.wide(_jacobian.rows(function, inputs)[1])
         norms = _numerics.norms_along(rows, (2,))[:, :, 0].T
-    return ratio(_tree.wide(outputs), norms)
+    # What has overflown is at no known distance, and not at infinity.
+    outputs = jnp.where(jnp.isfinite(outputs), _tree.wide(outputs), jnp.nan)
+    return ratio(outputs, norms)
 
 
 def ratio(values: jax.Array, norms: jax.Array) -> jax.Array:
@@ -255,12 +263,6 @@ def _near(function: Partial, radius: jax.Array, params: Params, inputs: jax.Arra
         return jnp.where(jnp.any(jnp.isnan(distances), 1), -1, near)
 
     return jax.tree.map(count, signed_distances(function, params, inputs))
-
-
-def _scalar(name: str, value: ArrayLike) -> ArrayLike:
-    if jnp.shape(value) != ():
-        raise ValueError(f"`{name}` must be a single number, got shape {jnp.shape(value)}.")
-    return value
 
 
 def _in_ball(key: PRNGKey, center: jax.Array, radius: ArrayLike, num_samples: int) -> jax.Array:

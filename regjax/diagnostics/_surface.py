@@ -11,12 +11,14 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Params, PRNGKey, Tree, as_partial
 from regjax.diagnostics._landscape import vector_of
 
 _Carry = TypeVar("_Carry")
 
 
+@checked
 def filter_normalized_direction(params: Params, *, key: PRNGKey, per_filter: bool = True) -> Params:
     """Draws a random direction, each filter of it as long as the filter of the parameters.
 
@@ -52,6 +54,7 @@ def filter_normalized_direction(params: Params, *, key: PRNGKey, per_filter: boo
     return jax.tree.unflatten(treedef, directions)
 
 
+@checked
 def interpolate(
     loss_fn: LossFn,
     params: Params,
@@ -80,12 +83,13 @@ def interpolate(
         or cannot be split in chunks.
     """
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
-    _checks.same_tree("other_params", other_params, params)
+    _checks.floating_like("other_params", other_params, params)
     positions = vector_of("positions", positions)
     place = Partial(_between, params, other_params, positions)
     return _losses(loss_fn, place, len(positions), batch, chunk_size)
 
 
+@checked
 def loss_surface(
     loss_fn: LossFn,
     params: Params,
@@ -122,8 +126,8 @@ def loss_surface(
       H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein (2018), arXiv:1712.09913.
     """
     chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
-    _checks.same_tree("direction", direction, params)
-    _checks.same_tree("other_direction", other_direction, params)
+    _checks.floating_like("direction", direction, params)
+    _checks.floating_like("other_direction", other_direction, params)
     positions = vector_of("positions", positions)
     place = Partial(_on_plane, params, direction, other_direction, positions)
     losses = _losses(loss_fn, place, len(positions) ** 2, batch, chunk_size)

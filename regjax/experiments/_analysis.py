@@ -285,9 +285,11 @@ def check_examples(
     some = slice(min(_SEPARABLE_EXAMPLES, len(targets)))
     try:
         loss = model_loss(model, cross_entropy, mode=mode)
+        # What couples examples does so at any weights. At half of those that fit the data the loss
+        # is no longer so small that it is mostly rounding, which is not a mean of anything.
         check_separable(
             lambda params, *part: applied(loss, params, part),
-            model.params,
+            jax.tree.map(lambda leaf: leaf / 2, model.params),
             inputs[some],
             targets[some],
         )

@@ -7,6 +7,7 @@ import numpy as np
 
 from regjax.experiments._dataset import DataError, Source, in_memory
 from regjax.experiments._memory import available_bytes
+from regjax.experiments._ranges import LARGEST
 
 SUFFIX = ".npz"
 _NAMES = ("train_inputs", "train_targets", "test_inputs", "test_targets")
@@ -36,6 +37,10 @@ def read(path: Path) -> Source:
             )
         if not np.isfinite(inputs).all():
             raise DataError(f"{rule}{part}_inputs that are finite, got NaN or infinity.")
+        if float(np.abs(inputs).max()) > LARGEST:
+            raise DataError(
+                f"{rule}{part}_inputs of at most {LARGEST:g}, got {np.abs(inputs).max():g}."
+            )
         if not np.issubdtype(targets.dtype, np.integer) or targets.shape != inputs.shape[:1]:
             raise DataError(
                 f"{rule}{part}_targets of integers with the shape {inputs.shape[:1]}, got "

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from regjax.experiments import _figure, _record
 from regjax.experiments._effects import COMMON, missing
@@ -33,7 +35,11 @@ from regjax.experiments._spectrum_run import (
     spectrum_files,
 )
 from regjax.experiments._training import TrainingError, read_run
-from regjax.experiments._validation import validate
+from regjax.experiments._validation import validate, validate_run
+
+_LONGEST_NAME = 80
+_Run: TypeAlias = Callable[[Any, Progress], Record]
+_Draw: TypeAlias = Callable[[Path, dict[str, Record]], None]
 
 Compared = TypeVar("Compared", bound=TrainSettings)
 
@@ -63,9 +69,10 @@ def compared_settings(settings: Compared) -> dict[str, Compared]:
     result: dict[str, Compared] = {}
     folders: dict[str, Path] = {}
     # Of one network with several seeds there is one item, which changes nothing.
-    alone = settings.optimizer if settings.transformation == "plain" else settings.transformation
+    is_plain = settings.transformation == TrainSettings.transformation
+    alone = settings.optimizer if is_plain else settings.transformation
     for item in settings.compare or (alone,):
-        out = folder / re.sub(r"[^\w.=-]+", "_", item)
+        out = folder / _folder_name(item)
         if out in [other.out for other in result.values()]:
             raise UsageError(f"--compare must name different settings, got {item!r} twice.")
         overrides = _overrides(item, settings) if settings.compare else {}
@@ -98,12 +105,14 @@ def run_compare(settings: TrainSettings, progress: Progress) -> dict[str, list[R
     Raises:
       UsageError: an item cannot be read, before anything is computed; else as those functions.
     """
+    validate_run(settings, TrainSettings, progress)
     run, files, draw = _kind(settings)
     figure = f"{command(settings)}_compare{Path(files[-1]).suffix}"
+    figures = [] if draw is None else [figure, *_figure.beside(figure)]
     runs = {item: seeded(own, settings) for item, own in compared_settings(settings).items()}
     name = f"{command(settings)}_compare.json"
     records: dict[str, list[Record]] = {item: [] for item in runs}
-    with claimed(settings, (name, *([] if draw is None else [figure]))) as folder:
+    with claimed(settings, (name, *figures)) as folder:
         for own in (own for of in runs.values() for own in of):
             # Before anything is computed; each locks its own folder in its turn.
             check_kept(own, files)
@@ -149,13 +158,21 @@ def first_seeds(records: dict[str, list[Record]]) -> dict[str, Record]:
     return {f"{item}{seed(of)}": of[0] for item, of in records.items()}
 
 
-def _kind(settings: TrainSettings) -> tuple[Any, tuple[str, ...], Any]:
+def _kind(settings: TrainSettings) -> tuple[_Run, tuple[str, ...], _Draw | None]:
     """Returns what is run, the files that it writes, and what draws all."""
     if isinstance(settings, LandscapeSettings):
         return run_landscape, landscape_files(settings), _figure.draw_landscapes
     if isinstance(settings, SpectrumSettings):
         return run_spectrum, spectrum_files(settings), _figure.draw_comparison
     return run_train, TRAINING_FILES, None
+
+
+def _folder_name(item: str) -> str:
+    """Returns a name that every file system takes."""
+    name = re.sub(r"[^\w.=-]+", "_", item)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(item.encode()).hexdigest()[:8]}"
 
 
 def _of_item(progress: Progress, item: str, stage: str, done: int, total: int | None) -> None:
@@ -214,7 +231,7 @@ def _option_name(word: str, settings: TrainSettings) -> str:
 
 def _option_of(word: str, settings: TrainSettings) -> str:
     """Returns the one option with the choice `word`, of a method only if there is no other."""
-    types = option_types(type(settings))
+    types = {n: hint for n, hint in option_types(type(settings)).items() if n not in COMMON}
     found = [name for name, hint in types.items() if word in choices(hint)]
     names = [name for name in found if "." not in name] or found
     if len(names) == 1:
@@ -223,7 +240,7 @@ def _option_of(word: str, settings: TrainSettings) -> str:
         named = " or ".join(f"{name}={word}" for name in names)
         raise UsageError(f"--compare must say which option is meant, {named}, got {word!r}.")
     known = [word for hint in types.values() for word in choices(hint)]
-    hint_text = did_you_mean(word, known) or f" ({', '.join(dict.fromkeys(known))})"
+    hint_text = did_you_mean(word, known) if word else ""
     raise UsageError(
         f"--compare must be OPTION=VALUE or a word that is the value of one, got {word!r}"
         f"{hint_text}."

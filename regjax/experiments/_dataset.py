@@ -59,14 +59,17 @@ class Source(NamedTuple):
     source: str
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path) -> int:
     """Checks that data come from a file with an end, which can be read.
+
+    Returns:
+      Its number of bytes. What the system makes up as it is read has none, and may have no end.
 
     Raises:
       DataError: it is a pipe, a device or a folder, or may not be read.
     """
     try:
-        _files.regular_file(path, kind="a file of data")
+        return _files.regular_file(path, kind="a file of data")
     except _files.CheckpointError as error:
         raise DataError(str(error)) from None
 
@@ -74,3 +77,33 @@ def check_file(path: Path) -> None:
 def in_memory(images: np.ndarray, labels: np.ndarray) -> Split:
     """Makes the split of `images` (n, height, width, channels) and `labels` (n,) as they stand."""
     return Split(len(labels), lambda indices: (images[indices], labels[indices]))
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Checks that a data set is one: images and as many classes, of both parts.
+
+    Raises:
+      TypeError: it is none, or its arrays are of other types.
+      ValueError: its arrays have other shapes, or a class is none.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`dataset` must be a Dataset, got {type(dataset).__name__}.")
+    for part in ("train", "test"):
+        names = f"{part}_inputs", f"{part}_targets"
+        inputs, targets = (getattr(dataset, name) for name in names)
+        for name, array in zip(names, (inputs, targets), strict=True):
+            if not isinstance(array, np.ndarray):
+                kind = type(array).__name__
+                raise TypeError(f"`dataset.{name}` must be a NumPy array, got {kind}.")
+        if inputs.ndim != 4 or 0 in inputs.shape or targets.shape != inputs.shape[:1]:
+            raise ValueError(
+                f"`dataset.{names[0]}` must be (examples, height, width, channels) and "
+                f"`dataset.{names[1]}` (examples,), got {inputs.shape} and {targets.shape}."
+            )
+        if not np.issubdtype(targets.dtype, np.integer):
+            raise TypeError(f"`dataset.{names[1]}` must be integers, got {targets.dtype}.")
+        if targets.min() < 0 or targets.max() >= dataset.num_classes:
+            raise ValueError(
+                f"`dataset.{names[1]}` must be classes from 0 to {dataset.num_classes - 1}, got "
+                f"{targets.min()} to {targets.max()}."
+            )

@@ -86,7 +86,13 @@ def claimed(settings: TrainSettings, files: Sequence[str]) -> Iterator[Path]:
       UsageError: something there is of another run, or of one that was interrupted.
       CheckpointError: another run uses the folder, or it cannot be written to.
     """
-    with _files.locked(out_dir(settings)) as folder:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(_files.locked(out_dir(settings)))
+        except _files.CheckpointError as error:
+            raise type(error)(f"{error} --out names another.") from None
+        for name in (CHECKPOINT, *files):
+            _files.check_replaceable(folder / name)
         check_kept(settings, files)
         for name in (CHECKPOINT, *files):
             _files.remove_leftovers(folder / name)

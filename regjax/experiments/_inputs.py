@@ -26,7 +26,7 @@ def check_precision(dtype: str) -> None:
       ValueError: it is neither float32 nor float64, or the latter and JAX is not set to it.
     """
     _checks.choice("dtype", dtype, ("float32", "float64"))
-    if dtype == "float64" and not jax.config.jax_enable_x64:
+    if dtype == "float64" and jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError("`dtype` must be float32 without jax_enable_x64, got float64.")
 
 

@@ -21,7 +21,7 @@ from regjax.experiments._probes import Probes
 from regjax.experiments._record import Record
 from regjax.experiments._settings import AnalysisSettings, LandscapeSettings
 from regjax.experiments._spectrum_run import Progress, precision, trained
-from regjax.experiments._validation import validate
+from regjax.experiments._validation import validate_run
 
 
 def landscape_files(settings: AnalysisSettings) -> tuple[str, str, str]:
@@ -50,7 +50,7 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
       TrainingError: the loss is not finite.
       KeyboardInterrupt: Ctrl-C; what was computed is in `landscape.json`.
     """
-    validate(settings)
+    validate_run(settings, LandscapeSettings, progress)
     with claimed(settings, landscape_files(settings)) as folder, precision(settings):
         return _landscape(settings, progress, folder)
 

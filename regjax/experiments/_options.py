@@ -22,7 +22,7 @@ class Options:
     A field has the name of the argument that it becomes.
 
     Attributes:
-      most: the largest values of fields that would take forever, or all memory, beyond them.
+      most: the largest values of fields that take forever, or make no sense, beyond them.
     """
 
     most: ClassVar[Mapping[str, int]] = {}
@@ -67,6 +67,8 @@ def kind(hint: Any) -> str:
     if choices(hint):
         return f"one of {', '.join(choices(hint))}"
     names = {int: "an integer", float: "a number", str: "a text", Path: "a path", bool: "a flag"}
+    if typing.get_origin(hint) is tuple:
+        return "settings such as sgd or sam,rho=0.1, or several"
     parts = [part for part in typing.get_args(hint) if part is not type(None)] or [hint]
     return names.get(parts[0], str(hint))
 
@@ -82,7 +84,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _is_akin(word: str, name: str) -> bool:
-    """Tells whether `word` is a part of `name`, its initials, or has a long part with it."""
+    """Tells whether `word` is a part of `name`, its initials or letters, or shares a long part."""
     parts, others = (set(re.findall(r"[a-z0-9]+", text.lower())) for text in (word, name))
     if "no" in others - parts:
         return False
@@ -91,5 +93,6 @@ def _is_akin(word: str, name: str) -> bool:
     return (
         (len(flat) >= 3 and flat in other)
         or (len(flat) >= 2 and flat == initials)
+        or sorted(flat) == sorted(other)  # letters in another order
         or any(len(part) >= 4 for part in parts & others)
     )

@@ -31,7 +31,7 @@ class Range(NamedTuple):
         low = f"{'above' if self.is_open else 'at least'} {self.minimum:g}"
         high = f"{'below' if self.is_open_above else 'at most'} {_plain(self.maximum)}"
         if math.isnan(value):
-            return f"{low} and {high}"
+            return "a finite number" if self.minimum == -LARGEST else f"{low} and {high}"
         if value < self.minimum or (self.is_open and value == self.minimum):
             return low
         if value > self.maximum or (self.is_open_above and value == self.maximum):

@@ -39,9 +39,10 @@ def read(path: Path) -> Record:
     Raises:
       CheckpointError: there is none, it cannot be read, or it is no record.
     """
-    _files.regular_file(path, kind="a record", max_bytes=_MAX_BYTES)
+    size = _files.regular_file(path, kind="a record", max_bytes=_MAX_BYTES)
     try:
-        record = json.loads(path.read_bytes())
+        # What the system makes up as it is read has no size, and may have no end.
+        record = json.loads(path.read_bytes() if size else b"")
     except OSError as error:
         raise _files.RefusedError(f"{path} must be readable, got {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

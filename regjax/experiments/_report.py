@@ -1,14 +1,12 @@
 """What the command line prints of records."""
 
 import math
-import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from regjax.experiments._normalization import NORMALIZATIONS
 from regjax.experiments._record import Record, title
-
-_COLUMNS = 80
+from regjax.experiments._table import table, wrapped
 
 
 def training_text(record: Record) -> str:
@@ -22,15 +20,15 @@ def training_text(record: Record) -> str:
         f"{' with '.join([options['optimizer'], *used])}, {_epochs(record)}"
     )
     names = ("train", "test")
-    loss = [f"{numbers[f'{name}_loss']:.4f}" for name in names]
+    loss = [_plain(numbers[f"{name}_loss"]) for name in names]
     accuracy = [f"{numbers[f'{name}_accuracy']:.2%}" for name in names]
     rows = [
         ["", *names, "gap"],
-        ["loss", *loss, f"{numbers['loss_gap']:.4f}"],
+        ["loss", *loss, _plain(numbers["loss_gap"])],
         ["accuracy", *accuracy, f"{numbers['accuracy_gap']:.2%}"],
     ]
     failure = record["training"]["failure"]
-    parts = [_wrapped(header), table(rows), *([] if failure is None else [_wrapped(failure)])]
+    parts = [wrapped(header), table(rows), *([] if failure is None else [wrapped(failure)])]
     return "\n\n".join(parts)
 
 
@@ -41,13 +39,11 @@ def has_learned(record: Record) -> bool:
 
 def spectrum_text(record: Record) -> str:
     """Lists the eigenvalues with their bounds and the summary of the density, block by block."""
-    options, number = record["settings"], record["num_curvature_examples"]
-    asked = options["curvature_examples"] or record["data"]["num_train"]
-    share = "" if number == asked else f" of {asked}"
-    divided = "" if number == asked else f" (what divides evenly with --mesh {options['mesh']})"
+    options, count = record["settings"], _divided_count(record)
+    divided = f" (what divides evenly with --mesh {options['mesh']})" if count else ""
     what = (
-        f"{title(options['matrix'])} of the mean loss over {number}{share} training "
-        f"examples{divided}{_mode(record)}"
+        f"{title(options['matrix'])} of the mean loss over "
+        f"{count or record['num_curvature_examples']} training examples{divided}{_mode(record)}"
     )
     blocks = [_block_text(what, name, block) for name, block in record["blocks"].items()]
     geometry = [_geometry_text(record)] if "geometry" in record else []
@@ -62,8 +58,9 @@ def comparison_text(records: dict[str, Record]) -> str:
         shared = {**_COMPARED, **_GEOMETRY}
     for name, text in shared.items():
         rows.append([name, *(text(record) for record in records.values())])
-    remarks = [*failures(records), _ONE_SEED, _LEGEND, *_of_drawn(records.values())]
-    return "\n\n".join([table(rows), *remarks])
+    return "\n\n".join(
+        [table(rows), *failures(records), _ONE_SEED, _LEGEND, *_of_drawn(records.values())]
+    )
 
 
 def trainings_text(records: dict[str, Record]) -> str:
@@ -83,7 +80,7 @@ def landscape_text(record: Record) -> str:
         f"{surface['seconds']:.1f} s{_mode(record)}; probes of {probe['num_examples']} examples"
     )
     rows = [[name, text(record)] for name, text in _LANDSCAPE.items()]
-    return f"{_wrapped(header)}\n\n{table(rows)}\n\n{_LANDSCAPE_LEGEND}"
+    return f"{wrapped(header)}\n\n{table(rows)}\n\n{_LANDSCAPE_LEGEND}"
 
 
 def landscapes_text(records: dict[str, Record]) -> str:
@@ -132,7 +129,7 @@ def _block_text(what: str, name: str, block: Record) -> str:
         [f"eigenvalues within ±{zero:.3g}", _count(counts["near_zero"])],
         [f"eigenvalues below -{zero:.3g}", _count(counts["negative"])],
     ]
-    return f"{_wrapped(header)}\n\n{table(rows)}"
+    return f"{wrapped(header)}\n\n{table(rows)}"
 
 
 def _geometry_text(record: Record) -> str:
@@ -143,7 +140,7 @@ def _geometry_text(record: Record) -> str:
         f"{sharpness['num_examples']}, {sharpness['mode']} mode, {which}"
     )
     rows = [[name, text(record)] for name, text in _GEOMETRY.items()]
-    return f"{_wrapped(header)}\n\n{table(rows)}"
+    return f"{wrapped(header)}\n\n{table(rows)}"
 
 
 def _epochs(record: Record) -> str:
@@ -173,16 +170,33 @@ def _remarks(records: dict[str, Record]) -> list[list[str]]:
     modes = [_mode(record).partition("batch norm in ")[2] for record in records.values()]
     if any(modes):
         rows.append(["batch norm", *modes])
+    counts = [_divided_count(record) for record in records.values()]
+    if any(counts):
+        rows.append(["examples in the matrix", *counts])
     if not all(map(has_learned, records.values())):
         learned = ["yes" if has_learned(record) else "NO" for record in records.values()]
         rows.append(["learned", *learned])
     return rows
 
 
+def _divided_count(record: Record) -> str:
+    """Says how many examples are in a matrix, where a mesh leaves some out; else ""."""
+    if "num_curvature_examples" not in record:
+        return ""
+    number = record["num_curvature_examples"]
+    asked = record["settings"]["curvature_examples"] or record["data"]["num_train"]
+    return "" if number == asked else f"{number} of {asked}"
+
+
 def failures(records: dict[str, Record]) -> list[str]:
     """Says of each network that did not learn what went wrong."""
     failures = {name: record["training"]["failure"] for name, record in records.items()}
-    return [_wrapped(f"{name}: {text}") for name, text in failures.items() if text is not None]
+    return [wrapped(f"{name}: {text}") for name, text in failures.items() if text is not None]
+
+
+def _plain(loss: float) -> str:
+    """Formats a loss; one that has diverged in a few digits."""
+    return f"{loss:.4f}" if abs(loss) < 1e4 else f"{loss:.3e}"
 
 
 def _columns(eigenvalues: Record) -> tuple[list[Any], ...]:
@@ -207,36 +221,12 @@ def _of_drawn(records: Iterable[Record]) -> list[str]:
         return []
     number = " or ".join(map(str, counts))
     return [
-        _wrapped(
+        wrapped(
             f"The Fisher matrix is that of {number} drawn label(s) per example: every ± and "
             "bracket is about that matrix, and leaves out how far it is from the exact one "
             "(without --num-samples)."
         )
     ]
-
-
-def table(rows: list[list[str]]) -> str:
-    """Sets rows in columns, the first to the left; columns that are too many go below."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    parts: list[list[int]] = [[]]
-    for column in range(1, len(widths)):
-        taken = sum(2 + widths[i] for i in (0, *parts[-1], column))
-        if parts[-1] and taken > _COLUMNS:
-            parts.append([])
-        parts[-1].append(column)
-    return "\n\n".join("\n".join(_lines(rows, widths, columns)) for columns in parts)
-
-
-def _lines(rows: list[list[str]], widths: list[int], columns: list[int]) -> list[str]:
-    lines = []
-    for row in rows:
-        cells = [row[column].rjust(widths[column]) for column in columns]
-        lines.append("  " + "  ".join([row[0].ljust(widths[0]), *cells]))
-    return lines
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, _COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def _number(name: str, form: str) -> Callable[[Record], str]:
@@ -268,9 +258,9 @@ _COUNT_LEGEND = (
 )
 _COMPARED: dict[str, Callable[[Record], str]] = {
     "parameters": lambda record: f"{record['num_parameters']:,}",
-    "train loss": _number("train_loss", ".4f"),
-    "test loss": _number("test_loss", ".4f"),
-    "loss gap": _number("loss_gap", ".4f"),
+    "train loss": lambda record: _plain(record["generalization"]["train_loss"]),
+    "test loss": lambda record: _plain(record["generalization"]["test_loss"]),
+    "loss gap": lambda record: _plain(record["generalization"]["loss_gap"]),
     "train accuracy": _number("train_accuracy", ".2%"),
     "test accuracy": _number("test_accuracy", ".2%"),
     "accuracy gap": _number("accuracy_gap", ".2%"),

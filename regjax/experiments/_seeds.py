@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 from regjax.experiments._record import Record
-from regjax.experiments._report import failures, table, with_error
+from regjax.experiments._report import failures, with_error
+from regjax.experiments._table import table
 
 _LEGEND = (
     "± is the standard deviation over {count} seeds, {seeds}.",

@@ -329,11 +329,6 @@ def replace(settings: Settings, changes: dict[str, Any]) -> Settings:
     return settings
 
 
-def with_training_options(settings: Settings, stored: dict[str, Any]) -> Settings:
-    """Returns `settings` with the options of a checkpoint, as `read_run` has checked them."""
-    return replace(settings, stored)
-
-
 def check_same_training(
     settings: TrainSettings, stored: dict[str, Any], *, path: Path, may_differ: tuple[str, ...] = ()
 ) -> None:

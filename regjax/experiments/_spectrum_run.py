@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ import jax
 
 from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, analyse, operators
-from regjax.experiments._data import load
+from regjax.experiments._data import DataError, Dataset, load
 from regjax.experiments._folder import CHECKPOINT, all_options, check_data, claimed
 from regjax.experiments._geometry import measure_geometry
 from regjax.experiments._inputs import measure_scaling
 from regjax.experiments._network import Evaluation, build_model, evaluate
+from regjax.experiments._options import option
 from regjax.experiments._preflight import check_fit
 from regjax.experiments._record import Record
 from regjax.experiments._settings import (
@@ -26,7 +28,7 @@ from regjax.experiments._settings import (
     num_devices,
 )
 from regjax.experiments._training import TrainingResult, failure, restore, train, trained_model
-from regjax.experiments._validation import validate
+from regjax.experiments._validation import validate_run
 
 TRAINING_FILES = ("training.json",)
 
@@ -55,7 +57,7 @@ def run_train(settings: TrainSettings, progress: Progress) -> Record:
       CheckpointError: the checkpoint to resume from is missing, damaged or of another model.
       TrainingError: the loss is not finite.
     """
-    validate(settings)
+    validate_run(settings, TrainSettings, progress)
     with claimed(settings, TRAINING_FILES) as folder, precision(settings):
         _, record = trained(settings, progress, folder)
         _record.write(folder / TRAINING_FILES[0], record)
@@ -83,7 +85,7 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
       TrainingError: the loss is not finite.
       Interrupted: Ctrl-C; what was computed is in `spectrum.json`.
     """
-    validate(settings)
+    validate_run(settings, SpectrumSettings, progress)
     with claimed(settings, spectrum_files(settings)) as folder, precision(settings):
         return _spectrum(settings, progress, folder)
 
@@ -116,6 +118,16 @@ def _of_block(progress: Progress, block: str, stage: str, done: int, total: int 
     progress(stage if block == "network" else f"{stage}, {block}", done, total)
 
 
+def _load(settings: TrainSettings) -> Dataset:
+    """Loads the data of the options, whose names are those of the arguments of `load`."""
+    names = ("data_dir", "num_train", "num_test")
+    try:
+        return load(settings.data, **{name: getattr(settings, name) for name in names})
+    except DataError as error:
+        text = re.sub(r"`(\w+)`", lambda match: option(match[1]), str(error))
+        raise DataError(text) from error
+
+
 def trained(
     settings: TrainSettings,
     progress: Progress,
@@ -128,12 +140,7 @@ def trained(
     Calls look(epochs, subject) before the first epoch of training and after each one.
     """
     start = time.monotonic()
-    dataset = load(
-        settings.data,
-        data_dir=settings.data_dir,
-        num_train=settings.num_train,
-        num_test=settings.num_test,
-    )
+    dataset = _load(settings)
     scaling = measure_scaling(dataset, settings.dtype)
     subject_of = lambda model: Subject(model, dataset, scaling)
     if isinstance(settings, AnalysisSettings) and settings.checkpoint is not None:

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from regjax import _files
 from regjax._adapters import Model
 from regjax.experiments._checkpoint import read_run, read_shape
-from regjax.experiments._dataset import Dataset
+from regjax.experiments._dataset import Dataset, check_dataset
 from regjax.experiments._inputs import check_precision, measure_scaling, normalize
 from regjax.experiments._network import build
-from regjax.experiments._settings import TrainSettings, checkpoint_path, with_training_options
+from regjax.experiments._settings import TrainSettings, checkpoint_path, replace
 from regjax.experiments._training import initial_state, trained_model
 from regjax.experiments._validation import validate
 
@@ -42,7 +44,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     """
     file = checkpoint_path(Path(path))
     stored, _, _ = read_run(file)
-    settings = with_training_options(TrainSettings(), stored)
+    settings = replace(TrainSettings(), stored)
     validate(settings)
     try:
         check_precision(settings.dtype)
@@ -53,26 +55,28 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     return trained_model(settings, model, state.weights)
 
 
-def scaled_inputs(dataset: Dataset, *, dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
+def scaled_inputs(
+    dataset: Dataset, *, dtype: DTypeLike = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
     """Scales the images of a data set as training does: mean 0 and deviation 1 of each channel.
 
     Mean and deviation are those of the training images.
 
     Args:
       dataset: as from `load`.
-      dtype: of the results, "float32" or "float64".
+      dtype: of the results, float32 or float64.
 
     Returns:
       The training and the test inputs, (examples, height, width, channels).
 
     Raises:
-      TypeError: `dataset` is none.
-      ValueError: `dtype` is neither, or float64 and JAX is not set to it.
+      TypeError: `dataset` is none, or `dtype` is no type.
+      ValueError: `dtype` is another, or float64 and JAX is not set to it.
     """
-    check_precision(dtype)
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"`dataset` must be a Dataset, got {type(dataset).__name__}.")
-    scaling = measure_scaling(dataset, dtype)
+    name = np.dtype(dtype).name
+    check_precision(name)
+    check_dataset(dataset)
+    scaling = measure_scaling(dataset, name)
     train, test = (
         normalize(jnp.asarray(images), scaling)
         for images in (dataset.train_inputs, dataset.test_inputs)

@@ -16,6 +16,7 @@ from regjax._base import Tree
 from regjax.experiments._checkpoint import read_marks as read_marks
 from regjax.experiments._checkpoint import read_run as read_run
 from regjax.experiments._data import Dataset
+from regjax.experiments._dataset import check_dataset
 from regjax.experiments._epochs import Epochs, Step, Weights
 from regjax.experiments._inputs import check_precision
 from regjax.experiments._network import Evaluation, build_model
@@ -95,13 +96,18 @@ def train(
       TrainingError: the loss or a parameter is no longer finite.
       UsageError: an option is out of its range or does not fit the data, or the checkpoint is
         another run's.
-      ValueError: the options ask for float64, and JAX is not set to it.
+      ValueError: the options ask for float64, and JAX is not set to it; or the data set's arrays
+        do not fit each other.
+      TypeError: an argument is of another type.
       CheckpointError: the checkpoint is missing, damaged or of another model, it cannot be
         written, or another run is writing it.
     """
     validate(settings)
+    check_dataset(dataset)
     check_precision(settings.dtype)
     check_fit(settings, dataset)
+    path = Path(path)
+    _files.check_replaceable(path)
     with _files.locked(path.parent, name=f".{path.name}.lock"):
         return _train(settings, dataset, path, callback, look)
 
@@ -245,14 +251,17 @@ def save(
 def restore(
     path: Path, settings: TrainSettings, dataset: Dataset, model: Model
 ) -> tuple[TrainingState, list[float]]:
-    """Reads the state and the losses in a checkpoint of these options (but `epochs`) and data.
+    """Reads the state and the losses in a checkpoint of these options and data.
+
+    To go on from it `epochs` may be another number.
 
     Raises:
       UsageError: it was trained with other options or on other data, or for more epochs.
       CheckpointError: it is missing, damaged or of another model.
     """
     stored, losses, sha256 = read_run(path)
-    check_same_training(settings, stored, path=path, may_differ=("epochs",))
+    goes_on = getattr(settings, "checkpoint", None) is None
+    check_same_training(settings, stored, path=path, may_differ=("epochs",) if goes_on else ())
     if len(losses) > settings.epochs:
         raise UsageError(
             f"--epochs must be at least the {len(losses)} of the checkpoint {path}, "
@@ -282,6 +291,6 @@ def _is_finite(tree: Tree) -> jax.Array:
 def _not_finite(settings: TrainSettings, loss: float, num_epochs: int, path: Path) -> str:
     return (
         f"Training must stay finite: epoch {num_epochs + 1} ends with the loss {loss}. A smaller "
-        f"--learning-rate than {learning_rate(settings)} may help. The last good epoch, "
+        f"--learning-rate than {learning_rate(settings):g} may help. The last good epoch, "
         f"{num_epochs}, is in {path}."
     )

@@ -311,7 +311,7 @@ class SpectralController(Transformation):
     max_momentum: float = 0.99
     """Bound of the momentum, below 1."""
 
-    most: ClassVar[Mapping[str, int]] = {"num_steps": 1000}
+    most: ClassVar[Mapping[str, int]] = {"num_steps": 1000, "smallest_ratio": 1}
     usual_momentum: ClassVar[float | None] = 0.0
 
     def make(self, descent: Descent) -> optax.GradientTransformation:

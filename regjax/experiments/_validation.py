@@ -49,7 +49,8 @@ def validate(settings: TrainSettings) -> None:
         for field in dataclasses.fields(method):
             name, most = f"{method.name()}.{field.name}", method.most.get(field.name)
             is_float = float in {types[name], *typing.get_args(types[name])}
-            limits = NUMBER if is_float else Range(-LARGEST, most or LARGEST_INTEGER)
+            largest = LARGEST if is_float else LARGEST_INTEGER
+            limits = Range(-LARGEST, largest if most is None else most)
             _validate_value(name, getattr(method, field.name), types[name], limits)
     _validate_sizes(settings)
     with as_options(settings.transformation):
@@ -57,6 +58,20 @@ def validate(settings: TrainSettings) -> None:
     with as_options(settings.init):
         initialization(settings).check()
     _validate_batches(settings)
+
+
+def validate_run(settings: TrainSettings, kind: type[TrainSettings], progress: object) -> None:
+    """Checks the arguments of a run: options of its kind, all valid, and a function.
+
+    Raises:
+      TypeError: an argument is of another type.
+      UsageError: as `validate`.
+    """
+    if not isinstance(settings, kind):
+        raise TypeError(f"`settings` must be {kind.__name__}, got {type(settings).__name__}.")
+    if not callable(progress):
+        raise TypeError(f"`progress` must be callable, got {progress!r}.")
+    validate(settings)
 
 
 def _validate_value(name: str, value: Any, hint: Any, limits: Range) -> None:

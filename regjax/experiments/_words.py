@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,10 +75,10 @@ def given_options(command: str, words: Sequence[str]) -> list[str]:
     """Returns the names of the options among the words, "sam.rho" for --sam.rho=0.1.
 
     Raises:
-      UsageError: an option is unknown or given twice.
+      UsageError: an option is unknown, given twice, or given an empty value.
     """
     flags, found = _flags(COMMANDS[command]), []
-    for word in words:
+    for place, word in enumerate(words):
         if not re.match("--.", word):
             continue
         flag = "--" + word[2:].partition("=")[0].replace("_", "-")
@@ -86,7 +87,21 @@ def given_options(command: str, words: Sequence[str]) -> list[str]:
         if flags[flag] in found:
             raise UsageError(f"{option(flags[flag])} must be given once, got it twice.")
         found.append(flags[flag])
+        # An empty path is the folder one is in, and no settings to compare are none.
+        value, hint = _value_at(words, place), option_types(COMMANDS[command])[flags[flag]]
+        if value == "" or (value is None and typing.get_origin(hint) is tuple):
+            got = "no value" if value is None else "''"
+            raise UsageError(f"{option(flags[flag])} must be {kind(hint)}, got {got}.")
     return found
+
+
+def _value_at(words: Sequence[str], place: int) -> str | None:
+    """Returns the value of the option that stands at a place, None if there is none."""
+    _, is_joined, value = words[place].partition("=")
+    if is_joined:
+        return value
+    following = words[place + 1 : place + 2]
+    return following[0] if following and not re.match("--.", following[0]) else None
 
 
 def _flags(settings_type: type[TrainSettings]) -> dict[str, str]:
@@ -120,10 +135,7 @@ def _message(settings_type: type[TrainSettings], words: Sequence[str], box: str)
 
 def _wrong_value(flag: str, hint: Any, words: Sequence[str]) -> str:
     spelled = [word.partition("=")[0].replace("_", "-") for word in words]
-    place = spelled.index(flag)
-    _, is_joined, value = words[place].partition("=")
-    following = words[place + 1 : place + 2]
-    if not is_joined and (not following or following[0].startswith("--")):
+    value = _value_at(words, spelled.index(flag))
+    if value is None:
         return f"{flag} must be {kind(hint)}, got no value"
-    value = value if is_joined else following[0]
     return f"{flag} must be {kind(hint)}, got {value!r}{did_you_mean(value, choices(hint))}"

@@ -1,13 +1,16 @@
 """Data-dependent initialisation: on one batch, outputs of mean zero and a chosen deviation."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.tree_util import PyTreeDef
 
-from regjax import _checks, _loops, _tree
+from regjax import _checks, _loops, _numerics, _tree
 from regjax._adapters import Model
+from regjax._arguments import checked
 from regjax._base import Mask, Params, PRNGKey, State, Tree
 from regjax.initializers import _layers
 from regjax.initializers._layers import Path
@@ -16,6 +19,7 @@ from regjax.initializers._layers import Path
 _PROBE = {"bias": 0, "scale": 1}
 
 
+@checked
 def data_dependent(
     model: Model,
     params: Params,
@@ -35,7 +39,7 @@ def data_dependent(
     ones before it have become. A weight-normalized layer gets g; a plain one its kernel times the
     same factor, t = w x. A layer without bias, as before a batch norm of the mean, gets g alone. A
     unit whose outputs do not vary on the batch keeps its kernel. The model runs in train mode,
-    dropout off; the first run of a shared layer counts.
+    dropout off; the first run of a shared layer counts. Outputs may have any size.
 
     Args:
       model: from `from_nnx` or `from_linen`, of Dense, Linear, Conv and ConvTranspose layers, plain
@@ -55,23 +59,32 @@ def data_dependent(
       A tree like `params`.
 
     Raises:
-      TypeError: `model` has no layers that could be found (`from_callable`).
+      TypeError: `model` has no layers that could be found (`from_callable`), or an argument is of
+        another type.
       ValueError: a kernel belongs to no layer that ran, a unit has a single value on the batch, the
         outputs of a layer are not finite, or an option is out of its range.
 
     References:
       T. Salimans, D. Kingma (2016), arXiv:1602.07868, section 3.
     """
-    _checks.non_negative("epsilon", epsilon)
-    chosen = jax.tree.map(lambda leaf: True, params) if mask is None else mask
-    wanted = _kernels(params, _checks.same_structure("mask", chosen, params))
+    _checks.number("epsilon", epsilon)
+    _checks.floating_tree("params", params)
+    if not isinstance(params, Mapping):
+        raise TypeError(f"`params` must be nested dicts, got {type(params).__name__}.")
+    _checks.num_examples(inputs)
+    if key is not None:
+        _checks.key("key", key)
+    boxed: PyTreeDef = jax.tree.structure(params)
+    chosen = _checks.mask_leaves(mask, params)
+    model, params = _layers.unboxed(model, params, state)
+    wanted = _kernels(params, jax.tree.unflatten(jax.tree.structure(params), chosen))
 
     def visit(
         path: Path, layer: Params, axis: int, outputs: Callable[[Params], jax.Array]
     ) -> Params:
         if not any(kernel[: len(path)] == path for kernel in wanted):
             return layer
-        own = _checks.positive("std", std(path) if callable(std) else std)
+        own = _checks.number("std", std(path) if callable(std) else std, above_zero=True)
         return _initialized(path, layer, axis, outputs, own, epsilon)
 
     found = _layers.run_layers(model, params, state, inputs, visit, key)
@@ -84,7 +97,7 @@ def data_dependent(
         )
     for path, layer in found.items():
         params = _replaced(params, path, layer)
-    return params
+    return jax.tree.unflatten(boxed, jax.tree.leaves(params))
 
 
 def _kernels(params: Params, chosen: Mask) -> list[Path]:
@@ -106,10 +119,14 @@ def _initialized(
     t = _tree.wide(outputs(traverse_util.unflatten_dict({**flat, **probe})))
     _check_outputs(path, t)
     axes = tuple(range(t.ndim - 1))
+    t, power = _numerics.near_one(t, axes, at_least=math.sqrt(epsilon))
+    power = power.reshape(-1)
     mean, variance = jnp.mean(t, axes), jnp.var(t, axes)
     # A deviation this small beside the mean is rounding.
     varies = variance > (16 * jnp.finfo(t.dtype).eps * mean) ** 2
-    factor = std * jax.lax.rsqrt(jnp.where(varies, variance, 1) + epsilon)
+    added = (math.sqrt(epsilon) * power) ** 2
+    factor = std * power * jax.lax.rsqrt(jnp.where(varies, variance + added, 1))
+    mean = mean / power
     new = {}
     if "scale" in at:
         factor = jnp.where(varies, factor, flat[at["scale"]].astype(t.dtype))

@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Params, Tree, as_partial, check_loss
 
 _B1, _EPSILON = 0.9, 1e-8  # of Adam, as in the official code
@@ -36,6 +37,7 @@ class GradInitResult(NamedTuple):
     constrained: jax.Array
 
 
+@checked
 def gradinit(
     loss_fn: LossFn,
     params: Params,

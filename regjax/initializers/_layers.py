@@ -3,15 +3,17 @@
 What a visitor makes of a layer's parameters is what the layers behind it see.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 from flax import linen, nnx
+from flax.core import meta
 
 from regjax import normalization
-from regjax._adapters import Model
+from regjax._adapters import Model, check_model
 from regjax._base import Params, PRNGKey, State, Tree
-from regjax._runners import LinenRunner, NnxRunner, owned
+from regjax._runners import Apply, LinenRunner, NnxRunner, owned
 
 Path = tuple[str | int, ...]
 # (path, parameters, channel axis of the kernel, parameters -> outputs on the layer's inputs)
@@ -40,6 +42,17 @@ def run_layers(
     if isinstance(runner, NnxRunner):
         return _run_nnx(runner, params, state, inputs, visit)
     raise TypeError("`model` must come from `from_linen` or `from_nnx`, whose layers are known.")
+
+
+def unboxed(model: Model, params: Params, state: State) -> tuple[Model, Params]:
+    """Takes partitions and other metadata of linen off the parameters, after checking the trees."""
+    check_model(model)
+    if not isinstance(model.apply, Apply):
+        return model, params
+    model.apply.check(params, state)
+    plain = meta.unbox(params)
+    apply = dataclasses.replace(model.apply, params_structure=jax.tree.structure(plain))
+    return model._replace(apply=apply), plain
 
 
 def _run_linen(

@@ -1,7 +1,6 @@
 """Batch normalization, and what it becomes with fewer examples, more noise, or the mean alone."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
@@ -200,8 +199,7 @@ class NoisyBatchNorm(BatchNorm):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("mean_range", "scale_range", "mean_jitter", "scale_jitter"):
-            if not _checks.non_negative(name, getattr(self, name)) < math.inf:
-                raise ValueError(f"`{name}` must be finite, got {getattr(self, name)}.")
+            _checks.number(name, getattr(self, name))
         if not self.scale_range >= 1:
             raise ValueError(f"`scale_range` must be at least 1, got {self.scale_range}.")
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _numerics, _tree
-from regjax.normalization import _statistics
+from regjax.normalization import _arguments, _statistics
 from regjax.normalization._layer import (
     Arrays,
     Layer,
@@ -71,11 +71,19 @@ class GroupNormPlus(Layer):
         check_options(self.momentum, self.epsilon)
         if self.track_running and self.batch_axes == (0,):
             raise ValueError("`batch_axes` must be None with `track_running`, got (0,).")
-        if not math.isfinite(self.mix_init):
-            raise ValueError(f"`mix_init` must be finite, got {self.mix_init}.")
+        _checks.number("mix_init", abs(_checks.real("mix_init", self.mix_init)))
         if self.batch_axes is not None:
-            axes = tuple(_checks.integer("batch_axes", a, minimum=-32) for a in self.batch_axes)
-            object.__setattr__(self, "batch_axes", axes)
+            object.__setattr__(self, "batch_axes", _arguments.axes("batch_axes", self.batch_axes))
+
+    @property
+    def param_names(self) -> tuple[str, ...]:
+        """The parameters that are used, and the logit of the share."""
+        return (*super().param_names, "mix_logit")
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The running statistics of B, if it has such."""
+        return super().state_names if self.track_running else ()
 
     def init_params(self, num_features: Shape) -> dict[str, jax.Array]:
         """Returns scale one, bias zero, (channels,), and mix_logit ()."""
@@ -83,10 +91,6 @@ class GroupNormPlus(Layer):
         _group_size(math.prod(sizes), self.num_groups)
         mix_logit = jnp.full((), self.mix_init, self.param_dtype)
         return {**super().init_params(num_features), "mix_logit": mix_logit}
-
-    def init_state(self, num_features: Shape) -> dict[str, jax.Array]:
-        """Returns running mean zero and variance one of B, if it has such, (channels,)."""
-        return super().init_state(num_features) if self.track_running else {}
 
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None
@@ -106,11 +110,8 @@ class GroupNormPlus(Layer):
             mean, variance = stored(x, state["mean"], state["var"])
             return Standardized(x, mean, _inverse(variance, self.epsilon)), state
         axes = tuple(range(x.ndim - 1)) if self.batch_axes is None else self.batch_axes
-        if {axis % x.ndim for axis in axes} - set(range(x.ndim - 1)) or max(axes) >= x.ndim:
-            raise ValueError(
-                f"`batch_axes` must be axes of the inputs other than the channels', got {axes} for "
-                f"inputs with {x.ndim} axes, channels last."
-            )
+        if x.ndim - 1 in _arguments.axes_of("batch_axes", axes, x.ndim):
+            raise ValueError(f"`batch_axes` must leave out the channels, got {axes}.")
         found = _statistics.moments(x, axes, devices=self.devices)
         found = _corrected(found, self.degrees_of_freedom)
         if int(found.num_values) <= self.degrees_of_freedom:

@@ -7,16 +7,16 @@ from typing import ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from regjax import _checks
 from regjax._base import PRNGKey
+from regjax.normalization import _arguments
 from regjax.normalization._statistics import Devices, Groups
 
 Arrays: TypeAlias = Mapping[str, jax.Array]
 Shape: TypeAlias = int | tuple[int, ...]
-
-_MAX_AXES = 32  # NumPy's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,47 +56,54 @@ class Layer:
     takes_mask: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        axes = tuple(self.axis) if isinstance(self.axis, Sequence) else (self.axis,)
-        axes = tuple(_checks.integer("axis", axis, minimum=-_MAX_AXES) for axis in axes)
-        if not axes:
-            raise ValueError("`axis` must name at least one axis, got ().")
-        if self.axis_index_groups is not None:
-            # Lists do not hash, and flax compares layers.
-            groups = tuple(map(tuple, self.axis_index_groups))
-            if self.axis_name is None:
-                raise ValueError("`axis_name` must be given with `axis_index_groups`, got None.")
-            if not groups or len({len(group) for group in groups}) > 1:
-                raise ValueError(f"`axis_index_groups` must be of one size, got {groups}.")
-            object.__setattr__(self, "axis_index_groups", groups)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool):
+                _checks.boolean(field.name, value)
+            if isinstance(value, (jax.Array, np.ndarray)):  # which does not hash
+                raise TypeError(f"`{field.name}` must be no array, got {value!r}.")
+        if self.dtype is not None:
+            _checks.inexact_dtype("dtype", self.dtype)
+        _checks.inexact_dtype("param_dtype", self.param_dtype)
+        _checks.axis_name("axis_name", self.axis_name)
+        axes = _arguments.axes("axis", self.axis)
         object.__setattr__(self, "axis", axes if len(axes) > 1 else axes[0])
+        if self.axis_index_groups is not None:
+            groups = _arguments.groups(self.axis_index_groups, self.axis_name)
+            object.__setattr__(self, "axis_index_groups", groups)
 
     @property
     def devices(self) -> Devices:
         """The devices that share their statistics."""
         return Devices(self.axis_name, self.axis_index_groups)
 
+    @property
+    def param_names(self) -> tuple[str, ...]:
+        """The parameters that are used."""
+        used = {"scale": self.use_scale, "bias": self.use_bias}
+        return tuple(name for name in self.initial_params if used[name])
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The running statistics."""
+        return tuple(self.initial_state)
+
     def channel_axes(self, ndim: int) -> tuple[int, ...]:
         """Returns the axes of the channels of inputs with `ndim` axes, from the first on."""
-        axes = (self.axis,) if isinstance(self.axis, int) else self.axis
-        for axis in axes:
-            if not -ndim <= axis < ndim:
-                raise ValueError(f"`axis` must be one of the inputs' {ndim} axes, got {axis}.")
-        return tuple(sorted({axis % ndim for axis in axes}))
+        return _arguments.axes_of("axis", _arguments.axes("axis", self.axis), ndim)
 
     def init_params(self, num_features: Shape) -> dict[str, jax.Array]:
-        """Returns the initial parameters, (channels,) each, by name, as far as they are used."""
-        used = {"scale": self.use_scale, "bias": self.use_bias}
+        """Returns the initial parameters, (channels,) each, by name."""
+        values, names = self.initial_params, self.param_names
         return {
-            name: jnp.full(num_features, value, self.param_dtype)
-            for name, value in self.initial_params.items()
-            if used[name]
+            n: jnp.full(num_features, values[n], self.param_dtype) for n in names if n in values
         }
 
     def init_state(self, num_features: Shape) -> dict[str, jax.Array]:
         """Returns the initial running statistics, (channels,) each, by name."""
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         values = self.initial_state
-        return {name: jnp.full(num_features, v, dtype) for name, v in values.items()}
+        return {name: jnp.full(num_features, values[name], dtype) for name in self.state_names}
 
     def apply(
         self,
@@ -126,15 +133,22 @@ class Layer:
         Raises:
           ValueError: the inputs have another shape, an axis without entries in training, or other
             channels than the parameters; the layer takes no mask, or it does not fit; `key` is
-            needed and missing.
+            needed and missing; `params` or `state` are not those of the layer.
+          TypeError: the inputs, or what else is an array, are none of numbers.
         """
-        inputs = jnp.asarray(inputs)
-        axes = self._check(inputs, {**params, **state}, train)
+        _checks.boolean("train", train)
+        inputs = _arguments.numbers("inputs", inputs)
+        axes = self._channels(inputs, train)
+        channels = math.prod(inputs.shape[axis] for axis in axes)
+        sizes = {n: channels if n in self.initial_params else 1 for n in self.param_names}
+        _arguments.check_arrays("params", params, sizes)
+        _arguments.check_arrays("state", state, dict.fromkeys(self.state_names, channels))
         x = _channels_last(inputs, axes).astype(self._reduction_dtype(inputs))
         # Arrays of channels get the rank of the inputs, so that nothing is broadcast by accident.
         lift = lambda array: array.reshape((1,) * (x.ndim - 1) + (-1,))
         lifted = {name: lift(value).astype(x.dtype) for name, value in params.items()}
-        mask = self._mask(mask, inputs, axes)
+        if mask is not None:
+            mask = self._mask(mask, inputs.shape, axes)
         standardized, new = self._normalize(
             x, lifted, {name: lift(value) for name, value in state.items()}, train, mask
         )
@@ -147,42 +161,19 @@ class Layer:
         new = {name: new[name].reshape(jnp.shape(state[name])) for name in state}
         return outputs.astype(self._output_dtype(inputs, params)), new
 
-    def _check(self, inputs: jax.Array, arrays: Arrays, train: bool) -> tuple[int, ...]:
+    def _channels(self, inputs: jax.Array, train: bool) -> tuple[int, ...]:
         shape = inputs.shape
         if not shape or (train and len(shape) < 2 and self.axis_name is None):
             raise ValueError(f"`inputs` must have shape (batch, ..., channels), got {shape}.")
         if train and not inputs.size:
             raise ValueError(f"`inputs` must have no empty axis in training, got shape {shape}.")
-        axes = self.channel_axes(inputs.ndim)
-        channels = math.prod(shape[axis] for axis in axes)
-        for name, array in arrays.items():
-            if jnp.ndim(array) and jnp.size(array) != channels:
-                raise ValueError(
-                    f"`inputs` must have the channels of `{name}`, {jnp.shape(array)}, on axis "
-                    f"{self.axis}, got shape {shape}."
-                )
-        return axes
+        return self.channel_axes(inputs.ndim)
 
-    def _mask(
-        self, mask: jax.Array | None, inputs: jax.Array, axes: tuple[int, ...]
-    ) -> jax.Array | None:
-        if mask is None:
-            return None
+    def _mask(self, mask: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
         if not self.takes_mask:
             raise ValueError(f"`mask` must be None, {type(self).__name__} takes none.")
-        mask = jnp.asarray(mask)
-        if jnp.issubdtype(mask.dtype, jnp.inexact):
-            raise TypeError(f"`mask` must be boolean, got {mask.dtype}.")
-        lengths = (1,) * (inputs.ndim - mask.ndim) + mask.shape
-        fits = [length in (1, size) for length, size in zip(lengths, inputs.shape, strict=False)]
-        if len(lengths) != inputs.ndim or not all(fits):
-            raise ValueError(
-                f"`mask` must be broadcastable to the inputs' {inputs.shape}, got {mask.shape}."
-            )
-        mask = mask.astype(bool).reshape(lengths)
-        if len(axes) > 1:
-            mask = jnp.broadcast_to(mask, inputs.shape)
-        return _channels_last(mask, axes)
+        mask = _arguments.mask_of(mask, shape)
+        return _channels_last(mask if len(axes) == 1 else jnp.broadcast_to(mask, shape), axes)
 
     def _reduction_dtype(self, inputs: jax.Array) -> jnp.dtype:
         is_inexact = jnp.issubdtype(inputs.dtype, jnp.inexact)
@@ -253,11 +244,8 @@ def stored(x: jax.Array, mean: jax.Array, other: jax.Array) -> tuple[jax.Array, 
 
 def check_options(momentum: float, epsilon: float) -> None:
     """Checks what several layers have."""
-    _checks.non_negative("momentum", momentum)
-    if not momentum <= 1:
-        raise ValueError(f"`momentum` must be between 0 and 1, got {momentum}.")
-    if not _checks.non_negative("epsilon", epsilon) < math.inf:
-        raise ValueError(f"`epsilon` must be finite, got {epsilon}.")
+    _checks.between("momentum", _checks.number("momentum", momentum), 0, 1)
+    _checks.number("epsilon", epsilon)
 
 
 def _channels_last(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:

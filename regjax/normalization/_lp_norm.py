@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from regjax import _numerics
+from regjax import _checks, _numerics
 from regjax.normalization import _statistics
 from regjax.normalization._layer import (
     Arrays,
@@ -47,7 +47,7 @@ class LpNorm(Layer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_options(self.momentum, self.epsilon)
-        if self.order not in (1, 2, math.inf):
+        if _checks.real("order", self.order) not in (1, 2, math.inf):
             raise ValueError(f"`order` must be 1, 2 or inf, got {self.order}.")
 
     def _normalize(

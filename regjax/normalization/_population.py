@@ -6,9 +6,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax.normalization import _statistics
 
 
+@checked
 def exact_population_statistics(
     batch_means: ArrayLike, batch_variances: ArrayLike, *, num_values: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -26,12 +28,14 @@ def exact_population_statistics(
 
     Raises:
       ValueError: `num_values` is below 2, or the arrays have other shapes.
+      TypeError: an array is not real floating point.
 
     References:
       S. Ioffe, C. Szegedy (2015), arXiv:1502.03167, algorithm 2, line 10.
     """
     _checks.integer("num_values", num_values, minimum=2)
-    means, variances = jnp.asarray(batch_means), jnp.asarray(batch_variances)
+    means = _checks.floating_array("batch_means", batch_means)
+    variances = _checks.floating_array("batch_variances", batch_variances)
     if means.ndim != 2 or means.shape != variances.shape or not len(means):
         raise ValueError(
             "`batch_means` and `batch_variances` must both have shape (batches, channels), got "
@@ -40,6 +44,7 @@ def exact_population_statistics(
     return jnp.mean(means, 0), _statistics.unbiased(jnp.mean(variances, 0), num_values)
 
 
+@checked
 def fold_batch_norm(
     kernel: jax.Array,
     bias: jax.Array | None,
@@ -68,17 +73,28 @@ def fold_batch_norm(
       (kernel', bias').
 
     Raises:
-      ValueError: `epsilon` is negative.
+      ValueError: `epsilon` is negative, or an array has not the channels of the kernel.
+      TypeError: an array is not real floating point.
 
     References:
       S. Ioffe, C. Szegedy (2015), arXiv:1502.03167, algorithm 2, line 11.
     """
-    _checks.non_negative("epsilon", epsilon)
+    _checks.number("epsilon", epsilon)
+    kernel = _checks.floating_array("kernel", kernel)
+    channels = kernel.shape[-1:]
+    for name, array, shapes in (
+        ("bias", bias, (channels,)), ("mean", mean, (channels,)),
+        ("variance", variance, (channels,)), ("norm_scale", norm_scale, (channels, ())),
+        ("norm_bias", norm_bias, (channels, ())),
+    ):  # fmt: skip
+        if name != "bias" or bias is not None:
+            _check_channels(name, array, shapes)
     factor = norm_scale * lax.rsqrt(variance + epsilon)
     offset = -mean if bias is None else bias - mean
     return kernel * jnp.broadcast_to(factor, kernel.shape), offset * factor + norm_bias
 
 
+@checked
 def rescale_statistics(
     mean: ArrayLike, variance: ArrayLike, *, factor: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
@@ -94,9 +110,28 @@ def rescale_statistics(
 
     Returns:
       (mean * factor, variance * factor^2), in the types of the arguments.
+
+    Raises:
+      ValueError: the arrays have other shapes, or `factor` is not finite.
+      TypeError: an array is not real floating point.
     """
-    mean, variance = jnp.asarray(mean), jnp.asarray(variance)
+    mean = _checks.floating_array("mean", mean)
+    variance = _checks.floating_array("variance", variance)
+    _check_channels("variance", variance, (mean.shape,))
+    _check_channels("factor", factor, (mean.shape, ()))
+    _checks.finite_tree("factor", factor)
     return (
         mean * jnp.asarray(factor, mean.dtype),
         variance * jnp.asarray(factor, variance.dtype) ** 2,
     )
+
+
+def _check_channels(
+    name: str, array: ArrayLike | None, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    if array is None:
+        raise TypeError(f"`{name}` must be an array, got None.")
+    shape = _checks.floating_array(name, array).shape
+    if shape not in shapes:
+        allowed = " or ".join(map(str, shapes))
+        raise ValueError(f"`{name}` must have shape {allowed}, got {shape}.")

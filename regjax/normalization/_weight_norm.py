@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 
 from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Mask, Params, Tree
 from regjax.normalization import _statistics
 
@@ -26,6 +27,7 @@ class SplitWeightResult(NamedTuple):
     g: jax.Array
 
 
+@checked
 def weight_normalize(v: jax.Array, g: jax.Array, *, axis: int = -1) -> jax.Array:
     """Makes a kernel of direction and length, one norm for each output unit.
 
@@ -49,8 +51,7 @@ def weight_normalize(v: jax.Array, g: jax.Array, *, axis: int = -1) -> jax.Array
     References:
       T. Salimans, D. Kingma (2016), arXiv:1602.07868, equation 2.
     """
-    _check_kernel("v", v, axis)
-    _checks.floating_tree("g", g)
+    v, g = _checked("v", v, axis), _checks.floating_array("g", g)
     if jnp.shape(g) != (v.shape[axis],):
         raise ValueError(f"`g` must have shape {(v.shape[axis],)}, got {jnp.shape(g)}.")
     others = _others(v, axis)
@@ -74,13 +75,14 @@ def split_weight(w: jax.Array, *, axis: int = -1) -> SplitWeightResult:
       ValueError: `w` has no input axes or no entries, or `axis` is none of it.
       TypeError: `w` is not real floating point.
     """
-    _check_kernel("w", w, axis)
+    w = _checked("w", w, axis)
     others = _others(w, axis)
     scaled, power = _numerics.near_one(_tree.wide(w), others)
     norm = _statistics.root(jnp.sum(scaled**2, others))
     return SplitWeightResult(w, (norm / jnp.squeeze(power, others)).astype(w.dtype))
 
 
+@checked
 def split_weights(params: Params, *, mask: Mask) -> Tree:
     """Splits the masked kernels into direction and length: weight norm for any model.
 
@@ -95,7 +97,9 @@ def split_weights(params: Params, *, mask: Mask) -> Tree:
 
     Raises:
       ValueError: the mask is another tree, or a masked leaf has no input axes.
+      TypeError: a leaf is not real floating point.
     """
+    _checks.floating_tree("params", params)
     treedef: PyTreeDef = jax.tree.structure(params)
     pairs = zip(jax.tree.leaves(params), _checks.mask_leaves(mask, params), strict=True)
     return jax.tree.unflatten(
@@ -103,6 +107,7 @@ def split_weights(params: Params, *, mask: Mask) -> Tree:
     )
 
 
+@checked
 def join_weights(params: Tree) -> Params:
     """Joins the split kernels of a tree from `split_weights`.
 
@@ -117,6 +122,7 @@ def join_weights(params: Tree) -> Params:
     return jax.tree.map(join, params, is_leaf=is_split)
 
 
+@checked
 def standardize_weight(
     kernel: jax.Array,
     *,
@@ -152,10 +158,10 @@ def standardize_weight(
     References:
       S. Qiao et al. (2019), arXiv:1903.10520; the default form is that of the authors' code.
     """
-    _checks.non_negative("epsilon", epsilon)
+    _checks.number("epsilon", epsilon)
     _checks.integer("degrees_of_freedom", degrees_of_freedom, minimum=0)
     _checks.choice("epsilon_added_to", epsilon_added_to, ("deviation", "variance"))
-    _check_kernel("kernel", kernel, axis)
+    kernel = _checked("kernel", kernel, axis)
     others, in_root = _others(kernel, axis), epsilon_added_to == "variance"
     freedom = kernel.size // kernel.shape[axis] - degrees_of_freedom
     if freedom < 1:
@@ -184,10 +190,11 @@ def _others(array: jax.Array, axis: int) -> tuple[int, ...]:
     return tuple(i for i in range(array.ndim) if i != axis % array.ndim)
 
 
-def _check_kernel(name: str, kernel: jax.Array, axis: int) -> None:
-    _checks.floating_tree(name, kernel)
+def _checked(name: str, kernel: jax.Array, axis: int) -> jax.Array:
+    kernel = _checks.floating_array(name, kernel)
     if jnp.ndim(kernel) < 2 or not kernel.size:
         raise ValueError(
             f"`{name}` must have at least two axes and no empty one, got shape {jnp.shape(kernel)}."
         )
     _checks.integer("axis", axis, minimum=-kernel.ndim, maximum=kernel.ndim - 1)
+    return kernel

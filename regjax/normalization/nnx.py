@@ -129,8 +129,9 @@ class Normalization(nnx.Module):
         )
         if not evaluates:
             for name, value in new.items():
-                # Not [...], which writes into the array where it is one of NumPy.
-                getattr(self, name).set_value(value)
+                # Not [...], which writes into the array where it is one of NumPy. As flax's they
+                # have no derivative, which a mutable reference could not hold.
+                getattr(self, name).set_value(jax.lax.stop_gradient(value))
         return outputs
 
     def _value(self, name: str) -> Any:  # None where there is no such parameter

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mpl_toolkits.mplot3d import Axes3D
 
 _NUM_LEVELS = 12
+# Of the size of ticks, to the inch.
+_CHARACTERS = 18
+# Inches: from where on panels stand side by side, and the width that one needs.
+_WIDE, _LEAST_PANEL, _LARGEST_PANEL = 5.0, 1.6, 3.3
 _COLORMAP = "viridis"
 
 
@@ -88,7 +92,7 @@ def draw_surface(
     axes.clabel(lines, levels[::2], fontsize=TICK_SIZE - 1.5, fmt=_short, colors="0.2")
     axes.plot(0, 0, "+", color="black", markersize=5, markeredgewidth=0.8)
     axes.set_aspect("equal")
-    label_axes(axes, "first direction", "second direction")
+    label_axes(axes, "direction 1", "direction 2")
     if label is not None:
         axes.set_title(label, fontsize=TICK_SIZE + 1)
     return axes
@@ -133,20 +137,24 @@ def draw_surface_3d(
         rcount=len(positions), ccount=len(positions), linewidth=0, antialiased=True,
     )  # fmt: skip
     axes.set_zlim(*limits)
-    label_axes(axes, "first", "second")
+    label_axes(axes, "direction 1", "direction 2")
     # The name of the height stands above: beside the axis it would be cut off.
-    axes.set_title("log10 loss" if is_log else "loss", fontsize=TICK_SIZE, y=1.0)
-    axes.xaxis.labelpad = axes.yaxis.labelpad = -6
-    axes.tick_params(pad=-2, labelsize=TICK_SIZE - 1.5)
+    axes.set_title("height: log10 of the loss" if is_log else "height: loss", fontsize=TICK_SIZE)
+    axes.xaxis.labelpad = axes.yaxis.labelpad = -8
+    axes.xaxis.label.set_size(TICK_SIZE - 0.5)
+    axes.yaxis.label.set_size(TICK_SIZE - 0.5)
+    axes.tick_params(pad=-3, labelsize=TICK_SIZE - 1.5)
     axes.locator_params(nbins=4)
-    axes.view_init(elev=35, azim=-60)
+    # From high above, or the wall in front hides the minimum.
+    axes.view_init(elev=52, azim=-60)
     return axes
 
 
 def surface_figure(panels: Sequence[SurfacePanel], *, figure_width: float = 3.3) -> "Figure":
     """Draws the surfaces of several settings side by side, with the same levels.
 
-    Above the contours, below the same in three dimensions.
+    Above the contours, below the same in three dimensions; in as many rows as the width asks for.
+    The numbers at the contours are losses, and directions are in units of their norms.
 
     Args:
       panels: one `SurfacePanel` for each setting.
@@ -165,14 +173,18 @@ def surface_figure(panels: Sequence[SurfacePanel], *, figure_width: float = 3.3)
     _checks.positive("figure_width", figure_width)
     surfaces = [_surface_arrays(panel.positions, panel.losses) for panel in panels]
     levels = _levels([losses for _, losses in surfaces])
-    is_row = len(panels) == 1 and figure_width >= 5
-    shape = (1, 2) if is_row else (2, len(panels))
+    is_row = len(panels) == 1 and figure_width >= _WIDE
+    num_columns = max(1, min(len(panels), int(figure_width / _LEAST_PANEL)))
+    num_rows = 2 * -(-len(panels) // num_columns)
+    shape = (1, 2) if is_row else (num_rows, num_columns)
     size = figure_width / shape[1]
-    figure = new_figure(figure_width, 0.95 * size * shape[0])
+    figure = new_figure(figure_width, min(0.95 * size, _LARGEST_PANEL) * shape[0])
     for i, (panel, (positions, losses)) in enumerate(zip(panels, surfaces, strict=True)):
-        flat = figure.add_subplot(*shape, i + 1)
+        place = 2 * (i // num_columns) * num_columns + i % num_columns + 1
+        flat = figure.add_subplot(*shape, place)
         draw_surface(positions, losses, axes=flat, levels=levels, label=panel.label)
-        solid = figure.add_subplot(*shape, i + 1 + shape[1] - is_row * 1, projection="3d")
+        below = place + 1 if is_row else place + num_columns
+        solid = figure.add_subplot(*shape, below, projection="3d")
         draw_surface_3d(positions, losses, axes=solid, levels=levels)
     return figure
 
@@ -185,9 +197,9 @@ def draw_probe(
     label: str | None = None,
     color: Color | None = None,
 ) -> "Axes":
-    """Draws the range of some values at each time as a band, logarithmic if it is positive.
+    """Draws the range of some values at each time as a band, and their median as a line.
 
-    A second call on the same axes takes the next colour.
+    Logarithmic if all are positive. A second call on the same axes takes the next colour.
 
     Args:
       times: (num_looks,).
@@ -205,7 +217,9 @@ def draw_probe(
     times, values = np.asarray(times, np.float64), _looks("values", values, len(times))
     color = COLORS[len(axes.collections) % len(COLORS)] if color is None else color
     lower, upper = np.min(values, 1), np.max(values, 1)
-    axes.fill_between(times, lower, upper, color=color, alpha=0.4, linewidth=0.5, label=label)
+    axes.fill_between(times, lower, upper, color=color, alpha=0.25, linewidth=0, label=label)
+    marker = "o" if len(times) == 1 else None
+    axes.plot(times, np.median(values, 1), color=color, linewidth=1, marker=marker, markersize=3)
     _set_log(axes)
     return axes
 
@@ -216,7 +230,9 @@ def probe_figure(
     """Draws the probes of several settings over training: loss, gradient, smoothness.
 
     The first two panels show the range of the losses and of the distances of the gradient along
-    each step as a band; the third the largest smoothness, the effective one.
+    each step as a band around their median; the third the largest smoothness, the effective one.
+    Distances are Euclidean, in units of the loss over those of the parameters; smoothness is a
+    distance over the length of its step. Below a width of 5 inches the panels stand in a column.
 
     Args:
       panels: one `ProbePanel` for each setting; six are told apart by colour alone.
@@ -236,8 +252,9 @@ def probe_figure(
     if not panels:
         raise ValueError("`panels` must hold at least one setting, got none.")
     _checks.positive("figure_width", figure_width)
-    figure = new_figure(figure_width, 0.36 * figure_width)
-    loss, distance, smoothness = figure.subplots(1, 3)
+    is_row = figure_width >= _WIDE
+    figure = new_figure(figure_width, (0.36 if is_row else 1.5) * figure_width)
+    loss, distance, smoothness = figure.subplots(*((1, 3) if is_row else (3, 1)), sharex=True)
     for i, panel in enumerate(panels):
         color = COLORS[i % len(COLORS)]
         times, looks = _probe_arrays(panel)
@@ -251,13 +268,19 @@ def probe_figure(
         )  # fmt: skip
     for axes, text in (
         (loss, "loss along the step"),
-        (distance, "distance of gradients"),
-        (smoothness, "effective smoothness"),
+        (distance, "change of the gradient\n(Euclidean norm)"),
+        (smoothness, "effective smoothness\n(change of gradient / step)"),
     ):
         _set_log(axes)
         axes.locator_params(axis="x", integer=True)
-        label_axes(axes, time, text)
-    smoothness.legend(frameon=False, fontsize=TICK_SIZE)
+        label_axes(axes, time if is_row or axes is smoothness else "", text)
+        axes.yaxis.label.set_size(TICK_SIZE)
+    lines, labels = smoothness.get_legend_handles_labels()
+    longest = max(map(len, labels))
+    figure.legend(
+        lines, labels, loc="outside upper center", frameon=False, fontsize=TICK_SIZE,
+        ncols=max(1, min(len(labels), int(figure_width * _CHARACTERS / (longest + 6)))),
+    )  # fmt: skip
     return figure
 
 

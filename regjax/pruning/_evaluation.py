@@ -26,13 +26,13 @@ from regjax.pruning._channels import (
     unlabelled,
 )
 from regjax.pruning._fitting import Sized, cut, fitted, resized
-from regjax.pruning._rules import RULES, inner_jaxpr, inside_scan, without_rule
+from regjax.pruning._rules import RULES, inner_jaxpr, inside_scan, scan_counts, without_rule
 
 _REMOVED = 0
 """The label of what is removed; what stays has a code that is no channel's."""
 
 
-Evaluator: TypeAlias = Callable[[Graph, JaxprEqn, list[Sized]], list[Sized]]
+Evaluator: TypeAlias = Callable[["Removal", JaxprEqn, list[Sized]], list[Sized]]
 
 
 class Removal(Graph):
@@ -90,7 +90,7 @@ def evaluate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _bound(graph: Graph, equation: JaxprEqn, operands: list[Sized]) -> list[Sized]:
+def _bound(graph: Removal, equation: JaxprEqn, operands: list[Sized]) -> list[Sized]:
     """Applies a primitive, after its rule, to arrays that fit together."""
     name = equation.primitive.name
     rule = RULES.get(name, without_rule)
@@ -100,7 +100,7 @@ def _bound(graph: Graph, equation: JaxprEqn, operands: list[Sized]) -> list[Size
     return [Sized(array, value) for array, value in zip(outputs, values, strict=True)]
 
 
-def _slice(graph: Graph, equation: JaxprEqn, operands: list[Sized]) -> list[Sized]:
+def _slice(graph: Removal, equation: JaxprEqn, operands: list[Sized]) -> list[Sized]:
     (operand,), array = operands, operands[0].array
     (value,) = RULES["slice"](graph, equation, [operand.value])
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
@@ -115,10 +115,10 @@ def _slice(graph: Graph, equation: JaxprEqn, operands: list[Sized]) -> list[Size
 
 
 def _call(graph: Removal, equation: JaxprEqn, operands: list[Sized]) -> list[Sized]:
-    jaxpr, constants = inner_jaxpr(equation)
-    if jaxpr is None:
+    inner = inner_jaxpr(equation)
+    if inner is None:
         return _bound(graph, equation, operands)
-    return evaluate(graph, jaxpr, [given(array, CONSTANT) for array in constants], operands)
+    return evaluate(graph, inner[0], [given(array, CONSTANT) for array in inner[1]], operands)
 
 
 def _applied(equation: JaxprEqn, arrays: Sequence[jax.Array], params: Any) -> list[jax.Array]:
@@ -142,14 +142,12 @@ def _checkpoint(graph: Removal, equation: JaxprEqn, operands: list[Sized]) -> li
 def _scan(graph: Removal, equation: JaxprEqn, operands: list[Sized]) -> list[Sized]:
     outside = [operand.value for operand in operands]
     values = inside_scan(graph, equation, outside)
-    jaxpr, arrays = inner_jaxpr(equation)
-    constants = [given(array, CONSTANT) for array in arrays]
-    first = equation.params["num_consts"]
-    last = first + equation.params["num_carry"]
+    first, num_carry = scan_counts(equation)
+    last = first + num_carry
     shared = [operand.array for operand in operands[:first]]
 
     def body(carry: list[jax.Array], slices: list[jax.Array]) -> tuple[Tree, Tree]:
-        outputs = evaluate(graph, jaxpr, constants, _sized([*shared, *carry, *slices], values))
+        outputs = _call(graph, equation, _sized([*shared, *carry, *slices], values))
         kept, rows = outputs[: last - first], outputs[last - first :]
         return _like(kept, values[first:last]), [row.array for row in rows]
 
@@ -167,15 +165,13 @@ def _sized(arrays: Sequence[jax.Array], values: Sequence[Value]) -> list[Sized]:
     return [Sized(array, value) for array, value in zip(arrays, values, strict=True)]
 
 
-def _rerun(
-    graph: Removal, function: Callable[..., Tree], *arguments: list[Sized]
-) -> tuple[list[Sized], Any]:
+def _rerun(graph: Removal, function: Callable[..., Tree], *arguments: list[Sized]) -> list[Sized]:
     """Traces a function of lists of arrays of the old sizes, and runs it on the smaller ones."""
     whole = [[_whole(operand) for operand in operands] for operands in arguments]
-    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*whole)
+    traced = jax.make_jaxpr(function)(*whole)
     constants = [given(array, CONSTANT) for array in traced.consts]
     inputs = [operand for operands in arguments for operand in operands]
-    return evaluate(graph, traced.jaxpr, constants, inputs), shapes
+    return evaluate(graph, traced.jaxpr, constants, inputs)
 
 
 def _whole(operand: Sized) -> jax.ShapeDtypeStruct:
@@ -202,43 +198,44 @@ def _custom(graph: Removal, equation: JaxprEqn, operands: list[Sized]) -> list[S
         return function
 
     if equation.primitive.name == "custom_jvp_call":
-        function = jax.custom_jvp(plain)
+        forwards = jax.custom_jvp(plain)
 
-        @function.defjvp
+        @forwards.defjvp
         def along(primals: Any, tangents: Any) -> tuple[Tree, Tree]:
             moved = _rerun(
                 graph,
                 lambda at, by: jax.jvp(of_real(at), real(at), by),
                 _sized(primals, values), _sized(real(tangents), real(values)),
-            )[0]  # fmt: skip
+            )  # fmt: skip
             return _like(moved[: len(outside)], outside), _like(moved[len(outside) :], outside)
 
-    else:
-        function = jax.custom_vjp(plain)
-        found: dict[str, Any] = {}
+        return _sized(forwards(*(operand.array for operand in operands)), outside)
 
-        def forward(*arrays: jax.Array) -> tuple[Tree, Tree]:
-            def linearized(at: list[jax.Array]) -> tuple[Tree, Tree]:
-                outputs, pull_back = jax.vjp(of_real(at), *real(at))
-                leaves, found["tree"] = jax.tree.flatten(pull_back)
-                return outputs, leaves
+    backwards = jax.custom_vjp(plain)
+    found: dict[str, Any] = {}
 
-            outputs, _ = _rerun(graph, linearized, _sized(arrays, values))
-            rest = outputs[len(outside) :]
-            found["values"] = [o.value for o in rest]
-            return _like(outputs[: len(outside)], outside), [o.array for o in rest]
+    def linearize(*arrays: jax.Array) -> tuple[Tree, Tree]:
+        def linearized(at: list[jax.Array]) -> tuple[Tree, Tree]:
+            outputs, pull_back = jax.vjp(of_real(at), *real(at))
+            leaves, found["tree"] = jax.tree.flatten(pull_back)
+            return outputs, leaves
 
-        def backward(rest: Tree, cotangents: Tree) -> tuple[Tree, ...]:
-            pulled, _ = _rerun(
-                graph,
-                lambda leaves, by: jax.tree.unflatten(found["tree"], leaves)(by),
-                _sized(rest, found["values"]), _sized(cotangents, outside),
-            )  # fmt: skip
-            left = iter(_like(pulled, real(values)))
-            return tuple(next(left) if flag else None for flag in is_real)
+        outputs = _rerun(graph, linearized, _sized(arrays, values))
+        rest = outputs[len(outside) :]
+        found["values"] = [o.value for o in rest]
+        return _like(outputs[: len(outside)], outside), [o.array for o in rest]
 
-        function.defvjp(forward, backward)
-    return _sized(function(*(operand.array for operand in operands)), outside)
+    def pull(rest: Tree, cotangents: Tree) -> tuple[Tree, ...]:
+        pulled = _rerun(
+            graph,
+            lambda leaves, by: jax.tree.unflatten(found["tree"], leaves)(by),
+            _sized(rest, found["values"]), _sized(cotangents, outside),
+        )  # fmt: skip
+        left = iter(_like(pulled, real(values)))
+        return tuple(next(left) if flag else None for flag in is_real)
+
+    backwards.defvjp(linearize, pull)
+    return _sized(backwards(*(operand.array for operand in operands)), outside)
 
 
 _EVALUATORS: dict[str, Evaluator] = {

@@ -5,10 +5,11 @@ import functools
 
 import jax
 
-from regjax import _base, _checks
+from regjax import _base
+from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree
 from regjax.pruning._gates import Units, apply_gates
-from regjax.pruning._structure import Structure
+from regjax.pruning._structure import Structure, check_structure
 
 
 @functools.partial(
@@ -45,6 +46,7 @@ class GatedLoss:
         return self.loss_fn(apply_gates(self.structure, self.params, gates), *batch)
 
 
+@checked
 def gated_loss(structure: Structure, loss_fn: LossFn, params: Params) -> LossFn:
     """Turns the loss into a function of gates in front of the consumers of each unit.
 
@@ -61,7 +63,8 @@ def gated_loss(structure: Structure, loss_fn: LossFn, params: Params) -> LossFn:
       A loss (gates, *batch) -> scalar. Other parameters compile nothing again.
 
     Raises:
-      TypeError: a parameter is not real floating point.
+      ValueError: `params` are another tree.
+      TypeError: a parameter is not real floating point, or `structure` not a `Structure`.
     """
-    _checks.floating_tree("params", params)
+    check_structure(structure, params)
     return GatedLoss(structure, _base.as_partial(loss_fn), params)

@@ -12,13 +12,15 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from regjax import _checks, _tree
+from regjax._arguments import checked
 from regjax._base import Params, Tree
-from regjax.pruning._structure import Slice, Structure
+from regjax.pruning._structure import Slice, Structure, check_structure
 
 Units: TypeAlias = dict[str, jax.Array]
 """An array (num_units,) for each group of a `Structure`, by its name."""
 
 
+@checked
 def unit_gates(structure: Structure, params: Params) -> Units:
     """Makes gates that change nothing: ones.
 
@@ -31,12 +33,14 @@ def unit_gates(structure: Structure, params: Params) -> Units:
 
     Raises:
       ValueError: `params` are another tree.
+      TypeError: a parameter is not real floating point, or `structure` not a `Structure`.
     """
-    _checks.same_tree("params", params, structure.params)
+    check_structure(structure, params)
     dtype = _tree.vector_dtype(params)
     return {name: jnp.ones(group.num_units, dtype) for name, group in structure.groups.items()}
 
 
+@checked
 def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
     """Returns the parameters with which the model computes what it does with gates at its units.
 
@@ -53,9 +57,10 @@ def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
 
     Raises:
       ValueError: `params` or `gates` are another tree.
+      TypeError: a parameter or a gate is not real floating point, or `structure` not a `Structure`.
     """
-    _checks.same_tree("params", params, structure.params)
-    check_units("gates", structure, gates)
+    check_structure(structure, params)
+    _checks.floating_leaves("gates", check_units("gates", structure, gates))
     leaves, treedef = jax.tree.flatten(params)
     for name, group in structure.groups.items():
         for part in group.consumers:
@@ -64,6 +69,7 @@ def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
     return jax.tree.unflatten(treedef, leaves)
 
 
+@checked
 def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units:
     """Computes the derivative of the loss by every gate, from its gradient by the parameters.
 
@@ -84,12 +90,13 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
 
     Raises:
       ValueError: `params` or `grads` are another tree.
+      TypeError: a leaf is not real floating point, or `structure` not a `Structure`.
 
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771.
     """
-    _checks.same_tree("params", params, structure.params)
-    _checks.same_tree("grads", grads, structure.params)
+    check_structure(structure, params)
+    _checks.same_tree("grads", _checks.floating_tree("grads", grads), structure.params)
     weights, slopes = jax.tree.leaves(params), jax.tree.leaves(grads)
     found = {}
     for name, group in structure.groups.items():
@@ -103,6 +110,7 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
     return found
 
 
+@checked
 def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> Tree:
     """Marks the weights that remain when units are removed, as `transforms.hold_masks` takes it.
 
@@ -119,7 +127,7 @@ def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> 
       ValueError: `params` or `unit_masks` are another tree.
       TypeError: a mask is not boolean.
     """
-    _checks.same_tree("params", params, structure.params)
+    check_structure(structure, params)
     _checks.bool_tree("unit_masks", check_units("unit_masks", structure, unit_masks))
     leaves, treedef = jax.tree.flatten(params)
     masks = [jnp.ones(jnp.shape(leaf), bool) for leaf in leaves]
@@ -140,9 +148,9 @@ def check_units(name: str, structure: Structure, units: Units) -> Units:
         )
     for group, values in units.items():
         expected = (structure.groups[group].num_units,)
-        if jnp.shape(values) != expected:
+        if np.shape(values) != expected:
             raise ValueError(
-                f"`{name}[{group!r}]` must have shape {expected}, got {jnp.shape(values)}."
+                f"`{name}[{group!r}]` must have shape {expected}, got {np.shape(values)}."
             )
     return units
 

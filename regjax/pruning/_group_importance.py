@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax._base import Params, Tree
 from regjax._space import Space
 
 _REDUCTIONS = ("square_of_sum", "sum_of_squares", "sum_of_absolute")
 
 
+@checked
 def group_importance(
     params: Params,
     grads: Params,
@@ -44,14 +46,15 @@ def group_importance(
       The importance (num_groups,), in float32 at least.
 
     Raises:
-      ValueError: the trees differ, `num_groups` is below 1, or `reduction` is unknown.
+      ValueError: the trees differ, `num_groups` is below 1, a group has no such number or another
+        shape, or `reduction` is unknown.
       TypeError: a leaf has the wrong dtype.
 
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771.
     """
     _checks.floating_tree("params", params)
-    _checks.same_tree("grads", grads, params)
+    _checks.same_tree("grads", _checks.floating_tree("grads", grads), params)
     _checks.same_structure("groups", groups, params)
     _checks.integer("num_groups", num_groups)
     _checks.choice("reduction", reduction, _REDUCTIONS)
@@ -59,7 +62,7 @@ def group_importance(
     for value, group in zip(jax.tree.leaves(params), jax.tree.leaves(groups), strict=True):
         if not jnp.issubdtype(jnp.result_type(group), jnp.integer):
             raise TypeError(f"`groups` must hold integers, got {jnp.result_type(group)}.")
-        labels.append(jnp.ravel(jnp.broadcast_to(group, jnp.shape(value))))
+        labels.append(jnp.ravel(_spread(group, jnp.shape(value), num_groups)))
     space = Space.of(params)
     products = space.ravel(params) * space.ravel(grads)
     sums = functools.partial(
@@ -68,3 +71,19 @@ def group_importance(
     if reduction == "square_of_sum":
         return sums(products) ** 2
     return sums(products**2 if reduction == "sum_of_squares" else jnp.abs(products))
+
+
+def _spread(group: jax.Array, shape: tuple[int, ...], num_groups: int) -> jax.Array:
+    known = _checks.on_host(group)
+    if known is not None and not ((known >= -1) & (known < num_groups)).all():
+        raise ValueError(
+            f"`groups` must hold numbers from -1 to {num_groups - 1}, got {known.min()} to "
+            f"{known.max()}."
+        )
+    own = jnp.shape(group)
+    pairs = zip(reversed(own), reversed(shape), strict=False)
+    if len(own) > len(shape) or any(one not in (1, other) for one, other in pairs):
+        raise ValueError(
+            f"`groups` must broadcast to the shapes of `params`, got {own} for {shape}."
+        )
+    return jnp.broadcast_to(group, shape)

@@ -1,15 +1,21 @@
 """Hierarchical pruning: first how many units of which layer, then which units inside of it."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
+import jax
 import numpy as np
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax.pruning._gates import Units
 from regjax.pruning._masks import mask_lowest
 from regjax.pruning._redundancy import RedundancyResult
 
+_Known = TypeVar("_Known")
 
+
+@checked
 def hierarchical_plan(
     results: Mapping[str, RedundancyResult], costs: Mapping[str, float], *, budget: float
 ) -> dict[str, int]:
@@ -37,20 +43,23 @@ def hierarchical_plan(
     Raises:
       ValueError: the groups of `costs` are others, a cost is not positive, `budget` is negative, or
         a result is not finite.
-      TypeError: a result is traced.
+      TypeError: an argument is traced, or a result not from `gradient_redundancy`.
 
     References:
       Z. Zhou, L. Lian, Y. Yin, Z. Wang (2022), arXiv:2206.03596; a reconstruction.
     """
+    for name, given in (("results", results), ("costs", costs)):
+        _check_mapping(name, given)
     if set(costs) != set(results):
         raise ValueError(
             f"`costs` must have the groups of `results`, {sorted(results)}, got {sorted(costs)}."
         )
     for name, cost in costs.items():
-        _checks.positive(f"costs[{name!r}]", cost, finite=True)
+        _checks.number(f"costs[{name!r}]", cost, above_zero=True)
+        _concrete(f"costs[{name!r}]", cost)
     for name, result in results.items():
         _check_result(name, result)
-    left = _checks.non_negative("budget", budget, finite=True)
+    left = _concrete("budget", _checks.number("budget", budget))
     # A group's own directions come weakest first, as they fall; ties go in the order of `results`.
     offers = sorted(
         (error / costs[name], place, name)
@@ -79,8 +88,10 @@ def mask_planned(plan: Mapping[str, int], scores: Units, masks: Units) -> Units:
 
     Raises:
       ValueError: the groups differ, or a group would lose all of its units.
+      TypeError: an argument is no dict, or a number not an integer.
     """
-    for name, found in (("scores", scores), ("masks", masks)):
+    for name, found in (("plan", plan), ("scores", scores), ("masks", masks)):
+        _check_mapping(name, found)
         if set(found) != set(plan):
             raise ValueError(
                 f"`{name}` must have the groups of `plan`, {sorted(plan)}, got {sorted(found)}."
@@ -97,9 +108,20 @@ def _check_result(name: str, result: RedundancyResult) -> None:
             f"`results[{name!r}]` must come from `gradient_redundancy`, got a "
             f"{type(result).__name__}."
         )
-    if any(_checks.on_host(leaf) is None for leaf in result):
-        raise TypeError(f"`results[{name!r}]` must be concrete, as the host plans, got tracers.")
-    _checks.finite_tree(f"results[{name!r}].singular_values", result.singular_values)
+    _concrete(f"results[{name!r}]", result)
+    for field in ("singular_values", "rate", "smallest_null_energy"):
+        _checks.finite_tree(f"results[{name!r}].{field}", getattr(result, field))
+
+
+def _check_mapping(name: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`{name}` must be a dict of groups, got a {type(given).__name__}.")
+
+
+def _concrete(name: str, tree: _Known) -> _Known:
+    if any(_checks.on_host(leaf) is None for leaf in jax.tree.leaves(tree)):
+        raise TypeError(f"`{name}` must be concrete, as the host plans, got tracers.")
+    return tree
 
 
 def _predicted_errors(result: RedundancyResult) -> list[float]:

@@ -68,9 +68,9 @@ def reshape(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Val
         return opaque(graph, equation, operands, "passes through an odd `reshape`")
     output = unlabelled(shape, FREE)
     labels, sources = list(output.labels), list(output.sources)
-    for axis in operand.labels:
-        if len(axis) == 1:
-            graph.fix(axis, "is taken out alone by `reshape`")
+    for alone in operand.labels:
+        if len(alone) == 1:
+            graph.fix(alone, "is taken out alone by `reshape`")
     for olds, news in _blocks([len(axis) for axis in operand.labels], shape):
         if len(olds) == len(news) == 1:
             labels[news[0]], sources[news[0]] = operand.labels[olds[0]], operand.sources[olds[0]]

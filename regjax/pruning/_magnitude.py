@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _tree
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.pruning._gates import Units
-from regjax.pruning._structure import Group, Slice, Structure
+from regjax.pruning._structure import Group, Slice, Structure, check_structure
 
 
+@checked
 def incoming_norm(structure: Structure, params: Params) -> Units:
     """Computes the norm of the weights that make each unit, biases left out.
 
@@ -23,11 +25,13 @@ def incoming_norm(structure: Structure, params: Params) -> Units:
       {group: (num_units,)}; over all producers of a group together.
 
     Raises:
+      ValueError: `params` are another tree.
       TypeError: a parameter is not real floating point.
     """
     return _norms(structure, params, lambda group: group.producers)
 
 
+@checked
 def outgoing_norm(structure: Structure, params: Params) -> Units:
     """Computes the norm of the weights that read each unit.
 
@@ -39,11 +43,13 @@ def outgoing_norm(structure: Structure, params: Params) -> Units:
       {group: (num_units,)}; over all consumers of a group together.
 
     Raises:
+      ValueError: `params` are another tree.
       TypeError: a parameter is not real floating point.
     """
     return _norms(structure, params, lambda group: group.consumers)
 
 
+@checked
 def scale_magnitude(structure: Structure, params: Params) -> Units:
     """Takes the size of each unit's scale in the normalization behind it.
 
@@ -57,15 +63,17 @@ def scale_magnitude(structure: Structure, params: Params) -> Units:
       {group: (num_units,)}; the norm over all scales of a unit where it has several.
 
     Raises:
-      ValueError: a group has no scale.
+      ValueError: a group has no scale, or `params` are another tree.
       TypeError: a parameter is not real floating point.
     """
+    check_structure(structure, params)
     without = [name for name, group in structure.groups.items() if not group.scales]
     if without:
         raise ValueError(f"`structure` must have a scale in each group, got none in {without}.")
     return _norms(structure, params, lambda group: group.scales)
 
 
+@checked
 def weight_magnitude(params: Params) -> Params:
     """Takes the size |w| of each single weight, for unstructured pruning with `mask_lowest`.
 
@@ -81,6 +89,7 @@ def weight_magnitude(params: Params) -> Params:
     return jax.tree.map(jnp.abs, _checks.floating_tree("params", params))
 
 
+@checked
 def random_scores(gates: Tree, *, key: PRNGKey) -> Tree:
     """Draws scores by chance, uniform in [0, 1).
 
@@ -102,7 +111,7 @@ def random_scores(gates: Tree, *, key: PRNGKey) -> Tree:
 def _norms(
     structure: Structure, params: Params, slices: Callable[[Group], tuple[Slice, ...]]
 ) -> Units:
-    _checks.floating_tree("params", params)
+    check_structure(structure, params)
     return {
         name: _norm(slices(group), params, group.num_units)
         for name, group in structure.groups.items()

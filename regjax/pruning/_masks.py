@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from regjax import _checks, _loops, _tree
+from regjax._arguments import checked
 from regjax._base import Tree
 
 
@@ -19,7 +20,11 @@ def full_masks(scores: Tree) -> Tree:
 
     Returns:
       A tree like `scores` of bool arrays, all True.
+
+    Raises:
+      TypeError: a leaf is not real floating point.
     """
+    _checks.floating_tree("scores", scores)
     return jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), scores)
 
 
@@ -40,6 +45,7 @@ def gates_from_masks(masks: Tree, *, dtype: DTypeLike = jnp.float32) -> Tree:
     return jax.tree.map(lambda mask: jnp.asarray(mask).astype(dtype), masks)
 
 
+@checked
 def mask_lowest(
     scores: Tree, masks: Tree, num_to_remove: int | jax.Array, *, min_units: int = 1
 ) -> Tree:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _loops, _tree
+from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Tree, as_partial, check_loss
 from regjax._space import Space
 
 
+@checked
 def oracle_importance(
     gate_loss: LossFn,
     gates: Tree,

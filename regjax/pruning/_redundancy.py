@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import LossFn, Tree, as_partial, check_loss, couples_examples
 
 
@@ -51,6 +52,7 @@ class RedundancyResult(NamedTuple):
     is_vanishing: jax.Array
 
 
+@checked
 def gradient_matrix(
     gate_loss: LossFn, gates: Tree, *batch: Tree, chunk_size: int | None = None
 ) -> Tree:
@@ -82,6 +84,7 @@ def gradient_matrix(
     return _chunks.each(Partial(_gradients, as_partial(gate_loss)), gates, batch, chunk_size)
 
 
+@checked
 def gradient_redundancy(
     matrix: jax.Array,
     *,
@@ -110,13 +113,13 @@ def gradient_redundancy(
       Z. Zhou, L. Lian, Y. Yin, Z. Wang (2022), arXiv:2206.03596; a reconstruction, see the text of
       this module.
     """
-    _checks.floating_tree("matrix", matrix)
+    matrix = _checks.floating_array("matrix", matrix)
     if jnp.ndim(matrix) != 2 or 0 in jnp.shape(matrix):
         raise ValueError(
             f"`matrix` must have shape (N, C), neither of them 0, got {jnp.shape(matrix)}."
         )
-    _checks.non_negative("tol", tol, finite=True)
-    _checks.non_negative("vanishing_threshold", vanishing_threshold, finite=True)
+    _checks.number("tol", tol)
+    _checks.number("vanishing_threshold", vanishing_threshold)
     num_examples, size = jnp.shape(matrix)
     mask = jnp.ones(size, bool) if mask is None else _check_mask(mask, size)
     matrix = _checks.finite_tree("matrix", jnp.where(mask[None], _tree.wide(matrix), 0))
@@ -148,17 +151,26 @@ def redundancy_saliency(result: RedundancyResult) -> jax.Array:
 
     Returns:
       The scores (C,), in squared units of the loss; over all directions they would be the sums of
-      squares of the columns of G.
+      squares of the columns of G. NaN if the result is not finite.
+
+    Raises:
+      TypeError: `result` is no `RedundancyResult`.
 
     References:
       As `gradient_redundancy`; ours.
     """
+    if not isinstance(result, RedundancyResult):
+        raise TypeError(
+            f"`result` must come from `gradient_redundancy`, got a {type(result).__name__}."
+        )
     number = jnp.arange(result.singular_values.size, dtype=jnp.int32)
     energies = jnp.where(number < result.rank, result.singular_values**2, 0)
     scores = jnp.matmul(result.directions**2, energies, precision="highest")
-    return jnp.where(result.rank < 0, jnp.nan, scores)
+    is_known = (result.rank >= 0) & jnp.all(jnp.isfinite(result.singular_values))
+    return jnp.where(is_known, scores, jnp.nan)
 
 
+@checked
 def numerical_rank(singular_values: jax.Array, *, tol: float = 1e-2) -> jax.Array:
     """Counts the singular values above `tol` times the largest.
 
@@ -174,12 +186,13 @@ def numerical_rank(singular_values: jax.Array, *, tol: float = 1e-2) -> jax.Arra
         not negative.
       TypeError: `singular_values` are not real floating point.
     """
-    _checks.non_negative("tol", tol, finite=True)
+    _checks.number("tol", tol)
     values = _falling(singular_values)
     rank = jnp.sum(values > jnp.asarray(tol, values.dtype) * values[0], dtype=jnp.int32)
     return jnp.where(jnp.all(jnp.isfinite(values)), rank, -1)
 
 
+@checked
 def energy_rank(singular_values: jax.Array, *, share: float = 0.99) -> jax.Array:
     """Finds the least r for which the r largest hold this share of the sum of squares.
 
@@ -194,7 +207,7 @@ def energy_rank(singular_values: jax.Array, *, share: float = 0.99) -> jax.Array
       ValueError: `share` is not in [0, 1], or as in `numerical_rank`.
       TypeError: as in `numerical_rank`.
     """
-    _checks.between("share", share, 0, 1)
+    _checks.between("share", _checks.number("share", share), 0, 1)
     values = _relative(singular_values)
     held = jnp.cumsum(values**2)
     before = jnp.concatenate([jnp.zeros(1, held.dtype), held[:-1]])
@@ -202,6 +215,7 @@ def energy_rank(singular_values: jax.Array, *, share: float = 0.99) -> jax.Array
     return jnp.where(jnp.all(jnp.isfinite(values)), rank, -1)
 
 
+@checked
 def stable_rank(singular_values: jax.Array) -> jax.Array:
     """Divides the squared Frobenius norm by the squared spectral norm.
 
@@ -221,6 +235,7 @@ def stable_rank(singular_values: jax.Array) -> jax.Array:
     return jnp.sum(_relative(singular_values) ** 2)
 
 
+@checked
 def effective_rank(singular_values: jax.Array) -> jax.Array:
     """Computes the exponential of the entropy of the singular values over their sum.
 
@@ -248,7 +263,7 @@ def effective_rank(singular_values: jax.Array) -> jax.Array:
 
 def _falling(singular_values: jax.Array) -> jax.Array:
     """Returns the singular values from the largest one; those that are none are refused."""
-    _checks.floating_tree("singular_values", singular_values)
+    singular_values = _checks.floating_array("singular_values", singular_values)
     if jnp.ndim(singular_values) != 1 or not jnp.size(singular_values):
         raise ValueError(
             "`singular_values` must be a vector with at least one entry, got shape "

@@ -9,6 +9,7 @@ import numpy as np
 
 from regjax import _checks, _tree
 from regjax._adapters import Model, model_function
+from regjax._arguments import checked
 from regjax._base import ModelFn, Params, Tree, applied, as_partial
 from regjax.pruning._gates import Units, check_units
 from regjax.pruning._smaller import Parts, SmallerApply
@@ -68,6 +69,7 @@ def remove_units(structure: Structure, model: Model, unit_masks: Units) -> Model
     return pruned
 
 
+@checked
 def count_cost(model_fn: ModelFn, params: Params, inputs: Tree) -> CostResult:
     """Counts parameters and operations of the forward pass, these as the compiler does.
 
@@ -93,6 +95,12 @@ def count_cost(model_fn: ModelFn, params: Params, inputs: Tree) -> CostResult:
 
 
 def _checked_masks(structure: Structure, model: Model, unit_masks: Units) -> dict[str, np.ndarray]:
+    if not isinstance(structure, Structure):
+        raise TypeError(
+            f"`structure` must come from `find_structure`, got a {type(structure).__name__}."
+        )
+    if not isinstance(model, Model):
+        raise TypeError(f"`model` must be a `regjax.Model`, got a {type(model).__name__}.")
     _checks.same_tree("model.params", model.params, structure.params)
     found = [jnp.shape(leaf) for leaf in jax.tree.leaves(model.state)]
     # A key of dropout, if the structure was found with one, comes last.

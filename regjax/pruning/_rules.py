@@ -34,10 +34,11 @@ from regjax.pruning._channels import (
 Rule: TypeAlias = Callable[[Graph, JaxprEqn, list[Value]], list[Value]]
 
 _ELEMENTWISE_NAMES = """
-abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
-copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
-is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision
-rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor
+abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
+clz convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor
+ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or
+population_count pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
+shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 _REDUCTIONS = """
@@ -70,11 +71,11 @@ def propagate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def inner_jaxpr(equation: JaxprEqn) -> tuple[Jaxpr | None, Sequence[jax.Array]]:
+def inner_jaxpr(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[jax.Array]] | None:
     """Returns the jaxpr that a call runs, and its constants; None for other primitives."""
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     inner = next((equation.params[name] for name in names if name in equation.params), None)
-    return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+    return None if inner is None else (getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()))
 
 
 def without_rule(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
@@ -83,16 +84,18 @@ def without_rule(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> lis
 
 
 def _call(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
-    jaxpr, arrays = inner_jaxpr(equation)
-    if jaxpr is None:
+    inner = inner_jaxpr(equation)
+    if inner is None:
         return without_rule(graph, equation, operands)
-    constants = [unlabelled(np.shape(array), CONSTANT) for array in arrays]
-    return propagate(graph, jaxpr, constants, operands)
+    constants = [unlabelled(np.shape(array), CONSTANT) for array in inner[1]]
+    return propagate(graph, inner[0], constants, operands)
 
 
 def _elementwise(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     name, shape = equation.primitive.name, shape_of(equation.outvars[0])
     arrays = [operand for operand in operands if operand.labels]  # a scalar has no axes
+    if any(len(array.labels) != len(shape) for array in arrays):  # bits of another width
+        return opaque(graph, equation, operands, f"goes through `{name}`, which moves bits")
     labels = [free(length) for length in shape]
     for array in arrays:
         for axis, along in enumerate(array.labels):
@@ -169,10 +172,18 @@ def _in_groups(
     return np.repeat(channels, come.shape[1])
 
 
+def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
+    """Returns how many operands of a scan are constants, and how many are carried."""
+    if "num_carry" in equation.params:
+        return equation.params["num_consts"], equation.params["num_carry"]
+    # From 0.11 on JAX keeps the three of them as flattened trees.
+    constants, carry, _ = (len(list(part.vals)) for part in equation.params["ft_in"].unpack())
+    return constants, carry
+
+
 def inside_scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     """Finds the values of what the body of a scan takes: constants, carry and slices."""
-    jaxpr, arrays = inner_jaxpr(equation)
-    num_consts, num_carry = equation.params["num_consts"], equation.params["num_carry"]
+    num_consts, num_carry = scan_counts(equation)
     given = list(operands)
     for i, operand in enumerate(given[num_consts + num_carry :], num_consts + num_carry):
         graph.fix(_carry_axis(graph, operand, 0), "is scanned over")
@@ -180,9 +191,8 @@ def inside_scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list
     places = range(num_consts, num_consts + num_carry)
     for i in places:
         given[i] = carried(graph, [given[i]], [_sourceless(given[i].labels)])[0]
-    constants = [unlabelled(np.shape(array), CONSTANT) for array in arrays]
     while True:
-        found = propagate(graph, jaxpr, constants, given)
+        found = _call(graph, equation, given)
         changed = False
         for i, after in zip(places, found, strict=False):
             labels = tuple(map(graph.couple, given[i].labels, after.labels))
@@ -194,11 +204,8 @@ def inside_scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list
 
 def _scan(graph: Graph, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     given = inside_scan(graph, equation, operands)
-    jaxpr, arrays = inner_jaxpr(equation)
-    constants = [unlabelled(np.shape(array), CONSTANT) for array in arrays]
-    num_carry, length = equation.params["num_carry"], equation.params["length"]
-    num_consts = equation.params["num_consts"]
-    found = propagate(graph, jaxpr, constants, given)
+    (num_consts, num_carry), length = scan_counts(equation), equation.params["length"]
+    found = _call(graph, equation, given)
     stacked = [(rigid(length, DATA), *value.labels) for value in found[num_carry:]]
     return [*given[num_consts : num_consts + num_carry], *map(_sourceless, stacked)]
 

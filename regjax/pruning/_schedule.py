@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _tree
+from regjax._arguments import checked
 from regjax._base import Tree
 
 
+@checked
 def linear_removal(
     step: int | jax.Array, *, every: int, num_each: int, total: int, begin: int = 0
 ) -> jax.Array:
@@ -36,10 +38,11 @@ def linear_removal(
     _checks.integer("total", total, minimum=0)
     _checks.integer("begin", begin, minimum=0)
     # More rounds than it takes would change nothing but might overflow.
-    rounds = jnp.clip((_step(step) - begin) // every, 0, total // num_each + 1)
+    rounds = jnp.clip((_count("step", step) - begin) // every, 0, total // num_each + 1)
     return jnp.minimum(rounds * num_each, total)
 
 
+@checked
 def cubic_removal(
     step: int | jax.Array,
     *,
@@ -81,14 +84,14 @@ def cubic_removal(
     _checks.integer("num_rounds", num_rounds)
     _checks.integer("begin", begin, minimum=0)
     for name, value in (("final", final), ("initial", initial)):
-        if _checks.non_negative(name, value) > 1:
-            raise ValueError(f"`{name}` must be at most 1, got {value}.")
-    done = _step(step) - begin
+        _checks.between(name, _checks.number(name, value), 0, 1)
+    done = _count("step", step) - begin
     rounds = jnp.clip(done // every, 0, num_rounds).astype(jnp.float32)
     share = final + (initial - final) * (1 - rounds / num_rounds) ** 3
     return jnp.where(done < 0, 0, jnp.round(share * num_units).astype(jnp.int32))
 
 
+@checked
 def num_missing(masks: Tree, num_removed: int | jax.Array) -> jax.Array:
     """Counts what is still to go, for `mask_lowest`, until so many are removed.
 
@@ -100,11 +103,13 @@ def num_missing(masks: Tree, num_removed: int | jax.Array) -> jax.Array:
       `num_removed` less the number of False, at least 0, (), int32.
 
     Raises:
-      TypeError: a leaf is not bool.
+      ValueError: `num_removed` is negative.
+      TypeError: a leaf is not bool, or `num_removed` not an integer.
     """
     _checks.bool_tree("masks", masks)
+    num_removed = _count("num_removed", num_removed)
     gone = sum(jnp.sum(~leaf, dtype=jnp.int32) for leaf in jax.tree.leaves(masks))
-    return jnp.maximum(jnp.asarray(num_removed, jnp.int32) - gone, 0)
+    return jnp.maximum(num_removed - gone, 0)
 
 
 def average_scores(previous: Tree | None, scores: Tree, *, decay: float = 0.9) -> Tree:
@@ -126,11 +131,12 @@ def average_scores(previous: Tree | None, scores: Tree, *, decay: float = 0.9) -
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771, whose code offers it with 0.9.
     """
-    if not 0 <= _checks.non_negative("decay", decay) < 1:
+    if not _checks.number("decay", decay) < 1:
         raise ValueError(f"`decay` must be below 1, got {decay}.")
+    _checks.floating_tree("scores", scores)
     if previous is None:
         return scores
-    _checks.same_tree("previous", previous, scores)
+    _checks.same_tree("previous", _checks.floating_tree("previous", previous), scores)
     return jax.tree.map(
         lambda old, new: decay * _tree.wide(old) + (1 - decay) * _tree.wide(new),
         previous,
@@ -138,9 +144,10 @@ def average_scores(previous: Tree | None, scores: Tree, *, decay: float = 0.9) -
     )
 
 
-def _step(step: int | jax.Array) -> jax.Array:
-    if not isinstance(step, jax.Array):
-        step = _checks.integer("step", step, minimum=0)
-    elif not jnp.issubdtype(step.dtype, jnp.integer):
-        raise TypeError(f"`step` must be an integer, got {step.dtype}.")
-    return jnp.asarray(step, jnp.int32)
+def _count(name: str, count: int | jax.Array) -> jax.Array:
+    """Returns a number of steps or of units, as an int32 array ()."""
+    if not isinstance(count, jax.Array):
+        return jnp.asarray(_checks.integer(name, count, minimum=0), jnp.int32)
+    if count.shape or not jnp.issubdtype(count.dtype, jnp.integer):
+        raise TypeError(f"`{name}` must be one integer, got {count.dtype} of shape {count.shape}.")
+    return jnp.asarray(_checks.non_negative(name, count), jnp.int32)

@@ -8,6 +8,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax._base import ModelFn, Params, Tree, as_partial
 from regjax.pruning._channels import CONSTANT, DATA, Graph, LeafAxis, components, unlabelled
 from regjax.pruning._rules import propagate
@@ -57,7 +58,8 @@ class Structure:
 
     Attributes:
       groups: by the name of the first producer, in the order of the forward pass.
-      fixed: kernels whose units cannot be removed, each with the reason.
+      fixed: kernels whose units cannot be removed, each with the reason; "name[axis]" where only
+        the units along other axes of a kernel can be.
       params: the parameters as `jax.ShapeDtypeStruct`s.
       state: list of the model's own leaves as such.
       inputs: the inputs as such.
@@ -70,16 +72,27 @@ class Structure:
     inputs: Tree = dataclasses.field(repr=False)
 
 
+def check_structure(structure: object, params: Params) -> None:
+    """Checks a structure, and parameters like those that it was found with."""
+    if not isinstance(structure, Structure):
+        raise TypeError(
+            f"`structure` must come from `find_structure`, got a {type(structure).__name__}."
+        )
+    _checks.same_tree("params", _checks.floating_tree("params", params), structure.params)
+
+
+@checked
 def find_structure(model_fn: ModelFn, params: Params, inputs: Tree) -> Structure:
     """Finds the groups of units that can be removed, from a trace of the forward pass.
 
     A unit is all that has to go together: channels joined by additions (a residual stage is one
     group), by elementwise operations and by products batch by batch, with their biases, norms and
     statistics, and the slices of the kernels that they go into. They stay apart through transposes,
-    pooling, concatenation and flattening. Units are fixed where they feed the outputs, meet the
-    inputs or a constant array, are reduced, split or cut along their axis (layer and group norm,
-    weight norm of a consumer), are contracted with what is no parameter, or pass through a
-    primitive without a rule.
+    pooling, concatenation, slices, flattening, embeddings and scans. Where an axis is split, its
+    parts go whole: heads of attention, groups of a group norm or of a convolution. Units are fixed
+    where they feed the outputs, meet the inputs or a constant array, are reduced along their axis
+    (layer norm, weight norm of a consumer), are contracted with what is no parameter, or pass
+    through a primitive without a rule. Every unit of a group can be removed, alone and with others.
 
     Args:
       model_fn: (params, inputs) -> outputs, as from `regjax.model_function` in evaluation mode,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks, _loops, _tree
+from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Tree, as_partial, check_loss
 from regjax.pruning._oracle import gate_hessian_diagonal
 
@@ -86,6 +87,7 @@ def taylor_importance_second_order(gate_grads: Tree, gate_hessian_diagonal: Tree
     )
 
 
+@checked
 def taylor_scores(
     gate_loss: LossFn, gates: Tree, *batch: Tree, batch_size: int
 ) -> TaylorScoresResult:
@@ -123,6 +125,7 @@ def taylor_scores(
     return _over_batches(add, gates, num_batches)
 
 
+@checked
 def taylor_scores_second_order(
     gate_loss: LossFn, gates: Tree, *batch: Tree, batch_size: int, block_size: int = 16
 ) -> TaylorScoresResult:

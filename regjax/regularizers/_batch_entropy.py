@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import DictKey
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from regjax import _checks, _tree
+from regjax._arguments import checked
 from regjax._base import Params, State, Tree
 
 # The leaves of a tap by which its parameter and its state are found in any model.
@@ -48,8 +49,9 @@ def batch_entropy(
       D. Peer, B. Keulen, S. Stabinger, J. Piater, A. Rodriguez-Sanchez (2022), arXiv:2208.01134;
       the formula and the unbiased variance are those of the authors' code.
     """
-    _checks.floating_tree("activations", activations)
+    activations = _checks.floating_array("activations", activations)
     _checks.integer("degrees_of_freedom", degrees_of_freedom, minimum=0)
+    _checks.axis_name("axis_name", axis_name)
     shape = jnp.shape(activations)
     if 0 in shape[1:] or not shape:
         raise ValueError(
@@ -72,6 +74,7 @@ def batch_entropy(
     return jnp.mean(0.5 * jnp.log1p(scale * _mean(deviations**2, axis_name)))
 
 
+@checked
 def layerwise_batch_entropy(
     task_loss: jax.Array,
     entropies: jax.Array,
@@ -114,13 +117,16 @@ def layerwise_batch_entropy(
       those of a perceptron's hidden layers behind ReLU, but for the first, or of a residual
       network's blocks behind addition and ReLU.
     """
-    _checks.non_negative("strength", strength, finite=True)
-    _checks.non_negative("min_target_entropy", min_target_entropy, finite=True)
-    for name, value in (
-        ("task_loss", task_loss), ("entropies", entropies), ("target_entropies", target_entropies)
-    ):  # fmt: skip
-        _checks.floating_tree(name, value)
-    task_loss, entropies, targets = map(_tree.wide, (task_loss, entropies, target_entropies))
+    _checks.number("strength", strength)
+    _checks.number("min_target_entropy", min_target_entropy)
+    task_loss, entropies, targets = (
+        _tree.wide(_checks.floating_array(name, value))
+        for name, value in (
+            ("task_loss", task_loss),
+            ("entropies", entropies),
+            ("target_entropies", target_entropies),
+        )
+    )
     if task_loss.ndim:
         raise ValueError(f"`task_loss` must be a scalar, got shape {task_loss.shape}.")
     if entropies.shape != targets.shape or entropies.ndim != 1 or not entropies.size:
@@ -182,6 +188,13 @@ def tapped_entropies(params: Params, state: State) -> tuple[jax.Array, jax.Array
     paths = sorted(targets, key=lambda path: [_by_number(key) for key in path])
     entries = [[jnp.ravel(_tree.wide(tree[p])) for p in paths] for tree in (entropies, targets)]
     return jnp.concatenate(entries[0]), jnp.concatenate(entries[1])
+
+
+def check_tap(initial_target_entropy: float, degrees_of_freedom: int, dtype: DTypeLike) -> None:
+    """Checks the options of a tap."""
+    _checks.number("initial_target_entropy", initial_target_entropy)
+    _checks.integer("degrees_of_freedom", degrees_of_freedom, minimum=0)
+    _checks.inexact_dtype("param_dtype", dtype)
 
 
 def _mean(values: jax.Array, axis_name: str | None) -> jax.Array:

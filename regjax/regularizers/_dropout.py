@@ -9,6 +9,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, as_partial, check_loss
 from regjax.regularizers._gradient_norm import squared_gradient_norm
 
@@ -25,6 +26,7 @@ class DropoutGradientPenaltyResult(NamedTuple):
     standard_error: jax.Array
 
 
+@checked
 def dropout_penalty(
     features: jax.Array, kernel: jax.Array, *, keep_probability: float | jax.Array
 ) -> jax.Array:
@@ -53,26 +55,30 @@ def dropout_penalty(
 
     Raises:
       ValueError: the shapes do not fit, or `keep_probability` is not above 0 and at most 1.
-      TypeError: `keep_probability` is not a real number.
+      TypeError: `keep_probability` is not a real number, or an array not real floating point.
 
     References:
       Z. Zhang, Z.-Q. Xu (2024), Implicit regularization of dropout, arXiv:2207.05952, eq. 4 and
       lemma 1; for several outputs the square of W_j becomes its squared norm.
     """
-    if jnp.ndim(features) != 2 or jnp.ndim(kernel) != 2 or features.shape[1] != kernel.shape[0]:
+    f, w = _checks.floating_array("features", features), _checks.floating_array("kernel", kernel)
+    if f.ndim != 2 or w.ndim != 2 or f.shape[1] != w.shape[0] or not f.size or not w.size:
         raise ValueError(
-            f"`features` and `kernel` must have shapes (n, m) and (m, k), got "
-            f"{jnp.shape(features)} and {jnp.shape(kernel)}."
+            "`features` and `kernel` must have entries and the shapes (n, m) and (m, k), got "
+            f"{f.shape} and {w.shape}."
         )
-    _checks.positive("keep_probability", keep_probability)
-    if not isinstance(keep_probability, jax.Array) and keep_probability > 1:
-        raise ValueError(f"`keep_probability` must be at most 1, got {keep_probability}.")
-    squares = jnp.mean(_tree.wide(features) ** 2, 0)
-    total = jnp.sum(squares * jnp.sum(_tree.wide(kernel) ** 2, 1))
+    _checks.number("keep_probability", keep_probability, above_zero=True)
+    _checks.between("keep_probability", keep_probability, 0, 1)
+    # The squares of small features may underflow where their product with large weights does not.
+    f, f_power = _numerics.near_one(_tree.wide(f), (0,))
+    w, w_power = _numerics.near_one(_tree.wide(w), (1,))
+    unscale = (1 / f_power[0]) * (1 / w_power[:, 0])
+    total = jnp.sum((jnp.mean(f**2, 0) * unscale) * (jnp.sum(w**2, 1) * unscale))
     keep = jnp.asarray(keep_probability, total.dtype)
     return (1 - keep) / (2 * keep) * total
 
 
+@checked
 def dropout_gradient_penalty(
     dropout_loss_fn: Callable[[Params, PRNGKey], jax.Array],
     params: Params,
@@ -110,7 +116,7 @@ def dropout_gradient_penalty(
       Z. Zhang, Z.-Q. Xu (2024), arXiv:2207.05952, eq. 5. The split into mean and covariance and
       the standard error are ours.
     """
-    _checks.non_negative("learning_rate", learning_rate)
+    _checks.number("learning_rate", learning_rate)
     _checks.integer("num_samples", num_samples)
     check_loss(dropout_loss_fn, params, (_checks.key("key", key),), name="dropout_loss_fn")
     keys = jax.random.split(key, num_samples)

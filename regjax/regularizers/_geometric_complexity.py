@@ -8,6 +8,7 @@ from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
 from regjax import _checks, _chunks, _jacobian, _tree
+from regjax._arguments import checked
 from regjax._base import ModelFn, Params, PRNGKey, as_partial
 
 _SIDES = ("outputs", "inputs")
@@ -25,6 +26,7 @@ class GeometricComplexityResult(NamedTuple):
     standard_error: jax.Array
 
 
+@checked
 def geometric_complexity(
     model_fn: ModelFn, params: Params, inputs: jax.Array, *, chunk_size: int | None = None
 ) -> jax.Array:
@@ -62,6 +64,7 @@ def geometric_complexity(
     return jnp.mean(norms)
 
 
+@checked
 def geometric_complexity_estimate(
     model_fn: ModelFn,
     params: Params,

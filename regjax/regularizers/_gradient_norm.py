@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from regjax import _tree
+from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Params, Tree, as_partial, check_loss
 
 
+@checked
 def gradient_norm_penalty(loss_fn: LossFn, params: Params, *batch: Tree) -> jax.Array:
     """Computes the squared norm of the gradient of the mean loss over the batch.
 

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Mask, Params, PRNGKey
 
 
+@checked
 def spectral_norm_penalty(
     params: Params,
     *,
@@ -42,8 +44,8 @@ def spectral_norm_penalty(
       The penalty (), in float32 at least, in squared units of the parameters.
 
     Raises:
-      ValueError: `num_iterations` is below 1, `mask` has another structure, or it takes in a leaf
-        with fewer than two axes.
+      ValueError: `num_iterations` is below 1, a kernel has an empty axis, `mask` has another
+        structure, or it takes in a leaf with fewer than two axes.
       TypeError: a parameter is not real floating point, `key` is not a typed key, or `mask` holds
         other things than bools.
 
@@ -55,6 +57,8 @@ def spectral_norm_penalty(
     _checks.floating_tree("params", params)
     total = jnp.zeros((), _tree.vector_dtype(params))
     for i, kernel in enumerate(_kernels(params, mask)):
+        if not kernel.size:
+            raise ValueError(f"`params` must have no empty kernel, got shape {kernel.shape}.")
         matrix = _tree.wide(kernel).reshape(-1, kernel.shape[-1])
         # The norm of W' is that of W, and the vector is as short as it can be.
         matrix = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T

@@ -34,6 +34,9 @@ class BatchEntropyTap(linen.Module):
     @linen.compact
     def __call__(self, activations: jax.Array) -> jax.Array:
         """Returns the activations (batch, ...) as they are."""
+        _batch_entropy.check_tap(
+            self.initial_target_entropy, self.degrees_of_freedom, self.param_dtype
+        )
         target = self.param(
             _batch_entropy.TARGET,
             lambda key: jnp.asarray(self.initial_target_entropy, self.param_dtype),

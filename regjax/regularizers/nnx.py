@@ -39,6 +39,7 @@ class BatchEntropyTap(nnx.Module):
         deterministic: bool = False,
         param_dtype: DTypeLike = jnp.float32,
     ):
+        _batch_entropy.check_tap(initial_target_entropy, degrees_of_freedom, param_dtype)
         self.degrees_of_freedom, self.axis_name = degrees_of_freedom, axis_name
         self.deterministic = deterministic
         self.target_entropy = nnx.Param(jnp.asarray(initial_target_entropy, param_dtype))

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks
+from regjax._arguments import checked
 
 
+@checked
 def batch_size_scaling(
     reference_learning_rate: float, reference_batch_size: float, *, power: float
 ) -> Callable[[ArrayLike], jax.Array]:
@@ -46,6 +48,7 @@ def batch_size_scaling(
     return rate
 
 
+@checked
 def saturating_batch_size_scaling(
     reference_learning_rate: float, reference_batch_size: float, *, crossover: float
 ) -> Callable[[ArrayLike], jax.Array]:

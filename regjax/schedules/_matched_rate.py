@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks
+from regjax._arguments import checked
 
 
+@checked
 def matched_learning_rate(
     *, learning_rate: ArrayLike, weight_decay: ArrayLike, gradient_norm: ArrayLike
 ) -> jax.Array:

@@ -8,11 +8,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from regjax import _checks
+from regjax._arguments import checked
 
 # A count in this base has four digits.
 _BASE = 256
 
 
+@checked
 def scoping_schedule(gamma0: float, growth: float) -> Callable[[ArrayLike], jax.Array]:
     """Makes the schedule of a stiffness that grows by a factor with each update.
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from regjax import _checks
+from regjax._arguments import checked
 
 
 class SpectralRatesResult(NamedTuple):
@@ -22,6 +23,7 @@ class SpectralRatesResult(NamedTuple):
     momentum: jax.Array
 
 
+@checked
 def nesterov_rule(largest: ArrayLike, smallest: ArrayLike) -> SpectralRatesResult:
     """Computes the learning rate and the momentum of Nesterov's method.
 
@@ -46,6 +48,7 @@ def nesterov_rule(largest: ArrayLike, smallest: ArrayLike) -> SpectralRatesResul
     return SpectralRatesResult(1 / jnp.asarray(largest), momentum)
 
 
+@checked
 def polyak_rule(largest: ArrayLike, smallest: ArrayLike) -> SpectralRatesResult:
     """Computes the learning rate and the momentum of Polyak's heavy ball.
 

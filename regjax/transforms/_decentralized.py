@@ -10,6 +10,7 @@ from jax import lax
 
 from regjax import _checks, _tree
 from regjax._adapters import Model
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, Tree
 from regjax._statistics import population_statistics
 from regjax.transforms import _gradients
@@ -93,6 +94,7 @@ def gossip_average(
         count = lax.pmax(state.num_updates, axis_name)
         mixed = mixing(params, count, axis_name)
         if mixed is not params:
+            _checks.same_tree("mixing(params, count, axis_name)", mixed, params)
             updates = jax.tree.map(_added, updates, mixed, params)
         return updates, GossipAverageState(state.num_updates + 1)
 
@@ -105,6 +107,7 @@ def _added(update: jax.Array, mixed: jax.Array, param: jax.Array) -> jax.Array:
     return (change + update_too).astype(_gradients.sum_dtype(update, param))
 
 
+@checked
 def mean_params(params: Params) -> Params:
     """Computes the mean over the learners, at which decentralised runs are evaluated.
 
@@ -123,6 +126,7 @@ def mean_params(params: Params) -> Params:
     )
 
 
+@checked
 def consensus_model(
     model: Model, params: Params, batches: Iterable[Tree], *, key: PRNGKey | None = None
 ) -> Model:
@@ -145,6 +149,8 @@ def consensus_model(
         it; or there is no batch though the model has batch statistics.
     """
     _checks.same_tree("params", params, model.params, leading=(_num_stacked(params),))
+    if key is not None:
+        _checks.key("key", key)
     mean, state = mean_params(params), model.state
     if model.has_batch_statistics:
         state = population_statistics(model, mean, batches, state=state, key=key)
@@ -155,9 +161,10 @@ def _num_stacked(params: Params) -> int:
     """Returns the length of the leading axis that all leaves share."""
     leaves = jax.tree.leaves(_checks.floating_tree("params", params))
     lengths = {jnp.shape(leaf)[:1] for leaf in leaves}
-    if len(lengths) != 1 or () in lengths:
+    if len(lengths) != 1 or () in lengths or (0,) in lengths:
         found = ", ".join(str(jnp.shape(leaf)) for leaf in leaves)
         raise ValueError(
-            f"`params` must have one leading axis of learners in all leaves, got shapes {found}."
+            "`params` must have one leading axis of learners, one at least, in all leaves, got "
+            f"shapes {found}."
         )
     return int(next(iter(lengths))[0])

@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule
 from regjax.transforms import _gradients, _schedules
 from regjax.transforms._langevin import langevin_step
@@ -27,6 +28,7 @@ class EntropySgdState(NamedTuple):
 
 
 @static_args("key", "num_inner_steps", "scale_by_gamma")
+@checked
 def entropy_sgd(
     gamma: ScalarOrSchedule,
     *,
@@ -88,8 +90,14 @@ def entropy_sgd(
         ("momentum", momentum),
     ):
         _schedules.check_size(name, value)
-    if isinstance(averaging, (int, float)) and averaging > 1:
+        if name != "gamma" and callable(value):
+            raise TypeError(
+                f"`{name}` must be a number, got a function: only gamma has a schedule."
+            )
+    known = None if callable(averaging) else _checks.on_host(averaging)
+    if known is not None and known > 1:
         raise ValueError(f"`averaging` must be at most 1, got {averaging}.")
+    _checks.boolean("scale_by_gamma", scale_by_gamma)
     check_static("num_inner_steps", num_inner_steps, 0, _MAX_INNER_STEPS)
     _checks.key("key", key)
 
@@ -107,11 +115,11 @@ def entropy_sgd(
     ) -> tuple[Params, EntropySgdState]:
         del extra
         next_key, noise_key = jax.random.split(state.key)
-        next_state = EntropySgdState(state.num_updates + 1, next_key)
+        next_state = EntropySgdState(optax.safe_increment(state.num_updates), next_key)
         if num_inner_steps == 0:
             return updates, next_state
         params = _gradients.check_whole_params(updates, params)
-        grad_fn = _gradients.check_grad_fn(grad_fn)
+        grad_fn = _gradients.checked_grad_fn(grad_fn)
         stiffness = _schedules.value_at("gamma", gamma, state.num_updates)
         has_momentum = not _schedules.is_zero(momentum)
 

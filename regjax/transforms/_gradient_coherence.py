@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params, ScalarOrSchedule, Tree
 from regjax.transforms import _gradients, _masks, _schedules
 from regjax.transforms._masks import MaskOrFunction
@@ -47,6 +48,7 @@ class CoherentRegularizationState(NamedTuple):
 
 
 @static_args("gate", "penalty_gradient", "mask")
+@checked
 def coherent_regularization(
     strength: ScalarOrSchedule,
     *,
@@ -79,7 +81,8 @@ def coherent_regularization(
       ValueError: `strength` is negative, or `params` is missing in `update`.
 
     References:
-      D. Park, D. Ho, X. Chang, B. Zhang (2018), arXiv:1811.08056, of which only the abstract was
+      D. H. Park et al. (2018), arXiv:1811.08056, and D. H. Park, C. M. Ho, Y. Chang (2018),
+      Achieving strong regularization for deep neural networks, of which only the abstracts were
       read.
     """
     _schedules.check_size("strength", strength)
@@ -105,22 +108,24 @@ def coherent_regularization(
         chosen = _masks.mask_leaves(mask, params)
         weight = _schedules.value_at("strength", strength, state.num_updates)
         if _schedules.is_zero(weight):
-            return updates, state._replace(num_updates=state.num_updates + 1)
+            return updates, state._replace(num_updates=optax.safe_increment(state.num_updates))
         places = [i for i, choose in enumerate(chosen) if choose]
         weights = jax.tree.leaves(params)
         # In the wider dtype of both, or a small penalty would be lost beside the gradient.
         dtypes = [_gradients.sum_dtype(leaves[i], weights[i]) for i in places]
-        grads = [leaves[i].astype(dtype) for i, dtype in zip(places, dtypes, strict=True)]
+        grads = [jnp.asarray(leaves[i], dtype) for i, dtype in zip(places, dtypes, strict=True)]
         slopes = [_checked(penalty(weights[i]), weights[i]) for i in places]
         added = [
-            jnp.asarray(weight, dtype) * slope.astype(dtype)
+            jnp.asarray(weight, dtype) * jnp.asarray(slope, dtype)
             for slope, dtype in zip(slopes, dtypes, strict=True)
         ]
         on, gate_state = gate.decide(grads, added, state.gate, state.num_updates)
         for i, grad, extra_grad in zip(places, grads, added, strict=True):
             leaves[i] = jnp.where(on, grad + extra_grad, grad)
         num_on = state.num_on + on.astype(jnp.int32)
-        state = CoherentRegularizationState(state.num_updates + 1, gate_state, on, num_on)
+        state = CoherentRegularizationState(
+            optax.safe_increment(state.num_updates), gate_state, on, num_on
+        )
         return jax.tree.unflatten(treedef, leaves), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -167,6 +172,7 @@ def always_gate() -> Gate:
     return Gate(lambda: (), lambda grads, added, state, count: (jnp.bool_(True), state))
 
 
+@checked
 def delayed_gate(delay: int) -> Gate:
     """Makes a gate that opens for good at step `delay`, counted from 0.
 
@@ -183,6 +189,7 @@ def delayed_gate(delay: int) -> Gate:
     return Gate(lambda: (), lambda grads, added, state, count: (count >= delay, state))
 
 
+@checked
 def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
     """Makes a gate that is open while the cosine between g and g + r exceeds `threshold`.
 
@@ -213,6 +220,7 @@ def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
     return _held(is_coherent, hold)
 
 
+@checked
 def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
     """Makes a gate that is open while the gradient of the loss is the larger one.
 
@@ -266,6 +274,7 @@ class SoftThresholdState(NamedTuple):
 
 
 @static_args("mask")
+@checked
 def soft_threshold(
     threshold: ScalarOrSchedule, *, mask: MaskOrFunction = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -296,7 +305,7 @@ def soft_threshold(
         del extra
         params = _gradients.check_params(updates, params)
         cut = _schedules.value_at("threshold", threshold, state.num_updates)
-        state = SoftThresholdState(state.num_updates + 1)
+        state = SoftThresholdState(optax.safe_increment(state.num_updates))
         if _schedules.is_zero(cut):
             return updates, state
         leaves, treedef = jax.tree.flatten(updates)

@@ -33,7 +33,7 @@ def check_whole_params(updates: Params, params: Params | None) -> Params:
 
 
 def check_grad_fn(grad_fn: GradFn | None) -> GradFn:
-    """Returns `grad_fn` with a check of what it gives, or says how to pass it."""
+    """Returns `grad_fn`, or raises an error that says how to pass it."""
     if grad_fn is None:
         raise ValueError(
             "`grad_fn` must be given, got None: call "
@@ -41,7 +41,12 @@ def check_grad_fn(grad_fn: GradFn | None) -> GradFn:
         )
     if not callable(grad_fn):
         raise TypeError(f"`grad_fn` must be a function (params, i) -> gradient, got {grad_fn!r}.")
-    given: GradFn = grad_fn
+    return grad_fn
+
+
+def checked_grad_fn(grad_fn: GradFn | None) -> GradFn:
+    """Returns `grad_fn` with a check that what it gives is a tree like the parameters."""
+    given = check_grad_fn(grad_fn)
 
     def checked(params: Params, i: jax.Array | int) -> Params:
         grads = _checks.same_tree("grad_fn(params, i)", given(params, i), params)
@@ -51,25 +56,37 @@ def check_grad_fn(grad_fn: GradFn | None) -> GradFn:
 
 
 def check_is_first(
-    updates: Params, grads: Params, *, grad_fn: GradFn, params: Params, count: jax.Array
+    updates: Params,
+    grads: Params | None,
+    *,
+    grad_fn: GradFn,
+    params: Params,
+    count: jax.Array,
 ) -> None:
     """Refuses what a step of descent made of the gradient, where the numbers are known.
 
     A transformation that puts a gradient into the chain would climb behind `optax.sgd`. Outside of
     `jit` this is seen in the first update: what comes in points against the gradient.
+
+    Args:
+      updates: what came in.
+      grads: what goes out, if that is a gradient: only where it differs is another one taken.
+      grad_fn: as in `update`, as are the rest.
+      params: tree of the parameters.
+      count: (), updates so far.
     """
-    is_known = all(map(_loops.is_concrete, jax.tree.leaves((updates, grads, params, count))))
-    # What the transformation returns is at hand; only where that is suspicious ask for another.
-    if not is_known or count != 0 or _numerics.cosine(updates, grads) >= 0:
+    if not _loops.is_concrete(updates, grads, params, count) or count != 0:
+        return
+    if grads is not None and _numerics.cosine(updates, grads) >= 0:
         return
     if _numerics.cosine(updates, grad_fn(params, 0)) < -_AGAINST:
         raise ValueError(
-            "`updates` must be the gradient, got what points against it: what puts a gradient into "
-            "the chain comes first, as in optax.chain(sam(0.05), optax.sgd(0.1))."
+            "`updates` must be the gradient, got what points against it: what reads or gives a "
+            "gradient stands before the optimiser, as in optax.chain(sam(0.05), optax.sgd(0.1))."
         )
 
 
-# Of the cosine: Adam's first step, the signs of the gradient, has -0.8 with Gaussian gradients.
+# Of the cosine, which is -1 behind SGD, and -0.8 behind Adam's first step for Gaussian gradients.
 _AGAINST = 0.1
 
 

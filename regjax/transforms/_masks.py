@@ -14,9 +14,9 @@ MaskOrFunction: TypeAlias = Mask | Callable[[Params], Mask]
 None for all leaves."""
 
 
-def mask_leaves(mask: MaskOrFunction, params: Params) -> list[bool]:
+def mask_leaves(mask: MaskOrFunction, params: Params, name: str = "mask") -> list[bool]:
     """Returns one bool for each leaf of `params`."""
-    return _checks.mask_leaves(mask(params) if _is_function(mask) else mask, params)
+    return _checks.mask_leaves(mask(params) if _is_function(mask) else mask, params, name)
 
 
 def floating_leaves(mask: MaskOrFunction, params: Params) -> list[bool]:

@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree
+from regjax._arguments import checked
 from regjax._base import Params, PRNGKey
 
 AxisName: TypeAlias = str | tuple[str, str]
@@ -50,6 +51,7 @@ def ring_mixing() -> Mixing:
     return mix
 
 
+@checked
 def random_pair_mixing(*, key: PRNGKey) -> Mixing:
     """Mixes with a random partner each step, every learner in one pair.
 
@@ -143,6 +145,7 @@ def full_mixing() -> Mixing:
     return mix
 
 
+@checked
 def dense_mixing(matrix: ArrayLike) -> Mixing:
     """Mixes by any doubly stochastic matrix.
 
@@ -165,7 +168,10 @@ def dense_mixing(matrix: ArrayLike) -> Mixing:
     """
     if _checks.on_host(matrix) is None:
         raise TypeError("`matrix` must be known when the program is built, got a traced array.")
-    matrix = np.asarray(matrix, np.float64)
+    matrix = np.asarray(matrix)
+    if not np.issubdtype(matrix.dtype, np.floating) and not np.issubdtype(matrix.dtype, np.integer):
+        raise TypeError(f"`matrix` must have real numbers, got {matrix.dtype}.")
+    matrix = matrix.astype(np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"`matrix` must have shape (n, n), got {matrix.shape}.")
     if not np.all(matrix >= 0):

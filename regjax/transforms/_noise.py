@@ -1,7 +1,7 @@
 """Gaussian noise in the weights before the gradient, and its mirror image in the update."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _tree
+from regjax._arguments import checked
 from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule, Tree
 from regjax.transforms import _gaussian, _gradients, _masks, _schedules
 from regjax.transforms._masks import MaskOrFunction
@@ -29,6 +30,7 @@ class PerturbedGradientState(NamedTuple):
 
 
 @static_args("key", "layerwise", "cyclic", "groups", "mask")
+@checked
 def perturbed_gradient(
     std: ScalarOrSchedule,
     *,
@@ -75,6 +77,8 @@ def perturbed_gradient(
     """
     _schedules.check_size("std", std)
     _checks.key("key", key)
+    _checks.boolean("layerwise", layerwise)
+    _checks.boolean("cyclic", cyclic)
 
     def init(params: Params) -> PerturbedGradientState:
         _checks.floating_leaves("params", params)
@@ -92,7 +96,7 @@ def perturbed_gradient(
     ) -> tuple[Params, PerturbedGradientState]:
         del extra
         params = _gradients.check_whole_params(updates, params)
-        grad_fn, clean = _gradients.check_grad_fn(grad_fn), params
+        grad_fn, clean = _gradients.checked_grad_fn(grad_fn), params
         sigma = _schedules.value_at("std", std, state.num_updates)
         next_key, noise_key, group_key = jax.random.split(state.key, 3)
         if not _schedules.is_zero(sigma):
@@ -131,6 +135,7 @@ class AnticorrelatedNoiseState(NamedTuple):
 
 
 @static_args("key", "mask")
+@checked
 def anticorrelated_noise(
     std: ScalarOrSchedule, *, key: PRNGKey, mask: MaskOrFunction = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -182,14 +187,17 @@ def anticorrelated_noise(
     ) -> tuple[Params, AnticorrelatedNoiseState]:
         del extra
         next_key, noise_key = jax.random.split(state.key)
-        sigma, count = _schedules.value_at("std", std, state.num_updates), state.num_updates + 1
+        sigma, count = (
+            _schedules.value_at("std", std, state.num_updates),
+            optax.safe_increment(state.num_updates),
+        )
         if _schedules.is_zero(sigma):
             return updates, AnticorrelatedNoiseState(count, next_key, state.noise)
         leaves, treedef = jax.tree.flatten(updates)
-        carried, places = _carried(updates, state.noise)
         weights = [None] * len(leaves)
         if params is not None:
             weights = jax.tree.leaves(_gradients.check_params(updates, params))
+        carried, places = _carried(updates, state.noise)
         drawn = _gaussian.normal_like(noise_key, [carried[i] for i in places])
         for i, noise in zip(places, drawn, strict=True):
             fresh = jnp.asarray(sigma, noise.dtype) * noise
@@ -200,6 +208,7 @@ def anticorrelated_noise(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked
 def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
     """Takes from the weights the noise that `anticorrelated_noise` keeps on them.
 
@@ -221,6 +230,7 @@ def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
             f"`state` must be an AnticorrelatedNoiseState, got {type(state).__name__}: in a chain "
             "take the last one of the tuple."
         )
+    _checks.floating_tree("params", params)
     leaves, treedef = jax.tree.flatten(params)
     carried, places = _carried(params, state.noise)
     for i in places:
@@ -231,14 +241,18 @@ def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
 
 def _carried(params: Params, noise: Tree) -> tuple[list[Tree], list[int]]:
     """Lists the noise of each leaf of `params`, and the places of leaves that carry some."""
+    structure: Any = jax.tree.structure(params)
     try:
-        carried = jax.tree.structure(params).flatten_up_to(noise)
+        carried = structure.flatten_up_to(noise)
     except (ValueError, TypeError):
         raise ValueError(
-            f"`state` must be that of a tree {jax.tree.structure(params)}, got noise of "
-            f"{jax.tree.structure(noise)}."
+            f"`params` must have the tree structure {jax.tree.structure(noise)} of the noise in "
+            f"`state`, got {structure}."
         ) from None
-    return carried, [i for i, xi in enumerate(carried) if not isinstance(xi, optax.MaskedNode)]
+    places = [i for i, xi in enumerate(carried) if not isinstance(xi, optax.MaskedNode)]
+    leaves = jax.tree.leaves(params)
+    _checks.same_tree("params", [leaves[i] for i in places], [carried[i] for i in places])
+    return carried, places
 
 
 def _exchange(

@@ -78,7 +78,7 @@ def hold_masks(
         def correct(mask: jax.Array, leaf: jax.Array, param: jax.Array) -> jax.Array:
             # The wider of both types, or the sum of parameter and update would not be exactly 0.
             dtype = _gradients.sum_dtype(leaf, param)
-            return jnp.where(mask, leaf.astype(dtype), -jnp.asarray(param, dtype))
+            return jnp.where(mask, jnp.asarray(leaf, dtype), -jnp.asarray(param, dtype))
 
         leaves, treedef = jax.tree.flatten(updates)
         corrected = map(correct, jax.tree.leaves(held), leaves, jax.tree.leaves(params))

@@ -6,13 +6,16 @@ import optax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params
 from regjax.transforms import _gradients, _masks
 from regjax.transforms._masks import MaskOrFunction
 from regjax.transforms._static_args import static_args
+from regjax.transforms._wrappers import with_extra_args
 
 
 @static_args("tx", "mask")
+@checked
 def remove_radial(
     tx: optax.GradientTransformation,
     *,
@@ -56,10 +59,14 @@ def remove_radial(
       B. Heo et al. (2021), arXiv:2006.08217; the form and the defaults are those of the authors'
       code, the paper's body was not read.
     """
-    _checks.non_negative("threshold", threshold)
-    _checks.non_negative("weight_decay", weight_decay)
-    _checks.non_negative("weight_decay_ratio", weight_decay_ratio)
-    tx = optax.with_extra_args_support(tx)
+    _checks.number("threshold", threshold)
+    _checks.number("weight_decay", weight_decay)
+    _checks.number("weight_decay_ratio", weight_decay_ratio)
+    tx = with_extra_args(tx)
+
+    def init(params: Params) -> optax.OptState:
+        _masks.floating_leaves(mask, params)
+        return tx.init(params)
 
     def update(
         grads: Params, state: optax.OptState, params: Params | None = None, **extra: object
@@ -82,10 +89,6 @@ def remove_radial(
         leaves, treedef = jax.tree.flatten(updates)
         corrected = map(correct, leaves, jax.tree.leaves(grads), jax.tree.leaves(params), chosen)
         return jax.tree.unflatten(treedef, corrected), state
-
-    def init(params: Params) -> optax.OptState:
-        _masks.mask_leaves(mask, params)
-        return tx.init(params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import GradFn, Params, ScalarOrSchedule
 from regjax.transforms import _gradients, _masks, _schedules
 from regjax.transforms._masks import MaskOrFunction
@@ -26,6 +27,7 @@ class SamState(NamedTuple):
 
 
 @static_args("adaptive", "num_shards", "mask")
+@checked
 def sam(
     rho: ScalarOrSchedule,
     *,
@@ -82,7 +84,7 @@ def sam(
     ) -> tuple[Params, SamState]:
         del extra
         params = _gradients.check_whole_params(updates, params)
-        grad_fn = _gradients.check_grad_fn(grad_fn)
+        grad_fn = _gradients.checked_grad_fn(grad_fn)
         radius = _schedules.value_at("rho", rho, state.num_updates)
         climb = functools.partial(
             ascend,
@@ -106,12 +108,13 @@ def sam(
         _gradients.check_is_first(
             updates, new, grad_fn=grad_fn, params=params, count=state.num_updates
         )
-        return _gradients.like(new, updates), SamState(state.num_updates + 1)
+        return _gradients.like(new, updates), SamState(optax.safe_increment(state.num_updates))
 
-    return optax.GradientTransformationExtraArgs(_init, update)
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, mask), update)
 
 
 @static_args("adaptive", "mask")
+@checked
 def gsam(
     rho: ScalarOrSchedule,
     *,
@@ -157,7 +160,7 @@ def gsam(
     ) -> tuple[Params, SamState]:
         del extra
         params = _gradients.check_whole_params(updates, params)
-        grad_fn = _gradients.check_grad_fn(grad_fn)
+        grad_fn = _gradients.checked_grad_fn(grad_fn)
         top = ascend(
             params,
             updates,
@@ -172,9 +175,9 @@ def gsam(
         )
         if not _schedules.is_zero(weight):
             new = _less_orthogonal(new, updates, weight)
-        return _gradients.like(new, updates), SamState(state.num_updates + 1)
+        return _gradients.like(new, updates), SamState(optax.safe_increment(state.num_updates))
 
-    return optax.GradientTransformationExtraArgs(_init, update)
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, mask), update)
 
 
 def ascend(
@@ -196,7 +199,7 @@ def ascend(
         return params
     leaves, treedef = jax.tree.flatten(params)
     climbs = _masks.mask_leaves(mask, params)
-    adapts = _masks.mask_leaves(adaptive, params)
+    adapts = _masks.mask_leaves(adaptive, params, "adaptive")
     scales = [
         jnp.abs(_tree.wide(leaf)) + jnp.asarray(eta, _tree.wide_dtype(leaf)) if adapt else None
         for leaf, adapt in zip(leaves, adapts, strict=True)
@@ -243,8 +246,9 @@ def _check(rho: ScalarOrSchedule, eta: ArrayLike) -> None:
     _checks.number("eta", eta)
 
 
-def _init(params: Params) -> SamState:
+def _init(mask: MaskOrFunction, params: Params) -> SamState:
     _checks.floating_leaves("params", params)
+    _masks.mask_leaves(mask, params)
     return SamState(jnp.int32(0))
 
 

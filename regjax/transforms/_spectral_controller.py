@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree, curvature, schedules
+from regjax._arguments import checked
 from regjax._base import GradFn, Params, PRNGKey, as_partial
 from regjax.transforms import _gradients
 from regjax.transforms._spectral_ends import spectral_ends
@@ -51,6 +52,7 @@ class SpectralControllerState(NamedTuple):
 
 
 @static_args("key", "every", "num_steps", "rule", "nesterov")
+@checked
 def spectral_controller(
     *,
     key: PRNGKey,
@@ -107,7 +109,8 @@ def spectral_controller(
     _checks.number("initial_learning_rate", initial_learning_rate, above_zero=True)
     if every is not None:
         check_static("every", every, 1)
-    _check_options(num_steps, smallest_ratio, max_momentum)
+    _check_options(num_steps, smallest_ratio, max_momentum, rule)
+    _checks.boolean("nesterov", nesterov)
 
     def init(params: Params) -> SpectralControllerState:
         _checks.floating_leaves("params", params)
@@ -139,6 +142,14 @@ def spectral_controller(
         _checks.same_tree("updates", updates, state.velocity)
         if every is not None and jax.tree.leaves(updates):
             params = _gradients.check_whole_params(updates, params)
+            if grad_fn is not None:
+                _gradients.check_is_first(
+                    updates,
+                    None,
+                    grad_fn=_gradients.checked_grad_fn(grad_fn),
+                    params=params,
+                    count=state.num_updates,
+                )
             if curvature_grad_fn is None:
                 curvature_grad_fn = Partial(_first, as_partial(_gradients.check_grad_fn(grad_fn)))
             state = _loops.cond(
@@ -157,6 +168,7 @@ def spectral_controller(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked
 def refresh_spectral_controller(
     state: SpectralControllerState,
     curvature_grad_fn: Callable[[Params], Params],
@@ -189,8 +201,13 @@ def refresh_spectral_controller(
       ValueError: an argument is out of its range.
       TypeError: an argument has the wrong type.
     """
-    _check_options(num_steps, smallest_ratio, max_momentum)
+    _check_options(num_steps, smallest_ratio, max_momentum, rule)
+    if not isinstance(state, SpectralControllerState):
+        raise TypeError(f"`state` must be a SpectralControllerState, got {type(state).__name__}.")
+    if not callable(curvature_grad_fn):
+        raise TypeError(f"`curvature_grad_fn` must be a function, got {curvature_grad_fn!r}.")
     _checks.floating_tree("params", params)
+    _checks.same_tree("params", params, state.velocity)
     next_key, start_key = jax.random.split(state.key)
     operator = curvature.from_gradient(curvature_grad_fn, params)
     space = operator.space
@@ -202,7 +219,11 @@ def refresh_spectral_controller(
     return state._replace(key=next_key, refresh_ok=good, **kept)
 
 
-def _check_options(num_steps: int, smallest_ratio: ArrayLike, max_momentum: ArrayLike) -> None:
+def _check_options(
+    num_steps: int, smallest_ratio: ArrayLike, max_momentum: ArrayLike, rule: Rule
+) -> None:
+    if not callable(rule):
+        raise TypeError(f"`rule` must be a function such as nesterov_rule, got {rule!r}.")
     check_static("num_steps", num_steps, 1)
     _checks.number("smallest_ratio", smallest_ratio)
     _checks.number("max_momentum", max_momentum)
@@ -217,7 +238,7 @@ def _accelerated(state: SpectralControllerState, velocity: Params, grads: Params
         wide = _tree.wide(v)
         momentum = state.momentum.astype(wide.dtype)
         rate = state.learning_rate.astype(wide.dtype)
-        return (momentum * wide - rate * g.astype(wide.dtype)).astype(v.dtype)
+        return (momentum * wide - rate * jnp.asarray(g, wide.dtype)).astype(jnp.result_type(v))
 
     return jax.tree.map(combine, velocity, grads)
 

@@ -44,13 +44,20 @@ def spectral_ends(
       A `SpectralEnds`; L is the largest of all magnitudes, dropped ones included.
 
     Raises:
-      ValueError: `smallest_ratio` is negative.
+      ValueError: `smallest_ratio` is negative or not finite, or a shape does not fit.
 
     References:
       D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092: the weights are renormalised
       after a drop as in the paper (the code does not). One node near zero, and the bound, are ours.
     """
-    _checks.non_negative("smallest_ratio", smallest_ratio)
+    _checks.number("smallest_ratio", smallest_ratio)
+    for name, array in (("values", values), ("weights", weights)):
+        _checks.floating_tree(name, array)
+        if jnp.ndim(array) != 1 or jnp.shape(array) != jnp.shape(values) or not jnp.size(array):
+            raise ValueError(
+                f"`{name}` must have shape (m,), m at least 1 and the same for values and weights, "
+                f"got {jnp.shape(array)}."
+            )
     is_node = ~(weights <= 0)  # a weight that is NaN is no empty place
     magnitudes = jnp.abs(values)
     largest = jnp.max(jnp.where(is_node, magnitudes, 0))

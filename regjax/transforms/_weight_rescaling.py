@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
 from regjax._base import Params, Tree
 from regjax.transforms import _gradients, _masks
 from regjax.transforms._masks import MaskOrFunction
@@ -25,6 +26,7 @@ class RescaleWeightsState(NamedTuple):
 
 
 @static_args("mask", "per_filter", "every")
+@checked
 def rescale_weights(
     *, mask: MaskOrFunction, target_norm: ArrayLike = 1.0, per_filter: bool = True, every: int = 1
 ) -> optax.GradientTransformationExtraArgs:
@@ -60,6 +62,7 @@ def rescale_weights(
     """
     _checks.number("target_norm", target_norm, above_zero=True)
     check_static("every", every, 1)
+    _checks.boolean("per_filter", per_filter)
 
     def init(params: Params) -> RescaleWeightsState:
         chosen = _masks.floating_leaves(mask, params)
@@ -100,6 +103,7 @@ def rescale_weights(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked
 def rescale_velocity(velocity: Params, *, factor: ArrayLike | Tree) -> Params:
     """Computes the momentum that goes with weights w -> factor w of a scale-invariant loss.
 
@@ -114,7 +118,23 @@ def rescale_velocity(velocity: Params, *, factor: ArrayLike | Tree) -> Params:
 
     Returns:
       The new buffers.
+
+    Raises:
+      ValueError: a factor is not positive and finite, or does not fit its leaf.
+      TypeError: a leaf or a factor is not a real number.
     """
-    if isinstance(factor, (int, float, jax.Array)):
-        return jax.tree.map(lambda leaf: leaf / jnp.asarray(factor, leaf.dtype), velocity)
-    return jax.tree.map(lambda leaf, f: leaf / jnp.asarray(f, leaf.dtype), velocity, factor)
+    _checks.floating_leaves("velocity", velocity)
+    if jax.tree_util.all_leaves([factor]):
+        factor = jax.tree.map(lambda leaf: factor, velocity)
+    _checks.same_structure("factor", factor, velocity)
+
+    def rescaled(leaf: jax.Array, factor: ArrayLike) -> jax.Array:
+        _checks.positive("factor", factor, finite=True)
+        if jnp.shape(factor) not in ((), jnp.shape(leaf)[-1:]):
+            raise ValueError(
+                f"`factor` must be a number, or have shape {jnp.shape(leaf)[-1:]} beside a leaf of "
+                f"shape {jnp.shape(leaf)}, got {jnp.shape(factor)}."
+            )
+        return leaf / jnp.broadcast_to(jnp.asarray(factor, jnp.result_type(leaf)), jnp.shape(leaf))
+
+    return jax.tree.map(rescaled, velocity, factor)

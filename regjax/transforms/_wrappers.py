@@ -23,8 +23,14 @@ def only_extra(
 
     Returns:
       A transformation that takes any extra argument.
+
+    Raises:
+      TypeError: `tx` is no transformation, or a name no string.
     """
-    tx = optax.with_extra_args_support(tx)
+    tx = with_extra_args(tx)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"`names` must be names of arguments, got {name!r}.")
 
     def update(
         updates: Params, state: optax.OptState, params: Params | None = None, **extra: object
@@ -59,8 +65,11 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
     Returns:
       A transformation whose state counts the steps left out.
+
+    Raises:
+      TypeError: `tx` is no transformation.
     """
-    tx = optax.with_extra_args_support(tx)
+    tx = with_extra_args(tx)
 
     def init(params: Params) -> SkipNonfiniteState:
         return SkipNonfiniteState(tx.init(params), jnp.int32(0))
@@ -77,3 +86,10 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransforma
         return new, SkipNonfiniteState(inner_state, skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns `tx`, if it is a transformation, as one that takes extra arguments."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(f"`tx` must be a transformation such as optax.scale_by_adam(), got {tx!r}.")
+    return optax.with_extra_args_support(tx)

@@ -155,7 +155,7 @@ def test_bfloat16_gives_the_leading_eigenvalues_within_its_bounds(loss, streamed
     np.testing.assert_allclose(found.residual_norms, 8 * unit * scale, rtol=0.05)
     if not streamed:
         density = curvature.spectral_density(operator, key=jax.random.key(1), num_steps=10)
-        assert np.nanmin(density.residual_norms) > 7 * unit * scale
+        assert np.min(density.residual_norms[: int(density.num_eigenvalues)]) > 7 * unit * scale
 
 
 @pytest.mark.parametrize("loss", [loss_fn, narrow_inside])
@@ -170,9 +170,11 @@ def test_ritz_pairs_have_the_floor_of_low_precision(loss):
     pairs = curvature.ritz_pairs(run)
     # Of a converged pair; the residual alone is at the rounding of the vectors.
     largest = float(jnp.max(jnp.abs(pairs.values)))
-    np.testing.assert_allclose(pairs.residual_norms[-1], 8 * unit * largest, rtol=1e-5)
-    outside = jnp.linalg.norm(run.residual) * jnp.abs(pairs.vectors[-1, -1])
-    assert float(outside) < unit * largest
+    outside = float(jnp.linalg.norm(run.residual) * jnp.abs(pairs.vectors[-1, -1]))
+    assert outside < unit * largest
+    rows = 2.5 * np.sqrt(20) * float(jnp.finfo(jnp.float32).eps)
+    expected = outside + (8 * unit + rows) * largest
+    np.testing.assert_allclose(pairs.residual_norms[-1], expected, rtol=1e-6)
 
 
 def test_the_narrowest_type_of_a_product():

@@ -1,3 +1,4 @@
+import io
 import os
 import pathlib
 import random
@@ -5,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +26,21 @@ def operator(diagonal=DIAGONAL):
     return curvature.from_matvec(Partial(jnp.multiply, jnp.asarray(diagonal)), diagonal)
 
 
-def top(seed=0, matrix=None, k=3, **options):
-    matrix = operator() if matrix is None else matrix
+MATRIX = operator()
+
+
+def top(seed=0, matrix=MATRIX, k=3, **options):
     options = {"max_basis": 8, "tol": 1e-5, "key": jax.random.key(seed), **options}
     return curvature.top_eigenpairs(matrix, k, **options)
 
 
 def tridiagonal(**options):
-    return curvature.lanczos(operator(), DIAGONAL, 25, key=jax.random.key(1), **options)
+    return curvature.lanczos(MATRIX, DIAGONAL, 25, key=jax.random.key(1), **options)
 
 
 def density(**options):
     options = {"num_steps": 8, "num_probes": 3, "deflate": 13, "key": jax.random.key(2), **options}
-    return curvature.spectral_density(operator(), **options)
+    return curvature.spectral_density(MATRIX, **options)
 
 
 def plain_density(**options):
@@ -289,7 +294,9 @@ def test_inside_of_jit_a_checkpoint_is_refused(tmp_path):
 
 def test_what_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(_files.CheckpointError, match="file must be a folder, got something else there"):
+    with pytest.raises(
+        _files.CheckpointError, match="file must be a folder, got something else there"
+    ):
         top(checkpoint=curvature.Checkpoint(tmp_path / "file"))
     with pytest.raises(ValueError, match="`every` must be at least 1, got 0"):
         top(checkpoint=curvature.Checkpoint(tmp_path, every=0))
@@ -306,7 +313,7 @@ def test_what_cannot_be_written_is_an_error(tmp_path, monkeypatch):
         (tridiagonal, "`lanczos` .* Lower `num_steps`, or"),
         (density, "Lower `num_steps` or `deflate` or `num_probes`, or the `chunk_size`"),
         (
-            lambda: curvature.trace(operator(), key=jax.random.key(0), num_matvecs=3),
+            lambda: curvature.trace(MATRIX, key=jax.random.key(0), num_matvecs=3),
             "`trace` .* Lower `num_matvecs`, or",
         ),
     ],
@@ -432,8 +439,10 @@ def test_what_a_loss_reads_and_computes_is_part_of_the_problem(name, tmp_path):
 
 def test_of_a_source_neither_the_order_nor_the_batches_count(tmp_path):
     checkpoint = curvature.Checkpoint(tmp_path, every=2)
-    solve = lambda matrix: lambda **options: top(
-        matrix=matrix, max_basis=7, tol=1e-7, checkpoint=checkpoint, **options
+    solve = lambda matrix: (
+        lambda **options: top(
+            matrix=matrix, max_basis=7, tol=1e-7, checkpoint=checkpoint, **options
+        )
     )
     stop(solve(of_source(INPUTS)), 3)
     assert stop(solve(of_source(INPUTS[::-1], (2, 7, 3))), 3) == 3
@@ -446,7 +455,9 @@ def test_a_file_that_is_not_understood_is_an_error_and_stays(tmp_path):
     newest, saved = files(tmp_path)[-1], {path: path.read_bytes() for path in files(tmp_path)}
     newest.unlink()
     newest.mkdir()
-    with pytest.raises(_files.KindError, match="must be a checkpoint, a regular file, got a folder"):
+    with pytest.raises(
+        _files.KindError, match="must be a checkpoint, a regular file, got a folder"
+    ):
         solve()
     newest.rmdir()
     newer = saved[newest].replace(b'"version": 1', b'"version": 9')
@@ -460,10 +471,6 @@ def test_a_file_that_is_not_understood_is_an_error_and_stays(tmp_path):
 
 def _rewrite(path, content):
     """Writes a changed archive with checksums that are right again."""
-    import io
-    import zipfile
-    import zlib
-
     content = bytearray(content)
     with zipfile.ZipFile(io.BytesIO(bytes(content))) as archive:
         for member in archive.infolist():

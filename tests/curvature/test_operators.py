@@ -221,3 +221,33 @@ class count_compilations:
 
     def __exit__(self, *exception):
         jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+RANDOM_MATRIX = jnp.asarray(np.random.default_rng(5).normal(size=(30, 30)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("matvec", "text"),
+    [
+        (lambda v: RANDOM_MATRIX @ v, "symmetric"),
+        (lambda v: (RANDOM_MATRIX + RANDOM_MATRIX.T) @ v + 0.1 * RANDOM_MATRIX @ v, "symmetric"),
+        (lambda v: jnp.roll(v, 1), "symmetric"),
+        (lambda v: v * jnp.linalg.norm(v), "linear"),
+        (lambda v: v + 1, "linear"),
+        (jnp.abs, "linear"),
+    ],
+)
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_a_product_that_is_no_symmetric_matrix_is_refused(matvec, text, size):
+    with pytest.raises(ValueError, match=f"`matvec` must be {text}, got"):
+        curvature.from_matvec(lambda v: size * matvec(v), jnp.zeros(30))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_rounding_makes_no_product_unsymmetric(dtype, size):
+    matrix = (size * (RANDOM_MATRIX + RANDOM_MATRIX.T)).astype(dtype)
+    for example in (jnp.zeros(30, dtype), jnp.zeros(30)):
+        curvature.from_matvec(lambda v: matrix @ v.astype(dtype), example)
+    curvature.from_matvec(lambda v: 0 * v, jnp.zeros(3))
+    curvature.from_matvec(lambda v: jnp.nan * v, jnp.zeros(3))

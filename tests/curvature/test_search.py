@@ -35,7 +35,7 @@ def test_overlaps_are_those_of_the_missed_eigenvector():
     krylov, missed = first_space()
     krylov = _lanczos.redirect(krylov)
     targets = jnp.asarray([2.0, -1.0]) * krylov.scale  # as all numbers of a basis
-    search = _search.begin(targets, krylov.basis.num_rows, active=True)
+    search = _search.begin(targets, targets, num_rows=krylov.basis.num_rows, num_searches=1)
     share = float(missed @ np.asarray(krylov.direction))
     assert abs(share) > 1e-3
     for _ in range(5):
@@ -65,6 +65,25 @@ def test_miss_probability_is_reported_and_holds():
     assert float(alone.miss_probability) == 1
 
 
+@pytest.mark.parametrize("copies", [5, 9])
+def test_the_promise_is_shared_by_all_searches(copies):
+    """Each search but the last could have been the last, and have missed what it found."""
+    diagonal = jnp.asarray(np.r_[np.ones(copies), np.linspace(0.5, 0, 100)], jnp.float32)
+    operator = curvature.from_matvec(lambda v: v * diagonal, diagonal)
+    solver = curvature.top_eigenpairs_solver(operator, copies, key=jax.random.key(copies))
+    state = solver.init()
+    while not solver.done(state):
+        state = solver.step(state)
+    count = int(state.search.num_searches)
+    assert count > 1
+    spent = 0.01 * sum(1 / (s * (s + 1)) for s in range(1, count))
+    assert (
+        spent
+        <= float(solver.result(state).miss_probability)
+        <= spent + 0.01 / (count * (count + 1))
+    )
+
+
 @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
 def test_copies_are_missed_as_rarely_as_claimed(which):
     sign = -1 if which == "SA" else 1
@@ -85,7 +104,8 @@ def test_copies_are_missed_as_rarely_as_claimed(which):
 def test_overlaps_survive_a_restart():
     krylov, missed = first_space()
     krylov = _lanczos.redirect(krylov)
-    search = _search.begin(jnp.full(2, 2.0) * krylov.scale, krylov.basis.num_rows, active=True)
+    targets = jnp.full(2, 2.0) * krylov.scale
+    search = _search.begin(jnp.zeros(4), targets, num_rows=krylov.basis.num_rows, num_searches=1)
     share = missed @ np.asarray(krylov.direction)
     for _ in range(4):
         krylov = grow(krylov, 1)

@@ -394,7 +394,7 @@ def test_a_concrete_subspace_may_be_found_and_used_while_tracing():
         (np.full((4, D), np.inf), {}, "`inputs` must be finite"),
         (np.ones((4, D)), {"tol": -1.0}, "`tol` must be non-negative"),
         (np.ones((4, D)), {"num_directions": 5}, "`num_directions` must be between 1 and 4"),
-        (np.ones((0, D)), {}, "`batch` must hold at least one example"),
+        (np.ones((0, D)), {}, "`inputs` must hold at least one example"),
     ],
 )
 def test_subspace_refuses(inputs, options, message):
@@ -416,7 +416,7 @@ def test_subspace_refuses_tracers_and_integers():
         (np.eye(D - 1), r"`basis` must have shape \(8, k\).* got \(7, 7\)"),
         (np.eye(D, D + 1), r"`basis` must have shape \(8, k\).* got \(8, 9\)"),
         (2 * np.eye(D)[:, :2], "`basis` must have orthonormal columns.* by 3"),
-        (np.full((D, 1), np.nan), "`basis` must have orthonormal columns.* by nan"),
+        (np.full((D, 1), np.nan), "`basis` must be finite, got NaN"),
         (np.ones((D, 2)) / np.sqrt(D), "`basis` must have orthonormal columns.* by 1"),
     ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
 
 import regjax
 from regjax import curvature, diagnostics
@@ -286,7 +287,34 @@ def test_bad_inputs(double):
         between(params["head"], *batch)
     with pytest.raises(ValueError, match="`mask` must choose at least one leaf, got none"):
         measure(mask=jax.tree.map(lambda _: False, MASK))
-    with pytest.raises(TypeError, match="`mask` must hold Python bools, got 0"):
+    with pytest.raises(TypeError, match=r"`mask` must hold Python bools, .* got 0"):
         measure(mask=jax.tree.map(int, MASK))
     with pytest.raises(ValueError, match="`mask` must have the tree structure"):
         measure(mask=MASK["layers"])
+
+
+def _quadratic(scale, curvatures, w, x):
+    return jnp.mean(x) * 0.5 * jnp.sum(curvatures * (scale * w) ** 2)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-9, 1.0, 1e9, 1e17])
+def test_spherical_sharpness_of_weights_of_any_norm(size):
+    """||w||^2 times the curvature: squares of norms under- or overflowed in float32."""
+    weights = np.asarray([3.0, 4.0, 0.0]) * size
+    loss = Partial(_quadratic, jnp.float32(1 / size), jnp.asarray([5.0, 3.0, 1.0]))
+    where = jnp.asarray(weights, jnp.float32)
+    found = diagnostics.spherical_sharpness(loss, where, jnp.ones((4, 1)), key=jax.random.key(0))
+    assert float(found.value) == pytest.approx(25 * 5, rel=1e-3)
+    assert bool(found.converged)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_no_curvature_of_weights_beyond_their_type(size):
+    loss = Partial(_quadratic, jnp.float32(1 / size), jnp.asarray([5.0, 3.0, 1.0]))
+    measure = lambda where: diagnostics.spherical_sharpness(
+        loss, where, jnp.ones((4, 1)), key=jax.random.key(0)
+    )
+    where = jnp.full(3, size, jnp.float32)
+    with pytest.raises(ValueError, match=r"`params` must have a norm between"):
+        measure(where)
+    assert np.isnan(jax.jit(measure)(where).value)

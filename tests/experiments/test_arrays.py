@@ -95,13 +95,20 @@ def test_features_train_a_perceptron(tmp_path):
         ({"test_inputs": np.zeros(7, np.uint8)}, "test_inputs of 2, 3 or 4 axes.* got the shape"),
         ({"test_inputs": np.zeros((0, 4, 4), np.uint8)}, r"none of length 0, got .*\(0, 4, 4\)"),
         ({"train_inputs": np.full((20, 4, 4), np.nan)}, "train_inputs that are finite, got NaN"),
+        (
+            {"train_inputs": np.full((20, 4, 4), -1e31)},
+            r"train_inputs of at most 1e\+30, got 1e\+31",
+        ),
         ({"train_targets": np.zeros(20)}, "train_targets of integers .* got float64"),
         (
             {"train_targets": np.zeros(19, int)},
             r"train_targets .* the shape \(20,\), got .*\(19,\)",
         ),
         ({"test_targets": np.full(7, -1)}, "test_targets that are classes from 0 on, got -1"),
-        ({"test_inputs": np.zeros((7, 4, 5), np.uint8)}, r"inputs of one shape, got .*4.* and"),
+        (
+            {"test_inputs": np.zeros((7, 4, 5), np.uint8)},
+            r"inputs of one shape, got \(4, 4\) to train",
+        ),
     ],
 )
 def test_other_arrays_are_refused(changes, text, tmp_path):

@@ -16,6 +16,7 @@ from regjax.experiments import (
     SpectrumSettings,
     TrainSettings,
     UsageError,
+    _compare,
     _folder,
     _spectrum_run,
     run_compare,
@@ -182,8 +183,29 @@ def test_a_folder_that_is_none_is_found_before_training(kind, tmp_path, monkeypa
         out.symlink_to("/dev/zero")
     monkeypatch.setattr(_spectrum_run, "load", None)  # comes after it
     for folder in (out, out / "below"):
-        with pytest.raises(CheckpointError, match="must be a folder, got something else there"):
+        text = r"must be a folder, got something else there\. --out names another"
+        with pytest.raises(CheckpointError, match=text):
             run_train(TrainSettings(**SMALL, out=folder), silent)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.npz", "training.json"])
+def test_pipes_in_the_folder_stay_and_are_found_before_training(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(_spectrum_run, "load", None)  # comes after it
+    os.mkfifo(tmp_path / name)
+    for overwrite in (False, True):
+        settings = TrainSettings(**SMALL, out=tmp_path, overwrite=overwrite)
+        with pytest.raises(CheckpointError, match="a file or not be there, got a named pipe"):
+            run_train(settings, silent)
+    assert (tmp_path / name).is_fifo()
+
+
+def test_long_items_have_folders_of_their_own(tmp_path):
+    numbers = ",".join(f"{name}=1" for name in ("width", "depth", "epochs", "batch-size", "seed"))
+    items = tuple(f"{numbers},weight-decay=0.0000000000000000000{digit}" for digit in (1, 2))
+    settings = SpectrumSettings(compare=items, out=tmp_path)
+    names = [own.out.name for own in _compare.compared_settings(settings).values()]
+    assert len(set(names)) == 2
+    assert max(map(len, names)) < 100
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path):

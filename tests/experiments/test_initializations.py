@@ -63,7 +63,7 @@ def test_data_dependent_start(norm):
     np.testing.assert_allclose(np.mean(outputs, 0), 0, atol=1e-4)
     np.testing.assert_allclose(np.std(outputs, 0), 1, rtol=1e-3)
     too_many = _settings.replace(settings, {"data_dependent.num_examples": 10_000})
-    with pytest.raises(UsageError, match=r"--data-dependent.num-examples must take at most"):
+    with pytest.raises(UsageError, match=r"--data-dependent.num-examples must be at most"):
         _training.initialized(too_many, plain, dataset)
 
 

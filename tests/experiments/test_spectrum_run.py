@@ -12,6 +12,7 @@ import regjax
 from regjax.experiments import (
     SpectrumSettings,
     UsageError,
+    _analysis,
     _compare,
     _inputs,
     _network,
@@ -186,9 +187,12 @@ def test_interrupted_stage_leaves_what_was_computed(stage, count, tmp_path):
         ({"num_eigenvalues": 44}, "--num-eigenvalues must be at most .* parameters, 43, got 44"),
         ({"num_steps": 44}, "--num-steps must be at most .* parameters, 43, got 44"),
         ({"curvature_examples": 24}, "--curvature-examples must be at most .* 23, got 24"),
-        ({"tol": float("nan")}, "--tol must be at least 0, got nan"),
-        ({"momentum": 1.0}, "--momentum must be at least 0 and below 1, got 1.0"),
-        ({"depth": 0, "model": "convnet"}, "--depth must be above 0, got 0"),
+        ({"tol": float("nan")}, "--tol must be at least 0 and below 1, got nan"),
+        ({"momentum": 1.0}, "--momentum must be below 1, got 1.0"),
+        (
+            {"depth": 0, "model": "convnet"},
+            "--depth must be at least 1 with --model convnet, got 0",
+        ),
         (
             {"normalization": "batch", "batch_norm_mode": "train", "chunk_size": 22},
             "--chunk-size must be at least the number of examples, 23",
@@ -212,8 +216,6 @@ def test_modes_of_batch_norm_give_different_matrices(tmp_path):
 
 
 def test_loss_that_couples_examples_is_refused(tmp_path, monkeypatch):
-    from regjax.experiments import _analysis
-
     def summed(outputs, targets):
         return _inputs.cross_entropy(outputs, targets) * len(targets)
 
@@ -223,6 +225,25 @@ def test_loss_that_couples_examples_is_refused(tmp_path, monkeypatch):
     # What came before is on disk.
     assert (tmp_path / "run" / "checkpoint.npz").exists()
     assert json.loads((tmp_path / "run" / "spectrum.json").read_text())["generalization"]
+
+
+def test_a_network_that_fits_its_data_is_not_refused_for_the_rounding_of_its_loss(monkeypatch):
+    """Rounding depends on the number of examples; at a loss of 1e-5 it is a thousandth of it."""
+
+    def rounded(outputs, targets):
+        return _inputs.cross_entropy(outputs, targets) + 1e-7 * (len(targets) % 7)
+
+    dataset, settings = make_dataset(num_train=64), SpectrumSettings(depth=0)
+    targets = jnp.asarray(dataset.train_targets)
+    inputs = jnp.zeros((64, 4, 4, 1)).at[jnp.arange(64), 0, targets, 0].set(1)
+    head = {"kernel": 11 * jnp.eye(16, 3), "bias": jnp.zeros(3)}
+    model = _network.build_model(settings, dataset)._replace(params={"head": head})
+    loss = regjax.model_loss(model, rounded)
+    assert 1e-5 < loss(model.params, inputs, targets) < 1e-4
+    with pytest.raises(ValueError, match="must be the mean"):
+        regjax.check_separable(loss, model.params, inputs, targets)
+    monkeypatch.setattr(_analysis, "cross_entropy", rounded)
+    _analysis.check_examples(model, settings, inputs, targets)
 
 
 def test_comparison_runs_each_item_in_its_folder(tmp_path):

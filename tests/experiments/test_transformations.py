@@ -93,7 +93,7 @@ def test_another_option_of_the_transformation_is_another_training(tmp_path):
     unused = _settings.replace(settings, {"gsam.rho": 0.2, "resume": True})
     train(unused, dataset, path=path)
     stored, _, _ = _training.read_run(path)
-    assert _settings.with_training_options(make_settings(), stored).sam.rho == 0.05
+    assert _settings.replace(make_settings(), stored).sam.rho == 0.05
 
 
 def inner_batches(settings, num_shards, indices):
@@ -116,9 +116,8 @@ def test_what_is_evaluated_carries_no_noise(tmp_path):
     result = train(settings, dataset, path=tmp_path / "checkpoint.npz")
     weights = state_in(tmp_path / "checkpoint.npz", settings, dataset).weights
     noise = weights.optimizer_state[-1].noise
-    for ours, noisy, xi in zip(
-        jax.tree.leaves(result.model.params), jax.tree.leaves(weights.params), noise, strict=True
-    ):
+    trees = map(jax.tree.leaves, (result.model.params, weights.params, noise))
+    for ours, noisy, xi in zip(*trees, strict=True):
         np.testing.assert_array_equal(ours, noisy - xi)
         assert jnp.abs(xi).max() > 1e-3
 

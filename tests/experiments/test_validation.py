@@ -5,6 +5,7 @@ import math
 import typing
 
 import jax
+import numpy as np
 import pytest
 
 from regjax.experiments import (
@@ -19,8 +20,15 @@ from regjax.experiments import (
     _ranges,
     _settings,
     _validation,
+    run_compare,
+    run_landscape,
+    run_spectrum,
+    run_train,
+    scaled_inputs,
+    train,
 )
 from regjax.experiments._initializations import INITIALIZATIONS
+from regjax.experiments._transformations import SpectralController
 from tests.experiments.test_training import make_dataset
 
 
@@ -53,6 +61,13 @@ def test_every_number_has_a_range(kind):
         ({"damping": 1e-300}, "--damping must be at least 1e-30 in magnitude, got 1e-300"),
         ({"weight_decay": 1e-300}, "--weight-decay must be 0 or at least 1e-30"),
         ({"momentum": 1}, "--momentum must be below 1, got 1"),
+        (
+            {
+                "transformation": "spectral_controller",
+                "spectral_controller": SpectralController(smallest_ratio=1.5),
+            },
+            "--spectral-controller.smallest-ratio must be at most 1, got 1.5",
+        ),
         ({"seed": 2**32}, "--seed must be at most 4294967295, got 4294967296"),
     ],
 )
@@ -65,6 +80,48 @@ def test_values_of_another_type_or_range_are_refused(changes, text):
 def test_settings_must_be_settings(settings):
     with pytest.raises(TypeError, match="`settings` must be of a kind of TrainSettings"):
         _validation.validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("function", "settings", "kind"),
+    [
+        (run_train, None, "TrainSettings"),
+        (run_spectrum, TrainSettings(), "SpectrumSettings"),
+        (run_spectrum, LandscapeSettings(), "SpectrumSettings"),
+        (run_landscape, SpectrumSettings(), "LandscapeSettings"),
+        (run_compare, {"compare": ("sgd",)}, "TrainSettings"),
+    ],
+)
+def test_runs_take_settings_of_their_kind_and_a_function(function, settings, kind):
+    with pytest.raises(
+        TypeError, match=f"`settings` must be {kind}, got {type(settings).__name__}"
+    ):
+        function(settings, print)
+    right = {"SpectrumSettings": SpectrumSettings, "LandscapeSettings": LandscapeSettings}
+    with pytest.raises(TypeError, match="`progress` must be callable, got None"):
+        function(right.get(kind, TrainSettings)(), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        (
+            {"train_inputs": np.zeros((23, 4, 4))},
+            ValueError,
+            r"`dataset.train_inputs` must be \(ex",
+        ),
+        ({"test_targets": np.zeros(3, int)}, ValueError, r"`dataset.test_targets` \(examples,\)"),
+        ({"train_targets": np.zeros(23)}, TypeError, "`dataset.train_targets` must be integers"),
+        ({"train_targets": [0] * 23}, TypeError, "`dataset.train_targets` must be a NumPy array"),
+        ({"num_classes": 2}, ValueError, "must be classes from 0 to 1, got 0 to 2"),
+    ],
+)
+def test_a_data_set_has_arrays_that_fit_each_other(changes, error, text, tmp_path):
+    dataset = make_dataset()._replace(**changes)
+    with pytest.raises(error, match=text):
+        train(TrainSettings(batch_size=5), dataset, path=tmp_path / "checkpoint.npz")
+    with pytest.raises(error, match=text):
+        scaled_inputs(dataset)
 
 
 def test_ends_of_the_ranges_are_taken():

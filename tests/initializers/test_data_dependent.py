@@ -208,3 +208,40 @@ def test_mask_and_error_texts():
         run(model, X.at[0, 0].set(jnp.nan))
     with pytest.raises(ValueError, match="`std` must be positive, got 0"):
         run(model, std=0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e22])
+def test_outputs_of_any_size(size, default_promotion):
+    inputs = jnp.asarray(np.random.default_rng(0).normal(2, 1, size=(50, 6)), jnp.float32)
+    model = regjax.from_nnx(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    small = {"kernel": model.params["kernel"] * size, "bias": model.params["bias"]}
+    params = initializers.data_dependent(model, small, model.state, inputs, epsilon=0.0, std=2.0)
+    outputs = np.asarray(model.apply(params, model.state, inputs, train=False)[0])
+    np.testing.assert_allclose(outputs.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(outputs.std(0), 2, rtol=1e-4)
+
+
+def test_arguments_of_another_model_are_named(default_promotion):
+    model = regjax.from_nnx(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    inputs, run = jnp.ones((5, 6)), initializers.data_dependent
+    other = {"kernel": model.params["kernel"], "offset": model.params["bias"]}
+    with pytest.raises(ValueError, match="`params` must have the tree structure of the model's"):
+        run(model, other, model.state, inputs)
+    with pytest.raises(ValueError, match="`std` must be finite, got inf"):
+        run(model, model.params, model.state, inputs, std=float("inf"))
+    with pytest.raises(ValueError, match="`inputs` must hold at least one example, got 0"):
+        run(model, model.params, model.state, inputs[:0])
+    with pytest.raises(TypeError, match="`key` must be a typed key"):
+        run(model, model.params, model.state, inputs, key=0)
+
+
+@pytest.mark.parametrize("layer", [linen.Dense, normalization.linen.WeightNormDense])
+def test_partitioned_kernels_are_initialised_and_keep_their_boxes(layer, default_promotion):
+    inputs = jnp.asarray(np.random.default_rng(0).normal(2, 1, size=(50, 6)), jnp.float32)
+    module = layer(4, kernel_init=linen.with_partitioning(linen.initializers.normal(), (None, "m")))
+    model = regjax.from_linen(module, module.init(jax.random.key(0), inputs))
+    params = initializers.data_dependent(model, model.params, model.state, inputs)
+    assert jax.tree.structure(params) == jax.tree.structure(model.params)
+    assert isinstance(params["kernel"], linen.Partitioned)
+    outputs = np.asarray(model.apply(params, model.state, inputs, train=False)[0])
+    np.testing.assert_allclose(outputs.std(0), 1, rtol=1e-3)

@@ -264,6 +264,18 @@ def test_arrays_of_the_caller_are_not_written():
     assert jnp.any(module.mean[...] != 0)
 
 
+def test_mutable_references_and_a_gradient_beside_them():
+    """flax's own refuse it: they write a value with a derivative."""
+    x = jnp.asarray(RANDOM.normal(size=(16, 6)), jnp.float32)
+    with nnx.var_defaults(ref=True):
+        module = normalization.nnx.BatchNorm(6, **BIASED)
+        slope = jax.grad(lambda x: jnp.sum(module(x) ** 3))(x)
+    plain = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+    close(slope, jax.grad(lambda x: jnp.sum(nnx.clone(plain)(x) ** 3))(x), 1e-4)
+    plain(x)
+    close(module.var[...], plain.var[...], 1e-5)
+
+
 _GROUPS = """
 import warnings; warnings.simplefilter("ignore")
 import jax

@@ -267,7 +267,7 @@ def test_error_texts():
             normalization.standardize_weight(bad)
         with pytest.raises(TypeError, match="`v` must be real floating point"):
             normalization.weight_normalize(bad, jnp.ones(3))
-    with pytest.raises(ValueError, match="no empty one, got shape"):
+    with pytest.raises(ValueError, match="must hold at least one number, got shape"):
         normalization.weight_normalize(jnp.ones((0, 3)), jnp.ones(3))
     with pytest.raises(ValueError, match="`axis` must be between -2 and 1, got 2"):
         normalization.weight_normalize(jnp.ones((2, 3)), jnp.ones(3), axis=2)

@@ -55,7 +55,38 @@ def test_probes_are_bands_and_the_largest_smoothness():
     corners = loss.collections[0].get_paths()[0].vertices
     assert (corners[:, 1].min(), corners[:, 1].max()) == (0.5, 3)
     np.testing.assert_array_equal(last.lines[0].get_ydata(), [2, 4, np.nan])
-    assert [text.get_text() for text in last.get_legend().get_texts()] == ["a", "b"]
+    np.testing.assert_array_equal(loss.lines[0].get_ydata(), [2, 1.25, 0.95])  # medians
+    (legend,) = plots.probe_figure(panels).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("width", [3.3, 6.8])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_everything_stays_inside_of_a_column_and_a_page(width, count, tmp_path):
+    name = "mlp, no normalization, sgd with entropy sgd"
+    surfaces = [plots.SurfacePanel(f"item {k}", POSITIONS, LOSSES) for k in range(count)]
+    times, values = np.arange(4), 1 + np.random.default_rng(0).random((4, 3))
+    probes = [plots.ProbePanel(f"{name} {k}", times, values, values, values) for k in range(count)]
+    for figure in (
+        plots.surface_figure(surfaces, figure_width=width),
+        plots.probe_figure(probes, figure_width=width),
+    ):
+        figure.savefig(tmp_path / "figure.png")
+        box = figure.get_tightbbox()
+        assert box.x0 >= -0.02
+        assert box.x1 <= width + 0.02
+        assert box.y0 >= -0.02
+        assert box.y1 <= figure.get_figheight() + 0.02
+        assert figure.get_figheight() <= 11
+
+
+def test_surfaces_wrap_with_their_heights_below_them():
+    panels = [plots.SurfacePanel(str(k), POSITIONS, LOSSES) for k in range(3)]
+    figure = plots.surface_figure(panels, figure_width=3.3)
+    places = [axes.get_subplotspec().get_geometry()[:3] for axes in figure.axes]
+    assert places == [(4, 2, 0), (4, 2, 2), (4, 2, 1), (4, 2, 3), (4, 2, 4), (4, 2, 6)]
+    assert [axes.get_title() for axes in figure.axes[::2]] == ["0", "1", "2"]
+    assert {axes.name for axes in figure.axes[1::2]} == {"3d"}
 
 
 def test_a_second_band_takes_the_next_colour():

@@ -239,7 +239,7 @@ def test_state_of_another_model_is_refused():
 def test_trees_of_another_model_are_refused_by_the_smaller_one():
     model = networks.nnx_model("plain")
     _, _, pruned, _ = pruned_and_gated(model, networks.IMAGES)
-    with pytest.raises(ValueError, match=r"`params\['first'\]\['kernel'\]` must have shape"):
+    with pytest.raises(ValueError, match=r"`params\['dense'\]\['bias'\]` must have shape"):
         pruned.apply(model.params, pruned.state, networks.IMAGES, train=False)
     with pytest.raises(ValueError, match="`params` must have the tree structure"):
         pruned.apply({}, pruned.state, networks.IMAGES, train=False)

@@ -69,9 +69,9 @@ def test_average_over_rounds():
 def test_error_texts():
     with pytest.raises(ValueError, match="`every` must be at least 1, got 0"):
         pruning.linear_removal(3, every=0, num_each=1, total=1)
-    with pytest.raises(TypeError, match="`step` must be an integer, got float32"):
+    with pytest.raises(TypeError, match="`step` must be one integer, got float32"):
         pruning.linear_removal(jnp.float32(3), every=1, num_each=1, total=1)
-    with pytest.raises(ValueError, match="`final` must be at most 1, got 50"):
+    with pytest.raises(ValueError, match="`final` must be between 0 and 1, got 50"):
         pruning.cubic_removal(0, num_units=5, final=50, every=1, num_rounds=1)
     with pytest.raises(ValueError, match="`decay` must be below 1, got 1"):
         pruning.average_scores(None, {"a": jnp.ones(2)}, decay=1.0)

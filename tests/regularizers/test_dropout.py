@@ -275,7 +275,7 @@ def test_error_texts():
         regularizers.dropout_penalty(hidden, jnp.ones(2), keep_probability=0.5)
     with pytest.raises(ValueError, match="`keep_probability` must be positive, got 0"):
         regularizers.dropout_penalty(hidden, kernel, keep_probability=0.0)
-    with pytest.raises(ValueError, match=r"`keep_probability` must be at most 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"`keep_probability` must be between 0 and 1, got 1.5"):
         regularizers.dropout_penalty(hidden, kernel, keep_probability=1.5)
     penalty = functools.partial(regularizers.dropout_gradient_penalty, lambda w, key: jnp.sum(w))
     with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
@@ -288,3 +288,21 @@ def test_error_texts():
         ValueError, match=r"must return a scalar, the mean loss, got shape \(3, 2\)"
     ):
         regularizers.dropout_gradient_penalty(lambda w, key: w, kernel, key=KEY, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e25])
+def test_small_features_and_large_weights_make_a_usual_penalty(size):
+    random = np.random.default_rng(0)
+    features, kernel = random.normal(size=(6, 4)), random.normal(size=(4, 3))
+    expected = 0.25 / (2 * 6 * 0.75) * np.sum(np.sum(kernel**2, 1) * np.sum(features**2, 0))
+    penalty = lambda f, w: regularizers.dropout_penalty(f, w, keep_probability=0.75)
+    f, w = jnp.asarray(features * size, jnp.float32), jnp.asarray(kernel / size, jnp.float32)
+    np.testing.assert_allclose(penalty(f, w), expected, rtol=1e-5)
+    slope = np.asarray(jax.grad(penalty)(f, w), float) * size
+    np.testing.assert_allclose(
+        slope, 0.25 / (6 * 0.75) * features * np.sum(kernel**2, 1), rtol=1e-5
+    )
+    # Zero features have no slope, but curvature.
+    zero = jnp.zeros((1, 1)), jnp.ones((1, 1))
+    curvature = jax.hessian(lambda f: penalty(f, zero[1]))(zero[0])
+    np.testing.assert_allclose(curvature.ravel(), [0.25 / 0.75], rtol=1e-6)

@@ -188,3 +188,30 @@ def test_bad_arguments_are_named():
         penalty([jnp.ones((2, 2), jnp.int32)])
     with pytest.raises(ValueError, match="`params` must have at least one array leaf"):
         penalty([])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 30, "key": jax.random.key(0)}])
+@pytest.mark.parametrize("size", [1e-33, 1e-25, 1e22])
+def test_gradients_of_kernels_of_any_size(size, options):
+    """The square has no number in float32, its gradient has: sigma u v'."""
+    kernel = jnp.asarray(TALL * size, jnp.float32)
+    slope = jax.grad(lambda k: regularizers.spectral_norm_penalty(k, **options))(kernel)
+    sigma, u, v = top(TALL)
+    np.testing.assert_allclose(np.asarray(slope, float) / size, sigma * np.outer(u, v), atol=2e-2)
+
+
+def test_empty_kernels_are_refused():
+    with pytest.raises(ValueError, match=r"`params` must have no empty kernel, got shape \(0, 3\)"):
+        regularizers.spectral_norm_penalty({"k": jnp.ones((0, 3))})
+
+
+@pytest.mark.parametrize("num_iterations", [None, 30])
+def test_the_direction_is_found_at_any_size(num_iterations):
+    # The norm of the products of large ones would be infinite in float32: no direction at all.
+    rng = np.random.default_rng(0)
+    matrix = (np.linalg.qr(rng.normal(size=(5, 3)))[0] * [3.0, 1.0, 0.5]).astype(np.float32)
+    for size in (1e-16, 1.0, 1e18):
+        penalty = regularizers.spectral_norm_penalty(
+            {"w": jnp.asarray(matrix) * size}, num_iterations=num_iterations, key=jax.random.key(0)
+        )
+        np.testing.assert_allclose(penalty, 4.5 * size**2, rtol=1e-4)

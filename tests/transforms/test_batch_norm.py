@@ -138,7 +138,7 @@ def test_statistics_of_perturbed_weights_are_others(kind):
     tx = ROWS["perturbed_gradient_everywhere"].make()
     tx.update(model.params, tx.init(model.params), model.params, grad_fn=grad_fn)
     differences = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), clean, seen[0])
-    assert max(jax.tree.leaves(differences)) > 1e-3
+    assert max(jax.tree.leaves(differences)) > 3e-4
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "batch norm" in kind])

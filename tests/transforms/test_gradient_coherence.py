@@ -200,3 +200,15 @@ def test_error_texts():
     tx = transforms.coherent_regularization(0.1, gate=gate)
     with pytest.raises(ValueError, match="`params` must be given"):
         tx.update({"a": jnp.ones(2)}, tx.init({"a": jnp.ones(2)}))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e25])
+def test_gates_see_no_size(size):
+    grads, added = [size * jnp.asarray([1.0, 0.0])], [size * jnp.asarray([0.0, 1.0])]
+    for gate, is_on in (
+        (transforms.cosine_gate(0.7), True),  # 1 / sqrt(2)
+        (transforms.cosine_gate(0.71), False),
+        (transforms.ratio_gate(0.99), True),
+        (transforms.ratio_gate(1.01), False),
+    ):
+        assert bool(gate.decide(grads, added, gate.init(), jnp.int32(0))[0]) == is_on

@@ -169,6 +169,45 @@ def test_a_masked_leaf_stays_and_leaves_the_norm(double):
     np.testing.assert_array_equal(moved["first"]["bias"], 0)
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-25, 1e-20, 1e25, 1e36])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_gradients_of_any_size_climb_alike(size, adaptive):
+    params = {"a": jnp.asarray([1.0, 2.0]), "b": jnp.asarray([[-3.0]])}
+    grads = {"a": jnp.asarray([2.0, -1.0]), "b": jnp.asarray([[2.0]])}
+
+    def top(size):
+        seen = []
+
+        def grad_fn(p, i):
+            seen.append(p)
+            return jax.tree.map(lambda leaf: size * leaf, grads)
+
+        for tx in (
+            transforms.sam(0.3, adaptive=adaptive),
+            transforms.gsam(0.3, alpha=0.4, adaptive=adaptive),
+        ):
+            incoming = jax.tree.map(lambda leaf: size * leaf, grads)
+            new = tx.update(incoming, tx.init(params), params, grad_fn=grad_fn)[0]
+            # Parallel to the clean gradient: nothing is orthogonal to it.
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), new, incoming)
+        return seen
+
+    for one, other in zip(top(size), top(1.0), strict=True):
+        assert norm(jax.tree.map(jnp.subtract, one, params)) > 0.2
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e25])
+def test_the_surrogate_gap_is_taken_off_at_any_size(size):
+    params, top = jnp.zeros(2), jnp.asarray([3.0, 4.0])
+    tx = transforms.gsam(0.1, alpha=0.5)
+    clean = jnp.asarray([1.0, 0.0]) * size
+    new = tx.update(clean, tx.init(params), params, grad_fn=lambda p, i: size * top)[0]
+    # (1, 0) less its part 0.6 along (0.6, 0.8).
+    expected = top - 0.5 * jnp.asarray([0.64, -0.48])
+    np.testing.assert_allclose(new / size, expected, rtol=1e-6)
+
+
 def test_radius_follows_a_schedule():
     seen = []
 

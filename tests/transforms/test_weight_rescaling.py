@@ -175,3 +175,22 @@ def test_error_texts():
         tx.update({"b": jnp.ones((3, 3))}, tx.init({"b": jnp.ones((3, 3))}))
     with pytest.raises(ValueError, match="`weight_decay` must be positive, got 0"):
         schedules.matched_learning_rate(learning_rate=0.1, weight_decay=0, gradient_norm=1.0)
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-25, 1.0, 1e3])
+def test_filters_of_any_size_end_at_the_norm(size):
+    params = {"w": size * jnp.asarray([[3.0, 1.0], [4.0, 1.0]])}
+    tx = transforms.rescale_weights(mask={"w": True}, target_norm=2.0)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    norms = jnp.linalg.norm(params["w"] + updates["w"], axis=0)
+    # The sum of the update and large weights has their rounding.
+    np.testing.assert_allclose(norms, 2, rtol=max(1e-6, 5e-7 * size))
+
+
+@pytest.mark.parametrize("size", [1e22, 1e37])
+def test_filters_beyond_all_rounding_come_down(size):
+    params = {"w": size * jnp.asarray([[3.0, 1.0], [4.0, 1.0]])}
+    tx = transforms.rescale_weights(mask={"w": True}, target_norm=2.0)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -params["w"], rtol=1e-6)

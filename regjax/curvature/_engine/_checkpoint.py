@@ -48,7 +48,9 @@ class Checkpoint:
     A run goes on from its own files alone: of the same traced program and the same arrays, those
     that functions close over included; of a source all examples are read once to see that. What is
     damaged is gone back from; files of another problem or another version, and those that may not
-    be read, are an error, and stay. The answer is that of an undisturbed run, bit for bit, on the same device with the same
+    be read, are an error, and stay.
+
+    The answer is that of an undisturbed run, bit for bit, on the same device with the same
     versions. For one process that drives the solver from Python, outside of `jax.jit`.
 
     Attributes:

@@ -27,7 +27,8 @@ class OtherProblem(_files.CheckpointError):
 def facts(solver: Solver[Any, Any]) -> dict[str, Any]:
     """What decides the answer: arguments as they are, programs and arrays by their digests.
 
-    A source is read once for it. The size of a chunk is not among them: after running out of memory one lowers it and goes on.
+    A source is read once for it. The size of a chunk is not among them: after running out of
+    memory one lowers it and goes on.
     """
     found: dict[str, Any] = {
         "solver": solver.name,
@@ -82,4 +83,3 @@ def check_product(path: Path, found: list[float], wanted: list[float], space: Sp
             f"{wanted} along its direction and outside of it, got {found} in {path}: another loss "
             "or model."
         )
-

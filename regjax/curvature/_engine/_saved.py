@@ -1,5 +1,6 @@
 """What a file of a checkpoint says of itself: written as JSON, and not trusted when it is read."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,8 @@ class Part(NamedTuple):
         return self.pieces[-1].stop if self.pieces else 0
 
 
-class Saved(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Saved:
     """A state on disk but for its arrays.
 
     Attributes:
@@ -64,7 +66,7 @@ class Saved(NamedTuple):
 
 def metadata_of(facts: dict[str, Any], saved: Saved) -> dict[str, Any]:
     """What is written: `saved`, and what the problem is known by."""
-    return {"facts": facts, **saved._asdict()}
+    return {"facts": facts, **dataclasses.asdict(saved)}
 
 
 def facts_of(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def saved_of(path: Path, metadata: dict[str, Any]) -> Saved:
       CheckpointError: an entry is missing, unknown or not what it has to be.
     """
     for name in sorted(metadata):
-        if name not in ("facts", *Saved._fields):
+        if name not in ("facts", *(field.name for field in dataclasses.fields(Saved))):
             raise wrong(path, name, metadata[name])
     product, parts = metadata.get("product"), metadata.get("parts")
     if not (isinstance(product, list) and len(product) == 2 and all(map(_is_number, product))):

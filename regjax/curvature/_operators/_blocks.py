@@ -3,9 +3,11 @@
 import jax
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax.curvature._operators._operator import Operator
 
 
+@checked
 def by_block(operator: Operator, *, depth: int = 1) -> dict[str, Operator]:
     """Takes a curvature matrix apart into its diagonal blocks, one for each group of parameters.
 

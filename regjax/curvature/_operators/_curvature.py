@@ -1,4 +1,4 @@
-"""Curvature matrices known by their products: Hessian, Gauss-Newton, Fisher.
+"""Curvature matrices that follow from a function at its parameters and data.
 
 Every one is the linear map v -> A v of a *linearisation* at the parameters. `jax.linearize` splits
 it into residuals, computed once, and the linear part, run once a product: of a multi-layer
@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,9 @@ from jax.tree_util import Partial
 from regjax import _checks, _chunks, _jaxprs, _loops, _programs, _tree
 from regjax._base import (
     Batch,
-    LossFn,
     Params,
     Tree,
     as_partial,
-    check_loss,
-    check_scalar,
     couples_examples,
 )
 from regjax._programs import Program
@@ -72,7 +69,7 @@ class CurvatureOperator(TracedOperator):
     """
 
     linearization: Linearization
-    function: Partial
+    function: Callable[..., Tree]
     params: Params
     batch: Batch
     linear_map: Partial | None
@@ -144,7 +141,7 @@ class CurvatureOperator(TracedOperator):
 class _OfSubtree:
     """`function` of some parameters alone, the rest held fixed."""
 
-    function: Partial
+    function: Callable[..., Tree]
     rest: Params
 
     @property
@@ -156,85 +153,11 @@ class _OfSubtree:
 
 
 def of_subtree(
-    function: Partial, params: Params, inside: tuple[bool, ...]
+    function: Callable[..., Tree], params: Params, inside: tuple[bool, ...]
 ) -> tuple[Partial, Params]:
     """`function` of the parameters inside, and these; only they are differentiated."""
     rest = subtree(params, [not here for here in inside])
     return as_partial(_OfSubtree(function, rest)), subtree(params, inside)
-
-
-def hvp(loss_fn: LossFn, params: Params, vector: Params, *batch: Tree) -> Params:
-    """Computes a Hessian-vector product by forward-over-reverse differentiation.
-
-    Args:
-      loss_fn: (params, *batch) -> scalar, the mean over the examples.
-      params: tree of parameters.
-      vector: tree like `params`.
-      *batch: arrays with a leading axis of examples.
-
-    Returns:
-      H v, a tree like `params`, in the units of the loss per squared parameter times `vector`.
-
-    Raises:
-      ValueError: `vector` is not a tree like `params`, or the loss is not a scalar.
-
-    References:
-      B. Pearlmutter (1994), Fast exact multiplication by the Hessian, Neural Computation 6(1).
-    """
-    check_loss(loss_fn, params, batch)
-    _checks.same_tree("vector", vector, params)
-    with precision():
-        return differentiate_gradient(loss_fn, params, vector, *batch)
-
-
-def hessian(
-    loss_fn: LossFn, params: Params, *batch: Tree, chunk_size: int | None = None
-) -> CurvatureOperator:
-    """Makes the Hessian of the mean loss over the batch.
-
-    Args:
-      loss_fn: (params, *batch) -> scalar, the mean over the examples. It is traced now: the
-        operator is that of the loss as it is, and the arrays that it closes over are data of the
-        operator. A new function of the same program compiles nothing again.
-      params: tree of real floating-point parameters, n in all.
-      *batch: arrays with a leading axis of examples.
-      chunk_size: number of examples per pass, for bounded memory; the ragged last chunk counts by
-        its size. None takes the whole batch at once and keeps the linearisation if it fits. Where
-        the batch is divided over the devices of a mesh, each passes over its own examples.
-
-    Returns:
-      An `Operator` of shape (n, n).
-
-    Raises:
-      TypeError: a parameter is not real floating point.
-      ValueError: the loss is not a scalar, the batch has no common leading axis, `chunk_size` is
-        not positive, or it splits a batch whose examples the loss couples (batch norm in train
-        mode: ask for "train_per_chunk" by name). The arrays of the batch are divided differently,
-        or lie on a mesh with explicit axes.
-    """
-    _checks.floating_tree("params", params)
-    parts = parts_of(loss_fn, batch, chunk_size)
-    loss = trace(loss_fn, *((params, *part) for part in parts))
-    check_scalar(loss.outputs(params, *batch))
-    linearization = Linearization(Partial(_linearize_gradient), Partial(differentiate_gradient))
-    return build(linearization, loss, params, batch, chunk_size)
-
-
-def from_gradient(grad_fn: Callable[[Params], Params], params: Params) -> CurvatureOperator:
-    """Makes the Hessian of a loss that is known by its gradient alone.
-
-    Args:
-      grad_fn: params -> gradient; traced now, as in `hessian`.
-      params: tree of parameters.
-
-    Returns:
-      An `Operator` of shape (n, n): the Jacobian of `grad_fn` at `params`.
-
-    Raises:
-      TypeError: a parameter is not real floating point.
-    """
-    _checks.floating_tree("params", params)
-    return build(_JACOBIAN, trace(grad_fn, (params,)), params, (), None)
 
 
 def parts_of(
@@ -274,13 +197,12 @@ def build(
     chunk_size: int | None,
 ) -> CurvatureOperator:
     """An operator from programs that are not shared yet."""
-    plain = CurvatureOperator(linearization, function, params, batch, None, None, None)
-    linearization, function = _programs.share((linearization, function), derive(plain, batch))
+    linearization, function = _programs.share((linearization, function))
     return assemble(linearization, function, params, batch, chunk_size)
 
 
-def derive(operator: CurvatureOperator, batch: Batch) -> Any:
-    """The traced product with the matrix of `batch`."""
+def program(operator: CurvatureOperator, batch: Batch) -> str:
+    """What a product of `batch` computes, in a few letters, the same ones in each process."""
     linearization, function, params, batch = _programs.structs(
         (operator.linearization, operator.function, operator.params, batch)
     )
@@ -289,12 +211,8 @@ def derive(operator: CurvatureOperator, batch: Batch) -> Any:
         return linearization.multiply(function, *arguments)
 
     with precision():
-        return jax.make_jaxpr(multiply)(linearization, function, params, params, *batch)
-
-
-def program(operator: CurvatureOperator, batch: Batch) -> str:
-    """What a product computes, in a few letters, the same ones in each process."""
-    return _jaxprs.describe(derive(operator, batch), lasting=True).text[:16]
+        traced = jax.make_jaxpr(multiply)(linearization, function, params, params, *batch)
+    return _jaxprs.describe(traced, lasting=True).text[:16]
 
 
 def assemble(
@@ -320,27 +238,6 @@ def assemble(
     return CurvatureOperator(
         linearization, function, params, batch, linear_map, chunk_size, placement
     )
-
-
-def _linearize_gradient(loss_fn: Callable[..., Tree], params: Params, *batch: Tree) -> Tree:
-    return jax.linearize(jax.grad(lambda p: loss_fn(p, *batch)), params)[1]
-
-
-def differentiate_gradient(
-    loss_fn: Callable[..., Tree], params: Params, vector: Params, *batch: Tree
-) -> Tree:
-    return jax.jvp(jax.grad(lambda p: loss_fn(p, *batch)), (params,), (vector,))[1]
-
-
-def _linearize(function: Callable[[Tree], Tree], params: Params) -> Tree:
-    return jax.linearize(function, params)[1]
-
-
-def _differentiate(function: Callable[[Tree], Tree], params: Params, vector: Params) -> Tree:
-    return jax.jvp(function, (params,), (vector,))[1]
-
-
-_JACOBIAN = Linearization(Partial(_linearize), Partial(_differentiate))
 
 
 @_programs.bounded

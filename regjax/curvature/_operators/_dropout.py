@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from regjax import _checks, _chunks
-from regjax._base import Params, PRNGKey, as_partial, check_loss
+from regjax import _checks, _chunks, _programs
+from regjax._arguments import checked
+from regjax._base import Params, PRNGKey, check_scalar
+from regjax._programs import Program
 from regjax._space import Space
+from regjax.curvature._operators._curvature import trace
 from regjax.curvature._operators._matvec import from_matvec
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precision
 
 
+@checked
 def dropout_covariance(
     dropout_loss_fn: Callable[..., Any], params: Params, *, key: PRNGKey, num_samples: int
 ) -> Operator:
@@ -54,6 +58,7 @@ def dropout_covariance(
     return from_matvec(Partial(_multiply, factor), params)
 
 
+@checked
 def dropout_covariance_factor(
     dropout_loss_fn: Callable[..., Any], params: Params, *, key: PRNGKey, num_samples: int
 ) -> jax.Array:
@@ -75,13 +80,20 @@ def dropout_covariance_factor(
       TypeError: as in `dropout_covariance`.
     """
     _checks.integer("num_samples", num_samples, minimum=2)
-    check_loss(dropout_loss_fn, params, (_checks.key("key", key),), name="dropout_loss_fn")
+    _checks.floating_tree("params", params)
+    loss = _traced(dropout_loss_fn, params, _checks.key("key", key))
     keys = jax.random.split(key, num_samples)
-    rows = _chunks.each(Partial(_gradient, as_partial(dropout_loss_fn)), params, (keys,), 1)
-    return _centred(rows)
+    return _centred(_chunks.each(Partial(_gradient, loss), params, (keys,), 1))
 
 
-def _gradient(dropout_loss_fn: Partial, params: Params, keys: jax.Array) -> jax.Array:
+def _traced(dropout_loss_fn: Callable[..., Any], params: Params, key: PRNGKey) -> Program:
+    """The program of the loss, shared by losses of the same gradient."""
+    loss = trace(dropout_loss_fn, (params, key))
+    check_scalar(loss.outputs(params, key), name="dropout_loss_fn")
+    return _programs.share(loss)
+
+
+def _gradient(dropout_loss_fn: Program, params: Params, keys: jax.Array) -> jax.Array:
     with precision():
         gradient = jax.grad(dropout_loss_fn)(params, keys[0])
     return Space.of(params).ravel(gradient)[None]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks
+from regjax._arguments import checked
 from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree, check_scalar
 from regjax._programs import Program
 from regjax.curvature._operators._curvature import (
@@ -24,6 +25,7 @@ from regjax.curvature._operators._curvature import (
 from regjax.curvature._operators._likelihoods import LIKELIHOODS, check_outputs
 
 
+@checked
 def gauss_newton(
     model_fn: ModelFn,
     output_loss_fn: OutputLossFn,
@@ -63,6 +65,7 @@ def gauss_newton(
     return _sandwich(curvature, model, params, (inputs, targets), chunk_size)
 
 
+@checked
 def empirical_fisher(
     model_fn: ModelFn,
     output_loss_fn: OutputLossFn,
@@ -104,6 +107,7 @@ def empirical_fisher(
     return _sandwich(curvature, model, params, (inputs, targets), chunk_size)
 
 
+@checked
 def fisher(
     model_fn: ModelFn,
     params: Params,

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from regjax import _checks, _jaxprs, _programs
+from regjax import _checks, _jaxprs, _loops, _numerics, _programs
+from regjax._arguments import checked
 from regjax._base import MatVec, Params, Tree
 from regjax._programs import Program
 from regjax._sharding import find
@@ -14,6 +16,10 @@ from regjax._space import Space
 from regjax.curvature._operators._operator import Operator, Submatrix
 from regjax.curvature._operators._traced import TracedOperator
 from regjax.curvature._precision import precision
+
+# Relative difference of A(u + v) from A u + A v, and of u' A v from v' A u, beyond which a product
+# is refused, and units of its rounding that come to it.
+_DIFFERENCE, _UNITS = 3e-3, 16
 
 
 @functools.partial(
@@ -41,9 +47,7 @@ class MatvecOperator(TracedOperator):
         return self.linear_map(tree)
 
     def facts(self) -> dict[str, Tree]:
-        traced = jax.make_jaxpr(MatvecOperator.apply)(
-            *_programs.structs((self, self.space.like()))
-        )
+        traced = jax.make_jaxpr(MatvecOperator.apply)(*_programs.structs((self, self.space.like())))
         text = _jaxprs.describe(traced, lasting=True).text[:16]
         return {"linear_map": self.linear_map, "program": text}
 
@@ -51,8 +55,12 @@ class MatvecOperator(TracedOperator):
         return Submatrix(self, inside)
 
 
+@checked
 def from_matvec(matvec: MatVec, like: Params) -> Operator:
     """Makes an operator from any symmetric product.
+
+    Whether it is linear and symmetric is tried once on two random vectors, at the cost of three
+    products; not inside of `jax.jit`, where no host can look, and not if `like` has shapes alone.
 
     Args:
       matvec: v -> A v on trees (or arrays) like `like`; traceable by JAX. It is traced now; the
@@ -63,13 +71,64 @@ def from_matvec(matvec: MatVec, like: Params) -> Operator:
       An `Operator` of shape (n, n).
 
     Raises:
-      TypeError: a leaf of `like` is not real floating point.
+      TypeError: a leaf of `like` is not real floating point, or the product is complex.
+      ValueError: the product has another structure or other shapes than `like`, or it is not
+        linear, or not symmetric, by more than 0.3 % and 16 units of rounding of its narrowest type.
     """
     _checks.floating_tree("like", like)
     with precision():
         linear_map = _programs.share(_programs.trace(matvec, (like,)))
+    image = linear_map.outputs(like)
+    _checks.same_tree("matvec(vector)", image, like)
+    _checks.real_tree("matvec(vector)", image)
     placement = find((), like, linear_map)
-    if placement is None:
-        return MatvecOperator(linear_map, like, None)
-    linear_map, like = placement.replicate((linear_map, like))
-    return MatvecOperator(linear_map, like, placement.mesh)
+    mesh = None
+    if placement is not None:
+        (linear_map, like), mesh = placement.replicate((linear_map, like)), placement.mesh
+    operator = MatvecOperator(linear_map, like, mesh)
+    _check_symmetric(operator)
+    return operator
+
+
+def _check_symmetric(operator: MatvecOperator) -> None:
+    """Raises if the product is seen not to be a symmetric matrix's; NaN shows nothing."""
+    # Where shapes stand for a vector nothing is to be computed: of an estimate of memory, say.
+    is_shape = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(operator))
+    if is_shape or not _loops.is_concrete(operator):
+        return
+    space = operator.space
+    one, other = (space.normal(key) for key in jax.random.split(jax.random.key(0)))
+    try:
+        images = [operator.product(vector) for vector in (one, other, one + other)]
+    except jax.errors.JaxRuntimeError:
+        return  # out of memory perhaps: whoever makes products has the words for it
+    numbers = _compared(space, one, other, images)
+    if not _loops.is_concrete(numbers):
+        return  # called while a function is traced that it does not depend on
+    not_linear, not_symmetric = map(float, numbers)
+    limit = _DIFFERENCE + _UNITS * operator.eps
+    if not_linear > limit:
+        raise ValueError(
+            "`matvec` must be linear, got A(u + v) that differs from A u + A v by "
+            f"{not_linear:.2g} of their norms for random u and v."
+        )
+    if not_symmetric > limit:
+        raise ValueError(
+            "`matvec` must be symmetric, got u'A v that differs from v'A u by "
+            f"{not_symmetric:.2g} of the norms of A u and A v for random u and v."
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compared(
+    space: Space, one: jax.Array, other: jax.Array, images: list[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """How far from linear and from symmetric, relative to the images; both ()."""
+    of_one, of_other, of_sum = images
+    # Of images of any size no square under- or overflows.
+    power = _numerics.power_of_two(jnp.max(jnp.abs(of_one)) + jnp.max(jnp.abs(of_other)))
+    of_one, of_other, of_sum = (image * power for image in (of_one, of_other, of_sum))
+    norms = space.norm(of_one) + space.norm(of_other)
+    gap = space.norm(of_sum - of_one - of_other)
+    skew = jnp.abs(space.inner(one, of_other) - space.inner(other, of_one))
+    return _numerics.divide(gap, norms), _numerics.divide(skew, norms)

@@ -63,8 +63,10 @@ class Operator(Products):
 
         Raises:
           ValueError: `diagonal` has another structure or other shapes than the parameters.
+          TypeError: it is complex.
         """
         _checks.same_tree("diagonal", diagonal, self.space.like())
+        _checks.real_tree("diagonal", diagonal)
         return Congruent(self.space.ravel(diagonal), self)
 
     def __add__(self, other: "Operator") -> "Operator":

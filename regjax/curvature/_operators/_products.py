@@ -71,8 +71,9 @@ class Products(abc.ABC):
 
         Raises:
           ValueError: `vector` has another structure or other shapes than the parameters.
+          TypeError: it is complex.
         """
-        _checks.same_tree("vector", vector, self.space.like())
+        self._check_vector(vector)
         return self.space.unravel(self.product(self.space.ravel(vector)))
 
     def matmat(self, vectors: Params) -> Params:
@@ -83,10 +84,16 @@ class Products(abc.ABC):
 
         Raises:
           ValueError: `vectors` has another structure or other shapes than (k,) + the parameters'.
+          TypeError: they are complex.
         """
         leading = jnp.shape(jax.tree.leaves(vectors)[0])[:1] if jax.tree.leaves(vectors) else ()
         _checks.same_tree("vectors", vectors, self.space.like(leading))
+        _checks.real_tree("vectors", vectors)
         return self.space.unravel_rows(self.block_product(self.space.ravel_rows(vectors)))
+
+    def _check_vector(self, vector: Params) -> None:
+        _checks.same_tree("vector", vector, self.space.like())
+        _checks.real_tree("vector", vector)
 
     def __matmul__(self, vectors: Params) -> Params:
         """`matvec` of a tree like the parameters, `matmat` of one with a leading axis more."""
@@ -117,10 +124,12 @@ class Products(abc.ABC):
         space = self.space
 
         def matmat(columns: np.ndarray) -> np.ndarray:
+            _checks.real_tree("vector", columns)
             rows = space.shard(jnp.asarray(np.asarray(columns).T, self.dtype))
             return np.asarray(space.gather(self.block_product(rows))).T
 
         def matvec(vector: np.ndarray) -> np.ndarray:
+            _checks.real_tree("vector", vector)
             flat = space.shard(jnp.asarray(np.asarray(vector).reshape(-1), self.dtype))
             return np.asarray(space.gather(self.product(flat)))
 

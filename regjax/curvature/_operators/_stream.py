@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _checks, _loops, _programs
+from regjax._arguments import checked
 from regjax._base import Batch, Params, Tree, couples_examples
 from regjax._sharding import Placement
 from regjax._space import Space
@@ -22,7 +23,6 @@ from regjax.curvature._operators._curvature import (
     CurvatureOperator,
     Linearization,
     assemble,
-    hessian,
     of_subtree,
     program,
 )
@@ -32,6 +32,7 @@ from regjax.curvature._operators._gauss_newton import (
     fisher,
     gauss_newton,
 )
+from regjax.curvature._operators._hessian import hessian
 from regjax.curvature._operators._operator import Operator, subtree
 from regjax.curvature._operators._source import Source
 
@@ -132,34 +133,40 @@ class StreamedOperator(Operator):
 
     def block_product(self, rows: jax.Array) -> jax.Array:
         # One linearisation of a batch serves all vectors.
-        part = lambda batch: assemble(*self._parts(batch), batch, None)
-        return self._mean(rows, lambda batch: part(batch).block_product(rows))
+        def multiply(batch: Batch) -> jax.Array:
+            linearization, function, params = self._parts(batch)
+            return assemble(linearization, function, params, batch, None).block_product(rows)
+
+        return self._mean(rows, multiply)
 
     def facts(self) -> dict[str, Tree]:
-        one = jax.tree.map(lambda leaf: leaf[:1], self.source.first())
-        linearization, function, params = self._parts(self.source.drawn(0, one))
+        row = lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
+        one = self._with_draws(jax.tree.map(row, self.programs.first))
+        linearization, function, params = self._parts(one)
         ours = CurvatureOperator(linearization, function, params, (), None, None, None)
         return {
             "params": self.params,
             "inside": repr(self.inside),
             "function": function,
             "linearization": linearization,
-            "program": program(ours, self.source.drawn(0, one)),
+            "program": program(ours, one),
             "source": self.source.digest(),
         }
 
     def product_bytes(self, count: int) -> int:
         """Bytes on a device of `count` products at once, of batches as large as the first one."""
-        batch = jax.eval_shape(functools.partial(self.source.drawn, 0), self.programs.first)
-        linearization, function, params = self._parts(batch)
+        batch = self._with_draws(self.programs.first)
+        if self.placement is not None:
+            batch = self.placement.shapes_of(batch)
+        parts = self._parts(batch)
         # Beside the product of a batch its data and those read ahead, the sum, the product before.
         num_bytes = self.space.num_bytes
         vectors = num_bytes(jax.eval_shape(lambda: self.space.zeros(count)))
         held = (self.source.prefetch + 1) * num_bytes(batch) + 2 * vectors
-        shapes = _programs.structs((linearization, function, params))
         if count == 1:
-            return held + CurvatureOperator(*shapes, batch, None, None, None).product_bytes(1)
-        kept = jax.eval_shape(lambda *parts: assemble(*parts, None), *shapes, batch)
+            return held + self._of_batch(batch).product_bytes(1)
+        make = functools.partial(assemble, chunk_size=None)
+        kept = jax.eval_shape(make, *parts, batch)
         return held + num_bytes(kept.linear_map) + kept.product_bytes(count)
 
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
@@ -177,8 +184,14 @@ class StreamedOperator(Operator):
 
     def _fused(self, batch: Batch, vector: jax.Array) -> jax.Array:
         """The product with the matrix of a batch, of which nothing is kept."""
-        part = CurvatureOperator(*self._parts(batch), batch, None, None, self.placement)
-        return part.product(vector)
+        return self._of_batch(batch).product(vector)
+
+    def _of_batch(self, batch: Batch) -> CurvatureOperator:
+        linearization, function, params = self._parts(batch)
+        return CurvatureOperator(linearization, function, params, batch, None, None, self.placement)
+
+    def _with_draws(self, shapes: Batch) -> Batch:
+        return jax.eval_shape(lambda batch: self.source.drawn(0, batch), shapes)
 
     def _mean(self, vectors: jax.Array, multiply: Callable[[Batch], jax.Array]) -> jax.Array:
         """The mean over the examples of a pass of the products, weighted by sizes of batches."""
@@ -198,6 +211,7 @@ class StreamedOperator(Operator):
         return total / jnp.asarray(self.source.num_examples, total.dtype)
 
 
+@checked
 def stream(
     operator_fn: Callable[..., CurvatureOperator],
     *arguments: Any,

@@ -22,7 +22,7 @@ class TracedOperator(Operator):
         return _product(self, vector)
 
     def matvec(self, vector: Params) -> Params:
-        _checks.same_tree("vector", vector, self.space.like())
+        self._check_vector(vector)
         # On a mesh a tree goes in and out as it is: the sum over the examples is the only message.
         return _like_vectors(self, vector)
 
