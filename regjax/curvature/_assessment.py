@@ -85,10 +85,10 @@ class _Pairs(NamedTuple):
     """Ritz pairs, the wanted ones first; what does not belong to a filled row comes last.
 
     Attributes:
-      values: (rows,), NaN for rows that are not filled.
+      values: (rows,), 0 for rows that are not filled.
       weights: (rows, rows), columns: the small eigenvectors.
       outside: (rows,), the part of the residual norms that goes on to shrink.
-      bounds: (rows,), of the residual norms.
+      bounds: (rows,), of the residual norms; `unbounded` for rows that are not filled.
     """
 
     values: jax.Array
@@ -113,6 +113,16 @@ class _Standing(NamedTuple):
     mass: jax.Array
 
 
+def unbounded(dtype: jnp.dtype) -> float:
+    """The bound of what is no pair: a number, for infinity may be what a user looks for."""
+    return float(jnp.finfo(dtype).max)
+
+
+def is_pair(bounds: jax.Array) -> jax.Array:
+    """Which bounds are those of pairs, and not of rows that are not filled."""
+    return bounds < unbounded(bounds.dtype)
+
+
 def assess(state: EigenState) -> EigenState:
     """Ritz pairs with bounds, wanted first; then whether to search, to compress or to stop."""
     pairs = _pairs(state)
@@ -123,11 +133,11 @@ def assess(state: EigenState) -> EigenState:
 def _pairs(state: EigenState) -> _Pairs:
     krylov = state.krylov
     values, weights, valid = small_pairs(krylov.projected, krylov.filled)
-    values = jnp.where(valid, values, jnp.nan)
-    order = jnp.argsort(_preference(values, state.which))
+    order = jnp.argsort(_preference(values, valid, state.which))
     values, weights, valid = values[order], weights[:, order], valid[order]
     outside, dropped = residual_parts(krylov, weights)
-    return _Pairs(values, weights, outside, jnp.where(valid, outside + dropped, jnp.inf))
+    bounds = jnp.where(valid, outside + dropped, unbounded(values.dtype))
+    return _Pairs(jnp.where(valid, values, 0), weights, outside, bounds)
 
 
 def _standing(state: EigenState, pairs: _Pairs) -> _Standing:
@@ -140,7 +150,7 @@ def _standing(state: EigenState, pairs: _Pairs) -> _Standing:
     # What is reported is the bound and what rounding adds.
     threshold = jnp.maximum(state.tol * largest - unknown, unknown)
     mass = jnp.sum(pairs.weights * (state.search.own @ pairs.weights), 0)
-    mass = jnp.where(jnp.isnan(pairs.values), 0, mass)
+    mass = jnp.where(is_pair(pairs.bounds), mass, 0)
     return _Standing(largest, threshold, pairs.bounds <= threshold, mass)
 
 
@@ -195,20 +205,21 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
     )
 
 
-def _preference(values: jax.Array, which: str) -> jax.Array:
-    """Sort key: wanted values first, NaN last."""
+def _preference(values: jax.Array, valid: jax.Array, which: str) -> jax.Array:
+    """Sort key: wanted values first, what is not valid last."""
     if which == "LA":
-        return -values
-    if which == "SA":
-        return values
-    if which == "LM":
-        return -jnp.abs(values)
-    # From both ends in turn, largest first: rank r from above is 2 r, from below 2 r + 1.
-    count = jnp.sum(~jnp.isnan(values))
-    from_below = jnp.argsort(jnp.argsort(values))
-    from_above = count - 1 - from_below
-    turn = jnp.where(from_above <= from_below, 2 * from_above, 2 * from_below + 1)
-    return jnp.where(jnp.isnan(values), jnp.inf, turn.astype(values.dtype))
+        key = -values
+    elif which == "SA":
+        key = values
+    elif which == "LM":
+        key = -jnp.abs(values)
+    else:
+        # From both ends in turn, largest first: rank r from above is 2 r, from below 2 r + 1.
+        from_below = jnp.argsort(jnp.argsort(jnp.where(valid, values, jnp.inf)))
+        from_above = jnp.sum(valid) - 1 - from_below
+        turn = jnp.where(from_above <= from_below, 2 * from_above, 2 * from_below + 1)
+        key = turn.astype(values.dtype)
+    return jnp.where(valid, key, jnp.inf)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -236,20 +247,20 @@ def restart(state: EigenState) -> EigenState:
     krylov, search = state.krylov, state.search
     rows = jnp.arange(krylov.basis.num_rows, dtype=jnp.int32)
     # If a search follows, the residual is lost: what has not converged can no longer.
-    kept = jnp.isfinite(state.values) & (state.small | ~state.wants_search)
+    kept = jnp.isfinite(state.values) & is_pair(state.bounds) & (state.small | ~state.wants_search)
     kept = _most_useful(kept, state)
     order = jnp.argsort(~kept, stable=True)
     num_kept = jnp.sum(kept, dtype=jnp.int32)
     inside = rows < num_kept
     weights = jnp.where(inside[None], state.weights[:, order], 0)
-    values = jnp.where(inside, state.values[order], jnp.nan)
+    values = jnp.where(inside, state.values[order], 0)
     # Every recombination of the rows rounds them once more.
     unit = _RECOMBINED * float(jnp.finfo(krylov.direction.dtype).eps) * state.largest
     blur = jnp.hypot(krylov.blur, unit * jnp.sqrt(num_kept.astype(unit.dtype)))
     krylov = krylov._replace(
         basis=_basis.recombine(krylov.basis, weights, num_kept),
         newest=jnp.zeros_like(krylov.newest),
-        projected=jnp.diag(jnp.where(inside, values, 0)),
+        projected=jnp.diag(values),
         coupling=krylov.coupling @ weights,
         lost=krylov.lost @ weights,
         blur=blur,
@@ -264,7 +275,7 @@ def restart(state: EigenState) -> EigenState:
         num_restarts=state.num_restarts + 1,
         weights=jnp.diag(inside.astype(weights.dtype)),
         values=values,
-        bounds=jnp.where(inside, bounds, jnp.inf),
+        bounds=jnp.where(inside, bounds, unbounded(bounds.dtype)),
         small=state.small[order] & inside,
         mass=jnp.where(inside, state.mass[order], 0),
         wants_restart=jnp.zeros_like(state.wants_restart),

@@ -21,7 +21,14 @@ from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
 from regjax.curvature import _search
-from regjax.curvature._assessment import EigenState, assess, begin_search, restart
+from regjax.curvature._assessment import (
+    EigenState,
+    assess,
+    begin_search,
+    is_pair,
+    restart,
+    unbounded,
+)
 from regjax.curvature._derivatives import Slopes, attach, held, tangent_product, without_rule
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
@@ -192,8 +199,8 @@ def top_eigenpairs_solver(
             num_matvecs=jnp.int32(0),
             num_restarts=jnp.int32(0),
             weights=jnp.zeros((rows, rows), dtype),
-            values=jnp.full(rows, jnp.nan, dtype),
-            bounds=jnp.full(rows, jnp.inf, dtype),
+            values=jnp.zeros(rows, dtype),
+            bounds=jnp.full(rows, unbounded(dtype), dtype),
             largest=jnp.zeros((), dtype),
             threshold=jnp.zeros((), dtype),
             small=jnp.zeros(rows, bool),
@@ -246,10 +253,12 @@ def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
     k, krylov = state.k, state.krylov
     vectors = _basis.combine(krylov.basis, state.weights[:, :k])
     unknown = rounding(state.largest, eps=eps, dtype=space.dtype, num_rows=krylov.filled)
+    # After Ctrl-C there may be fewer pairs than are wanted.
+    exists = is_pair(state.bounds[:k])
     return EigenResult(
-        values=krylov.unscaled(state.values[:k]),
+        values=jnp.where(exists, krylov.unscaled(state.values[:k]), jnp.nan),
         vectors=space.unravel_rows(vectors),
-        residual_norms=krylov.unscaled(state.bounds[:k] + unknown),
+        residual_norms=jnp.where(exists, krylov.unscaled(state.bounds[:k] + unknown), jnp.inf),
         num_matvecs=state.num_matvecs,
         converged=state.small[:k],
         complete=_is_complete(state),

@@ -53,7 +53,7 @@ class Estimates(NamedTuple):
     Attributes:
       trace: ().
       trace_standard_error: ().
-      diagonal: (length,); () and NaN where only the trace is wanted.
+      diagonal: (length,); () and 0 where only the trace is wanted.
       diagonal_standard_error: likewise.
       num_matvecs: (), int32.
     """
@@ -169,14 +169,16 @@ def with_samples(samples: Samples, new: jax.Array, num_new: jax.Array) -> Sample
 def estimated(samples: Samples, num_matvecs: jax.Array, exact: ArrayLike = 0) -> Estimates:
     """The estimates, with a vector that is known exactly and comes on top."""
     sums, entries = samples
-    unknown = jnp.full((), jnp.nan, sums.mean.dtype)
-    return Estimates(
-        trace=sums.mean + jnp.sum(jnp.asarray(exact, sums.mean.dtype)),
-        trace_standard_error=standard_error(sums),
-        diagonal=unknown if entries is None else entries.mean + exact,
-        diagonal_standard_error=unknown if entries is None else standard_error(entries),
-        num_matvecs=num_matvecs,
-    )
+    nothing = jnp.zeros_like(sums.mean)
+    # With a single sample an error is unknown, also where NaN are forbidden.
+    with jax.debug_nans(False):
+        return Estimates(
+            trace=sums.mean + jnp.sum(jnp.asarray(exact, sums.mean.dtype)),
+            trace_standard_error=standard_error(sums),
+            diagonal=nothing if entries is None else entries.mean + exact,
+            diagonal_standard_error=nothing if entries is None else standard_error(entries),
+            num_matvecs=num_matvecs,
+        )
 
 
 def _joined(moments: Moments, samples: jax.Array, num_new: jax.Array) -> Moments:

@@ -19,10 +19,11 @@ class RitzResult(NamedTuple):
     """What m Lanczos steps know of the spectrum: the eigenpairs of T.
 
     Attributes:
-      values: (m,), Ritz values, ascending; NaN, at the front, for steps that were not done.
+      values: (m,), Ritz values, ascending; for steps that were not done copies of the smallest, at
+        the front, of weight 0.
       residual_norms: (m,), of the Ritz pairs: an eigenvalue of the matrix as the products have it
         lies within it. With what rounding may do: 8 units of the narrowest type in a product, of
-        the largest |Ritz value|, and 2.5 sqrt(m) of the rows' own; NaN as above.
+        the largest |Ritz value|, and 2.5 sqrt(m) of the rows' own; copies as above.
       weights: (m,), the squared component of the start along each Ritz vector, which is its weight
         in Gauss quadrature; sum 1, 0 as above.
       vectors: (m, m), columns: the Ritz vectors in the basis, `basis.T @ vectors` in full.
@@ -62,13 +63,15 @@ def ritz_pairs(result: LanczosResult) -> RitzResult:
     matrix = jnp.diag(result.alphas) + jnp.diag(result.betas, 1) + jnp.diag(result.betas, -1)
     done = jnp.arange(result.alphas.size, dtype=jnp.int32) < result.num_steps
     pairs = small_pairs(jnp.where(done[:, None] & done[None], matrix, 0), result.num_steps)
-    values = jnp.where(pairs.valid, pairs.values, jnp.nan)
+    first = pairs.values.size - result.num_steps
+    values = jnp.where(pairs.valid, pairs.values, pairs.values[first])
     beta = _numerics.scaled_norm(result.residual).astype(values.dtype)
     outside = beta * jnp.abs(pairs.vectors[result.num_steps - 1])
+    outside = jnp.where(pairs.valid, outside, outside[first])
     unknown = rounding(values, eps=result.eps, dtype=result.basis.dtype, num_rows=result.num_steps)
     return RitzResult(
         values=values,
-        residual_norms=jnp.where(pairs.valid, outside + unknown, jnp.nan),
+        residual_norms=outside + unknown,
         weights=jnp.where(pairs.valid, pairs.vectors[0] ** 2, 0),
         vectors=jnp.where(pairs.valid[None], pairs.vectors, 0),
     )

@@ -69,18 +69,24 @@ def begin(known: jax.Array, targets: jax.Array, *, num_rows: int, num_searches: 
     )
 
 
+def _certain(dtype: jnp.dtype) -> float:
+    """The overlap at which nothing can have been missed; its square is still a number."""
+    return float(jnp.finfo(dtype).max) ** 0.45
+
+
 def follow(search: Search, krylov: Krylov) -> Search:
     """The overlaps after one more product."""
     last = krylov.filled - 1
     overlaps = search.overlaps.at[:, last].set(search.next_overlap)
     beyond = search.targets * search.next_overlap - overlaps @ krylov.projected[:, last]
     # An invariant space holds every eigenvector with any overlap at all.
-    ahead = jnp.where(krylov.broke_down, jnp.inf, beyond / krylov.beta)
+    most = _certain(beyond.dtype)
+    ahead = jnp.where(krylov.broke_down, most, jnp.clip(beyond / krylov.beta, -most, most))
     return search._replace(
         own=search.own.at[last, last].set(1),
         overlaps=overlaps,
         next_overlap=ahead,
-        # fmax passes over the NaN that follow an infinity.
+        # fmax passes over the NaN that follow from too large overlaps.
         evidence=jnp.fmax(search.evidence, jnp.sum(overlaps**2, 1) + ahead**2),
     )
 
@@ -161,7 +167,8 @@ def _reached(search: Search, values: jax.Array, inside: jax.Array) -> jax.Array:
 
 
 def _miss_probabilities(search: Search, size: int) -> jax.Array:
-    return jnp.sqrt(2 * size / math.pi / search.evidence)
+    is_certain = search.evidence >= _certain(search.evidence.dtype) ** 2
+    return jnp.where(is_certain, 0, jnp.sqrt(2 * size / math.pi / search.evidence))
 
 
 def _searched(k: int, which: str) -> jax.Array:

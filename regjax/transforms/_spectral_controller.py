@@ -22,7 +22,7 @@ Rule: TypeAlias = Callable[[jax.Array, jax.Array], tuple[ArrayLike, ArrayLike]]
 
 
 class SpectralControllerState(NamedTuple):
-    """State of `spectral_controller`; what is measured is NaN before the first good refresh.
+    """State of `spectral_controller`; what is measured is 0 before the first good refresh.
 
     Attributes:
       num_updates: (), int32, updates so far.
@@ -122,10 +122,10 @@ def spectral_controller(
             velocity=jax.tree.map(jnp.zeros_like, params),
             learning_rate=number(initial_learning_rate),
             momentum=number(0),
-            largest=number(jnp.nan),
-            smallest=number(jnp.nan),
-            residual_norm=number(jnp.nan),
-            lowest=number(jnp.nan),
+            largest=number(0),
+            smallest=number(0),
+            residual_norm=number(0),
+            lowest=number(0),
             refresh_ok=jnp.bool_(False),
         )
 
