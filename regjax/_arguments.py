@@ -17,10 +17,12 @@ from regjax import _checks
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-_ANY = 2**63
+Rule: TypeAlias = Callable[[str, Any], object]
+"""(name, value) -> anything; raises."""
+
 ACCUMULATIONS = ("compensated", "float64")
-Rule: TypeAlias = Callable[[str, Any, Mapping[str, Any]], object]
-"""(name, value, all arguments) -> anything; raises."""
+# Trees that have the structure and the shapes of `params`, where there are any.
+_LIKE_PARAMS = ("direction", "other_direction", "other_params", "start", "vector")
 
 
 def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -40,60 +42,28 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
         for name, rule in rules.items():
             value = given.get(name)
             # What None means is the function's own.
-            if value is not None and value is not defaults[name]:
-                rule(name, value, given)
+            if value is None or value is defaults[name]:
+                continue
+            if name in _LIKE_PARAMS and "params" in given:
+                _checks.same_tree(name, value, given["params"])
+            rule(name, value)
         return function(*args, **kwargs)
 
     call.__dict__["checks"] = tuple(rules)
     return call
 
 
-def _count(name: str, value: object, given: Mapping[str, Any]) -> None:
-    del given
+def _count(name: str, value: object) -> None:
     if not isinstance(value, jax.Array):  # some counts are known only on the device
-        _checks.integer(name, value, minimum=-_ANY)
+        _checks.integer(name, value, minimum=None)
 
 
-def _finite(name: str, value: Any, given: Mapping[str, Any]) -> None:
-    del given
+def _number(name: str, value: Any) -> None:
     if not callable(value):  # a schedule
         _checks.real(name, value, finite=True)
 
 
-def _not_negative(name: str, value: Any, given: Mapping[str, Any]) -> None:
-    del given
-    _checks.non_negative(name, value, finite=True)
-
-
-def _real(name: str, value: Any, given: Mapping[str, Any]) -> None:
-    del given
-    _checks.real(name, value)
-
-
-def _key(name: str, value: object, given: Mapping[str, Any]) -> None:
-    del given
-    _checks.key(name, value)
-
-
-def _params(name: str, value: Any, given: Mapping[str, Any]) -> None:
-    del given
-    _checks.floating_leaves(name, value)
-
-
-def _like_params(name: str, value: Any, given: Mapping[str, Any]) -> None:
-    if "params" in given:
-        _checks.same_tree(name, value, given["params"])
-    _checks.floating_tree(name, value)
-
-
-def _function(name: str, value: object, given: Mapping[str, Any]) -> None:
-    del given
-    if not callable(value):
-        raise TypeError(f"`{name}` must be callable, got {type(value).__name__}.")
-
-
-def _array(name: str, value: Any, given: Mapping[str, Any]) -> None:
-    del given
+def _array(name: str, value: Any) -> None:
     if isinstance(value, str):
         raise TypeError(f"`{name}` must be one array, got {value!r}.")
     dtype = getattr(value, "dtype", None)
@@ -105,20 +75,14 @@ def _array(name: str, value: Any, given: Mapping[str, Any]) -> None:
         raise TypeError(f"`{name}` must be real floating point, got {dtype}.")
 
 
-def _examples(name: str, value: Any, given: Mapping[str, Any]) -> None:
+def _examples(name: str, value: Any) -> None:
     for leaf in jax.tree.leaves(value):
         if getattr(leaf, "shape", ())[:1] == (0,):
             raise ValueError(f"`{name}` must hold at least one example, got 0.")
-        _array(name, leaf, given)
+        _array(name, leaf)
 
 
-def _accumulation(name: str, value: Any, given: Mapping[str, Any]) -> None:
-    del given
-    _checks.choice(name, value, ACCUMULATIONS)
-
-
-def _operator(name: str, value: object, given: Mapping[str, Any]) -> None:
-    del given
+def _operator(name: str, value: object) -> None:
     if not hasattr(value, "block_product"):
         raise TypeError(
             f"`{name}` must be an operator, as from `hessian` or `from_matvec`, got "
@@ -148,25 +112,25 @@ RULES: Mapping[str, Rule] = {
             "std", "strength", "target_norm", "threshold", "tol", "vanishing_threshold",
             "weight_decay", "weight_decay_ratio",
         ),
-        _finite,
+        _number,
     ),
-    **dict.fromkeys(("inverse_batch", "linear_threshold", "noise_power"), _not_negative),
-    **dict.fromkeys(("clip", "gradient_norm_bound", "largest", "power", "smallest"), _real),
-    "key": _key,
-    **dict.fromkeys(("mean_grads", "params"), _params),
     **dict.fromkeys(
-        (
-            "direction", "other_direction", "other_params", "start", "vector",
-        ),
-        _like_params,
+        ("inverse_batch", "linear_threshold", "noise_power"),
+        functools.partial(_checks.non_negative, finite=True),
     ),
+    **dict.fromkeys(
+        ("clip", "gradient_norm_bound", "largest", "power", "smallest"), _checks.real
+    ),
+    "key": _checks.key,
+    **dict.fromkeys(("mean_grads", "params"), _checks.floating_leaves),
+    **dict.fromkeys(_LIKE_PARAMS, _checks.floating_tree),
     **dict.fromkeys(
         (
             "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "dropout_loss_fn",
             "gate_loss", "grad_fn", "law", "loss_fn", "matvec", "model_fn", "operator_fn",
             "output_loss_fn", "preactivations_fn", "rule",
         ),
-        _function,
+        _checks.function,
     ),
     **dict.fromkeys(
         (
@@ -177,7 +141,7 @@ RULES: Mapping[str, Rule] = {
         _array,
     ),
     "inputs": _examples,
-    "accumulation": _accumulation,
+    "accumulation": functools.partial(_checks.choice, allowed=ACCUMULATIONS),
     "operator": _operator,
 }  # fmt: skip
 """Name of an argument -> its rule."""

@@ -15,12 +15,15 @@ Function = TypeVar("Function")
 _Tree: TypeAlias = Any  # `_base` stands on this file
 
 
-def integer(name: str, value: object, *, minimum: int = 1, maximum: int | None = None) -> int:
+def integer(
+    name: str, value: object, *, minimum: int | None = 1, maximum: int | None = None
+) -> int:
     """Returns `value` as an `int` between `minimum` and `maximum`, or raises naming `name`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be a Python integer, got {value!r}.")
     value = int(value)
-    if value < minimum or (maximum is not None and value > maximum):
+    too_small = minimum is not None and value < minimum
+    if too_small or (maximum is not None and value > maximum):
         rule = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
         raise ValueError(f"`{name}` must be {rule}, got {value}.")
     return value

@@ -16,9 +16,8 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from regjax import _numerics
+from regjax import _loops, _numerics
 from regjax.curvature._ritz import small_pairs
 
 # Last entries alpha_m + beta_m cot(phi), phi evenly spaced: where the coefficients are those of an
@@ -148,7 +147,7 @@ def open_share(
     size = jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas))
     least = float(jnp.finfo(alphas.dtype).eps) * jnp.where(size > 0, size, 1)
 
-    def step(carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    def step(_: None, carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
         # The newest two polynomials over the root of the sum so far: nothing overflows.
         here, before, logarithm = carry
         beta = jnp.where(index > 0, betas[index - 1], 0)
@@ -158,9 +157,8 @@ def open_share(
         root = jnp.hypot(following, jnp.ones_like(following))
         ahead = following / root, here / root, logarithm + 2 * jnp.log(root)
         is_filled = index < num_steps
-        return jax.tree.map(lambda new, old: jnp.where(is_filled, new, old), ahead, carry), None
+        return jax.tree.map(lambda new, old: jnp.where(is_filled, new, old), ahead, carry)
 
     ones = jnp.ones_like(places)
-    start: tuple[jax.Array, ...] = ones, jnp.zeros_like(places), jnp.zeros_like(places)
-    carry, _ = lax.scan(step, start, jnp.arange(alphas.size, dtype=jnp.int32))
-    return jnp.exp(-carry[2])
+    start = ones, jnp.zeros_like(places), jnp.zeros_like(places)
+    return jnp.exp(-_loops.scan(step, start, alphas.size)[2])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from regjax.experiments._normalization import NORMALIZATIONS
+from regjax.experiments._quantities import OF_PROBE, centre
 from regjax.experiments._record import Record, title
 from regjax.experiments._table import table, wrapped
 
@@ -279,8 +280,12 @@ def _width(index: int) -> Callable[[Record], str]:
     return text
 
 
-def _last_probe(compute: Callable[[Record], float]) -> Callable[[Record], str]:
-    return lambda record: f"{compute(record['probes'][-1]):.4g}"
+def _short(compute: Callable[[Record], float]) -> Callable[[Record], str]:
+    return lambda record: f"{compute(record):.4g}"
+
+
+def _largest_loss(record: Record) -> float:
+    return max(max(row) for row in record["surface"]["losses"])
 
 
 _LANDSCAPE_LEGEND = (
@@ -288,26 +293,12 @@ _LANDSCAPE_LEGEND = (
     "filters (or layers). A probe goes 1/2 to 4 learning rates along the gradient."
 )
 _LANDSCAPE: dict[str, Callable[[Record], str]] = {
-    "loss at the minimum": lambda record: f"{_centre(record):.4g}",
-    "largest loss on the surface": lambda record: f"{_largest_loss(record):.4g}",
+    "loss at the minimum": _short(centre),
+    "largest loss on the surface": _short(_largest_loss),
     "width of {loss < e x minimum}, direction 1": _width(0),
     "width of {loss < e x minimum}, direction 2": _width(1),
-    "gradient norm": _last_probe(lambda probe: probe["gradient_norm"]),
-    "loss range along the gradient step": _last_probe(
-        lambda probe: max(probe["losses"]) - min(probe["losses"])
-    ),
-    "largest change of the gradient": _last_probe(lambda probe: max(probe["gradient_distances"])),
-    "effective smoothness": _last_probe(lambda probe: max(probe["smoothness"])),
+    **{name: _short(compute) for name, compute in OF_PROBE.items()},
 }
-
-
-def _centre(record: Record) -> float:
-    losses = record["surface"]["losses"]
-    return losses[len(losses) // 2][len(losses) // 2]
-
-
-def _largest_loss(record: Record) -> float:
-    return max(max(row) for row in record["surface"]["losses"])
 
 
 def _spherical(record: Record) -> str:

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
+from regjax.experiments._quantities import OF_PROBE, centre
 from regjax.experiments._record import Record
 from regjax.experiments._report import failures, with_error
 from regjax.experiments._table import table
@@ -103,21 +104,12 @@ def _margin(part: str) -> Callable[[Record], float | None]:
     return lambda record: record["geometry"]["margins"][part]["median"]
 
 
-def _centre(record: Record) -> float | None:
-    losses = record["surface"]["losses"]
-    return losses[len(losses) // 2][len(losses) // 2]
-
-
 def _width(index: int) -> Callable[[Record], float | None]:
     def value(record: Record) -> float | None:
         flatness = record["flatness"][index]
         return flatness["interval_width"] if flatness["converged"] else None
 
     return value
-
-
-def _last_probe(compute: Callable[[Record], float]) -> Callable[[Record], float | None]:
-    return lambda record: compute(record["probes"][-1])
 
 
 QUANTITIES: dict[str, Callable[[Record], float | None]] = {
@@ -134,13 +126,8 @@ QUANTITIES: dict[str, Callable[[Record], float | None]] = {
     "spherical sharpness": _sharpness,
     "median margin in training": _margin("train"),
     "median margin in the test": _margin("test"),
-    "loss at the minimum": _centre,
+    "loss at the minimum": centre,
     "width of {loss < e x minimum}, direction 1": _width(0),
     "width of {loss < e x minimum}, direction 2": _width(1),
-    "gradient norm": _last_probe(lambda probe: probe["gradient_norm"]),
-    "loss range along the gradient step": _last_probe(
-        lambda probe: max(probe["losses"]) - min(probe["losses"])
-    ),
-    "largest change of the gradient": _last_probe(lambda probe: max(probe["gradient_distances"])),
-    "effective smoothness": _last_probe(lambda probe: max(probe["smoothness"])),
+    **OF_PROBE,
 }

@@ -37,7 +37,8 @@ def remove_radial(
     left as they are.
 
     AdamP is `optax.chain(remove_radial(optax.scale_by_adam(), weight_decay=1e-2),
-    optax.scale_by_learning_rate(1e-3))`, and SGDP has `optax.trace(0.9)` in the place of Adam.
+    optax.scale_by_learning_rate(1e-3))`; SGDP has `optax.trace(m)` in the place of Adam, and its
+    weight decay over 1 - m.
 
     Deviation: the official code adds 1e-8 to the norms; here a zero group is left alone.
 

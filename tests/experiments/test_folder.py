@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from regjax import CheckpointError
@@ -24,21 +23,12 @@ from regjax.experiments import (
     run_spectrum,
     run_train,
 )
-from tests.experiments.test_training import make_dataset
+from tests.experiments.test_training import SMALL, make_dataset, silent
 
-SMALL = {"width": 2, "depth": 1, "batch_size": 5, "epochs": 1}
 FEW = {"num_eigenvalues": 1, "num_steps": 2, "num_probes": 1}
 
 
-@pytest.fixture(autouse=True)
-def _small_data(monkeypatch):
-    monkeypatch.setattr(_spectrum_run, "load", lambda name, **options: make_dataset())
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-def silent(stage, done, total):
-    del stage, done, total
+pytestmark = pytest.mark.usefixtures("small_data", "standard_promotion")
 
 
 def contents(folder):

@@ -5,15 +5,12 @@ import numpy as np
 import pytest
 
 import regjax
-from regjax.experiments import _report, _spectrum_run, run_spectrum
+from regjax.experiments import _report, run_spectrum
 from tests import oracles
-from tests.experiments.test_spectrum_run import make_settings, problem_of, silent
-from tests.experiments.test_training import make_dataset
+from tests.experiments.test_spectrum_run import make_settings, problem_of
+from tests.experiments.test_training import silent
 
-
-@pytest.fixture(autouse=True)
-def _small_data(monkeypatch):
-    monkeypatch.setattr(_spectrum_run, "load", lambda name, **options: make_dataset())
+pytestmark = pytest.mark.usefixtures("small_data")
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])

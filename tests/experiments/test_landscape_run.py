@@ -13,29 +13,19 @@ from regjax.experiments import (
     _network,
     _probes,
     _report,
-    _spectrum_run,
     _training,
     run_compare,
     run_landscape,
 )
 from tests import oracles
-from tests.experiments.test_training import make_dataset
+from tests.experiments.test_training import make_dataset, silent
 
-
-@pytest.fixture(autouse=True)
-def _small_data(monkeypatch):
-    monkeypatch.setattr(_spectrum_run, "load", lambda name, **options: make_dataset())
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("small_data", "standard_promotion")
 
 
 def make_settings(tmp_path, **options):
     small = {"width": 2, "depth": 1, "batch_size": 5, "epochs": 2, "points": 3, "probe_points": 2}
     return LandscapeSettings(**{**small, "out": tmp_path / "run", **options})
-
-
-def silent(stage, done, total):
-    del stage, done, total
 
 
 def loss_of(settings, epochs):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,24 +15,12 @@ from regjax.experiments import (
     _compare,
     _report,
     _seeds,
-    _spectrum_run,
     run_compare,
     run_train,
 )
-from tests.experiments.test_training import make_dataset
+from tests.experiments.test_training import SMALL, silent
 
-SMALL = {"width": 2, "depth": 1, "batch_size": 5, "epochs": 1}
-
-
-@pytest.fixture(autouse=True)
-def _small_data(monkeypatch):
-    monkeypatch.setattr(_spectrum_run, "load", lambda name, **options: make_dataset())
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-def silent(stage, done, total):
-    del stage, done, total
+pytestmark = pytest.mark.usefixtures("small_data", "standard_promotion")
 
 
 def record_of(seed, loss, eigenvalue=None, converged=True):

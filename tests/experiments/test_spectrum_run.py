@@ -17,19 +17,15 @@ from regjax.experiments import (
     _inputs,
     _network,
     _report,
-    _spectrum_run,
     _training,
     run_compare,
     run_spectrum,
     run_train,
 )
 from tests import oracles
-from tests.experiments.test_training import make_dataset
+from tests.experiments.test_training import make_dataset, silent
 
-
-@pytest.fixture(autouse=True)
-def _small_data(monkeypatch):
-    monkeypatch.setattr(_spectrum_run, "load", lambda name, **options: make_dataset())
+pytestmark = pytest.mark.usefixtures("small_data")
 
 
 def make_settings(tmp_path, **options):
@@ -37,10 +33,6 @@ def make_settings(tmp_path, **options):
     small = {"width": 2, "depth": 1, "batch_size": 5, "epochs": 2, "num_steps": 10}
     few = {"num_eigenvalues": 3, "tol": 1e-6, "out": tmp_path / "run"}
     return SpectrumSettings(**{**small, **few, **options})
-
-
-def silent(stage, done, total):
-    del stage, done, total
 
 
 def problem_of(settings):
