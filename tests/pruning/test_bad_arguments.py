@@ -126,7 +126,9 @@ def test_targets_and_positions():
             diagnostics.decision_margin(*call.args[:3], other)
     call = DIAGNOSTICS["interpolate"]
     for other in (None, "abc", {"a": 1}, jnp.ones(2, bool), jnp.ones(2, jnp.complex64)):
-        with pytest.raises(TypeError, match=r"`positions` must be (a|one)"):
+        with pytest.raises(
+            TypeError, match=r"`positions` must be (a|one array|real floating point)"
+        ):
             diagnostics.interpolate(*call.args, positions=other)
     with pytest.raises(ValueError, match="`positions` must be finite, got NaN"):
         diagnostics.interpolate(*call.args, positions=[0.0, np.nan])
