@@ -182,7 +182,8 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
             panels[0].plot(names, _claims.numbers(part, "products"), label=label, **style)
             panels[1].plot(names, _claims.numbers(part, "bound"), **style)
     panels[1].axhline(1, color="0.5", linewidth=0.8)
-    panels[0].legend(frameon=False, fontsize=6)
+    panels[0].set_ylim(top=1.4 * panels[0].get_ylim()[1])  # room for the legend
+    panels[0].legend(frameon=False, fontsize=6, loc="upper center", ncols=2)
     _figures.label(panels[0], x="end of the spectrum", y="products, mean")
     _figures.label(panels[1], x="end of the spectrum", y="residual over its bound, largest")
 
