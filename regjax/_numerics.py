@@ -128,10 +128,18 @@ def _root(square: jax.Array) -> jax.Array:
 
 
 def power_of_two(size: jax.Array) -> jax.Array:
-    """Finds the power of two that brings a positive `size` near 1; 0 for 0, NaN and infinity."""
-    _, exponent = jnp.frexp(size)
-    largest = jnp.finfo(size.dtype).maxexp - 8  # its reciprocal is a normal number too
-    power = jnp.ldexp(jnp.ones_like(size), jnp.clip(-exponent, -largest, largest))
+    """Finds the power of two that brings a positive `size` near 1; 0 for 0, NaN and infinity.
+
+    From the bits: whoever follows a network's operations (pruning does) sees none that JAX hides,
+    as newer releases do those of `frexp` and `ldexp`.
+    """
+    info = jnp.finfo(size.dtype)
+    largest = info.maxexp - 8  # its reciprocal is a normal number too
+    word = jnp.dtype(f"int{info.bits}")
+    bias, places = jnp.asarray(info.maxexp - 1, word), jnp.asarray(info.nmant, word)
+    exponent = lax.bitcast_convert_type(jnp.abs(size), word) >> places
+    exponent = jnp.clip(bias - exponent - 1, -largest, largest)
+    power = lax.bitcast_convert_type((exponent + bias) << places, size.dtype)
     return jnp.where((size > 0) & jnp.isfinite(size), power, 0)
 
 
