@@ -5,6 +5,7 @@ import pathlib
 import signal
 import socket
 import threading
+import time
 
 import pytest
 
@@ -86,6 +87,7 @@ def test_of_many_that_come_at_once_never_two_are_inside(tmp_path):
                     inside.append(1)
                     most.append(len(inside))
                     turns.append(1)
+                    time.sleep(1e-4)  # long enough for another one, were it let in
                     inside.pop()
                 own += 1
             except LockedError:
