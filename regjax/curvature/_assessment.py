@@ -144,8 +144,12 @@ def _standing(state: EigenState, pairs: _Pairs) -> _Standing:
     largest = jnp.max(jnp.abs(jnp.nan_to_num(pairs.values)), initial=0)
     largest = jnp.maximum(state.largest, largest)
     dtype = state.krylov.direction.dtype
+    # Of a full basis: what has converged in one stays so when it is compressed.
     unknown = rounding(
-        largest, eps=float(jnp.finfo(dtype).eps), dtype=dtype, num_rows=state.krylov.filled
+        largest,
+        eps=float(jnp.finfo(dtype).eps),
+        dtype=dtype,
+        num_rows=jnp.int32(state.num_rows),
     )
     # What is reported is the bound and what rounding adds.
     threshold = jnp.maximum(state.tol * largest - unknown, unknown)
@@ -173,7 +177,7 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         gains_nothing = outside <= standing.threshold / 16
         may_search = all_converged & jnp.all(has_room | gains_nothing)
         # What dropped residuals keep from converging has to be found anew.
-        is_held_back = bounds - outside > standing.threshold
+        is_held_back = is_pair(bounds) & (bounds - outside > standing.threshold)
         is_stuck = search.active & jnp.any(is_held_back)
         done = spans_everything | is_broken | search_is_done
         wants_search = ~done & ((may_search & (has_found | ~search.active)) | is_stuck)

@@ -241,3 +241,22 @@ def test_bounds_at_rounding_level(size, dtype):
         image = vectors @ np.asarray(matrix, np.float64)
         residuals = np.linalg.norm(image - np.asarray(pairs.values)[:, None] * vectors, axis=1)
         assert np.all(residuals <= pairs.residual_norms)
+
+
+@pytest.mark.parametrize("ratio", [0.95, 0.96, 0.97])
+def test_a_tolerance_at_rounding_level_survives_a_compression(ratio):
+    """A threshold that follows the rows that are filled disowns what has converged, for good."""
+    size, k = 300, 10
+    bulk = np.abs(np.random.default_rng(0).normal(size=size - 40)) * ratio**40
+    eigenvalues = 28 * np.sort(np.append(ratio ** np.arange(40), bulk))[::-1]
+
+    @jax.jit
+    def solve(matrix, key):
+        operator = curvature.from_matvec(Partial(multiply, matrix), jnp.zeros(size))
+        return curvature.top_eigenpairs(operator, k, key=key, tol=1e-6)
+
+    for seed in range(4):
+        found = solve(jnp.asarray(rotated(eigenvalues, seed)), jax.random.key(seed))
+        assert bool(found.complete)
+        assert int(found.num_matvecs) < 100
+        assert np.all(np.abs(found.values - eigenvalues[:k]) <= found.residual_norms)
