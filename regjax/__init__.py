@@ -38,6 +38,8 @@ from regjax._adapters import from_nnx as from_nnx
 from regjax._adapters import model_function as model_function
 from regjax._adapters import model_loss as model_loss
 from regjax._files import CheckpointError as CheckpointError
+from regjax._layouts import Layout as Layout
+from regjax._layouts import guess_layout as guess_layout
 from regjax._loops import Interrupted as Interrupted
 from regjax._statistics import population_statistics as population_statistics
 from regjax._statistics import updated_statistics as updated_statistics
