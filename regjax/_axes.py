@@ -123,6 +123,10 @@ class Axes:
         axis = self.stack[outside] - sum(a < self.stack[outside] for a in self.stack[:outside])
         return jax.vmap(inner, in_axes=axis)
 
+    def spread(self, array: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Repeats an array with one number for each of `units` over the inputs."""
+        return jnp.broadcast_to(jnp.expand_dims(array, self.inputs), shape)
+
     def restack(self, array: jax.Array) -> jax.Array:
         """Puts the stack of an array that has it in front back to where it belongs."""
         return jnp.moveaxis(array, range(len(self.stack)), self.stack)
