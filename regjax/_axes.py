@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from regjax import _checks
 
@@ -123,13 +124,31 @@ class Axes:
         axis = self.stack[outside] - sum(a < self.stack[outside] for a in self.stack[:outside])
         return jax.vmap(inner, in_axes=axis)
 
-    def spread(self, array: jax.Array, shape: Sequence[int]) -> jax.Array:
+    def spread(self, array: ArrayLike, shape: Sequence[int]) -> jax.Array:
         """Repeats an array with one number for each of `units` over the inputs."""
-        return jnp.broadcast_to(jnp.expand_dims(array, self.inputs), shape)
+        return jnp.broadcast_to(jnp.expand_dims(jnp.asarray(array), self.inputs), shape)
+
+    def over_layers(self, array: jax.Array) -> jax.Array:
+        """Gives an array with one number for each layer the axes of the whole, to broadcast."""
+        ndim = len(self.stack) + len(self.layer)
+        return self.restack(array.reshape((*array.shape, *[1] * (ndim - array.ndim))))
+
+    def stack_first(self, array: jax.Array) -> jax.Array:
+        """Brings the stack of an array that is so laid out to the front."""
+        return jnp.moveaxis(array, self.stack, range(len(self.stack)))
 
     def restack(self, array: jax.Array) -> jax.Array:
         """Puts the stack of an array that has it in front back to where it belongs."""
         return jnp.moveaxis(array, range(len(self.stack)), self.stack)
+
+    def single(self, name: str) -> "Axes":
+        """Returns these axes if they are those of one layer, for what looks at a single one."""
+        if self.stack:
+            raise ValueError(
+                f"`layout` must have no `stack` for one `{name}`, got {self.stack}: use jax.vmap "
+                "over the layers."
+            )
+        return self
 
     def matrices(self, array: jax.Array) -> jax.Array:
         """Returns (layers, inputs, outputs), each of them flat, of an array that is so laid out."""

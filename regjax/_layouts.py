@@ -49,7 +49,7 @@ def of_leaves(layout: Layouts, params: Params, chosen: Sequence[bool] | None = N
 
 
 def of_array(name: str, layout: Layout | None, array: jax.Array) -> Axes:
-    """Finds the axes of the single array that is the argument `name`."""
+    """Finds the axes of the single array that is the argument `name`; outputs last for None."""
     if layout is not None and not isinstance(layout, Layout):
         raise TypeError(f"`layout` must be one regjax.Layout, got {type(layout).__name__}.")
     shape = jnp.shape(array)

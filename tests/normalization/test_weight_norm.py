@@ -270,8 +270,8 @@ def test_error_texts():
             normalization.weight_normalize(bad, jnp.ones(3))
     with pytest.raises(ValueError, match="must hold at least one number, got shape"):
         normalization.weight_normalize(jnp.ones((0, 3)), jnp.ones(3))
+    beyond = regjax.Layout(outputs=2)
     with pytest.raises(ValueError, match="`outputs` has 2 for `v` of shape"):
-        beyond = regjax.Layout(outputs=2)
         normalization.weight_normalize(jnp.ones((2, 3)), jnp.ones(3), layout=beyond)
     with pytest.raises(ValueError, match=r"`g` must have shape \(3,\), got \(2,\)"):
         normalization.weight_normalize(jnp.ones((2, 3)), jnp.ones(2))
