@@ -165,9 +165,15 @@ def is_leaf(node: object) -> bool:
     return node is None or isinstance(node, Layout)
 
 
+def is_function(layout: object) -> bool:
+    """Tells a function from a tree that can be called, as a module of Equinox."""
+    leaves = jax.tree.leaves(layout, is_leaf=is_leaf)
+    return callable(layout) and all(map(callable, leaves))
+
+
 def check(name: str, layout: object) -> None:
     """Checks the type of a layout: a `Layout`, a tree of them and of None, or a function."""
-    if callable(layout):
+    if is_function(layout):
         return
     for leaf in jax.tree.leaves(layout, is_leaf=is_leaf):
         if leaf is not None and not isinstance(leaf, Layout):

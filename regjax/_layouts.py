@@ -30,7 +30,7 @@ def of_leaves(layout: Layouts, params: Params, chosen: Sequence[bool] | None = N
       ValueError: it is no upper part of the tree, a leaf has not the axes that it names, or the
         axes of a chosen leaf cannot be guessed.
     """
-    if callable(layout):
+    if _axes.is_function(layout):
         layout = layout(params)
     _axes.check("layout", layout)
     leaves, given = _layout_guess.leaves_of(params), _given(layout, params)

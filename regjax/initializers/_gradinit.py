@@ -9,13 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _layouts, _loops, _numerics, _tree
+from regjax import _checks, _chunks, _layouts, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._axes import Layouts
-from regjax._base import Batch, LossFn, Params, Tree, as_partial, check_loss
+from regjax._base import Batch, LossFn, Params, Tree
+from regjax._losses import Whole, whole
 from regjax.initializers._scales import Scales
 
 _B1, _EPSILON = 0.9, 1e-8  # of Adam, as in the official code
@@ -122,7 +122,8 @@ def gradinit(
     _checks.non_negative("learning_rate", learning_rate)
     _checks.positive("first_step_learning_rate", step_rate)
     num_iterations = _num_iterations(batches)
-    check_loss(loss_fn, params, jax.tree.map(lambda leaf: leaf[0, 0], batches))
+    one = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0, 0], tree), batches)
+    loss = whole(_chunks.traced(loss_fn, params, one))
     stacks = Scales(tuple(_layouts.of_leaves(layout, params)))
     iteration = _Iteration(variant, second_order, stacks)
     dtype, sizes = _tree.vector_dtype(params), stacks.sizes(params)
@@ -135,7 +136,7 @@ def gradinit(
             f"`max_scale` must not be below `min_scale`, got {max_scale} and {min_scale}."
         )
     operands = _Operands(
-        as_partial(loss_fn),
+        loss,
         params,
         batches,
         *(jnp.repeat(jnp.asarray(x, dtype), np.array(sizes)) for x in (lower, upper)),
@@ -157,7 +158,7 @@ def gradinit(
 class _Operands(NamedTuple):
     """What an iteration reads."""
 
-    loss_fn: Partial
+    loss_fn: Whole
     params: Params
     batches: Batch
     lower: jax.Array
