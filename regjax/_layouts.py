@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _axes, _layout_guess
+from regjax._arguments import checked
 from regjax._axes import Axes, Layouts
 from regjax._axes import Layout as Layout
 from regjax._base import Params, Tree
@@ -59,6 +60,7 @@ def of_array(name: str, layout: Layout | None, array: jax.Array) -> Axes:
     return _completed(leaf, said, [leaf])
 
 
+@checked
 def guess_layout(
     params: Params,
     module: object = None,
@@ -89,7 +91,7 @@ def guess_layout(
 
     Raises:
       ValueError: a path of `stack` is none in the tree, or an axis is not there or is named twice.
-      TypeError: an axis is not an integer.
+      TypeError: an axis is not an integer, or a parameter is not real floating point.
 
     References:
       optax has `MuonDimensionNumbers` for the same purpose; the form with the guess is ours.
