@@ -274,6 +274,7 @@ def _outputs_first(leaves: Sequence[Leaf]) -> bool:
     """Tells whether the arrays named "weight" have their outputs in front, as in Equinox."""
     found = set()
     for leaf in leaves:
-        if leaf.name == "weight" and leaf.vector is not None and len(leaf.layer) > 1:
-            found.add(_outputs(leaf.layer, leaf.vector.layer, ""))
+        shape = leaf.layer
+        if leaf.name == "weight" and leaf.vector is not None and shape[:1] != shape[-1:]:
+            found.add(_outputs(shape, leaf.vector.layer, ""))
     return found != set() and (0,) in found and not any(o and 0 not in o for o in found)
