@@ -9,7 +9,15 @@ import optax
 import pytest
 
 import regjax
-from regjax import curvature, diagnostics, initializers, normalization, regularizers, transforms
+from regjax import (
+    curvature,
+    diagnostics,
+    initializers,
+    normalization,
+    pruning,
+    regularizers,
+    transforms,
+)
 from tests import stacked
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -333,3 +341,85 @@ def test_gradinit(axis):
     scales = [block["mlp"]["kernel"] for block in expected.scales["blocks"]]
     np.testing.assert_allclose(found.scales["blocks"]["mlp"]["kernel"], scales, rtol=1e-4)
     assert len(set(np.asarray(scales).tolist())) == stacked.LAYERS
+
+
+def parts_of(tree, axis):
+    """Leaves by their names in the list of layers, of the stacked form or of the list."""
+    tree = tree if isinstance(tree["blocks"], list) else stacked.unstack(tree, axis)
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
+
+
+@AXES
+def test_lowest_weights_with_a_floor_in_each_layer(axis):
+    params = stacked.unrolled()
+    whole = stacked.stack(params, axis)
+    # The first layer is so small that it would go as a whole, but for the floor.
+    lowest = functools.partial(pruning.mask_lowest, num_to_remove=90, min_units=2)
+    scores = pruning.weight_magnitude(params)
+    expected = parts_of(lowest(scores, pruning.full_masks(scores)), axis)
+    scores = pruning.weight_magnitude(whole)
+    masks = pruning.full_masks(scores)
+    find = functools.partial(lowest, layout=stacked.layout(axis))
+    for run in (find, jax.jit(find)):
+        found = parts_of(run(scores, masks), axis)
+        for name, mask in expected.items():
+            np.testing.assert_array_equal(found[name], mask, err_msg=name)
+    assert int(found["blocks/0/mlp/kernel"].sum()) == 2
+    limit = sum(max(leaf.size - 2, 0) for leaf in jax.tree.leaves(params))
+    lowest(scores, masks, num_to_remove=limit, layout=stacked.layout(axis))
+    with pytest.raises(ValueError, match=f"`num_to_remove` must be at most {limit},"):
+        lowest(scores, masks, num_to_remove=limit + 1, layout=stacked.layout(axis))
+
+
+@AXES
+def test_importance_of_filters(axis):
+    params = stacked.unrolled()
+    grads = grads_like(params)
+
+    def importance(params, grads, layout=None):
+        groups, num_groups = pruning.filter_groups(params, layout=layout)
+        values = pruning.group_importance(params, grads, groups=groups, num_groups=num_groups)
+        spread = jax.tree.map(lambda leaf, g: jnp.broadcast_to(g, leaf.shape), params, groups)
+        return jax.tree.map(lambda g: jnp.where(g < 0, -1, values[g]), spread), num_groups
+
+    expected, num_groups = importance(params, grads)
+    found, number = importance(
+        stacked.stack(params, axis), stacked.stack(grads, axis), stacked.layout(axis)
+    )
+    assert number == num_groups == 3 * (4 + 4 + 4) + 2
+    of_list, of_stack = parts_of(expected, axis), parts_of(found, axis)
+    for name, values in of_list.items():
+        np.testing.assert_allclose(of_stack[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_units_of_a_scan_are_those_of_all_layers():
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    params = {"into": draw(0, 3, 5, 7), "out": draw(1, 3, 7, 5)}
+
+    def model(params, x):
+        step = lambda x, w: (x + jnp.tanh(x @ w["into"]) @ w["out"], None)
+        return jax.lax.scan(step, x, params)[0]
+
+    structure = pruning.find_structure(model, params, jnp.ones((4, 5)))
+    norms = pruning.incoming_norm(structure, params)
+    assert list(norms) == ["into"]
+    expected = np.sqrt(sum(np.sum(np.square(kernel), 0) for kernel in params["into"]))
+    np.testing.assert_allclose(norms["into"], expected, rtol=1e-5)
+
+
+@AXES
+def test_penalties_that_go_over_all_weights_see_no_stack(axis):
+    params, grads = stacked.unrolled(), grads_like(stacked.unrolled())
+    for tx in (
+        transforms.coherent_regularization(0.3, gate=transforms.cosine_gate(0.5)),
+        transforms.coherent_regularization(
+            0.3, gate=transforms.ratio_gate(), penalty_gradient=transforms.l1_gradient
+        ),
+        transforms.soft_threshold(0.1),
+    ):
+        expected, state = tx.update(grads, tx.init(params), params)
+        whole = stacked.stack(params, axis)
+        found, other = tx.update(stacked.stack(grads, axis), tx.init(whole), whole)
+        stacked.assert_same(stacked.unstack(found, axis), expected, rtol=1e-6)
+        assert bool(getattr(state, "on", True)) == bool(getattr(other, "on", True))
