@@ -46,7 +46,8 @@ def check_separable(loss_fn: LossFn, params: Params, *batch: Tree, tol: float = 
 
     Compares the values and the gradients of the whole batch with those of two parts of it. What
     goes over data in parts does so by itself, once for a function and its shapes and outside of
-    `jit`, on the examples of a chunk (8 to 64), taken from all over the data.
+    `jit`, on the examples of a chunk (8 to 64), taken from all over the data. Inside of `jit`, and
+    of data that lie on several machines, no host can look.
 
     Args:
       loss_fn: (params, *batch) -> scalar, or `WeightedMean`.

@@ -242,6 +242,7 @@ EXAMPLES = {
     "vector": params,
     "velocity": params,
     "weight_decay": lambda: 0.1,
+    "weight_fn": lambda: lambda inputs: len(inputs),
     "weights": lambda: {"w": 0.1},
 }
 
@@ -332,6 +333,7 @@ _KINDS = {
     "function": (
         "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "grad_fn", "law",
         "matvec", "model_fn", "operator_fn", "output_loss_fn", "preactivations_fn", "rule",
+        "weight_fn",
     ),
     "array": (
         "activations", "batch_means", "batch_variances", "center", "covariance",
