@@ -7,6 +7,7 @@ the tree along the same axis; where more than one axis would do, the user is ask
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -20,6 +21,9 @@ VECTORS = frozenset({"bias", "scale", "offset", "gamma", "beta"})
 KERNELS = ("kernel", "weight", "w", "embedding", "embeddings")
 _ATTENTION = frozenset({"query", "key", "value"})
 _PLAIN: frozenset[int] = frozenset()
+# Containers of layers, and what linen calls the modules that `nn.scan` and `nn.vmap` make.
+_CONTAINERS = re.compile(r"(layers|blocks|stack|stacked|scan)$|(Scan|Vmap)[A-Z]")
+_EXPERTS = re.compile(r"(?i)(^|_)(moe|experts?)(_|block|$)")
 Shape: TypeAlias = tuple[int, ...]
 
 
@@ -92,16 +96,17 @@ def leaves_of(params: Params, module: object = None) -> list[Leaf]:
         names = tuple(part for key in keys for part in str(key).split("/"))
         form = _layout_known.form_of(parent, names[-1] if names else "")
         axes = _layout_known.names_of(node) if _layout_known.is_box(node) else ()
+        form = _layout_known.form_of_names(parent, axes) or form
         for below, array in jax.tree_util.tree_leaves_with_path(node):
             leaf = Leaf(jax.tree_util.keystr((*path, *below)), names, jnp.shape(array), form)
             stacks = [] if form is None else form.stacks(leaf.shape)
             leaf.form = form if stacks else None
             named = tuple(i for i, name in enumerate(axes) if name in _layout_known.STACKS)
             depth = sum("layer_stack" in name for name in names[:-1])  # Haiku's
-            if len(stacks) == 1:
-                leaf.said = stacks[0]
-            elif named and len(axes) == len(leaf.shape):
+            if named and len(axes) == len(leaf.shape):
                 leaf.said = named
+            elif len(stacks) == 1:
+                leaf.said = stacks[0]
             elif 0 < depth <= len(leaf.shape):
                 leaf.said = tuple(range(depth))
             found.append(leaf)
@@ -127,7 +132,9 @@ def find_stacks(leaves: Sequence[Leaf]) -> None:
         if leaf.said is not None:
             leaf.stack, leaf.is_unknown, leaf.is_torn = leaf.said, False, False
     for leaf in leaves:
-        if leaf.is_torn and not leaf.stack:
+        is_known = leaf.said is not None or leaf.form is not None
+        is_expert = any(_EXPERTS.search(name) for name in leaf.names[:-1]) and len(leaf.layer) > 2
+        if (leaf.is_torn and not leaf.stack) or (is_expert and not is_known):
             leaf.is_unknown = True
 
 
@@ -135,9 +142,9 @@ def _unify(leaves: list[Leaf], depth: int) -> None:
     """Finds the stack that all arrays below a place of the tree share, else looks further down."""
     while True:
         evidence = [_evidence(leaf) for leaf in leaves]
-        if not any(evidence):  # nothing that speaks for a stack
-            return
-        if any(axes == _PLAIN for axes in evidence):
+        # Without evidence the name of a container may still speak for a stack.
+        is_hint = not any(evidence) and _is_container(leaves, depth)
+        if any(axes == _PLAIN for axes in evidence) or not (any(evidence) or is_hint):
             break
         pairs = zip(leaves, evidence, strict=True)
         each = [
@@ -148,7 +155,7 @@ def _unify(leaves: list[Leaf], depth: int) -> None:
         if not shared:
             break
         pairs = zip(leaves, evidence, strict=True)
-        if len(shared) > 1 or all(leaf.is_torn for leaf, axes in pairs if axes):
+        if len(shared) > 1 or is_hint or all(leaf.is_torn for leaf, axes in pairs if axes):
             for leaf in leaves:
                 leaf.is_unknown = True
             return
@@ -164,6 +171,14 @@ def _unify(leaves: list[Leaf], depth: int) -> None:
                 leaf.is_unknown = bool(_evidence(leaf))
         else:
             _unify(part, depth + 1)
+
+
+def _is_container(leaves: Sequence[Leaf], depth: int) -> bool:
+    """Tells whether a place of the tree has a name that stacks of kernels have."""
+    name = leaves[0].names[depth - 1] if depth else ""
+    is_list = any(part.isdigit() for leaf in leaves for part in leaf.names[depth : depth + 1])
+    has_kernels = all(leaf.name in KERNELS and not leaf.stack for leaf in leaves)
+    return has_kernels and not is_list and bool(_CONTAINERS.match(name))
 
 
 def _evidence(leaf: Leaf) -> frozenset[int] | None:

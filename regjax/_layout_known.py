@@ -64,16 +64,8 @@ def _of_nnx(layer: Any, name: str) -> Form | None:
         return _kernel_or_bias(name, shape, len(batch), len(layer.in_features))
     if isinstance(layer, nnx.Linear):
         return _kernel_or_bias(name, (layer.in_features, layer.out_features), 0, 1)
-    if isinstance(layer, nnx.Einsum):
-        rest, result = layer.einsum_str.split("->")
-        letters = rest.split(",")[1]
-        outputs = tuple(axis for axis, letter in enumerate(letters) if letter in result)
-        if len(letters) != len(layer.kernel_shape):  # an ellipsis
-            return None
-        return {
-            "kernel": Form(tuple(layer.kernel_shape), outputs),
-            "bias": _vector(layer.bias_shape or ()),
-        }.get(name)
+    if isinstance(getattr(layer, "einsum_str", None), str):
+        return _of_einsum(layer, name)
     if isinstance(layer, (nnx.Conv, nnx.ConvTranspose)):
         shape, last = tuple(layer.kernel_shape), len(layer.kernel_shape) - 1
         units = last - 1 if getattr(layer, "transpose_kernel", False) else last
@@ -85,6 +77,18 @@ def _of_nnx(layer: Any, name: str) -> Form | None:
     if isinstance(layer, _NNX_NORMS) and isinstance(getattr(layer, "num_features", None), int):
         return _vector((layer.num_features,))
     return None
+
+
+def _of_einsum(layer: Any, name: str) -> Form | None:
+    """Einsum of flax, and those of Gemma and of tunix, whose kernel is the last operand."""
+    shape = getattr(layer, "kernel_shape", None) or getattr(layer, "shape", ())
+    rest, _, result = layer.einsum_str.replace(" ", "").partition("->")
+    letters = rest.rpartition(",")[2]
+    if name == "bias":
+        return _vector(getattr(layer, "bias_shape", None) or ())
+    if len(letters) != len(shape):  # an ellipsis, or no shape
+        return None
+    return Form(tuple(shape), tuple(i for i, letter in enumerate(letters) if letter in result))
 
 
 def _kernel_or_bias(
@@ -117,19 +121,39 @@ def _of_equinox(layer: Any, name: str) -> Form | None:
     return None
 
 
+def form_of_names(parent: object, names: Sequence[str | None]) -> Form | None:
+    """Returns the form of an array with named axes of haliax, whose layer names `In` and `Out`."""
+    if not hasattr(parent, "In") or not hasattr(parent, "Out") or not names:
+        return None
+    into, out = ({axis.name for axis in _tuple(getattr(parent, side))} for side in ("In", "Out"))
+    own = [name for name in names if name in into | out]
+    return Form((None,) * len(own), tuple(i for i, name in enumerate(own) if name in out))
+
+
+def _tuple(axes: Any) -> tuple[Any, ...]:
+    return axes if isinstance(axes, tuple) else (axes,)
+
+
 def names_of(box: object) -> tuple[str | None, ...]:
     """Returns the names of the axes of an array in flax's metadata; () where there are none."""
     if isinstance(box, nnx.Variable):
         found = box.get_metadata()
         names = found.get("out_sharding") or found.get("sharding_names") or found.get("sharding")
+    elif _is_haliax(box):
+        names = tuple(axis.name for axis in getattr(box, "axes", ()))
     else:
         names = getattr(box, "names", None)
     return tuple(names) if isinstance(names, (tuple, list)) else ()
 
 
 def is_box(node: object) -> bool:
-    """Tells whether a node of a tree is an array with metadata of flax."""
-    return isinstance(node, (nnx.Variable, meta.AxisMetadata))
+    """Tells whether a node of a tree is an array with metadata of flax, or with named axes."""
+    return isinstance(node, (nnx.Variable, meta.AxisMetadata)) or _is_haliax(node)
+
+
+def _is_haliax(node: object) -> bool:
+    kind = type(node)
+    return kind.__name__ == "NamedArray" and kind.__module__.startswith("haliax")
 
 
 def child(node: object, key: str | int) -> object:

@@ -1,10 +1,12 @@
 """What the axes of the parameters are for: said, known from the layers, or guessed by names."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
@@ -182,9 +184,8 @@ def test_metadata_of_flax_names_the_stack():
 
     params = Net().init(jax.random.key(0), ZEROS((2, 8)))["params"]
     assert axes(guess_layout(params))["layers/Dense_0/kernel/value"] == ((1,), (0,), (2,))
-    # Without it a kernel alone tells nothing, and is what it was: one kernel.
-    plain = axes(guess_layout(linen.meta.unbox(params)))
-    assert plain["layers/Dense_0/kernel"] == ((), (0, 1), (2,))
+    # Without it a kernel alone tells nothing, and the user is asked.
+    assert axes(guess_layout(linen.meta.unbox(params)))["layers/Dense_0/kernel"] is None
 
 
 def test_names_of_haiku_and_keras():
@@ -396,3 +397,90 @@ def test_axes_of_each_leaf_are_complete():
     leaves = jax.tree.leaves(params)
     for own, leaf in zip(_layouts.of_leaves(stacked.layout(1), params), leaves, strict=True):
         assert sorted((*own.stack, *own.inputs, *own.outputs)) == list(range(leaf.ndim))
+
+
+def test_kernels_alone_in_a_container_of_layers_are_asked_for():
+    # Behind `optax.masked` no bias is there to tell, nor in a net without any.
+    alone = {"layers": {"wi": {"kernel": ZEROS((3, 8, 16))}, "wo": {"kernel": ZEROS((3, 16, 8))}}}
+    tx = optax.masked(
+        transforms.rescale_weights(mask=True), {"layers": {"wi": True, "wo": True}, "head": False}
+    )
+    with pytest.raises(ValueError, match=r"`layout` must say what the axes of `params\['layers'\]"):
+        tx.init({**alone, "head": ZEROS((8, 2))})
+    assert set(axes(guess_layout(alone)).values()) == {None}
+    assert axes(guess_layout({"ScanBlock_0": alone["layers"]}))["ScanBlock_0/wi/kernel"] is None
+    # Layers in a list, or of several sizes, and what has a norm of its own are no stack.
+    convolution = {"kernel": ZEROS((3, 3, 4, 8))}
+    for plain in (
+        {"layers": [convolution, convolution]},
+        {"layers": {"a": {"kernel": ZEROS((3, 3, 4, 8))}, "b": {"kernel": ZEROS((5, 5, 8, 9))}}},
+        {"layers": {"a": convolution, "norm": {"scale": ZEROS(8)}}},
+        {"trunk": {"a": convolution, "b": convolution}},
+    ):
+        assert None not in axes(guess_layout(plain)).values()
+
+
+def test_experts_are_asked_for():
+    moe = {"gate": {"kernel": ZEROS((8, 4))}, "wi": ZEROS((4, 8, 16)), "wo": ZEROS((4, 16, 8))}
+    for name in ("moe", "experts", "MoeBlock_0", "block_sparse_moe"):
+        found = axes(guess_layout({name: moe, "out": ZEROS((8, 2))}))
+        assert found[f"{name}/gate/kernel"] == ((), (0,), (1,))
+        assert found[f"{name}/wi"] is found[f"{name}/wo"] is None
+    told = guess_layout({"moe": moe}, stack={"moe": 0, "moe/gate": ()})
+    assert axes(told)["moe/wi"] == ((0,), (1,), (2,))
+    assert axes(told)["moe/gate/kernel"] == ((), (0,), (1,))
+
+
+def test_einsums_of_other_projects():
+    class Einsum(nnx.Module):
+        def __init__(self, einsum_str, shape):
+            self.einsum_str, self.shape = einsum_str, shape
+            self.w = nnx.Param(ZEROS(shape))
+
+    class Attention(nnx.Module):
+        def __init__(self, rngs):
+            self.q = Einsum("BTD,NDH->BTNH", (2, 8, 4))
+            self.kv = Einsum("BSD,CKDH->CBSKH", (2, 1, 8, 4))
+            self.out = Einsum("BTNH,NHD->BTD", (2, 4, 8))
+
+    module = nnx.vmap(Attention, axis_size=3, in_axes=None)(nnx.Rngs(0))
+    found = axes(guess_layout(nnx.to_pure_dict(nnx.state(module, nnx.Param)), module))
+    assert found == {
+        "q/w": ((0,), (2,), (1, 3)),
+        "kv/w": ((0,), (3,), (1, 2, 4)),
+        "out/w": ((0,), (1, 2), (3,)),
+    }
+
+
+def test_named_axes_of_haliax():
+    # As haliax has them, which is not installed here: arrays with axes, layers with In and Out.
+    axis = lambda name: types.SimpleNamespace(name=name)
+    kind = type("NamedArray", (), {"__module__": "haliax.core"})
+    jax.tree_util.register_pytree_with_keys(
+        kind,
+        lambda node: ([(jax.tree_util.GetAttrKey("array"), node.array)], node.axes),
+        lambda axes, leaves: named(leaves[0], axes),
+    )
+
+    def named(array, axes):
+        node = kind()
+        node.array, node.axes = array, axes
+        return node
+
+    @jax.tree_util.register_pytree_with_keys_class
+    class Linear:
+        In, Out = axis("embed"), (axis("heads"), axis("size"))
+
+        def __init__(self, weight):
+            self.weight = weight
+
+        def tree_flatten_with_keys(self):
+            return [(jax.tree_util.GetAttrKey("weight"), self.weight)], None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            return cls(*leaves)
+
+    names = [axis(name) for name in ("layers", "heads", "size", "embed")]
+    params = {"blocks": Linear(named(ZEROS((3, 2, 4, 8)), names))}
+    assert list(axes(guess_layout(params)).values()) == [((0,), (3,), (1, 2))]
