@@ -344,6 +344,29 @@ def test_blocks_of_experts():
     assert curvature.by_block(operator, depth=2, layout=layout)["layers/0"].size == 3 * 20 + 16
 
 
+def test_blocks_of_a_given_product_are_its_principal_submatrices():
+    params = {"layers": {"moe": ZEROS((2, 3, 4)), "scale": ZEROS((5, 2))}, "out": ZEROS((3,))}
+    size = 2 * 3 * 4 + 5 * 2 + 3
+    root = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    dense = root + root.T
+    space = curvature_space(params)
+    operator = curvature.from_matvec(
+        lambda v: space.unravel(jnp.matmul(dense, space.ravel(v), precision="highest")), params
+    )
+    layout = {"layers": {"moe": Layout(stack=(2, 1)), "scale": Layout(stack=1)}, "out": None}
+    # Of different numbers of layers, so that each array has an index of its own.
+    places = space.unravel(jnp.arange(size, dtype=jnp.float32))
+    blocks = curvature.by_block(operator, depth=4, layout=layout)
+    moe, scale = (np.asarray(places["layers"][name], int) for name in ("moe", "scale"))
+    found = {
+        "layers/moe/3/1": moe[:, 1, 3], "layers/moe/0/2": moe[:, 2, 0],
+        "layers/scale/1": scale[:, 1], "out": np.asarray(places["out"], int),
+    }  # fmt: skip
+    for name, index in found.items():
+        np.testing.assert_allclose(blocks[name].dense(), dense[np.ix_(index, index)], rtol=1e-4)
+    assert len(blocks) == 4 * 3 + 2 + 1
+
+
 def test_bad_layouts_are_refused():
     params = {"layers": {"kernel": ZEROS((3, 4, 5)), "bias": ZEROS((3, 5))}, "out": ZEROS((5, 2))}
     draw = functools.partial(diagnostics.filter_normalized_direction, params, key=jax.random.key(0))
