@@ -192,7 +192,7 @@ def test_nnx_subsets_and_other_objects_that_change():
 def test_equinox_modules(dtype):
     x, y = modules.data()
     model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
-    model = jax.tree.map(lambda l: l.astype(dtype) if eqx.is_inexact_array(l) else l, model)
+    model = jax.tree.map(lambda w: w.astype(dtype) if eqx.is_inexact_array(w) else w, model)
 
     def loss(model, x, y, *, scale):
         return scale * jnp.mean((jax.vmap(model)(x) - y) ** 2), {"n": len(x)}
