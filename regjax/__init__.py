@@ -30,15 +30,18 @@ from regjax import schedules as schedules
 from regjax import transforms as transforms
 from regjax import typing as typing
 from regjax._adapters import Model as Model
-from regjax._adapters import check_separable as check_separable
-from regjax._adapters import couples_examples as couples_examples
 from regjax._adapters import from_callable as from_callable
 from regjax._adapters import from_linen as from_linen
 from regjax._adapters import from_nnx as from_nnx
 from regjax._adapters import model_function as model_function
 from regjax._adapters import model_loss as model_loss
+from regjax._base import WeightedMean as WeightedMean
+from regjax._base import couples_examples as couples_examples
 from regjax._files import CheckpointError as CheckpointError
 from regjax._loops import Interrupted as Interrupted
+from regjax._losses import assume_separable as assume_separable
+from regjax._losses import without_aux as without_aux
+from regjax._separable import check_separable as check_separable
 from regjax._statistics import population_statistics as population_statistics
 from regjax._statistics import updated_statistics as updated_statistics
 
