@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from regjax import _checks, _loops, _numerics, _tree
+from regjax import _checks, _loops, _numerics, _sharding, _tree
 from regjax._arguments import checked
 from regjax._base import GradFn, Params, Tree
 from regjax.transforms import _given, _gradients, _passes
@@ -143,7 +143,10 @@ def shard(batch: tuple[Tree, ...], num_shards: int, i: jax.Array | int) -> tuple
 
     def cut(leaf: Any) -> jax.Array:
         leaf = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-        return leaf.reshape(num_shards, length // num_shards, *leaf.shape[1:])[i]
+        part = (length // num_shards, *leaf.shape[1:])
+        return _sharding.like_rows(
+            _sharding.gathered_rows(leaf).reshape(num_shards, *part)[i], leaf
+        )
 
     return jax.tree.map(cut, batch)
 

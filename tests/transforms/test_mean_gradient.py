@@ -318,6 +318,20 @@ DEVICES = """
             check_vma=check,
         )
         same(jax.jit(mapped)(nnx.as_pure(state), whole, targets), expected)
+
+    # Data that are divided by the compiler, or by their types.
+    on_parts = transforms.mean_gradient(jax.value_and_grad(plain), num_shards=2)
+    each = transforms.mean_gradient(
+        transforms.sharpness_aware_gradient(jax.value_and_grad(plain), 0.3), num_shards=6
+    )
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            divided = jax.device_put((x, y), jax.NamedSharding(mesh, P("data")))
+            copied = jax.device_put(params, jax.NamedSharding(mesh, P()))
+            for function in (on_parts, each):
+                same(jax.jit(function)(copied, *divided), function(params, x, y))
+                same(function(copied, *divided), function(params, x, y))
     print("all alike")
 """
 
