@@ -101,6 +101,8 @@ def test_weights_that_cannot_be_are_refused():
         assert jnp.isnan(run(jnp.float32(value))[0])
     with pytest.raises(ValueError, match="`num_shards` must divide the number of examples, 12"):
         transforms.mean_gradient(evaluate, num_shards=5)(params, x, y, mask)
+    with pytest.raises(ValueError, match=r"`batch` must have one leading.*pass it by keyword"):
+        transforms.mean_gradient(evaluate, num_shards=2)(params, x, y, jax.random.key(0))
     with pytest.raises(ValueError, match="`num_shards` must be at least 1"):
         transforms.mean_gradient(evaluate, num_shards=0)
     with pytest.raises(TypeError, match="`axis_name` must be a string"):
