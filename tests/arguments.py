@@ -169,6 +169,7 @@ EXAMPLES = {
     "key": key,
     "largest": lambda: 2.0,
     "layers": lambda: ["hidden"],
+    "layout": lambda: regjax.Layout(),
     "learning_rate": lambda: 0.1,
     "learning_rates": lambda: jnp.asarray([0.0, 0.1], jnp.float32),
     "like": params,
@@ -348,6 +349,7 @@ _KINDS = {
     ),
     "key": ("key",),
     "params": ("like", "mean_grads", "params"),
+    "layout": ("layout",),
     "mask": ("mask",),
     "operator": ("operator",),
 }  # fmt: skip
@@ -413,6 +415,12 @@ BAD = {
         "other structure": lambda: {"w": True},
         "numbers": lambda: replaced(lambda leaf: 1.0),
         "text": lambda: "mask",
+    },
+    "layout": {
+        "other structure": lambda: {"w": regjax.Layout()},
+        "no such axis": lambda: regjax.Layout(stack=7),
+        "number": lambda: 3,
+        "text": lambda: "layout",
     },
     "operator": {"matrix": lambda: jnp.eye(3, dtype=jnp.float32), "function": lambda: loss_fn},
 }
