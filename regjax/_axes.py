@@ -130,8 +130,7 @@ class Axes:
 
     def over_layers(self, array: jax.Array) -> jax.Array:
         """Gives an array with one number for each layer the axes of the whole, to broadcast."""
-        ndim = len(self.stack) + len(self.layer)
-        return self.restack(array.reshape((*array.shape, *[1] * (ndim - array.ndim))))
+        return self.restack(array.reshape((*array.shape, *[1] * len(self.layer))))
 
     def stack_first(self, array: jax.Array) -> jax.Array:
         """Brings the stack of an array that is so laid out to the front."""

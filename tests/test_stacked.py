@@ -427,3 +427,37 @@ def test_penalties_that_go_over_all_weights_see_no_stack(axis):
         found, other = tx.update(stacked.stack(grads, axis), tx.init(whole), whole)
         stacked.assert_same(stacked.unstack(found, axis), expected, rtol=1e-6)
         assert bool(getattr(state, "on", True)) == bool(getattr(other, "on", True))
+
+
+@AXES
+@pytest.mark.parametrize("cyclic", [True, False])
+def test_noise_of_one_layer_at_a_time(axis, cyclic):
+    whole = stacked.stack(stacked.unrolled(), axis)
+    groups = {"blocks": 0, "head": 1}
+    seen = []
+    tx = transforms.perturbed_gradient(
+        0.1, key=jax.random.key(0), cyclic=cyclic, groups=groups, layout=stacked.layout(axis)
+    )
+    update = jax.jit(lambda state: tx.update(whole, state, whole, grad_fn=lambda params, i: params))
+    state = tx.init(whole)
+    for _ in range(4 if cyclic else 12):
+        noisy, state = update(state)
+        moved = jax.tree.map(lambda one, other: jnp.any(one != other), noisy, whole)
+        by_layer = [
+            [
+                bool(jnp.any(one != other))
+                for one, other in zip(*map(jax.tree.leaves, pair), strict=True)
+            ]
+            for pair in zip(
+                stacked.unstack(noisy, axis)["blocks"],
+                stacked.unstack(whole, axis)["blocks"],
+                strict=True,
+            )
+        ]
+        # All leaves of a layer, or none.
+        assert all(len(set(layer)) == 1 for layer in by_layer)
+        seen.append((*(layer[0] for layer in by_layer), bool(moved["head"]["kernel"])))
+    assert all(sum(groups) == 1 for groups in seen)
+    assert len(set(seen)) == stacked.LAYERS + 1
+    if cyclic:
+        assert [groups.index(True) for groups in seen] == [0, 1, 2, 3]

@@ -9,6 +9,7 @@ from jax import lax
 
 from regjax import _checks, _tree
 from regjax._arguments import checked
+from regjax._axes import Layouts
 from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule, Tree
 from regjax.transforms import _gaussian, _gradients, _keys, _masks, _perturbation, _schedules
 from regjax.transforms._masks import MaskOrFunction
@@ -27,7 +28,7 @@ class PerturbedGradientState(NamedTuple):
     key_data: jax.Array
 
 
-@static_args("key", "layerwise", "cyclic", "groups", "mask")
+@static_args("key", "layerwise", "cyclic", "groups", "mask", "layout")
 @checked
 def perturbed_gradient(
     std: ScalarOrSchedule,
@@ -37,6 +38,7 @@ def perturbed_gradient(
     cyclic: bool = True,
     groups: Tree = None,
     mask: MaskOrFunction = None,
+    layout: Layouts = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by the one at weights with Gaussian noise.
 
@@ -60,8 +62,10 @@ def perturbed_gradient(
       cyclic: group = count modulo number of groups. False: drawn uniformly.
       groups: tree of ints, the group of each leaf, or of an upper part of the tree, such as one
         for each layer; None is one for each leaf, as in the official code. Better: kernel and bias
-        of a layer together.
+        of a layer together. Each of the layers that are stacked in a leaf is a group of its own,
+        the same ones of the leaves that have one number.
       mask: leaves that may be perturbed; groups outside of it do not count.
+      layout: which axes of the leaves stack layers (`regjax.Layout`); None: a guess.
 
     Returns:
       A transformation whose `update` needs `params` and `grad_fn`.
@@ -81,7 +85,7 @@ def perturbed_gradient(
 
     def init(params: Params) -> PerturbedGradientState:
         _checks.floating_leaves("params", params)
-        _perturbation.group_numbers(groups, params, mask)
+        _perturbation.group_numbers(groups, params, mask, layout)
         return PerturbedGradientState(jnp.int32(0), _keys.words(key))
 
     def update(
@@ -103,6 +107,7 @@ def perturbed_gradient(
             cyclic=cyclic,
             groups=groups,
             mask=mask,
+            layout=layout,
         )
         grads = _gradients.like(grad_fn(above, 0), updates)
         _gradients.check_is_first(

@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks
 from regjax._arguments import checked
+from regjax._axes import Layouts
 from regjax._base import Params, PRNGKey, ScalarOrSchedule, Tree
 from regjax.transforms import _gradients, _perturbation, _schedules
 from regjax.transforms._masks import MaskOrFunction
@@ -22,6 +23,7 @@ def noisy_gradient(
     cyclic: bool = True,
     groups: Tree = None,
     mask: MaskOrFunction = None,
+    layout: Layouts = None,
     argnums: int | Sequence[int] = 0,
 ) -> ValueAndGradFn:
     """Makes of `jax.value_and_grad(loss_fn)` a function that gives the gradient at noisy weights.
@@ -46,6 +48,7 @@ def noisy_gradient(
       cyclic: whether the groups take turns.
       groups: tree of ints like the gradient, or its upper part.
       mask: leaves that may be perturbed: a tree like the gradient, or as in `sam`.
+      layout: as in `perturbed_gradient`, of a tree like the gradient.
       argnums: as in `sharpness_aware_gradient`.
 
     Returns:
@@ -78,6 +81,7 @@ def noisy_gradient(
             cyclic=cyclic,
             groups=groups,
             mask=mask,
+            layout=layout,
         )
         if noisy is clean.params:
             return clean.value, clean.raw_grads

@@ -4,9 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from regjax import _checks, _tree
+from regjax import _checks, _layouts, _tree
+from regjax._axes import Axes, Layouts
 from regjax._base import Params, PRNGKey, Tree
 from regjax.transforms import _gaussian, _masks, _schedules
 from regjax.transforms._masks import MaskOrFunction
@@ -22,16 +24,17 @@ def perturbed(
     cyclic: bool,
     groups: Tree,
     mask: MaskOrFunction,
+    layout: Layouts,
 ) -> Params:
     """Adds the noise of update `count` to the weights: a copy in float32 at least.
 
     Noise of less than half a unit of rounding of bfloat16 would be lost in its sum with the
     weights. `std=0` gives `params` themselves.
     """
-    numbers = group_numbers(groups, params, mask)
+    numbers = group_numbers(groups, params, mask, layout)
     if _schedules.is_zero(std):
         return params
-    num_groups = 1 + max((n for n in numbers if n is not None), default=0)
+    num_groups = 1 + max((int(n.max()) for n in numbers if n is not None), default=0)
     noise_key, group_key = jax.random.split(jax.random.fold_in(key, count))
     chosen = None
     if layerwise and cyclic:
@@ -50,8 +53,14 @@ def perturbed(
     return jax.tree.unflatten(treedef, leaves)
 
 
-def group_numbers(groups: Tree, params: Params, mask: MaskOrFunction) -> list[int | None]:
-    """Numbers the group of each leaf from 0 among the masked ones; None outside of the mask."""
+def group_numbers(
+    groups: Tree, params: Params, mask: MaskOrFunction, layout: Layouts
+) -> list[np.ndarray | None]:
+    """Numbers the groups from 0 among the masked leaves; None outside of the mask.
+
+    Arrays that broadcast to the leaves: of stacked layers each one has a number, which it shares
+    with the same layer of the other leaves of its group.
+    """
     chosen = _masks.mask_leaves(mask, params)
     if groups is None:
         given: list[int] = list(range(len(chosen)))
@@ -59,7 +68,19 @@ def group_numbers(groups: Tree, params: Params, mask: MaskOrFunction) -> list[in
         given = _checks.prefix_leaves("groups", groups, params)
         for group in given:
             _checks.integer("groups", group, minimum=0)
-    order = sorted({group for group, choose in zip(given, chosen, strict=True) if choose})
-    return [
-        order.index(group) if choose else None for group, choose in zip(given, chosen, strict=True)
+    axes = _layouts.of_leaves(layout, params, chosen)
+    leaves = jax.tree.leaves(params)
+    stacks = [own.stack_shape(jnp.shape(leaf)) for own, leaf in zip(axes, leaves, strict=True)]
+    names = [
+        [(group, *index) for index in np.ndindex(*stack)] if choose else []
+        for group, stack, choose in zip(given, stacks, chosen, strict=True)
     ]
+    order = {name: i for i, name in enumerate(sorted({n for own in names for n in own}))}
+
+    def numbered(own: Axes, stack: tuple[int, ...], names: list[tuple[int, ...]]) -> np.ndarray:
+        numbers = np.array([order[name] for name in names], np.int32)
+        numbers = numbers.reshape((*stack, *[1] * len(own.layer)))
+        return np.moveaxis(numbers, range(len(stack)), own.stack)
+
+    rows = zip(axes, stacks, names, chosen, strict=True)
+    return [numbered(own, stack, names) if choose else None for own, stack, names, choose in rows]
