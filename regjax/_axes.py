@@ -16,6 +16,7 @@ Layouts: TypeAlias = Any
 params -> such a tree, or None."""
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Says what the axes of an array of parameters are for.
@@ -31,6 +32,7 @@ class Layout:
         layout = {"layers": regjax.Layout(stack=0)}
 
     A tree of them need not name each array: one for an upper part of the tree holds for all below.
+    A pytree without leaves, so that it passes through `jax.jit`.
 
     Attributes:
       stack: axes of layers, or of experts, from the outer one to the inner one; () for none.

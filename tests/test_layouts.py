@@ -396,6 +396,15 @@ def test_bad_layouts_are_refused():
         diagnostics.condensation(params["layers"]["kernel"], layout=Layout(stack=0))
 
 
+def test_layouts_pass_through_jit():
+    params = stacked.stack(stacked.unrolled(), 1)
+    draw = diagnostics.filter_normalized_direction
+    for layout in (stacked.layout(1), guess_layout(params)):
+        found = jax.jit(draw)(params, key=jax.random.key(0), layout=layout)
+        expected = draw(params, key=jax.random.key(0), layout=layout)
+        stacked.assert_same(found, expected, rtol=1e-5)
+
+
 def test_condensation_of_a_kernel_with_outputs_in_front():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
     found = diagnostics.condensation(kernel, layout=regjax.Layout(outputs=0))
