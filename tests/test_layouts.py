@@ -207,7 +207,9 @@ def test_names_of_haiku_and_keras():
 
 
 class TestEquinox:
-    equinox = pytest.importorskip("equinox")
+    @pytest.fixture(autouse=True)
+    def package(self):
+        self.equinox = pytest.importorskip("equinox")
 
     def net(self):
         nn, keys = self.equinox.nn, jax.random.split(jax.random.key(0), 5)
