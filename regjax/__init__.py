@@ -41,6 +41,7 @@ from regjax._files import CheckpointError as CheckpointError
 from regjax._loops import Interrupted as Interrupted
 from regjax._statistics import population_statistics as population_statistics
 from regjax._statistics import updated_statistics as updated_statistics
+from regjax._subsets import subset as subset
 
 __version__ = "0.1.0"
 
