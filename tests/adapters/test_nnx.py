@@ -169,8 +169,8 @@ def test_named_streams_follow_the_key_and_the_others_keep_their_own():
     ]
     np.testing.assert_array_equal(runs[0][0], runs[1][0])
     assert (runs[0][1] != runs[1][1]).sum() > 60
+    strange = regjax.from_nnx(module, rngs=("noise", "other"))
     with pytest.raises(ValueError, match=r"`rngs` must name streams .*\['dropout', 'noise'\].*'ot"):
-        strange = regjax.from_nnx(module, rngs=("noise", "other"))
         strange.apply({}, strange.state, x, train=True, key=KEY)
 
 
@@ -179,8 +179,8 @@ def test_dropout_without_a_key_draws_from_the_module_and_couples(data):
     assert model.has_generators
     assert regjax.couples_examples(regjax.model_function(model, mode="train"))
     assert not regjax.couples_examples(regjax.model_function(model))
+    loss = regjax.model_loss(model, oracles.cross_entropy, mode="train")
     with pytest.raises(ValueError, match="`chunk_size` must not split"):
-        loss = regjax.model_loss(model, oracles.cross_entropy, mode="train")
         curvature.hessian(loss, model.params, *data, chunk_size=5)
 
 
