@@ -447,7 +447,8 @@ EXCUSED = {
     ("diagnostics.condensation", "threshold", "-1"): "a cosine",
     ("diagnostics.condensation", "threshold", "array of -1"): "a cosine",
     **{
-        ("pruning.gated_loss", "loss_fn", label): "it is called with the gates, later"
+        (name, "loss_fn", label): "it is called by others, later"
+        for name in ("pruning.gated_loss", "without_aux", "assume_separable")
         for label in ("no result", "vector", "integer")
     },
     **{
