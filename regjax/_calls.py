@@ -14,6 +14,9 @@ from regjax._base import PRNGKey, Tree
 Call: TypeAlias = Callable[..., Tree]
 """(module, inputs, **options) -> outputs."""
 
+MANY_STEPS = 2**20
+"""After so many steps no running average has a start to be corrected for."""
+
 _IN_TRAINING = ("train", "training", "is_training", "is_train")
 _IN_EVALUATION = ("deterministic", "use_running_average", "inference", "is_eval")
 _USUAL = _IN_TRAINING + _IN_EVALUATION

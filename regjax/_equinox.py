@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from regjax import _calls, _checks, _parts
@@ -54,6 +55,21 @@ class EquinoxRunner:
         if leaves and all(a is b for a, b in zip(leaves, jax.tree.leaves(new), strict=True)):
             raise _calls.not_told(name, "a state that its call left as it was")
         return outputs, {**state, **({"state": new} if leaves else {})}
+
+    def settled(self, state: State) -> State:
+        """Returns the state with averages that count as many steps old."""
+        equinox = _calls.optional("equinox", "from_equinox")
+        leaves, treedef = jax.tree.flatten(state.get("state"))
+        own_state = jax.tree.unflatten(treedef, leaves)
+        for norm in _nodes(self.training.value, equinox.nn.BatchNorm):
+            for index, value in (
+                (norm.batch_counter, _calls.MANY_STEPS),
+                (norm.ema_first_time_index, False),
+            ):
+                if index is not None:
+                    settled = jnp.full_like(own_state.get(index), value)
+                    own_state = own_state.set(index, settled)
+        return {**state, "state": own_state} if leaves else state
 
 
 def _mapped(

@@ -60,6 +60,17 @@ class HaikuRunner:
             self._check_told(own_state, new_state, has_key=key is not None)
         return outputs, {**state, **({"state": new_state} if own_state else {})}
 
+    @staticmethod
+    def settled(state: State) -> State:
+        """Returns the state with averages that count as many steps old."""
+        own = state.get("state", {})
+        counted = {
+            name: {**leaves, "counter": jnp.full_like(leaves["counter"], _calls.MANY_STEPS)}
+            for name, leaves in own.items()
+            if set(leaves) == {"average", "counter", "hidden"}
+        }
+        return {**state, "state": {**own, **counted}} if own else state
+
     def _check_told(self, old: State, new: State, *, has_key: bool) -> None:
         """Raises ValueError where nothing trained, and no keyword could have told it to."""
         name = getattr(getattr(self.apply, "_original_fn", None), "__qualname__", "the function")

@@ -214,7 +214,7 @@ def _is_idle(node: nnx.Module) -> bool:
     if isinstance(node, nnx.RNN):
         return _is_idle(node.cell)
     if isinstance(node, nnx.RNNCellBase):
-        return getattr(node, "carry_init", None) is jax.nn.initializers.zeros
+        return getattr(node, "carry_init", node) in (None, jax.nn.initializers.zeros)
     return isinstance(node, nnx.Dropout) and not _drops(node)
 
 

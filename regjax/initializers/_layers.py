@@ -4,6 +4,7 @@ What a visitor makes of a layer's parameters is what the layers behind it see.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -40,10 +41,21 @@ def run_layers(
     """
     runner = getattr(model.apply, "run", None)
     if isinstance(runner, LinenRunner):
-        return _run_linen(model, params, state, inputs, visit, key)
-    if isinstance(runner, NnxRunner):
-        return _run_nnx(runner, params, state, inputs, visit)
-    raise TypeError("`model` must come from `from_linen` or `from_nnx`, whose layers are known.")
+        found = _run_linen(model, params, state, inputs, visit, key)
+    elif isinstance(runner, NnxRunner):
+        found = _run_nnx(runner, params, state, inputs, visit)
+    else:
+        raise TypeError(
+            "`model` must come from `from_linen` or `from_nnx`, whose layers are known."
+        )
+    for path, layer in found.items():
+        own = functools.reduce(lambda node, name: node.get(name, {}), path, params)
+        if not set(layer) <= set(own):
+            raise ValueError(
+                f"`model` must have all weights of its layers as parameters, got one of which a "
+                f"`wrt` left out some of {'/'.join(map(str, path))}."
+            )
+    return found
 
 
 def unboxed(model: Model, params: Params, state: State) -> tuple[Model, Params]:

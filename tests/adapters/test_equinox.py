@@ -293,3 +293,39 @@ def test_a_whole_module_as_parameters_is_refused_with_its_leaf(data):
     model = regjax.from_equinox(net)
     ours = curvature.hessian(regjax.model_loss(model, oracles.cross_entropy), model.params, *data)
     np.testing.assert_allclose(dense, ours.dense(), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["ema", "batch"])
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_population_statistics_are_those_that_evaluation_reads(mode, num_steps, data):
+    def net():
+        norm = eqx.nn.BatchNorm(4, "batch", mode=mode, momentum=0.9)
+        return eqx.nn.Sequential([eqx.nn.Linear(5, 4, key=KEY), norm])
+
+    model = regjax.from_equinox(*eqx.nn.make_with_state(net)())
+    state = model.state
+    for _ in range(num_steps):
+        state = regjax.updated_statistics(model, model.params, data[0], state=state)
+    batches = [data[0], data[0][:4]]
+    state = regjax.population_statistics(model, model.params, batches, state=state)
+    layer = model.params.layers[0]
+    hidden = [batch @ layer.weight.T + layer.bias[None] for batch in batches]
+    mean = (10 * hidden[0].mean(0) + 4 * hidden[1].mean(0)) / 14
+    variance = (10 * hidden[0].var(0) + 4 * hidden[1].var(0)) / 14
+    outputs, _ = model.apply(model.params, state, data[0], train=False)
+    expected = (hidden[0] - mean[None]) / jnp.sqrt(variance + 1e-5)[None]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_called_on_the_inputs_alone_is_refused():
+    class Two(eqx.Module):
+        norm: eqx.nn.BatchNorm
+
+        def __call__(self, x, mask, state):
+            return self.norm(x, state)
+
+    net, state = eqx.nn.make_with_state(lambda: Two(eqx.nn.BatchNorm(4, "batch", mode="ema")))()
+    with pytest.raises(TypeError, match=r"`call` must .* needs mask too: pass `call=lambda"):
+        regjax.from_equinox(net, state)
+    with pytest.raises(ValueError, match="`state` must be given for a module that has one"):
+        regjax.from_equinox(net.norm)

@@ -198,3 +198,19 @@ def test_wrong_arguments_are_named(data):
     fewer = {name: leaf for name, leaf in params.items() if name != "first"}
     with pytest.raises(ValueError, match=r"`params` must have .* without \['first'\]\['b'\]"):
         model.apply(fewer, model.state, data[0], train=False)
+
+
+def test_population_statistics_are_those_that_evaluation_reads(data):
+    model, params, _ = make(data)
+    batches = [data[0], data[0][:4]]
+    state = regjax.population_statistics(model, params, batches, key=KEY)
+    hidden = [batch @ params["first"]["w"] + params["first"]["b"] for batch in batches]
+    mean = (10 * hidden[0].mean(0) + 4 * hidden[1].mean(0)) / 14
+    variance = (10 * hidden[0].var(0) + 4 * hidden[1].var(0)) / 14
+    x = (hidden[0] - mean) / jnp.sqrt(variance + 1e-5)
+    x = jnp.tanh(x * params["norm"]["scale"] + params["norm"]["offset"])
+    for name in ("head/~/linear_0", "head/~/linear_1"):
+        x = x @ params[name]["w"] + params[name]["b"]
+        x = jnp.tanh(x) if name.endswith("0") else x
+    outputs, _ = model.apply(params, state, data[0], train=False)
+    np.testing.assert_allclose(outputs, x, rtol=1e-4, atol=1e-5)

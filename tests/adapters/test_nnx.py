@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import regjax
-from regjax import curvature, pruning
+from regjax import curvature, initializers, pruning
 from tests import oracles
 
 KEY = jax.random.key(0)
@@ -357,3 +357,54 @@ def test_wrong_arguments_are_named():
     complex_module = nnx.Linear(2, 2, param_dtype=jnp.complex64, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"`params.*bias.*must be real floating .* got complex64"):
         regjax.from_nnx(complex_module)
+
+
+def test_recurrent_layers_draw_nothing_and_attention_drops(data):
+    class Recurrent(nnx.Module):
+        def __init__(self, rngs):
+            self.rnn = nnx.RNN(nnx.GRUCell(5, 4, rngs=rngs))
+            self.head = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x, return_hidden=False):
+            hidden = self.rnn(x)
+            return hidden if return_hidden else self.head(hidden[:, -1])
+
+    class Attention(nnx.Module):
+        def __init__(self, rngs):
+            options = {"dropout_rate": 0.5, "decode": False, "rngs": rngs}
+            self.attention = nnx.MultiHeadAttention(1, 5, **options)
+            self.head = nnx.Linear(5, 3, rngs=rngs)
+
+        def __call__(self, x, noisy=False):
+            return self.head(self.attention(x, deterministic=not noisy).mean(1))
+
+    class Own(nnx.Module):
+        def __init__(self, rngs):
+            self.head, self.rngs = nnx.Linear(5, 3, rngs=rngs), rngs
+
+        def __call__(self, x, noisy=False):
+            x = self.head(x[:, 0])
+            return x + jax.random.normal(self.rngs.noise(), x.shape) if noisy else x
+
+    x = jnp.stack([data[0]] * 2, axis=1)
+    model = regjax.from_nnx(Recurrent(nnx.Rngs(0)))
+    function = regjax.model_function(model, mode="train")
+    assert not regjax.couples_examples(function)
+    assert function(model.params, x).shape == (10, 3)
+    for make in (Attention, Own):
+        model = regjax.from_nnx(make(nnx.Rngs(0)))
+        assert model.has_generators
+        with pytest.raises(ValueError, match="`mode` must be 'evaluation'"):
+            regjax.model_function(model, mode="train", key=KEY)(model.params, x)
+
+
+def test_layers_are_not_initialised_where_some_are_no_parameters(data):
+    module = nnx.Sequential(nnx.Linear(5, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    part = regjax.from_nnx(module, wrt=lambda path, value: path[1] == 1)
+    with pytest.raises(ValueError, match=r"`model` must have all weights .* some of layers/0"):
+        initializers.data_dependent(part, part.params, part.state, data[0])
+    whole = regjax.from_nnx(module, call=lambda module, inputs: module(inputs["x"]))
+    inputs = {"x": data[0]}
+    params = initializers.data_dependent(whole, whole.params, whole.state, inputs)
+    outputs = regjax.model_function(whole)(params, inputs)
+    np.testing.assert_allclose(outputs.std(0), 1, rtol=1e-3)
