@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _selection
+from regjax import _axes, _checks, _selection
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -147,6 +147,7 @@ RULES: Mapping[str, Rule] = {
             "batch_model_fn", "batch_preactivations_fn", "call", "curvature_grad_fn",
             "dropout_loss_fn", "gate_loss", "grad_fn", "law", "loss_fn", "matvec", "model_fn",
             "operator_fn", "output_loss_fn", "preactivations_fn", "rule",
+            "value_and_grad_fn", "weight_fn",
         ),
         _checks.function,
     ),
@@ -159,6 +160,7 @@ RULES: Mapping[str, Rule] = {
         _array,
     ),
     "inputs": _examples,
+    "layout": _axes.check,
     "accumulation": functools.partial(_checks.choice, allowed=ACCUMULATIONS),
     "operator": _operator,
 }  # fmt: skip

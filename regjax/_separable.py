@@ -46,7 +46,8 @@ def check_separable(loss_fn: LossFn, params: Params, *batch: Tree, tol: float = 
 
     Compares the values and the gradients of the whole batch with those of two parts of it. What
     goes over data in parts does so by itself, once for a function and its shapes and outside of
-    `jit`, on the examples of a chunk (8 to 64), taken from all over the data.
+    `jit`, on the examples of a chunk (8 to 64), taken from all over the data. Inside of `jit`, and
+    of data that lie on several machines, no host can look.
 
     Args:
       loss_fn: (params, *batch) -> scalar, or `WeightedMean`.
@@ -146,8 +147,11 @@ class _Check:
     def compare(self, tol: float) -> None:
         tol = max(tol, 16 * self.eps) if self.eps > jnp.finfo(jnp.float32).eps else tol
         values, gradients, weights = _measured(self.program, self.params, self.batches)
-        for part in jax.tree.leaves(weights):
-            check_weight(part, self.name)
+        for whole, one, two in zip(*weights, strict=True):
+            for weight in (whole, one, two):
+                check_weight(weight, self.name)
+            if not abs(whole - one - two) <= tol * abs(whole):
+                self._refuse(f"has the weight {whole:g}", f"have {one + two:g} together")
         whole, parts = float(values[0]), float(values[1] + values[2])
         if not np.isfinite(whole):
             raise ValueError(f"`{self.name}` must be finite on the batch, got {whole}.")
@@ -187,8 +191,7 @@ def _measured(
 
     Returns:
       The losses: of the whole, what each part adds to it, and those of the parts by themselves; the
-      norm of the gradient, of the difference from the parts', and the largest one; the weights over
-      the sizes.
+      norm of the gradient, of the difference from the parts', and the largest one; the weights.
     """
     terms_of = functools.partial(_terms, program, params)
     weights = [[jax.lax.stop_gradient(weight) for _, weight in terms_of(b)] for b in batches]
@@ -210,9 +213,7 @@ def _measured(
     largest = functools.reduce(jnp.maximum, [norms[0], *own_norms])
     values = [value for value, _ in both]
     own = [value * ratio for value, ratio in zip(values[1:], ratios, strict=True)]
-    lengths = [_checks.num_examples(batch) for batch in batches]
-    each = [[w / n for w in ws] for ws, n in zip(weights, lengths, strict=True)]
-    return [*values, *own], (norms[0], _numerics.scaled_norm(gap), largest), each
+    return [*values, *own], (norms[0], _numerics.scaled_norm(gap), largest), weights
 
 
 @jax.jit
