@@ -440,3 +440,30 @@ def test_parameters_of_one_adapter_are_refused_by_the_others(data, default_promo
     loss = regjax.model_loss(models[1], oracles.cross_entropy)
     with pytest.raises(ValueError, match=r"`params` must have .* without \.layers\[0\]\.weight"):
         curvature.hessian(loss, models[2].params, *data)
+
+
+def test_layouts_are_guessed_from_the_parameters_of_each_adapter(data, default_promotion):
+    transformed = haiku.transform(lambda x: haiku.Linear(3)(x))
+    inputs_axis = {
+        "nnx": (regjax.from_nnx(nnx.Linear(5, 3, rngs=nnx.Rngs(0))), 0),
+        "linen": (
+            regjax.from_linen(linen.Dense(3), linen.Dense(3).init(jax.random.key(0), data[0])),
+            0,
+        ),
+        "equinox": (regjax.from_equinox(equinox.nn.Linear(5, 3, key=jax.random.key(0))), 1),
+        "haiku": (
+            regjax.from_haiku(transformed, transformed.init(jax.random.key(0), data[0])),
+            0,
+        ),
+        "keras": (
+            regjax.from_keras(keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])),
+            0,
+        ),
+    }
+    for model, axis in inputs_axis.values():
+        guessed = regjax.guess_layout(model.params)
+        is_layout = lambda node: isinstance(node, regjax.Layout)
+        layouts = jax.tree.leaves(guessed, is_leaf=is_layout)
+        pairs = zip(layouts, jax.tree.leaves(model.params), strict=True)
+        kernels = [layout for layout, leaf in pairs if leaf.ndim == 2]
+        assert [(one.inputs, one.outputs) for one in kernels] == [((axis,), (1 - axis,))]
