@@ -31,21 +31,25 @@ from regjax import transforms as transforms
 from regjax import typing as typing
 from regjax._adapters import Model as Model
 from regjax._adapters import from_callable as from_callable
-from regjax._adapters import from_linen as from_linen
-from regjax._adapters import from_nnx as from_nnx
 from regjax._adapters import model_function as model_function
 from regjax._adapters import model_loss as model_loss
 from regjax._base import WeightedMean as WeightedMean
 from regjax._base import couples_examples as couples_examples
+from regjax._equinox import from_equinox as from_equinox
 from regjax._files import CheckpointError as CheckpointError
+from regjax._haiku import from_haiku as from_haiku
+from regjax._keras import from_keras as from_keras
 from regjax._layouts import Layout as Layout
 from regjax._layouts import guess_layout as guess_layout
+from regjax._linen import from_linen as from_linen
 from regjax._loops import Interrupted as Interrupted
 from regjax._losses import assume_separable as assume_separable
 from regjax._losses import without_aux as without_aux
+from regjax._nnx import from_nnx as from_nnx
 from regjax._separable import check_separable as check_separable
 from regjax._statistics import population_statistics as population_statistics
 from regjax._statistics import updated_statistics as updated_statistics
+from regjax._subsets import subset as subset
 
 __version__ = "0.1.0"
 

@@ -1,8 +1,9 @@
-"""Flax models, linen or nnx, as pure functions on plain trees.
+"""Models of any framework as pure functions on plain trees.
 
-Everything else in the library sees `loss_fn(params, *batch)`. These adapters make one of a model:
-`from_linen`, `from_nnx` and `from_callable` give a `Model`, `model_loss` and `model_function` bind
-its state, so that it travels as an argument and is never compiled in.
+Everything else in the library sees `loss_fn(params, *batch)`. The adapters make one of a model:
+`from_nnx`, `from_linen`, `from_equinox`, `from_haiku` and `from_keras`, a file for each framework,
+and `from_callable` give a `Model`; `model_loss` and `model_function` bind its state, so that it
+travels as an argument and is never compiled in.
 
 The batch-norm mode decides what a Hessian means:
   "evaluation": statistics are the stored running ones, constants. The examples do not couple; this
@@ -16,92 +17,55 @@ The batch-norm mode decides what a Hessian means:
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-from flax import core, linen, nnx
 
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import Loss, ModelFn, OutputLossFn, Params, PRNGKey, State, Tree
-from regjax._runners import Apply, ApplyFn, CallableRunner, LinenRunner, NnxRunner, Run, owned
+from regjax._runners import Apply, ApplyFn, CallableRunner, Run, Static
 
 _MODES = ("evaluation", "train", "train_per_chunk")
 
 
 class Model(NamedTuple):
-    """A model as plain trees.
+    """A model as plain trees, from an adapter or made by hand of any other code.
+
+        def apply(params, state, inputs, *, train, key=None):
+            hidden = inputs @ params["first"]
+            mean = hidden.mean(0) if train else state["mean"]
+            hidden = jax.nn.relu(hidden - mean)
+            if train and key is not None:
+                hidden = 2 * hidden * jax.random.bernoulli(key, 0.5, hidden.shape)
+            new_state = {"mean": 0.9 * state["mean"] + 0.1 * mean} if train else state
+            return hidden @ params["last"], new_state
+
+        model = regjax.Model(apply, params, state, has_batch_statistics=True)
+        loss_fn = regjax.model_loss(model, output_loss_fn, mode="train", key=key)
 
     Attributes:
-      apply: (params, state, inputs, *, train, key=None) -> (outputs, new state); pure, hashable,
-        and equal for equal modules, so that nothing compiles again. Raises ValueError where
-        `params` or `state` have not the structure of the model's own. In evaluation mode the new
-        state is `state`.
-      params: nested dicts of arrays. Lists of nnx layers keep their integer keys: nnx takes the
-        leaves in sorted order, and as strings "10" would come before "2".
-      state: everything else (batch statistics, generator keys and counts), nested dicts.
-      has_batch_statistics: whether `state` holds batch statistics.
+      apply: (params, state, inputs, *, train, key=None) -> (outputs, new state); pure and hashable:
+        a function of a module, not one that is made anew for each call, or all compiles again. The
+        new state has the structure of `state`; in evaluation mode it is `state`. That of an adapter
+        is equal for equal modules, and raises ValueError where `params` or `state` have not the
+        structure of the model's own.
+      params: tree of real floating-point arrays: nested dicts, and of Equinox the module with None
+        for all else. Lists of nnx layers keep their integer keys: nnx takes the leaves in sorted
+        order, and as strings "10" would come before "2".
+      state: tree of everything else: batch statistics, generator keys and counts, arrays that are
+        carried along; {} for nothing.
+      has_batch_statistics: whether in train mode an output depends on the other examples of the
+        batch, by batch statistics or otherwise.
+      has_generators: whether `state` holds generators of random numbers, so that train mode draws
+        from them where it is given no key.
     """
 
     apply: ApplyFn
     params: Params
     state: State
-    has_batch_statistics: bool
-
-
-def from_linen(module: linen.Module, variables: Mapping[str, Tree]) -> Model:
-    """Turns a linen module and its variables into a `Model`.
-
-    Args:
-      module: its `__call__` takes the inputs, and `train`, `training`, `deterministic` or
-        `use_running_average` where it distinguishes training.
-      variables: from `module.init`; "params" are the parameters, all else is state.
-
-    Returns:
-      A `Model`; in train mode the collections of the state are mutable, and `key` is the stream
-      "dropout".
-
-    Raises:
-      TypeError: `module` is not a linen module, or `variables` are no mapping.
-      ValueError: `variables` hold no "params".
-    """
-    if not isinstance(module, linen.Module):
-        raise TypeError(f"`module` must be a flax.linen.Module, got {type(module).__name__}.")
-    if not isinstance(variables, Mapping):
-        raise TypeError(f"`variables` must be a mapping, got {type(variables).__name__}.")
-    if "params" not in variables:
-        raise ValueError(f"`variables` must hold 'params', got {sorted(variables)}.")
-    state = core.unfreeze(variables)
-    params = state.pop("params")
-    return _model(LinenRunner(module), owned(params), owned(state), "batch_stats" in state)
-
-
-def from_nnx(module: nnx.Module) -> Model:
-    """Turns an nnx module into a `Model` of plain dicts.
-
-    Args:
-      module: called with the inputs alone; `module.train()` and `module.eval()` set its mode. It
-        is not changed.
-
-    Returns:
-      A `Model`; the state holds batch statistics and generator counters. In train mode `key`
-      replaces the keys of the module's generators, so that equal keys give equal dropout masks.
-
-    Raises:
-      TypeError: `module` is not an nnx module.
-    """
-    if not isinstance(module, nnx.Module):
-        raise TypeError(f"`module` must be a flax.nnx.Module, got {type(module).__name__}.")
-    # Train and evaluation flags live in the graph definition: one for each mode.
-    evaluation, training = nnx.clone(module), nnx.clone(module)
-    evaluation.eval()
-    training.train()
-    graph, params, state = nnx.split(evaluation, nnx.Param, ...)
-    run = NnxRunner(graph, nnx.graphdef(training))
-    has_statistics = bool(jax.tree.leaves(nnx.state(module, nnx.BatchStat)))
-    params, state = (owned(nnx.to_pure_dict(tree)) for tree in (params, state))
-    return _model(run, params, state, has_statistics)
+    has_batch_statistics: bool = False
+    has_generators: bool = False
 
 
 @checked
@@ -121,7 +85,7 @@ def from_callable(function: ModelFn, params: Params, state: State = None) -> Mod
     """
     _checks.function("function", function)
     _checks.floating_tree("params", params)
-    return _model(CallableRunner(function), params, {} if state is None else state, False)
+    return model_of(CallableRunner(function), params, {} if state is None else state)
 
 
 @functools.partial(
@@ -217,7 +181,8 @@ def model_function(
     if key is not None:
         _checks.key("key", key)
     # A dropout mask is drawn for the whole batch: a chunk of it would get another one.
-    coupled = mode == "train" and (model.has_batch_statistics or key is not None)
+    draws = key is not None or model.has_generators
+    coupled = mode == "train" and (model.has_batch_statistics or draws)
     return ModelFunction(model.state, key, model.apply, mode, coupled)
 
 
@@ -253,11 +218,19 @@ def check_model(model: Model) -> None:
     """Raises TypeError if `model` is not from one of the adapters."""
     if not isinstance(model, Model):
         raise TypeError(
-            f"`model` must be a regjax.Model, from from_nnx, from_linen or from_callable, got "
+            f"`model` must be a regjax.Model, as from `from_nnx` or another adapter, got "
             f"{type(model).__name__}."
         )
 
 
-def _model(run: Run, params: Params, state: State, has_batch_statistics: bool) -> Model:
-    apply = Apply(run, jax.tree.structure(params), jax.tree.structure(state))
-    return Model(apply, params, state, has_batch_statistics)
+def model_of(
+    run: Run,
+    params: Params,
+    state: State,
+    *,
+    has_batch_statistics: bool = False,
+    has_generators: bool = False,
+) -> Model:
+    """Makes the `Model` of an adapter: all that is known of a model comes together here."""
+    apply = Apply(run, Static(jax.tree.structure(params)), Static(jax.tree.structure(state)))
+    return Model(apply, params, state, has_batch_statistics, has_generators)

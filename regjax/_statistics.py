@@ -95,7 +95,7 @@ def population_statistics(
     _check(model, key)
     if not isinstance(batches, Iterable):
         raise TypeError(f"`batches` must be an iterable, got {type(batches).__name__}.")
-    state = model.state if state is None else state
+    state = _settled(model.apply, model.state if state is None else state)
     zero = _on_floating(jnp.zeros_like, state)
     total, weight, is_nan, is_empty = zero, 0.0, jnp.bool_(False), True
     rests: dict[int, Tree] = {}  # 1 - m, which may depend on the number of ghost batches
@@ -107,7 +107,8 @@ def population_statistics(
         # (1 - m) b, and from a start of its size m times that start more.
         moved, found_nan = _train_pass(model.apply, params, zero, inputs, key)
         if size not in rests:
-            start = _on_floating(lambda s: 1 + jnp.abs(s), moved)
+            # Counts and generators are those of the first pass.
+            start = _on_floating(lambda _, s: 1 + jnp.abs(s), zero, moved)
             other, _ = _train_pass(model.apply, params, start, inputs, key)
             rests[size] = _on_floating(lambda s, a, b: 1 - (a - b) / s, start, other, moved)
         seen = _on_floating(_statistic, state, moved, rests[size])
@@ -137,6 +138,17 @@ def _check(model: Model, key: PRNGKey | None) -> None:
     check_model(model)
     if key is not None:
         _checks.key("key", key)
+
+
+def _settled(apply: ApplyFn, state: State) -> State:
+    """Takes the correction for their start off running averages of Haiku and Equinox.
+
+    It would be applied to means over batches, which have none.
+    """
+    while not hasattr(apply, "run") and hasattr(apply, "apply"):
+        apply = apply.apply  # of a model without some of its units
+    settle = getattr(getattr(apply, "run", None), "settled", None)
+    return state if settle is None else settle(state)
 
 
 def _statistic(old: jax.Array, moved: jax.Array, rest: jax.Array) -> jax.Array:

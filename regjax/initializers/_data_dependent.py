@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.tree_util import PyTreeDef
 
-from regjax import _checks, _layouts, _loops, _numerics, _tree
+from regjax import _checks, _layouts, _loops, _numerics, _selection, _tree
 from regjax._adapters import Model
 from regjax._arguments import checked
 from regjax._base import Mask, Params, PRNGKey, State, Tree
@@ -77,7 +77,7 @@ def data_dependent(
         _checks.key("key", key)
     _refuse_stacks(params)
     boxed: PyTreeDef = jax.tree.structure(params)
-    chosen = _checks.mask_leaves(mask, params)
+    chosen = _selection.mask_leaves(mask, params)
     model, params = _layers.unboxed(model, params, state)
     wanted = _kernels(params, jax.tree.unflatten(jax.tree.structure(params), chosen))
 

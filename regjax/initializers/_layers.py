@@ -4,6 +4,7 @@ What a visitor makes of a layer's parameters is what the layers behind it see.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,9 @@ from flax.core import meta
 from regjax import normalization
 from regjax._adapters import Model, check_model
 from regjax._base import Params, PRNGKey, State, Tree
-from regjax._runners import Apply, LinenRunner, NnxRunner, owned
+from regjax._linen import LinenRunner
+from regjax._nnx import NnxRunner
+from regjax._runners import Apply, Static
 
 Path = tuple[str | int, ...]
 # (path, parameters, channel axis of the kernel, parameters -> outputs on the layer's inputs)
@@ -38,10 +41,21 @@ def run_layers(
     """
     runner = getattr(model.apply, "run", None)
     if isinstance(runner, LinenRunner):
-        return _run_linen(model, params, state, inputs, visit, key)
-    if isinstance(runner, NnxRunner):
-        return _run_nnx(runner, params, state, inputs, visit)
-    raise TypeError("`model` must come from `from_linen` or `from_nnx`, whose layers are known.")
+        found = _run_linen(model, params, state, inputs, visit, key)
+    elif isinstance(runner, NnxRunner):
+        found = _run_nnx(runner, params, state, inputs, visit)
+    else:
+        raise TypeError(
+            "`model` must come from `from_linen` or `from_nnx`, whose layers are known."
+        )
+    for path, layer in found.items():
+        own = functools.reduce(lambda node, name: node.get(name, {}), path, params)
+        if not set(layer) <= set(own):
+            raise ValueError(
+                f"`model` must have all weights of its layers as parameters, got one of which a "
+                f"`wrt` left out some of {'/'.join(map(str, path))}."
+            )
+    return found
 
 
 def unboxed(model: Model, params: Params, state: State) -> tuple[Model, Params]:
@@ -51,7 +65,7 @@ def unboxed(model: Model, params: Params, state: State) -> tuple[Model, Params]:
         return model, params
     model.apply.check(params, state)
     plain = meta.unbox(params)
-    apply = dataclasses.replace(model.apply, params_structure=jax.tree.structure(plain))
+    apply = dataclasses.replace(model.apply, params_structure=Static(jax.tree.structure(plain)))
     return model._replace(apply=apply), plain
 
 
@@ -90,7 +104,7 @@ def _run_linen(
 def _run_nnx(
     runner: NnxRunner, params: Params, state: State, inputs: Tree, visit: Visit
 ) -> dict[Path, Params]:
-    module = nnx.merge(runner.training, owned(params), owned(state))
+    module = runner.module(params, state, train=True)
     module.set_attributes(deterministic=True, raise_if_not_found=False)
     found: dict[Path, Params] = {}
     modules = dict(nnx.iter_modules(module))
@@ -100,7 +114,7 @@ def _run_nnx(
         is_part = any(path[: len(outer)] == outer and path != outer for outer in wrapped)
         if isinstance(node, _NNX) and not is_part:
             _watch(node, path, visit, found)
-    module(inputs)
+    runner.outputs(module, inputs, train=True)
     return found
 
 

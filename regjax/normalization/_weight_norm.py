@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 
-from regjax import _checks, _layouts, _numerics, _tree
+from regjax import _checks, _layouts, _numerics, _selection, _tree
 from regjax._arguments import checked
 from regjax._axes import Axes, Layout, Layouts
 from regjax._base import Mask, Params, Tree
@@ -98,7 +98,7 @@ def split_weights(params: Params, *, mask: Mask, layout: Layouts = None) -> Tree
     """
     _checks.floating_tree("params", params)
     treedef: PyTreeDef = jax.tree.structure(params)
-    chosen = _checks.mask_leaves(mask, params)
+    chosen = _selection.mask_leaves(mask, params)
     rows = zip(
         jax.tree_util.tree_leaves_with_path(params),
         chosen,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _layouts, _loops, _numerics, _tree
+from regjax import _checks, _layouts, _loops, _numerics, _selection, _tree
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Mask, Params, PRNGKey
@@ -80,7 +80,7 @@ def spectral_norm_penalty(
 def _kernels(params: Params, mask: Mask, layout: Layouts) -> list[jax.Array]:
     """Lists the kernels, (layers, inputs, outputs) each."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    chosen = _checks.mask_leaves(mask, params)
+    chosen = _selection.mask_leaves(mask, params)
     kernels = []
     rows = zip(leaves, chosen, _layouts.of_leaves(layout, params, chosen), strict=True)
     for (path, leaf), choose, axes in rows:
