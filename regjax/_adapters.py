@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import jax
 
-from regjax import _checks
+from regjax import _checks, _layouts
 from regjax._arguments import checked
+from regjax._axes import Layouts
 from regjax._base import Loss, ModelFn, OutputLossFn, Params, PRNGKey, State, Tree
 from regjax._runners import Apply, ApplyFn, CallableRunner, Run, Static
 
@@ -59,6 +60,8 @@ class Model(NamedTuple):
         batch, by batch statistics or otherwise.
       has_generators: whether `state` holds generators of random numbers, so that train mode draws
         from them where it is given no key.
+      layout: what the axes of `params` are for (`guess_layout`), as far as the layers and the names
+        tell: to be given as `layout` to whatever has filters, layers or blocks.
     """
 
     apply: ApplyFn
@@ -66,6 +69,7 @@ class Model(NamedTuple):
     state: State
     has_batch_statistics: bool = False
     has_generators: bool = False
+    layout: Layouts = None
 
 
 @checked
@@ -230,7 +234,9 @@ def model_of(
     *,
     has_batch_statistics: bool = False,
     has_generators: bool = False,
+    module: object = None,
 ) -> Model:
     """Makes the `Model` of an adapter: all that is known of a model comes together here."""
     apply = Apply(run, Static(jax.tree.structure(params)), Static(jax.tree.structure(state)))
-    return Model(apply, params, state, has_batch_statistics, has_generators)
+    layout = _layouts.of_model(params, module)
+    return Model(apply, params, state, has_batch_statistics, has_generators, layout)

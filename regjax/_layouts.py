@@ -111,6 +111,15 @@ def guess_layout(
         for leaf in below:
             found = _validated(f"params{leaf.label}", layout, leaf.shape)
             leaf.said = None if found is None else found[0]
+    return _guessed(params, leaves)
+
+
+def of_model(params: Params, module: object = None) -> Tree:
+    """Guesses the layout of a model's parameters, as far as it is known."""
+    return _guessed(params, _layout_guess.leaves_of(params, module))
+
+
+def _guessed(params: Params, leaves: list[_layout_guess.Leaf]) -> Tree:
     _layout_guess.find_stacks(leaves)
     are_first = _layout_guess.outputs_first(leaves)
     axes = [None if leaf.is_unknown else _completed(leaf, None, are_first) for leaf in leaves]

@@ -175,6 +175,7 @@ def from_nnx(
         state,
         has_batch_statistics=bool(jax.tree.leaves(nnx.state(module, nnx.BatchStat))),
         has_generators=_has_generators(module),
+        module=module,
     )
 
 

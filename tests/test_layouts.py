@@ -398,6 +398,31 @@ def test_bad_layouts_are_refused():
         diagnostics.condensation(params["layers"]["kernel"], layout=Layout(stack=0))
 
 
+def test_models_know_their_layouts():
+    class Lone(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(8, 8, use_bias=False, rngs=rngs)
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.split_rngs(splits=3)(nnx.vmap(Lone))(rngs)
+
+        def __call__(self, x):
+            return nnx.scan(lambda x, layer: layer.dense(x), out_axes=nnx.Carry)(x, self.layers)
+
+    # By its names and its shape alone it might be a convolution.
+    model = regjax.from_nnx(Net(nnx.Rngs(0)))
+    assert axes(guess_layout(model.params)) == {"layers/dense/kernel": None}
+    assert axes(model.layout) == {"layers/dense/kernel": ((0,), (1,), (2,))}
+    tx = transforms.rescale_weights(mask=True, layout=model.layout)
+    zeros = jax.tree.map(jnp.zeros_like, model.params)
+    updates, _ = tx.update(zeros, tx.init(model.params), model.params)
+    kernel = model.params["layers"]["dense"]["kernel"] + updates["layers"]["dense"]["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(kernel, axis=1), 1, rtol=1e-6)
+    kernel_only = regjax.from_callable(lambda params, x: x @ params["w"], {"w": ZEROS((3, 2))})
+    assert axes(kernel_only.layout) == {"w": ((), (0,), (1,))}
+
+
 def test_layouts_pass_through_jit():
     params = stacked.stack(stacked.unrolled(), 1)
     draw = diagnostics.filter_normalized_direction
