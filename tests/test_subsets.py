@@ -166,3 +166,58 @@ def test_a_part_of_another_structure_is_refused():
         loss(PARAMS)
     with pytest.raises(TypeError, match="`function` must be callable"):
         regjax.subset(3.0, PARAMS, wrt=ONLY_W)
+
+
+WITH_INT8 = {**oracles.problem().params, "table": jnp.int8(3)}
+OF_FIRST = {
+    "mask": {"first": True, "second": False, "table": False},
+    "path": lambda path, leaf: path[0] == "first",
+    "filter": nnx.PathContains("first"),
+}
+
+
+def float_loss(params, *batch):
+    """A loss that does not read the int8 leaf."""
+    return oracles.loss_fn({name: params[name] for name in ("first", "second")}, *batch)
+
+
+READERS = {
+    "spherical sharpness": lambda mask: regjax.diagnostics.spherical_sharpness(
+        float_loss, WITH_INT8, *oracles.problem().batch, mask=mask, key=jax.random.key(0)
+    ).value,
+    "effective rate": lambda mask: regjax.diagnostics.effective_learning_rate(
+        WITH_INT8, mask=mask, learning_rate=0.1
+    ),
+    "edge": lambda mask: regjax.diagnostics.edge_of_stability(
+        float_loss, WITH_INT8, WITH_INT8, *oracles.problem().batch,
+        mask=mask, key=jax.random.key(0), learning_rate=0.1,
+    ).sharpness,
+    "sam": lambda mask: regjax.transforms.sam(0.1, mask=mask).update(
+        jax.grad(float_loss)(oracles.problem().params, *oracles.problem().batch),
+        regjax.transforms.sam(0.1).init(oracles.problem().params),
+        oracles.problem().params,
+        grad_fn=lambda p, _: jax.grad(float_loss)(p, *oracles.problem().batch),
+    )[0],
+    "restricted": lambda mask: regjax.curvature.hessian(
+        float_loss, oracles.problem().params, *oracles.problem().batch
+    ).restricted(mask).dense(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_masks_paths_and_filters_mean_the_same_everywhere(reader):
+    masks = dict(OF_FIRST)
+    if reader in ("sam", "restricted"):
+        masks["mask"] = {"first": True, "second": False}
+    expected, *others = (READERS[reader](mask) for mask in masks.values())
+    for found in others:
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_kernels_by_path():
+    of_kernels = lambda path, leaf: path[-1] == "kernel"
+    penalty = regjax.regularizers.spectral_norm_penalty
+    assert penalty(WITH_INT8, mask=of_kernels) == penalty(oracles.problem().params)
+    split = regjax.normalization.split_weights(WITH_INT8, mask=of_kernels)
+    assert split["table"] is WITH_INT8["table"]
+    assert jax.tree.structure(split["first"]["kernel"]) != jax.tree.structure(0)

@@ -90,7 +90,7 @@ def split_weights(params: Params, *, mask: Mask) -> Tree:
 
     Args:
       params: tree of parameters, output channels last.
-      mask: tree of bools like it.
+      mask: which kernels.
 
     Returns:
       A tree like `params` with a `SplitWeightResult` in the place of each masked kernel.
@@ -99,7 +99,6 @@ def split_weights(params: Params, *, mask: Mask) -> Tree:
       ValueError: the mask is another tree, or a masked leaf has no input axes.
       TypeError: a leaf is not real floating point.
     """
-    _checks.floating_tree("params", params)
     treedef: PyTreeDef = jax.tree.structure(params)
     pairs = zip(jax.tree.leaves(params), _selection.mask_leaves(mask, params), strict=True)
     return jax.tree.unflatten(

@@ -38,7 +38,7 @@ def spectral_norm_penalty(
         eigendecomposition of the smaller of W W' and W' W.
       key: typed key of the random start; read with `num_iterations` only. Each call
         starts anew: going on from the vector of the last step would need a state.
-      mask: tree of Python bools like `params`, which kernels count; None: all.
+      mask: which kernels count; None: all.
 
     Returns:
       The penalty (), in float32 at least, in squared units of the parameters.
@@ -54,9 +54,11 @@ def spectral_norm_penalty(
       sum sigma^2 by power iteration and the reshaping of convolutions, as commonly described; the
       paper itself was not read. The exact form is ours.
     """
-    _checks.floating_tree("params", params)
-    total = jnp.zeros((), _tree.vector_dtype(params))
-    for i, kernel in enumerate(_kernels(params, mask)):
+    if mask is None:
+        _checks.floating_tree("params", params)
+    kernels = _kernels(params, mask)
+    total = jnp.zeros((), _tree.vector_dtype(params if mask is None else kernels))
+    for i, kernel in enumerate(kernels):
         if not kernel.size:
             raise ValueError(f"`params` must have no empty kernel, got shape {kernel.shape}.")
         matrix = _tree.wide(kernel).reshape(-1, kernel.shape[-1])

@@ -41,7 +41,7 @@ class Operator(Products):
         """Makes the principal submatrix of some parameters.
 
         Args:
-          mask: tree of Python bools like the parameters, True for those that stay.
+          mask: the leaves that stay.
 
         Returns:
           An `Operator` whose vectors are trees of the same structure with None elsewhere.
