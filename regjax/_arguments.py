@@ -67,7 +67,9 @@ def _parameters(name: str, value: Any, given: Mapping[str, Any]) -> None:
     selection = next((name for name in _SELECTIONS if given.get(name) is not None), None)
     if jax.tree_util.all_leaves([value]):
         selection = None  # one array, or something else
-    chosen = selection and _selection.mask_leaves(given[selection], value, selection)
+    chosen = None
+    if selection is not None:
+        chosen = _selection.mask_leaves(given[selection], value, selection)
     _checks.floating_leaves(name, value, chosen, remedy=_LEAVE_OUT)
 
 
