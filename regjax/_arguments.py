@@ -160,6 +160,7 @@ RULES: Mapping[str, Rule] = {
         ),
         _array,
     ),
+    "differences": _checks.boolean,
     "inputs": _examples,
     "accumulation": functools.partial(_checks.choice, allowed=ACCUMULATIONS),
     "operator": _operator,

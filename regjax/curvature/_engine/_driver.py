@@ -91,8 +91,8 @@ def _step(
     vectors = solver.vectors(state)
     images = multiply(operator, vectors)
     if chain is None:
-        return solver.update(state, images)
+        return solver.follow(operator, state, vectors, images)
     chain.look(vectors, images)
-    state = solver.update(state, images)
+    state = solver.follow(operator, state, vectors, images)
     chain.follow(stage, state)
     return state

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,31 @@ class Linearization(NamedTuple):
 
     Attributes:
       linearize: (function, params, *batch) -> the linear map v -> A v as a `Partial`, for the mean
-        over the examples of that batch.
+        over the examples of that batch; None: nothing can be kept.
       multiply: (function, params, vector, *batch) -> A v in one go, for when nothing is kept.
     """
 
-    linearize: Partial
+    linearize: Partial | None
     multiply: Partial
+
+    @property
+    def coarser(self) -> "Linearization | None":
+        """The same with steps of differences twice as long; None: there are none."""
+        multiply = _doubled(self.multiply)
+        return None if multiply is self.multiply else self._replace(multiply=multiply)
+
+
+def _doubled(function: Any) -> Any:
+    """A `Partial`, and those that it holds, with twice the `step` where it has one."""
+    if not isinstance(function, Partial):
+        return function
+    arguments = [_doubled(argument) for argument in function.args]
+    keywords = dict(function.keywords)
+    if "step" in keywords:
+        keywords["step"] = 2 * keywords["step"]
+    elif all(new is old for new, old in zip(arguments, function.args, strict=True)):
+        return function
+    return Partial(function.func, *arguments, **keywords)
 
 
 @functools.partial(
@@ -85,6 +104,11 @@ class CurvatureOperator(TracedOperator):
         # The whole batch at once on one device: it is traced, not computed.
         whole = dataclasses.replace(self, chunk_size=None, placement=None)
         return super(CurvatureOperator, whole).eps
+
+    @property
+    def coarser(self) -> "CurvatureOperator | None":
+        linearization = self.linearization.coarser
+        return linearization and dataclasses.replace(self, linearization=linearization)
 
     def apply(self, tree: Params) -> Params:
         if self.linear_map is not None:
@@ -230,7 +254,7 @@ def assemble(
         batch, num_parts = placement.shard(batch), placement.num_parts
     if chunk_size is not None:
         chunk_size = min(chunk_size, _checks.num_examples(batch) // num_parts)
-    else:
+    elif linearization.linearize is not None:
         residuals = jax.tree.leaves(_linear_map.eval_shape(linearization, function, params, batch))
         num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals)
         if num_bytes <= CACHE_BYTES * num_parts:
@@ -245,6 +269,7 @@ def assemble(
 def _linear_map(
     linearization: Linearization, function: Callable[..., Tree], params: Params, batch: Batch
 ) -> Partial:
+    assert linearization.linearize is not None
     with precision():
         return linearization.linearize(function, params, *batch)
 

@@ -106,6 +106,7 @@ def _factor(factor: ArrayLike, dtype: Any) -> jax.Array:
 _Multiply = Callable[[Operator, jax.Array], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Composed(Operator):
     """Made of other operators of one space, the first of which stands for it."""
 
@@ -135,6 +136,15 @@ class _Composed(Operator):
 
     def block_product(self, rows: jax.Array) -> jax.Array:
         return self.compose(lambda part, rows: part.block_product(rows), rows)
+
+    @property
+    def coarser(self) -> Products | None:
+        fields = [field.name for field in dataclasses.fields(self)]
+        parts = {name: getattr(self, name) for name in fields}
+        parts = {name: part for name, part in parts.items() if isinstance(part, Operator)}
+        coarser = {name: part.coarser for name, part in parts.items()}
+        changed = {name: part for name, part in coarser.items() if part is not None}
+        return dataclasses.replace(self, **changed) if changed else None
 
     def facts(self) -> dict[str, Tree]:
         parts = enumerate(part.facts() for part in self.parts)

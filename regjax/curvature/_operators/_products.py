@@ -40,6 +40,11 @@ class Products(abc.ABC):
     def product_bytes(self, count: int) -> int:
         """Bytes on a device of temporaries and results of `count` products at once."""
 
+    @property
+    def coarser(self) -> "Products | None":
+        """The same matrix from differences over steps twice as long; None: products are exact."""
+        return None
+
     def block_product(self, rows: jax.Array) -> jax.Array:
         """A V' for rows V (k, length) of vectors of the space, as rows."""
         if self.takes_blocks:
