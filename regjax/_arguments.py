@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _selection
+from regjax import _checks, _meshes, _selection
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -56,7 +56,7 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
                 _parameters(name, value, given)
             else:
                 rule(name, value)
-        return function(*args, **kwargs)
+        return _meshes.settled(function, *args, **kwargs)
 
     call.__dict__["checks"] = tuple(rules)
     return call

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from regjax import _jaxprs
+from regjax import _jaxprs, _meshes
 from regjax._digest import digest
 
 _Jitted = TypeVar("_Jitted", bound=Callable[..., Any])
@@ -190,7 +190,9 @@ def _find(code: Code) -> Code:
     places = tuple(trace.places for trace in code.traces.values())
     texts = tuple(description.text for description in described)
     alone = None if all(description.is_whole for description in described) else object()
-    name = (texts, places, tuple(code.traces), code.couples_examples, alone)
+    # An equation remembers the mesh under which it was traced.
+    mesh = jax.sharding.get_abstract_mesh()
+    name = (texts, places, tuple(code.traces), code.couples_examples, alone, mesh)
     found = _known.get(name)
     if found is not None:
         return found
@@ -215,7 +217,8 @@ def _closed(function_of: Callable[[Any], Any], leaves: Any, arguments: Any) -> t
     def fresh(own: Any, arguments: Any) -> Any:
         return function_of(own)(*arguments)
 
-    return jax.make_jaxpr(fresh, return_shape=True)(structs(leaves), structs(arguments))
+    traced = jax.make_jaxpr(fresh, return_shape=True)
+    return _meshes.without_mesh(traced, structs(leaves), structs(arguments))
 
 
 def _hoisted(closed: Any, captured: list[Any], leaves: Any, arguments: Any) -> ClosedJaxpr:
@@ -226,7 +229,8 @@ def _hoisted(closed: Any, captured: list[Any], leaves: Any, arguments: Any) -> C
     def run(captured: Any, rest: Any) -> Any:
         return _run(closed, iter(captured), jax.tree.leaves(rest))
 
-    return jax.make_jaxpr(run)(structs(captured), (structs(leaves), structs(arguments)))
+    rest = structs(leaves), structs(arguments)
+    return _meshes.without_mesh(jax.make_jaxpr(run), structs(captured), rest)
 
 
 def _run(closed: Any, captured: Iterator[Any], arguments: list[Any]) -> list[Any]:

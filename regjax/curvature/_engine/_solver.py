@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
+from regjax._meshes import on_one_mesh
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._operators._products import Products
 
@@ -68,6 +69,11 @@ class Solver(Generic[State, Result]):
     block: int = 1
     charge: Callable[[State, jax.Array, jax.Array], State] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("init", "result"):
+            object.__setattr__(self, name, on_one_mesh(getattr(self, name)))
+
+    @on_one_mesh
     def step(self, state: State) -> State:
         """Makes one product, or one of each row, and what follows from it."""
         vectors = self.vectors(state)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from regjax import _checks, _chunks, _jaxprs, _loops, _programs, _tree
+from regjax import _checks, _chunks, _jaxprs, _loops, _meshes, _programs, _tree
 from regjax._base import (
     Batch,
     Params,
@@ -104,6 +105,10 @@ class CurvatureOperator(TracedOperator):
         # The whole batch at once on one device: it is traced, not computed.
         whole = dataclasses.replace(self, chunk_size=None, placement=None)
         return super(CurvatureOperator, whole).eps
+
+    @property
+    def home(self) -> Mesh | None:
+        return None if self.placement is None else self.placement.home
 
     @property
     def coarser(self) -> "CurvatureOperator | None":
@@ -248,6 +253,9 @@ def assemble(
 ) -> CurvatureOperator:
     """An operator from its parts: puts them where they belong, keeps the residuals if they fit."""
     linear_map, num_parts = None, 1
+    params = _meshes.whole(params)
+    # Of chunks each device has all: inside of `jax.jit` explicit axes leave no other way.
+    batch = batch if chunk_size is None else _meshes.whole(batch)
     placement = find(batch, params, function, linearization)
     if placement is not None:
         linearization, function, params = placement.replicate((linearization, function, params))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from regjax import _checks, _selection, _tree
@@ -122,6 +123,10 @@ class _Composed(Operator):
     @property
     def space(self) -> Space:
         return self.parts[0].space
+
+    @property
+    def home(self) -> Mesh | None:
+        return self.parts[0].home
 
     @property
     def takes_blocks(self) -> bool:

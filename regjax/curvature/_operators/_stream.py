@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from regjax import _checks, _loops, _programs
 from regjax._arguments import checked
@@ -118,6 +119,10 @@ class StreamedOperator(Operator):
         mesh = None if self.placement is None else self.placement.mesh
         inside = self.inside
         return Space.of(self.params if inside is None else subtree(self.params, inside), mesh)
+
+    @property
+    def home(self) -> Mesh | None:
+        return None if self.placement is None else self.placement.home
 
     @property
     def takes_blocks(self) -> bool:
