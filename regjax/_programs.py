@@ -49,12 +49,14 @@ class Code:
     Attributes:
       traces: types of the arguments -> the program for them.
       couples_examples: what the function said of itself (`_base.couples_examples`).
+      text: what it computes, as far as can be said.
       references: what the name that it is found by speaks of, kept so that nothing else takes it.
     """
 
     traces: dict[Any, _Trace]
     couples_examples: bool
     references: tuple[Any, ...] = ()
+    text: tuple[Any, ...] = ()
 
 
 @functools.partial(
@@ -147,12 +149,24 @@ def share(tree: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two trees of shared programs compute the same of equal arguments."""
-    structure: Any = jax.tree.structure(one)
-    if structure != jax.tree.structure(other):
+    """Whether two trees of shared programs compute the same of equal arguments, as far as is seen.
+
+    Rules of differentiation that cannot be applied by themselves are taken to be the same.
+    """
+    is_program = lambda node: isinstance(node, Program)
+    (ones, structure), (others, other_structure) = (
+        jax.tree.flatten(tree, is_leaf=is_program) for tree in (one, other)
+    )
+    if structure != other_structure:
         return False
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(a is b or digest(a) == digest(b) for a, b in pairs)
+    return all(map(_same_leaf, ones, others))
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    if isinstance(one, Program) and isinstance(other, Program):
+        known = one.code.text if one.code.text else one.code
+        return known == (other.code.text or other.code) and same(one.constants, other.constants)
+    return one is other or digest(one) == digest(other)
 
 
 _known: weakref.WeakValueDictionary[Any, Code] = weakref.WeakValueDictionary()
@@ -192,7 +206,8 @@ def _find(code: Code) -> Code:
     alone = None if all(description.is_whole for description in described) else object()
     # An equation remembers the mesh under which it was traced.
     mesh = jax.sharding.get_abstract_mesh()
-    name = (texts, places, tuple(code.traces), code.couples_examples, alone, mesh)
+    text = (texts, places, tuple(code.traces), code.couples_examples, mesh)
+    name = (text, alone)
     found = _known.get(name)
     if found is not None:
         return found
@@ -200,7 +215,7 @@ def _find(code: Code) -> Code:
         for jitted in _compiled:
             jitted.clear_cache()
     references = tuple(description.references for description in described)
-    return _known.setdefault(name, dataclasses.replace(code, references=references))
+    return _known.setdefault(name, dataclasses.replace(code, references=references, text=text))
 
 
 def _leaves(function: Callable[..., Any]) -> tuple[list[Any], Any]:

@@ -38,20 +38,20 @@ def opaque(x):
 
 
 @jax.custom_vjp
-def _kernel(x):
+def _kernel(x, cotangent):
     """What a backward rule calls that has no rule itself, as kernels of fused attention."""
-    return 1 - jnp.tanh(x) ** 2
+    return cotangent * (1 - jnp.tanh(x) ** 2)
 
 
 def _no_rule(x, cotangent):
     raise NotImplementedError("no rule")
 
 
-_kernel.defvjp(lambda x: (_kernel(x), x), _no_rule)
+_kernel.defvjp(lambda x, u: (_kernel(x, u), x), _no_rule)
 
 
 def _opaque_backward(x, cotangent):
-    return (cotangent * _kernel(x),)
+    return (_kernel(x, cotangent),)
 
 
 opaque.defvjp(lambda x: (opaque(x), x), _opaque_backward)
@@ -125,6 +125,81 @@ def test_the_way_is_chosen_when_an_operator_is_made(case, monkeypatch):
     monkeypatch.setattr("regjax.curvature._operators._hessian.of_gradient", keep)
     curvature.hessian(loss_with(activation), problem.params, *problem.batch, differences=True)
     assert chosen == [mode]
+
+
+def sandwiches(activation, problem, **options):
+    model_fn, output_loss_fn = model_with(activation), oracles.cross_entropy
+    stream = lambda make, *functions, rows: curvature.stream(
+        make, *functions, problem.params, rows, **options
+    )
+    parts = [tuple(x[rows] for x in problem.batch) for rows in (slice(10), slice(10, 23))]
+    of = lambda make, *given: make(
+        model_fn, output_loss_fn, problem.params, *problem.batch, *given, **options
+    )
+    return {
+        "gauss_newton": of(curvature.gauss_newton),
+        "empirical_fisher": curvature.empirical_fisher(
+            model_fn, oracles.cross_entropy, problem.params, *problem.batch, **options
+        ),
+        "fisher": curvature.fisher(
+            model_fn, problem.params, problem.inputs, key=jax.random.key(0), **options
+        ),
+        "streamed": stream(curvature.gauss_newton, model_fn, output_loss_fn, rows=parts),
+        "streamed hessian": stream(curvature.hessian, loss_with(activation), rows=parts),
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("case", ["implicit", "opaque"])
+def test_gauss_newton_and_fisher_in_each_way(case):
+    activation, mode = MODES[case]
+    problem = oracles.problem(dtype=np.float64)
+    options = {"differences": True} if mode == "differences" else {}
+    found, expected = sandwiches(activation, problem, **options), sandwiches(jnp.tanh, problem)
+    for name, matrix in found.items():
+        error = 1e-7 if mode == "differences" else 1e-13
+        np.testing.assert_allclose(matrix.dense(), expected[name].dense(), atol=error, err_msg=name)
+        assert (matrix.coarser is None) == (mode != "differences"), name
+        if mode == "differences":
+            pairs = curvature.top_eigenpairs(matrix, 1, key=jax.random.key(0))
+            value = np.linalg.eigvalsh(expected[name].dense())[-1]
+            assert abs(pairs.values[0] - value) <= pairs.residual_norms[0], name
+
+
+@jax.custom_vjp
+def fused_cross_entropy(outputs, targets):
+    """As kernels of fused losses are: a rule of its own that calls what has none."""
+    return oracles.cross_entropy(outputs, targets)
+
+
+def _fused_backward(residuals, cotangent):
+    outputs, targets = residuals
+    one_hot = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
+    return cotangent * (_softmax(outputs) - one_hot) / outputs.shape[0], None
+
+
+@jax.custom_vjp
+def _softmax(outputs):
+    return jax.nn.softmax(outputs)
+
+
+_softmax.defvjp(lambda x: (_softmax(x), x), _no_rule)
+fused_cross_entropy.defvjp(lambda o, t: (fused_cross_entropy(o, t), (o, t)), _fused_backward)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_fused_loss_of_the_outputs():
+    problem = oracles.problem(dtype=np.float64)
+    of = lambda loss, **options: curvature.gauss_newton(
+        model_with(jnp.tanh), loss, problem.params, *problem.batch, **options
+    )
+    with pytest.raises(TypeError, match=r"`output_loss_fn` must be made .*`fused_cross_entropy at"):
+        of(fused_cross_entropy)
+    with pytest.raises(TypeError, match=r"`model_fn` must be made .*`opaque at"):
+        curvature.fisher(model_with(opaque), problem.params, problem.inputs, key=jax.random.key(0))
+    found = of(fused_cross_entropy, differences=True)
+    np.testing.assert_allclose(found.dense(), of(oracles.cross_entropy).dense(), atol=1e-8)
+    assert found.coarser is not None
 
 
 def test_a_second_operator_compiles_nothing():

@@ -105,8 +105,8 @@ def sharpness_reduction_flow(
     _checks.number("intrinsic_rate", intrinsic_rate, above_zero=True)
     _checks.number("flat_tol", flat_tol, above_zero=True)
     _checks.number("tol", tol)
-    of_direction, origin = displaced(loss_fn, params, mask, tangent=True)
-    chunk_size = _chunks.checked_size(of_direction, origin, batch, chunk_size)
+    displacement_loss, origin = displaced(loss_fn, params, mask, tangent=True)
+    of_direction, chunk_size = _chunks.prepared(displacement_loss, origin, batch, chunk_size)
     hessian = curvature.hessian(of_direction, origin, *batch, chunk_size=chunk_size)
 
     space = hessian.space

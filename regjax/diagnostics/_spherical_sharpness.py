@@ -23,6 +23,7 @@ from regjax._base import (
     PRNGKey,
     Tree,
     as_partial,
+    assumed_separable,
     couples_examples,
     differs_by_chunk,
 )
@@ -93,8 +94,8 @@ def spherical_sharpness(
       K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand: the identities
       were derived again.
     """
-    of_direction, at = displaced(loss_fn, params, mask, tangent)
-    chunk_size = _chunks.checked_size(of_direction, at, batch, chunk_size)
+    displacement_loss, at = displaced(loss_fn, params, mask, tangent)
+    of_direction, chunk_size = _chunks.prepared(displacement_loss, at, batch, chunk_size)
     hessian = curvature.hessian(of_direction, at, *batch, chunk_size=chunk_size)
     return largest_eigenvalue(hessian, key=key, max_matvecs=max_matvecs, tol=tol)
 
@@ -264,6 +265,10 @@ class _Displaced:
     @property
     def differs_by_chunk(self) -> bool:
         return differs_by_chunk(self.loss_fn)
+
+    @property
+    def assumed_separable(self) -> bool:
+        return assumed_separable(self.loss_fn)
 
     def __call__(self, displacement: Params, *batch: Tree) -> jax.Array:
         norm, direction = _numerics.scaled_norm(self.weights), _numerics.unit(self.weights)

@@ -9,7 +9,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from regjax import _differentiation, _tree
 from regjax._arguments import checked
-from regjax._base import Batch, LossFn, Params, Tree, as_partial, check_loss
+from regjax._base import Batch, LossFn, Params, Tree, check_loss
+from regjax._losses import whole
 
 
 @checked
@@ -45,7 +46,7 @@ def gradient_norm_penalty(
       not at hand. Any factor, such as one of the learning rate, is the caller's.
     """
     check_loss(loss_fn, params, batch)
-    return squared_gradient_norm(as_partial(loss_fn), params, batch, differences)
+    return squared_gradient_norm(whole(loss_fn), params, batch, differences)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))

@@ -16,18 +16,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from regjax import _checks, _chunks, _jaxprs, _loops, _meshes, _programs, _tree
+from regjax import _checks, _chunks, _jaxprs, _loops, _losses, _meshes, _programs
 from regjax._base import (
     Batch,
     Params,
     Tree,
-    as_partial,
     couples_examples,
 )
 from regjax._programs import Program
 from regjax._sharding import Placement, find
 from regjax._space import Space
-from regjax.curvature._operators._operator import Operator, subtree
+from regjax._subsets import of_leaves
+from regjax.curvature._operators._operator import Operator
 from regjax.curvature._operators._traced import TracedOperator
 from regjax.curvature._precision import precision
 
@@ -43,10 +43,13 @@ class Linearization(NamedTuple):
       linearize: (function, params, *batch) -> the linear map v -> A v as a `Partial`, for the mean
         over the examples of that batch; None: nothing can be kept.
       multiply: (function, params, vector, *batch) -> A v in one go, for when nothing is kept.
+      of_part: (function of some leaves, these) -> what is linearised, where the function gives more
+        than it is asked for; None: it does not.
     """
 
     linearize: Partial | None
     multiply: Partial
+    of_part: Partial | None = None
 
     @property
     def coarser(self) -> "Linearization | None":
@@ -159,74 +162,49 @@ class CurvatureOperator(TracedOperator):
         return dataclasses.replace(whole, batch=batch).product_bytes(1) + extra
 
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
-        function, block = of_subtree(self.function, self.params, inside)
+        of_part, block = of_leaves(self.function, self.params, inside)
+        own = self.linearization.of_part
+        function: Any = of_part if own is None else Partial(own.func, of_part)
         return assemble(self.linearization, function, block, self.batch, self.chunk_size)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["function", "rest"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class _OfSubtree:
-    """`function` of some parameters alone, the rest held fixed."""
+class Form(NamedTuple):
+    """How a matrix follows from data of the shapes of a batch and of what it is split into.
 
+    Attributes:
+      linearization: how it follows from `function`; may hold a loss of the outputs.
+      function: the program of the loss or the model.
+      weights: (params, *batch) -> the weights of a loss of weighted means, over the number of
+        examples; None for plain means.
+    """
+
+    linearization: Linearization
     function: Callable[..., Tree]
-    rest: Params
-
-    @property
-    def couples_examples(self) -> bool:
-        return couples_examples(self.function)
-
-    def __call__(self, block: Params, *batch: Tree) -> Tree:
-        return self.function(_tree.merge(block, self.rest), *batch)
-
-
-def of_subtree(
-    function: Callable[..., Tree], params: Params, inside: tuple[bool, ...]
-) -> tuple[Partial, Params]:
-    """`function` of the parameters inside, and these; only they are differentiated."""
-    rest = subtree(params, [not here for here in inside])
-    return as_partial(_OfSubtree(function, rest)), subtree(params, inside)
+    weights: Partial | None = None
 
 
 def parts_of(
     function: Callable[..., Tree], batch: Batch, chunk_size: int | None
-) -> tuple[Batch, ...]:
-    """Shapes of the batch and of all that it is split into: what a function is traced for.
-
-    Raises:
-      ValueError: `chunk_size` is not positive, or splits examples that `function` couples.
-    """
-    if chunk_size is None:
-        return (batch,)
-    num_examples = _checks.num_examples(batch)
+) -> tuple[tuple[Batch, ...], int | None]:
+    """Shapes of the batch and of all that it is split into, on its devices, and whether it is."""
     placement = find(batch)
-    own = num_examples // (1 if placement is None else placement.num_parts)
-    size = min(_checks.integer("chunk_size", chunk_size), own)
-    if size < num_examples:
-        _chunks.refuse_coupled(function, size)
-    sizes = [size] if own % size == 0 else [size, own % size]
-    shapes = _programs.structs(batch)
-    row = lambda leaf, size: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
-    return batch, *(jax.tree.map(functools.partial(row, size=size), shapes) for size in sizes)
+    num_parts = 1 if placement is None else placement.num_parts
+    return _chunks.parts_of(function, batch, chunk_size, num_parts=num_parts)
 
 
 def trace(function: Callable[..., Tree], *signatures: Batch) -> Program:
-    """The program of a loss or a model, with full float32 products."""
+    """The program of a loss or a model, with full float32 products, shared with equal ones."""
     with precision():
         coupled = couples_examples(function)
-        return _programs.trace(function, *signatures, couples_examples=coupled)
+        return _programs.share(_programs.trace(function, *signatures, couples_examples=coupled))
 
 
-def build(
-    linearization: Linearization,
-    function: Callable[..., Tree],
-    params: Params,
-    batch: Batch,
-    chunk_size: int | None,
-) -> CurvatureOperator:
-    """An operator from programs that are not shared yet."""
-    linearization, function = _programs.share((linearization, function))
+def build(form: Form, params: Params, batch: Batch, chunk_size: int | None) -> CurvatureOperator:
+    """The operator of all data."""
+    linearization, function, weights = form
+    if weights is not None:
+        factors = _losses.factors_of(weights, params, batch)
+        linearization, function = _losses.with_factors((linearization, function), factors)
     return assemble(linearization, function, params, batch, chunk_size)
 
 

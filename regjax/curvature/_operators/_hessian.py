@@ -8,7 +8,7 @@ from jax.tree_util import Partial
 
 from regjax import _checks
 from regjax._arguments import checked
-from regjax._base import LossFn, Params, Tree, check_loss, check_scalar
+from regjax._base import LossFn, Mask, Params, Tree, check_loss, check_scalar
 from regjax._differentiation import (
     DIFFERENCES,
     choose_of_gradient,
@@ -19,8 +19,12 @@ from regjax._differentiation import (
     static,
     widened,
 )
+from regjax._losses import mean_loss, mean_weights, whole
+from regjax._separable import ensure_separable
+from regjax._subsets import gradient_of_part, part_of, part_of_gradient
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
+    Form,
     Linearization,
     build,
     parts_of,
@@ -31,7 +35,12 @@ from regjax.curvature._precision import precision
 
 @checked
 def hvp(
-    loss_fn: LossFn, params: Params, vector: Params, *batch: Tree, differences: bool = False
+    loss_fn: LossFn,
+    params: Params,
+    vector: Params,
+    *batch: Tree,
+    wrt: Mask = None,
+    differences: bool = False,
 ) -> Params:
     """Computes a Hessian-vector product by forward-over-reverse differentiation.
 
@@ -42,6 +51,7 @@ def hvp(
       params: tree of parameters.
       vector: tree like `params`.
       *batch: arrays with a leading axis of examples.
+      wrt: which leaves are meant, as in `hessian`; `vector` has None elsewhere.
       differences: whether a central difference of gradients may be taken where neither is possible,
         as in `hessian`.
 
@@ -56,13 +66,15 @@ def hvp(
     References:
       B. Pearlmutter (1994), Fast exact multiplication by the Hessian, Neural Computation 6(1).
     """
+    loss_fn, params = part_of(loss_fn, params, wrt)
     check_loss(loss_fn, params, batch)
     _checks.same_tree("vector", vector, params)
     _checks.real_tree("vector", vector)
     with precision():
         return differentiated(
-            _of_loss, loss_fn, params, vector, *batch, name="loss_fn", differences=differences
-        )
+            _of_loss, whole(loss_fn), params, vector, *batch,
+            name="loss_fn", differences=differences,
+        )  # fmt: skip
 
 
 @checked
@@ -71,12 +83,14 @@ def hessian(
     params: Params,
     *batch: Tree,
     chunk_size: int | None = None,
+    wrt: Mask = None,
     differences: bool = False,
 ) -> CurvatureOperator:
     """Makes the Hessian of the mean loss over the batch.
 
     Args:
-      loss_fn: (params, *batch) -> scalar, the mean over the examples. It is traced now: the
+      loss_fn: (params, *batch) -> scalar, the mean over the examples, or a `regjax.WeightedMean`,
+        which goes over parts of the data as it goes over all. It is traced now: the
         operator is that of the loss as it is, and the arrays that it closes over are data of the
         operator. A new function of the same program compiles nothing again.
       params: tree of real floating-point parameters, n in all.
@@ -84,6 +98,9 @@ def hessian(
       chunk_size: number of examples per pass, for bounded memory; the ragged last chunk counts by
         its size. None takes the whole batch at once and keeps the linearisation if it fits. Where
         the batch is divided over the devices of a mesh, each passes over its own examples.
+      wrt: which leaves the matrix is of, a tree of bools like `params`, a function (path, leaf) ->
+        bool, or a filter of nnx (see `regjax.subset`): it is the principal submatrix of theirs, and
+        its vectors have None elsewhere. The others may have any type. None: all.
       differences: whether products may be central differences of gradients where JAX cannot
         differentiate the loss twice, neither forward over reverse nor reverse over reverse: a
         function within it has a rule of its own (`jax.custom_vjp`) that has no rule. Parameters
@@ -101,30 +118,50 @@ def hessian(
       ValueError: the loss is not a scalar, the batch has no common leading axis, `chunk_size` is
         not positive, or it splits a batch whose examples the loss couples (batch norm in train
         mode: ask for "train_per_chunk" by name). The arrays of the batch are divided differently,
-        or lie on a mesh with explicit axes.
+        or `wrt` chooses nothing.
     """
+    loss_fn, params = part_of(loss_fn, params, wrt)
     _checks.floating_tree("params", params)
     params = widened(params) if differences else params
-    parts = parts_of(loss_fn, batch, chunk_size)
-    loss = trace(loss_fn, *((params, *part) for part in parts))
-    check_scalar(loss.outputs(params, *batch))
+    form = hessian_form(loss_fn, params, *batch, chunk_size=chunk_size, differences=differences)
+    return build(form, params, batch, chunk_size)
+
+
+def hessian_form(
+    loss_fn: LossFn, params: Params, *batch: Tree, chunk_size: int | None, differences: bool = False
+) -> Form:
+    """How the Hessian follows from the loss; tests a loss that is to be split."""
+    parts, size = parts_of(loss_fn, batch, chunk_size)
+    program = trace(loss_fn, *((params, *part) for part in parts))
+    check_scalar(program.outputs(params, *batch))
+    if size is not None:
+        ensure_separable(
+            loss_fn, params, batch, size=size, name="loss_fn",
+            functions=(loss_fn,), programs=(program,),
+        )  # fmt: skip
+    loss = mean_loss(program)
+    weights = None if loss is program else Partial(mean_weights, program)
     mode = choose_of_gradient(
-        _of_loss, jaxpr_of(loss), loss, params, params, *batch,
+        _of_loss, jaxpr_of(program), loss, params, params, *batch,
         name="loss_fn", differences=differences,
     )  # fmt: skip
-    linearization = of_gradient(mode, _of_loss)
-    return build(linearization, loss, params, batch, chunk_size)
+    return Form(of_gradient(mode, _of_loss), loss, weights)
 
 
 @checked
 def from_gradient(
-    grad_fn: Callable[[Params], Params], params: Params, *, differences: bool = False
+    grad_fn: Callable[[Params], Params],
+    params: Params,
+    *,
+    wrt: Mask = None,
+    differences: bool = False,
 ) -> CurvatureOperator:
     """Makes the Hessian of a loss that is known by its gradient alone.
 
     Args:
       grad_fn: params -> gradient; traced now, as in `hessian`.
       params: tree of parameters.
+      wrt: which leaves the matrix is of, as in `hessian`; `grad_fn` takes and gives all of them.
       differences: whether products may be central differences where JAX cannot differentiate
         `grad_fn`, neither forwards nor backwards (see `hessian`).
 
@@ -136,6 +173,7 @@ def from_gradient(
         within `grad_fn` cannot be differentiated.
       ValueError: the gradient has another structure or other shapes than the parameters.
     """
+    grad_fn, params = gradient_of_part(grad_fn, params, wrt)
     _checks.floating_tree("params", params)
     params = widened(params) if differences else params
     gradient = trace(grad_fn, (params,))
@@ -145,7 +183,8 @@ def from_gradient(
         _itself, jaxpr_of(gradient), gradient, params, params,
         name="grad_fn", differences=differences,
     )  # fmt: skip
-    return build(of_gradient(mode, _itself), gradient, params, (), None)
+    linearization = of_gradient(mode, _itself)._replace(of_part=Partial(part_of_gradient))
+    return build(Form(linearization, gradient), params, (), None)
 
 
 def of_gradient(mode: str, gradient: Callable[..., Params]) -> Linearization:
