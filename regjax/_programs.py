@@ -154,10 +154,9 @@ def same(one: Any, other: Any) -> bool:
     Rules of differentiation that cannot be applied by themselves are taken to be the same.
     """
     is_program = lambda node: isinstance(node, Program)
-    (ones, structure), (others, other_structure) = (
-        jax.tree.flatten(tree, is_leaf=is_program) for tree in (one, other)
-    )
-    if structure != other_structure:
+    ones, others = (jax.tree.leaves(tree, is_leaf=is_program) for tree in (one, other))
+    structure: Any = jax.tree.structure(one, is_leaf=is_program)
+    if structure != jax.tree.structure(other, is_leaf=is_program):
         return False
     return all(map(_same_leaf, ones, others))
 
