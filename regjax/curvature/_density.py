@@ -92,7 +92,7 @@ def spectral_density(
         at most n.
       accumulation: how inner products of vectors (n,) are summed, as for `lanczos`; with "float64"
         nodes, weights, eigenvalues and what follows from them are float64.
-      callback: called as callback(products, total) after each product when the host drives.
+      callback: called as callback(products, total, progress) after each product, by the host.
       checkpoint: where the state is kept every few products, and found again by the same call after
         the process was killed; only when the host drives.
 

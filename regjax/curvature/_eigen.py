@@ -119,7 +119,8 @@ def top_eigenpairs(
         tolerance is there with a probability below 0.01.
       accumulation: how inner products of vectors (n,) are summed, as for `lanczos`; with "float64"
         values and residual norms are float64, the vectors are not.
-      callback: called as callback(products, max_matvecs) after each product when the host drives.
+      callback: called as callback(products, max_matvecs, progress) after each product when the host
+        drives; `progress.result` is the `EigenResult` so far.
       checkpoint: where the state is kept every few products, and found again by the same call after
         the process was killed; only when the host drives.
 

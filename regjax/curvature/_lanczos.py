@@ -118,7 +118,8 @@ def lanczos(
         eigenvalues are off by some units of its rounding. "compensated": with the error of each
         addition carried along. "float64": in float64, which `alphas` and `betas` have too; the
         basis stays as it is, and JAX must have float64 enabled.
-      callback: called as callback(step, num_steps) after each step when the host drives.
+      callback: called as callback(step, num_steps, progress) after each step when the host drives;
+        `progress.result` is the `LanczosResult` so far.
       checkpoint: where the state is kept every few products, and found again by the same call after
         the process was killed; only when the host drives.
 
