@@ -38,6 +38,8 @@ from regjax._adapters import model_loss as model_loss
 from regjax._base import WeightedMean as WeightedMean
 from regjax._base import couples_examples as couples_examples
 from regjax._files import CheckpointError as CheckpointError
+from regjax._layouts import Layout as Layout
+from regjax._layouts import guess_layout as guess_layout
 from regjax._loops import Interrupted as Interrupted
 from regjax._losses import assume_separable as assume_separable
 from regjax._losses import without_aux as without_aux

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _meshes, _selection
+from regjax import _axes, _checks, _meshes, _selection
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -148,7 +148,8 @@ RULES: Mapping[str, Rule] = {
         (
             "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "dropout_loss_fn",
             "gate_loss", "grad_fn", "law", "loss_fn", "matvec", "model_fn", "operator_fn",
-            "output_loss_fn", "preactivations_fn", "rule", "weight_fn",
+            "output_loss_fn", "preactivations_fn", "rule",
+            "value_and_grad_fn", "weight_fn",
         ),
         _checks.function,
     ),
@@ -162,6 +163,7 @@ RULES: Mapping[str, Rule] = {
     ),
     "differences": _checks.boolean,
     "inputs": _examples,
+    "layout": _axes.check,
     "accumulation": functools.partial(_checks.choice, allowed=ACCUMULATIONS),
     "operator": _operator,
 }  # fmt: skip

@@ -169,6 +169,7 @@ EXAMPLES = {
     "key": key,
     "largest": lambda: 2.0,
     "layers": lambda: ["hidden"],
+    "layout": lambda: regjax.Layout(),
     "learning_rate": lambda: 0.1,
     "learning_rates": lambda: jnp.asarray([0.0, 0.1], jnp.float32),
     "like": params,
@@ -238,6 +239,7 @@ EXAMPLES = {
     "u": lambda: ones(3),
     "unit_masks": masks,
     "v": lambda: ones(3),
+    "value_and_grad_fn": lambda: jax.value_and_grad(loss_fn),
     "variance": lambda: ones(4),
     "vector": params,
     "velocity": params,
@@ -304,6 +306,7 @@ OVERRIDES = {
     "transforms.denoise_params": {
         "state": lambda: state_of(transforms.anticorrelated_noise(0.1, key=key()))
     },
+    "transforms.gradient_function": {"arguments": lambda: (params(), inputs(), targets())},
     "transforms.refresh_spectral_controller": {
         "state": lambda: state_of(
             transforms.spectral_controller(key=key(), initial_learning_rate=0.1, every=2)
@@ -334,7 +337,7 @@ _KINDS = {
     "function": (
         "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "grad_fn", "law",
         "matvec", "model_fn", "operator_fn", "output_loss_fn", "preactivations_fn", "rule",
-        "weight_fn",
+        "value_and_grad_fn", "weight_fn",
     ),
     "array": (
         "activations", "batch_means", "batch_variances", "center", "covariance",
@@ -347,6 +350,7 @@ _KINDS = {
     ),
     "key": ("key",),
     "params": ("like", "mean_grads", "params"),
+    "layout": ("layout",),
     "mask": ("mask", "wrt"),
     "operator": ("operator",),
 }  # fmt: skip
@@ -412,6 +416,12 @@ BAD = {
         "other structure": lambda: {"w": True},
         "numbers": lambda: replaced(lambda leaf: 1.0),
         "text": lambda: "mask",
+    },
+    "layout": {
+        "other structure": lambda: {"w": regjax.Layout()},
+        "no such axis": lambda: regjax.Layout(stack=7),
+        "number": lambda: 3,
+        "text": lambda: "layout",
     },
     "operator": {"matrix": lambda: jnp.eye(3, dtype=jnp.float32), "function": lambda: loss_fn},
 }

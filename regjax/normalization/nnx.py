@@ -14,6 +14,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 
 from regjax import _checks
+from regjax._axes import Layout
 from regjax._base import Tree
 from regjax.normalization import _batch_norm, _group_norm, _lp_norm, _weight_norm
 from regjax.normalization._layer import Layer
@@ -242,10 +243,14 @@ class WeightNorm(Reparametrized):
 
     def __init__(self, layer: Callable[[jax.Array], jax.Array], *, axis: int = -1):
         super().__init__(layer, axis)
-        self.scale = nnx.Param(_weight_norm.split_weight(self.layer.kernel[...], axis=axis).g)
+        self.scale = nnx.Param(
+            _weight_norm.split_weight(self.layer.kernel[...], layout=Layout(outputs=axis)).g
+        )
 
     def _kernel(self, stored: jax.Array) -> jax.Array:
-        return _weight_norm.weight_normalize(stored, self.scale[...], axis=self.axis)
+        return _weight_norm.weight_normalize(
+            stored, self.scale[...], layout=Layout(outputs=self.axis)
+        )
 
 
 class WeightStandardized(Reparametrized):
@@ -280,7 +285,7 @@ class WeightStandardized(Reparametrized):
     def _kernel(self, stored: jax.Array) -> jax.Array:
         return _weight_norm.standardize_weight(
             stored,
-            axis=self.axis,
+            layout=Layout(outputs=self.axis),
             epsilon=self.epsilon,
             degrees_of_freedom=self.degrees_of_freedom,
             epsilon_added_to=self.epsilon_added_to,
