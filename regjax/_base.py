@@ -4,6 +4,7 @@ A loss is a mean over independent examples, or a weighted mean, so that data can
 chunks; what breaks this says so (`couples_examples`) or is found out (`_separable.py`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -46,8 +47,31 @@ PRNGKey: TypeAlias = jax.Array
 ScalarOrSchedule: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike]
 """A number, or a function of the number of updates so far that gives one."""
 
-Callback: TypeAlias = Callable[[int, int], None]
-"""Called as callback(done, total) from the host while a solver runs."""
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a solver knows while it runs, for the time of a call of its callback.
+
+    Attributes:
+      find: () -> the result so far.
+    """
+
+    find: Callable[[], Any]
+
+    @property
+    def result(self) -> Any:
+        """The result so far, in the form of the solver's own: values with their bounds, estimates.
+
+        Computed when it is asked for, which for eigenpairs takes some share of a product.
+        """
+        return self.find()
+
+
+Callback: TypeAlias = Callable[[int, int, Progress], None]
+"""Called as callback(done, total, progress) from the host while a solver runs.
+
+An exception ends the run; it reaches the caller with the result so far as its `result`.
+"""
 
 
 class WeightedMean(NamedTuple):

@@ -134,17 +134,17 @@ def while_loop(
     done: Callable[[Tree], Tree],
     max_steps: int,
     result: Callable[[Tree], Tree],
-    callback: Callable[[int, int], None] | None = None,
+    callback: Callable[[int, Tree], None] | None = None,
 ) -> Tree:
     """The state after `step(operands, state)` until `done(state)`, `max_steps` at most.
 
-    With concrete arrays the host drives: it stops early, calls `callback(steps, max_steps)` after
+    With concrete arrays the host drives: it stops early, calls `callback(steps, state)` after
     each step and holds Ctrl-C back to the end of the step, for the caller's own handler if there is
     one. With tracers it is one compiled loop.
 
     Raises:
       Interrupted: Ctrl-C, unless the caller's handler returns; its `.result` is `result(state)` at
-        that moment.
+        that moment. So is that of an exception of the callback.
     """
     if is_concrete(operands, state):
         with _held_interrupt() as interrupted:
@@ -153,7 +153,8 @@ def while_loop(
                     break
                 state = step(operands, state)
                 if callback is not None:
-                    callback(count, max_steps)
+                    with _keeping(functools.partial(result, state)):
+                        callback(count, state)
                 if interrupted():
                     raise Interrupted(result(state))
         return state
@@ -279,6 +280,18 @@ def _warn_slow_branch() -> None:
         "one: let the host decide between the steps, and call there what is in the branch.",
         stacklevel=3,
     )
+
+
+@contextlib.contextmanager
+def _keeping(result: Callable[[], Tree]) -> Iterator[None]:
+    """An exception within takes the result so far along, as Ctrl-C does."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(AttributeError):  # some exceptions hold nothing else
+            error.__setattr__("result", result())
+            error.add_note("raised by a callback; the partial result is in `.result`")
+        raise
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from regjax._base import ModelFn as ModelFn
 from regjax._base import OutputLossFn as OutputLossFn
 from regjax._base import Params as Params
 from regjax._base import PRNGKey as PRNGKey
+from regjax._base import Progress as Progress
 from regjax._base import ScalarOrSchedule as ScalarOrSchedule
 from regjax._base import State as State
 from regjax._base import Tree as Tree

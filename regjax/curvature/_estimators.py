@@ -78,8 +78,8 @@ def trace(
       num_matvecs: number of products in all; Hutch++ spends two thirds of them (rounded down to an
         even number, n at most each way) on the range.
       method: "hutchinson", or "hutch++", better where a few eigenvalues dominate.
-      callback: called as callback(products, num_matvecs) after each product, or each block of them,
-        when the host drives.
+      callback: called as callback(products, num_matvecs, progress) after each product, or each
+        block of them, when the host drives; `progress.result` is the result so far.
 
     Returns:
       A `TraceResult`; unbiased.
@@ -137,8 +137,8 @@ def diagonal(
       num_matvecs: number of products in all, split as in `trace`.
       method: "hutchinson": the mean of z * A z. "hutch++": the diagonal of QQ' A exactly, the
         mean of u * A u for the remainder.
-      callback: called as callback(products, num_matvecs) after each product, or each block of them,
-        when the host drives.
+      callback: called as callback(products, num_matvecs, progress) after each product, or each
+        block of them, when the host drives; `progress.result` is the result so far.
 
     Returns:
       A `DiagonalResult`; unbiased.
@@ -226,4 +226,6 @@ def _of_products(
     """The callback told of products instead of steps, of which each may take several."""
     if callback is None:
         return None
-    return lambda steps, _: callback(min(steps * solver.block, num_matvecs), num_matvecs)
+    return lambda steps, _, progress: callback(
+        min(steps * solver.block, num_matvecs), num_matvecs, progress
+    )

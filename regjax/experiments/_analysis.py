@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from regjax import curvature
 from regjax._adapters import Model, model_function, model_loss
+from regjax._base import Progress
 from regjax._loops import Interrupted
 from regjax._losses import assume_separable
 from regjax._separable import check_separable
@@ -121,7 +122,7 @@ def analyse(
             key=density_key,
             num_steps=None if settings.num_steps is None else min(settings.num_steps, size),
             num_probes=settings.num_probes,
-            callback=functools.partial(progress, "density"),
+            callback=lambda done, total, _: progress("density", done, total),
         ),
         functools.partial(
             _describe_density,
@@ -144,7 +145,7 @@ class _Estimated:
         self._least, self._progress, self._stage = least, progress, "eigenvalues"
         self._first: float | None = None
 
-    def __call__(self, done: int, limit: int) -> None:
+    def __call__(self, done: int, limit: int, _: Progress) -> None:
         """Reports that `done` products are over, `limit` at the most."""
         now = time.monotonic()
         if done == 2 and self._first is not None and self._least >= _MANY:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _layouts
+from regjax import _checks, _layouts, _selection
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Mask, Params, Tree
@@ -51,7 +51,7 @@ def filter_groups(
       TypeError: a parameter is not real floating point, or `mask` holds other things than bools.
     """
     leaves, treedef = jax.tree.flatten(_checks.floating_tree("params", params))
-    chosen = _checks.mask_leaves(mask, params)
+    chosen = _selection.mask_leaves(mask, params)
     groups, start = [], 0
     for leaf, choose, axes in zip(
         leaves, chosen, _layouts.of_leaves(layout, params, chosen), strict=True

@@ -55,7 +55,7 @@ def main(folder):
     def run(name):
         solve, seed = RUNS[name]
 
-        def callback(count, total):
+        def callback(count, total, progress):
             began.setdefault(name, count)
             if len(began) == len(RUNS):
                 all_began.set()

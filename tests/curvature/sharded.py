@@ -395,10 +395,6 @@ def check_errors():
     whole = divided(batch[1], mesh, None)
     with pytest.raises(ValueError, match="divided alike"):
         curvature.hessian(loss_fn, params, divided(batch[0], mesh), whole)
-    explicit = mesh_of(kind=AxisType.Explicit)
-    parts = [divided(a, explicit) for a in batch]
-    with pytest.raises(ValueError, match="automatic axes"):
-        curvature.hessian(loss_fn, params, *parts)
 
 
 def check_command_line():

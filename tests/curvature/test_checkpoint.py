@@ -62,7 +62,7 @@ def stop(solve, after, **options):
     """Runs `solve` for some products; returns the number of the first one."""
     counts = []
 
-    def callback(count, total):
+    def callback(count, total, progress):
         counts.append(count)
         if count >= after:
             raise Stopped
@@ -79,14 +79,14 @@ def files(folder):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_run_in_pieces_gives_the_bits_of_an_undisturbed_one(name, tmp_path):
     solve, counts = SOLVERS[name], []
-    expected = solve(callback=lambda count, total: counts.append((count, total)))
+    expected = solve(callback=lambda count, total, _: counts.append((count, total)))
     checkpoint, last = curvature.Checkpoint(tmp_path / "new" / "folder", every=3), counts[-1][0]
     for after in range(5, last, 5):
         first = stop(solve, after, checkpoint=checkpoint)
         assert first == (1 if after == 5 else (after - 5) // 3 * 3 + 1)
     again = []
     result = solve(
-        checkpoint=checkpoint, callback=lambda count, total: again.append((count, total))
+        checkpoint=checkpoint, callback=lambda count, total, _: again.append((count, total))
     )
     assert bits(result) == bits(expected)
     assert again == counts[-len(again) :]
@@ -528,7 +528,7 @@ def test_files_of_another_problem_that_are_older_are_left_alone(tmp_path):
 def test_one_folder_is_of_one_run_at_a_time(tmp_path):
     checkpoint = curvature.Checkpoint(tmp_path, every=2)
 
-    def second(count, total):
+    def second(count, total, progress):
         with pytest.raises(_files.LockedError, match="must be used by one run at a time"):
             tridiagonal(checkpoint=checkpoint)
         raise Stopped

@@ -208,7 +208,7 @@ def test_hessian_density_of_a_network_against_the_dense_spectrum():
 
 @pytest.mark.parametrize(("after", "finished"), [(5, 0), (10, 0), (17, 1)])
 def test_interrupted_it_says_what_was_done(after, finished):
-    def callback(count, total):
+    def callback(count, total, progress):
         assert total == 10 + 2 * 6
         if count == after:
             _thread.interrupt_main()

@@ -161,7 +161,7 @@ def test_stages_by_hand_are_the_plain_function():
 def test_interrupt_returns_what_was_computed():
     _, operator = operator_with(np.linspace(0, 1, 300))
 
-    def callback(done, total):
+    def callback(done, total, progress):
         del total
         if done == 5:
             _thread.interrupt_main()

@@ -53,7 +53,7 @@ def power_solver(operator, *, key, num_steps=60, tol=1e-6):
 def test_the_driver_runs_it_and_stops_early():
     calls = []
     value, vector = curvature.run(
-        power_solver(OPERATOR, key=KEY), callback=lambda *call: calls.append(call)
+        power_solver(OPERATOR, key=KEY), callback=lambda *call: calls.append(call[:2])
     )
     assert float(value) == pytest.approx(5, rel=1e-5)
     np.testing.assert_allclose(np.abs(vector), [1, 0, 0, 0, 0], atol=1e-2)
@@ -88,7 +88,7 @@ def test_it_survives_interruptions(tmp_path):
     def stop(after):
         counts = []
 
-        def callback(count, total):
+        def callback(count, total, progress):
             counts.append(count)
             if count == after:
                 raise Stopped
@@ -106,7 +106,7 @@ def test_it_survives_interruptions(tmp_path):
 
 
 def test_ctrl_c_keeps_what_was_computed():
-    def callback(count, total):
+    def callback(count, total, progress):
         if count == 4:
             _thread.interrupt_main()
 
@@ -120,3 +120,52 @@ def test_its_memory_is_known():
     assert found.state_bytes == 5 * 4 + 2 * 4
     assert found.result_bytes == pytest.approx(5 * 4 + 4, abs=32)
     assert found.operator_bytes == 2 * 5 * 4
+
+
+class Stopped(Exception):
+    pass
+
+
+SOLVES = {
+    "top_eigenpairs": lambda callback: curvature.top_eigenpairs(
+        OPERATOR, 1, key=KEY, max_basis=4, callback=callback
+    ),
+    "lanczos": lambda callback: curvature.lanczos(
+        OPERATOR, OPERATOR.space.unravel(jnp.ones(5)), 5, callback=callback
+    ),
+    "density": lambda callback: curvature.spectral_density(
+        OPERATOR, key=KEY, num_steps=3, deflate=2, callback=callback
+    ),
+    "trace": lambda callback: curvature.trace(OPERATOR, key=KEY, num_matvecs=6, callback=callback),
+    "hutch++": lambda callback: curvature.trace(
+        OPERATOR, key=KEY, num_matvecs=6, method="hutch++", callback=callback
+    ),
+    "power": lambda callback: curvature.run(power_solver(OPERATOR, key=KEY), callback=callback),
+}
+
+
+@pytest.mark.parametrize("name", SOLVES)
+def test_a_callback_sees_the_result_so_far(name):
+    seen = []
+    found = SOLVES[name](lambda done, total, progress: seen.append((done, progress.result)))
+    jax.tree.map(np.testing.assert_array_equal, seen[-1][1], found)
+    assert [type(result) for _, result in seen] == [type(found)] * len(seen)
+    # Asking changes nothing, and each call has its own.
+    jax.tree.map(np.testing.assert_array_equal, SOLVES[name](None), found)
+    first, last = (jax.tree.leaves(result) for _, result in (seen[0], seen[-1]))
+    assert any(not np.array_equal(a, b) for a, b in zip(first, last, strict=True))
+
+
+@pytest.mark.parametrize("name", SOLVES)
+def test_what_a_callback_raises_has_the_partial_result(name):
+    results = []
+
+    def stop(done, total, progress):
+        results.append(progress.result)
+        if len(results) == 2:
+            raise Stopped("enough")
+
+    with pytest.raises(Stopped, match="enough") as caught:
+        SOLVES[name](stop)
+    jax.tree.map(np.testing.assert_array_equal, caught.value.result, results[1])
+    assert "partial result is in `.result`" in caught.value.__notes__[0]

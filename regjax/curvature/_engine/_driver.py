@@ -2,18 +2,22 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from regjax import _loops
-from regjax._base import Callback, Tree
+from regjax._base import Callback, Progress, Tree
+from regjax._meshes import on_one_mesh
 from regjax.curvature._engine._checkpoint import Chain, Checkpoint, Position
 from regjax.curvature._engine._memory import explained
 from regjax.curvature._engine._solver import Solver, multiply
 from regjax.curvature._operators._operator import Operator
 
 Result = TypeVar("Result")
+Report: TypeAlias = Callable[[int, Callable[[], Any]], None]
+"""(steps, () -> the result so far) -> None."""
 
 
+@on_one_mesh
 def run(
     solver: Solver[Any, Result],
     *,
@@ -27,7 +31,9 @@ def run(
 
     Args:
       solver: from a function such as `top_eigenpairs_solver`.
-      callback: called as callback(steps, all steps) after each step when the host drives.
+      callback: called as callback(steps, all steps, progress) after each step when the host drives;
+        `progress.result` is the result so far. What it raises ends the run, and has that result as
+        its `.result`.
       checkpoint: where the state is kept every few steps, and found again by the same call.
 
     Returns:
@@ -42,9 +48,9 @@ def run(
     """
     total = solver.max_steps + solver.later_steps
 
-    def report(count: int) -> None:
+    def report(count: int, find: Callable[[], Any]) -> None:
         if callback is not None:
-            callback(count, total)
+            callback(count, total, Progress(find))
 
     with explained(solver):
         begin = Position(solver, solver.init(), stage=0, first=0, steps=0)
@@ -58,7 +64,7 @@ def run(
             return _drive(chain.newest(), report, chain)
 
 
-def _drive(position: Position, report: Callable[[int], None], chain: Chain | None) -> Any:
+def _drive(position: Position, report: Report, chain: Chain | None) -> Any:
     """The result, from a position on."""
     solver, state, stage, first, done = position
     while True:
@@ -69,7 +75,7 @@ def _drive(position: Position, report: Callable[[int], None], chain: Chain | Non
             done=solver.done,
             max_steps=first + solver.max_steps - done,
             result=solver.result,
-            callback=functools.partial(_tell, report, done),
+            callback=functools.partial(_tell, report, done, solver.result),
         )
         if solver.then is None:
             break
@@ -81,8 +87,10 @@ def _drive(position: Position, report: Callable[[int], None], chain: Chain | Non
     return solver.result(state)
 
 
-def _tell(report: Callable[[int], None], done: int, steps: int, _: int) -> None:
-    report(done + steps)
+def _tell(
+    report: Report, done: int, result: Callable[[Tree], Any], steps: int, state: Tree
+) -> None:
+    report(done + steps, functools.partial(result, state))
 
 
 def _step(
@@ -91,8 +99,8 @@ def _step(
     vectors = solver.vectors(state)
     images = multiply(operator, vectors)
     if chain is None:
-        return solver.update(state, images)
+        return solver.follow(operator, state, vectors, images)
     chain.look(vectors, images)
-    state = solver.update(state, images)
+    state = solver.follow(operator, state, vectors, images)
     chain.follow(stage, state)
     return state
