@@ -83,7 +83,7 @@ class Normalization(linen.Module):
         if starts:
             # There may be no mapped axis yet, nor a stream of random numbers.
             train = train and not layer.needs_key and jnp.ndim(inputs) > 1
-            layer = dataclasses.replace(layer, axis_name=None, axis_index_groups=None)
+            layer = layer.at_start(inputs) if jnp.ndim(inputs) else layer
         outputs, state = layer.apply(
             params,
             {name: variable.value for name, variable in stored.items()},
@@ -160,7 +160,10 @@ class GroupNormPlus(Normalization):
     """GroupNorm+; fields as in `regjax.normalization.GroupNormPlus`."""
 
     layer_type = _group_norm.GroupNormPlus
-    num_groups: int = 32
+    num_groups: int | None = 32
+    group_size: int | None = None
+    reduction_axes: int | tuple[int, ...] | None = None
+    use_fast_variance: bool = True
     epsilon: float = 1e-5
     mix_init: float = 1.0
     degrees_of_freedom: int = 1
