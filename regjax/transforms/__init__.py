@@ -1,9 +1,11 @@
 """Optax transformations that change where or how a gradient is taken."""
 
+from regjax.transforms._apply_gradients import apply_gradients as apply_gradients
 from regjax.transforms._decentralized import consensus_model as consensus_model
 from regjax.transforms._decentralized import gossip_average as gossip_average
 from regjax.transforms._decentralized import mean_params as mean_params
 from regjax.transforms._entropy_sgd import entropy_sgd as entropy_sgd
+from regjax.transforms._given import assume_joined as assume_joined
 from regjax.transforms._gradient_coherence import Gate as Gate
 from regjax.transforms._gradient_coherence import always_gate as always_gate
 from regjax.transforms._gradient_coherence import coherent_regularization as coherent_regularization
@@ -13,6 +15,8 @@ from regjax.transforms._gradient_coherence import l1_gradient as l1_gradient
 from regjax.transforms._gradient_coherence import l2_gradient as l2_gradient
 from regjax.transforms._gradient_coherence import ratio_gate as ratio_gate
 from regjax.transforms._gradient_coherence import soft_threshold as soft_threshold
+from regjax.transforms._mean_gradient import gradient_function as gradient_function
+from regjax.transforms._mean_gradient import mean_gradient as mean_gradient
 from regjax.transforms._mixing import dense_mixing as dense_mixing
 from regjax.transforms._mixing import exponential_mixing as exponential_mixing
 from regjax.transforms._mixing import full_mixing as full_mixing
@@ -22,10 +26,14 @@ from regjax.transforms._noise import AnticorrelatedNoiseState as AnticorrelatedN
 from regjax.transforms._noise import anticorrelated_noise as anticorrelated_noise
 from regjax.transforms._noise import denoise_params as denoise_params
 from regjax.transforms._noise import perturbed_gradient as perturbed_gradient
+from regjax.transforms._noisy_gradient import noisy_gradient as noisy_gradient
 from regjax.transforms._pruning import hold_masks as hold_masks
 from regjax.transforms._remove_radial import remove_radial as remove_radial
 from regjax.transforms._sam import gsam as gsam
 from regjax.transforms._sam import sam as sam
+from regjax.transforms._sharpness_aware_gradient import (
+    sharpness_aware_gradient as sharpness_aware_gradient,
+)
 from regjax.transforms._spectral_controller import (
     SpectralControllerState as SpectralControllerState,
 )

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule
-from regjax.transforms import _gradients, _schedules
+from regjax.transforms import _gradients, _keys, _schedules
 from regjax.transforms._langevin import langevin_step
 from regjax.transforms._static_args import check_static, static_args
 
@@ -20,11 +20,11 @@ class EntropySgdState(NamedTuple):
 
     Attributes:
       num_updates: (), int32, outer updates so far, for a schedule of gamma.
-      key: typed key of the noise to come.
+      key_data: words of the key of the noise to come, uint32.
     """
 
     num_updates: jax.Array
-    key: PRNGKey
+    key_data: jax.Array
 
 
 @static_args("key", "num_inner_steps", "scale_by_gamma")
@@ -51,8 +51,8 @@ def entropy_sgd(
     -gamma (x - <x'>): wide valleys have a large F. `optax.chain(entropy_sgd(...), optax.sgd(1.0))`;
     an outer rate of 1 moves to mu. The incoming gradient is not read, unless `num_inner_steps=0`,
     which passes it through bit for bit. One update costs `num_inner_steps` gradients: count epochs
-    with that factor. `grad_fn(x', l)` should give the mini-batch of inner step l. Batch statistics
-    are the caller's (`regjax.updated_statistics`).
+    with that factor. `grad_fn(x', l)` should give the mini-batch of inner step l; x' is in float32
+    at least. Batch statistics are the caller's (`regjax.updated_statistics`).
 
     The defaults follow the official code, which weighs the new point with 0.25 and leaves gamma out
     of the outer gradient; the paper is reported (not checked) to weigh it with 0.75 and to multiply
@@ -103,7 +103,7 @@ def entropy_sgd(
 
     def init(params: Params) -> EntropySgdState:
         _checks.floating_leaves("params", params)
-        return EntropySgdState(jnp.int32(0), jax.random.clone(key))
+        return EntropySgdState(jnp.int32(0), _keys.words(key))
 
     def update(
         updates: Params,
@@ -113,13 +113,13 @@ def entropy_sgd(
         grad_fn: GradFn | None = None,
         **extra: object,
     ) -> tuple[Params, EntropySgdState]:
-        del extra
-        next_key, noise_key = jax.random.split(state.key)
-        next_state = EntropySgdState(optax.safe_increment(state.num_updates), next_key)
+        next_key, noise_key = jax.random.split(_keys.typed(state.key_data, key))
+        count = optax.safe_increment(state.num_updates)
+        next_state = EntropySgdState(count, _keys.words(next_key))
         if num_inner_steps == 0:
             return updates, next_state
         params = _gradients.check_whole_params(updates, params)
-        grad_fn = _gradients.checked_grad_fn(grad_fn)
+        grad_fn = _gradients.checked_grad_fn(grad_fn, extra)
         stiffness = _schedules.value_at("gamma", gamma, state.num_updates)
         has_momentum = not _schedules.is_zero(momentum)
 
@@ -139,9 +139,10 @@ def entropy_sgd(
             )
             return _Walk(position, _numerics.between(carry.mean, position, averaging), velocity)
 
+        # In bfloat16 the steps of the walk would be lost: below half a unit of rounding.
         start = jax.tree.map(_tree.wide, params)
         velocity = jax.tree.map(jnp.zeros_like, start) if has_momentum else ()
-        walk = _loops.scan(inner_step, _Walk(params, start, velocity), num_inner_steps)
+        walk = _loops.scan(inner_step, _Walk(start, start, velocity), num_inner_steps)
         new = jax.tree.map(lambda x, mean: _tree.wide(x) - mean, params, walk.mean)
         if scale_by_gamma:
             new = jax.tree.map(lambda leaf: jnp.asarray(stiffness, leaf.dtype) * leaf, new)
@@ -161,7 +162,7 @@ class _Walk(NamedTuple):
     """Where a Langevin walk is.
 
     Attributes:
-      position: tree like the parameters, the point x'.
+      position: tree like the parameters in float32 at least, the point x'.
       mean: tree like them in float32 at least, the running mean mu.
       velocity: tree like `mean`, or () without momentum.
     """

@@ -4,12 +4,16 @@ A transformation that needs a gradient somewhere else than at the parameters tak
 update: `tx.update(grads, state, params, grad_fn=grad_fn)`, grad_fn(params, i) -> gradient.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from regjax import _checks, _loops, _numerics
 from regjax._base import GradFn, Params, Tree
+from regjax.transforms import _given
 
 
 def check_params(updates: Params, params: Params | None) -> Params:
@@ -32,27 +36,18 @@ def check_whole_params(updates: Params, params: Params | None) -> Params:
     return params
 
 
-def check_grad_fn(grad_fn: GradFn | None) -> GradFn:
-    """Returns `grad_fn`, or raises an error that says how to pass it."""
-    if grad_fn is None:
-        raise ValueError(
-            "`grad_fn` must be given, got None: call "
-            "update(grads, state, params, grad_fn=lambda params, i: gradient)."
-        )
-    if not callable(grad_fn):
-        raise TypeError(f"`grad_fn` must be a function (params, i) -> gradient, got {grad_fn!r}.")
-    return grad_fn
+def checked_grad_fn(
+    grad_fn: GradFn | None, extra: Mapping[str, Any], *, num_shards: int = 1
+) -> GradFn:
+    """Returns the gradient function of an `update`, whose results are trees like the parameters.
 
-
-def checked_grad_fn(grad_fn: GradFn | None) -> GradFn:
-    """Returns `grad_fn` with a check that what it gives is a tree like the parameters."""
-    given = check_grad_fn(grad_fn)
-
-    def checked(params: Params, i: jax.Array | int) -> Params:
-        grads = _checks.same_tree("grad_fn(params, i)", given(params, i), params)
-        return _checks.floating_leaves("grad_fn(params, i)", grads)
-
-    return checked
+    Args:
+      grad_fn: as in `update`.
+      extra: its other arguments, of which `value_fn` or `obj_fn` may stand for `grad_fn`.
+      num_shards: parts of a batch that the function has to tell apart.
+    """
+    function = _given.given(grad_fn, extra, num_shards=num_shards)
+    return lambda params, i: _given.understood("grad_fn(params, i)", function(params, i), params)
 
 
 def check_is_first(

@@ -1,18 +1,16 @@
 """Gaussian noise in the weights before the gradient, and its mirror image in the update."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.typing import ArrayLike
 
 from regjax import _checks, _tree
 from regjax._arguments import checked
 from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule, Tree
-from regjax.transforms import _gaussian, _gradients, _masks, _schedules
+from regjax.transforms import _gaussian, _gradients, _keys, _masks, _perturbation, _schedules
 from regjax.transforms._masks import MaskOrFunction
 from regjax.transforms._static_args import static_args
 
@@ -22,11 +20,11 @@ class PerturbedGradientState(NamedTuple):
 
     Attributes:
       num_updates: (), int32, updates so far.
-      key: typed key of the noise to come.
+      key_data: words of the key from which each update's noise follows, uint32.
     """
 
     num_updates: jax.Array
-    key: PRNGKey
+    key_data: jax.Array
 
 
 @static_args("key", "layerwise", "cyclic", "groups", "mask")
@@ -49,8 +47,9 @@ def perturbed_gradient(
     the width; one group of leaves at a time does not. `std=0` gives grad_fn(w, 0) bit for bit.
 
     Running batch statistics are the caller's: this method has no clean pass
-    (`regjax.updated_statistics` makes one). The sum w + sigma eps is formed in float32 at least
-    and rounded to the parameters' dtype: in bfloat16 small noise is lost, keep float32 weights.
+    (`regjax.updated_statistics` makes one). `grad_fn` is given w + sigma eps in float32 at least,
+    since small noise is lost in weights of bfloat16. `noisy_gradient` is the same for trainers that
+    hand no `grad_fn` on.
 
     Args:
       std: standard deviation sigma, in units of the parameters, or a schedule of the update
@@ -82,9 +81,8 @@ def perturbed_gradient(
 
     def init(params: Params) -> PerturbedGradientState:
         _checks.floating_leaves("params", params)
-        _group_numbers(groups, params, mask)
-        # A copy: states are donated, the caller's key is not.
-        return PerturbedGradientState(jnp.int32(0), jax.random.clone(key))
+        _perturbation.group_numbers(groups, params, mask)
+        return PerturbedGradientState(jnp.int32(0), _keys.words(key))
 
     def update(
         updates: Params,
@@ -94,27 +92,23 @@ def perturbed_gradient(
         grad_fn: GradFn | None = None,
         **extra: object,
     ) -> tuple[Params, PerturbedGradientState]:
-        del extra
         params = _gradients.check_whole_params(updates, params)
-        grad_fn, clean = _gradients.checked_grad_fn(grad_fn), params
-        sigma = _schedules.value_at("std", std, state.num_updates)
-        next_key, noise_key, group_key = jax.random.split(state.key, 3)
-        if not _schedules.is_zero(sigma):
-            numbers = _group_numbers(groups, params, mask)
-            num_groups = 1 + max((n for n in numbers if n is not None), default=0)
-            chosen = None
-            if layerwise and cyclic:
-                chosen = state.num_updates % num_groups
-            elif layerwise:
-                chosen = jax.random.randint(group_key, (), 0, num_groups, jnp.int32)
-            else:
-                sigma = sigma / math.sqrt(num_groups)
-            params = _perturb(params, numbers, chosen, sigma, noise_key)
-        grads = _gradients.like(grad_fn(params, 0), updates)
-        _gradients.check_is_first(
-            updates, grads, grad_fn=grad_fn, params=clean, count=state.num_updates
+        grad_fn = _gradients.checked_grad_fn(grad_fn, extra)
+        above = _perturbation.perturbed(
+            params,
+            std=_schedules.value_at("std", std, state.num_updates),
+            key=_keys.typed(state.key_data, key),
+            count=state.num_updates,
+            layerwise=layerwise,
+            cyclic=cyclic,
+            groups=groups,
+            mask=mask,
         )
-        return grads, PerturbedGradientState(state.num_updates + 1, next_key)
+        grads = _gradients.like(grad_fn(above, 0), updates)
+        _gradients.check_is_first(
+            updates, grads, grad_fn=grad_fn, params=params, count=state.num_updates
+        )
+        return grads, state._replace(num_updates=state.num_updates + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -124,13 +118,13 @@ class AnticorrelatedNoiseState(NamedTuple):
 
     Attributes:
       num_updates: (), int32, updates so far.
-      key: typed key of the noise to come.
+      key_data: words of the key of the noise to come, uint32.
       noise: tree like the parameters of the noise xi that they carry, in float32 at least;
         MaskedNode where a leaf carries none.
     """
 
     num_updates: jax.Array
-    key: PRNGKey
+    key_data: jax.Array
     noise: Tree
 
 
@@ -177,7 +171,7 @@ def anticorrelated_noise(
             for leaf, choose in zip(leaves, _masks.floating_leaves(mask, params), strict=True)
         ]
         noise = jax.tree.unflatten(treedef, noise)
-        return AnticorrelatedNoiseState(jnp.int32(0), jax.random.clone(key), noise)
+        return AnticorrelatedNoiseState(jnp.int32(0), _keys.words(key), noise)
 
     def update(
         updates: Params,
@@ -186,13 +180,14 @@ def anticorrelated_noise(
         **extra: object,
     ) -> tuple[Params, AnticorrelatedNoiseState]:
         del extra
-        next_key, noise_key = jax.random.split(state.key)
+        next_key, noise_key = jax.random.split(_keys.typed(state.key_data, key))
+        next_data = _keys.words(next_key)
         sigma, count = (
             _schedules.value_at("std", std, state.num_updates),
             optax.safe_increment(state.num_updates),
         )
         if _schedules.is_zero(sigma):
-            return updates, AnticorrelatedNoiseState(count, next_key, state.noise)
+            return updates, AnticorrelatedNoiseState(count, next_data, state.noise)
         leaves, treedef = jax.tree.flatten(updates)
         weights = [None] * len(leaves)
         if params is not None:
@@ -202,7 +197,7 @@ def anticorrelated_noise(
         for i, noise in zip(places, drawn, strict=True):
             fresh = jnp.asarray(sigma, noise.dtype) * noise
             leaves[i], carried[i] = _exchange(leaves[i], weights[i], carried[i], fresh)
-        state = AnticorrelatedNoiseState(count, next_key, jax.tree.unflatten(treedef, carried))
+        state = AnticorrelatedNoiseState(count, next_data, jax.tree.unflatten(treedef, carried))
         return jax.tree.unflatten(treedef, leaves), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -273,36 +268,3 @@ def _exchange(
 def _rounded(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
     kind = jnp.finfo(dtype)
     return lax.reduce_precision(array, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
-
-
-def _perturb(
-    params: Params,
-    numbers: list[int | None],
-    chosen: jax.Array | None,
-    sigma: ArrayLike,
-    key: PRNGKey,
-) -> Params:
-    """Adds noise to the leaves of group `chosen`, or of all groups if it is None."""
-    leaves, treedef = jax.tree.flatten(params)
-    places = [i for i, number in enumerate(numbers) if number is not None]
-    noise = _gaussian.normal_like(key, [leaves[i] for i in places])
-    for i, drawn in zip(places, noise, strict=True):
-        noisy = _tree.wide(leaves[i]) + jnp.asarray(sigma, drawn.dtype) * drawn
-        noisy = noisy.astype(jnp.result_type(leaves[i]))
-        leaves[i] = noisy if chosen is None else jnp.where(chosen == numbers[i], noisy, leaves[i])
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def _group_numbers(groups: Tree, params: Params, mask: MaskOrFunction) -> list[int | None]:
-    """Numbers the group of each leaf from 0 among the masked ones; None outside of the mask."""
-    chosen = _masks.mask_leaves(mask, params)
-    if groups is None:
-        given: list[int] = list(range(len(chosen)))
-    else:
-        given = _checks.prefix_leaves("groups", groups, params)
-        for group in given:
-            _checks.integer("groups", group, minimum=0)
-    order = sorted({group for group, choose in zip(given, chosen, strict=True) if choose})
-    return [
-        order.index(group) if choose else None for group, choose in zip(given, chosen, strict=True)
-    ]

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _loops, _tree, curvature, schedules
 from regjax._arguments import checked
 from regjax._base import GradFn, Params, PRNGKey, as_partial
-from regjax.transforms import _gradients
+from regjax.transforms import _given, _gradients, _keys
 from regjax.transforms._spectral_ends import spectral_ends
 from regjax.transforms._static_args import check_static, static_args
 
@@ -26,7 +26,7 @@ class SpectralControllerState(NamedTuple):
 
     Attributes:
       num_updates: (), int32, updates so far.
-      key: typed key of the starts to come.
+      key_data: words of the key of the starts to come, uint32.
       velocity: tree like the parameters, in units of an update.
       learning_rate: (), in use.
       momentum: (), in use.
@@ -40,7 +40,7 @@ class SpectralControllerState(NamedTuple):
     """
 
     num_updates: jax.Array
-    key: PRNGKey
+    key_data: jax.Array
     velocity: Params
     learning_rate: jax.Array
     momentum: jax.Array
@@ -118,7 +118,7 @@ def spectral_controller(
         number = lambda value: jnp.array(value, _tree.vector_dtype(params))
         return SpectralControllerState(
             num_updates=jnp.int32(0),
-            key=jax.random.clone(key),
+            key_data=_keys.words(key),
             velocity=jax.tree.map(jnp.zeros_like, params),
             learning_rate=number(initial_learning_rate),
             momentum=number(0),
@@ -138,25 +138,27 @@ def spectral_controller(
         curvature_grad_fn: Callable[[Params], Params] | None = None,
         **extra: object,
     ) -> tuple[Params, SpectralControllerState]:
-        del extra
         _checks.same_tree("updates", updates, state.velocity)
         if every is not None and jax.tree.leaves(updates):
             params = _gradients.check_whole_params(updates, params)
-            if grad_fn is not None:
+            given = grad_fn
+            if curvature_grad_fn is None:
+                given = _given.given(grad_fn, extra)
+                curvature_grad_fn = Partial(_first, as_partial(given))
+            if given is not None:
+                own = Partial(_first, as_partial(given))
                 _gradients.check_is_first(
                     updates,
                     None,
-                    grad_fn=_gradients.checked_grad_fn(grad_fn),
+                    grad_fn=lambda params, i: own(params),
                     params=params,
                     count=state.num_updates,
                 )
-            if curvature_grad_fn is None:
-                curvature_grad_fn = Partial(_first, as_partial(_gradients.check_grad_fn(grad_fn)))
             state = _loops.cond(
                 state.num_updates % every == 0,
-                lambda state: refresh_spectral_controller(
-                    state, curvature_grad_fn, params, num_steps=num_steps, rule=rule,
-                    smallest_ratio=smallest_ratio, max_momentum=max_momentum,
+                lambda state: _refreshed(
+                    state, curvature_grad_fn, params, _keys.typed(state.key_data, key),
+                    num_steps, rule, smallest_ratio, max_momentum,
                 ),
                 state,
                 holds_products=True,
@@ -208,7 +210,24 @@ def refresh_spectral_controller(
         raise TypeError(f"`curvature_grad_fn` must be a function, got {curvature_grad_fn!r}.")
     _checks.floating_tree("params", params)
     _checks.same_tree("params", params, state.velocity)
-    next_key, start_key = jax.random.split(state.key)
+    key = _keys.typed(state.key_data)
+    return _refreshed(
+        state, curvature_grad_fn, params, key, num_steps, rule, smallest_ratio, max_momentum
+    )
+
+
+def _refreshed(
+    state: SpectralControllerState,
+    curvature_grad_fn: Callable[[Params], Params],
+    params: Params,
+    key: PRNGKey,
+    num_steps: int,
+    rule: Rule,
+    smallest_ratio: ArrayLike,
+    max_momentum: ArrayLike,
+) -> SpectralControllerState:
+    """Measures the curvature with `key`, the key of the state."""
+    next_key, start_key = jax.random.split(key)
     operator = curvature.from_gradient(curvature_grad_fn, params)
     space = operator.space
     start = space.unravel(space.normal(start_key))
@@ -216,7 +235,7 @@ def refresh_spectral_controller(
     found = _read(curvature.ritz_pairs(run), smallest_ratio, max_momentum, rule)
     good = jnp.isfinite(found["largest"]) & (found["largest"] > 0)
     kept = {name: jnp.where(good, value, getattr(state, name)) for name, value in found.items()}
-    return state._replace(key=next_key, refresh_ok=good, **kept)
+    return state._replace(key_data=_keys.words(next_key), refresh_ok=good, **kept)
 
 
 def _check_options(
@@ -244,7 +263,7 @@ def _accelerated(state: SpectralControllerState, velocity: Params, grads: Params
 
 
 def _first(grad_fn: GradFn, params: Params) -> Params:
-    return grad_fn(params, 0)
+    return _given.understood("grad_fn(params, i)", grad_fn(params, 0), params)
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -27,7 +27,7 @@ def mean_gradient(loss, params, layerwise, num=40_000, **options):
     )
 
     def once(key):
-        state = tx.init(params)._replace(key=key)
+        state = tx.init(params)._replace(key_data=jax.random.key_data(key))
         grads = tx.update(params, state, params, grad_fn=lambda p, i: jax.grad(loss)(p))[0]
         return optax.tree.vdot(grads, params)
 
@@ -219,7 +219,7 @@ def test_widening_valley():
 
     def width(tx, key):
         state = tx.init(params)
-        state = (state[0], state[1]._replace(key=key))
+        state = (state[0], state[1]._replace(key_data=jax.random.key_data(key)))
         end, state = runs.scan(tx, params, grad_fn, 20_000, state)
         clean = transforms.denoise_params(end, state[1])
         return jnp.linalg.norm(clean["u"]) / jnp.linalg.norm(u0)

@@ -1,0 +1,58 @@
+"""A step of flax's `TrainState` that hands on what its own method drops."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import optax
+
+from regjax._base import Params
+
+_State = TypeVar("_State")
+
+
+def apply_gradients(state: _State, grads: Params, **options: Any) -> _State:
+    """Calls `state.apply_gradients` of flax's `TrainState`, with arguments for the transformation.
+
+        state = apply_gradients(state, grads, grad_fn=grad_fn, batch_stats=batch_stats)
+
+    The method itself takes keywords for fields that are replaced, and drops what is no field, so
+    that `grad_fn` never reaches the transformation. Here a keyword that is the name of a field goes
+    to the method, and any other one to `tx.update`. What else the method of a subclass does, it
+    does.
+
+    Args:
+      state: a `flax.training.train_state.TrainState`, of a subclass perhaps.
+      grads: the gradient.
+      **options: new values of fields, and arguments of `tx.update` such as `grad_fn`, `value_fn` or
+        `value`.
+
+    Returns:
+      The state after the step.
+
+    Raises:
+      TypeError: `state` is no such state. `nnx.Optimizer.update(model, grads, grad_fn=grad_fn)`
+        hands on by itself what it is given.
+      ValueError: `tx` is among the options.
+    """
+    tx: Any = getattr(state, "tx", None)
+    if not (dataclasses.is_dataclass(state) and hasattr(state, "apply_gradients") and tx):
+        raise TypeError(
+            "`state` must be a TrainState of flax, with tx and apply_gradients, got "
+            f"{type(state).__name__}. nnx.Optimizer.update(model, grads, grad_fn=grad_fn) hands on "
+            "by itself what it is given."
+        )
+    if "tx" in options:
+        raise ValueError("`options` must not hold `tx`: a step does not replace it.")
+    fields = {field.name for field in dataclasses.fields(state)}
+    extra = {name: value for name, value in options.items() if name not in fields}
+    changes = {name: value for name, value in options.items() if name in fields}
+    inner = optax.with_extra_args_support(tx)
+
+    def update(
+        updates: Params, state: optax.OptState, params: Params | None = None, **more: Any
+    ) -> tuple[Params, optax.OptState]:
+        return inner.update(updates, state, params, **extra, **more)
+
+    holder: Any = state
+    bound = optax.GradientTransformationExtraArgs(tx.init, update)
+    return holder.replace(tx=bound).apply_gradients(grads=grads, **changes).replace(tx=tx)

@@ -1,0 +1,232 @@
+"""The mean of a gradient over micro-batches and devices, and gradients for an `update`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from regjax import _checks, _loops, _numerics, _tree
+from regjax._arguments import checked
+from regjax._base import GradFn, Params, Tree
+from regjax.transforms import _given, _gradients, _passes
+from regjax.transforms._passes import ValueAndGradFn
+from regjax.transforms._static_args import check_static
+
+
+@checked
+def mean_gradient(
+    value_and_grad_fn: ValueAndGradFn,
+    *,
+    num_shards: int = 1,
+    weight_fn: Callable[..., jax.Array] | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> ValueAndGradFn:
+    """Makes of `jax.value_and_grad(loss_fn)` a function that averages over parts of the batch.
+
+        (sum_c w_c L_c / sum_c w_c, sum_c w_c grad L_c / sum_c w_c)
+
+    over `num_shards` equal parts, one after the other as for lack of memory, and over the devices
+    of a mapped axis. The order of the two decides what is meant:
+
+        sharpness_aware_gradient(mean_gradient(f, num_shards=4, axis_name="batch"), rho)
+        mean_gradient(sharpness_aware_gradient(f, rho), num_shards=4, axis_name="batch")
+
+    climbs once with the gradient of the whole batch, or in each part by itself (m-sharpness). With
+    `axis_name` every device gets the same gradient, so that its parameters stay alike.
+
+    Args:
+      value_and_grad_fn: (params, *batch) -> (loss, gradient) or ((loss, aux), gradient).
+      num_shards: number of parts. Trees in `*batch` are divided along the leading axis, which all
+        of their arrays share; keyword arguments go to each part whole.
+      weight_fn: batch -> weight of a part, called as weight_fn(*batch): the sum of the mask or of
+        the weights by which the loss is divided. A part of weight 0 adds nothing. None: all parts
+        weigh the same, which is right for plain means over equal parts, and wrong for masked ones.
+      axis_name: of `jax.pmap`, `jax.vmap` or `jax.shard_map`; None: no average over devices.
+
+    Returns:
+      A function that is called as `value_and_grad_fn` is, params first. The loss is averaged too;
+      the aux is that of this device, with a leading axis of parts if there are several. An nnx
+      module changes as by that many calls.
+
+    Raises:
+      ValueError: `num_shards` is out of its range or does not divide the batch; a weight is
+        negative or not finite, or all are 0 (in `jit`, where they are not known, the result is NaN
+        then).
+      TypeError: an argument has the wrong type.
+    """
+    check_static("num_shards", num_shards, 1)
+    _checks.axis_name("axis_name", axis_name)
+
+    def gradient(params: Params, *batch: Tree, **options: Tree) -> tuple[Tree, Params]:
+        if axis_name is not None:
+            with _passes.mapped(params, functools.partial(_varying, axis_name)) as own:
+                return averaged(own, batch, options)
+        return averaged(params, batch, options)
+
+    def averaged(
+        params: Params, batch: tuple[Tree, ...], options: Mapping[str, Tree]
+    ) -> tuple[Tree, Params]:
+        def on_part(i: jax.Array | int) -> tuple[_Sums, Any, Tree]:
+            own = shard(batch, num_shards, i)
+            value, raw = _passes.value_and_grads(value_and_grad_fn, (params, *own), options)
+            loss, aux = value if isinstance(value, tuple) else (value, None)
+            weight = None if weight_fn is None else _weight(weight_fn(*own))
+            return _weighted(loss, _passes.arrays_of(raw), weight), aux, (raw, value)
+
+        sums, aux, (raw, value) = on_part(0)
+        if num_shards > 1:
+            sums, aux = _rest(on_part, sums, aux, num_shards, _passes.has_changeable(params))
+        loss, grads = _mean(sums, axis_name)
+        grads = _passes.as_it_came(raw, _gradients.like(grads, _passes.arrays_of(raw)))
+        loss = loss.astype(jnp.result_type(value[0] if isinstance(value, tuple) else value))
+        return ((loss, aux) if isinstance(value, tuple) else loss), grads
+
+    return gradient
+
+
+@checked
+def gradient_function(
+    value_and_grad_fn: ValueAndGradFn, *arguments: Tree, num_shards: int = 1, **options: Tree
+) -> GradFn:
+    """Makes the `grad_fn` of an `update` from the function and the arguments of the clean pass.
+
+        grad_fn = gradient_function(loss_and_grad, model, inputs, targets)
+        loss, grads = loss_and_grad(model, inputs, targets)
+        optimizer.update(model, grads, grad_fn=grad_fn)
+
+    For `nnx.value_and_grad` and `equinox.filter_value_and_grad` the first argument is the module,
+    of which `grad_fn` replaces the parameters alone. What flax changes in a pass (batch statistics,
+    counts of random numbers) is copied here, and changed in copies: made before the clean pass,
+    both have the same dropout masks. Under `jax.pmap` or `jax.shard_map`, and for micro-batches,
+    give it `mean_gradient(loss_and_grad, ...)`, or each device goes its own way.
+
+    Args:
+      value_and_grad_fn: (params, *batch) -> (loss, gradient) or ((loss, aux), gradient).
+      *arguments: those of the call: the parameters, or a module of nnx or Equinox, and the batch.
+      num_shards: where above 1, grad_fn(params, i) is that of the i-th of so many equal parts of
+        the batch, as `sam(rho, num_shards=...)` wants it; else of the whole, whatever i is.
+      **options: keyword arguments of the call.
+
+    Returns:
+      (params, i) -> gradient, a tree like those params.
+
+    Raises:
+      ValueError: `num_shards` is out of its range, or there are no parameters; on use, those given
+        are not those of the first argument, or `num_shards` does not divide the batch.
+    """
+    check_static("num_shards", num_shards, 1)
+    if not arguments:
+        raise ValueError("`arguments` must begin with the parameters, got none.")
+    before = _passes.copied((arguments[0], arguments[1:], options))
+
+    def grad_fn(point: Params, i: jax.Array | int) -> Params:
+        own, whole, kept = _passes.copied(before)
+        moved = (_passes.with_params(own, point), *shard(whole, num_shards, i))
+        _, grads = _passes.value_and_grads(value_and_grad_fn, moved, kept)
+        return _given.understood("grad_fn(params, i)", _passes.arrays_of(grads), point)
+
+    return grad_fn
+
+
+def shard(batch: tuple[Tree, ...], num_shards: int, i: jax.Array | int) -> tuple[Tree, ...]:
+    """Cuts the i-th of equal parts out of a batch."""
+    if num_shards == 1:
+        return batch
+    length = _checks.num_examples(batch)
+    if length % num_shards:
+        raise ValueError(
+            f"`num_shards` must divide the number of examples, {length}, got {num_shards}."
+        )
+
+    def cut(leaf: Any) -> jax.Array:
+        leaf = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+        return leaf.reshape(num_shards, length // num_shards, *leaf.shape[1:])[i]
+
+    return jax.tree.map(cut, batch)
+
+
+class _Sums(NamedTuple):
+    """What parts add up to.
+
+    Attributes:
+      loss: (), in float32 at least.
+      grads: tree like the gradient, in float32 at least.
+      weight: (), or the number of parts.
+    """
+
+    loss: jax.Array
+    grads: Params
+    weight: jax.Array
+
+
+def _weighted(loss: jax.Array, grads: Params, weight: jax.Array | None) -> _Sums:
+    loss, grads = _tree.wide(loss), jax.tree.map(_tree.wide, grads)
+    if weight is None:
+        return _Sums(loss, grads, jnp.int32(1))
+
+    def times(leaf: jax.Array) -> jax.Array:
+        # The mean over nothing is NaN, and NaN times zero too.
+        part = jnp.where(weight == 0, 0, weight.astype(leaf.dtype) * leaf)
+        return jnp.where(weight >= 0, part, jnp.nan)
+
+    return _Sums(times(loss), jax.tree.map(times, grads), weight)
+
+
+def _weight(weight: Any) -> jax.Array:
+    """Checks the weight of a part; integers stay so, in which sums are exact."""
+    name = "weight_fn(*batch)"
+    _checks.number(name, weight if hasattr(weight, "dtype") else jnp.asarray(weight))
+    weight = jnp.asarray(weight)
+    is_integer = jnp.issubdtype(weight.dtype, jnp.integer)
+    return weight.astype(jnp.int32) if is_integer else _tree.wide(weight)
+
+
+def _rest(
+    on_part: Callable[[Any], tuple[_Sums, Any, Tree]],
+    sums: _Sums,
+    aux: Tree,
+    num_shards: int,
+    is_module: bool,
+) -> tuple[_Sums, Tree]:
+    """Adds the parts from the second on."""
+    row = lambda leaf: jnp.zeros((num_shards, *jnp.shape(leaf)), jnp.result_type(leaf))
+    rows = jax.tree.map(lambda leaf: row(leaf).at[0].set(leaf), aux)
+
+    def add(_: None, carry: tuple[_Sums, Tree], j: jax.Array) -> tuple[_Sums, Tree]:
+        total, rows = carry
+        new, aux, _ = on_part(j + 1)
+        total = jax.tree.map(jnp.add, total, new)
+        return total, jax.tree.map(lambda rows, leaf: rows.at[j + 1].set(leaf), rows, aux)
+
+    if not is_module:
+        return _loops.scan(add, (sums, rows), num_shards - 1)
+    # A module is changed by each call, which no loop of JAX can hold.
+    for j in range(num_shards - 1):
+        sums, rows = add(None, (sums, rows), jnp.int32(j))
+    return sums, rows
+
+
+def _mean(sums: _Sums, axis_name: str | tuple[str, ...] | None) -> tuple[jax.Array, Params]:
+    if axis_name is not None:
+        sums = lax.psum(sums, axis_name)
+    if not isinstance(sums.weight, jax.core.Tracer) and sums.weight == 0:
+        raise ValueError("`weight_fn(*batch)` must be positive for some part, got 0 for all.")
+    divided = lambda leaf: _numerics.divide(leaf, sums.weight.astype(leaf.dtype), otherwise=jnp.nan)
+    return divided(sums.loss), jax.tree.map(divided, sums.grads)
+
+
+def _varying(axis_name: str | tuple[str, ...], leaf: Any) -> Any:
+    """Marks a parameter as each device's own.
+
+    Of parameters that `jax.shard_map` knows to be the same everywhere a gradient is the sum over
+    the devices already, and its mean would be too large by their number.
+    """
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    try:
+        return lax.pcast(leaf, axis_name, to="varying")
+    except ValueError:  # under `jax.vmap`, or it is each device's own already
+        return leaf

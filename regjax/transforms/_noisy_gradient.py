@@ -1,0 +1,86 @@
+"""Noise before the gradient for trainers that call `tx.update(grads, state, params)` alone."""
+
+from collections.abc import Sequence
+
+from jax.typing import ArrayLike
+
+from regjax import _checks
+from regjax._arguments import checked
+from regjax._base import Params, PRNGKey, ScalarOrSchedule, Tree
+from regjax.transforms import _gradients, _perturbation, _schedules
+from regjax.transforms._masks import MaskOrFunction
+from regjax.transforms._passes import ValueAndGradFn, passes
+
+
+@checked
+def noisy_gradient(
+    value_and_grad_fn: ValueAndGradFn,
+    std: ScalarOrSchedule,
+    *,
+    key: PRNGKey,
+    layerwise: bool = True,
+    cyclic: bool = True,
+    groups: Tree = None,
+    mask: MaskOrFunction = None,
+    argnums: int | Sequence[int] = 0,
+) -> ValueAndGradFn:
+    """Makes of `jax.value_and_grad(loss_fn)` a function that gives the gradient at noisy weights.
+
+        (L(w), grad L(w + sigma eps)),   sigma eps as in `perturbed_gradient`
+
+    It takes the place of `value_and_grad_fn` in a training step, and the optimiser stays as it is:
+
+        loss_and_grad = noisy_gradient(jax.value_and_grad(loss_fn), 0.03, key=key)
+        loss, grads = loss_and_grad(params, inputs, targets, num_updates=step)
+
+    The noise follows from `key` and `num_updates`, so that it is fresh in each step; with the same
+    key `transforms.perturbed_gradient` gives the same numbers. Loss and aux are those of the clean
+    pass, as in `sharpness_aware_gradient`, of which all else holds here too: micro-batches of one
+    step have the same noise, and so have several devices.
+
+    Args:
+      value_and_grad_fn: (params, *batch) -> (loss, gradient) or ((loss, aux), gradient).
+      std: standard deviation as in `perturbed_gradient`, or a schedule of `num_updates`.
+      key: typed key.
+      layerwise: as in `perturbed_gradient`, as are the next two.
+      cyclic: whether the groups take turns.
+      groups: tree of ints like the gradient, or its upper part.
+      mask: leaves that may be perturbed: a tree like the gradient, or as in `sam`.
+      argnums: as in `sharpness_aware_gradient`.
+
+    Returns:
+      A function that is called as `value_and_grad_fn` is, with the number of updates so far as
+      `num_updates`, and gives the same pair.
+
+    Raises:
+      ValueError: an argument is out of its range; `num_updates` is missing.
+      TypeError: an argument has the wrong type.
+
+    References:
+      A. Orvieto, A. Raj, H. Kersting, F. Bach (2023), arXiv:2206.04613.
+    """
+    _schedules.check_size("std", std)
+    _checks.key("key", key)
+    _checks.boolean("layerwise", layerwise)
+    _checks.boolean("cyclic", cyclic)
+
+    def gradient(
+        *arguments: Tree, num_updates: ArrayLike | None = None, **options: Tree
+    ) -> tuple[Tree, Params]:
+        count = _schedules.check_count("the noise", num_updates)
+        clean = passes(value_and_grad_fn, arguments, options, argnums)
+        noisy = _perturbation.perturbed(
+            clean.params,
+            std=_schedules.value_at("std", std, count),
+            key=key,
+            count=count,
+            layerwise=layerwise,
+            cyclic=cyclic,
+            groups=groups,
+            mask=mask,
+        )
+        if noisy is clean.params:
+            return clean.value, clean.raw_grads
+        return clean.value, clean.restored(_gradients.like(clean.at(noisy), clean.grads))
+
+    return gradient
