@@ -33,14 +33,18 @@ from regjax._adapters import Model as Model
 from regjax._adapters import check_separable as check_separable
 from regjax._adapters import couples_examples as couples_examples
 from regjax._adapters import from_callable as from_callable
-from regjax._adapters import from_linen as from_linen
-from regjax._adapters import from_nnx as from_nnx
 from regjax._adapters import model_function as model_function
 from regjax._adapters import model_loss as model_loss
+from regjax._equinox import from_equinox as from_equinox
 from regjax._files import CheckpointError as CheckpointError
+from regjax._haiku import from_haiku as from_haiku
+from regjax._keras import from_keras as from_keras
+from regjax._linen import from_linen as from_linen
 from regjax._loops import Interrupted as Interrupted
+from regjax._nnx import from_nnx as from_nnx
 from regjax._statistics import population_statistics as population_statistics
 from regjax._statistics import updated_statistics as updated_statistics
+from regjax._subsets import subset as subset
 
 __version__ = "0.1.0"
 

@@ -16,18 +16,16 @@ The batch-norm mode decides what a Hessian means:
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-from flax import core, linen, nnx
 
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import ModelFn, OutputLossFn, Params, PRNGKey, State, Tree
 from regjax._base import check_separable as check_separable
 from regjax._base import couples_examples as couples_examples
-from regjax._runners import Apply, ApplyFn, CallableRunner, LinenRunner, NnxRunner, Run, owned
+from regjax._runners import Apply, ApplyFn, CallableRunner, Run, Static
 
 _MODES = ("evaluation", "train", "train_per_chunk")
 
@@ -44,66 +42,15 @@ class Model(NamedTuple):
         leaves in sorted order, and as strings "10" would come before "2".
       state: everything else (batch statistics, generator keys and counts), nested dicts.
       has_batch_statistics: whether `state` holds batch statistics.
+      has_generators: whether `state` holds generators of random numbers, so that train mode draws
+        from them where it is given no key.
     """
 
     apply: ApplyFn
     params: Params
     state: State
-    has_batch_statistics: bool
-
-
-def from_linen(module: linen.Module, variables: Mapping[str, Tree]) -> Model:
-    """Turns a linen module and its variables into a `Model`.
-
-    Args:
-      module: its `__call__` takes the inputs, and `train`, `training`, `deterministic` or
-        `use_running_average` where it distinguishes training.
-      variables: from `module.init`; "params" are the parameters, all else is state.
-
-    Returns:
-      A `Model`; in train mode the collections of the state are mutable, and `key` is the stream
-      "dropout".
-
-    Raises:
-      TypeError: `module` is not a linen module, or `variables` are no mapping.
-      ValueError: `variables` hold no "params".
-    """
-    if not isinstance(module, linen.Module):
-        raise TypeError(f"`module` must be a flax.linen.Module, got {type(module).__name__}.")
-    if not isinstance(variables, Mapping):
-        raise TypeError(f"`variables` must be a mapping, got {type(variables).__name__}.")
-    if "params" not in variables:
-        raise ValueError(f"`variables` must hold 'params', got {sorted(variables)}.")
-    state = core.unfreeze(variables)
-    params = state.pop("params")
-    return _model(LinenRunner(module), owned(params), owned(state), "batch_stats" in state)
-
-
-def from_nnx(module: nnx.Module) -> Model:
-    """Turns an nnx module into a `Model` of plain dicts.
-
-    Args:
-      module: called with the inputs alone; `module.train()` and `module.eval()` set its mode. It
-        is not changed.
-
-    Returns:
-      A `Model`; the state holds batch statistics and generator counters. In train mode `key`
-      replaces the keys of the module's generators, so that equal keys give equal dropout masks.
-
-    Raises:
-      TypeError: `module` is not an nnx module.
-    """
-    if not isinstance(module, nnx.Module):
-        raise TypeError(f"`module` must be a flax.nnx.Module, got {type(module).__name__}.")
-    # Train and evaluation flags live in the graph definition: one for each mode.
-    evaluation, training = nnx.clone(module), nnx.clone(module)
-    evaluation.eval()
-    training.train()
-    graph, params, state = nnx.split(evaluation, nnx.Param, ...)
-    run = NnxRunner(graph, nnx.graphdef(training))
-    has_statistics = bool(jax.tree.leaves(nnx.state(module, nnx.BatchStat)))
-    params, state = (owned(nnx.to_pure_dict(tree)) for tree in (params, state))
-    return _model(run, params, state, has_statistics)
+    has_batch_statistics: bool = False
+    has_generators: bool = False
 
 
 @checked
@@ -123,7 +70,7 @@ def from_callable(function: ModelFn, params: Params, state: State = None) -> Mod
     """
     _checks.function("function", function)
     _checks.floating_tree("params", params)
-    return _model(CallableRunner(function), params, {} if state is None else state, False)
+    return model_of(CallableRunner(function), params, {} if state is None else state)
 
 
 @functools.partial(
@@ -219,7 +166,8 @@ def model_function(
     if key is not None:
         _checks.key("key", key)
     # A dropout mask is drawn for the whole batch: a chunk of it would get another one.
-    coupled = mode == "train" and (model.has_batch_statistics or key is not None)
+    draws = key is not None or model.has_generators
+    coupled = mode == "train" and (model.has_batch_statistics or draws)
     return ModelFunction(model.state, key, model.apply, mode, coupled)
 
 
@@ -260,6 +208,14 @@ def check_model(model: Model) -> None:
         )
 
 
-def _model(run: Run, params: Params, state: State, has_batch_statistics: bool) -> Model:
-    apply = Apply(run, jax.tree.structure(params), jax.tree.structure(state))
-    return Model(apply, params, state, has_batch_statistics)
+def model_of(
+    run: Run,
+    params: Params,
+    state: State,
+    *,
+    has_batch_statistics: bool = False,
+    has_generators: bool = False,
+) -> Model:
+    """Makes the `Model` of an adapter."""
+    apply = Apply(run, Static(jax.tree.structure(params)), Static(jax.tree.structure(state)))
+    return Model(apply, params, state, has_batch_statistics, has_generators)

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks
+from regjax import _checks, _selection
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -21,6 +21,11 @@ Rule: TypeAlias = Callable[[str, Any], object]
 """(name, value) -> anything; raises."""
 
 ACCUMULATIONS = ("compensated", "float64")
+# What says which of the parameters are meant.
+_SELECTIONS = ("wrt", "mask")
+_LEAVE_OUT = (
+    " Leave it out by `wrt` or `mask`, or by `regjax.subset`: what is not chosen may have any type."
+)
 # Trees that have the structure and the shapes of `params`, where there are any.
 _LIKE_PARAMS = ("direction", "other_direction", "other_params", "start", "vector")
 
@@ -35,6 +40,7 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
     signature = inspect.signature(function)
     rules = {name: RULES[name] for name in signature.parameters if name in RULES}
     defaults = {name: signature.parameters[name].default for name in rules}
+    selects = any(name in signature.parameters for name in _SELECTIONS)
 
     @functools.wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -44,13 +50,25 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
             # What None means is the function's own.
             if value is None or value is defaults[name]:
                 continue
-            if name in _LIKE_PARAMS and "params" in given:
+            if name == "params" and selects:
+                _parameters(value, given)
+                continue
+            if name in _LIKE_PARAMS and "params" in given and given.get("wrt") is None:
                 _checks.same_tree(name, value, given["params"])
             rule(name, value)
         return function(*args, **kwargs)
 
     call.__dict__["checks"] = tuple(rules)
     return call
+
+
+def _parameters(params: Any, given: Mapping[str, Any]) -> None:
+    """Checks the parameters of a function that may be told which of them are meant."""
+    name = next((name for name in _SELECTIONS if given.get(name) is not None), None)
+    if jax.tree_util.all_leaves([params]):
+        name = None  # one array, or something else
+    chosen = None if name is None else _selection.mask_leaves(given[name], params, name)
+    _checks.floating_leaves("params", params, chosen, remedy=_LEAVE_OUT)
 
 
 def _count(name: str, value: object) -> None:

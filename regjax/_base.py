@@ -33,7 +33,8 @@ State: TypeAlias = Any
 """Tree of what a model keeps beside its parameters: batch statistics, counts, keys."""
 
 Mask: TypeAlias = Any
-"""Tree of bools like the parameters or an upper part of it, or None for all leaves."""
+"""Which leaves are meant: a tree of bools like the parameters or an upper part of it, a function
+(path, leaf) -> bool, a filter of nnx, a function params -> such a tree, or None for all."""
 
 Tree: TypeAlias = Any
 """Any other tree of arrays; what its leaves are is said where it is used."""

@@ -178,7 +178,9 @@ def floating_tree(name: str, tree: _Tree) -> _Tree:
     return floating_leaves(name, tree)
 
 
-def floating_leaves(name: str, tree: _Tree, chosen: Sequence[bool] | None = None) -> _Tree:
+def floating_leaves(
+    name: str, tree: _Tree, chosen: Sequence[bool] | None = None, *, remedy: str = ""
+) -> _Tree:
     """Returns `tree`, perhaps without leaves, if all or the chosen ones are real floating point."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for (path, leaf), choose in zip(leaves, chosen or [True] * len(leaves), strict=True):
@@ -186,7 +188,7 @@ def floating_leaves(name: str, tree: _Tree, chosen: Sequence[bool] | None = None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"`{name}{jax.tree_util.keystr(path)}` must be real floating point, got "
-                f"{getattr(dtype, '__name__', dtype)}."
+                f"{getattr(dtype, '__name__', dtype)}.{remedy}"
             )
     return tree
 

@@ -1,15 +1,12 @@
 """How a model of each kind runs: (params, state, inputs) -> (outputs, new state) on plain trees."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
-from jax.tree_util import PyTreeDef
 
 from regjax._base import ModelFn, Params, PRNGKey, State, Tree
 
@@ -34,13 +31,29 @@ class ApplyFn(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Static:
+    """What is compared and not computed with, and hashes even where a part of it does not."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and bool(self.value == other.value)
+
+    def __hash__(self) -> int:
+        try:
+            return hash(self.value)
+        except TypeError:  # a list in a static field: `==` decides alone
+            return hash(type(self.value))
+
+
 @dataclasses.dataclass(frozen=True)
 class Apply:
     """Checks the trees: nnx would pair the leaves of another model by position, silently."""
 
     run: Run
-    params_structure: PyTreeDef
-    state_structure: PyTreeDef
+    params_structure: Static
+    state_structure: Static
 
     def __call__(
         self,
@@ -60,73 +73,11 @@ class Apply:
             ("params", params, self.params_structure),
             ("state", state, self.state_structure),
         ):
-            if jax.tree.structure(tree) != expected:
+            if Static(jax.tree.structure(tree)) != expected:
                 raise ValueError(
-                    f"`{name}` must have the tree structure of the model's, {expected}, "
-                    f"got {jax.tree.structure(tree)}."
+                    f"`{name}` must have the tree structure of the model's, got one "
+                    f"{_difference(tree, expected.value)}."
                 )
-
-
-@dataclasses.dataclass(frozen=True)
-class LinenRunner:
-    """Runs a linen module."""
-
-    module: linen.Module
-
-    def __call__(
-        self, params: Params, state: State, inputs: Tree, train: bool, key: PRNGKey | None
-    ) -> tuple[Tree, State]:
-        params, own_state = owned(params), owned(state)
-        variables = {"params": params, **own_state}
-        options = _mode_options(type(self.module), train)
-        if not train:
-            return self.module.apply(variables, inputs, **options), state
-        outputs, new_state = self.module.apply(
-            variables,
-            inputs,
-            rngs=None if key is None else {"dropout": key},
-            mutable=list(state),
-            **options,
-        )
-        return outputs, {**own_state, **new_state}
-
-
-def _mode_options(module_type: type, train: bool) -> dict[str, bool]:
-    meanings = {
-        "train": train,
-        "training": train,
-        "deterministic": not train,
-        "use_running_average": not train,
-    }
-    taken = inspect.signature(module_type.__call__).parameters
-    return {name: value for name, value in meanings.items() if name in taken}
-
-
-@dataclasses.dataclass(frozen=True)
-class NnxRunner:
-    """Runs an nnx module, by its graph in either mode."""
-
-    evaluation: nnx.GraphDef
-    training: nnx.GraphDef
-
-    def __call__(
-        self, params: Params, state: State, inputs: Tree, train: bool, key: PRNGKey | None
-    ) -> tuple[Tree, State]:
-        # Merged from plain dicts: Variables of an outer trace may not be changed in an inner one.
-        graph = self.training if train else self.evaluation
-        module = nnx.merge(graph, owned(params), owned(state))
-        if train and key is not None:
-            _reseed(module, key)
-        outputs = module(inputs)
-        if not train:
-            return outputs, state
-        return outputs, nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
-
-
-def _reseed(module: nnx.Module, key: PRNGKey) -> None:
-    streams = [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
-    tags = sorted({stream.key.tag for stream in streams})
-    nnx.reseed(module, **{tag: jax.random.fold_in(key, i) for i, tag in enumerate(tags)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +90,22 @@ class CallableRunner:
         self, params: Params, state: State, inputs: Tree, train: bool, key: PRNGKey | None
     ) -> tuple[Tree, State]:
         return self.function(params, inputs), state
+
+
+def _difference(tree: Tree, expected: Any) -> str:
+    """Says in which leaves a tree differs from a structure."""
+    paths = lambda tree: {
+        jax.tree_util.keystr(path): None for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    wanted, found = paths(jax.tree.unflatten(expected, range(expected.num_leaves))), paths(tree)
+    lacking = [path for path in wanted if path not in found]
+    more = [path for path in found if path not in wanted]
+    parts = [
+        f"{word} {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for word, names in (("without", lacking), ("with", more))
+        if names
+    ]
+    return " and ".join(parts) or f"of {jax.tree.structure(tree)} instead of {expected}"
 
 
 def owned(tree: Tree) -> Tree:

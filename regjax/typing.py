@@ -15,3 +15,4 @@ from regjax._base import PRNGKey as PRNGKey
 from regjax._base import ScalarOrSchedule as ScalarOrSchedule
 from regjax._base import State as State
 from regjax._base import Tree as Tree
+from regjax._subsets import PartFunction as PartFunction

@@ -243,6 +243,7 @@ EXAMPLES = {
     "velocity": params,
     "weight_decay": lambda: 0.1,
     "weights": lambda: {"w": 0.1},
+    "wrt": lambda: jax.tree.map(lambda leaf: leaf.ndim > 1, params()),
 }
 
 
@@ -344,7 +345,7 @@ _KINDS = {
     ),
     "key": ("key",),
     "params": ("like", "mean_grads", "params"),
-    "mask": ("mask",),
+    "mask": ("mask", "wrt"),
     "operator": ("operator",),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _loops, _numerics, _tree, curvature
+from regjax import _checks, _chunks, _loops, _numerics, _selection, _tree, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Mask, Params, PRNGKey, Tree, as_partial, couples_examples
 from regjax.diagnostics._sharpness import SharpnessResult, largest_eigenvalue
@@ -306,7 +306,7 @@ def split(params: Params, mask: Mask) -> tuple[Params, Params]:
 
 def _chosen(mask: Mask, params: Params) -> list[bool]:
     """Returns one bool for each leaf of `params`, at least one of them True."""
-    leaves = _checks.mask_leaves(mask, params)
+    leaves = _selection.mask_leaves(mask, params)
     if not any(leaves):
         raise ValueError("`mask` must choose at least one leaf, got none.")
     return leaves

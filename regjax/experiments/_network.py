@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from regjax._adapters import Model, from_nnx
+from regjax._adapters import Model
 from regjax._base import Params, State
+from regjax._nnx import from_nnx
 from regjax._runners import ApplyFn
 from regjax.experiments._architectures import ARCHITECTURES
 from regjax.experiments._dataset import Dataset

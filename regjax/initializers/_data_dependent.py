@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.tree_util import PyTreeDef
 
-from regjax import _checks, _loops, _numerics, _tree
+from regjax import _checks, _loops, _numerics, _selection, _tree
 from regjax._adapters import Model
 from regjax._arguments import checked
 from regjax._base import Mask, Params, PRNGKey, State, Tree
@@ -75,7 +75,7 @@ def data_dependent(
     if key is not None:
         _checks.key("key", key)
     boxed: PyTreeDef = jax.tree.structure(params)
-    chosen = _checks.mask_leaves(mask, params)
+    chosen = _selection.mask_leaves(mask, params)
     model, params = _layers.unboxed(model, params, state)
     wanted = _kernels(params, jax.tree.unflatten(jax.tree.structure(params), chosen))
 

@@ -13,7 +13,9 @@ from flax.core import meta
 from regjax import normalization
 from regjax._adapters import Model, check_model
 from regjax._base import Params, PRNGKey, State, Tree
-from regjax._runners import Apply, LinenRunner, NnxRunner, owned
+from regjax._linen import LinenRunner
+from regjax._nnx import NnxRunner
+from regjax._runners import Apply, Static
 
 Path = tuple[str | int, ...]
 # (path, parameters, channel axis of the kernel, parameters -> outputs on the layer's inputs)
@@ -51,7 +53,7 @@ def unboxed(model: Model, params: Params, state: State) -> tuple[Model, Params]:
         return model, params
     model.apply.check(params, state)
     plain = meta.unbox(params)
-    apply = dataclasses.replace(model.apply, params_structure=jax.tree.structure(plain))
+    apply = dataclasses.replace(model.apply, params_structure=Static(jax.tree.structure(plain)))
     return model._replace(apply=apply), plain
 
 
@@ -90,7 +92,7 @@ def _run_linen(
 def _run_nnx(
     runner: NnxRunner, params: Params, state: State, inputs: Tree, visit: Visit
 ) -> dict[Path, Params]:
-    module = nnx.merge(runner.training, owned(params), owned(state))
+    module = runner.module(params, state, train=True)
     module.set_attributes(deterministic=True, raise_if_not_found=False)
     found: dict[Path, Params] = {}
     modules = dict(nnx.iter_modules(module))
@@ -100,7 +102,7 @@ def _run_nnx(
         is_part = any(path[: len(outer)] == outer and path != outer for outer in wrapped)
         if _is_layer(node) and not is_part:
             _watch(node, path, visit, found)
-    module(inputs)
+    runner.outputs(module, inputs, train=True)
     return found
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 
-from regjax import _checks, _numerics, _tree
+from regjax import _checks, _numerics, _selection, _tree
 from regjax._arguments import checked
 from regjax._base import Mask, Params, Tree
 from regjax.normalization import _statistics
@@ -102,7 +102,7 @@ def split_weights(params: Params, *, mask: Mask) -> Tree:
     """
     _checks.floating_tree("params", params)
     treedef: PyTreeDef = jax.tree.structure(params)
-    pairs = zip(jax.tree.leaves(params), _checks.mask_leaves(mask, params), strict=True)
+    pairs = zip(jax.tree.leaves(params), _selection.mask_leaves(mask, params), strict=True)
     return jax.tree.unflatten(
         treedef, [split_weight(leaf) if split else leaf for leaf, split in pairs]
     )

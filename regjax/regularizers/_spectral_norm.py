@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _loops, _numerics, _tree
+from regjax import _checks, _loops, _numerics, _selection, _tree
 from regjax._arguments import checked
 from regjax._base import Mask, Params, PRNGKey
 
@@ -80,7 +80,7 @@ def _kernels(params: Params, mask: Mask) -> list[jax.Array]:
     if mask is None:
         return [leaf for _, leaf in leaves if jnp.ndim(leaf) >= 2]
     kernels = []
-    for (path, leaf), choose in zip(leaves, _checks.mask_leaves(mask, params), strict=True):
+    for (path, leaf), choose in zip(leaves, _selection.mask_leaves(mask, params), strict=True):
         if choose and jnp.ndim(leaf) < 2:
             raise ValueError(
                 "`mask` must leave out leaves with fewer than two axes, got "

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from regjax import _checks, _tree
+from regjax import _checks, _selection, _tree
 from regjax._base import Mask, Params, Tree
 from regjax._space import Space
 from regjax.curvature._operators._products import Products
@@ -50,7 +50,7 @@ class Operator(Products):
           ValueError: the mask has another structure, or nothing stays.
           TypeError: the mask holds anything but Python bools.
         """
-        inside = tuple(_checks.mask_leaves(mask, self.space.like()))
+        inside = tuple(_selection.mask_leaves(mask, self.space.like()))
         if not any(inside):
             raise ValueError("`mask` must keep at least one leaf, got none.")
         return self.submatrix(inside)

@@ -1,0 +1,213 @@
+"""Equinox modules as models."""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import numpy as np
+
+from regjax import _calls, _checks, _parts
+from regjax._adapters import Model, model_of
+from regjax._arguments import checked
+from regjax._base import Mask, Params, PRNGKey, State, Tree
+from regjax._calls import Call
+from regjax._runners import Static, owned
+
+
+@dataclasses.dataclass(frozen=True)
+class EquinoxRunner:
+    """Runs an Equinox module.
+
+    Attributes:
+      evaluation: what of the module is no array, in evaluation mode.
+      training: the same in train mode.
+      call: what is called with the whole batch; None: the module itself, mapped over the examples.
+      axis_name: name of the mapped axis.
+      drops: whether the module has dropout.
+    """
+
+    evaluation: Static
+    training: Static
+    call: Call | None
+    axis_name: Hashable
+    drops: bool
+
+    def __call__(
+        self, params: Params, state: State, inputs: Tree, train: bool, key: PRNGKey | None
+    ) -> tuple[Tree, State]:
+        equinox = _calls.optional("equinox", "from_equinox")
+        static = self.training if train else self.evaluation
+        carried = owned(state.get("params"))
+        parts = [] if carried is None else [carried]
+        module = equinox.combine(owned(params), *parts, static.value)
+        name = type(module).__name__
+        if train and key is None and self.drops:
+            raise ValueError(f"`key` must be given in train mode: {name} has dropout, got None.")
+        # A state that has been written to cannot be read again: it is the caller's.
+        leaves, treedef = jax.tree.flatten(state.get("state"))
+        own_state = jax.tree.unflatten(treedef, leaves)
+        run = _mapped if self.call is None else _whole
+        outputs, new = run(self, module, inputs, own_state, key if train else None, train)
+        if not train:
+            return outputs, state
+        if leaves and all(a is b for a, b in zip(leaves, jax.tree.leaves(new), strict=True)):
+            raise _calls.not_told(name, "a state that its call left as it was")
+        return outputs, {**state, **({"state": new} if leaves else {})}
+
+
+def _mapped(
+    runner: EquinoxRunner,
+    module: Callable[..., Tree],
+    inputs: Tree,
+    state: Tree,
+    key: PRNGKey | None,
+    train: bool,
+) -> tuple[Tree, Tree]:
+    """Maps the module over the examples, each with a key of its own."""
+    function = type(module).__call__
+    # Equinox's own layers have old names of `inference` that warn.
+    is_theirs = type(module).__module__.startswith("equinox.")
+    options = {} if is_theirs else _calls.mode_options(function, train)
+    call = lambda example, *rest, **keys: module(example, *rest, **keys, **options)
+    keys: dict[str, Any] = {}
+    if _calls.needs(function, "key") or (key is not None and _calls.takes(function, "key")):
+        number = _checks.num_examples(inputs)
+        keys["key"] = None if key is None else jax.random.split(key, number)
+    if not jax.tree.leaves(state):
+        return jax.vmap(call, axis_name=runner.axis_name)(inputs, **keys), state
+    mapped = jax.vmap(call, (0, None), (0, None), axis_name=runner.axis_name)
+    return mapped(inputs, state, **keys)
+
+
+def _whole(
+    runner: EquinoxRunner,
+    module: Callable[..., Tree],
+    inputs: Tree,
+    state: Tree,
+    key: PRNGKey | None,
+    train: bool,
+) -> tuple[Tree, Tree]:
+    """Calls what the user wrote with the whole batch."""
+    call: Any = runner.call
+    options: dict[str, Any] = _calls.mode_options(call, train)
+    if _calls.takes(call, "key"):
+        options["key"] = key
+    if not _calls.takes(call, "state"):
+        return call(module, inputs, **options), state
+    return call(module, inputs, state=state, **options)
+
+
+@checked
+def from_equinox(
+    module: Callable[..., Tree],
+    state: State = None,
+    *,
+    call: Call | None = None,
+    wrt: Mask = None,
+) -> Model:
+    """Turns an Equinox module into a `Model`.
+
+        net, state = equinox.nn.make_with_state(Net)(key)
+        model = regjax.from_equinox(net, state)
+        net = equinox.combine(params, net)  # the way back
+
+    The module sees one example at a time, `module(x)`, `module(x, state)`, with a key of its own as
+    `key=` where it takes one, and is mapped over the batch under the axis name of its batch norm.
+
+    Args:
+      module: an `equinox.Module`, whose `inference` flags say that it does not train.
+      state: an `equinox.nn.State`, for modules that have one.
+      call: what to do with a whole batch instead, for models of several inputs or outputs:
+        (module, inputs, **options) -> outputs, or (outputs, new state) if `state` is one of the
+        options that it takes; the others are `key` (None in evaluation mode) and `train`,
+        `training`, `is_training`, `is_train`, `deterministic`, `use_running_average`, `inference`
+        and `is_eval`.
+      wrt: which leaves are the parameters: a tree of bools like the module or an upper part of it,
+        or a function (path, leaf) -> bool, a path as ("layers", 0, "weight"); None: all arrays of
+        floating point. The others travel in the state, as integers and bools always do.
+
+    Returns:
+      A `Model`. Its parameters are the module with None for all else, as `equinox.partition` makes
+      them; its state has the entries "state", the `equinox.nn.State`, and "params", the arrays
+      that are carried along, where there are any.
+
+    Raises:
+      ImportError: Equinox is not installed.
+      TypeError: `module` is no Equinox module, `state` no `equinox.nn.State`, or a parameter is
+        complex.
+      ValueError: there is no parameter, `wrt` chooses nothing, or batch norms have several axis
+        names. In train mode later: dropout gets no key, or the state did not move.
+    """
+    equinox = _calls.optional("equinox", "from_equinox")
+    if not isinstance(module, equinox.Module):
+        raise TypeError(f"`module` must be an equinox.Module, got {type(module).__name__}.")
+    if state is not None and not isinstance(state, equinox.nn.State):
+        raise TypeError(f"`state` must be an equinox.nn.State, got {type(state).__name__}.")
+    is_array = lambda leaf: isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    arrays, static = equinox.partition(module, is_array)
+    params, rest = _parts.partition(arrays, _chosen(wrt, module, arrays, is_array))
+    _checks.floating_tree("params", params)
+    carried: dict[str, Tree] = {"params": rest} if jax.tree.leaves(rest) else {}
+    if state is not None and jax.tree.leaves(state):
+        carried["state"] = state
+    layers = _nodes(module, equinox.nn.Dropout)
+    runner = EquinoxRunner(
+        Static(equinox.nn.inference_mode(static, True)),
+        Static(equinox.nn.inference_mode(static, False)),
+        _calls.checked_call(call, module),
+        _axis_name(_nodes(module, equinox.nn.BatchNorm), call),
+        any(layer.p > 0 for layer in layers),
+    )
+    return model_of(
+        runner,
+        owned(params),
+        owned(carried),
+        has_batch_statistics=_couples(module, equinox),
+    )
+
+
+def _chosen(
+    wrt: Mask, module: Tree, arrays: Tree, is_array: Callable[[object], bool]
+) -> list[bool]:
+    """Returns for each array whether it is a parameter.
+
+    A tree of bools may be like the whole module, as a filter of Equinox is, or like its arrays.
+    """
+    bools = jax.tree.leaves(wrt)
+    is_tree = bools and all(isinstance(leaf, (bool, np.bool_)) for leaf in bools)
+    if is_tree and Static(jax.tree.structure(wrt)) == Static(jax.tree.structure(module)):
+        pairs = zip(bools, jax.tree.leaves(module), strict=True)
+        inside = [bool(here) for here, leaf in pairs if is_array(leaf)]
+        wrt = jax.tree.unflatten(jax.tree.structure(arrays), inside)
+    return _parts.chosen_leaves(wrt, arrays)
+
+
+def _nodes(module: Tree, kind: type) -> list[Any]:
+    """Returns the layers of a kind."""
+    is_kind = lambda node: isinstance(node, kind)
+    return [node for node in jax.tree.leaves(module, is_leaf=is_kind) if is_kind(node)]
+
+
+def _axis_name(norms: list[Any], call: Call | None) -> Hashable:
+    names: set[Hashable] = set()
+    for norm in norms:
+        given = norm.axis_name
+        names |= set(given) if isinstance(given, (list, tuple)) else {given}
+    if len(names) > 1 and call is None:
+        raise ValueError(
+            f"`module` must have batch norms of one axis name, got {sorted(map(str, names))}: map "
+            f"it over the batch by a `call` of your own."
+        )
+    return next(iter(names)) if len(names) == 1 else "batch"
+
+
+def _couples(module: Tree, equinox: Any) -> bool:
+    """Tells whether a layer keeps what may be statistics of the batch: any but spectral norm."""
+    nodes = (equinox.nn.StateIndex, equinox.nn.SpectralNorm)
+    return bool(_nodes_outside(module, *nodes))
+
+
+def _nodes_outside(module: Tree, kind: type, outer: type) -> list[Any]:
+    is_node = lambda node: isinstance(node, (kind, outer))
+    return [node for node in jax.tree.leaves(module, is_leaf=is_node) if isinstance(node, kind)]
