@@ -45,7 +45,9 @@ def main(num_steps=3):
         params, state, opt_state = train_step(params, state, opt_state, x, y)
 
     model = regjax.from_haiku(network, params, state)  # regjax
-    hessian = regjax.curvature.hessian(regjax.model_loss(model, cross_entropy), model.params, x, y)  # regjax
+    hessian = regjax.curvature.hessian(
+        regjax.model_loss(model, cross_entropy), model.params, x, y
+    )  # regjax
     top = regjax.curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
     return params, state, float(top.values[0])
 

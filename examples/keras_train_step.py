@@ -56,7 +56,9 @@ def main(num_steps=3):
     net.fit(x, y, batch_size=len(x), epochs=num_steps, shuffle=False, verbose=0)
 
     model = regjax.from_keras(net)  # regjax
-    hessian = regjax.curvature.hessian(regjax.model_loss(model, cross_entropy), model.params, x, y)  # regjax
+    hessian = regjax.curvature.hessian(
+        regjax.model_loss(model, cross_entropy), model.params, x, y
+    )  # regjax
     top = regjax.curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
     return net, float(top.values[0])
 

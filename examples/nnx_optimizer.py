@@ -52,7 +52,9 @@ def main(num_steps=3):
         train_step(net, optimizer, x, y)
 
     model = regjax.from_nnx(net)  # regjax
-    hessian = regjax.curvature.hessian(regjax.model_loss(model, cross_entropy), model.params, x, y)  # regjax
+    hessian = regjax.curvature.hessian(
+        regjax.model_loss(model, cross_entropy), model.params, x, y
+    )  # regjax
     top = regjax.curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
     return net, float(top.values[0])
 
