@@ -22,9 +22,7 @@ import jax
 
 from regjax import _checks
 from regjax._arguments import checked
-from regjax._base import ModelFn, OutputLossFn, Params, PRNGKey, State, Tree
-from regjax._base import check_separable as check_separable
-from regjax._base import couples_examples as couples_examples
+from regjax._base import Loss, ModelFn, OutputLossFn, Params, PRNGKey, State, Tree
 from regjax._runners import Apply, ApplyFn, CallableRunner, Run, Static
 
 _MODES = ("evaluation", "train", "train_per_chunk")
@@ -137,8 +135,8 @@ class ModelLoss:
         """Tells whether each chunk has statistics of its own, as asked for by name."""
         return self.function.differs_by_chunk
 
-    def __call__(self, params: Params, inputs: Tree, targets: Tree) -> jax.Array:
-        """Computes the mean loss over the examples."""
+    def __call__(self, params: Params, inputs: Tree, targets: Tree) -> Loss:
+        """Computes the mean loss over the examples, or the weighted means of `output_loss_fn`."""
         return self.output_loss_fn(self.function(params, inputs), targets)
 
 
@@ -183,8 +181,8 @@ def model_loss(
 
     Args:
       model: from one of the adapters.
-      output_loss_fn: (outputs, targets) -> scalar, the mean over the examples; hashable and
-        static, the same object again compiles nothing again.
+      output_loss_fn: (outputs, targets) -> scalar, the mean over the examples, or a
+        `WeightedMean`; hashable and static.
       mode: as in `model_function`.
       key: as in `model_function`.
 

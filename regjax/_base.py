@@ -1,21 +1,19 @@
 """The vocabulary of the library: what a loss, a model, a gradient and a product look like.
 
-A loss is a mean over independent examples, so that data can be split into chunks; what breaks this
-says so (`couples_examples`) or is found out (`check_separable`).
+A loss is a mean over independent examples, or a weighted mean, so that data can be split into
+chunks; what breaks this says so (`couples_examples`) or is found out (`_separable.py`).
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _programs, _tree
-from regjax._arguments import checked
+from regjax import _checks, _programs
 
 Params: TypeAlias = Any
 """Tree of real floating-point arrays."""
@@ -39,8 +37,8 @@ Mask: TypeAlias = Any
 Tree: TypeAlias = Any
 """Any other tree of arrays; what its leaves are is said where it is used."""
 
-OutputLossFn: TypeAlias = Callable[[Any, Any], jax.Array]
-"""(outputs, targets) -> scalar, the mean over the examples."""
+OutputLossFn: TypeAlias = Callable[[Any, Any], Any]
+"""(outputs, targets) -> the mean over the examples, or a `WeightedMean`, as of a `LossFn`."""
 
 PRNGKey: TypeAlias = jax.Array
 """Typed key from `jax.random.key`."""
@@ -52,11 +50,33 @@ Callback: TypeAlias = Callable[[int, int], None]
 """Called as callback(done, total) from the host while a solver runs."""
 
 
-class LossFn(Protocol):
-    """(params, *batch) -> scalar, the mean over the examples."""
+class WeightedMean(NamedTuple):
+    """A weighted mean that is not divided yet: what a loss returns in place of sum / weight.
 
-    def __call__(self, params: Params, /, *batch: Tree) -> jax.Array:
-        """Returns the mean loss, shape ()."""
+    Of data in parts it is the sum of the sums over the sum of the weights, whereas the quotients of
+    the parts say too little. A masked mean over tokens is
+    `WeightedMean(jnp.sum(mask * nll), jnp.sum(mask))`. A tuple of several adds up: a mean over
+    tokens and a penalty that is a mean over something else.
+
+    Attributes:
+      sum: (), real floating point, the sum of weight times loss.
+      weight: (), float32 at least or an integer, the sum of the weights; must not depend on the
+        parameters.
+    """
+
+    sum: jax.Array
+    weight: jax.Array
+
+
+Loss: TypeAlias = Any
+"""What a loss returns: a mean over the examples, (), a `WeightedMean` or a tuple of them."""
+
+
+class LossFn(Protocol):
+    """(params, *batch) -> the mean over the examples, or a `WeightedMean`."""
+
+    def __call__(self, params: Params, /, *batch: Tree) -> Loss:
+        """Returns the mean loss, shape (), or a weighted mean."""
         ...
 
 
@@ -75,7 +95,8 @@ def couples_examples(function: Callable[..., Tree]) -> bool:
       function: a loss or a model, perhaps inside of `functools.partial` or `jax.tree_util.Partial`.
 
     Returns:
-      Its attribute `couples_examples`; False for plain callables, which `check_separable` tests.
+      Its attribute `couples_examples`; False for plain callables, which are tested where data are
+      split (`check_separable`).
     """
     return _says(function, "couples_examples")
 
@@ -85,47 +106,15 @@ def differs_by_chunk(function: Callable[..., Tree]) -> bool:
     return _says(function, "differs_by_chunk")
 
 
+def assumed_separable(function: Callable[..., Tree]) -> bool:
+    """Tells whether its user says that nobody is to test whether `function` couples examples."""
+    return _says(function, "assumed_separable")
+
+
 def _says(function: Callable[..., Tree], name: str) -> bool:
     while isinstance(function, functools.partial) and not hasattr(function, name):
         function = function.func
     return bool(getattr(function, name, False))
-
-
-@checked
-def check_separable(loss_fn: LossFn, params: Params, *batch: Tree, tol: float = 1e-4) -> None:
-    """Checks that a loss is a mean over independent examples, by splitting the batch unevenly.
-
-    Evaluates the loss three times, outside of `jit`.
-
-    Args:
-      loss_fn: (params, *batch) -> scalar.
-      params: tree of parameters.
-      *batch: arrays with a leading axis of at least two examples. Of two, the parts are equal, and
-        a mean that forgets the sizes goes unnoticed.
-      tol: allowed difference between the loss of the whole batch and the size-weighted mean
-        of two unequal parts, relative to the largest magnitude of the three losses.
-
-    Raises:
-      ValueError: the losses differ (a sum, or batch norm in train mode), are not finite scalars,
-        or there are fewer than two examples.
-    """
-    _checks.non_negative("tol", tol)
-    length = _checks.num_examples(batch)
-    if length < 2:
-        raise ValueError(f"`batch` must hold at least two examples to be split, got {length}.")
-    cut = max(1, length // 3)
-    first = jax.tree.map(lambda leaf: leaf[:cut], batch)
-    second = jax.tree.map(lambda leaf: leaf[cut:], batch)
-    whole, one, two = (_finite_scalar(loss_fn(params, *part)) for part in (batch, first, second))
-    mean = (cut * one + (length - cut) * two) / length
-    # At a minimum of zero the losses are squares of rounding, and no mean of one another.
-    rounding = float(jnp.finfo(_tree.vector_dtype(params)).eps) ** 2
-    if abs(whole - mean) > tol * max(abs(whole), abs(one), abs(two)) + rounding:
-        raise ValueError(
-            f"`loss_fn` must be the mean over independent examples: the whole batch gives "
-            f"{whole:.6g}, the size-weighted mean of {cut} and {length - cut} examples gives "
-            f"{mean:.6g}. A sum does this, and batch norm or dropout in train mode."
-        )
 
 
 def as_partial(function: Callable[..., Tree]) -> Any:
@@ -138,20 +127,63 @@ def as_partial(function: Callable[..., Tree]) -> Any:
 def check_loss(
     loss_fn: Callable[..., Tree], params: Params, batch: Batch, *, name: str = "loss_fn"
 ) -> None:
-    """Checks, without evaluating it, that `loss_fn` gives a real floating-point scalar."""
+    """Checks, without evaluating it, that `loss_fn` gives a loss."""
     _checks.function(name, loss_fn)
     _checks.floating_tree("params", params)
     # A second call for the same shapes traces nothing.
     check_scalar(applied.eval_shape(as_partial(loss_fn), params, batch), name=name)
 
 
+def terms(loss: Loss) -> tuple[WeightedMean, ...]:
+    """The weighted means that a loss adds up; none if it is a plain mean."""
+    if isinstance(loss, WeightedMean):
+        return (loss,)
+    is_sum = isinstance(loss, tuple) and all(isinstance(part, WeightedMean) for part in loss)
+    return loss if is_sum else ()
+
+
 def check_scalar(loss: Tree, *, name: str = "loss_fn") -> None:
-    """Checks that what a loss gives, known by its shape, is a real floating-point scalar."""
-    shape = getattr(loss, "shape", None)
+    """Checks that what a loss gives, known by its shape, is a real floating-point scalar.
+
+    Or a `WeightedMean`, or a tuple of them.
+    """
+    weighted = terms(loss)
+    for term in weighted:
+        _check_number(term.sum, f"{name}(...).sum")
+        _check_weight(term.weight, name)
+    if weighted:
+        return
+    if isinstance(loss, (tuple, list, dict)) or loss is None:
+        kind = type(loss).__name__
+        found = kind if loss is None else f"a {kind} of {len(loss)}"
+        raise ValueError(
+            f"`{name}` must return a scalar, the mean loss, got {found}. If it returns (loss, "
+            f"aux), pass regjax.without_aux({name}); if it returns a sum and what divides it, "
+            "return regjax.WeightedMean(sum, weight)."
+        )
+    _check_number(loss, name)
+
+
+def _check_number(value: Tree, name: str) -> None:
+    shape = getattr(value, "shape", None)
     if shape != ():
         raise ValueError(f"`{name}` must return a scalar, the mean loss, got shape {shape}.")
-    if not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise TypeError(f"`{name}` must return a real floating-point number, got {loss.dtype}.")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must return a real floating-point number, got {value.dtype}.")
+
+
+def _check_weight(weight: Tree, name: str) -> None:
+    shape, dtype = getattr(weight, "shape", None), getattr(weight, "dtype", jnp.bool_)
+    if shape != ():
+        raise ValueError(f"`{name}(...).weight` must be one number, got shape {shape}.")
+    is_wide = jnp.issubdtype(dtype, jnp.integer) or (
+        jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32
+    )
+    if not is_wide:
+        raise TypeError(
+            f"`{name}(...).weight` must be of an integer type or float32 at least, in which counts "
+            f"are exact, got {dtype}."
+        )
 
 
 @_programs.bounded
@@ -159,14 +191,3 @@ def check_scalar(loss: Tree, *, name: str = "loss_fn") -> None:
 def applied(function: Callable[..., Tree], params: Params, batch: Batch) -> Tree:
     """Calls function(params, *batch), compiled once for a function that is a pytree."""
     return function(params, *batch)
-
-
-def _finite_scalar(loss: jax.Array) -> float:
-    shape = np.shape(loss) if loss is not None else None
-    if shape != ():
-        raise ValueError(f"`loss_fn` must return a scalar, got shape {shape}.")
-    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        raise TypeError(f"`loss_fn` must return a real floating-point number, got {loss!r}.")
-    if not jnp.isfinite(loss):
-        raise ValueError(f"`loss_fn` must be finite on the batch, got {loss}.")
-    return float(loss)

@@ -6,25 +6,24 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _programs, _tree
 from regjax._base import (
     Batch,
+    LossFn,
     Params,
     PRNGKey,
     Tree,
     applied,
     as_partial,
-    check_loss,
-    check_separable,
+    check_scalar,
     couples_examples,
-    differs_by_chunk,
 )
-from regjax._sharding import Placement
-
-# Enough examples to tell a mean from anything else.
-_SEPARABLE_EXAMPLES = 64
+from regjax._losses import declared, factors_of, mean_loss, mean_weights, with_factors
+from regjax._separable import ensure_separable
+from regjax._sharding import Placement, find
 
 
 @functools.partial(
@@ -55,27 +54,115 @@ class _Chunked:
         return self.function(self.params, *chunk)
 
 
-def checked_size(
-    loss_fn: Callable[..., Tree], params: Params, batch: Batch, chunk_size: int | None
-) -> int | None:
-    """`chunk_size`, None where one chunk holds the batch; a loss that cannot be split is refused.
+def prepared(
+    loss_fn: Callable[..., Tree],
+    params: Params,
+    batch: Batch,
+    chunk_size: int | None,
+    *,
+    name: str = "loss_fn",
+    single: bool = False,
+) -> tuple[LossFn, int | None]:
+    """A loss as it is now, ready to be split, and the size of chunks, None where one holds all.
+
+    Args:
+      loss_fn: as the user gave it.
+      params: the parameters.
+      batch: all data.
+      chunk_size: as the user gave it.
+      name: what the loss is called in a message.
+      single: whether single examples are wanted as well.
+
+    Returns:
+      (params, *part) -> the mean over the examples of a part, a pytree; and the size.
 
     Raises:
-      ValueError: the loss is no scalar, or the batch would be split though the loss couples its
-        examples: it says so, or it is no mean over some of them (seen outside of `jit` only).
+      TypeError: the loss is not callable, or no real floating-point number.
+      ValueError: the loss is no scalar, a weight is not positive, or the batch would be split
+        though the loss couples its examples: it says so, or it is no mean over some of them (seen
+        outside of `jit` only).
     """
-    check_loss(loss_fn, params, batch)
+    _checks.function(name, loss_fn)
+    _checks.floating_tree("params", params)
+    parts, size = parts_of(loss_fn, batch, chunk_size)
+    smallest = size
+    if single:
+        parts, smallest = parts + parts_of(loss_fn, batch, 1)[0], 1
+    if (placement := find(batch)) is not None:  # whoever goes device by device
+        own, _ = parts_of(loss_fn, batch, chunk_size, num_parts=placement.num_parts)
+        parts = parts + own
+    program = traced(loss_fn, params, *parts, name=name)
+    if smallest is not None:
+        ensure_separable(
+            loss_fn, params, batch, size=smallest, name=name,
+            functions=(loss_fn,), programs=(program,),
+        )  # fmt: skip
+    loss = mean_loss(program)
+    if loss is not program:
+        factors = factors_of(Partial(mean_weights, program), params, batch, name)
+        loss = with_factors(loss, factors)
+    return declared(loss), size
+
+
+def fixed(
+    function: Callable[..., Tree],
+    params: Params,
+    inputs: Tree,
+    chunk_size: int | None,
+    *rest: Tree,
+) -> _programs.Program:
+    """A model as it is now, for inputs that go through `each`: all of them, or chunks.
+
+    Args:
+      function: (params, inputs, *rest) -> outputs.
+      params: the parameters.
+      inputs: arrays with a leading axis of examples.
+      chunk_size: as the user gave it.
+      *rest: what is not split.
+    """
+    parts, _ = parts_of(function, (inputs,), chunk_size)
+    signatures = [(params, *part, *rest) for part in parts]
+    return _programs.share(_programs.trace(function, *signatures))
+
+
+def traced(
+    loss_fn: Callable[..., Tree], params: Params, *parts: Batch, name: str = "loss_fn"
+) -> _programs.Program:
+    """The program of a loss for batches of some shapes, shared with equal ones."""
+    coupled = couples_examples(loss_fn)
+    signatures = [(params, *part) for part in parts]
+    program = _programs.trace(loss_fn, *signatures, couples_examples=coupled)
+    check_scalar(program.outputs(*signatures[0]), name=name)
+    return _programs.share(program)
+
+
+def parts_of(
+    function: Callable[..., Tree], batch: Batch, chunk_size: int | None, *, num_parts: int = 1
+) -> tuple[tuple[Batch, ...], int | None]:
+    """Shapes of the batch and of all that it is split into, and the size of chunks if it is split.
+
+    Args:
+      function: a loss or a model.
+      batch: arrays with a leading axis of N examples.
+      chunk_size: number of examples at a time, on each device; None: all at once.
+      num_parts: number of devices over which the examples are divided.
+
+    Raises:
+      ValueError: `chunk_size` is not positive, or splits examples that `function` couples.
+    """
     if chunk_size is None:
-        return None
-    length = _checks.num_examples(batch)
-    if _checks.integer("chunk_size", chunk_size) >= length:
-        return None
-    refuse_coupled(loss_fn, chunk_size)
-    if _loops.is_concrete(loss_fn, params, batch) and not differs_by_chunk(loss_fn):
-        some = jax.tree.map(lambda leaf: leaf[:_SEPARABLE_EXAMPLES], batch)
-        loss = as_partial(loss_fn)
-        check_separable(lambda params, *part: applied(loss, params, part), params, *some)
-    return chunk_size
+        return (batch,), None
+    num_examples = _checks.num_examples(batch)
+    own = num_examples // num_parts
+    size = min(_checks.integer("chunk_size", chunk_size), own)
+    if size == num_examples:
+        return (batch,), None
+    refuse_coupled(function, size)
+    sizes = [size] if own % size == 0 else [size, own % size]
+    shapes = _programs.structs(batch)
+    row = lambda leaf, size: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
+    rows = (jax.tree.map(functools.partial(row, size=size), shapes) for size in sizes)
+    return (batch, *rows), size
 
 
 def refuse_coupled(function: Callable[..., Tree], chunk_size: int) -> None:

@@ -36,6 +36,17 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
                 yield inner
 
 
+def narrowest_eps(jaxpr: Any) -> float:
+    """The unit of rounding of the narrowest type that a jaxpr computes in; 0 if in none."""
+    dtypes = {
+        variable.aval.dtype
+        for equation in equations(jaxpr)
+        for variable in equation.outvars
+        if hasattr(variable.aval, "dtype") and jnp.issubdtype(variable.aval.dtype, jnp.inexact)
+    }
+    return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+
+
 def parts(closed: Any) -> tuple[Any, Any]:
     """The jaxpr and its constants."""
     return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())

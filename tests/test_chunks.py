@@ -55,7 +55,8 @@ def test_a_second_call_compiles_nothing_and_gradients_pass_through():
 
 
 def test_what_cannot_be_split_is_refused():
-    check = functools.partial(_chunks.checked_size, params=PROBLEM.params, batch=PROBLEM.batch)
+    prepared = functools.partial(_chunks.prepared, params=PROBLEM.params, batch=PROBLEM.batch)
+    check = lambda loss_fn, chunk_size: prepared(loss_fn, chunk_size=chunk_size)[1]
     assert check(oracles.loss_fn, chunk_size=None) is None
     assert check(oracles.loss_fn, chunk_size=23) is None
     assert check(oracles.loss_fn, chunk_size=22) == 22

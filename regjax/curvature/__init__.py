@@ -35,8 +35,8 @@ from regjax.curvature._operators._dropout import dropout_covariance as dropout_c
 from regjax.curvature._operators._dropout import (
     dropout_covariance_factor as dropout_covariance_factor,
 )
+from regjax.curvature._operators._fisher import fisher as fisher
 from regjax.curvature._operators._gauss_newton import empirical_fisher as empirical_fisher
-from regjax.curvature._operators._gauss_newton import fisher as fisher
 from regjax.curvature._operators._gauss_newton import gauss_newton as gauss_newton
 from regjax.curvature._operators._hessian import from_gradient as from_gradient
 from regjax.curvature._operators._hessian import hessian as hessian

@@ -59,13 +59,7 @@ def narrowest_eps(function: Callable[..., Any], *arguments: Any) -> float:
 def _narrowest_eps(function: Callable[..., Any], treedef: Any, shapes: tuple[Any, ...]) -> float:
     structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
     traced = jax.make_jaxpr(function)(*jax.tree.unflatten(treedef, structs))
-    dtypes = {
-        variable.aval.dtype
-        for equation in _jaxprs.equations(traced.jaxpr)
-        for variable in equation.outvars
-        if hasattr(variable.aval, "dtype") and jnp.issubdtype(variable.aval.dtype, jnp.inexact)
-    }
-    return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+    return _jaxprs.narrowest_eps(traced.jaxpr)
 
 
 def rounding(values: jax.Array, *, eps: Any, dtype: jnp.dtype, num_rows: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import LossFn, Params, Tree, as_partial, couples_examples
+from regjax._base import LossFn, Params, Tree, couples_examples
 from regjax._space import Space
 from regjax.curvature._operators._hessian import differentiate_gradient
 from regjax.curvature._precision import precision
@@ -100,14 +100,11 @@ def hessian_noise_power(
             'mode), got one that does; use mode="evaluation".'
         )
     # Single examples are chunks of one: what is no mean over examples is found out here.
-    _chunks.checked_size(loss_fn, params, batch, 1)
+    function, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size, single=True)
     _checks.same_tree("direction", direction, params)
-    if chunk_size is not None:
-        chunk_size = min(_checks.integer("chunk_size", chunk_size), _checks.num_examples(batch))
     space = Space.of(params)
     flat = space.ravel(direction)
     unit = space.unravel(flat / space.norm(flat))
-    function = as_partial(loss_fn)
     mean = _chunks.mean(Partial(_product, function, unit), params, batch, chunk_size)
     squares = _chunks.each(
         Partial(_squared_distances, function, unit, mean), params, batch, chunk_size

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import Params, Tree, as_partial
+from regjax._base import Params, Tree
 from regjax.diagnostics._decision_margin import check_classifier, margins
 from regjax.diagnostics._spline_partition import check_preactivations, signed_distances
 
@@ -110,8 +110,10 @@ def boundary_jitter(
     name = "batch_preactivations_fn"
     check_preactivations(name, batch_preactivations_fn, params, inputs, _batch(batches, 0))
 
+    fixed = _chunks.fixed(batch_preactivations_fn, params, inputs, chunk_size, _batch(batches, 0))
+
     def measure(batch: Tree) -> Tree:
-        given = Partial(_given, as_partial(batch_preactivations_fn), batch)
+        given = Partial(_given, fixed, batch)
         function = Partial(signed_distances, given)
         distances = _chunks.each(function, params, (inputs,), chunk_size)
         # Of one sign, so that the sum stays infinite and a NaN is one of the inputs'.
@@ -173,8 +175,10 @@ def margin_jitter(
         "batch_model_fn", batch_model_fn, params, inputs, targets, _batch(batches, 0)
     )
 
+    fixed = _chunks.fixed(batch_model_fn, params, inputs, chunk_size, _batch(batches, 0))
+
     def measure(batch: Tree) -> jax.Array:
-        given = Partial(_given, as_partial(batch_model_fn), batch)
+        given = Partial(_given, fixed, batch)
         return _chunks.each(Partial(margins, given), params, (inputs, targets), chunk_size)
 
     mean = _mean(measure, batches, num_batches)

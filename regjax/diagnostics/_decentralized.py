@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics, _tree, curvature
 from regjax._arguments import checked
-from regjax._base import LossFn, Params, Tree, as_partial
+from regjax._base import LossFn, Params, Tree
 
 
 class LandscapeNoiseResult(NamedTuple):
@@ -78,8 +78,8 @@ def landscape_dependent_noise(
     leaves = jax.tree.leaves(_checks.floating_tree("params", params))
     _checks.same_tree("params", params, mean_grads, leading=jnp.shape(leaves[0])[:1] or (1,))
     center, deviations = _centered(params)
-    chunk_size = _chunks.checked_size(loss_fn, center, batch, chunk_size)
-    gradient = _chunks.mean(Partial(_gradient, as_partial(loss_fn)), center, batch, chunk_size)
+    loss_fn, chunk_size = _chunks.prepared(loss_fn, center, batch, chunk_size)
+    gradient = _chunks.mean(Partial(_gradient, loss_fn), center, batch, chunk_size)
     hessian = curvature.hessian(loss_fn, center, *batch, chunk_size=chunk_size)
     return _split_step(
         mean_grads, gradient, deviations, hessian.matmat(deviations), jnp.asarray(learning_rate)

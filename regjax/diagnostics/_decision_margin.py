@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _jacobian, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import ModelFn, Params, Tree, as_partial
+from regjax._base import ModelFn, Params, Tree
 from regjax.diagnostics._spline_partition import ratio
 
 
@@ -51,7 +51,7 @@ def decision_margin(
       for piecewise linear classifiers.
     """
     targets = check_classifier("model_fn", model_fn, params, inputs, targets)
-    function = Partial(margins, as_partial(model_fn))
+    function = Partial(margins, _chunks.fixed(model_fn, params, inputs, chunk_size))
     return _chunks.each(function, params, (inputs, targets), chunk_size)
 
 
@@ -77,7 +77,11 @@ def check_classifier(
 ) -> jax.Array:
     """Returns the targets as an array, checked against the logits."""
     _jacobian.check_model(name, function, inputs)
-    shape = getattr(jax.eval_shape(as_partial(function), params, inputs, *rest), "shape", None)
+    shape = getattr(
+        jax.eval_shape(lambda *arguments: function(*arguments), params, inputs, *rest),
+        "shape",
+        None,
+    )
     if shape is None or len(shape) != 2 or shape[0] != len(inputs) or shape[1] < 2:
         raise ValueError(
             f"`{name}` must return logits of shape ({len(inputs)}, classes), two classes at least, "

@@ -107,7 +107,7 @@ def dropout_noise_alignment(
     _checks.integer("num_samples", num_samples, minimum=2)
     _checks.integer("num_directions", num_directions, maximum=num_samples - 1)
     _checks.integer("num_probes", num_probes)
-    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     mask_key, probe_key = jax.random.split(_checks.key("key", key))
     factor = curvature.dropout_covariance_factor(
         dropout_loss_fn, params, key=mask_key, num_samples=num_samples

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics
 from regjax._arguments import checked
-from regjax._base import LossFn, Params, Tree, as_partial
+from regjax._base import LossFn, Params, Tree
 from regjax.diagnostics._surface import Path, walk
 
 
@@ -72,7 +72,7 @@ def interval_flatness(
     References:
       Y. Feng, Y. Tu (2021), PNAS 118(9), doi 10.1073/pnas.2015617118, definition of F.
     """
-    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     _checks.floating_like("direction", direction, params)
     _checks.number("max_distance", max_distance, above_zero=True)
     _checks.integer("num_evaluations", num_evaluations, minimum=3)
@@ -87,7 +87,7 @@ def interval_flatness(
     ends, brackets, found = [], [], []
     for sign in (-1, 1):
         place = Partial(_along, params, direction, _numerics.divide(sign, norm))
-        path = Path(as_partial(loss_fn), place, batch, chunk_size)
+        path = Path(loss_fn, place, batch, chunk_size)
         zero = jnp.zeros((), norm.dtype)
         limits = (start * factor, first, jnp.asarray(max_distance, norm.dtype))
         low, high, is_found = walk(

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import Batch, LossFn, Params, Tree, as_partial
+from regjax._base import Batch, LossFn, Params, Tree
 
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
@@ -85,9 +85,9 @@ def line_probe(
       S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, figure 4. There is no
       official code; reimplementations often compare consecutive gradients of separate runs.
     """
-    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     learning_rates = vector_of("learning_rates", learning_rates)
-    differentiate = Partial(_value_and_grad, as_partial(loss_fn))
+    differentiate = Partial(_value_and_grad, loss_fn)
     loss, gradient = _chunks.mean(differentiate, params, batch, chunk_size)
 
     zeros = jnp.zeros(learning_rates.shape, _tree.wide_dtype(loss))
@@ -141,10 +141,10 @@ def internal_covariate_shift(
     References:
       S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, definition 2.1.
     """
-    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     _checks.floating_like("other_params", other_params, params)
     places = _layer_numbers(params, layers)
-    differentiate = Partial(_value_and_grad, as_partial(loss_fn))
+    differentiate = Partial(_value_and_grad, loss_fn)
     loss, gradient = _chunks.mean(differentiate, params, batch, chunk_size)
 
     # Nothing before the first layer moves.

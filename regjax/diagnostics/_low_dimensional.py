@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _jacobian, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import ModelFn, Params, PRNGKey, as_partial
+from regjax._base import ModelFn, Params, PRNGKey
 
 # Of B'B - I: far above the float32 rounding of an SVD, far below a column that has no unit norm.
 _ORTHONORMAL = 1e-4
@@ -147,7 +147,7 @@ def transversal_complexity(
     """
     _jacobian.check_model("model_fn", model_fn, inputs)
     basis = _checked_basis(basis, inputs[0].size)
-    function = Partial(_squared_norms, as_partial(model_fn))
+    function = Partial(_squared_norms, _chunks.fixed(model_fn, params, inputs, chunk_size))
     return jnp.mean(_chunks.each(function, (params, basis), (inputs,), chunk_size))
 
 
@@ -194,7 +194,7 @@ def transversal_variation(
     _checks.non_negative("radius", radius, finite=True)
     rest = params, basis, jnp.asarray(radius, basis.dtype)
     value, error = _chunks.sampled(
-        Partial(_changes, as_partial(model_fn)), rest, inputs,
+        Partial(_changes, _chunks.fixed(model_fn, params, inputs, chunk_size)), rest, inputs,
         key=key, num_samples=num_samples, chunk_size=chunk_size,
     )  # fmt: skip
     return TransversalVariationResult(value, error)

@@ -88,7 +88,7 @@ def lambda_max_between(
     """
     _checks.integer("num_points", num_points, minimum=2)
     _checks.floating_like("other_params", other_params, params)
-    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     keys = jax.random.split(_checks.key("key", key), num_points)
 
     def measure(_: None, found: SharpnessResult, i: jax.Array) -> SharpnessResult:

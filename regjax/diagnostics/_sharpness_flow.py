@@ -105,7 +105,7 @@ def sharpness_reduction_flow(
     _checks.number("intrinsic_rate", intrinsic_rate, above_zero=True)
     _checks.number("flat_tol", flat_tol, above_zero=True)
     _checks.number("tol", tol)
-    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     of_direction, origin = displaced(loss_fn, params, mask, tangent=True)
     hessian = curvature.hessian(of_direction, origin, *batch, chunk_size=chunk_size)
 

@@ -84,7 +84,7 @@ def spherical_sharpness(
       K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand: the identities
       were derived again.
     """
-    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     of_direction, at = displaced(loss_fn, params, mask, tangent)
     hessian = curvature.hessian(of_direction, at, *batch, chunk_size=chunk_size)
     return largest_eigenvalue(hessian, key=key, max_matvecs=max_matvecs, tol=tol)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _jacobian, _loops, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import Params, PRNGKey, Tree, as_partial
+from regjax._base import Params, PRNGKey, Tree
 
 _WORD = 32  # units to a word of the sign pattern
 
@@ -92,7 +92,9 @@ def boundary_distances(
       the usual one for piecewise linear functions.
     """
     check_preactivations("preactivations_fn", preactivations_fn, params, inputs)
-    function = Partial(signed_distances, as_partial(preactivations_fn))
+    function = Partial(
+        signed_distances, _chunks.fixed(preactivations_fn, params, inputs, chunk_size)
+    )
     distances = _chunks.each(function, params, (inputs,), chunk_size)
     return jax.tree.map(jnp.abs, distances)
 
@@ -133,7 +135,8 @@ def boundary_density(
     """
     _checks.number("radius", radius, above_zero=True)
     shapes = check_preactivations("preactivations_fn", preactivations_fn, params, inputs)
-    function = Partial(_near, as_partial(preactivations_fn), jnp.asarray(radius))
+    fixed = _chunks.fixed(preactivations_fn, params, inputs, chunk_size)
+    function = Partial(_near, fixed, jnp.asarray(radius))
     counts = _chunks.each(function, params, (inputs,), chunk_size)
     shares = jax.tree.map(
         lambda count, shape: jnp.where(count < 0, jnp.nan, count / (shape.size // len(inputs))),
@@ -193,7 +196,7 @@ def region_count(
         raise ValueError(f"`center` must hold at least one number, got shape {center.shape}.")
     points = _in_ball(key, center, radius, num_samples)
     check_preactivations("preactivations_fn", preactivations_fn, params, points)
-    function = Partial(_patterns, as_partial(preactivations_fn))
+    function = Partial(_patterns, _chunks.fixed(preactivations_fn, params, points, chunk_size))
     words, known = _chunks.each(function, params, (points,), chunk_size)
     ranks = _loops.scan(_refined, jnp.zeros(num_samples, jnp.int32), words.shape[1], operands=words)
     sizes = jnp.bincount(ranks, length=num_samples)
@@ -220,7 +223,7 @@ def check_preactivations(
 ) -> Tree:
     """Returns the shapes of the pre-activations, each with the axis of the examples."""
     _jacobian.check_model(name, function, inputs)
-    shapes = jax.eval_shape(as_partial(function), params, inputs, *rest)
+    shapes = jax.eval_shape(lambda *arguments: function(*arguments), params, inputs, *rest)
     for path, leaf in jax.tree_util.tree_leaves_with_path(_checks.floating_tree(name, shapes)):
         if leaf.ndim == 0 or leaf.shape[0] != len(inputs):
             raise ValueError(

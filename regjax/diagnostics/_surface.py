@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import Batch, LossFn, Params, PRNGKey, Tree, as_partial
+from regjax._base import Batch, LossFn, Params, PRNGKey, Tree
 from regjax.diagnostics._landscape import vector_of
 
 _Carry = TypeVar("_Carry")
@@ -82,7 +82,7 @@ def interpolate(
       ValueError: `other_params` is another tree, `positions` is no vector, or the loss is no scalar
         or cannot be split in chunks.
     """
-    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     _checks.floating_like("other_params", other_params, params)
     positions = vector_of("positions", positions)
     place = Partial(_between, params, other_params, positions)
@@ -125,7 +125,7 @@ def loss_surface(
     References:
       H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein (2018), arXiv:1712.09913.
     """
-    chunk_size = _chunks.checked_size(loss_fn, params, batch, chunk_size)
+    loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     _checks.floating_like("direction", direction, params)
     _checks.floating_like("other_direction", other_direction, params)
     positions = vector_of("positions", positions)
@@ -143,7 +143,7 @@ def loss_surface(
 class Path:
     """The loss at the points that `place` gives."""
 
-    loss_fn: Partial
+    loss_fn: LossFn
     place: Partial
     batch: Batch
     chunk_size: int | None
@@ -155,7 +155,7 @@ class Path:
 def _losses(
     loss_fn: LossFn, place: Partial, num_points: int, batch: Batch, chunk_size: int | None
 ) -> jax.Array:
-    path = Path(as_partial(loss_fn), place, batch, chunk_size)
+    path = Path(loss_fn, place, batch, chunk_size)
     dtype = _tree.vector_dtype(place.args[0])
     return walk(_evaluate, jnp.zeros(num_points, dtype), num_points, path)
 

@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from regjax import curvature
-from regjax._adapters import Model, check_separable, model_function, model_loss
+from regjax._adapters import Model, model_function, model_loss
 from regjax._base import applied
 from regjax._loops import Interrupted
+from regjax._separable import check_separable
 from regjax.experiments._data import Dataset
 from regjax.experiments._inputs import Scaling, cross_entropy, normalize
 from regjax.experiments._options import UsageError

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _loops, _numerics, _tree
+from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import Batch, LossFn, Params, Tree, as_partial, check_loss
+from regjax._base import Batch, LossFn, Params, Tree
+from regjax._losses import Whole, whole
 
 _B1, _EPSILON = 0.9, 1e-8  # of Adam, as in the official code
 _MIN_SCALE = 0.01
@@ -114,7 +114,8 @@ def gradinit(
     _checks.non_negative("learning_rate", learning_rate)
     _checks.positive("first_step_learning_rate", step_rate)
     num_iterations = _num_iterations(batches)
-    check_loss(loss_fn, params, jax.tree.map(lambda leaf: leaf[0, 0], batches))
+    one = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0, 0], tree), batches)
+    loss = whole(_chunks.traced(loss_fn, params, one))
     iteration = _Iteration(variant, second_order)
     dtype, num_leaves = _tree.vector_dtype(params), len(jax.tree.leaves(params))
     numbers = (gradient_norm_bound, learning_rate, step_rate, clip)
@@ -125,7 +126,7 @@ def gradinit(
             f"`max_scale` must not be below `min_scale`, got {max_scale} and {min_scale}."
         )
     operands = _Operands(
-        as_partial(loss_fn),
+        loss,
         params,
         batches,
         jnp.asarray(lower, dtype),
@@ -148,7 +149,7 @@ def gradinit(
 class _Operands(NamedTuple):
     """What an iteration reads."""
 
-    loss_fn: Partial
+    loss_fn: Whole
     params: Params
     batches: Batch
     lower: jax.Array

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _loops, _tree
 from regjax._arguments import checked
-from regjax._base import Batch, LossFn, Tree, as_partial, check_loss
+from regjax._base import Batch, LossFn, Tree, check_loss
 from regjax._space import Space
 
 
@@ -88,12 +88,12 @@ def _by_unit_rows(
     chunk_size: int | None, block_size: int, *, extra: int,
 ) -> jax.Array:  # fmt: skip
     """Applies `function` to each unit vector and `extra` zero vectors; the values as one array."""
-    chunk_size = _chunks.checked_size(gate_loss, gates, batch, chunk_size)
+    gate_loss, chunk_size = _chunks.prepared(gate_loss, gates, batch, chunk_size, name="gate_loss")
     size, dtype = _tree.size(gates), _tree.vector_dtype(gates)
     length = size + extra
     block = min(_checks.integer("block_size", block_size), length)
     num_blocks = -(-length // block)
-    bound = Partial(function, as_partial(gate_loss))
+    bound = Partial(function, gate_loss)
 
     def fill(_: None, values: jax.Array, i: jax.Array) -> jax.Array:
         # Numbers beyond the last unit give rows of zeros.

@@ -19,7 +19,7 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import LossFn, Tree, as_partial, check_loss, couples_examples
+from regjax._base import LossFn, Tree, couples_examples
 
 
 class RedundancyResult(NamedTuple):
@@ -75,13 +75,15 @@ def gradient_matrix(
       ValueError: `gate_loss` is no scalar, or couples the examples.
       TypeError: a gate is not real floating point.
     """
-    check_loss(gate_loss, gates, batch, name="gate_loss")
     if couples_examples(gate_loss):
         raise ValueError(
             "`gate_loss` must not couple the examples of a batch (batch norm or dropout in train "
             'mode), got one that does; use mode="evaluation".'
         )
-    return _chunks.each(Partial(_gradients, as_partial(gate_loss)), gates, batch, chunk_size)
+    gate_loss, chunk_size = _chunks.prepared(
+        gate_loss, gates, batch, chunk_size, name="gate_loss", single=True
+    )
+    return _chunks.each(Partial(_gradients, gate_loss), gates, batch, chunk_size)
 
 
 @checked

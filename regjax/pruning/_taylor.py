@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from regjax import _checks, _loops, _tree
+from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import Batch, LossFn, Tree, as_partial, check_loss
+from regjax._base import Batch, LossFn, Tree, terms
+from regjax._losses import MeanLoss, factors_of, mean_loss, mean_weights, with_factors
+from regjax._programs import Program
 from regjax.pruning._oracle import gate_hessian_diagonal
 
 _Moments: TypeAlias = tuple[Tree, Tree]
@@ -95,8 +97,8 @@ def taylor_scores(
 
         E_B[(z g_B)^2]
 
-    One gradient with respect to the gates for each batch; memory is that of one batch. A removed
-    unit, whose gate is 0, scores 0.
+    Batches count alike, those of a weighted mean by their weights. One gradient with respect to the
+    gates for each batch; memory is that of one batch. A removed unit, whose gate is 0, scores 0.
 
     Args:
       gate_loss: (gates, *batch) -> scalar, the mean over the examples, as `gated_loss` makes it;
@@ -116,8 +118,7 @@ def taylor_scores(
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771.
     """
-    num_batches = _num_batches(gate_loss, gates, batch, batch_size)
-    loss = as_partial(gate_loss)
+    loss, num_batches = _prepared(gate_loss, gates, batch, batch_size)
 
     def add(_: None, moments: _Moments, i: jax.Array) -> _Moments:
         return _with_first_order(moments, loss, gates, batch, i, batch_size)
@@ -152,8 +153,7 @@ def taylor_scores_second_order(
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771.
     """
-    num_batches = _num_batches(gate_loss, gates, batch, batch_size)
-    loss = as_partial(gate_loss)
+    loss, num_batches = _prepared(gate_loss, gates, batch, batch_size)
 
     def add(_: None, moments: _Moments, i: jax.Array) -> _Moments:
         part = _part(batch, i, batch_size)
@@ -164,10 +164,28 @@ def taylor_scores_second_order(
     return _over_batches(add, gates, num_batches)
 
 
-def _num_batches(gate_loss: LossFn, gates: Tree, batch: Batch, batch_size: int) -> int:
-    check_loss(gate_loss, gates, batch, name="gate_loss")
+def _prepared(
+    gate_loss: LossFn, gates: Tree, batch: Batch, batch_size: int
+) -> tuple[Program | MeanLoss, int]:
+    """The loss of a batch, of weighted means over all weights, and the number of batches."""
+    _checks.function("gate_loss", gate_loss)
+    _checks.floating_tree("gates", gates)
     length = _checks.num_examples(batch)
-    return length // _checks.integer("batch_size", batch_size, maximum=length)
+    size = _checks.integer("batch_size", batch_size, maximum=length)
+    num_batches = length // size
+    used = jax.tree.map(lambda leaf: leaf[: num_batches * size], batch)
+    one = jax.eval_shape(lambda batch: jax.tree.map(lambda leaf: leaf[:size], batch), used)
+    program = _chunks.traced(gate_loss, gates, one, used, name="gate_loss")
+    if len(terms(program.outputs(gates, *one))) > 1:
+        raise ValueError(
+            "`gate_loss` must return one regjax.WeightedMean, got several that add up: a batch has "
+            "no weight of its own."
+        )
+    loss = mean_loss(program)
+    if loss is not program:
+        weights = Partial(mean_weights, program)
+        loss = with_factors(loss, factors_of(weights, gates, used, "gate_loss"))
+    return loss, num_batches
 
 
 def _over_batches(
@@ -185,21 +203,46 @@ def _over_batches(
 # A single program a batch: beside a small network's gradient a second call would show.
 @functools.partial(jax.jit, static_argnums=5)
 def _with_first_order(
-    moments: _Moments, gate_loss: Partial, gates: Tree, batch: Batch, i: jax.Array, size: int
+    moments: _Moments,
+    gate_loss: Program | MeanLoss,
+    gates: Tree,
+    batch: Batch,
+    i: jax.Array,
+    size: int,
 ) -> _Moments:
-    return _added(moments, taylor_importance(_along(gate_loss, gates, _part(batch, i, size))), i)
+    part = _part(batch, i, size)
+    scores = taylor_importance(_along(gate_loss, gates, part))
+    return _added(moments, _weighted(scores, gate_loss, gates, part), i)
 
 
 @jax.jit
 def _with_second_order(
-    moments: _Moments, gate_loss: Partial, gates: Tree, part: Batch, diagonal: Tree, i: jax.Array
+    moments: _Moments,
+    gate_loss: Program | MeanLoss,
+    gates: Tree,
+    part: Batch,
+    diagonal: Tree,
+    i: jax.Array,
 ) -> _Moments:
     curved = jax.tree.map(lambda z, h: _tree.wide(z) ** 2 * h, gates, diagonal)
     scores = taylor_importance_second_order(_along(gate_loss, gates, part), curved)
-    return _added(moments, scores, i)
+    return _added(moments, _weighted(scores, gate_loss, gates, part), i)
 
 
-def _along(gate_loss: Partial, gates: Tree, part: Batch) -> Tree:
+def _weighted(scores: Tree, gate_loss: Program | MeanLoss, gates: Tree, part: Batch) -> Tree:
+    """What a batch adds to the mean of scores, weighted by the weights of the batches.
+
+    With r the weight of the batch over their mean, the loss at hand is r times the batch's own, its
+    square r^2 times, and it counts r times: the scores over r.
+    """
+    if not isinstance(gate_loss, MeanLoss):
+        return scores
+    (weight,) = mean_weights(gate_loss.loss_fn, gates, *part)
+    ratio = weight * gate_loss.factors.values[0]
+    return jax.tree.map(lambda leaf: _numerics.divide(leaf, ratio.astype(leaf.dtype)), scores)
+
+
+def _along(gate_loss: Program | MeanLoss, gates: Tree, part: Batch) -> Tree:
     """Computes the products z g: a removed unit scores 0."""
     grads = jax.grad(gate_loss)(gates, *part)
     return jax.tree.map(lambda z, g: _tree.wide(z) * _tree.wide(g), gates, grads)

@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import Params, PRNGKey, as_partial, check_loss
+from regjax._base import Params, PRNGKey
+from regjax._losses import whole
 from regjax.regularizers._gradient_norm import squared_gradient_norm
 
 
@@ -118,9 +119,10 @@ def dropout_gradient_penalty(
     """
     _checks.number("learning_rate", learning_rate)
     _checks.integer("num_samples", num_samples)
-    check_loss(dropout_loss_fn, params, (_checks.key("key", key),), name="dropout_loss_fn")
+    _checks.key("key", key)
+    loss = whole(_chunks.traced(dropout_loss_fn, params, (key,), name="dropout_loss_fn"))
     keys = jax.random.split(key, num_samples)
-    norms = _chunks.each(Partial(_squared_norm, as_partial(dropout_loss_fn)), params, (keys,), 1)
+    norms = _chunks.each(Partial(_squared_norm, loss), params, (keys,), 1)
     factor = jnp.asarray(learning_rate, norms.dtype) / 4
     _, error = _numerics.mean_and_error(jax.lax.stop_gradient(norms))
     return DropoutGradientPenaltyResult(factor * jnp.mean(norms), factor * error)

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from regjax import _checks, _chunks, _jacobian, _tree
 from regjax._arguments import checked
-from regjax._base import ModelFn, Params, PRNGKey, as_partial
+from regjax._base import ModelFn, Params, PRNGKey
 
 _SIDES = ("outputs", "inputs")
 
@@ -58,9 +58,8 @@ def geometric_complexity(
       without 1/2 is our reading of "discrete Dirichlet energy".
     """
     _jacobian.check_model("model_fn", model_fn, inputs)
-    norms = _chunks.each(
-        Partial(_squared_norms, as_partial(model_fn)), params, (inputs,), chunk_size
-    )
+    function = Partial(_squared_norms, _chunks.fixed(model_fn, params, inputs, chunk_size))
+    norms = _chunks.each(function, params, (inputs,), chunk_size)
     return jnp.mean(norms)
 
 
@@ -104,7 +103,7 @@ def geometric_complexity_estimate(
     _checks.integer("num_probes", num_probes)
     project = {"outputs": _reverse, "inputs": _forward}[_checks.choice("side", side, _SIDES)]
     value, error = _chunks.sampled(
-        Partial(project, as_partial(model_fn)), params, inputs,
+        Partial(project, _chunks.fixed(model_fn, params, inputs, chunk_size)), params, inputs,
         key=key, num_samples=num_probes, chunk_size=chunk_size,
     )  # fmt: skip
     return GeometricComplexityResult(value, error)

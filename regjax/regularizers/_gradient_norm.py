@@ -6,7 +6,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from regjax import _tree
 from regjax._arguments import checked
-from regjax._base import Batch, LossFn, Params, Tree, as_partial, check_loss
+from regjax._base import Batch, LossFn, Params, Tree, check_loss
+from regjax._losses import whole
 
 
 @checked
@@ -37,7 +38,7 @@ def gradient_norm_penalty(loss_fn: LossFn, params: Params, *batch: Tree) -> jax.
       not at hand. Any factor, such as one of the learning rate, is the caller's.
     """
     check_loss(loss_fn, params, batch)
-    return squared_gradient_norm(as_partial(loss_fn), params, batch)
+    return squared_gradient_norm(whole(loss_fn), params, batch)
 
 
 @jax.custom_jvp

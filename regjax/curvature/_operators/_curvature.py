@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from regjax import _checks, _chunks, _jaxprs, _loops, _programs, _tree
+from regjax import _checks, _chunks, _jaxprs, _loops, _losses, _programs, _tree
 from regjax._base import (
     Batch,
     Params,
@@ -160,44 +160,43 @@ def of_subtree(
     return as_partial(_OfSubtree(function, rest)), subtree(params, inside)
 
 
+class Form(NamedTuple):
+    """How a matrix follows from data of the shapes of a batch and of what it is split into.
+
+    Attributes:
+      linearization: how it follows from `function`; may hold a loss of the outputs.
+      function: the program of the loss or the model.
+      weights: (params, *batch) -> the weights of a loss of weighted means, over the number of
+        examples; None for plain means.
+    """
+
+    linearization: Linearization
+    function: Callable[..., Tree]
+    weights: Partial | None = None
+
+
 def parts_of(
     function: Callable[..., Tree], batch: Batch, chunk_size: int | None
-) -> tuple[Batch, ...]:
-    """Shapes of the batch and of all that it is split into: what a function is traced for.
-
-    Raises:
-      ValueError: `chunk_size` is not positive, or splits examples that `function` couples.
-    """
-    if chunk_size is None:
-        return (batch,)
-    num_examples = _checks.num_examples(batch)
+) -> tuple[tuple[Batch, ...], int | None]:
+    """Shapes of the batch and of all that it is split into, on its devices, and whether it is."""
     placement = find(batch)
-    own = num_examples // (1 if placement is None else placement.num_parts)
-    size = min(_checks.integer("chunk_size", chunk_size), own)
-    if size < num_examples:
-        _chunks.refuse_coupled(function, size)
-    sizes = [size] if own % size == 0 else [size, own % size]
-    shapes = _programs.structs(batch)
-    row = lambda leaf, size: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
-    return batch, *(jax.tree.map(functools.partial(row, size=size), shapes) for size in sizes)
+    num_parts = 1 if placement is None else placement.num_parts
+    return _chunks.parts_of(function, batch, chunk_size, num_parts=num_parts)
 
 
 def trace(function: Callable[..., Tree], *signatures: Batch) -> Program:
-    """The program of a loss or a model, with full float32 products."""
+    """The program of a loss or a model, with full float32 products, shared with equal ones."""
     with precision():
         coupled = couples_examples(function)
-        return _programs.trace(function, *signatures, couples_examples=coupled)
+        return _programs.share(_programs.trace(function, *signatures, couples_examples=coupled))
 
 
-def build(
-    linearization: Linearization,
-    function: Callable[..., Tree],
-    params: Params,
-    batch: Batch,
-    chunk_size: int | None,
-) -> CurvatureOperator:
-    """An operator from programs that are not shared yet."""
-    linearization, function = _programs.share((linearization, function))
+def build(form: Form, params: Params, batch: Batch, chunk_size: int | None) -> CurvatureOperator:
+    """The operator of all data."""
+    linearization, function, weights = form
+    if weights is not None:
+        factors = _losses.factors_of(weights, params, batch)
+        linearization, function = _losses.with_factors((linearization, function), factors)
     return assemble(linearization, function, params, batch, chunk_size)
 
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from regjax import _checks, _chunks, _programs
+from regjax import _checks, _chunks
 from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, check_scalar
-from regjax._programs import Program
+from regjax._losses import Whole, whole
 from regjax._space import Space
 from regjax.curvature._operators._curvature import trace
 from regjax.curvature._operators._matvec import from_matvec
@@ -86,14 +86,13 @@ def dropout_covariance_factor(
     return _centred(_chunks.each(Partial(_gradient, loss), params, (keys,), 1))
 
 
-def _traced(dropout_loss_fn: Callable[..., Any], params: Params, key: PRNGKey) -> Program:
-    """The program of the loss, shared by losses of the same gradient."""
+def _traced(dropout_loss_fn: Callable[..., Any], params: Params, key: PRNGKey) -> Whole:
     loss = trace(dropout_loss_fn, (params, key))
     check_scalar(loss.outputs(params, key), name="dropout_loss_fn")
-    return _programs.share(loss)
+    return whole(loss)
 
 
-def _gradient(dropout_loss_fn: Program, params: Params, keys: jax.Array) -> jax.Array:
+def _gradient(dropout_loss_fn: Whole, params: Params, keys: jax.Array) -> jax.Array:
     with precision():
         gradient = jax.grad(dropout_loss_fn)(params, keys[0])
     return Space.of(params).ravel(gradient)[None]

@@ -1,28 +1,44 @@
-"""Curvature through the network's outputs: J' A J, with A the curvature of the loss there.
+"""The Gauss-Newton matrix of a loss of the outputs, and the mean of its outer gradients."""
 
-J is the Jacobian of the outputs with respect to the parameters. A product is one forward-mode
-pass (u = J v), a small product at the outputs (a = A u) and one reverse-mode pass (J' a); the
-three matrices here differ in A alone.
-"""
-
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
-from regjax import _checks
+from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import Batch, ModelFn, OutputLossFn, Params, PRNGKey, Tree, check_scalar
+from regjax._base import (
+    Batch,
+    ModelFn,
+    OutputLossFn,
+    Params,
+    Tree,
+    WeightedMean,
+    as_partial,
+    check_scalar,
+    terms,
+)
+from regjax._losses import MeanLoss, mean_loss, mean_weights
 from regjax._programs import Program
+from regjax._separable import ensure_separable
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
-    Linearization,
+    Form,
     build,
     parts_of,
     trace,
 )
-from regjax.curvature._operators._likelihoods import LIKELIHOODS, check_outputs
+from regjax.curvature._operators._likelihoods import check_outputs
+from regjax.curvature._operators._sandwich import (
+    sandwich,
+    traced_model,
+    weighted_sum,
+    with_weights,
+)
 
 
 @checked
@@ -32,6 +48,7 @@ def gauss_newton(
     params: Params,
     inputs: Tree,
     targets: Tree,
+    weights: ArrayLike | None = None,
     *,
     chunk_size: int | None = None,
 ) -> CurvatureOperator:
@@ -43,26 +60,31 @@ def gauss_newton(
     loss that is convex in the outputs, and equal to the Hessian where the residuals vanish.
 
     Args:
-      model_fn: (params, inputs) -> outputs, leading axis the examples.
-      output_loss_fn: (outputs, targets) -> scalar, the mean over the examples.
+      model_fn: (params, inputs) -> outputs: an array, or a tree of arrays, with a leading axis of
+        examples.
+      output_loss_fn: (outputs, targets) -> scalar, the mean over the examples, or a
+        `regjax.WeightedMean`; with `weights` the loss of each prediction, of their shape.
       params: tree of real floating-point parameters, n in all.
       inputs: array or tree with a leading axis of examples.
       targets: array or tree with the same leading axis.
+      weights: (examples, ...) of the predictions, such as a mask of tokens: the loss is the sum of
+        weight times loss over the sum of the weights. None: the loss says how it is a mean.
       chunk_size: number of examples per pass, None for all at once (see `hessian`).
 
     Returns:
       An `Operator` of shape (n, n).
 
     Raises:
-      ValueError: the output loss is not a scalar, or as in `hessian`.
+      ValueError: the output loss is not a scalar (or not of the shape of `weights`), a weight is
+        negative or not finite, or as in `hessian`.
 
     References:
       N. Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient
       descent, Neural Computation 14(7).
     """
-    model, parts = _traced_model(model_fn, params, (inputs, targets), chunk_size)
-    curvature = Partial(_loss_hessian, _traced_loss(output_loss_fn, model, params, parts))
-    return _sandwich(curvature, model, params, (inputs, targets), chunk_size)
+    batch = with_weights((inputs, targets), weights)
+    form = gauss_newton_form(model_fn, output_loss_fn, params, *batch, chunk_size=chunk_size)
+    return build(form, params, batch, chunk_size)
 
 
 @checked
@@ -72,6 +94,7 @@ def empirical_fisher(
     params: Params,
     inputs: Tree,
     targets: Tree,
+    weights: ArrayLike | None = None,
     *,
     chunk_size: int | None = None,
 ) -> CurvatureOperator:
@@ -80,154 +103,179 @@ def empirical_fisher(
         mean_i g_i g_i',   g_i the gradient of example i's loss
 
     Targets are the observed ones, so this is neither the Fisher matrix nor an approximation of
-    the Hessian away from a good fit. The examples must not couple through the loss.
+    the Hessian away from a good fit. The examples must not couple through the loss. Of a weighted
+    mean g_i is the gradient of example i's own weighted mean, and the outer product counts by its
+    weight: sum_i w_i g_i g_i' / sum_i w_i.
 
     Args:
-      model_fn: (params, inputs) -> outputs, leading axis the examples.
-      output_loss_fn: (outputs, targets) -> scalar, the mean over the examples.
+      model_fn: (params, inputs) -> outputs: an array, or a tree of arrays, with a leading axis of
+        examples.
+      output_loss_fn: (outputs, targets) -> loss, as in `gauss_newton`; not a sum of weighted means.
       params: tree of real floating-point parameters, n in all.
       inputs: array or tree with a leading axis of examples.
       targets: array or tree with the same leading axis.
+      weights: (examples, ...) of the predictions, as in `gauss_newton`.
       chunk_size: number of examples per pass, None for all at once (see `hessian`).
 
     Returns:
       An `Operator` of shape (n, n), in squared units of the gradient.
 
     Raises:
-      ValueError: the output loss is not a scalar, the outputs are no array with the examples in
-        front, or as in `hessian`.
+      ValueError: the output loss is not a scalar or adds up weighted means, the outputs have not
+        the examples in front, or as in `gauss_newton`.
 
     References:
       F. Kunstner, L. Balles, P. Hennig (2019), Limitations of the empirical Fisher approximation,
       arXiv:1905.12558, eq. 3.
     """
-    model, parts = _traced_model(model_fn, params, (inputs, targets), chunk_size)
-    check_outputs("empirical", model.outputs(params, inputs), _checks.num_examples(inputs))
-    curvature = Partial(_observed_score, _traced_loss(output_loss_fn, model, params, parts))
-    return _sandwich(curvature, model, params, (inputs, targets), chunk_size)
+    batch = with_weights((inputs, targets), weights)
+    form = empirical_fisher_form(model_fn, output_loss_fn, params, *batch, chunk_size=chunk_size)
+    return build(form, params, batch, chunk_size)
 
 
-@checked
-def fisher(
+def gauss_newton_form(
     model_fn: ModelFn,
+    output_loss_fn: OutputLossFn,
     params: Params,
-    inputs: Tree,
-    *,
-    key: PRNGKey | None,
-    num_samples: int | None = 1,
-    likelihood: str = "categorical",
-    chunk_size: int | None = None,
-) -> CurvatureOperator:
-    """Makes the Fisher information matrix of the model's own predictive distribution.
-
-    The mean over the examples of J' E[s s'] J, s the score of a target drawn from the model. With
-    `num_samples` the expectation is a mean over that many draws, fixed by `key` for all products;
-    with None it is exact, and then equal to the Gauss-Newton matrix of the likelihood's loss.
-
-    Args:
-      model_fn: (params, inputs) -> outputs, an array whose leading axis is that of the mean: logits
-        of a softmax (examples, ..., classes), with all axes but the last for independent
-        predictions; or logits of independent yes and no (examples, ...); or means of independent
-        normals of unit variance (examples, ...).
-      params: tree of real floating-point parameters, n in all.
-      inputs: array or tree with a leading axis of examples.
-      key: typed key of the draws; None with `num_samples=None`.
-      num_samples: draws per prediction, or None for the exact expectation.
-      likelihood: "categorical" (softmax cross-entropy), "bernoulli" (sigmoid cross-entropy) or
-        "normal" (half the squared error).
-      chunk_size: number of examples per pass, None for all at once (see `hessian`).
-
-    Returns:
-      An `Operator` of shape (n, n), in squared units of the log-likelihood's gradient.
-
-    Raises:
-      TypeError: `key` is not a typed key though draws are asked for.
-      ValueError: `likelihood` is unknown or does not go with the shape of the outputs,
-        `num_samples` is below one, or as in `hessian`.
-
-    References:
-      J. Martens (2020), New insights and perspectives on the natural gradient method,
-      arXiv:1412.1193, sections 5 and 9.
-    """
-    exact, sampled = LIKELIHOODS[_checks.choice("likelihood", likelihood, tuple(LIKELIHOODS))]
-    num_examples = _checks.num_examples(inputs)
-    model, _ = _traced_model(model_fn, params, (inputs,), chunk_size)
-    check_outputs(likelihood, model.outputs(params, inputs), num_examples)
-    if num_samples is None:
-        return _sandwich(Partial(exact), model, params, (inputs,), chunk_size)
-    _checks.integer("num_samples", num_samples)
-    # One key for each example and draw: the draws do not depend on how the data are chunked.
-    keys = draw_keys(_checks.key("key", key), 0, num_examples, num_samples)
-    return _sandwich(Partial(sampled), model, params, (inputs, keys), chunk_size)
+    *batch: Tree,
+    chunk_size: int | None,
+) -> Form:
+    """How the matrix follows from (inputs, targets), or (inputs, targets, weights)."""
+    model, loss = _programs_of(model_fn, _reduced(output_loss_fn, batch), params, batch, chunk_size)
+    weights = Partial(_weights, model, loss) if _is_weighted(loss) else None
+    return sandwich(Partial(_loss_hessian, mean_loss(loss)), model, weights)
 
 
-def draw_keys(key: jax.Array, first: int, num_examples: int, num_samples: int) -> jax.Array:
-    """Keys (num_examples, num_samples) that belong to the examples' numbers, from `first` on."""
-    return _draw_keys(key, jnp.uint32(first), num_examples, num_samples)
+def empirical_fisher_form(
+    model_fn: ModelFn,
+    output_loss_fn: OutputLossFn,
+    params: Params,
+    *batch: Tree,
+    chunk_size: int | None,
+) -> Form:
+    """How the matrix follows from (inputs, targets), or (inputs, targets, weights)."""
+    reduced = _reduced(output_loss_fn, batch)
+    model, loss = _programs_of(model_fn, reduced, params, batch, chunk_size)
+    outputs = model.outputs(params, batch[0])
+    check_outputs("empirical", outputs, _checks.num_examples(batch))
+    if not _is_weighted(loss):
+        return sandwich(Partial(_observed, loss), model)
+    one = jax.eval_shape(
+        lambda tree: jax.tree.map(lambda leaf: leaf[:1], tree), (outputs, *batch[1:])
+    )
+    own = trace(reduced, one)
+    if len(terms(own.outputs(*one))) > 1:
+        raise ValueError(
+            "`output_loss_fn` must return one regjax.WeightedMean, got several that add up: an "
+            "example has no weight of its own."
+        )
+    curvature = Partial(_observed_weighted, mean_loss(loss), own)
+    return sandwich(curvature, model, Partial(_weights, model, loss))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _draw_keys(key: jax.Array, first: jax.Array, num_examples: int, num_samples: int) -> jax.Array:
-    numbers = first + jnp.arange(num_examples, dtype=jnp.uint32)
-    each = jax.vmap(lambda number: jax.random.split(jax.random.fold_in(key, number), num_samples))
-    return each(numbers)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["loss_fn"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class _Predictions:
+    """(outputs, targets, weights) -> the weighted mean of the losses of the predictions."""
+
+    loss_fn: OutputLossFn
+
+    def __call__(self, outputs: Tree, targets: Tree, weights: jax.Array) -> WeightedMean:
+        losses = self.loss_fn(outputs, targets)
+        shape = getattr(losses, "shape", None)
+        if shape != weights.shape:
+            raise ValueError(
+                f"`output_loss_fn` must return the loss of each prediction, of the shape "
+                f"{weights.shape} of `weights`, got {shape}."
+            )
+        total = jnp.sum(weighted_sum(weights, _tree.wide(losses)))
+        return WeightedMean(total, jnp.sum(weights))
 
 
-def _traced_model(
-    model_fn: ModelFn, params: Params, batch: Batch, chunk_size: int | None
-) -> tuple[Program, tuple[Batch, ...]]:
-    """The program of a model, and the shapes of the batches that it is for."""
-    _checks.floating_tree("params", params)
-    parts = parts_of(model_fn, batch, chunk_size)
-    return trace(model_fn, *((params, part[0]) for part in parts)), parts
+def _reduced(output_loss_fn: OutputLossFn, batch: Batch) -> Callable[..., Tree]:
+    """The loss of the outputs and what of the batch comes with them."""
+    if len(batch) == 2:
+        return output_loss_fn
+    return _Predictions(as_partial(output_loss_fn))
 
 
-def _traced_loss(
-    output_loss_fn: OutputLossFn, model: Program, params: Params, parts: tuple[Batch, ...]
-) -> Program:
-    """The program of a loss of the outputs of a model for batches of (inputs, targets)."""
-    signatures = [(model.outputs(params, inputs), targets) for inputs, targets in parts]
-    loss = trace(output_loss_fn, *signatures)
-    check_scalar(loss.outputs(*signatures[0]), name="output_loss_fn")
-    return loss
+def _is_weighted(loss: Program) -> bool:
+    return isinstance(mean_loss(loss), MeanLoss)
 
 
-def _sandwich(
-    curvature: Partial,
-    model: Program,
+def _programs_of(
+    model_fn: ModelFn,
+    output_loss_fn: Callable[..., Tree],
     params: Params,
     batch: Batch,
     chunk_size: int | None,
-) -> CurvatureOperator:
-    linearization = Linearization(
-        Partial(_linearize_sandwich, curvature), Partial(_multiply_sandwich, curvature)
-    )
-    return build(linearization, model, params, batch, chunk_size)
+) -> tuple[Program, Program]:
+    """The programs of a model and of the loss of its outputs; tested if data are to be split."""
+    parts, size = parts_of(model_fn, batch, chunk_size)
+    model = traced_model(model_fn, params, parts)
+    signatures = [(model.outputs(params, part[0]), *part[1:]) for part in parts]
+    loss = trace(output_loss_fn, *signatures)
+    check_scalar(loss.outputs(*signatures[0]), name="output_loss_fn")
+    if size is not None:
+        composed = Partial(_composed, as_partial(model_fn), as_partial(output_loss_fn))
+        ensure_separable(
+            composed, params, batch, size=size, name="output_loss_fn",
+            functions=(model_fn, output_loss_fn), programs=(model, loss),
+        )  # fmt: skip
+    return model, loss
 
 
-def _linearize_sandwich(
-    curvature: Partial, model_fn: ModelFn, params: Params, inputs: Tree, *rest: Tree
-) -> Partial:
-    outputs, jacobian = jax.linearize(lambda p: model_fn(p, inputs), params)
-    return Partial(_apply_sandwich, jacobian, Partial(curvature, outputs, *rest))
-
-
-def _multiply_sandwich(
-    curvature: Partial, model_fn: ModelFn, params: Params, vector: Params, inputs: Tree, *rest: Tree
+def _composed(
+    model_fn: Partial, output_loss_fn: Partial, params: Params, inputs: Tree, *rest: Tree
 ) -> Tree:
-    return _linearize_sandwich(curvature, model_fn, params, inputs, *rest)(vector)
+    return output_loss_fn(model_fn(params, inputs), *rest)
 
 
-def _apply_sandwich(jacobian: Partial, curvature: Partial, vector: Params) -> Tree:
-    return jax.linear_transpose(jacobian, vector)(curvature(jacobian(vector)))[0]
+def _weights(
+    model: Program, loss: Program, params: Params, inputs: Tree, *rest: Tree
+) -> tuple[jax.Array, ...]:
+    return mean_weights(loss, model(params, inputs), *rest)
 
 
-def _loss_hessian(output_loss_fn: Partial, outputs: Tree, targets: Tree, tangent: Tree) -> Tree:
-    return jax.jvp(jax.grad(lambda o: output_loss_fn(o, targets)), (outputs,), (tangent,))[1]
+def _loss_hessian(loss_fn: Program | MeanLoss, floats: Tree, others: Tree, *rest: Tree) -> Tree:
+    *data, tangent = rest
+    gradient = jax.grad(lambda floats: loss_fn(_tree.merge(floats, others), *data))
+    return jax.jvp(gradient, (floats,), (tangent,))[1]
 
 
-def _observed_score(output_loss_fn: Partial, outputs: Tree, targets: Tree, tangent: Tree) -> Tree:
+def _observed(loss_fn: Program, floats: Tree, others: Tree, *rest: Tree) -> Tree:
+    *data, tangent = rest
+    num_examples = _checks.num_examples(floats)
     # The gradient of a mean over N examples is 1/N times each example's own.
-    scores = jax.grad(output_loss_fn)(outputs, targets) * outputs.shape[0]
-    axes = tuple(range(1, outputs.ndim))
-    return scores * jnp.sum(scores * tangent, axis=axes, keepdims=True) / outputs.shape[0]
+    scores = jax.grad(lambda floats: loss_fn(_tree.merge(floats, others), *data))(floats)
+    scores = jax.tree.map(lambda leaf: leaf * num_examples, scores)
+    return _outer(scores, tangent, 1 / num_examples)
+
+
+def _observed_weighted(
+    loss_fn: MeanLoss, own: Program, floats: Tree, others: Tree, *rest: Tree
+) -> Tree:
+    *data, tangent = rest
+    num_examples = _checks.num_examples(floats)
+    total = lambda floats: terms(loss_fn.loss_fn(_tree.merge(floats, others), *data))[0].sum
+
+    def weight(*example: Tree) -> jax.Array:
+        return mean_weights(own, *jax.tree.map(lambda leaf: leaf[None], example))[0]
+
+    weights = jax.vmap(weight)(_tree.merge(floats, others), *data)
+    (factor,) = loss_fn.factors.of(1)
+    # Of w_i times the example's own gradient, once divided by w_i.
+    share = _numerics.divide(factor / num_examples, weights)
+    return _outer(jax.grad(total)(floats), tangent, share)
+
+
+def _outer(scores: Tree, tangent: Tree, share: ArrayLike) -> Tree:
+    """Share times s_i <s_i, u_i>, for each example i; share () or (examples,)."""
+
+    def rows(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(leaf.shape[0], -1)
+
+    products = jax.tree.map(lambda s, u: jnp.sum(rows(s) * rows(u), axis=1), scores, tangent)
+    inner = functools.reduce(jnp.add, jax.tree.leaves(products)) * share
+    scaled = lambda s: (rows(s) * inner[:, None].astype(s.dtype)).reshape(s.shape)
+    return jax.tree.map(scaled, scores)

@@ -8,8 +8,11 @@ from jax.tree_util import Partial
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree, check_loss, check_scalar
+from regjax._losses import mean_loss, mean_weights, whole
+from regjax._separable import ensure_separable
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
+    Form,
     Linearization,
     build,
     parts_of,
@@ -42,7 +45,7 @@ def hvp(loss_fn: LossFn, params: Params, vector: Params, *batch: Tree) -> Params
     _checks.same_tree("vector", vector, params)
     _checks.real_tree("vector", vector)
     with precision():
-        return differentiate_gradient(loss_fn, params, vector, *batch)
+        return differentiate_gradient(whole(loss_fn), params, vector, *batch)
 
 
 @checked
@@ -52,7 +55,8 @@ def hessian(
     """Makes the Hessian of the mean loss over the batch.
 
     Args:
-      loss_fn: (params, *batch) -> scalar, the mean over the examples. It is traced now: the
+      loss_fn: (params, *batch) -> scalar, the mean over the examples, or a `regjax.WeightedMean`,
+        which goes over parts of the data as it goes over all. It is traced now: the
         operator is that of the loss as it is, and the arrays that it closes over are data of the
         operator. A new function of the same program compiles nothing again.
       params: tree of real floating-point parameters, n in all.
@@ -72,11 +76,25 @@ def hessian(
         or lie on a mesh with explicit axes.
     """
     _checks.floating_tree("params", params)
-    parts = parts_of(loss_fn, batch, chunk_size)
-    loss = trace(loss_fn, *((params, *part) for part in parts))
-    check_scalar(loss.outputs(params, *batch))
+    return build(
+        hessian_form(loss_fn, params, *batch, chunk_size=chunk_size), params, batch, chunk_size
+    )
+
+
+def hessian_form(loss_fn: LossFn, params: Params, *batch: Tree, chunk_size: int | None) -> Form:
+    """How the Hessian follows from the loss; tests a loss that is to be split."""
+    parts, size = parts_of(loss_fn, batch, chunk_size)
+    program = trace(loss_fn, *((params, *part) for part in parts))
+    check_scalar(program.outputs(params, *batch))
+    if size is not None:
+        ensure_separable(
+            loss_fn, params, batch, size=size, name="loss_fn",
+            functions=(loss_fn,), programs=(program,),
+        )  # fmt: skip
+    loss = mean_loss(program)
+    weights = None if loss is program else Partial(mean_weights, program)
     linearization = Linearization(Partial(_linearize_gradient), Partial(differentiate_gradient))
-    return build(linearization, loss, params, batch, chunk_size)
+    return Form(linearization, loss, weights)
 
 
 @checked
@@ -98,7 +116,7 @@ def from_gradient(grad_fn: Callable[[Params], Params], params: Params) -> Curvat
     gradient = trace(grad_fn, (params,))
     _checks.same_tree("grad_fn(params)", gradient.outputs(params), params)
     _checks.floating_tree("grad_fn(params)", gradient.outputs(params))
-    return build(_JACOBIAN, gradient, params, (), None)
+    return build(Form(_JACOBIAN, gradient), params, (), None)
 
 
 def _linearize_gradient(loss_fn: Callable[..., Tree], params: Params, *batch: Tree) -> Tree:

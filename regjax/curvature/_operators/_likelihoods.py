@@ -1,7 +1,7 @@
 """The models of the targets for the Fisher matrix: E[s s'] of each, exactly and from draws.
 
-A function here takes outputs (examples, ...) and their tangent u, and gives E[s s'] u over the
-number of examples, with s = d log p(target) / d outputs.
+A function here takes outputs (examples, ...) and their tangent u, and gives E[s s'] u of each
+prediction, with s = d log p(target) / d outputs.
 """
 
 import jax
@@ -13,7 +13,7 @@ from regjax._base import Tree
 def _exact_categorical(outputs: jax.Array, tangent: jax.Array) -> jax.Array:
     probabilities = jax.nn.softmax(outputs)
     centred = tangent - jnp.sum(probabilities * tangent, axis=-1, keepdims=True)
-    return probabilities * centred / outputs.shape[0]
+    return probabilities * centred
 
 
 def _sampled_categorical(outputs: jax.Array, keys: jax.Array, tangent: jax.Array) -> jax.Array:
@@ -24,7 +24,7 @@ def _sampled_categorical(outputs: jax.Array, keys: jax.Array, tangent: jax.Array
 
 def _exact_bernoulli(outputs: jax.Array, tangent: jax.Array) -> jax.Array:
     # The product of both probabilities, each from the side where it does not cancel.
-    return jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs) * tangent / outputs.shape[0]
+    return jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs) * tangent
 
 
 def _sampled_bernoulli(outputs: jax.Array, keys: jax.Array, tangent: jax.Array) -> jax.Array:
@@ -35,7 +35,7 @@ def _sampled_bernoulli(outputs: jax.Array, keys: jax.Array, tangent: jax.Array) 
 
 
 def _exact_normal(outputs: jax.Array, tangent: jax.Array) -> jax.Array:
-    return tangent / outputs.shape[0]
+    return tangent
 
 
 def _sampled_normal(outputs: jax.Array, keys: jax.Array, tangent: jax.Array) -> jax.Array:
@@ -48,10 +48,10 @@ def _sampled_normal(outputs: jax.Array, keys: jax.Array, tangent: jax.Array) -> 
 def _score_products(scores: jax.Array, tangent: jax.Array) -> jax.Array:
     """The mean over draws of s <s, u>; scores (examples, draws, ..., classes or dimensions)."""
     if tangent.ndim == 1:  # one number an example: <s, u> is no sum
-        return jnp.mean(scores**2, axis=1) * tangent / tangent.shape[0]
+        return jnp.mean(scores**2, axis=1) * tangent
     tangent = tangent[:, None]
     inner = jnp.sum(scores * tangent, axis=-1, keepdims=True)
-    return jnp.mean(scores * inner, axis=1) / tangent.shape[0]
+    return jnp.mean(scores * inner, axis=1)
 
 
 LIKELIHOODS = {
@@ -61,13 +61,35 @@ LIKELIHOODS = {
 }
 
 
+def check_weights(likelihood: str, weights: jax.Array, outputs: jax.Array) -> None:
+    """Checks that weights have a prefix of the axes of the outputs, which predictions have.
+
+    Raises:
+      ValueError: they have not.
+    """
+    predictions = outputs.shape[:-1] if likelihood == "categorical" else outputs.shape
+    if not weights.ndim or weights.shape != predictions[: weights.ndim]:
+        raise ValueError(
+            f"`weights` must have a prefix of the axes of the predictions, {predictions}, got "
+            f"shape {weights.shape}."
+        )
+
+
 def check_outputs(likelihood: str, outputs: Tree, num_examples: int) -> None:
     """Checks that outputs, known by their shape, can be of this kind of prediction.
 
     Raises:
-      TypeError: the outputs are no single real floating-point array.
-      ValueError: their leading axis is not the examples, or a softmax has less than two classes.
+      TypeError: the outputs are no single real floating-point array; "empirical" takes trees.
+      ValueError: a leading axis is not the examples, or a softmax has less than two classes.
     """
+    if likelihood == "empirical":
+        for leaf in jax.tree.leaves(outputs):
+            if leaf.shape[:1] != (num_examples,):
+                raise ValueError(
+                    f"`model_fn` must return outputs whose leading axis is the {num_examples} "
+                    f"examples, got shape {leaf.shape}."
+                )
+        return
     shape, dtype = getattr(outputs, "shape", None), getattr(outputs, "dtype", jnp.int32)
     if shape is None or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(

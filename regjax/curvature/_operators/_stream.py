@@ -2,7 +2,8 @@
 
 A thread reads the source and puts its batches on the device a few ahead of the one that is being
 computed; the products of the batches are added up, weighted by their numbers of examples. Since
-reading is what a pass costs, a block of vectors shares one.
+reading is what a pass costs, a block of vectors shares one. The weights of a weighted mean take
+one pass more, before the first product.
 """
 
 import contextlib
@@ -13,39 +14,40 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from regjax import _checks, _loops, _programs
+from regjax import _checks, _loops, _losses, _programs
 from regjax._arguments import checked
 from regjax._base import Batch, Params, Tree, couples_examples
+from regjax._losses import Factors
 from regjax._sharding import Placement
 from regjax._space import Space
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
+    Form,
     Linearization,
     assemble,
     of_subtree,
     program,
 )
+from regjax.curvature._operators._fisher import draw_keys, fisher, fisher_form
 from regjax.curvature._operators._gauss_newton import (
-    draw_keys,
     empirical_fisher,
-    fisher,
+    empirical_fisher_form,
     gauss_newton,
+    gauss_newton_form,
 )
-from regjax.curvature._operators._hessian import hessian
+from regjax.curvature._operators._hessian import hessian, hessian_form
 from regjax.curvature._operators._operator import Operator, subtree
 from regjax.curvature._operators._source import Source
 
-# What stands before the source among the arguments.
-_ARGUMENTS = {
-    hessian: ("loss_fn", "params"),
-    gauss_newton: ("model_fn", "output_loss_fn", "params"),
-    empirical_fisher: ("model_fn", "output_loss_fn", "params"),
-    fisher: ("model_fn", "params"),
+# How each matrix follows from a batch, and what stands before the source among the arguments.
+_FORMS: dict[Any, tuple[Callable[..., Form], tuple[str, ...]]] = {
+    hessian: (hessian_form, ("loss_fn", "params")),
+    gauss_newton: (gauss_newton_form, ("model_fn", "output_loss_fn", "params")),
+    empirical_fisher: (empirical_fisher_form, ("model_fn", "output_loss_fn", "params")),
+    fisher: (fisher_form, ("model_fn", "params")),
 }
-
-
-_Functions = tuple[Linearization, Callable[..., Tree]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -53,17 +55,19 @@ class _Programs:
     """The programs of an operator for batches of each size, made when one of it comes.
 
     Attributes:
-      make: batch -> the operator of that batch alone.
+      make: batch -> how the matrix of that batch alone follows from it.
       first: the first batch's shapes.
-      known: types of a batch -> how its matrix follows from which function.
+      known: types of a batch -> how its matrix follows.
+      factors: those of all data of a weighted loss, known after a first pass.
     """
 
-    make: Callable[..., CurvatureOperator]
+    make: Callable[..., Form]
     first: Batch
-    known: dict[Any, _Functions] = dataclasses.field(default_factory=dict)
+    known: dict[Any, Form] = dataclasses.field(default_factory=dict)
+    factors: Factors | None = None
 
-    def at(self, batch: Batch) -> _Functions:
-        """The programs for a batch as the source gives it.
+    def at(self, batch: Batch) -> Form:
+        """How the matrix of a batch follows, as the source gives the batch.
 
         Raises:
           ValueError: the functions are not what they were when the operator was made.
@@ -72,20 +76,16 @@ class _Programs:
         if types not in self.known:
             if self.known:
                 self._check()
-            self.known[types] = _functions(self.make(*batch))
+            self.known[types] = self.make(*batch)
         return self.known[types]
 
     def _check(self) -> None:
         then = self.known[_programs.types(self.first)]
-        if not _programs.same(then, _functions(self.make(*self.first))):
+        if not _programs.same(then, self.make(*self.first)):
             raise ValueError(
                 "`arguments` must hold functions that stay the same as long as the operator is "
                 "used, got one that computes something else than when it was made."
             )
-
-
-def _functions(operator: CurvatureOperator) -> _Functions:
-    return operator.linearization, operator.function
 
 
 @functools.partial(
@@ -177,7 +177,10 @@ class StreamedOperator(Operator):
 
     def _parts(self, batch: Batch) -> tuple[Linearization, Callable[..., Tree], Params]:
         """The programs for a batch with its draws, and what is differentiated."""
-        linearization, function = self.programs.at(batch[: len(self.programs.first)])
+        linearization, function, _ = self.programs.at(batch[: len(self.programs.first)])
+        factors = self.programs.factors
+        if factors is not None:
+            linearization, function = _losses.with_factors((linearization, function), factors)
         if self.inside is None:
             return linearization, function, self.params
         return linearization, *of_subtree(function, self.params, self.inside)
@@ -200,6 +203,7 @@ class StreamedOperator(Operator):
                 "`operator` must be used outside of jax.jit, jax.vmap and other transformations: "
                 "the host reads its data. `matmat` multiplies several vectors in one pass."
             )
+        self._weigh()
         total, previous = jnp.zeros_like(vectors), None
         with contextlib.closing(self.source.batches()) as batches:
             for count, batch in batches:
@@ -209,6 +213,28 @@ class StreamedOperator(Operator):
                 jax.block_until_ready(previous)
                 previous = images
         return total / jnp.asarray(self.source.num_examples, total.dtype)
+
+    def _weigh(self) -> None:
+        """Reads the weights of all data once; their sum is exact as far as each is.
+
+        Raises:
+          ValueError: one is negative or not finite, or all are zero.
+        """
+        programs = self.programs
+        if programs.at(programs.first).weights is None or programs.factors is not None:
+            return
+        total: Any = 0.0
+        with contextlib.closing(self.source.batches()) as batches:
+            for count, batch in batches:
+                weights: Any = programs.at(batch[: len(programs.first)]).weights
+                if not np.any(total):
+                    _losses.check_constant(weights, self.params, batch)
+                means = _losses.evaluated(weights, self.params, batch)
+                for mean in means:
+                    _losses.check_weight(mean, "loss_fn")
+                total = total + np.asarray(means, np.float64) * count
+        means = jnp.asarray(total / self.source.num_examples, self.dtype)
+        programs.factors = _losses.inverse(tuple(means))
 
 
 @checked
@@ -254,30 +280,30 @@ def stream(
         are not those of `operator_fn`.
       RuntimeError: by a product: the source raised, with the number of the batch.
     """
-    functions, params, source = _split(operator_fn, arguments, options)
+    form_fn, functions, params, source = _split(operator_fn, arguments, options)
     passes = Source(source, _checks.integer("prefetch", prefetch))
     first = passes.first()
     num_samples = options.get("num_samples", 1)
     if operator_fn is fisher and num_samples is not None:
         passes.draw = lambda first, count: draw_keys(options["key"], first, count, num_samples)
 
-    # One example at a time: nothing is computed and kept for a batch.
-    def make(*batch: Tree) -> CurvatureOperator:
-        return operator_fn(*functions, params, *batch, chunk_size=1, **options)
-
-    one, programs = make(*first), _Programs(make, _programs.structs(first))
-    programs.known[_programs.types(first)] = _functions(one)
+    # For single examples as well: the batches are parts of the data.
+    make = functools.partial(form_fn, *functions, params, chunk_size=1, **options)
+    form, programs = make(*first), _Programs(make, _programs.structs(first))
+    programs.known[_programs.types(first)] = form
+    one = assemble(form.linearization, form.function, params, passes.drawn(0, first), 1)
     return StreamedOperator(one.params, one.placement, passes, one.eps, programs)
 
 
 def _split(
     operator_fn: Any, arguments: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[list[Any], Any, Any]:
-    """The functions, the parameters and the source among the arguments."""
-    if operator_fn not in _ARGUMENTS:
-        known = ", ".join(function.__name__ for function in _ARGUMENTS)
+) -> tuple[Callable[..., Form], list[Any], Any, Any]:
+    """How the matrix follows, the functions, the parameters and the source among the arguments."""
+    if operator_fn not in _FORMS:
+        known = ", ".join(function.__name__ for function in _FORMS)
         raise ValueError(f"`operator_fn` must be one of {known}, got {operator_fn!r}.")
-    names = (*_ARGUMENTS[operator_fn], "source")
+    form_fn, names = _FORMS[operator_fn]
+    names = (*names, "source")
     if len(arguments) != len(names):
         raise TypeError(
             f"`arguments` must be {', '.join(names)} for {operator_fn.__name__}, got "
@@ -291,7 +317,7 @@ def _split(
             f"`{names[0]}` must not couple the examples of a batch (batch norm in train mode): the "
             'source splits them; use mode="evaluation", or ask for mode="train_per_chunk" by name.'
         )
-    return functions, params, source
+    return form_fn, functions, params, source
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,0 +1,232 @@
+"""Whether a loss is a mean over independent examples: tried on some of them, before data are split.
+
+Values alone do not tell. At a head of zeros every cross-entropy is log C, whatever batch norm in
+train mode does below; its gradient with respect to the head is not.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regjax import _checks, _jaxprs, _loops, _numerics, _programs, _tree
+from regjax._arguments import checked
+from regjax._base import (
+    Batch,
+    LossFn,
+    Params,
+    Tree,
+    WeightedMean,
+    assumed_separable,
+    check_scalar,
+    differs_by_chunk,
+    terms,
+)
+from regjax._losses import check_weight
+from regjax._programs import Program
+
+# Enough examples to tell a mean from anything else, and no more than a chunk if that holds a few.
+_MOST, _FEWEST = 64, 4
+# Units of rounding that a loss of ordinary size may be off, and by which the weights are moved to
+# see how far a gradient is.
+_UNITS = 32
+_TOLERANCE = 1e-4
+
+_passed: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+
+
+@checked
+def check_separable(loss_fn: LossFn, params: Params, *batch: Tree, tol: float = _TOLERANCE) -> None:
+    """Checks that a loss is a mean over independent examples, by splitting the batch unevenly.
+
+    Compares the values and the gradients of the whole batch with those of two parts of it. What
+    goes over data in parts does so by itself, once for a function and its shapes and outside of
+    `jit`, on the examples of a chunk (4 to 64).
+
+    Args:
+      loss_fn: (params, *batch) -> scalar, or `WeightedMean`.
+      params: tree of parameters.
+      *batch: arrays with a leading axis of at least two examples. Of two, the parts are equal, and
+        a mean that forgets the sizes goes unnoticed.
+      tol: allowed difference between the whole batch and the mean of two unequal parts, weighted by
+        their sizes or their weights: of the losses relative to the largest magnitude of the three,
+        of the gradients to the largest norm. In types narrower than float32 at least 16 units of
+        their rounding.
+
+    Raises:
+      ValueError: the losses or the gradients differ (a sum, batch norm in train mode, one dropout
+        mask for the whole batch), are not finite, or there are fewer than two examples; a weight
+        is negative.
+    """
+    _checks.non_negative("tol", tol)
+    length = _checks.num_examples(batch)
+    if length < 2:
+        raise ValueError(f"`batch` must hold at least two examples to be split, got {length}.")
+    check = _Check(loss_fn, params, batch, "loss_fn")
+    check.compare(tol)
+
+
+def ensure_separable(
+    loss_fn: Callable[..., Tree],
+    params: Params,
+    batch: Batch,
+    *,
+    size: int,
+    name: str,
+    functions: tuple[Callable[..., Tree], ...],
+    programs: tuple[Program, ...],
+) -> None:
+    """Tests a loss that is about to be split, if nobody did, said, or asked for its opposite.
+
+    Args:
+      loss_fn: (params, *batch) -> loss.
+      params: tree of parameters.
+      batch: all data.
+      size: number of examples of a chunk.
+      name: what the function is called in a message.
+      functions: those of the user that the loss is made of.
+      programs: the same functions traced, and shared with equal ones, by which it is known again
+        what was tested.
+
+    Raises:
+      ValueError: the loss is not a mean over independent examples.
+    """
+    if any(differs_by_chunk(function) or assumed_separable(function) for function in functions):
+        return
+    length = _checks.num_examples(batch)
+    count = min(length, _MOST, max(size, _FEWEST))
+    if count < 2 or not _has_numbers(programs, params, batch):
+        return
+    first, *others = (program.code for program in programs)
+    passed = _passed.setdefault(first, set())
+    what = (count, *others, _programs.types((params, batch)))
+    if what in passed:
+        return
+    some = jax.tree.map(lambda leaf: leaf[:count], batch)
+    _Check(loss_fn, params, some, name).compare(_TOLERANCE)
+    passed.add(what)
+
+
+def _has_numbers(*trees: Tree) -> bool:
+    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    return _loops.is_concrete(*trees) and not any(map(is_shape, jax.tree.leaves(trees)))
+
+
+class _Check:
+    """A loss on some examples, together and in two parts."""
+
+    def __init__(self, loss_fn: LossFn, params: Params, batch: Batch, name: str):
+        length = _checks.num_examples(batch)
+        self.cut = max(1, length // 3)
+        self.params, self.name, self.length = params, name, length
+        first = jax.tree.map(lambda leaf: leaf[: self.cut], batch)
+        second = jax.tree.map(lambda leaf: leaf[self.cut :], batch)
+        self.batches = (batch, first, second)
+        self.loss_fn = loss_fn
+        # Traced anew each time: the function may have changed since.
+        signatures = [(params, *part) for part in self.batches]
+        self.program = _programs.trace(loss_fn, *signatures)
+        for signature in signatures:
+            check_scalar(self.program.outputs(*signature), name=name)
+        self.eps = max(
+            float(jnp.finfo(_tree.vector_dtype(params)).eps),
+            *(_jaxprs.narrowest_eps(trace.jaxpr) for trace in self.program.code.traces.values()),
+        )
+
+    def compare(self, tol: float) -> None:
+        tol = max(tol, 16 * self.eps) if self.eps > jnp.finfo(jnp.float32).eps else tol
+        values, gradients, weights = _measured(self.program, self.params, self.batches)
+        for part in jax.tree.leaves(weights):
+            check_weight(part, self.name)
+        whole, parts = float(values[0]), float(values[1] + values[2])
+        if not np.isfinite(whole):
+            raise ValueError(f"`{self.name}` must be finite on the batch, got {whole}.")
+        sizes = max(abs(whole), *(abs(float(value)) for value in values[3:]))
+        if not abs(whole - parts) <= tol * sizes + _UNITS * self.eps:
+            self._refuse(f"gives {whole:.6g}", f"gives {parts:.6g}")
+        gap, largest = (float(number) for number in gradients)
+        if gap > tol * largest + self.eps**2 and gap > 4 * self._rounding():
+            self._refuse(
+                "has another gradient",
+                f"differs from it by {gap:.2g}, of gradients of norm {largest:.2g}",
+            )
+
+    def _rounding(self) -> float:
+        return float(_moved(self.program, self.params, self.batches[0], self.eps))
+
+    def _refuse(self, whole: str, parts: str) -> None:
+        raise ValueError(
+            f"`{self.name}` must be the mean over independent examples: the whole batch {whole}, "
+            f"the weighted mean of {self.cut} and {self.length - self.cut} examples {parts}. A sum "
+            "does this, a mean that is divided by anything but the number of examples, batch norm "
+            "in train mode, and dropout with one key for the whole batch. Return "
+            "regjax.WeightedMean(sum, weight), give each example a key of its own as data, use "
+            'mode="evaluation" or "train_per_chunk" of a model, or leave out `chunk_size`. Who knows '
+            f"better passes regjax.assume_separable({self.name})."
+        )
+
+
+@jax.jit
+def _measured(
+    program: Program, params: Params, batches: tuple[Batch, ...]
+) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array], list[list[jax.Array]]]:
+    """Values, gradients and weights of the whole and of the parts.
+
+    Returns:
+      The losses: of the whole, what each part adds to it, and those of the parts by themselves; the
+      norm of the difference of the gradients and the largest norm; the weights over the sizes.
+    """
+    terms_of = functools.partial(_terms, program, params)
+    weights = [[jax.lax.stop_gradient(weight) for _, weight in terms_of(b)] for b in batches]
+
+    def share(params: Params, batch: Batch) -> jax.Array:
+        pairs = zip(_terms(program, params, batch), weights[0], strict=True)
+        values = [_numerics.divide(total, weight) for (total, _), weight in pairs]
+        return functools.reduce(jnp.add, values)
+
+    both = [jax.value_and_grad(share)(params, batch) for batch in batches]
+    whole, *parts = (jax.tree.map(_tree.wide, gradient) for _, gradient in both)
+    gap = jax.tree.map(lambda a, b, c: a - b - c, whole, *parts)
+    # Of the parts by themselves, as if each were all there is.
+    ratios = [
+        functools.reduce(jnp.maximum, map(_numerics.divide, weights[0], own)) for own in weights[1:]
+    ]
+    norms = [_numerics.scaled_norm(gradient) for gradient in (whole, *parts)]
+    own_norms = [n * r.astype(n.dtype) for n, r in zip(norms[1:], ratios, strict=True)]
+    largest = functools.reduce(jnp.maximum, [norms[0], *own_norms])
+    values = [value for value, _ in both]
+    own = [value * ratio for value, ratio in zip(values[1:], ratios, strict=True)]
+    lengths = [_checks.num_examples(batch) for batch in batches]
+    each = [[w / n for w in ws] for ws, n in zip(weights, lengths, strict=True)]
+    return [*values, *own], (_numerics.scaled_norm(gap), largest), each
+
+
+@jax.jit
+def _moved(program: Program, params: Params, batch: Batch, eps: jax.Array) -> jax.Array:
+    """How far the gradient moves if each weight is rounded off by some units."""
+
+    def move(leaf: jax.Array) -> jax.Array:
+        wide = _tree.wide(leaf)
+        size = jnp.abs(wide) + jnp.sqrt(jnp.mean(wide**2))
+        signs = jnp.where(jnp.arange(wide.size) % 2, 1, -1).reshape(wide.shape).astype(wide.dtype)
+        return (wide + _UNITS * jnp.asarray(eps, wide.dtype) * size * signs).astype(leaf.dtype)
+
+    def value(params: Params) -> jax.Array:
+        quotients = [_numerics.divide(*term) for term in _terms(program, params, batch)]
+        return functools.reduce(jnp.add, quotients)
+
+    one, other = (jax.grad(value)(at) for at in (params, jax.tree.map(move, params)))
+    gap = jax.tree.map(lambda a, b: _tree.wide(a) - _tree.wide(b), one, other)
+    return _numerics.scaled_norm(gap)
+
+
+def _terms(program: Program, params: Params, batch: Batch) -> list[tuple[jax.Array, jax.Array]]:
+    """Sums and weights of a loss; a plain mean has the number of examples for weight."""
+    loss, length = program(params, *batch), _checks.num_examples(batch)
+    found = terms(loss) or (WeightedMean(_tree.wide(loss) * length, jnp.float32(length)),)
+    dtype = _tree.widest(_tree.wide_dtype(term.sum) for term in found)
+    return [(term.sum.astype(dtype), term.weight.astype(dtype)) for term in found]

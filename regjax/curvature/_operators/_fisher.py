@@ -1,0 +1,161 @@
+"""The Fisher information matrix of a model's own predictions."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+
+from regjax import _checks
+from regjax._arguments import checked
+from regjax._base import ModelFn, Params, PRNGKey, Tree, as_partial
+from regjax._losses import Factors
+from regjax._separable import ensure_separable
+from regjax.curvature._operators._curvature import CurvatureOperator, Form, build, parts_of
+from regjax.curvature._operators._likelihoods import LIKELIHOODS, check_outputs, check_weights
+from regjax.curvature._operators._sandwich import (
+    sandwich,
+    traced_model,
+    weighted_sum,
+    with_weights,
+)
+
+
+@checked
+def fisher(
+    model_fn: ModelFn,
+    params: Params,
+    inputs: Tree,
+    weights: ArrayLike | None = None,
+    *,
+    key: PRNGKey | None,
+    num_samples: int | None = 1,
+    likelihood: str = "categorical",
+    chunk_size: int | None = None,
+) -> CurvatureOperator:
+    """Makes the Fisher information matrix of the model's own predictive distribution.
+
+    The mean over the examples of J' E[s s'] J, s the score of a target drawn from the model, summed
+    over the predictions of an example; or with `weights` the weighted mean over the predictions, as
+    the same argument says it in `gauss_newton`. With `num_samples` the expectation is a mean over
+    that many draws, fixed by `key` for all products; with None it is exact, and then equal to the
+    Gauss-Newton matrix of the likelihood's loss.
+
+    Args:
+      model_fn: (params, inputs) -> outputs, an array with a leading axis of examples: logits of a
+        softmax (examples, ..., classes), with all axes but the last for independent predictions; or
+        logits of independent yes and no (examples, ...); or means of independent normals of unit
+        variance (examples, ...).
+      params: tree of real floating-point parameters, n in all.
+      inputs: array or tree with a leading axis of examples.
+      weights: (examples, ...) of the predictions, such as a mask of tokens: a prefix of the axes of
+        the outputs. None: one for each example.
+      key: typed key of the draws; None with `num_samples=None`.
+      num_samples: draws per prediction, or None for the exact expectation.
+      likelihood: "categorical" (softmax cross-entropy), "bernoulli" (sigmoid cross-entropy) or
+        "normal" (half the squared error).
+      chunk_size: number of examples per pass, None for all at once (see `hessian`).
+
+    Returns:
+      An `Operator` of shape (n, n), in squared units of the log-likelihood's gradient.
+
+    Raises:
+      TypeError: `key` is not a typed key though draws are asked for.
+      ValueError: `likelihood` is unknown or does not go with the shape of the outputs,
+        `num_samples` is below one, or as in `hessian`.
+
+    References:
+      J. Martens (2020), New insights and perspectives on the natural gradient method,
+      arXiv:1412.1193, sections 5 and 9.
+    """
+    batch = with_weights((inputs,), weights)
+    form = fisher_form(
+        model_fn, params, *batch,
+        key=key, num_samples=num_samples, likelihood=likelihood, chunk_size=chunk_size,
+    )  # fmt: skip
+    if num_samples is not None:
+        # One key for each example and draw: the draws do not depend on how the data are chunked.
+        keys = draw_keys(_checks.key("key", key), 0, _checks.num_examples(inputs), num_samples)
+        batch = (*batch, keys)
+    return build(form, params, batch, chunk_size)
+
+
+def fisher_form(
+    model_fn: ModelFn,
+    params: Params,
+    *batch: Tree,
+    chunk_size: int | None,
+    key: PRNGKey | None,
+    num_samples: int | None = 1,
+    likelihood: str = "categorical",
+) -> Form:
+    """How the matrix follows from (inputs,), or (inputs, weights), and the keys of draws."""
+    exact, sampled = LIKELIHOODS[_checks.choice("likelihood", likelihood, tuple(LIKELIHOODS))]
+    if num_samples is not None:
+        _checks.integer("num_samples", num_samples)
+        _checks.key("key", key)
+    parts, size = parts_of(model_fn, batch, chunk_size)
+    model = traced_model(model_fn, params, parts)
+    outputs = model.outputs(params, batch[0])
+    check_outputs(likelihood, outputs, _checks.num_examples(batch))
+    if size is not None:
+        curved = Partial(_curved, as_partial(model_fn))
+        ensure_separable(
+            curved, params, batch[:1], size=size, name="model_fn",
+            functions=(model_fn,), programs=(model,),
+        )  # fmt: skip
+    covariance = Partial(exact if num_samples is None else sampled)
+    if len(batch) == 1:
+        return sandwich(Partial(_mean, covariance), model)
+    check_weights(likelihood, batch[1], outputs)
+    curvature = Partial(_weighted_mean, covariance, Factors(()))
+    return sandwich(curvature, model, Partial(_mean_weights))
+
+
+def draw_keys(key: jax.Array, first: int, num_examples: int, num_samples: int) -> jax.Array:
+    """Keys (num_examples, num_samples) that belong to the examples' numbers, from `first` on."""
+    return _draw_keys(key, jnp.uint32(first), num_examples, num_samples)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _draw_keys(key: jax.Array, first: jax.Array, num_examples: int, num_samples: int) -> jax.Array:
+    numbers = first + jnp.arange(num_examples, dtype=jnp.uint32)
+    each = jax.vmap(lambda number: jax.random.split(jax.random.fold_in(key, number), num_samples))
+    return each(numbers)
+
+
+def _mean(
+    covariance: Callable[..., jax.Array], outputs: jax.Array, _: None, *rest: jax.Array
+) -> jax.Array:
+    return covariance(outputs, *rest) / outputs.shape[0]
+
+
+def _weighted_mean(
+    covariance: Callable[..., jax.Array],
+    factors: Factors,
+    outputs: jax.Array,
+    _: None,
+    weights: jax.Array,
+    *rest: jax.Array,
+) -> jax.Array:
+    (factor,) = factors.of(1)
+    products = weighted_sum(weights, covariance(outputs, *rest))
+    return products / outputs.shape[0] * factor.astype(products.dtype)
+
+
+def _mean_weights(
+    params: Params, inputs: Tree, weights: jax.Array, *keys: jax.Array
+) -> tuple[jax.Array, ...]:
+    return (jnp.sum(weights) / weights.shape[0],)
+
+
+def _curved(model_fn: Partial, params: Params, inputs: Tree) -> jax.Array:
+    """A mean over the examples that shows what an output has of the others.
+
+    Curved, since the means and the squares of standardised outputs are the same in every batch.
+    """
+    outputs = model_fn(params, inputs)
+    weights = jnp.cos(jnp.arange(outputs[0].size, dtype=outputs.dtype)).reshape(outputs[0].shape)
+    return jnp.mean(jax.nn.softplus(outputs) * weights[None])

@@ -1,0 +1,93 @@
+"""Curvature through the network's outputs: J' A J, with A the curvature of the loss there.
+
+J is the Jacobian of the outputs with respect to the parameters. A product is one forward-mode
+pass (u = J v), a small product at the outputs (a = A u) and one reverse-mode pass (J' a).
+
+Outputs are a tree of arrays. Its integer leaves have no derivative: they are apart, as `others`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+
+from regjax import _checks, _loops, _tree
+from regjax._base import Batch, ModelFn, Params, Tree
+from regjax._programs import Program
+from regjax.curvature._operators._curvature import Form, Linearization, trace
+
+
+def traced_model(model_fn: ModelFn, params: Params, parts: tuple[Batch, ...]) -> Program:
+    """The program of a model for the inputs of batches of some shapes."""
+    _checks.floating_tree("params", params)
+    return trace(model_fn, *((params, part[0]) for part in parts))
+
+
+def with_weights(batch: Batch, weights: ArrayLike | None) -> Batch:
+    """The batch with the weights of its predictions, if there are any.
+
+    Raises:
+      TypeError: they are no array of numbers.
+      ValueError: one that is known is negative or not finite.
+    """
+    if weights is None:
+        return batch
+    array = jnp.asarray(weights)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "biu"):
+        raise TypeError(f"`weights` must be real numbers, got {array.dtype}.")
+    known = _checks.on_host(array)
+    if known is not None and _loops.is_concrete(array):
+        wrong = known[~(known >= 0) | ~(known < float("inf"))]
+        if wrong.size:
+            raise ValueError(f"`weights` must be non-negative and finite, got {wrong[0]}.")
+    return (*batch, array.astype(_weight_dtype(array)))
+
+
+def _weight_dtype(array: jax.Array) -> Any:
+    return _tree.wide_dtype(array) if jnp.issubdtype(array.dtype, jnp.floating) else jnp.float32
+
+
+def weighted_sum(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Weights times values, which do not count where the weight is 0, not even as NaN."""
+    weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
+    return jnp.where(weights > 0, weights.astype(values.dtype) * values, jnp.zeros_like(values))
+
+
+def split(outputs: Tree) -> tuple[Tree, Tree]:
+    """What of the outputs has a derivative, and the others; None in the places of each other."""
+    is_float = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    floats = jax.tree.map(lambda leaf: leaf if is_float(leaf) else None, outputs)
+    return floats, jax.tree.map(lambda leaf: None if is_float(leaf) else leaf, outputs)
+
+
+def sandwich(curvature: Partial, model: Program, weights: Partial | None = None) -> Form:
+    """How J' A J follows from a model.
+
+    Args:
+      curvature: (floats, others, *rest of the batch, u) -> A u, u a tree like `floats`.
+      model: (params, inputs) -> outputs.
+      weights: as of a `Form`.
+    """
+    linearization = Linearization(Partial(_linearize, curvature), Partial(_multiply, curvature))
+    return Form(linearization, model, weights)
+
+
+def _linearize(
+    curvature: Partial, model_fn: ModelFn, params: Params, inputs: Tree, *rest: Tree
+) -> Partial:
+    function = lambda params: split(model_fn(params, inputs))
+    floats, jacobian, others = jax.linearize(function, params, has_aux=True)
+    # A `Partial` of a `Partial` would hold the arrays of the inner one as static.
+    return Partial(_apply, jacobian, curvature, (floats, others, *rest))
+
+
+def _multiply(
+    curvature: Partial, model_fn: ModelFn, params: Params, vector: Params, inputs: Tree, *rest: Tree
+) -> Tree:
+    return _linearize(curvature, model_fn, params, inputs, *rest)(vector)
+
+
+def _apply(jacobian: Partial, curvature: Partial, operands: Tree, vector: Params) -> Tree:
+    return jax.linear_transpose(jacobian, vector)(curvature(*operands, jacobian(vector)))[0]
