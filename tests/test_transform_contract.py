@@ -183,17 +183,47 @@ def test_a_traced_integer_names_static_args(name):
         row.factory(**arguments)
 
 
+HALVES = (slice(0, 4), slice(4, 8))
+
+
+def accumulated(tx, params, grad_fns):
+    """Parameters after a step of two micro-batches; `grad_fns` gives `grad_fn` of each half."""
+    state = tx.init(params)
+    for half in HALVES:
+        grads = gradient(params, 0, DATA[half], LABELS[half])
+        updates, state = tx.update(grads, state, params, grad_fn=grad_fns(half))
+        params = optax.apply_updates(params, updates)
+    return params
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_accumulated_steps_are_one_step_on_the_joined_batch(name):
     row, params = ROWS[name], parameters()
     tx = chain(row, row.make(), optax.sgd(0.1))
-    accumulated = optax.MultiSteps(tx, every_k_schedule=2)
-    state, after = accumulated.init(params), params
-    for half in (slice(0, 4), slice(4, 8)):
-        grads = gradient(after, 0, DATA[half], LABELS[half])
-        updates, state = accumulated.update(grads, state, after, grad_fn=gradient)
-        after = optax.apply_updates(after, updates)
+    joined = transforms.assume_joined(gradient)
+    after = accumulated(optax.MultiSteps(tx, 2), params, lambda half: joined)
     assert_same(after, run(tx, params, 1)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ROWS[name].needs_grad_fn])
+def test_the_gradient_of_the_last_micro_batch_alone_is_refused(name):
+    row, params = ROWS[name], parameters()
+    on_half = lambda half: lambda p, i: gradient(p, i, DATA[half], LABELS[half])
+    inside = optax.MultiSteps(chain(row, row.make(), optax.sgd(0.1)), 2)
+    with pytest.raises(ValueError, match=r"`grad_fn` must cover all.*MultiSteps.*assume_joined"):
+        accumulated(inside, params, on_half)
+    if not row.reads_gradient or name == "spectral_controller":
+        return
+    # In front of it each micro-batch climbs by itself; the mean is applied.
+    tx = row.make()
+    outside = optax.chain(tx, optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation())
+    state, each = tx.init(params), []
+    for half in HALVES:
+        grad_fn = on_half(half)
+        updates, state = tx.update(grad_fn(params, 0), state, params, grad_fn=grad_fn)
+        each.append(updates)
+    expected = jax.tree.map(lambda w, one, other: w - 0.05 * (one + other), params, *each)
+    assert_same(accumulated(outside, params, on_half), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -43,7 +43,7 @@ def assume_joined(grad_fn: _Function) -> _Function:
     Raises:
       TypeError: `grad_fn` cannot be called.
     """
-    joined: Any = functools.partial(grad_fn)
+    joined: Any = functools.partial(_checks.function("grad_fn", grad_fn))
     joined.covers_micro_batches = True
     return joined
 
@@ -181,7 +181,7 @@ def _slope(
         value = value_fn(params, **options)
         if type(value) is tuple and len(value) == 2:
             value = value[0]  # (loss, aux)
-        value = value if hasattr(value, "dtype") else jnp.asarray(value)
+        value = jnp.asarray(value) if isinstance(value, float) else value
         _base.check_scalar(value, name=name)
         return value
 

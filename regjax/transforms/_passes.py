@@ -135,9 +135,9 @@ def _is_none(node: object) -> bool:
 
 def _places(argnums: int | Sequence[int], length: int) -> tuple[list[int], bool]:
     """Lists the arguments that are meant; `nnx.DiffState` stands for its own."""
-    is_single = not isinstance(argnums, Sequence)
+    each = list(argnums) if isinstance(argnums, Sequence) else [argnums]
     places = []
-    for argnum in [argnums] if is_single else argnums:
+    for argnum in each:
         place = _checks.integer("argnums", getattr(argnum, "argnum", argnum), minimum=None)
         if not -length <= place < length:
             raise ValueError(
@@ -145,7 +145,7 @@ def _places(argnums: int | Sequence[int], length: int) -> tuple[list[int], bool]
                 "passed by position."
             )
         places.append(place % length)
-    return places, is_single
+    return places, not isinstance(argnums, Sequence)
 
 
 def arrays_of(grads: Tree) -> Params:

@@ -17,7 +17,7 @@ def perturbed(
     *,
     std: ArrayLike,
     key: PRNGKey,
-    count: ArrayLike,
+    count: jax.Array,
     layerwise: bool,
     cyclic: bool,
     groups: Tree,

@@ -70,10 +70,11 @@ def remove_radial(
         return tx.init(params)
 
     def update(
-        grads: Params, state: optax.OptState, params: Params | None = None, **extra: object
+        updates: Params, state: optax.OptState, params: Params | None = None, **extra: object
     ) -> tuple[Params, optax.OptState]:
-        params = _gradients.check_params(grads, params)
+        params = _gradients.check_params(updates, params)
         chosen = _masks.mask_leaves(mask, params)
+        grads = updates
         updates, state = tx.update(grads, state, params, **extra)
 
         def correct(update: jax.Array, grad: jax.Array, w: jax.Array, choose: bool) -> jax.Array:

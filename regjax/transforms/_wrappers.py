@@ -15,7 +15,8 @@ def only_extra(
     """Passes only the named extra arguments on to `tx`, and drops the others.
 
     For members of a chain that reject what they do not know, such as optax's line searches:
-    `only_extra(optax.scale_by_backtracking_linesearch(15), "value", "grad", "value_fn")`.
+    `only_extra(optax.scale_by_backtracking_linesearch(15), "value", "grad", "value_fn")`; and for
+    those that would read too much: `only_extra(sam(0.05), "grad_fn")` beside a `value_fn`.
 
     Args:
       tx: a transformation.

@@ -19,28 +19,26 @@ def test_only_extra_shares_a_chain_with_a_line_search():
     search = optax.scale_by_backtracking_linesearch(15)
     bare = optax.chain(transforms.sam(0.05), optax.sgd(1.0), search)
     shared = optax.chain(
-        transforms.sam(0.05),
+        transforms.only_extra(transforms.sam(0.05), "grad_fn"),
         optax.sgd(1.0),
         transforms.only_extra(search, "value", "grad", "value_fn"),
     )
     params = problem.params
-    arguments = {
-        "grad_fn": grad_fn,
-        "value": loss(params),
-        "grad": grad_fn(params, 0),
-        "value_fn": loss,
-    }
-    with pytest.raises(TypeError, match="grad_fn"):
-        bare.update(grad_fn(params, 0), bare.init(params), params, **arguments)
-    state = shared.init(params)
-    before = loss(params)
-    for _ in range(5):
-        grads = grad_fn(params, 0)
-        updates, state = shared.update(
-            grads, state, params, grad_fn=grad_fn, value=loss(params), grad=grads, value_fn=loss
-        )
-        params = optax.apply_updates(params, updates)
-    assert loss(params) < before
+    both = {"grad_fn": grad_fn, "value_fn": loss}
+    with pytest.raises(ValueError, match="only one of.*got grad_fn and value_fn.*only_extra"):
+        bare.update(grad_fn(params, 0), bare.init(params), params, **both)
+    # One function serves both, or each is let through to its own.
+    ends = []
+    for tx, functions in ((bare, {"value_fn": loss}), (shared, both)):
+        params, state = problem.params, tx.init(problem.params)
+        for _ in range(5):
+            grads = grad_fn(params, 0)
+            searched = {"value": loss(params), "grad": grads}
+            updates, state = tx.update(grads, state, params, **searched, **functions)
+            params = optax.apply_updates(params, updates)
+        assert loss(params) < loss(problem.params)
+        ends.append(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *ends)
 
 
 def test_skip_nonfinite_sees_what_apply_if_finite_does_not():
