@@ -144,9 +144,9 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_LIKE_PARAMS, _checks.floating_tree),
     **dict.fromkeys(
         (
-            "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "dropout_loss_fn",
-            "gate_loss", "grad_fn", "law", "loss_fn", "matvec", "model_fn", "operator_fn",
-            "output_loss_fn", "preactivations_fn", "rule",
+            "batch_model_fn", "batch_preactivations_fn", "call", "curvature_grad_fn",
+            "dropout_loss_fn", "gate_loss", "grad_fn", "law", "loss_fn", "matvec", "model_fn",
+            "operator_fn", "output_loss_fn", "preactivations_fn", "rule",
             "value_and_grad_fn", "weight_fn",
         ),
         _checks.function,

@@ -171,6 +171,13 @@ def _dtype(leaf: object) -> Any:
         return type(leaf)
 
 
+_WHOLE_MODULE = (
+    " Parameters are arrays alone: of a whole module `regjax.from_equinox`, `from_nnx`, "
+    "`from_linen`, `from_haiku` or `from_keras` makes a model with parameters, and "
+    "`equinox.partition(module, equinox.is_inexact_array)[0]` are those of Equinox."
+)
+
+
 def floating_tree(name: str, tree: _Tree) -> _Tree:
     """Returns `tree` if it has leaves and all of them are real floating-point arrays."""
     if not jax.tree.leaves(tree):
@@ -186,9 +193,10 @@ def floating_leaves(
     for (path, leaf), choose in zip(leaves, chosen or [True] * len(leaves), strict=True):
         dtype = _dtype(leaf) if choose else jnp.float32
         if not jnp.issubdtype(dtype, jnp.floating):
+            is_object = dtype is type(leaf) and not isinstance(leaf, str)
             raise TypeError(
                 f"`{name}{jax.tree_util.keystr(path)}` must be real floating point, got "
-                f"{getattr(dtype, '__name__', dtype)}.{remedy}"
+                f"{getattr(dtype, '__name__', dtype)}.{_WHOLE_MODULE if is_object else remedy}"
             )
     return tree
 

@@ -144,9 +144,8 @@ def from_equinox(
         raise TypeError(f"`module` must be an equinox.Module, got {type(module).__name__}.")
     if state is not None and not isinstance(state, equinox.nn.State):
         raise TypeError(f"`state` must be an equinox.nn.State, got {type(state).__name__}.")
-    is_array = lambda leaf: isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-    arrays, static = equinox.partition(module, is_array)
-    params, rest = _parts.partition(arrays, _chosen(wrt, module, arrays, is_array))
+    arrays, static = equinox.partition(module, _is_array)
+    params, rest = _parts.partition(arrays, _chosen(wrt, module, arrays))
     _checks.floating_tree("params", params)
     carried: dict[str, Tree] = {"params": rest} if jax.tree.leaves(rest) else {}
     if state is not None and jax.tree.leaves(state):
@@ -167,9 +166,7 @@ def from_equinox(
     )
 
 
-def _chosen(
-    wrt: Mask, module: Tree, arrays: Tree, is_array: Callable[[object], bool]
-) -> list[bool]:
+def _chosen(wrt: Mask, module: Tree, arrays: Tree) -> list[bool]:
     """Returns for each array whether it is a parameter.
 
     A tree of bools may be like the whole module, as a filter of Equinox is, or like its arrays.
@@ -178,9 +175,13 @@ def _chosen(
     is_tree = bools and all(isinstance(leaf, (bool, np.bool_)) for leaf in bools)
     if is_tree and Static(jax.tree.structure(wrt)) == Static(jax.tree.structure(module)):
         pairs = zip(bools, jax.tree.leaves(module), strict=True)
-        inside = [bool(here) for here, leaf in pairs if is_array(leaf)]
+        inside = [bool(here) for here, leaf in pairs if _is_array(leaf)]
         wrt = jax.tree.unflatten(jax.tree.structure(arrays), inside)
     return _parts.chosen_leaves(wrt, arrays)
+
+
+def _is_array(leaf: object) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
 def _nodes(module: Tree, kind: type) -> list[Any]:

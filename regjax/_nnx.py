@@ -111,7 +111,7 @@ def from_nnx(
     *,
     call: Call | None = None,
     rngs: Sequence[str] | str | None = None,
-    wrt: nnx.filterlib.Filter | Mask = None,
+    wrt: Mask = None,
 ) -> Model:
     """Turns an nnx module into a `Model` of plain dicts.
 
@@ -173,7 +173,7 @@ def from_nnx(
     )
 
 
-def _paths(module: nnx.Module, wrt: nnx.filterlib.Filter | Mask) -> list[tuple[Any, ...]]:
+def _paths(module: nnx.Module, wrt: Mask) -> list[tuple[Any, ...]]:
     """Returns the paths of the variables that are the parameters."""
     is_tree = isinstance(wrt, (bool, dict, nnx.State))
     types = wrt if isinstance(wrt, (list, tuple)) else (wrt,)

@@ -7,11 +7,14 @@ A name has one meaning (docs/vocabulary.md), so that one row here serves all fun
 import functools
 import math
 
+import equinox
+import haiku
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import optax
-from flax import nnx
+from flax import linen, nnx
 
 import regjax
 from regjax import curvature, pruning, transforms
@@ -84,6 +87,16 @@ def model():
 @functools.cache
 def structure():
     return pruning.find_structure(model_fn, params(), inputs())
+
+
+@functools.cache
+def keras_module():
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+
+
+@functools.cache
+def transformed():
+    return haiku.transform(lambda x: haiku.Linear(2)(x))
 
 
 def scores():
@@ -275,6 +288,17 @@ def replaced(leaf_of):
 # function -> name -> a function that makes a good value, where that of EXAMPLES will not do.
 OVERRIDES = {
     "from_callable": {"function": lambda: model_fn},
+    "from_equinox": {
+        "module": lambda: equinox.nn.MLP(3, 2, 4, 1, key=key()),
+        "state": lambda: None,
+    },
+    "from_haiku": {"transformed": transformed, "state": lambda: None},
+    "from_keras": {"module": keras_module},
+    "from_linen": {
+        "module": lambda: linen.Dense(2),
+        "variables": lambda: linen.Dense(2).init(key(), inputs()),
+    },
+    "from_nnx": {"module": lambda: nnx.Linear(3, 2, rngs=nnx.Rngs(0))},
     "initializers.gradinit": {"batches": lambda: (ones(2, 3, 4, 3), jnp.zeros((2, 3, 4), int))},
     "initializers.data_dependent": {
         "params": lambda: model().params,
@@ -331,7 +355,7 @@ _KINDS = {
     ),
     "loss": ("dropout_loss_fn", "gate_loss", "loss_fn"),
     "function": (
-        "batch_model_fn", "batch_preactivations_fn", "curvature_grad_fn", "grad_fn", "law",
+        "batch_model_fn", "batch_preactivations_fn", "call", "curvature_grad_fn", "grad_fn", "law",
         "matvec", "model_fn", "operator_fn", "output_loss_fn", "preactivations_fn", "rule",
     ),
     "array": (

@@ -12,6 +12,7 @@ import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # A release that does not know a flag ends the process. Programs are too small to be compiled in
 # parts; 0.10 compiles a third longer with these emitters.
