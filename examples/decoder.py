@@ -27,9 +27,9 @@ class Decoder(nn.Module):
     """Logits (batch, tokens, vocabulary) of the next token, with layers in one array or apart."""
 
     vocabulary: int = 7
-    width: int = 6
+    width: int = 4
     num_heads: int = 2
-    num_layers: int = 3
+    num_layers: int = 2
     scan: bool = True
 
     @nn.compact

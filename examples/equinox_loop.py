@@ -4,8 +4,8 @@ import equinox as eqx
 import jax
 import optax
 
-import regjax  # regjax
 from examples.images import images
+from regjax import curvature, from_equinox, model_loss, transforms  # regjax
 
 
 def cross_entropy(logits, labels):
@@ -18,14 +18,14 @@ def main(num_steps=3):
     x, y = images()
     x = x.reshape(len(x), -1)
     net = eqx.nn.MLP(x.shape[1], 3, 8, 2, activation=jax.nn.tanh, key=jax.random.key(0))
-    tx = optax.adamw(1e-2)
+    tx = optax.sgd(0.1, momentum=0.9)
     state = tx.init(eqx.filter(net, eqx.is_inexact_array))
 
     def loss_fn(net, x, y):
         return cross_entropy(jax.vmap(net)(x), y)
 
     loss_and_grad = eqx.filter_value_and_grad(loss_fn)
-    loss_and_grad = regjax.transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
+    loss_and_grad = transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
 
     @eqx.filter_jit
     def train_step(net, state, x, y):
@@ -36,11 +36,9 @@ def main(num_steps=3):
     for _ in range(num_steps):
         net, state = train_step(net, state, x, y)
 
-    model = regjax.from_equinox(net)  # regjax
-    hessian = regjax.curvature.hessian(
-        regjax.model_loss(model, cross_entropy), model.params, x, y
-    )  # regjax
-    top = regjax.curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
+    model = from_equinox(net)  # regjax
+    hessian = curvature.hessian(model_loss(model, cross_entropy), model.params, x, y)  # regjax
+    top = curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
     return net, float(top.values[0])
 
 

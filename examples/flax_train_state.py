@@ -4,8 +4,8 @@ import jax
 import optax
 from flax.training.train_state import TrainState
 
-import regjax  # regjax
 from examples import decoder
+from regjax import curvature, transforms  # regjax
 
 
 def main(num_steps=3):
@@ -13,7 +13,7 @@ def main(num_steps=3):
     batch = decoder.texts()
     model = decoder.Decoder()
     params = model.init(jax.random.key(0), batch[0])["params"]
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=optax.adamw(1e-2))
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1, momentum=0.9))
 
     def loss_fn(params, tokens, targets, mask):
         logits = state.apply_fn({"params": params}, tokens)
@@ -21,7 +21,7 @@ def main(num_steps=3):
         return total / count
 
     loss_and_grad = jax.value_and_grad(loss_fn)
-    loss_and_grad = regjax.transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
+    loss_and_grad = transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
 
     @jax.jit
     def train_step(state, *batch):
@@ -31,8 +31,8 @@ def main(num_steps=3):
     for _ in range(num_steps):
         state, _ = train_step(state, *batch)
 
-    hessian = regjax.curvature.hessian(loss_fn, state.params, *batch)  # regjax
-    top = regjax.curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
+    hessian = curvature.hessian(loss_fn, state.params, *batch)  # regjax
+    top = curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
     return state.params, float(top.values[0])
 
 

@@ -7,8 +7,8 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-import regjax  # regjax
 from examples import decoder
+from regjax import curvature, transforms  # regjax
 
 
 def divided(leaf, mesh):
@@ -29,19 +29,16 @@ def main(num_steps=3, num_devices=4):
     params = model.init(jax.random.key(0), whole[0])["params"]
     params = jax.tree.map(lambda leaf: divided(leaf, mesh), params)
     batch = jax.device_put(whole, NamedSharding(mesh, PartitionSpec("data")))
-    tx = optax.adamw(1e-2)
+    tx = optax.sgd(0.1, momentum=0.9)
     state = tx.init(params)
 
     def loss_fn(params, tokens, targets, mask):
         logits = model.apply({"params": params}, tokens)
-        return regjax.WeightedMean(*decoder.masked_nll(logits, targets, mask))  # regjax
-
-    def mean_loss(params, *batch):
-        total, count = loss_fn(params, *batch)
+        total, count = decoder.masked_nll(logits, targets, mask)
         return total / count
 
-    loss_and_grad = jax.value_and_grad(mean_loss)
-    loss_and_grad = regjax.transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
+    loss_and_grad = jax.value_and_grad(loss_fn)
+    loss_and_grad = transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
 
     @jax.jit
     def train_step(params, state, *batch):
@@ -52,8 +49,8 @@ def main(num_steps=3, num_devices=4):
     for _ in range(num_steps):
         params, state = jax.block_until_ready(train_step(params, state, *batch))
 
-    hessian = regjax.curvature.hessian(loss_fn, params, *batch)  # regjax
-    top = regjax.curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
+    hessian = curvature.hessian(loss_fn, params, *batch)  # regjax
+    top = curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
     return params, float(top.values[0])
 
 

@@ -1,10 +1,11 @@
 """A masked loss in micro-batches: one ascent with the gradient of the whole batch, in parts."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
-import regjax  # regjax
 from examples import decoder
+from regjax import WeightedMean, curvature, transforms  # regjax
 
 
 def main(num_steps=3, num_micro_batches=4):
@@ -12,23 +13,25 @@ def main(num_steps=3, num_micro_batches=4):
     batch = decoder.texts()
     model = decoder.Decoder()
     params = model.init(jax.random.key(0), batch[0])["params"]
-    tx = optax.adamw(1e-2)
+    tx = optax.sgd(0.1, momentum=0.9)
     state = tx.init(params)
 
-    def loss_fn(params, tokens, targets, mask):
-        logits = model.apply({"params": params}, tokens)
-        return regjax.WeightedMean(*decoder.masked_nll(logits, targets, mask))  # regjax
+    def sums_fn(params, tokens, targets, mask):
+        return decoder.masked_nll(model.apply({"params": params}, tokens), targets, mask)
 
-    def mean_loss(params, *micro_batch):
-        total, count = loss_fn(params, *micro_batch)
-        return total / count
+    def accumulated(params, *batch):
+        """Adds up the sums of micro-batches and divides at the end."""
+        parts = jax.tree.map(lambda a: a.reshape(num_micro_batches, -1, *a.shape[1:]), batch)
 
-    accumulated = regjax.transforms.mean_gradient(  # regjax
-        jax.value_and_grad(mean_loss),
-        num_shards=num_micro_batches,
-        weight_fn=lambda tokens, targets, mask: mask.sum(),
-    )
-    loss_and_grad = regjax.transforms.sharpness_aware_gradient(accumulated, 0.05)  # regjax
+        def add(carry, part):
+            (total, count), grads = jax.value_and_grad(sums_fn, has_aux=True)(params, *part)
+            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        (total, count, grads), _ = jax.lax.scan(add, zeros, parts)
+        return total / count, jax.tree.map(lambda g: g / count, grads)
+
+    loss_and_grad = transforms.sharpness_aware_gradient(accumulated, 0.05)  # regjax
 
     @jax.jit
     def train_step(params, state, *batch):
@@ -39,8 +42,9 @@ def main(num_steps=3, num_micro_batches=4):
     for _ in range(num_steps):
         params, state = train_step(params, state, *batch)
 
-    hessian = regjax.curvature.hessian(loss_fn, params, *batch, chunk_size=4)  # regjax
-    top = regjax.curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
+    loss_fn = lambda *arguments: WeightedMean(*sums_fn(*arguments))  # regjax
+    hessian = curvature.hessian(loss_fn, params, *batch, chunk_size=4)  # regjax
+    top = curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
     return params, float(top.values[0])
 
 

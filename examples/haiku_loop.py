@@ -4,8 +4,8 @@ import haiku as hk
 import jax
 import optax
 
-import regjax  # regjax
 from examples.images import images
+from regjax import curvature, from_haiku, model_loss, transforms  # regjax
 
 
 def network_fn(x, is_training):
@@ -25,7 +25,7 @@ def main(num_steps=3):
     x, y = images()
     network = hk.without_apply_rng(hk.transform_with_state(network_fn))
     params, state = network.init(jax.random.key(0), x, is_training=True)
-    tx = optax.adamw(1e-2)
+    tx = optax.sgd(0.1, momentum=0.9)
     opt_state = tx.init(params)
 
     def loss_fn(params, state, x, y):
@@ -33,7 +33,7 @@ def main(num_steps=3):
         return cross_entropy(logits, y), state
 
     loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    loss_and_grad = regjax.transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
+    loss_and_grad = transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
 
     @jax.jit
     def train_step(params, state, opt_state, x, y):
@@ -44,11 +44,9 @@ def main(num_steps=3):
     for _ in range(num_steps):
         params, state, opt_state = train_step(params, state, opt_state, x, y)
 
-    model = regjax.from_haiku(network, params, state)  # regjax
-    hessian = regjax.curvature.hessian(
-        regjax.model_loss(model, cross_entropy), model.params, x, y
-    )  # regjax
-    top = regjax.curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
+    model = from_haiku(network, params, state)  # regjax
+    hessian = curvature.hessian(model_loss(model, cross_entropy), model.params, x, y)  # regjax
+    top = curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
     return params, state, float(top.values[0])
 
 

@@ -4,8 +4,8 @@ import jax
 import keras
 import optax
 
-import regjax  # regjax
 from examples.images import images
+from regjax import curvature, from_keras, model_loss, transforms  # regjax
 
 
 class Classifier(keras.Model):
@@ -21,7 +21,7 @@ class Classifier(keras.Model):
         trainable, non_trainable, optimizer_variables, metrics_variables = state
         x, y = data
         loss_and_grad = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
-        loss_and_grad = regjax.transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
+        loss_and_grad = transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
         (loss, (_, non_trainable)), grads = loss_and_grad(
             trainable, non_trainable, x, y, training=True
         )
@@ -45,7 +45,7 @@ def make():
     hidden = keras.layers.GlobalAveragePooling2D()(keras.layers.ReLU()(hidden))
     net = Classifier(inputs, keras.layers.Dense(3)(hidden))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    net.compile(optimizer=keras.optimizers.SGD(0.1), loss=loss)
+    net.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9), loss=loss)
     return net
 
 
@@ -55,11 +55,9 @@ def main(num_steps=3):
     net = make()
     net.fit(x, y, batch_size=len(x), epochs=num_steps, shuffle=False, verbose=0)
 
-    model = regjax.from_keras(net)  # regjax
-    hessian = regjax.curvature.hessian(
-        regjax.model_loss(model, cross_entropy), model.params, x, y
-    )  # regjax
-    top = regjax.curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
+    model = from_keras(net)  # regjax
+    hessian = curvature.hessian(model_loss(model, cross_entropy), model.params, x, y)  # regjax
+    top = curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
     return net, float(top.values[0])
 
 

@@ -4,8 +4,8 @@ import jax
 import optax
 from flax import nnx
 
-import regjax  # regjax
 from examples.images import images
+from regjax import curvature, from_nnx, model_loss, transforms  # regjax
 
 
 class Net(nnx.Module):
@@ -32,14 +32,14 @@ def main(num_steps=3):
     """Returns the network after some steps and the largest eigenvalue of the Hessian there."""
     x, y = images()
     net = Net(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(net, optax.adamw(1e-2), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(net, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
 
     def loss_fn(net, x, y):
         logits = net(x)
         return cross_entropy(logits, y), logits
 
     loss_and_grad = nnx.value_and_grad(loss_fn, has_aux=True)
-    loss_and_grad = regjax.transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
+    loss_and_grad = transforms.sharpness_aware_gradient(loss_and_grad, 0.05)  # regjax
 
     @nnx.jit
     def train_step(net, optimizer, x, y):
@@ -51,11 +51,9 @@ def main(num_steps=3):
     for _ in range(num_steps):
         train_step(net, optimizer, x, y)
 
-    model = regjax.from_nnx(net)  # regjax
-    hessian = regjax.curvature.hessian(
-        regjax.model_loss(model, cross_entropy), model.params, x, y
-    )  # regjax
-    top = regjax.curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
+    model = from_nnx(net)  # regjax
+    hessian = curvature.hessian(model_loss(model, cross_entropy), model.params, x, y)  # regjax
+    top = curvature.top_eigenpairs(hessian, 1, key=jax.random.key(1))  # regjax
     return net, float(top.values[0])
 
 

@@ -22,7 +22,6 @@ import regjax
 from examples import decoder
 from regjax import curvature
 
-SIZES = {"vocabulary": 7, "width": 4, "num_heads": 2, "num_layers": 2}
 LAYERS = ("scanned", "apart")
 WAYS = ("whole", "chunks of 4", "chunks of 3", "stream of 4")
 PLACES = ("one device", "data on 4")
@@ -45,7 +44,7 @@ def loss_fn(module, params, tokens, targets, mask):
 
 def subject(layers):
     """(module, params in float64); the two networks compute one function."""
-    scanned = decoder.Decoder(**SIZES)
+    scanned = decoder.Decoder()
     params = scanned.init(jax.random.key(0), decoder.texts()[0])["params"]
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
     # A step down, so that the norms' scales are not all one.
@@ -53,7 +52,7 @@ def subject(layers):
         leaf.shape), params)  # fmt: skip
     if layers == "scanned":
         return scanned, params
-    return decoder.Decoder(**SIZES, scan=False), decoder.unrolled(params)
+    return decoder.Decoder(scan=False), decoder.unrolled(params)
 
 
 def oracle():
@@ -71,7 +70,7 @@ def oracle():
     hessian = np.asarray(jax.jit(jax.hessian(mean))(flat))
     numbers = unravel(jnp.arange(float(flat.size)))
     stacked = {k: v for k, v in numbers.items() if not k.startswith("layer_")}
-    layers = [numbers[f"layer_{i}"] for i in range(SIZES["num_layers"])]
+    layers = [numbers[f"layer_{i}"] for i in range(decoder.Decoder.num_layers)]
     stacked["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     return hessian, np.asarray(ravel_pytree(stacked)[0], int)
 
