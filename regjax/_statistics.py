@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from regjax import _checks, _loops
 from regjax._adapters import Model, check_model
@@ -57,6 +59,7 @@ def population_statistics(
     *,
     state: State = None,
     key: PRNGKey | None = None,
+    weight_fn: Callable[[Tree], ArrayLike] | None = None,
 ) -> State:
     """Returns the model's state with the mean of the batch statistics of many batches at `params`.
 
@@ -74,13 +77,15 @@ def population_statistics(
       state: the state before, whose leaves stay as they are where they are no such averages; None:
         the model's own.
       key: typed key of dropout, or None.
+      weight_fn: inputs of a batch -> number of values behind its statistics, where masks leave some
+        out; one without values counts nothing. None: the number of examples.
 
     Returns:
       A state like `state`.
 
     Raises:
-      ValueError: there is no batch, its arrays share no leading axis, or an output is NaN (under
-        `jit` the statistics are NaN then).
+      ValueError: there is no batch, its arrays share no leading axis, a weight is negative or not
+        finite, all are zero, or an output is NaN (under `jit` the statistics are NaN then).
       TypeError: `model` is no `regjax.Model`, `batches` are no iterable, or `key` is not a typed
         key.
 
@@ -92,10 +97,13 @@ def population_statistics(
         raise TypeError(f"`batches` must be an iterable, got {type(batches).__name__}.")
     state = model.state if state is None else state
     zero = _on_floating(jnp.zeros_like, state)
-    total, num_examples, is_nan = zero, 0, jnp.bool_(False)
+    total, weight, is_nan, is_empty = zero, 0.0, jnp.bool_(False), True
     rests: dict[int, Tree] = {}  # 1 - m, which may depend on the number of ghost batches
     for inputs in batches:
-        size = _checks.num_examples(inputs)
+        size, is_empty = _checks.num_examples(inputs), False
+        own = size if weight_fn is None else _weight_of(weight_fn, inputs)
+        if own == 0:
+            continue
         # (1 - m) b, and from a start of its size m times that start more.
         moved, found_nan = _train_pass(model.apply, params, zero, inputs, key)
         if size not in rests:
@@ -103,13 +111,22 @@ def population_statistics(
             other, _ = _train_pass(model.apply, params, start, inputs, key)
             rests[size] = _on_floating(lambda s, a, b: 1 - (a - b) / s, start, other, moved)
         seen = _on_floating(_statistic, state, moved, rests[size])
-        total = _on_floating(lambda a, b: a + size * b, total, seen)  # noqa: B023
-        num_examples, is_nan = num_examples + size, is_nan | found_nan
-    if num_examples == 0:
+        total = _on_floating(lambda a, b: a + own * b, total, seen)  # noqa: B023
+        weight, is_nan = weight + own, is_nan | found_nan
+    if is_empty:
         raise ValueError("`batches` must hold at least one batch, got none.")
+    if weight == 0:
+        raise ValueError("`weight_fn` must be positive for one of the batches, got 0 for all.")
     if _loops.is_concrete(is_nan) and is_nan:
         raise ValueError("`batches` must give outputs without NaN, which have no statistics.")
-    return _on_floating(lambda _, a: jnp.where(is_nan, jnp.nan, a / num_examples), state, total)
+    return _on_floating(lambda _, a: jnp.where(is_nan, jnp.nan, a / weight), state, total)
+
+
+def _weight_of(weight_fn: Callable[[Tree], ArrayLike], inputs: Tree) -> float:
+    weight = _checks.number("weight_fn(inputs)", weight_fn(inputs))
+    if not _loops.is_concrete(weight):
+        raise ValueError("`weight_fn` must give numbers that are known, got a tracer.")
+    return float(np.asarray(weight))
 
 
 # A leaf that moves by less of the way than this, 1 - m, is rounding about one that stays.

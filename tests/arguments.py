@@ -255,6 +255,7 @@ EXAMPLES = {
     "vector": params,
     "velocity": params,
     "weight_decay": lambda: 0.1,
+    "weight_fn": lambda: lambda inputs: len(inputs),
     "weights": lambda: {"w": 0.1},
     "wrt": lambda: jax.tree.map(lambda leaf: leaf.ndim > 1, params()),
 }
@@ -357,6 +358,7 @@ _KINDS = {
     "function": (
         "batch_model_fn", "batch_preactivations_fn", "call", "curvature_grad_fn", "grad_fn", "law",
         "matvec", "model_fn", "operator_fn", "output_loss_fn", "preactivations_fn", "rule",
+        "weight_fn",
     ),
     "array": (
         "activations", "batch_means", "batch_variances", "center", "covariance",
@@ -447,7 +449,8 @@ EXCUSED = {
     ("diagnostics.condensation", "threshold", "-1"): "a cosine",
     ("diagnostics.condensation", "threshold", "array of -1"): "a cosine",
     **{
-        ("pruning.gated_loss", "loss_fn", label): "it is called with the gates, later"
+        (name, "loss_fn", label): "it is called by others, later"
+        for name in ("pruning.gated_loss", "without_aux", "assume_separable")
         for label in ("no result", "vector", "integer")
     },
     **{

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from regjax import _jaxprs, _programs, curvature
+from regjax import (
+    _jaxprs,
+    _programs,
+    curvature,
+    diagnostics,
+    initializers,
+    pruning,
+    regularizers,
+)
 from tests.curvature.test_operators import count_compilations
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(3, 2), "b": jnp.zeros(2)}
@@ -292,3 +300,62 @@ def test_inside_of_jit_and_vmap_what_is_closed_over_is_traced():
     slope = jax.grad(lambda s: jnp.sum(value(s, 1.0)))(jnp.float32(0.5))
     difference = (jnp.sum(value(0.51, 1.0)) - jnp.sum(value(0.49, 1.0))) / 0.02
     np.testing.assert_allclose(slope, difference, rtol=1e-3)
+
+
+class Changing:
+    """A network and its loss, of which everything can be changed afterwards."""
+
+    def __init__(self):
+        self.factor, self.is_linear = 1.0, False
+
+    def model(self, params, inputs):
+        hidden = inputs @ params["a"]
+        return self.factor * ((hidden if self.is_linear else jnp.tanh(hidden)) @ params["b"])
+
+    def loss(self, params, inputs):
+        return jnp.mean(self.model(params, inputs) ** 2)
+
+
+def answers(changing, params, inputs):
+    """What everything that takes a function says of it."""
+    key, step = jax.random.key(2), jnp.array([0.1])
+    loss, model, at = changing.loss, changing.model, (params, inputs)
+    batches = jnp.stack([jnp.stack([inputs, inputs, inputs])] * 2)
+    gates = {"a": jnp.ones((4, 5)), "b": jnp.ones((5, 3))}
+    as_gates = lambda gates, x: loss(jax.tree.map(jnp.multiply, params, gates), x)
+    targets = jnp.zeros(len(inputs), jnp.int32)
+    initialised = initializers.gradinit(
+        loss, params, (batches,), gradient_norm_bound=1.0, learning_rate=0.1
+    )
+    return {
+        "structure": len(str(pruning.find_structure(model, *at))),
+        "cost": pruning.count_cost(model, *at).flops,
+        "scores": pruning.taylor_scores(as_gates, gates, inputs, batch_size=4).scores["a"],
+        "oracle": pruning.oracle_importance(as_gates, gates, inputs)["a"],
+        "matrix": pruning.gradient_matrix(as_gates, gates, inputs)["a"],
+        "penalty": regularizers.gradient_norm_penalty(loss, *at),
+        "complexity": regularizers.geometric_complexity(model, *at),
+        "product": curvature.hvp(loss, params, params, inputs)["a"],
+        "noise": curvature.hessian_noise_power(loss, params, params, inputs).value,
+        "surface": diagnostics.interpolate(loss, params, params, inputs, positions=step),
+        "probe": diagnostics.line_probe(loss, *at, learning_rates=step).losses,
+        "sharpness": diagnostics.spherical_sharpness(loss, *at, key=key).value,
+        "margin": diagnostics.decision_margin(model, *at, targets),
+        "scales": initialised.gradient_norms,
+    }
+
+
+def test_no_answer_is_that_of_an_earlier_call():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"a": jax.random.normal(keys[0], (4, 5)), "b": jax.random.normal(keys[1], (5, 3))}
+    inputs = jax.random.normal(keys[2], (8, 4))
+    changing = Changing()
+    before = answers(changing, params, inputs)
+    changing.factor, changing.is_linear = 3.0, True
+    after = answers(changing, params, inputs)
+    new = Changing()
+    new.factor, new.is_linear = 3.0, True
+    for name, value in answers(new, params, inputs).items():
+        np.testing.assert_allclose(after[name], value, rtol=1e-6, err_msg=name)
+        if name not in ("structure", "margin"):
+            assert not np.allclose(before[name], value, rtol=1e-3), name

@@ -59,6 +59,39 @@ def test_evaluation_then_is_the_population_layer_and_other_state_stays():
     assert norm["rngs"]["count"] == model.state["layer_0"]["norm"]["rngs"]["count"]
 
 
+class Masked(linen.Module):
+    @linen.compact
+    def __call__(self, batch, train: bool):
+        norm = normalization.linen.BatchNorm(
+            use_running_average=not train, unbiased_running_variance=False
+        )
+        return norm(batch["x"], mask=batch["mask"])
+
+
+def test_masked_batches_count_by_what_is_in_them():
+    shares = [1.0, 0.3, 0.0, 0.6]
+    batches = [
+        {"x": x, "mask": jnp.asarray(RANDOM.random((12, 1)) < share)}
+        for x, share in zip(BATCHES, shares, strict=True)
+    ]
+    module = Masked()
+    model = regjax.from_linen(module, module.init(jax.random.key(0), batches[0], train=False))
+    state = regjax.population_statistics(
+        model, model.params, batches, weight_fn=lambda batch: jnp.sum(batch["mask"])
+    )
+    (found,) = state["batch_stats"].values()
+    values = np.concatenate([b["x"][np.asarray(b["mask"])[:, 0]] for b in batches])
+    # Of spread 2: without the weights the means are off by 0.1.
+    np.testing.assert_allclose(found["mean"], values.astype(np.float64).mean(0), atol=5e-3)
+    nothing = [batches[2]]
+    with pytest.raises(ValueError, match="`weight_fn` must be positive for one of the batches"):
+        regjax.population_statistics(
+            model, model.params, nothing, weight_fn=lambda batch: jnp.sum(batch["mask"])
+        )
+    with pytest.raises(ValueError, match=r"`weight_fn\(inputs\)` must be non-negative, got -1"):
+        regjax.population_statistics(model, model.params, batches, weight_fn=lambda _: -1)
+
+
 def test_a_model_without_statistics_keeps_its_state():
     model = regjax.from_callable(lambda p, x: x @ p, jnp.ones((5, 2)), {"table": jnp.ones(3)})
     state = regjax.population_statistics(model, model.params, BATCHES)

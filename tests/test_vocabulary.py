@@ -159,6 +159,7 @@ def test_a_name_has_one_default(name):
 NOUNS = {
     "Dataset",
     "Model",
+    "WeightedMean",
     "Gate",
     "Group",
     "Slice",

@@ -114,8 +114,10 @@ def gradinit(
     _checks.non_negative("learning_rate", learning_rate)
     _checks.positive("first_step_learning_rate", step_rate)
     num_iterations = _num_iterations(batches)
-    one = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0, 0], tree), batches)
-    loss = whole(_chunks.traced(loss_fn, params, one))
+    # Of two halves, as an iteration sees them.
+    joined = lambda leaf: jnp.concatenate([leaf[0, 0], leaf[0, 1]])
+    batch = jax.eval_shape(lambda tree: jax.tree.map(joined, tree), batches)
+    loss = whole(_chunks.traced(loss_fn, params, batch))
     iteration = _Iteration(variant, second_order)
     dtype, num_leaves = _tree.vector_dtype(params), len(jax.tree.leaves(params))
     numbers = (gradient_norm_bound, learning_rate, step_rate, clip)

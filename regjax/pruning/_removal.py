@@ -10,7 +10,7 @@ import numpy as np
 from regjax import _checks, _tree
 from regjax._adapters import Model, model_function
 from regjax._arguments import checked
-from regjax._base import ModelFn, Params, Tree, applied, as_partial
+from regjax._base import ModelFn, Params, Tree
 from regjax.pruning._gates import Units, check_units
 from regjax.pruning._smaller import Parts, SmallerApply
 from regjax.pruning._structure import Structure
@@ -89,7 +89,9 @@ def count_cost(model_fn: ModelFn, params: Params, inputs: Tree) -> CostResult:
       ValueError: there are no parameters.
     """
     _checks.floating_tree("params", params)
-    compiled = applied.lower(as_partial(model_fn), params, (inputs,)).compile()
+    # A new function, since JAX remembers what it compiled, and a bound method may have changed.
+    apply = lambda params, inputs: model_fn(params, inputs)
+    compiled = jax.jit(apply).lower(params, inputs).compile()
     counted = compiled.cost_analysis() or {}
     return CostResult(_tree.size(params), float(counted.get("flops", math.nan)))
 

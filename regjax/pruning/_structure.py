@@ -109,8 +109,9 @@ def find_structure(model_fn: ModelFn, params: Params, inputs: Tree) -> Structure
     """
     _checks.floating_tree("params", params)
     function = as_partial(model_fn)
-    # Abstract inputs do: nothing is computed.
-    traced = jax.make_jaxpr(_apply)(function, params, inputs)
+    # Abstract inputs do: nothing is computed. A new function, since JAX remembers what it traced.
+    apply = lambda function, params, inputs: function(params, inputs)
+    traced = jax.make_jaxpr(apply)(function, params, inputs)
     state, paths = jax.tree.leaves(function), [*_paths(function), *_paths(params)]
     leaves = [*state, *jax.tree.leaves(params)]
     graph = _graph(traced, leaves, jax.tree.leaves(inputs))
@@ -145,10 +146,6 @@ def _graph(traced: ClosedJaxpr, leaves: list[jax.Array], inputs: list[jax.Array]
         if not stuck:
             return graph
         choices |= {equation: choices.get(equation, 0) + 1 for equation in stuck}
-
-
-def _apply(function: ModelFn, params: Params, inputs: Tree) -> Tree:
-    return function(params, inputs)
 
 
 def _paths(tree: Tree) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from regjax import curvature
+from regjax import WeightedMean, curvature
 from regjax._space import Space
 from regjax.curvature import _assessment, _eigen
 from regjax.curvature._operators import _curvature, _traced
@@ -217,6 +217,35 @@ def check_coupled_examples():
         curvature.hessian(coupled_loss_fn, params, *parts, chunk_size=8)
 
 
+def check_weighted_means():
+    params, inputs, targets = problem()
+    # The weights are data: what a chunk would number anew belongs to the example.
+    numbers = np.arange(NUM_EXAMPLES, dtype=np.float32) % 7 * (targets[:, 0] > 0.2)
+
+    def loss_fn(params, inputs, targets, numbers):
+        losses = jnp.mean((model_fn(params, inputs) - targets) ** 2, 1)
+        return WeightedMean(jnp.sum(numbers * losses), jnp.sum(numbers))
+
+    plain = lambda params, *batch: loss_fn(params, *batch).sum / loss_fn(params, *batch).weight
+    expected = curvature.hessian(plain, params, inputs, targets, numbers)
+    batch = [divided(array, mesh_of()) for array in (inputs, targets, numbers)]
+    sizes = [slice(0, 16), slice(16, 48), slice(48, 64)]
+    source = [
+        tuple(divided(array[part], mesh_of()) for array in (inputs, targets, numbers))
+        for part in sizes
+    ]
+    operators = [curvature.hessian(loss_fn, params, *batch, chunk_size=c) for c in (None, 2, 3)]
+    operators.append(curvature.stream(curvature.hessian, loss_fn, params, source))
+    for operator in operators:
+        vector = vector_of(expected)
+        close(product(operator, vector), product(expected, vector))
+    of_predictions = functools.partial(
+        curvature.gauss_newton, model_fn, lambda o, y: jnp.mean((o - y) ** 2, 1), params
+    )
+    expected = of_predictions(inputs, targets, numbers)
+    close(product(of_predictions(*batch, chunk_size=3), vector), product(expected, vector))
+
+
 def check_two_axes():
     """Data along one axis, parameters along the other; the basis along both."""
     params, *batch = problem(width=10)
@@ -390,7 +419,8 @@ def check_command_line():
 
 OPTIMIZED = ("products", "recomputed_products", "memory")
 QUICK = (
-    "convolutions", "coupled_examples", "two_axes", "eigenpairs", "lanczos", "density",
+    "convolutions", "coupled_examples", "weighted_means", "two_axes", "eigenpairs", "lanczos",
+    "density",
     "trace_and_diagonal", "inside_jit", "from_matvec", "algebra", "rows", "compilations", "errors",
     "command_line",
 )  # fmt: skip

@@ -1,10 +1,12 @@
 """The Fisher information matrix of a model's own predictions."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
@@ -102,8 +104,9 @@ def fisher_form(
     check_outputs(likelihood, outputs, _checks.num_examples(batch))
     if size is not None:
         curved = Partial(_curved, as_partial(model_fn))
+        shares = np.cos(np.arange(_checks.num_examples(batch), dtype=np.float32))
         ensure_separable(
-            curved, params, batch[:1], size=size, name="model_fn",
+            curved, params, (batch[0], shares), size=size, name="model_fn",
             functions=(model_fn,), programs=(model,),
         )  # fmt: skip
     covariance = Partial(exact if num_samples is None else sampled)
@@ -151,11 +154,15 @@ def _mean_weights(
     return (jnp.sum(weights) / weights.shape[0],)
 
 
-def _curved(model_fn: Partial, params: Params, inputs: Tree) -> jax.Array:
+def _curved(model_fn: Partial, params: Params, inputs: Tree, shares: jax.Array) -> jax.Array:
     """A mean over the examples that shows what an output has of the others.
 
-    Curved, since the means and the squares of standardised outputs are the same in every batch.
+    Curved, and with another factor for each example, since the means and the squares of
+    standardised values are the same in every batch.
     """
     outputs = model_fn(params, inputs)
-    weights = jnp.cos(jnp.arange(outputs[0].size, dtype=outputs.dtype)).reshape(outputs[0].shape)
-    return jnp.mean(jax.nn.softplus(outputs) * weights[None])
+    size = math.prod(outputs.shape[1:])
+    rows = jax.nn.softplus(outputs).reshape(len(shares), size)
+    return jnp.mean(
+        (rows @ jnp.cos(jnp.arange(size, dtype=rows.dtype))) * shares.astype(rows.dtype)
+    )

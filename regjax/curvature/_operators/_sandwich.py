@@ -37,6 +37,8 @@ def with_weights(batch: Batch, weights: ArrayLike | None) -> Batch:
     array = jnp.asarray(weights)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "biu"):
         raise TypeError(f"`weights` must be real numbers, got {array.dtype}.")
+    if not array.ndim:
+        raise ValueError("`weights` must have an axis of examples, got a single number.")
     known = _checks.on_host(array)
     if known is not None and _loops.is_concrete(array):
         wrong = known[~(known >= 0) | ~(known < float("inf"))]

@@ -1,0 +1,179 @@
+"""What couples examples is refused where data are split, by itself, on values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.tree_util import Partial
+
+import regjax
+from regjax import WeightedMean, curvature, diagnostics, pruning
+from tests import oracles
+
+INPUTS = jax.random.normal(jax.random.key(0), (16, 4)) + 1
+TARGETS = jax.random.randint(jax.random.key(1), (16,), 0, 3)
+PARAMS = {"a": jax.random.normal(jax.random.key(2), (4, 5)), "b": jnp.zeros((5, 3))}
+
+
+def standardised(inputs):
+    return (inputs - jnp.mean(inputs, 0, keepdims=True)) / (
+        jnp.std(inputs, 0, keepdims=True) + 1e-3
+    )
+
+
+def coupled_model(params, inputs):
+    """Batch norm in train mode, below a head of zeros: each loss is log 3."""
+    return standardised(inputs @ params["a"]) @ params["b"]
+
+
+def coupled(params, inputs, targets):
+    return oracles.cross_entropy(coupled_model(params, inputs), targets)
+
+
+def summed(params, inputs, targets):
+    return oracles.cross_entropy(inputs @ params["a"] @ params["b"], targets) * len(inputs)
+
+
+def masked_quotient(params, inputs, targets):
+    losses = jnp.square(inputs @ params["a"])[:, 0]
+    mask = (targets > 0).astype(jnp.float32)
+    return jnp.sum(losses * mask) / jnp.sum(mask)
+
+
+def with_bound_key(params, inputs, targets):
+    """One mask for the whole batch."""
+    kept = jax.random.bernoulli(jax.random.key(7), 0.5, (len(inputs), 5)).astype(jnp.float32)
+    return oracles.cross_entropy(inputs @ params["a"] * kept @ (params["b"] + 1), targets)
+
+
+def uncoupled(params, inputs, targets):
+    return oracles.cross_entropy(jnp.tanh(inputs @ params["a"]) @ params["b"], targets)
+
+
+COUPLED = [coupled, summed, masked_quotient, with_bound_key]
+
+
+@pytest.mark.parametrize("loss_fn", COUPLED, ids=lambda f: f.__name__)
+def test_whoever_splits_the_data_finds_out(loss_fn):
+    direction = jax.tree.map(jnp.ones_like, PARAMS)
+    batch = (INPUTS, TARGETS)
+    source = [(INPUTS[:8], TARGETS[:8]), (INPUTS[8:], TARGETS[8:])]
+    rates = jnp.array([0.1])
+    uses = [
+        lambda loss: curvature.hessian(loss, PARAMS, *batch, chunk_size=4),
+        lambda loss: curvature.stream(curvature.hessian, loss, PARAMS, source),
+        lambda loss: diagnostics.line_probe(
+            loss, PARAMS, *batch, learning_rates=rates, chunk_size=4
+        ),
+        lambda loss: curvature.hessian_noise_power(loss, PARAMS, direction, *batch),
+        lambda loss: pruning.gradient_matrix(loss, PARAMS, *batch),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=r"`(loss_fn|gate_loss)` must be the mean over indep"):
+            use(loss_fn)
+    curvature.hessian(loss_fn, PARAMS, *batch)  # of all data at once it is what it is
+
+
+def test_a_head_of_zeros_hides_the_coupling_from_the_values_alone():
+    value = functools.partial(coupled, PARAMS)
+    whole, one, two = (
+        value(INPUTS, TARGETS),
+        value(INPUTS[:5], TARGETS[:5]),
+        value(INPUTS[5:], TARGETS[5:]),
+    )
+    np.testing.assert_allclose(whole, (5 * one + 11 * two) / 16, rtol=1e-6)
+    with pytest.raises(ValueError, match="has another gradient"):
+        regjax.check_separable(coupled, PARAMS, INPUTS, TARGETS)
+
+
+@pytest.mark.parametrize("build", ["gauss_newton", "empirical_fisher", "fisher"])
+def test_models_are_tested_too(build):
+    targets = () if build == "fisher" else (TARGETS,)
+    losses = () if build == "fisher" else (oracles.cross_entropy,)
+    options = {"key": None, "num_samples": None} if build == "fisher" else {}
+
+    def make(model, **others):
+        function = getattr(curvature, build)
+        return function(model, *losses, PARAMS, INPUTS, *targets, **options, **others)
+
+    name = "model_fn" if build == "fisher" else "output_loss_fn"
+    with pytest.raises(ValueError, match=f"`{name}` must be the mean over independent examples"):
+        make(coupled_model, chunk_size=4)
+    make(coupled_model)
+    sound = lambda params, inputs: jnp.tanh(inputs @ params["a"]) @ params["b"]
+    np.testing.assert_allclose(make(sound, chunk_size=4).dense(), make(sound).dense(), atol=1e-6)
+
+
+def test_one_test_for_a_function_and_its_shapes(monkeypatch):
+    calls = []
+    compare = regjax._separable._Check.compare
+    monkeypatch.setattr(
+        regjax._separable._Check, "compare", lambda *args: (calls.append(1), compare(*args))
+    )
+    for _ in range(3):
+        loss = lambda p, x, y: 3 * uncoupled(p, x, y)
+        curvature.hessian(loss, PARAMS, INPUTS, TARGETS, chunk_size=5)
+    assert len(calls) == 1
+    curvature.hessian(loss, PARAMS, INPUTS[:12], TARGETS[:12], chunk_size=5)
+    assert len(calls) == 2
+
+
+def test_it_is_skipped_by_name_alone():
+    for loss_fn in (coupled, Partial(coupled)):
+        declared = regjax.assume_separable(loss_fn)
+        operator = curvature.hessian(declared, PARAMS, INPUTS, TARGETS, chunk_size=8)
+        halves = [curvature.hessian(loss_fn, PARAMS, INPUTS[i::2], TARGETS[i::2]) for i in (0, 1)]
+        assert operator.size == halves[0].size
+    model = regjax.from_nnx(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    loss = regjax.model_loss(model, lambda o, y: jnp.mean(o[:, 0] ** 3), mode="train_per_chunk")
+    curvature.hessian(loss, model.params, INPUTS, TARGETS, chunk_size=8)
+    loss = regjax.model_loss(model, lambda o, y: jnp.mean(o[:, 0] ** 3), mode="train")
+    with pytest.raises(ValueError, match="`chunk_size` must not split"):
+        curvature.hessian(loss, model.params, INPUTS, TARGETS, chunk_size=8)
+
+
+def test_the_remedies_are_named():
+    with pytest.raises(ValueError) as raised:
+        curvature.hessian(coupled, PARAMS, INPUTS, TARGETS, chunk_size=4)
+    for remedy in ("WeightedMean", "key", "train_per_chunk", "chunk_size", "assume_separable"):
+        assert remedy in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rounding_of_narrow_types_is_no_coupling(dtype):
+    params, inputs = jax.tree.map(lambda leaf: leaf.astype(dtype), (PARAMS, INPUTS))
+    params["b"] = jnp.ones((5, 3), dtype)
+    loss = lambda p, x, y: oracles.cross_entropy(
+        (jnp.tanh(x @ p["a"]) @ p["b"]).astype(jnp.float32), y
+    )
+    curvature.hessian(loss, params, inputs, TARGETS, chunk_size=4)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_a_trained_network_and_any_scale_of_the_loss_pass(scale):
+    """At a minimum gradients are rounding, which is no mean of anything."""
+    weights = jnp.linalg.lstsq(INPUTS, INPUTS @ jnp.ones((4, 2)))[0]
+    loss = lambda params, x: scale * jnp.mean((x @ params - x @ jnp.ones((4, 2))) ** 2)
+    curvature.hessian(loss, weights, INPUTS, chunk_size=4)
+    curvature.hessian(loss, jnp.ones((4, 2)), INPUTS, chunk_size=4)
+
+
+def test_small_cross_entropies_pass():
+    """Losses of 1e-5 are mostly the rounding of logits of 10."""
+    params = {"w": jnp.eye(3) * 14}
+    inputs = jax.nn.one_hot(TARGETS, 3)
+    loss = lambda p, x, y: oracles.cross_entropy(x @ p["w"], y)
+    assert loss(params, inputs, TARGETS) < 1e-5
+    curvature.hessian(loss, params, inputs, TARGETS, chunk_size=4)
+    regjax.check_separable(loss, params, inputs, TARGETS)
+
+
+def test_weighted_means_must_add_up():
+    sound = lambda p, x, y: WeightedMean(jnp.sum((x @ p["a"]) ** 2), jnp.int32(len(x)))
+    regjax.check_separable(sound, PARAMS, INPUTS, TARGETS)
+    wrong = lambda p, x, y: WeightedMean(jnp.mean((x @ p["a"]) ** 2), jnp.int32(len(x)))
+    with pytest.raises(ValueError, match="must be the mean over independent examples"):
+        regjax.check_separable(wrong, PARAMS, INPUTS, TARGETS)
