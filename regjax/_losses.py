@@ -119,7 +119,11 @@ def declared(loss_fn: Callable[..., Loss]) -> LossFn:
 
 
 def scalar(loss: Loss) -> jax.Array:
-    """The value of what a loss returns: sum over weight, added up; NaN where a weight is 0."""
+    """The value of what a loss returns: sum over weight, added up; NaN where a weight is 0.
+
+    Raises:
+      ValueError: a weight is seen not to be positive and finite.
+    """
     weighted = terms(loss)
     if not weighted:
         return loss
@@ -127,6 +131,7 @@ def scalar(loss: Loss) -> jax.Array:
 
 
 def _quotient(term: Any) -> jax.Array:
+    check_weight(term.weight, "loss_fn", minimum=None)
     total = _tree.wide(term.sum)
     return _numerics.divide(total, term.weight.astype(total.dtype), otherwise=jnp.nan)
 
@@ -260,7 +265,7 @@ def check_weight(weight: Any, name: str, *, minimum: float | None = 0) -> None:
     if not (allowed and np.isfinite(value)):
         rule = "positive" if minimum is None else "non-negative"
         raise ValueError(
-            f"`{name}(...).weight` must be {rule} and finite, got {value:g} an example. Is the "
+            f"`{name}(...).weight` must be {rule} and finite, got {value:g}. Is the "
             "mask or the list of weights of these data all zeros, negative or NaN?"
         )
 

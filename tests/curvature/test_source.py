@@ -199,7 +199,11 @@ def test_a_source_that_begins_its_iterator_again():
     ("source", "error", "message"),
     [
         ([], ValueError, "`source` must give at least one batch"),
-        ([{"x": np.ones(3)}], TypeError, "`source` must give tuples of arrays, got a dict"),
+        (
+            [np.ones(3)],
+            TypeError,
+            "`source` must give tuples of arrays, or dicts .* got one ndarray",
+        ),
         ([(np.ones((3, 5)), np.ones(2))], ValueError, "`batch` must have one leading axis"),
         (3, TypeError, "not iterable"),
     ],

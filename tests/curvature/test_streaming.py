@@ -117,6 +117,16 @@ def byte_loss(params, images, labels):
     return oracles.loss_fn(params, images.astype(jnp.float32) / 255, labels.astype(jnp.int32))
 
 
+def test_batches_may_be_dicts_of_dicts():
+    problem = oracles.problem()
+    inputs, targets = problem.batch
+    loss = lambda params, batch: oracles.loss_fn(params, batch["x"], batch["more"]["y"])
+    whole = curvature.hessian(loss, problem.params, {"x": inputs, "more": {"y": targets}})
+    source = [{"x": inputs[i::2], "more": {"y": targets[i::2]}} for i in (0, 1)]
+    streamed = curvature.stream(curvature.hessian, loss, problem.params, source)
+    np.testing.assert_allclose(streamed.dense(), whole.dense(), atol=2e-6)
+
+
 def test_array_record_files(tmp_path):
     folder = prepare(tmp_path, train=examples(23), test=examples(2))
     dataset = tfds.builder_from_directory(folder).as_data_source("train")

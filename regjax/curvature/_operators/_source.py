@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -163,8 +163,14 @@ def _put(batch: Batch) -> Batch:
 
 
 def _checked(batch: Tree) -> Batch:
+    """The arguments after the parameters: a dict is one of them, as losses take it."""
+    if isinstance(batch, Mapping):
+        batch = (batch,)
     if not isinstance(batch, (tuple, list)):
-        raise TypeError(f"`source` must give tuples of arrays, got a {type(batch).__name__}.")
+        raise TypeError(
+            "`source` must give tuples of arrays, or dicts for functions that take one, got one "
+            f"{type(batch).__name__}."
+        )
     _checks.num_examples(tuple(batch))
     return tuple(batch)
 

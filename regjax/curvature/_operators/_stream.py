@@ -257,10 +257,11 @@ def stream(
       *arguments: those of `operator_fn`, with the source in place of the batch. The source is
         an object of which each `iter` begins a new pass (a list, a data loader), or a function
         without arguments that returns a new iterator. It gives tuples of arrays with a leading
-        axis of examples, as `operator_fn` takes them ((inputs,) for `fisher`), in every pass the
-        same examples. Batches may have any size and count by it; each size is compiled once. What
-        is not on the device is copied, so that the source may use its arrays again; JAX arrays stay
-        where they are, so that it may divide its batches over a mesh.
+        axis of examples, as `operator_fn` takes them ((inputs,) for `fisher`), or dicts where the
+        loss takes one; in every pass the same examples. Batches may have any size and count by
+        it, those of a `WeightedMean` by their weights; each size is compiled once. What is not on
+        the device is copied, so that the source may use its arrays again; JAX arrays stay where
+        they are, so that it may divide its batches over a mesh.
       prefetch: number of batches that are read and put on the device while one is computed; at
         most one more is in device memory.
       **options: the keyword options of `operator_fn`, but `chunk_size`: the batches are the chunks.
