@@ -1,8 +1,9 @@
-"""Flax models, linen or nnx, as pure functions on plain trees.
+"""Models of any framework as pure functions on plain trees.
 
-Everything else in the library sees `loss_fn(params, *batch)`. These adapters make one of a model:
-`from_linen`, `from_nnx` and `from_callable` give a `Model`, `model_loss` and `model_function` bind
-its state, so that it travels as an argument and is never compiled in.
+Everything else in the library sees `loss_fn(params, *batch)`. The adapters make one of a model:
+`from_nnx`, `from_linen`, `from_equinox`, `from_haiku` and `from_keras`, a file for each framework,
+and `from_callable` give a `Model`; `model_loss` and `model_function` bind its state, so that it
+travels as an argument and is never compiled in.
 
 The batch-norm mode decides what a Hessian means:
   "evaluation": statistics are the stored running ones, constants. The examples do not couple; this
@@ -29,17 +30,33 @@ _MODES = ("evaluation", "train", "train_per_chunk")
 
 
 class Model(NamedTuple):
-    """A model as plain trees.
+    """A model as plain trees, from an adapter or made by hand of any other code.
+
+        def apply(params, state, inputs, *, train, key=None):
+            hidden = inputs @ params["first"]
+            mean = hidden.mean(0) if train else state["mean"]
+            hidden = jax.nn.relu(hidden - mean)
+            if train and key is not None:
+                hidden = 2 * hidden * jax.random.bernoulli(key, 0.5, hidden.shape)
+            new_state = {"mean": 0.9 * state["mean"] + 0.1 * mean} if train else state
+            return hidden @ params["last"], new_state
+
+        model = regjax.Model(apply, params, state, has_batch_statistics=True)
+        loss_fn = regjax.model_loss(model, output_loss_fn, mode="train", key=key)
 
     Attributes:
-      apply: (params, state, inputs, *, train, key=None) -> (outputs, new state); pure, hashable,
-        and equal for equal modules, so that nothing compiles again. Raises ValueError where
-        `params` or `state` have not the structure of the model's own. In evaluation mode the new
-        state is `state`.
-      params: nested dicts of arrays. Lists of nnx layers keep their integer keys: nnx takes the
-        leaves in sorted order, and as strings "10" would come before "2".
-      state: everything else (batch statistics, generator keys and counts), nested dicts.
-      has_batch_statistics: whether `state` holds batch statistics.
+      apply: (params, state, inputs, *, train, key=None) -> (outputs, new state); pure and hashable:
+        a function of a module, not one that is made anew for each call, or all compiles again. The
+        new state has the structure of `state`; in evaluation mode it is `state`. That of an adapter
+        is equal for equal modules, and raises ValueError where `params` or `state` have not the
+        structure of the model's own.
+      params: tree of real floating-point arrays: nested dicts, and of Equinox the module with None
+        for all else. Lists of nnx layers keep their integer keys: nnx takes the leaves in sorted
+        order, and as strings "10" would come before "2".
+      state: tree of everything else: batch statistics, generator keys and counts, arrays that are
+        carried along; {} for nothing.
+      has_batch_statistics: whether in train mode an output depends on the other examples of the
+        batch, by batch statistics or otherwise.
       has_generators: whether `state` holds generators of random numbers, so that train mode draws
         from them where it is given no key.
     """
@@ -201,7 +218,7 @@ def check_model(model: Model) -> None:
     """Raises TypeError if `model` is not from one of the adapters."""
     if not isinstance(model, Model):
         raise TypeError(
-            f"`model` must be a regjax.Model, from from_nnx, from_linen or from_callable, got "
+            f"`model` must be a regjax.Model, as from `from_nnx` or another adapter, got "
             f"{type(model).__name__}."
         )
 
@@ -214,6 +231,6 @@ def model_of(
     has_batch_statistics: bool = False,
     has_generators: bool = False,
 ) -> Model:
-    """Makes the `Model` of an adapter."""
+    """Makes the `Model` of an adapter: all that is known of a model comes together here."""
     apply = Apply(run, Static(jax.tree.structure(params)), Static(jax.tree.structure(state)))
     return Model(apply, params, state, has_batch_statistics, has_generators)

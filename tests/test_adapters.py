@@ -1,14 +1,18 @@
+import sys
 from functools import partial
 
+import equinox
+import haiku
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 from flax import core, linen, nnx
 from jax.flatten_util import ravel_pytree
 
 import regjax
-from regjax import curvature
+from regjax import curvature, pruning
 from tests import oracles
 
 MOMENTUM, EPSILON = 0.9, 1e-5
@@ -364,3 +368,73 @@ def test_a_module_with_arrays_of_numpy_is_not_changed(data):
     np.testing.assert_array_equal(module.norm.mean[...], 0)
     module.norm.mean[...] += 1
     np.testing.assert_array_equal(model.state["norm"]["mean"], 0)
+
+
+def by_hand(params, state, inputs, *, train, key=None):
+    """The example of `regjax.Model`: a model that no framework made."""
+    hidden = inputs @ params["first"]
+    mean = hidden.mean(0) if train else state["mean"]
+    hidden = jax.nn.relu(hidden - mean[None])
+    if train and key is not None:
+        hidden = 2 * hidden * jax.random.bernoulli(key, 0.5, hidden.shape).astype(hidden.dtype)
+    new_state = {"mean": 0.9 * state["mean"] + 0.1 * mean} if train else state
+    return hidden @ params["last"], new_state
+
+
+def test_a_model_may_be_made_by_hand(data):
+    params = random_tree({"first": jnp.ones((5, 4)), "last": jnp.ones((4, 3))}, seed=1)
+    model = regjax.Model(by_hand, params, {"mean": jnp.full(4, 0.5)}, has_batch_statistics=True)
+    for mode in ("evaluation", "train"):
+        loss = regjax.model_loss(model, oracles.cross_entropy, mode=mode)
+
+        def own(params, inputs, targets, state, mode=mode):
+            outputs, _ = by_hand(params, state, inputs, train=mode == "train")
+            return oracles.cross_entropy(outputs, targets)
+
+        expected = oracles.dense_hessian(own, params, *data, model.state)
+        dense = curvature.hessian(loss, params, *data).dense()
+        np.testing.assert_allclose(dense, expected, atol=2e-5 * np.abs(expected).max())
+        assert regjax.couples_examples(loss) == (mode == "train")
+    state = regjax.updated_statistics(model, params, data[0])
+    mean = 0.9 * 0.5 + 0.1 * (data[0] @ params["first"]).mean(0)
+    np.testing.assert_allclose(state["mean"], mean, rtol=1e-5, atol=1e-5)
+    cost = pruning.find_structure(regjax.model_function(model), params, data[0])
+    assert list(cost.groups) == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("package", "adapt"),
+    [
+        ("equinox", lambda: regjax.from_equinox(None)),
+        ("haiku", lambda: regjax.from_haiku(None, {})),
+        ("keras", lambda: regjax.from_keras(None)),
+    ],
+)
+def test_a_package_that_is_not_there_is_named(package, adapt, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    name = {"haiku": "dm-haiku"}.get(package, package)
+    with pytest.raises(
+        ImportError, match=rf"`from_{package}` needs {name}.*pip install {name}, or"
+    ):
+        adapt()
+
+
+def test_parameters_of_one_adapter_are_refused_by_the_others(data, default_promotion):
+    net = equinox.nn.MLP(5, 3, 4, 1, key=jax.random.key(0))
+    transformed = haiku.transform(lambda x: haiku.nets.MLP([4, 3])(x))
+    network = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
+    models = [
+        make_model("nnx"),
+        regjax.from_equinox(net),
+        regjax.from_haiku(transformed, transformed.init(jax.random.key(0), data[0])),
+        regjax.from_keras(network),
+        regjax.from_linen(linen.Dense(3), linen.Dense(3).init(jax.random.key(0), data[0])),
+    ]
+    for model in models:
+        for other in models:
+            if other is not model:
+                with pytest.raises(ValueError, match=r"`params` must have the tree .* got one with"):
+                    model.apply(other.params, model.state, data[0], train=False)
+    loss = regjax.model_loss(models[1], oracles.cross_entropy)
+    with pytest.raises(ValueError, match=r"`params` must have .* without \.layers\[0\]\.weight"):
+        curvature.hessian(loss, models[2].params, *data)

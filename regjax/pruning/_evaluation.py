@@ -26,7 +26,7 @@ from regjax.pruning._channels import (
     unlabelled,
 )
 from regjax.pruning._fitting import Sized, cut, fitted, resized
-from regjax.pruning._rules import RULES, inner_jaxpr, inside_scan, scan_counts, without_rule
+from regjax.pruning._rules import RULES, inner_jaxpr, inside_scan, live, scan_counts, without_rule
 
 _REMOVED = 0
 """The label of what is removed; what stays has a code that is no channel's."""
@@ -82,7 +82,7 @@ def evaluate(
     values = dict(zip(jaxpr.constvars, constants, strict=True))
     values |= zip(jaxpr.invars, arguments, strict=True)
     read = lambda atom: given(atom.val, CONSTANT) if isinstance(atom, Literal) else values[atom]
-    for equation in jaxpr.eqns:
+    for equation in live(jaxpr):
         operands = [read(atom) for atom in equation.invars]
         is_whole = not any((x >= 0).any() for o in operands for x in o.value.labels)
         evaluator = _bound if is_whole else _EVALUATORS.get(equation.primitive.name, _bound)

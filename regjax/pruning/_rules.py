@@ -64,11 +64,29 @@ def propagate(
     read = lambda atom: (
         unlabelled(np.shape(atom.val), CONSTANT) if isinstance(atom, Literal) else values[atom]
     )
-    for equation in jaxpr.eqns:
+    for equation in live(jaxpr):
         operands = [read(atom) for atom in equation.invars]
         outputs = RULES.get(equation.primitive.name, without_rule)(graph, equation, operands)
         values |= zip(equation.outvars, outputs, strict=True)
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def live(jaxpr: Jaxpr) -> list[JaxprEqn]:
+    """Returns the equations that outputs come of, and kernels that nothing reads.
+
+    What a model computes beside its outputs, as what it sows, fixes no unit.
+    """
+    needed = set(map(id, jaxpr.outvars))
+    found = []
+    for equation in reversed(jaxpr.eqns):
+        is_read = any(id(variable) in needed for variable in equation.outvars)
+        if is_read or equation.primitive.name in _CONTRACTIONS or inner_jaxpr(equation):
+            found.append(equation)
+            needed |= set(map(id, equation.invars))
+    return found[::-1]
+
+
+_CONTRACTIONS = ("dot_general", "conv_general_dilated")
 
 
 def inner_jaxpr(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[jax.Array]] | None:
