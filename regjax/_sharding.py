@@ -143,6 +143,32 @@ def like(array: jax.Array, reference: jax.Array) -> jax.Array:
     return array if sharding is None else jax.sharding.reshard(array, sharding)
 
 
+def gathered_rows(array: jax.Array) -> jax.Array:
+    """`array` with all of its leading axis on each device, on a mesh with explicit axes.
+
+    What cuts that axis has to say there where the parts shall lie; XLA decides elsewhere.
+    """
+    sharding = explicit(array)
+    if sharding is None:
+        return array
+    spec = PartitionSpec(None, *sharding.spec[1:])
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+
+
+def like_rows(rows: jax.Array, reference: jax.Array) -> jax.Array:
+    """`rows` divided along the leading axis as `reference` is, where its type says how.
+
+    As they are if there are too few rows for all devices.
+    """
+    sharding = explicit(reference)
+    if sharding is None:
+        return rows
+    num_devices = math.prod(sharding.mesh.shape[name] for name in _leading(sharding.spec))
+    if rows.shape[0] % num_devices:
+        return rows
+    return jax.sharding.reshard(rows, sharding)
+
+
 def _mesh(leaf: Any) -> Mesh | None:
     """The mesh of several devices that a concrete array lies on."""
     if not _is_concrete(leaf):

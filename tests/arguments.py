@@ -251,6 +251,7 @@ EXAMPLES = {
     "u": lambda: ones(3),
     "unit_masks": masks,
     "v": lambda: ones(3),
+    "value_and_grad_fn": lambda: jax.value_and_grad(loss_fn),
     "variance": lambda: ones(4),
     "vector": params,
     "velocity": params,
@@ -328,6 +329,7 @@ OVERRIDES = {
     "transforms.denoise_params": {
         "state": lambda: state_of(transforms.anticorrelated_noise(0.1, key=key()))
     },
+    "transforms.gradient_function": {"arguments": lambda: (params(), inputs(), targets())},
     "transforms.refresh_spectral_controller": {
         "state": lambda: state_of(
             transforms.spectral_controller(key=key(), initial_learning_rate=0.1, every=2)
@@ -358,7 +360,7 @@ _KINDS = {
     "function": (
         "batch_model_fn", "batch_preactivations_fn", "call", "curvature_grad_fn", "grad_fn", "law",
         "matvec", "model_fn", "operator_fn", "output_loss_fn", "preactivations_fn", "rule",
-        "weight_fn",
+        "value_and_grad_fn", "weight_fn",
     ),
     "array": (
         "activations", "batch_means", "batch_variances", "center", "covariance",

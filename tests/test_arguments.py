@@ -43,6 +43,8 @@ def call(name, function, changed, value):
         else:
             positional.append(made)
     result = function(*positional, **keyword)
+    if name in ("transforms.sharpness_aware_gradient", "transforms.noisy_gradient"):
+        result(arguments.params(), arguments.inputs(), arguments.targets(), num_updates=0)
     # A transformation sees the parameters, and its mask with them, when it is initialised.
     is_transformation = isinstance(result, optax.GradientTransformation)
     return result.init(arguments.params()) if is_transformation else result

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jax.tree_util import Partial
 
-from regjax import _base, _checks
+from regjax import _base, _checks, _losses
 from regjax._arguments import checked
 from regjax._base import GradFn, Params, Tree
 
@@ -179,11 +179,11 @@ def _slope(
 
     def loss(params: Params) -> jax.Array:
         value = value_fn(params, **options)
-        if type(value) is tuple and len(value) == 2:
+        if type(value) is tuple and len(value) == 2 and not _base.terms(value):
             value = value[0]  # (loss, aux)
         value = jnp.asarray(value) if isinstance(value, float) else value
         _base.check_scalar(value, name=name)
-        return value
+        return _losses.scalar(value)
 
     return jax.grad(loss)(params)
 

@@ -33,8 +33,8 @@ def typed(key_data: jax.Array, like: PRNGKey | None = None) -> PRNGKey:
     if like is not None:
         return jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(like))
     length = key_data.shape[-1]
-    default = jax.eval_shape(jax.random.key, 0)
-    if jax.eval_shape(jax.random.key_data, default).shape[-1] == length:
+    # Not by `jax.eval_shape`, which remembers what an earlier default gave.
+    if jax.random.key_data(jax.random.key(0)).shape[-1] == length:
         return jax.random.wrap_key_data(key_data)
     if length not in _GENERATORS:
         raise ValueError(

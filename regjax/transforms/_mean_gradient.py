@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from regjax import _checks, _loops, _numerics, _tree
+from regjax import _checks, _loops, _numerics, _sharding, _tree
 from regjax._arguments import checked
 from regjax._base import GradFn, Params, Tree
 from regjax.transforms import _given, _gradients, _passes
@@ -40,7 +40,8 @@ def mean_gradient(
     Args:
       value_and_grad_fn: (params, *batch) -> (loss, gradient) or ((loss, aux), gradient).
       num_shards: number of parts. Trees in `*batch` are divided along the leading axis, which all
-        of their arrays share; keyword arguments go to each part whole.
+        of their arrays share; keyword arguments, such as batch statistics or a dropout key, go to
+        each part whole, so that all parts begin with the same statistics and have the same masks.
       weight_fn: batch -> weight of a part, called as weight_fn(*batch): the sum of the mask or of
         the weights by which the loss is divided. A part of weight 0 adds nothing. None: all parts
         weigh the same, which is right for plain means over equal parts, and wrong for masked ones.
@@ -135,7 +136,10 @@ def shard(batch: tuple[Tree, ...], num_shards: int, i: jax.Array | int) -> tuple
     """Cuts the i-th of equal parts out of a batch."""
     if num_shards == 1:
         return batch
-    length = _checks.num_examples(batch)
+    try:
+        length = _checks.num_examples(batch)
+    except ValueError as error:
+        raise ValueError(f"{error} Or pass it by keyword: it goes to each part whole.") from None
     if length % num_shards:
         raise ValueError(
             f"`num_shards` must divide the number of examples, {length}, got {num_shards}."
@@ -143,7 +147,10 @@ def shard(batch: tuple[Tree, ...], num_shards: int, i: jax.Array | int) -> tuple
 
     def cut(leaf: Any) -> jax.Array:
         leaf = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-        return leaf.reshape(num_shards, length // num_shards, *leaf.shape[1:])[i]
+        part = (length // num_shards, *leaf.shape[1:])
+        return _sharding.like_rows(
+            _sharding.gathered_rows(leaf).reshape(num_shards, *part)[i], leaf
+        )
 
     return jax.tree.map(cut, batch)
 

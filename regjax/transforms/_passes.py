@@ -53,6 +53,7 @@ def passes(
     Raises:
       ValueError: there is no argument `argnums`, or the function does not give a loss and a
         gradient with the structure of that argument.
+      TypeError: a parameter is not real floating point.
     """
     before = copied((arguments, dict(options)))
     places, is_single = _places(argnums, len(arguments))
@@ -64,6 +65,8 @@ def passes(
     params = [
         _params_of(before[0][place], grads) for place, grads in zip(places, each, strict=True)
     ]
+
+    _checks.floating_leaves("params", together(params))
 
     def at(point: Params) -> Params:
         anew, anew_options = copied(before)
@@ -112,17 +115,20 @@ def has_changeable(tree: Tree) -> bool:
 def mapped(params: Tree, function: Callable[[Any], Any]) -> Iterator[Tree]:
     """Gives parameters of which each array is another, for as long as the block is.
 
-    A module stays the same object, so that what changes in it is kept.
+    Modules stay the same objects, so that what changes in them is kept.
     """
-    if not _is_module(params):
+    modules = list(filter(_is_module, jax.tree.leaves(params, is_leaf=_is_module)))
+    if not modules:
         yield jax.tree.map(function, params)
         return
-    before = nnx.as_pure(nnx.state(params, nnx.Param))
-    nnx.update(params, jax.tree.map(function, before))
+    before = [nnx.as_pure(nnx.state(module, nnx.Param)) for module in modules]
+    for module, own in zip(modules, before, strict=True):
+        nnx.update(module, jax.tree.map(function, own))
     try:
         yield params
     finally:
-        nnx.update(params, before)
+        for module, own in zip(modules, before, strict=True):
+            nnx.update(module, own)
 
 
 def _is_changeable(node: object) -> bool:
@@ -205,7 +211,7 @@ def with_params(argument: Tree, params: Params) -> Tree:
     )
 
 
-def _is_module(argument: Tree) -> bool:
+def _is_module(argument: object) -> bool:
     return isinstance(argument, nnx.Pytree)
 
 

@@ -34,10 +34,10 @@ def sharpness_aware_gradient(
 
     The loss and what comes with it (`has_aux`) are those of the clean pass, so that batch
     statistics tick once; both passes have the same arguments, and with them the same dropout key.
-    The gradient is that of `transforms.sam` to the bit, in the same form and dtypes as the clean
-    one. With `nnx.value_and_grad` what the second pass changes in a module is dropped, and with
-    `equinox.filter_value_and_grad` what has no gradient stays as it is. Weights of bfloat16 climb
-    as a copy in float32, which the second pass is given.
+    The gradient is that of `transforms.sam`, by the same operations, in the form and the dtypes of
+    the clean one. With `nnx.value_and_grad` what the second pass changes in a module is dropped,
+    and with `equinox.filter_value_and_grad` what has no gradient stays as it is. Weights of
+    bfloat16 climb as a copy in float32, which the second pass is given.
 
     Each call climbs by itself. With accumulated gradients each micro-batch does, and with several
     devices under `jax.pmap` or `jax.shard_map` each device, which is m-sharpness: average what

@@ -137,3 +137,20 @@ def test_error_texts():
         transforms.entropy_sgd(0.1, key=KEY, averaging=2)
     with pytest.raises(ValueError, match=r"`num_inner_steps` must be at least 0, got -1"):
         transforms.entropy_sgd(0.1, key=KEY, num_inner_steps=-1)
+
+
+def test_a_walk_below_the_spacing_of_bfloat16_is_walked():
+    # Each step moves by 1e-6 or so; weights of bfloat16 at 0.02 are 1.2e-4 apart.
+    random = np.random.default_rng(0)
+    w = jnp.asarray(0.02 * (1 + 0.1 * random.normal(size=2000)), jnp.bfloat16)
+    grads = jnp.asarray(random.normal(size=2000), jnp.float32)
+    options = {"learning_rate": 1e-6, "noise_scale": 0.0, "num_inner_steps": 4}
+    tx = transforms.entropy_sgd(0.1, key=jax.random.key(0), **options)
+    found = []
+    for dtype in (jnp.bfloat16, jnp.float32):
+        point = w.astype(dtype)
+        incoming = grads.astype(dtype)
+        found.append(tx.update(incoming, tx.init(point), point, grad_fn=lambda p, i: grads)[0])
+    assert found[0].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found[0], found[1].astype(jnp.bfloat16))
+    assert np.mean(np.asarray(found[0] != 0)) > 0.99

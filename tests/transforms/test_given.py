@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
+import regjax
 from regjax import transforms
 from regjax.transforms import _given
 from tests.registry import ROWS
@@ -46,6 +47,7 @@ def test_a_loss_stands_for_its_gradient(name):
         {"obj_fn": loss, "loss": loss(parameters())},  # as Levanter calls
         {"value_fn": lambda params: (loss(params), {"batch_stats": 0})},
         {"value_fn": jax.tree_util.Partial(lambda x, params: loss_fn(params, x, LABELS), DATA)},
+        {"value_fn": lambda params: regjax.WeightedMean(3 * loss(params), jnp.float32(3))},
         # Optax hands on what a line search's function names.
         {"value_fn": lambda params, inputs: loss_fn(params, inputs, LABELS), "inputs": DATA},
         {"value_fn": loss, "value": loss(parameters()), "grad": gradient(parameters(), 0)},
@@ -104,10 +106,10 @@ def test_pairs_that_could_be_read_in_two_ways_are_refused():
     params = jnp.float32(1)
     tx = transforms.sam(0.1)
     for wrong in (lambda p, i: (p, p), lambda p, i: ({"a": p}, p)):
-        with pytest.raises(ValueError, match="`grad_fn.*got a pair of"):
+        with pytest.raises(ValueError, match=r"`grad_fn.*got a pair of"):
             tx.update(params, tx.init(params), params, grad_fn=wrong)
     vector = jnp.ones(2)
-    with pytest.raises(ValueError, match="`grad_fn.*got a pair of"):  # jax.grad with has_aux
+    with pytest.raises(ValueError, match=r"`grad_fn.*got a pair of"):  # jax.grad with has_aux
         tx.update(vector, tx.init(vector), vector, grad_fn=lambda p, i: (p, {"aux": 1}))
     pair = (jnp.ones(()), jnp.ones(2))  # parameters that are a pair themselves
     assert_same(tx.update(pair, tx.init(pair), pair, grad_fn=lambda p, i: pair)[0], pair)
@@ -135,7 +137,9 @@ def test_functions_that_cover_all_micro_batches_say_so():
         transforms.assume_joined(None)
     accumulated = optax.MultiSteps(optax.chain(transforms.sam(0.1), optax.sgd(0.1)), 1)
     params = parameters()
-    step = functools.partial(accumulated.update, gradient(params, 0), accumulated.init(params), params)
+    step = functools.partial(
+        accumulated.update, gradient(params, 0), accumulated.init(params), params
+    )
     with pytest.raises(ValueError, match=r"`value_fn` must cover all micro-batches"):
         step(value_fn=loss)
     found = step(value_fn=transforms.assume_joined(loss))[0]

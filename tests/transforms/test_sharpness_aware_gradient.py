@@ -262,3 +262,5 @@ def test_what_is_no_value_and_gradient_is_refused():
         transforms.sharpness_aware_gradient(evaluate, 0.1)(w=w)
     with pytest.raises(ValueError, match="`mask` must have the tree structure"):
         transforms.sharpness_aware_gradient(evaluate, 0.1, mask={"b": True})(w)
+    with pytest.raises(TypeError, match="`params` must be real floating point, got int32"):
+        transforms.sharpness_aware_gradient(lambda w: (1.0, w), 0.1)(jnp.ones(2, jnp.int32))

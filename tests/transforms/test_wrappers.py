@@ -25,7 +25,7 @@ def test_only_extra_shares_a_chain_with_a_line_search():
     )
     params = problem.params
     both = {"grad_fn": grad_fn, "value_fn": loss}
-    with pytest.raises(ValueError, match="only one of.*got grad_fn and value_fn.*only_extra"):
+    with pytest.raises(ValueError, match=r"only one of.*got grad_fn and value_fn.*only_extra"):
         bare.update(grad_fn(params, 0), bare.init(params), params, **both)
     # One function serves both, or each is let through to its own.
     ends = []
