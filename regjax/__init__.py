@@ -39,6 +39,8 @@ from regjax._equinox import from_equinox as from_equinox
 from regjax._files import CheckpointError as CheckpointError
 from regjax._haiku import from_haiku as from_haiku
 from regjax._keras import from_keras as from_keras
+from regjax._layouts import Layout as Layout
+from regjax._layouts import guess_layout as guess_layout
 from regjax._linen import from_linen as from_linen
 from regjax._loops import Interrupted as Interrupted
 from regjax._losses import assume_separable as assume_separable

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _selection
+from regjax import _axes, _checks, _selection
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -160,6 +160,7 @@ RULES: Mapping[str, Rule] = {
         _array,
     ),
     "inputs": _examples,
+    "layout": _axes.check,
     "accumulation": functools.partial(_checks.choice, allowed=ACCUMULATIONS),
     "operator": _operator,
 }  # fmt: skip

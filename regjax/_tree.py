@@ -51,12 +51,6 @@ def mean_rows(rows: jax.Array) -> jax.Array:
     return jnp.tensordot(weights, rows, 1, precision="highest")
 
 
-def group_axes(weights: ArrayLike, per_filter: bool) -> tuple[int, ...]:
-    """The axes of one group of weights: all but the last of a kernel `per_filter`, else all."""
-    ndim = jnp.ndim(weights)
-    return tuple(range(ndim - 1 if per_filter and ndim > 1 else ndim))
-
-
 def merge(one: Any, other: Any) -> Any:
     """`one` with the leaves of `other` where it has None."""
     return jax.tree.map(

@@ -2,6 +2,7 @@
 
 from regjax._adapters import ModelFunction as ModelFunction
 from regjax._adapters import ModelLoss as ModelLoss
+from regjax._axes import Layouts as Layouts
 from regjax._base import Batch as Batch
 from regjax._base import Callback as Callback
 from regjax._base import GradFn as GradFn

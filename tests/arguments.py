@@ -182,6 +182,7 @@ EXAMPLES = {
     "key": key,
     "largest": lambda: 2.0,
     "layers": lambda: ["hidden"],
+    "layout": lambda: regjax.Layout(),
     "learning_rate": lambda: 0.1,
     "learning_rates": lambda: jnp.asarray([0.0, 0.1], jnp.float32),
     "like": params,
@@ -373,6 +374,7 @@ _KINDS = {
     ),
     "key": ("key",),
     "params": ("like", "mean_grads", "params"),
+    "layout": ("layout",),
     "mask": ("mask", "wrt"),
     "operator": ("operator",),
 }  # fmt: skip
@@ -438,6 +440,12 @@ BAD = {
         "other structure": lambda: {"w": True},
         "numbers": lambda: replaced(lambda leaf: 1.0),
         "text": lambda: "mask",
+    },
+    "layout": {
+        "other structure": lambda: {"w": regjax.Layout()},
+        "no such axis": lambda: regjax.Layout(stack=7),
+        "number": lambda: 3,
+        "text": lambda: "layout",
     },
     "operator": {"matrix": lambda: jnp.eye(3, dtype=jnp.float32), "function": lambda: loss_fn},
 }

@@ -63,6 +63,7 @@ PRUNING = {
     "gate_gradients": call(pruning.gate_gradients, STRUCTURE, PARAMS, OTHER),
     "parameter_masks": call(pruning.parameter_masks, STRUCTURE, PARAMS, UNIT_MASKS),
     "unit_gates": call(pruning.unit_gates, STRUCTURE, PARAMS),
+    "filter_groups": call(pruning.filter_groups, PARAMS),
     "group_importance": call(
         pruning.group_importance, SCORES, GATES,
         groups={"a": jnp.arange(3), "b": jnp.arange(2)}, num_groups=3,

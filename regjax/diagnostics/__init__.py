@@ -37,6 +37,9 @@ from regjax.diagnostics._scale_invariance import scale_invariant_mask as scale_i
 from regjax.diagnostics._sharpness import SharpnessBetweenResult as SharpnessBetweenResult
 from regjax.diagnostics._sharpness import SharpnessResult as SharpnessResult
 from regjax.diagnostics._sharpness import lambda_max_between as lambda_max_between
+from regjax.diagnostics._sharpness_by_group import (
+    spherical_sharpness_by_group as spherical_sharpness_by_group,
+)
 from regjax.diagnostics._sharpness_flow import FlowResult as FlowResult
 from regjax.diagnostics._sharpness_flow import sharpness_reduction_flow as sharpness_reduction_flow
 from regjax.diagnostics._sparse_recovery import RecoveryBaselinesResult as RecoveryBaselinesResult
@@ -49,9 +52,6 @@ from regjax.diagnostics._spherical_sharpness import (
     effective_learning_rate as effective_learning_rate,
 )
 from regjax.diagnostics._spherical_sharpness import spherical_sharpness as spherical_sharpness
-from regjax.diagnostics._spherical_sharpness import (
-    spherical_sharpness_by_group as spherical_sharpness_by_group,
-)
 from regjax.diagnostics._spline_partition import BoundaryDensityResult as BoundaryDensityResult
 from regjax.diagnostics._spline_partition import RegionCountResult as RegionCountResult
 from regjax.diagnostics._spline_partition import boundary_density as boundary_density

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from regjax import _checks, _loops, _numerics, _tree
+from regjax import _checks, _layouts, _loops, _numerics, _tree
 from regjax._arguments import checked
+from regjax._axes import Layout
 
 
 class CondensationResult(NamedTuple):
@@ -35,6 +36,7 @@ def condensation(
     *,
     threshold: float = 0.95,
     min_norm: ArrayLike = 0.0,
+    layout: Layout | None = None,
 ) -> CondensationResult:
     """Counts the directions of a layer's neurons, each one its incoming weights and bias.
 
@@ -45,11 +47,14 @@ def condensation(
     above, and the same for every order of the neurons.
 
     Args:
-      kernel: (..., m), the last axis the neurons: (inputs, m) of a dense layer, or a convolution's.
+      kernel: (inputs, m) of a dense layer, or a convolution's; or as `layout` says. Its outputs are
+        the neurons, m of them.
       bias: (m,), or None.
       threshold: of the cosine, between -1 and 1.
       min_norm: neurons of at most this norm are dropped: they need no direction. With 0 those that
         are zero. May be traced.
+      layout: which axes of the kernel are inputs and which the neurons; None: these are last. Of
+        stacked layers each one is a kernel of its own: `jax.vmap` this function over them.
 
     Returns:
       A `CondensationResult`.
@@ -64,14 +69,16 @@ def condensation(
       those of neurons; so is `min_norm`.
     """
     kernel = _checks.floating_array("kernel", kernel)
-    if jnp.ndim(kernel) < 2 or 0 in jnp.shape(kernel):
+    axes = _layouts.of_array("kernel", layout, kernel)
+    if not axes.is_kernel or 0 in jnp.shape(kernel):
         raise ValueError(f"`kernel` must have shape (..., m), got {jnp.shape(kernel)}.")
-    width = kernel.shape[-1]
+    (matrix,) = axes.single("kernel").matrices(kernel)
+    width = matrix.shape[1]
     if bias is not None and jnp.shape(_checks.floating_array("bias", bias)) != (width,):
         raise ValueError(f"`bias` must have shape ({width},), got {jnp.shape(bias)}.")
     _checks.between("threshold", threshold, -1, 1)
     _checks.non_negative("min_norm", min_norm, finite=True)
-    vectors = _tree.wide(kernel).reshape(-1, width)
+    vectors = _tree.wide(matrix)
     if bias is not None:
         vectors = jnp.concatenate([vectors, _tree.wide(bias).astype(vectors.dtype)[None]])
     # Each neuron by a power of two of its own, so that no square under- or overflows.

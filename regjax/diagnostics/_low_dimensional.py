@@ -13,8 +13,9 @@ import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _jacobian, _numerics, _tree
+from regjax import _checks, _chunks, _jacobian, _layouts, _numerics, _tree
 from regjax._arguments import checked
+from regjax._axes import Layout
 from regjax._base import ModelFn, Params, PRNGKey
 
 # Of B'B - I: far above the float32 rounding of an SVD, far below a column that has no unit norm.
@@ -202,7 +203,11 @@ def transversal_variation(
 
 @checked
 def frozen_component(
-    kernel: jax.Array, initial_kernel: jax.Array, basis: jax.Array
+    kernel: jax.Array,
+    initial_kernel: jax.Array,
+    basis: jax.Array,
+    *,
+    layout: Layout | None = None,
 ) -> FrozenResult:
     """Measures what training did to the part of a first kernel that the data do not reach.
 
@@ -216,6 +221,7 @@ def frozen_component(
         the space of patches (height, width, c).
       initial_kernel: the same before.
       basis: (d, k) with k < d, orthonormal, of the subspace.
+      layout: which axes of the kernel are inputs and which outputs; None: these are last.
 
     Returns:
       A `FrozenResult`, in float32 at least.
@@ -233,9 +239,10 @@ def frozen_component(
         for name, given in (("kernel", kernel), ("initial_kernel", initial_kernel))
     ]
     _checks.same_tree("kernel", *kernels)
-    if kernels[0].ndim < 2:
+    axes = _layouts.of_array("kernel", layout, kernels[0]).single("kernel")
+    if not axes.is_kernel:
         raise ValueError(f"`kernel` must have shape (d, m), got {kernels[0].shape}.")
-    after, before = (kernel.reshape(-1, kernel.shape[-1]) for kernel in kernels)
+    after, before = (axes.matrices(kernel)[0] for kernel in kernels)
     basis = _with_complement(_checked_basis(basis, before.shape[0]))
     moved, *parts = (_off(basis, matrix.T) for matrix in (after - before, after, before))
     norms = [_numerics.scaled_norm(part) for part in parts]

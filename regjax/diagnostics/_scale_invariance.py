@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from regjax import _checks, _numerics, _tree
+from regjax import _checks, _layouts, _numerics
 from regjax._arguments import checked
+from regjax._axes import Layouts
 from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree, as_partial
 
 # A gradient this small beside the largest one of any leaf is rounding (a bias before a batch norm).
@@ -44,6 +45,7 @@ def scale_invariant_mask(
     key: PRNGKey,
     per_filter: bool = True,
     tol: ArrayLike = 1e-3,
+    layout: Layouts = None,
 ) -> ScaleInvarianceResult:
     """Finds the leaves whose scale, group by group, the outputs do not depend on.
 
@@ -59,15 +61,18 @@ def scale_invariant_mask(
       params: tree of parameters.
       inputs: of the model.
       key: typed key of the functionals and the factors.
-      per_filter: groups are output channels (all axes but the last); else each leaf is one group,
-        as are leaves with one axis in any case.
+      per_filter: groups are output channels; else each leaf is one group, as is what is no kernel
+        in any case. Of stacked layers each one has its own groups.
       tol: tolerance of the radial fraction and of the relative change of the outputs.
+      layout: which axes of the leaves are channels, and which stack layers (`regjax.Layout`); None:
+        a guess, which for plain kernels is that the channels are last.
 
     Returns:
       A `ScaleInvarianceResult`; its mask is what `transforms.rescale_weights` takes.
 
     Raises:
-      ValueError: `tol` is negative, or outputs or gradients are not finite.
+      ValueError: `tol` is negative, outputs or gradients are not finite, or the axes of a leaf have
+        to be told.
       TypeError: a parameter is not real floating point, `key` is not a typed key, or an argument is
         traced: the mask is made of Python bools.
     """
@@ -80,11 +85,17 @@ def scale_invariant_mask(
                 f"`{name}` must be concrete, as the mask is of Python bools, got tracers."
             )
     with jax.ensure_compile_time_eval():
-        return _measured(model_fn, params, inputs, key, per_filter, tol)
+        groups = [axes.group(per_filter) for axes in _layouts.of_leaves(layout, params)]
+        return _measured(model_fn, params, inputs, key, groups, tol)
 
 
 def _measured(
-    model_fn: ModelFn, params: Params, inputs: Tree, key: PRNGKey, per_filter: bool, tol: ArrayLike
+    model_fn: ModelFn,
+    params: Params,
+    inputs: Tree,
+    key: PRNGKey,
+    groups: list[tuple[int, ...]],
+    tol: ArrayLike,
 ) -> ScaleInvarianceResult:
     functional_key, factor_key = jax.random.split(key)
     outputs: Any = jax.eval_shape(as_partial(model_fn), params, inputs)
@@ -98,8 +109,8 @@ def _measured(
     largest = jnp.max(jnp.stack([_numerics.scaled_norm(g) for g in gradients[0]]))
     fractions, changes, sizes, mask = [], [], [], []
     for i, leaf in enumerate(leaves):
-        fraction, size = _radial([gradient[i] for gradient in gradients], leaf, per_filter)
-        factors = _factors(jax.random.fold_in(factor_key, i), leaf, per_filter)
+        fraction, size = _radial([gradient[i] for gradient in gradients], leaf, groups[i])
+        factors = _factors(jax.random.fold_in(factor_key, i), leaf, groups[i])
         moved = jax.tree.unflatten(treedef, [*leaves[:i], factors * leaf, *leaves[i + 1 :]])
         change = _distance(model_fn(moved, inputs), outputs)
         size = _numerics.divide(size, largest)
@@ -118,10 +129,9 @@ def _measured(
 
 
 def _radial(
-    gradients: list[jax.Array], leaf: jax.Array, per_filter: bool
+    gradients: list[jax.Array], leaf: jax.Array, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """Finds the largest radial fraction, and the smallest gradient norm, over the groups."""
-    axes = _tree.group_axes(leaf, per_filter)
     radial, fractions, norms = _numerics.units_along(leaf, axes), [], []
     for gradient in gradients:
         along = jnp.sum(radial * _numerics.units_along(gradient, axes), axes)
@@ -132,9 +142,9 @@ def _radial(
     return jnp.maximum(*fractions), jnp.maximum(*norms)
 
 
-def _factors(key: jax.Array, leaf: jax.Array, per_filter: bool) -> jax.Array:
+def _factors(key: jax.Array, leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Draws a factor for each group, in [1/2, 2] and not near 1, of the shape of the leaf."""
-    shape = jnp.sum(leaf, _tree.group_axes(leaf, per_filter), keepdims=True).shape
+    shape = jnp.sum(leaf, axes, keepdims=True).shape
     sign_key, size_key = jax.random.split(key)
     size = jax.random.uniform(size_key, shape, leaf.dtype, math.log(2) / 2, math.log(2))
     factors = jnp.exp(jax.random.rademacher(sign_key, shape, leaf.dtype) * size)

@@ -91,50 +91,6 @@ def spherical_sharpness(
 
 
 @checked
-def spherical_sharpness_by_group(
-    loss_fn: LossFn,
-    params: Params,
-    *batch: Tree,
-    key: PRNGKey,
-    mask: Mask = None,
-    tangent: bool = False,
-    max_matvecs: int = 50,
-    tol: ArrayLike = 1e-3,
-    chunk_size: int | None = None,
-) -> dict[str, SharpnessResult]:
-    """Finds the spherical sharpness of each masked leaf alone, all else held constant.
-
-    Arguments, errors and reference as in `spherical_sharpness`, which is the largest eigenvalue of
-    one matrix that holds these blocks only if the norms of the leaves are equal.
-
-    Args:
-      loss_fn: (params, *batch) -> scalar.
-      params: tree of parameters.
-      *batch: arrays with a leading axis of examples.
-      key: typed key of the random starts.
-      mask: the leaves, each of which has no scale of its own; None: all.
-      tangent: as in `spherical_sharpness`.
-      max_matvecs: for each leaf, as in `spherical_sharpness`.
-      tol: as in `spherical_sharpness`.
-      chunk_size: as in `spherical_sharpness`.
-
-    Returns:
-      `SharpnessResult`s by the path of the leaf, such as {"layers/0/kernel": ...}.
-    """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    treedef, reports = jax.tree.structure(params), {}
-    for i, (path, choose) in enumerate(zip(paths, _chosen(mask, params), strict=True)):
-        if choose:
-            reports[jax.tree_util.keystr(path, simple=True, separator="/")] = spherical_sharpness(
-                loss_fn, params, *batch,
-                key=jax.random.fold_in(_checks.key("key", key), i),
-                mask=jax.tree.unflatten(treedef, [j == i for j in range(len(paths))]),
-                tangent=tangent, max_matvecs=max_matvecs, tol=tol, chunk_size=chunk_size,
-            )  # fmt: skip
-    return reports
-
-
-@checked
 def effective_learning_rate(
     params: Params,
     *,
@@ -298,13 +254,13 @@ def _of_usable_norm(weights: Params) -> Params:
 def split(params: Params, mask: Mask) -> tuple[Params, Params]:
     """Returns the masked leaves and the others, each with None in place of the rest."""
     leaves, treedef = jax.tree.flatten(params)
-    pairs = list(zip(leaves, _chosen(mask, params), strict=True))
+    pairs = list(zip(leaves, chosen_leaves(mask, params), strict=True))
     weights = jax.tree.unflatten(treedef, [leaf if choose else None for leaf, choose in pairs])
     rest = jax.tree.unflatten(treedef, [None if choose else leaf for leaf, choose in pairs])
     return weights, rest
 
 
-def _chosen(mask: Mask, params: Params) -> list[bool]:
+def chosen_leaves(mask: Mask, params: Params) -> list[bool]:
     """Returns one bool for each leaf of `params`, at least one of them True."""
     leaves = _selection.mask_leaves(mask, params)
     if not any(leaves):

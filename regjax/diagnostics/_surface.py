@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _loops, _numerics, _tree
+from regjax import _checks, _chunks, _layouts, _loops, _numerics, _tree
 from regjax._arguments import checked
+from regjax._axes import Axes, Layouts
 from regjax._base import Batch, LossFn, Params, PRNGKey, Tree
 from regjax.diagnostics._landscape import vector_of
 
@@ -19,23 +20,31 @@ _Carry = TypeVar("_Carry")
 
 
 @checked
-def filter_normalized_direction(params: Params, *, key: PRNGKey, per_filter: bool = True) -> Params:
+def filter_normalized_direction(
+    params: Params, *, key: PRNGKey, per_filter: bool = True, layout: Layouts = None
+) -> Params:
     """Draws a random direction, each filter of it as long as the filter of the parameters.
 
     For a normal draw d and filter r: d_r / ||d_r|| ||w_r||, so that nets with other scales of their
-    filters can be compared. Leaves with one axis or none (biases, and what a normalization learns)
-    stay where they are: the direction is zero there.
+    filters can be compared. What is no kernel (biases, and what a normalization learns) stays where
+    it is: the direction is zero there.
+
+    Of L stacked layers, layer i has the draw that it would have alone with the key
+    `jax.random.split(key, L)[i]`, as under `jax.vmap`.
 
     Args:
       params: tree of parameters.
       key: typed key of the draw.
-      per_filter: filters are the output channels (all axes but the last); else each leaf with two
-        or more axes is one, as is usual for dense nets.
+      per_filter: filters are the output channels; else each kernel of a layer is one, as is usual
+        for dense nets.
+      layout: which axes of the leaves are channels, and which stack layers (`regjax.Layout`); None:
+        a guess, which for plain kernels is that the channels are last.
 
     Returns:
       A tree like `params`.
 
     Raises:
+      ValueError: the axes of a leaf have to be told, or `layout` names some that it has not.
       TypeError: a parameter is not real floating point, or `key` is not a typed key.
 
     References:
@@ -44,12 +53,12 @@ def filter_normalized_direction(params: Params, *, key: PRNGKey, per_filter: boo
     """
     _checks.floating_tree("params", params)
     leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(_checks.key("key", key), len(leaves))
+    _checks.key("key", key)
     directions = [
-        _scaled_like(
-            leaf, jax.random.normal(k, jnp.shape(leaf), _tree.wide_dtype(leaf)), per_filter
+        _scaled_like(leaf, axes, functools.partial(_draw, key, i, len(leaves)), per_filter)
+        for i, (leaf, axes) in enumerate(
+            zip(leaves, _layouts.of_leaves(layout, params), strict=True)
         )
-        for leaf, k in zip(leaves, keys, strict=True)
     ]
     return jax.tree.unflatten(treedef, directions)
 
@@ -200,9 +209,28 @@ def _on_plane(
     )
 
 
-def _scaled_like(weights: jax.Array, draw: jax.Array, per_filter: bool) -> jax.Array:
-    if jnp.ndim(weights) < 2:
+def _draw(key: PRNGKey, number: int, num_leaves: int, weights: jax.Array, axes: Axes) -> jax.Array:
+    """Draws normal numbers for a leaf, layer by layer with the keys that `jax.vmap` would give."""
+    dtype, layer = _tree.wide_dtype(weights), [weights.shape[axis] for axis in axes.layer]
+
+    def draw(key: PRNGKey, lengths: Sequence[int]) -> jax.Array:
+        if lengths:
+            keys = jax.random.split(key, lengths[0])
+            return jax.vmap(lambda own: draw(own, lengths[1:]))(keys)
+        return jax.random.normal(jax.random.split(key, num_leaves)[number], layer, dtype)
+
+    return axes.restack(draw(key, axes.stack_shape(weights.shape)))
+
+
+def _scaled_like(
+    weights: jax.Array,
+    axes: Axes,
+    draw: Callable[[jax.Array, Axes], jax.Array],
+    per_filter: bool,
+) -> jax.Array:
+    if not axes.is_kernel:
         return jnp.zeros_like(weights)
-    axes = _tree.group_axes(weights, per_filter)
-    norms = [_numerics.norms_along(_tree.wide(a), axes) for a in (weights, draw)]
-    return (draw * (norms[0] / norms[1])).astype(weights.dtype)
+    weights, group = jnp.asarray(weights), axes.group(per_filter)
+    drawn = draw(weights, axes)
+    norms = [_numerics.norms_along(_tree.wide(a), group) for a in (weights, drawn)]
+    return (drawn * (norms[0] / norms[1])).astype(weights.dtype)

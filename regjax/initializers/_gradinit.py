@@ -8,12 +8,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from regjax import _checks, _chunks, _loops, _numerics, _tree
+from regjax import _checks, _chunks, _layouts, _loops, _numerics, _tree
 from regjax._arguments import checked
+from regjax._axes import Layouts
 from regjax._base import Batch, LossFn, Params, Tree
 from regjax._losses import Whole, whole
+from regjax.initializers._scales import Scales
 
 _B1, _EPSILON = 0.9, 1e-8  # of Adam, as in the official code
 _MIN_SCALE = 0.01
@@ -51,8 +54,11 @@ def gradinit(
     max_scale: float | Tree = None,
     clip: ArrayLike | None = None,
     second_order: bool = False,
+    layout: Layouts = None,
 ) -> GradInitResult:
     """Learns a scale for each parameter array from a few hundred batches.
+
+    Each of the layers that are stacked in an array has a scale of its own.
 
     In each iteration, with the batches S = half 0 and half 1, S~ = half 0 and half 2:
 
@@ -94,12 +100,14 @@ def gradinit(
       clip: bound of each derivative. None: as above.
       second_order: whether to differentiate through the simulated step too; the official code does
         not.
+      layout: which axes of the arrays stack layers (`regjax.Layout`); None: a guess.
 
     Returns:
       A `GradInitResult`.
 
     Raises:
-      ValueError: an option is out of its range, or an array lacks the axis of three half batches.
+      ValueError: an option is out of its range, an array lacks the axis of three half batches, or
+        the axes of a parameter have to be told.
       TypeError: a parameter is not real floating point.
 
     References:
@@ -118,8 +126,10 @@ def gradinit(
     joined = lambda leaf: jnp.concatenate([leaf[0, 0], leaf[0, 1]])
     batch = jax.eval_shape(lambda tree: jax.tree.map(joined, tree), batches)
     loss = whole(_chunks.traced(loss_fn, params, batch))
-    iteration = _Iteration(variant, second_order)
-    dtype, num_leaves = _tree.vector_dtype(params), len(jax.tree.leaves(params))
+    stacks = Scales(tuple(_layouts.of_leaves(layout, params)))
+    iteration = _Iteration(variant, second_order, stacks)
+    dtype, sizes = _tree.vector_dtype(params), stacks.sizes(params)
+    num_scales = sum(sizes)
     numbers = (gradient_norm_bound, learning_rate, step_rate, clip)
     lower = _bounds("min_scale", min_scale, params, _MIN_SCALE, {"bias": 0.0})
     upper = _bounds("max_scale", max_scale, params, math.inf, {"scale": variant.max_norm_scale})
@@ -131,21 +141,20 @@ def gradinit(
         loss,
         params,
         batches,
-        jnp.asarray(lower, dtype),
-        jnp.asarray(upper, dtype),
+        *(jnp.repeat(jnp.asarray(x, dtype), np.array(sizes)) for x in (lower, upper)),
         *(jnp.asarray(number, dtype) for number in numbers),
     )
     history = jnp.zeros(num_iterations, dtype)
     carry = _Carry(
-        jnp.ones(num_leaves, dtype),
-        jnp.zeros((2, num_leaves), dtype),
-        jnp.zeros((2, num_leaves), dtype),
+        jnp.ones(num_scales, dtype),
+        jnp.zeros((2, num_scales), dtype),
+        jnp.zeros((2, num_scales), dtype),
         jnp.zeros(2, jnp.int32),
         (history, history, jnp.zeros(num_iterations, bool)),
     )
     end = _loops.scan(iteration, carry, num_iterations, operands=operands)
-    scales = jax.tree.unflatten(jax.tree.structure(params), list(end.scales))
-    return GradInitResult(_scaled(end.scales, params), scales, *end.history)
+    scales = jax.tree.unflatten(jax.tree.structure(params), stacks.split(end.scales, params))
+    return GradInitResult(stacks.scaled(end.scales, params), scales, *end.history)
 
 
 class _Operands(NamedTuple):
@@ -181,18 +190,19 @@ class _Iteration:
 
     variant: "_Variant"
     second_order: bool
+    stacks: Scales
 
     def __call__(self, operands: _Operands, carry: _Carry, i: jax.Array) -> _Carry:
         halves = jax.tree.map(lambda leaf: leaf[i], operands.batches)
         join = lambda j: jax.tree.map(lambda leaf: jnp.concatenate([leaf[0], leaf[j]]), halves)
-        params = _scaled(carry.scales, operands.params)
+        params = self.stacks.scaled(carry.scales, operands.params)
         derive = self._second_order if self.second_order else self._first_order
         norm, objective, slope = derive(operands, params, join(1), join(2))
         over = norm > operands.bound
-        pairs = zip(jax.tree.leaves(slope), jax.tree.leaves(operands.params), strict=True)
-        derivative = jnp.stack([_inner(d, p) for d, p in pairs]).astype(carry.scales.dtype)
-        is_zero = jnp.stack([~jnp.any(p != 0) for p in jax.tree.leaves(operands.params)])
-        is_zero |= carry.scales == 0
+        products = jax.tree.map(lambda d, p: _tree.wide(d) * _tree.wide(p), slope, operands.params)
+        derivative = self.stacks.reduced(jnp.sum, products).astype(carry.scales.dtype)
+        is_there = self.stacks.reduced(jnp.any, jax.tree.map(lambda p: p != 0, operands.params))
+        is_zero = ~is_there | (carry.scales == 0)
         derivative = jnp.clip(jnp.where(is_zero, 0, derivative), -operands.clip, operands.clip)
         new = _adam(carry, derivative, over.astype(jnp.int32), operands, self.variant)
         new = new._replace(scales=jnp.where(is_zero, carry.scales, new.scales))
@@ -297,16 +307,6 @@ def _adam(
         second=carry.second.at[row].set(second),
         counts=counts,
     )
-
-
-def _scaled(scales: jax.Array, params: Params) -> Params:
-    leaves, treedef = jax.tree.flatten(params)
-    scaled = [scale.astype(jnp.result_type(p)) * p for scale, p in zip(scales, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, scaled)
-
-
-def _inner(one: jax.Array, other: jax.Array) -> jax.Array:
-    return jnp.sum(_tree.wide(one) * _tree.wide(other))
 
 
 def _bounds(

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from regjax import _checks
+from regjax import _checks, _layouts
 from regjax._arguments import checked
+from regjax._axes import Layout
 from regjax.normalization import _statistics
 
 
@@ -54,6 +55,7 @@ def fold_batch_norm(
     variance: jax.Array,
     *,
     epsilon: float,
+    layout: Layout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Makes the layer that does what a layer and a batch norm in evaluation mode behind it do.
 
@@ -61,13 +63,15 @@ def fold_batch_norm(
         f = norm_scale / sqrt(variance + epsilon)
 
     Args:
-      kernel: (..., channels), dense or convolution.
-      bias: (channels,), or None for zero.
+      kernel: (inputs, channels), dense or convolution, or as `layout` says.
+      bias: (channels,), or None for zero; as the rest (layers, channels) for stacked layers, in the
+        order of the kernel's axes.
       norm_scale: (channels,) or number, the scale of the batch norm.
       norm_bias: (channels,) or number, its bias.
       mean: (channels,), running mean.
       variance: (channels,), running variance.
       epsilon: of the batch norm.
+      layout: which axes of the kernel are inputs, channels and layers; None: the channels are last.
 
     Returns:
       (kernel', bias').
@@ -81,7 +85,8 @@ def fold_batch_norm(
     """
     _checks.number("epsilon", epsilon)
     kernel = _checks.floating_array("kernel", kernel)
-    channels = kernel.shape[-1:]
+    axes = _layouts.of_array("kernel", layout, kernel)
+    channels = tuple(kernel.shape[axis] for axis in axes.units)
     for name, array, shapes in (
         ("bias", bias, (channels,)), ("mean", mean, (channels,)),
         ("variance", variance, (channels,)), ("norm_scale", norm_scale, (channels, ())),
@@ -91,7 +96,7 @@ def fold_batch_norm(
             _check_channels(name, array, shapes)
     factor = norm_scale * lax.rsqrt(variance + epsilon)
     offset = -mean if bias is None else bias - mean
-    return kernel * jnp.broadcast_to(factor, kernel.shape), offset * factor + norm_bias
+    return kernel * axes.spread(factor, kernel.shape), offset * factor + norm_bias
 
 
 @checked

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 
-from regjax import _checks, _numerics, _selection, _tree
+from regjax import _checks, _layouts, _numerics, _selection, _tree
 from regjax._arguments import checked
+from regjax._axes import Axes, Layout, Layouts
 from regjax._base import Mask, Params, Tree
 from regjax.normalization import _statistics
 
@@ -21,7 +22,8 @@ class SplitWeightResult(NamedTuple):
 
     Attributes:
       v: like the kernel, its direction; its own length does not change w.
-      g: (channels,), the length of each output unit's weights.
+      g: (channels,), the length of each output unit's weights; (layers, channels) of a stack, in
+        the order of the kernel's axes.
     """
 
     v: jax.Array
@@ -29,7 +31,7 @@ class SplitWeightResult(NamedTuple):
 
 
 @checked
-def weight_normalize(v: jax.Array, g: jax.Array, *, axis: int = -1) -> jax.Array:
+def weight_normalize(v: jax.Array, g: jax.Array, *, layout: Layout | None = None) -> jax.Array:
     """Makes a kernel of direction and length, one norm for each output unit.
 
         w = g v / |v|
@@ -37,97 +39,115 @@ def weight_normalize(v: jax.Array, g: jax.Array, *, axis: int = -1) -> jax.Array
     At any size of v. A zero column of v gives zero and has gradient zero.
 
     Args:
-      v: (..., channels, ...), direction.
-      g: (channels,), length.
-      axis: of the channels; the norm goes over all others.
+      v: direction, (inputs, channels) or as `layout` says.
+      g: length, (channels,); (layers, channels) of a stack, in the order of the axes of `v`.
+      layout: which axes of `v` are inputs, over which the norm goes, which are channels and which
+        stack layers; None: the channels are last.
 
     Returns:
       An array like `v`.
 
     Raises:
-      ValueError: `v` has no input axes or no entries, `axis` is none of it, or `g` has another
-        shape.
+      ValueError: `v` has no input axes or no entries, `layout` names axes that it has not, or `g`
+        has another shape.
       TypeError: `v` or `g` is not real floating point.
 
     References:
       T. Salimans, D. Kingma (2016), arXiv:1602.07868, equation 2.
     """
-    v, g = _checked("v", v, axis), _checks.floating_array("g", g)
-    if jnp.shape(g) != (v.shape[axis],):
-        raise ValueError(f"`g` must have shape {(v.shape[axis],)}, got {jnp.shape(g)}.")
-    others = _others(v, axis)
-    scaled, _ = _numerics.near_one(_tree.wide(v), others)
-    norm = _statistics.root(jnp.sum(scaled**2, others, keepdims=True))
-    factor = _numerics.divide(jnp.expand_dims(jnp.asarray(g, norm.dtype), others), norm)
-    return (scaled * jnp.broadcast_to(factor, v.shape)).astype(v.dtype)
+    v, axes = _checked("v", v, layout)
+    return _joined(v, _checks.floating_array("g", g), axes)
 
 
-def split_weight(w: jax.Array, *, axis: int = -1) -> SplitWeightResult:
+@checked
+def split_weight(w: jax.Array, *, layout: Layout | None = None) -> SplitWeightResult:
     """Splits a kernel into direction v = w and length g = |w|: the same kernel.
 
     Args:
-      w: (..., channels, ...), kernel.
-      axis: of the channels.
+      w: kernel, (inputs, channels) or as `layout` says.
+      layout: as in `weight_normalize`.
 
     Returns:
       A `SplitWeightResult`.
 
     Raises:
-      ValueError: `w` has no input axes or no entries, or `axis` is none of it.
+      ValueError: `w` has no input axes or no entries, or `layout` names axes that it has not.
       TypeError: `w` is not real floating point.
     """
-    w = _checked("w", w, axis)
-    others = _others(w, axis)
-    scaled, power = _numerics.near_one(_tree.wide(w), others)
-    norm = _statistics.root(jnp.sum(scaled**2, others))
-    return SplitWeightResult(w, (norm / jnp.squeeze(power, others)).astype(w.dtype))
+    return _split(*_checked("w", w, layout))
 
 
 @checked
-def split_weights(params: Params, *, mask: Mask) -> Tree:
+def split_weights(params: Params, *, mask: Mask, layout: Layouts = None) -> Tree:
     """Splits the masked kernels into direction and length: weight norm for any model.
 
-    `join_weights` is the inverse: `loss_fn(join_weights(params), *batch)`.
+    `join_weights` is the inverse: `loss_fn(join_weights(params), *batch)`, with the same `layout`.
 
     Args:
-      params: tree of parameters, output channels last.
+      params: tree of parameters.
       mask: tree of bools like it.
+      layout: which axes of the kernels are inputs, channels and layers (`regjax.Layout`); None: a
+        guess, which for plain kernels is that the channels are last.
 
     Returns:
       A tree like `params` with a `SplitWeightResult` in the place of each masked kernel.
 
     Raises:
-      ValueError: the mask is another tree, or a masked leaf has no input axes.
+      ValueError: the mask is another tree, or a masked leaf has no input axes or axes that have
+        to be told.
       TypeError: a leaf is not real floating point.
     """
     _checks.floating_tree("params", params)
     treedef: PyTreeDef = jax.tree.structure(params)
-    pairs = zip(jax.tree.leaves(params), _selection.mask_leaves(mask, params), strict=True)
+    chosen = _selection.mask_leaves(mask, params)
+    rows = zip(
+        jax.tree_util.tree_leaves_with_path(params),
+        chosen,
+        _layouts.of_leaves(layout, params, chosen),
+        strict=True,
+    )
     return jax.tree.unflatten(
-        treedef, [split_weight(leaf) if split else leaf for leaf, split in pairs]
+        treedef,
+        [
+            _split(_kernel(f"params{jax.tree_util.keystr(path)}", leaf, axes), axes)
+            if split
+            else leaf
+            for (path, leaf), split, axes in rows
+        ],
     )
 
 
 @checked
-def join_weights(params: Tree) -> Params:
+def join_weights(params: Tree, *, layout: Layouts = None) -> Params:
     """Joins the split kernels of a tree from `split_weights`.
 
     Args:
       params: tree of parameters with `SplitWeightResult`s.
+      layout: as it was given to `split_weights`.
 
     Returns:
       The tree that the model knows.
+
+    Raises:
+      ValueError: the lengths of a kernel have not the shape that `layout` gives them.
     """
     is_split = lambda leaf: isinstance(leaf, SplitWeightResult)
-    join = lambda leaf: weight_normalize(leaf.v, leaf.g) if is_split(leaf) else leaf
-    return jax.tree.map(join, params, is_leaf=is_split)
+    kernels = jax.tree.map(
+        lambda leaf: leaf.v if is_split(leaf) else leaf, params, is_leaf=is_split
+    )
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_split)
+    axes = _layouts.of_leaves(layout, kernels, [is_split(leaf) for leaf in leaves])
+    pairs = zip(leaves, axes, strict=True)
+    return jax.tree.unflatten(
+        treedef, [_joined(leaf.v, leaf.g, own) if is_split(leaf) else leaf for leaf, own in pairs]
+    )
 
 
 @checked
 def standardize_weight(
     kernel: jax.Array,
     *,
-    axis: int = -1,
+    layout: Layout | None = None,
     epsilon: float = 1e-5,
     degrees_of_freedom: int = 1,
     epsilon_added_to: str = "deviation",
@@ -142,8 +162,8 @@ def standardize_weight(
     anything, at any size. A constant filter gives zero.
 
     Args:
-      kernel: (..., channels, ...).
-      axis: of the channels; mean and deviation go over all others.
+      kernel: (inputs, channels) or as `layout` says.
+      layout: as in `weight_normalize`; mean and deviation go over the inputs.
       epsilon: in units of the kernel, those squared with "variance"; at least 0.
       degrees_of_freedom: subtracted from the number of weights in the variance.
       epsilon_added_to: "deviation" or "variance".
@@ -153,7 +173,7 @@ def standardize_weight(
 
     Raises:
       ValueError: `kernel` has no input axes or no more weights to a unit than
-        `degrees_of_freedom`, `axis` is none of it, or an option is out of its range.
+        `degrees_of_freedom`, `layout` names axes that it has not, or an option is out of its range.
       TypeError: `kernel` is not real floating point.
 
     References:
@@ -162,9 +182,9 @@ def standardize_weight(
     _checks.number("epsilon", epsilon)
     _checks.integer("degrees_of_freedom", degrees_of_freedom, minimum=0)
     _checks.choice("epsilon_added_to", epsilon_added_to, ("deviation", "variance"))
-    kernel = _checked("kernel", kernel, axis)
-    others, in_root = _others(kernel, axis), epsilon_added_to == "variance"
-    freedom = kernel.size // kernel.shape[axis] - degrees_of_freedom
+    kernel, axes = _checked("kernel", kernel, layout)
+    others, in_root = axes.inputs, epsilon_added_to == "variance"
+    freedom = math.prod(kernel.shape[axis] for axis in others) - degrees_of_freedom
     if freedom < 1:
         raise ValueError(
             f"`kernel` must have more than {degrees_of_freedom} weights to a unit, got shape "
@@ -236,15 +256,32 @@ def _feature_axes(kernel: jax.Array, feature_axes: tuple[int, ...] | None) -> tu
     return found
 
 
-def _others(array: jax.Array, axis: int) -> tuple[int, ...]:
-    return tuple(i for i in range(array.ndim) if i != axis % array.ndim)
+def _joined(v: jax.Array, g: jax.Array, axes: Axes) -> jax.Array:
+    shape = tuple(v.shape[axis] for axis in axes.units)
+    if jnp.shape(g) != shape:
+        raise ValueError(f"`g` must have shape {shape}, got {jnp.shape(g)}.")
+    scaled, _ = _numerics.near_one(_tree.wide(v), axes.inputs)
+    norm = _statistics.root(jnp.sum(scaled**2, axes.inputs, keepdims=True))
+    factor = _numerics.divide(jnp.expand_dims(jnp.asarray(g, norm.dtype), axes.inputs), norm)
+    return (scaled * jnp.broadcast_to(factor, v.shape)).astype(v.dtype)
 
 
-def _checked(name: str, kernel: jax.Array, axis: int) -> jax.Array:
+def _split(w: jax.Array, axes: Axes) -> SplitWeightResult:
+    scaled, power = _numerics.near_one(_tree.wide(w), axes.inputs)
+    norm = _statistics.root(jnp.sum(scaled**2, axes.inputs))
+    return SplitWeightResult(w, (norm / jnp.squeeze(power, axes.inputs)).astype(w.dtype))
+
+
+def _checked(name: str, kernel: jax.Array, layout: Layout | None) -> tuple[jax.Array, Axes]:
     kernel = _checks.floating_array(name, kernel)
-    if jnp.ndim(kernel) < 2 or not kernel.size:
+    axes = _layouts.of_array(name, layout, kernel)
+    return _kernel(name, kernel, axes), axes
+
+
+def _kernel(name: str, kernel: jax.Array, axes: Axes) -> jax.Array:
+    if not axes.is_kernel or not kernel.size:
         raise ValueError(
-            f"`{name}` must have at least two axes and no empty one, got shape {jnp.shape(kernel)}."
+            f"`{name}` must have axes of inputs beside those of outputs and no empty one, got "
+            f"shape {jnp.shape(kernel)}."
         )
-    _checks.integer("axis", axis, minimum=-kernel.ndim, maximum=kernel.ndim - 1)
     return kernel

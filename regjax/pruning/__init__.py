@@ -5,6 +5,8 @@ from regjax.pruning._gates import apply_gates as apply_gates
 from regjax.pruning._gates import gate_gradients as gate_gradients
 from regjax.pruning._gates import parameter_masks as parameter_masks
 from regjax.pruning._gates import unit_gates as unit_gates
+from regjax.pruning._group_importance import FilterGroupsResult as FilterGroupsResult
+from regjax.pruning._group_importance import filter_groups as filter_groups
 from regjax.pruning._group_importance import group_importance as group_importance
 from regjax.pruning._hierarchical import hierarchical_plan as hierarchical_plan
 from regjax.pruning._hierarchical import mask_planned as mask_planned

@@ -1,17 +1,71 @@
 """Importance of groups of weights where there is no gate: of filters, of stages, of blocks."""
 
 import functools
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks
+from regjax import _checks, _layouts, _selection
 from regjax._arguments import checked
-from regjax._base import Params, Tree
+from regjax._axes import Layouts
+from regjax._base import Mask, Params, Tree
 from regjax._space import Space
 
 _REDUCTIONS = ("square_of_sum", "sum_of_squares", "sum_of_absolute")
+
+
+class FilterGroupsResult(NamedTuple):
+    """The filters of the kernels as groups of weights.
+
+    Attributes:
+      groups: tree like the parameters of int32 arrays that broadcast to its leaves: the number of
+        each weight's filter, -1 for none.
+      num_groups: number of filters.
+    """
+
+    groups: Tree
+    num_groups: int
+
+
+@checked
+def filter_groups(
+    params: Params, *, mask: Mask = None, layout: Layouts = None
+) -> FilterGroupsResult:
+    """Numbers the filters of all kernels, the weights of each unit of each layer, from 0.
+
+    In the order of the leaves; of stacked layers one after the other.
+
+    Args:
+      params: tree of parameters.
+      mask: tree of Python bools like it, the kernels that count; None: all.
+      layout: which axes of the leaves are inputs, units and layers (`regjax.Layout`); None: a
+        guess, which for plain kernels is that the units are last.
+
+    Returns:
+      A `FilterGroupsResult`, for `group_importance`.
+
+    Raises:
+      ValueError: the mask is another tree, or the axes of a leaf have to be told.
+      TypeError: a parameter is not real floating point, or `mask` holds other things than bools.
+    """
+    leaves, treedef = jax.tree.flatten(_checks.floating_tree("params", params))
+    chosen = _selection.mask_leaves(mask, params)
+    groups, start = [], 0
+    for leaf, choose, axes in zip(
+        leaves, chosen, _layouts.of_leaves(layout, params, chosen), strict=True
+    ):
+        if not (choose and axes.is_kernel):
+            groups.append(jnp.full((), -1, jnp.int32))
+            continue
+        order = (*axes.stack, *axes.outputs)
+        lengths = [leaf.shape[axis] for axis in order]
+        numbers = start + jnp.arange(math.prod(lengths), dtype=jnp.int32).reshape(lengths)
+        in_order = jnp.transpose(numbers, [order.index(axis) for axis in axes.units])
+        groups.append(jnp.expand_dims(in_order, axes.inputs))
+        start += numbers.size
+    return FilterGroupsResult(jax.tree.unflatten(treedef, groups), start)
 
 
 @checked
@@ -38,7 +92,7 @@ def group_importance(
       params: tree of weights w.
       grads: tree like `params`, the gradients g of one batch's loss.
       groups: tree like `params` of int32 arrays that broadcast to its leaves: the number of each
-        weight's group, -1 for none. `jnp.arange(c)` makes each of the c filters of a kernel one.
+        weight's group, -1 for none, such as `filter_groups` makes: each filter one.
       num_groups: number of groups.
       reduction: how the products g w of a group become one number.
 

@@ -3,12 +3,16 @@
 Trees of scores are compared as a whole, by their order: a threshold would take all that tie.
 """
 
+import math
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from regjax import _checks, _loops, _tree
+from regjax import _checks, _layouts, _loops, _tree
 from regjax._arguments import checked
+from regjax._axes import Axes, Layouts
 from regjax._base import Tree
 
 
@@ -47,18 +51,25 @@ def gates_from_masks(masks: Tree, *, dtype: DTypeLike = jnp.float32) -> Tree:
 
 @checked
 def mask_lowest(
-    scores: Tree, masks: Tree, num_to_remove: int | jax.Array, *, min_units: int = 1
+    scores: Tree,
+    masks: Tree,
+    num_to_remove: int | jax.Array,
+    *,
+    min_units: int = 1,
+    layout: Layouts = None,
 ) -> Tree:
     """Removes those with the lowest scores of all leaves together, `num_to_remove` exactly.
 
     Ties go in the order of `jax.tree.leaves`, first come first removed. In each leaf at least
-    `min_units` stay, those with its highest scores. What is removed already does not count again.
+    `min_units` stay, those with its highest scores; of an array of stacked layers, in each layer.
+    What is removed already does not count again.
 
     Args:
       scores: tree of scores, a leaf for each group of units, or for each array of weights.
       masks: tree like `scores` of bool arrays, True for what is still there.
       num_to_remove: Python integer, or an integer array () as a schedule gives it.
       min_units: least number to keep in each leaf; leaves that have no more are left alone.
+      layout: which axes of the leaves stack layers (`regjax.Layout`); None: a guess.
 
     Returns:
       The new masks, a tree like `scores` of bool arrays. Where a count or masks that are known only
@@ -67,23 +78,28 @@ def mask_lowest(
       nothing is removed.
 
     Raises:
-      ValueError: the trees differ, a number is negative, so many cannot be removed, or the score of
-        one that is still there is NaN.
+      ValueError: the trees differ, a number is negative, so many cannot be removed, the score of
+        one that is still there is NaN, or the axes of a leaf have to be told.
       TypeError: a leaf or a number has the wrong type.
     """
     _checks.floating_tree("scores", scores)
     _checks.same_tree("masks", _checks.bool_tree("masks", masks), scores)
     _checks.integer("min_units", min_units, minimum=0)
-    leaves = [jnp.ravel(leaf) for leaf in jax.tree.leaves(scores)]
-    kept = [jnp.ravel(leaf) for leaf in jax.tree.leaves(masks)]
-    removable = jnp.concatenate(
-        [_above_floor(s, k, min_units) for s, k in zip(leaves, kept, strict=True)]
-    )
-    count = _check_count(num_to_remove, removable, min_units, leaves)
-    dtype = _tree.vector_dtype(scores)
-    rank = _ranks(jnp.concatenate([leaf.astype(dtype) for leaf in leaves]), removable)
+    leaves, kept = jax.tree.leaves(scores), jax.tree.leaves(masks)
+    rows = list(zip(leaves, kept, _layouts.of_leaves(layout, scores), strict=True))
+    removable = _flat([_above_floor(*row, min_units) for row in rows], jnp.dtype(bool))
+    count = _check_count(num_to_remove, removable, min_units, rows)
+    rank = _ranks(_flat(leaves, _tree.vector_dtype(scores)), removable)
     goes = removable & (rank < count) & ~_some_unknown(scores, masks)
-    return _like(jnp.concatenate(kept) & ~goes, masks)
+    return _like(_flat(kept, jnp.dtype(bool)) & ~goes, masks)
+
+
+_Row: TypeAlias = tuple[jax.Array, jax.Array, Axes]
+"""Scores, masks and axes of one leaf."""
+
+
+def _flat(leaves: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in leaves])
 
 
 def _some_unknown(scores: Tree, masks: Tree) -> jax.Array:
@@ -103,7 +119,7 @@ def _some_unknown(scores: Tree, masks: Tree) -> jax.Array:
 
 
 def _check_count(
-    num_to_remove: int | jax.Array, removable: jax.Array, min_units: int, leaves: list[jax.Array]
+    num_to_remove: int | jax.Array, removable: jax.Array, min_units: int, rows: list[_Row]
 ) -> int | jax.Array:
     """Compares the count with what can go as far as that is known at trace time."""
     if isinstance(num_to_remove, jax.Array):
@@ -120,7 +136,10 @@ def _check_count(
     if _loops.is_concrete(removable):
         most = int(removable.sum())
     else:
-        most = sum(max(leaf.size - min_units, 0) for leaf in leaves)
+        most = 0
+        for leaf, _, axes in rows:
+            num_layers = math.prod(axes.stack_shape(leaf.shape))
+            most += num_layers * max(leaf.size // num_layers - min_units, 0)
     if count > most:
         raise ValueError(
             f"`num_to_remove` must be at most {most}, what is there less `min_units` = {min_units} "
@@ -136,9 +155,14 @@ def _ranks(scores: jax.Array, among: jax.Array) -> jax.Array:
     return jnp.zeros(scores.size, jnp.int32).at[order].set(numbers)
 
 
-def _above_floor(scores: jax.Array, kept: jax.Array, min_units: int) -> jax.Array:
-    """Marks those kept that may go so that the `min_units` highest stay."""
-    return kept & (_ranks(scores, kept) < jnp.sum(kept) - min_units)
+def _above_floor(scores: jax.Array, kept: jax.Array, axes: Axes, min_units: int) -> jax.Array:
+    """Marks those kept that may go so that the `min_units` highest of each layer stay."""
+
+    def of_layer(scores: jax.Array, kept: jax.Array) -> jax.Array:
+        rank = _ranks(jnp.ravel(scores), jnp.ravel(kept)).reshape(kept.shape)
+        return kept & (rank < jnp.sum(kept) - min_units)
+
+    return axes.restack(axes.over_stack(of_layer)(jnp.asarray(scores), jnp.asarray(kept)))
 
 
 def _like(flat: jax.Array, masks: Tree) -> Tree:

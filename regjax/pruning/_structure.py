@@ -93,6 +93,8 @@ def find_structure(model_fn: ModelFn, params: Params, inputs: Tree) -> Structure
     where they feed the outputs, meet the inputs or a constant array, are reduced along their axis
     (layer norm, weight norm of a consumer), are contracted with what is no parameter, or pass
     through a primitive without a rule. Every unit of a group can be removed, alone and with others.
+    Of layers that are stacked in one array and scanned over a unit is that of all layers together:
+    what remains is an array too.
 
     Args:
       model_fn: (params, inputs) -> outputs, as from `regjax.model_function` in evaluation mode,

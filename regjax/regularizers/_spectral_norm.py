@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _loops, _numerics, _selection, _tree
+from regjax import _checks, _layouts, _loops, _numerics, _selection, _tree
 from regjax._arguments import checked
+from regjax._axes import Layouts
 from regjax._base import Mask, Params, PRNGKey
 
 
@@ -15,6 +16,7 @@ def spectral_norm_penalty(
     num_iterations: int | None = None,
     key: PRNGKey | None = None,
     mask: Mask = None,
+    layout: Layouts = None,
 ) -> jax.Array:
     """Computes half the sum over the kernels of the squared largest singular value.
 
@@ -24,10 +26,9 @@ def spectral_norm_penalty(
     sigma u v', without a division and zero at W = 0. Of equal largest singular values one is taken,
     which gives a subgradient. First derivatives only: a Hessian lacks the turning of v_l.
 
-    A kernel is a leaf with two or more axes, (all but the last, last) as a matrix. For convolutions
-    that matrix acts on patches; the norm of the linear map of images is at most the square root of
-    the number of kernel positions times its sigma. What has axes other than inputs and outputs
-    (heads, stacked layers) is to be reshaped by the caller, or masked out.
+    A kernel is a leaf with axes of inputs and of outputs, (inputs, outputs) as a matrix; of stacked
+    layers each one is a matrix. For convolutions it acts on patches; the norm of the linear map of
+    images is at most the square root of the number of kernel positions times its sigma.
 
     As a penalty: `loss + strength * spectral_norm_penalty(params)`.
 
@@ -39,13 +40,15 @@ def spectral_norm_penalty(
       key: typed key of the random start; read with `num_iterations` only. Each call
         starts anew: going on from the vector of the last step would need a state.
       mask: tree of Python bools like `params`, which kernels count; None: all.
+      layout: which axes of the leaves are inputs, outputs and layers (`regjax.Layout`); None: a
+        guess, which for plain kernels is that the outputs are last.
 
     Returns:
       The penalty (), in float32 at least, in squared units of the parameters.
 
     Raises:
       ValueError: `num_iterations` is below 1, a kernel has an empty axis, `mask` has another
-        structure, or it takes in a leaf with fewer than two axes.
+        structure, or it takes in a leaf without inputs, or one whose axes have to be told.
       TypeError: a parameter is not real floating point, `key` is not a typed key, or `mask` holds
         other things than bools.
 
@@ -56,44 +59,47 @@ def spectral_norm_penalty(
     """
     _checks.floating_tree("params", params)
     total = jnp.zeros((), _tree.vector_dtype(params))
-    for i, kernel in enumerate(_kernels(params, mask)):
-        if not kernel.size:
-            raise ValueError(f"`params` must have no empty kernel, got shape {kernel.shape}.")
-        matrix = _tree.wide(kernel).reshape(-1, kernel.shape[-1])
+    for i, layers in enumerate(_kernels(params, mask, layout)):
         # The norm of W' is that of W, and the vector is as short as it can be.
-        matrix = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+        is_wide = layers.shape[1] < layers.shape[2]
+        matrices = jnp.swapaxes(layers, 1, 2) if is_wide else layers
         # Near one, or the squares of the product would under- or overflow.
-        fixed, _ = _numerics.near_one(jax.lax.stop_gradient(matrix), (0, 1))
+        fixed, _ = _numerics.near_one(jax.lax.stop_gradient(matrices), (1, 2))
         if num_iterations is None:
-            vector = jnp.linalg.eigh(_product(fixed.T, fixed))[1][:, -1]
+            vectors = jnp.linalg.eigh(_product(jnp.swapaxes(fixed, 1, 2), fixed))[1][..., -1]
         else:
             count = _checks.integer("num_iterations", num_iterations)
             start_key = jax.random.fold_in(_checks.key("key", key), i)
-            start = jax.random.normal(start_key, fixed.shape[1:], fixed.dtype)
-            vector = _loops.scan(_power_step, start, count, operands=fixed)
-        total += (jnp.sum(_product(matrix, vector) ** 2) / 2).astype(total.dtype)
+            start = jax.random.normal(start_key, (len(fixed), fixed.shape[2]), fixed.dtype)
+            vectors = _loops.scan(_power_step, start, count, operands=fixed)
+        images = _product(matrices, vectors[..., None])
+        total += (jnp.sum(images**2) / 2).astype(total.dtype)
     return total
 
 
-def _kernels(params: Params, mask: Mask) -> list[jax.Array]:
+def _kernels(params: Params, mask: Mask, layout: Layouts) -> list[jax.Array]:
+    """Lists the kernels, (layers, inputs, outputs) each."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    if mask is None:
-        return [leaf for _, leaf in leaves if jnp.ndim(leaf) >= 2]
+    chosen = _selection.mask_leaves(mask, params)
     kernels = []
-    for (path, leaf), choose in zip(leaves, _selection.mask_leaves(mask, params), strict=True):
-        if choose and jnp.ndim(leaf) < 2:
+    rows = zip(leaves, chosen, _layouts.of_leaves(layout, params, chosen), strict=True)
+    for (path, leaf), choose, axes in rows:
+        if mask is not None and choose and not axes.is_kernel:
             raise ValueError(
-                "`mask` must leave out leaves with fewer than two axes, got "
+                "`mask` must leave out leaves without axes of inputs, got "
                 f"{jax.tree_util.keystr(path)} of shape {jnp.shape(leaf)}."
             )
-        if choose:
-            kernels.append(leaf)
+        if choose and axes.is_kernel:
+            if not leaf.size:
+                raise ValueError(f"`params` must have no empty kernel, got shape {leaf.shape}.")
+            kernels.append(axes.matrices(_tree.wide(leaf)))
     return kernels
 
 
-def _power_step(matrix: jax.Array, vector: jax.Array, i: jax.Array) -> jax.Array:
+def _power_step(matrices: jax.Array, vectors: jax.Array, i: jax.Array) -> jax.Array:
     del i
-    return _numerics.unit(_product(matrix.T, _product(matrix, vector)))
+    images = _product(jnp.swapaxes(matrices, 1, 2), _product(matrices, vectors[..., None]))
+    return _numerics.units_along(images[..., 0], (1,))
 
 
 def _product(one: jax.Array, other: jax.Array) -> jax.Array:

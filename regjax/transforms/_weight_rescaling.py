@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from regjax import _checks, _numerics, _tree
+from regjax import _checks, _layouts, _numerics, _tree
 from regjax._arguments import checked
+from regjax._axes import Axes, Layouts
 from regjax._base import Params, Tree
 from regjax.transforms import _gradients, _masks
 from regjax.transforms._masks import MaskOrFunction
@@ -25,10 +26,15 @@ class RescaleWeightsState(NamedTuple):
     num_updates: jax.Array
 
 
-@static_args("mask", "per_filter", "every")
+@static_args("mask", "per_filter", "every", "layout")
 @checked
 def rescale_weights(
-    *, mask: MaskOrFunction, target_norm: ArrayLike = 1.0, per_filter: bool = True, every: int = 1
+    *,
+    mask: MaskOrFunction,
+    target_norm: ArrayLike = 1.0,
+    per_filter: bool = True,
+    every: int = 1,
+    layout: Layouts = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Corrects the update so that the masked weights end with a given norm, group by group.
 
@@ -45,15 +51,18 @@ def rescale_weights(
       mask: leaves to rescale; only scale-invariant ones are legitimate
         (`diagnostics.scale_invariant_mask` finds them).
       target_norm: norm after the step, in units of the parameters.
-      per_filter: one norm for each output channel (all axes but the last), else for each leaf.
+      per_filter: one norm for each output channel, else for each leaf; of stacked layers, for each
+        of them.
       every: rescale after each so many steps.
+      layout: which axes of the leaves are channels, and which stack layers (`regjax.Layout`); None:
+        a guess, which for plain kernels is that the channels are last.
 
     Returns:
       A transformation whose `update` needs `params`.
 
     Raises:
-      ValueError: an argument is out of its range, a masked leaf has no input axes, or `params` is
-        missing in `update`.
+      ValueError: an argument is out of its range, a masked leaf has no input axes or axes that
+        have to be told, or `params` is missing in `update`.
       TypeError: an argument has the wrong type.
 
     References:
@@ -67,8 +76,9 @@ def rescale_weights(
     def init(params: Params) -> RescaleWeightsState:
         chosen = _masks.floating_leaves(mask, params)
         paths = jax.tree_util.tree_leaves_with_path(params)
-        for (path, leaf), choose in zip(paths, chosen, strict=True):
-            if choose and per_filter and jnp.ndim(leaf) < 2:
+        axes = _layouts.of_leaves(layout, params, chosen)
+        for (path, leaf), choose, own in zip(paths, chosen, axes, strict=True):
+            if choose and per_filter and not own.is_kernel:
                 raise ValueError(
                     f"`mask` must leave out leaves without input axes, got "
                     f"{jax.tree_util.keystr(path)} of shape {jnp.shape(leaf)}."
@@ -83,12 +93,12 @@ def rescale_weights(
         count = state.num_updates + 1
         leaves, treedef = jax.tree.flatten(updates)
 
-        def correct(leaf: jax.Array, param: jax.Array, choose: bool) -> jax.Array:
+        def correct(leaf: jax.Array, param: jax.Array, choose: bool, axes: Axes) -> jax.Array:
             if not choose:
                 return leaf
             dtype, w = _gradients.sum_dtype(leaf, param), _tree.wide(param)
             moved = w + _tree.wide(leaf).astype(w.dtype)
-            units = _numerics.units_along(moved, _tree.group_axes(moved, per_filter))
+            units = _numerics.units_along(moved, axes.group(per_filter))
             corrected = (jnp.asarray(target_norm, w.dtype) * units - w).astype(dtype)
             return (
                 corrected
@@ -97,14 +107,17 @@ def rescale_weights(
             )
 
         chosen = _masks.mask_leaves(mask, params)
-        corrected = map(correct, leaves, jax.tree.leaves(params), chosen)
+        axes = _layouts.of_leaves(layout, params, chosen)
+        corrected = map(correct, leaves, jax.tree.leaves(params), chosen, axes)
         return jax.tree.unflatten(treedef, corrected), RescaleWeightsState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 @checked
-def rescale_velocity(velocity: Params, *, factor: ArrayLike | Tree) -> Params:
+def rescale_velocity(
+    velocity: Params, *, factor: ArrayLike | Tree, layout: Layouts = None
+) -> Params:
     """Computes the momentum that goes with weights w -> factor w of a scale-invariant loss.
 
         velocity / factor
@@ -114,7 +127,9 @@ def rescale_velocity(velocity: Params, *, factor: ArrayLike | Tree) -> Params:
 
     Args:
       velocity: tree of momentum buffers.
-      factor: number, or a tree like `velocity` of arrays that broadcast over the leaves' last axis.
+      factor: number, or a tree like `velocity` of numbers and of arrays with one for each filter,
+        the axes of layers and of outputs in the order in which they lie: (channels,).
+      layout: which axes of the leaves these are, as in `rescale_weights`.
 
     Returns:
       The new buffers.
@@ -128,13 +143,18 @@ def rescale_velocity(velocity: Params, *, factor: ArrayLike | Tree) -> Params:
         factor = jax.tree.map(lambda leaf: factor, velocity)
     _checks.same_structure("factor", factor, velocity)
 
-    def rescaled(leaf: jax.Array, factor: ArrayLike) -> jax.Array:
+    def rescaled(leaf: jax.Array, factor: ArrayLike, axes: Axes) -> jax.Array:
         _checks.positive("factor", factor, finite=True)
-        if jnp.shape(factor) not in ((), jnp.shape(leaf)[-1:]):
+        units = tuple(jnp.shape(leaf)[axis] for axis in axes.units)
+        if jnp.shape(factor) not in ((), units):
             raise ValueError(
-                f"`factor` must be a number, or have shape {jnp.shape(leaf)[-1:]} beside a leaf of "
-                f"shape {jnp.shape(leaf)}, got {jnp.shape(factor)}."
+                f"`factor` must be a number, or have shape {units} beside a leaf of shape "
+                f"{jnp.shape(leaf)}, got {jnp.shape(factor)}."
             )
-        return leaf / jnp.broadcast_to(jnp.asarray(factor, jnp.result_type(leaf)), jnp.shape(leaf))
+        factor = jnp.asarray(factor, jnp.result_type(leaf))
+        return leaf / (axes.spread(factor, leaf.shape) if factor.shape else factor)
 
-    return jax.tree.map(rescaled, velocity, factor)
+    leaves, treedef = jax.tree.flatten(velocity)
+    arrays = [jnp.ndim(one) > 0 for one in jax.tree.leaves(factor)]
+    axes = _layouts.of_leaves(layout, velocity, arrays)
+    return jax.tree.unflatten(treedef, map(rescaled, leaves, jax.tree.leaves(factor), axes))

@@ -1,5 +1,7 @@
 """Weight normalization: identities of its gradient, and the three ways to have it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,13 +32,12 @@ def test_gradients_are_those_of_the_paper(shape, axis, double):
     g = jnp.asarray(RANDOM.uniform(0.5, 2, size=shape[axis]))
     others = tuple(i for i in range(len(shape)) if i != axis % len(shape))
     wide = lambda a: np.expand_dims(a, others)
-    w = normalization.weight_normalize(v, g, axis=axis)
+    normalize = partial(normalization.weight_normalize, layout=regjax.Layout(outputs=axis))
+    w = normalize(v, g)
     norm = np.sqrt(np.sum(np.asarray(v) ** 2, others))
     np.testing.assert_allclose(w, wide(g / norm) * v, rtol=1e-12)
     slope = jax.grad(loss)(w)
-    of_v, of_g = jax.grad(
-        lambda v, g: loss(normalization.weight_normalize(v, g, axis=axis)), argnums=(0, 1)
-    )(v, g)
+    of_v, of_g = jax.grad(lambda v, g: loss(normalize(v, g)), argnums=(0, 1))(v, g)
     np.testing.assert_allclose(of_g, np.sum(slope * v, others) / norm, atol=1e-10)
     expected = wide(g / norm) * slope - wide(g * of_g / norm**2) * v
     np.testing.assert_allclose(of_v, expected, atol=1e-10)
@@ -229,7 +230,7 @@ def test_a_constant_filter_has_no_direction(value, options):
 
 def test_standardized_weights_along_another_axis_and_of_half_precision():
     kernel = jnp.asarray(RANDOM.normal(size=(3, 3, 5, 2)), jnp.float32)
-    other = normalization.standardize_weight(kernel, axis=-2)
+    other = normalization.standardize_weight(kernel, layout=regjax.Layout(outputs=-2))
     expected = normalization.standardize_weight(jnp.swapaxes(kernel, -1, -2))
     np.testing.assert_allclose(other, jnp.swapaxes(expected, -1, -2), rtol=1e-6)
     assert normalization.standardize_weight(kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
@@ -253,7 +254,7 @@ def test_standardized_layers_agree(kind, default_promotion):
 
 def test_error_texts():
     with pytest.raises(
-        ValueError, match=r"`kernel` must have at least two axes and .* shape \(3,\)"
+        ValueError, match=r"`kernel` must have axes of inputs beside .* shape \(3,\)"
     ):
         normalization.standardize_weight(jnp.ones(3))
     with pytest.raises(ValueError, match="`epsilon` must be non-negative, got -1"):
@@ -269,8 +270,9 @@ def test_error_texts():
             normalization.weight_normalize(bad, jnp.ones(3))
     with pytest.raises(ValueError, match="must hold at least one number, got shape"):
         normalization.weight_normalize(jnp.ones((0, 3)), jnp.ones(3))
-    with pytest.raises(ValueError, match="`axis` must be between -2 and 1, got 2"):
-        normalization.weight_normalize(jnp.ones((2, 3)), jnp.ones(3), axis=2)
+    beyond = regjax.Layout(outputs=2)
+    with pytest.raises(ValueError, match="`outputs` has 2 for `v` of shape"):
+        normalization.weight_normalize(jnp.ones((2, 3)), jnp.ones(3), layout=beyond)
     with pytest.raises(ValueError, match=r"`g` must have shape \(3,\), got \(2,\)"):
         normalization.weight_normalize(jnp.ones((2, 3)), jnp.ones(2))
     with pytest.raises(TypeError, match="must be an nnx module with a kernel, got function"):

@@ -103,7 +103,7 @@ def _factor(factor: ArrayLike, dtype: Any) -> jax.Array:
     return jnp.asarray(factor, dtype)
 
 
-_Multiply = Callable[[Operator, jax.Array], jax.Array]
+Multiply = Callable[[Operator, jax.Array], jax.Array]
 
 
 class _Composed(Operator):
@@ -115,7 +115,7 @@ class _Composed(Operator):
         """What it is made of."""
 
     @abc.abstractmethod
-    def compose(self, multiply: _Multiply, vectors: jax.Array) -> jax.Array:
+    def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
         """The product with a vector or with rows, by `multiply(part, vectors)` of its parts."""
 
     @property
@@ -158,7 +158,7 @@ class Sum(_Composed):
     def parts(self) -> tuple[Operator, ...]:
         return (self.one, self.other)
 
-    def compose(self, multiply: _Multiply, vectors: jax.Array) -> jax.Array:
+    def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
         return multiply(self.one, vectors) + multiply(self.other, vectors)
 
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
@@ -179,7 +179,7 @@ class Multiple(_Composed):
     def parts(self) -> tuple[Operator, ...]:
         return (self.operator,)
 
-    def compose(self, multiply: _Multiply, vectors: jax.Array) -> jax.Array:
+    def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
         return self.factor * multiply(self.operator, vectors)
 
     def facts(self) -> dict[str, Tree]:
@@ -203,7 +203,7 @@ class Congruent(_Composed):
     def parts(self) -> tuple[Operator, ...]:
         return (self.operator,)
 
-    def compose(self, multiply: _Multiply, vectors: jax.Array) -> jax.Array:
+    def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
         diagonal = self.diagonal.reshape(*[1] * (vectors.ndim - 1), -1)
         return diagonal * multiply(self.operator, diagonal * vectors)
 
@@ -233,7 +233,7 @@ class Submatrix(_Composed):
     def space(self) -> Space:
         return subspace(self.operator.space, self.inside)
 
-    def compose(self, multiply: _Multiply, vectors: jax.Array) -> jax.Array:
+    def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
         ours, whole = self.space, self.operator.space
         if vectors.ndim == 1:
             one = lambda part, rows: multiply(part, rows[0])[None]

@@ -1,0 +1,102 @@
+"""Spherical sharpness of one array at a time, or of one layer of those that stack some."""
+
+import dataclasses
+import functools
+
+import jax
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+
+from regjax import _checks, _slices
+from regjax._arguments import checked
+from regjax._axes import Layouts
+from regjax._base import (
+    LossFn,
+    Mask,
+    Params,
+    PRNGKey,
+    Tree,
+    as_partial,
+    couples_examples,
+    differs_by_chunk,
+)
+from regjax.diagnostics._sharpness import SharpnessResult
+from regjax.diagnostics._spherical_sharpness import chosen_leaves, spherical_sharpness
+
+
+@checked
+def spherical_sharpness_by_group(
+    loss_fn: LossFn,
+    params: Params,
+    *batch: Tree,
+    key: PRNGKey,
+    mask: Mask = None,
+    tangent: bool = False,
+    max_matvecs: int = 50,
+    tol: ArrayLike = 1e-3,
+    chunk_size: int | None = None,
+    layout: Layouts = None,
+) -> dict[str, SharpnessResult]:
+    """Finds the spherical sharpness of each masked leaf alone, all else held constant.
+
+    Of a leaf of stacked layers each layer's slice is one.
+
+    Arguments, errors and reference as in `spherical_sharpness`, which is the largest eigenvalue of
+    one matrix that holds these blocks only if the norms of the leaves are equal.
+
+    Args:
+      loss_fn: (params, *batch) -> scalar.
+      params: tree of parameters.
+      *batch: arrays with a leading axis of examples.
+      key: typed key of the random starts.
+      mask: the leaves, each of which has no scale of its own; None: all.
+      tangent: as in `spherical_sharpness`.
+      max_matvecs: for each leaf, as in `spherical_sharpness`.
+      tol: as in `spherical_sharpness`.
+      chunk_size: as in `spherical_sharpness`.
+      layout: which axes of the leaves stack layers (`regjax.Layout`); None: a guess.
+
+    Returns:
+      `SharpnessResult`s by the path of the leaf, such as {"layers/0/kernel": ...}, whether layer 0
+      has arrays of its own or is a slice.
+    """
+    _checks.key("key", key)
+    chosen, leaves, reports = chosen_leaves(mask, params), jax.tree.leaves(params), {}
+    for part in _slices.parts(params, layout, chosen=chosen):
+        if chosen[part.leaf]:
+            numbers = (part.leaf, *(index for _, index in part.where))
+            reports[part.name] = spherical_sharpness(
+                _OfPart(as_partial(loss_fn), params, part.leaf, part.where),
+                _slices.take(leaves[part.leaf], part.where), *batch,
+                key=functools.reduce(jax.random.fold_in, numbers, key),
+                tangent=tangent, max_matvecs=max_matvecs, tol=tol, chunk_size=chunk_size,
+            )  # fmt: skip
+    return reports
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["loss_fn", "params"],
+    meta_fields=["leaf", "where"],
+)
+@dataclasses.dataclass(frozen=True)
+class _OfPart:
+    """The loss of one leaf, or of a slice of it, all else held constant."""
+
+    loss_fn: Partial
+    params: Params
+    leaf: int
+    where: _slices.Where
+
+    @property
+    def couples_examples(self) -> bool:
+        return couples_examples(self.loss_fn)
+
+    @property
+    def differs_by_chunk(self) -> bool:
+        return differs_by_chunk(self.loss_fn)
+
+    def __call__(self, weights: jax.Array, *batch: Tree) -> jax.Array:
+        leaves, treedef = jax.tree.flatten(self.params)
+        leaves[self.leaf] = _slices.put(leaves[self.leaf], self.where, weights)
+        return self.loss_fn(jax.tree.unflatten(treedef, leaves), *batch)
