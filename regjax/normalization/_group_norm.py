@@ -132,7 +132,8 @@ class GroupNormPlus(Layer):
     def _group(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         axes = None
         if self.reduction_axes is not None:
-            axes = _arguments.axes_of("reduction_axes", self.reduction_axes, x.ndim)
+            axes = _arguments.axes("reduction_axes", self.reduction_axes)
+            axes = _arguments.axes_of("reduction_axes", axes, x.ndim)
             if axes[-1] != x.ndim - 1:
                 raise ValueError(
                     f"`reduction_axes` must include the channels, got {self.reduction_axes} for "
