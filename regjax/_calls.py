@@ -50,6 +50,24 @@ def needs(function: Call, name: str) -> bool:
     return parameter is not None and parameter.default is parameter.empty
 
 
+def check_complete(function: Call, known: Sequence[str] = (), num_leading: int = 2) -> None:
+    """Raises TypeError where a call needs more than the module, the inputs and what is known."""
+    any_number = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    more = [
+        name
+        for name, parameter in list(_parameters(function).items())[num_leading:]
+        if parameter.default is parameter.empty
+        and parameter.kind not in any_number
+        and name not in (*known, *_USUAL)
+    ]
+    if more:
+        raise TypeError(
+            f"`call` must run the module on `inputs`, one tree, and hear of training as one of "
+            f"{', '.join(_USUAL)}; got a function that needs {', '.join(more)} too: pass "
+            f"`call=lambda module, inputs, *, train: module(inputs[...], {more[0]}=...)`."
+        )
+
+
 def mode_options(function: Call, train: bool) -> dict[str, bool]:
     """Returns the keywords by which a call hears whether it trains; {} if it takes none of them."""
     parameters = _parameters(function)

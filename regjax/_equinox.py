@@ -144,6 +144,13 @@ def from_equinox(
         raise TypeError(f"`module` must be an equinox.Module, got {type(module).__name__}.")
     if state is not None and not isinstance(state, equinox.nn.State):
         raise TypeError(f"`state` must be an equinox.nn.State, got {type(state).__name__}.")
+    function = _calls.checked_call(call, module)
+    _calls.check_complete(function or type(module).__call__, ("key", "state"))
+    if state is None and _nodes(module, equinox.nn.StateIndex):
+        raise ValueError(
+            "`state` must be given for a module that has one: `net, state = "
+            "equinox.nn.make_with_state(Net)(...)`, got None."
+        )
     arrays, static = equinox.partition(module, _is_array)
     params, rest = _parts.partition(arrays, _chosen(wrt, module, arrays))
     _checks.floating_tree("params", params)
@@ -154,7 +161,7 @@ def from_equinox(
     runner = EquinoxRunner(
         Static(equinox.nn.inference_mode(static, True)),
         Static(equinox.nn.inference_mode(static, False)),
-        _calls.checked_call(call, module),
+        function,
         _axis_name(_nodes(module, equinox.nn.BatchNorm), call),
         any(layer.p > 0 for layer in layers),
     )

@@ -124,7 +124,9 @@ def from_haiku(
     chosen, rest = _parts.divided(own_params, wrt)
     _checks.floating_tree("params", chosen)
     carried = {"params": rest, "state": own_state}
-    runner = HaikuRunner(transformed.apply, has_state, _calls.checked_call(call, transformed))
+    call = _calls.checked_call(call, transformed)
+    _calls.check_complete(call or transformed.apply, num_leading=2 if call else 3 + has_state)
+    runner = HaikuRunner(transformed.apply, has_state, call)
     is_floating = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return model_of(
         runner,

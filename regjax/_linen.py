@@ -185,6 +185,7 @@ def from_linen(
     if "params" not in variables:
         raise ValueError(f"`variables` must hold 'params', got {sorted(variables)}.")
     call = _calls.checked_call(call, module)
+    _calls.check_complete(call or type(module).__call__)
     state = core.unfreeze(variables)
     sown = [name for name, collection in state.items() if _is_sown(name, collection)]
     state = {name: collection for name, collection in state.items() if name not in sown}

@@ -103,6 +103,9 @@ class NnxRunner:
         is_still = all(stream.count.get_value() is count for stream, count in pairs)
         if is_still and any(_drops(node) for _, node in nnx.iter_modules(module)):
             raise _calls.not_told(name, "dropout that its call turned off")
+        if is_still and not now and _has_generators(module):
+            what = "generators that its call did not use"
+            _calls.check_flags(self._function(module), name, what)
 
 
 @checked
@@ -150,6 +153,8 @@ def from_nnx(
     if not isinstance(module, nnx.Module):
         raise TypeError(f"`module` must be a flax.nnx.Module, got {type(module).__name__}.")
     # Train and evaluation flags live in the graph definition: one for each mode.
+    function = _calls.checked_call(call, module)
+    _calls.check_complete(function or type(module).__call__, ("rngs",))
     evaluation, training = nnx.clone(module), nnx.clone(module)
     for mode in (evaluation, training):
         nnx.pop(mode, nnx.Intermediate)  # results of an earlier call
@@ -160,7 +165,7 @@ def from_nnx(
     run = NnxRunner(
         graph,
         nnx.graphdef(training),
-        _calls.checked_call(call, module),
+        function,
         _calls.stream_names(rngs),
     )
     params, state = (owned(nnx.to_pure_dict(tree)) for tree in (params, state))
@@ -199,15 +204,26 @@ def _streams(node: Any) -> list[nnx.RngStream]:
 
 
 def _drops(node: nnx.Module) -> bool:
-    return isinstance(node, nnx.Dropout) and node.rate > 0
+    """Tells whether a layer has dropout of its own, as attention may."""
+    rate = node.rate if isinstance(node, nnx.Dropout) else getattr(node, "dropout_rate", 0)
+    return isinstance(rate, (int, float)) and rate > 0
+
+
+def _is_idle(node: nnx.Module) -> bool:
+    """Tells whether a layer has streams that decide nothing: it drops nothing, or starts at 0."""
+    if isinstance(node, nnx.RNN):
+        return _is_idle(node.cell)
+    if isinstance(node, nnx.RNNCellBase):
+        return getattr(node, "carry_init", None) is jax.nn.initializers.zeros
+    return isinstance(node, nnx.Dropout) and not _drops(node)
 
 
 def _has_generators(module: nnx.Module) -> bool:
-    """Tells whether the module may draw: it has streams, and not in dropout of rate 0 alone."""
+    """Tells whether the module may draw: it has streams that decide something."""
     idle = [
         stream
         for _, node in nnx.iter_modules(module)
-        if isinstance(node, nnx.Dropout) and node.rate == 0
+        if _is_idle(node)
         for stream in _streams(node)
     ]
     return any(all(stream is not other for other in idle) for stream in _streams(module))

@@ -433,7 +433,9 @@ def test_parameters_of_one_adapter_are_refused_by_the_others(data, default_promo
     for model in models:
         for other in models:
             if other is not model:
-                with pytest.raises(ValueError, match=r"`params` must have the tree .* got one with"):
+                with pytest.raises(
+                    ValueError, match=r"`params` must have the tree .* got one with"
+                ):
                     model.apply(other.params, model.state, data[0], train=False)
     loss = regjax.model_loss(models[1], oracles.cross_entropy)
     with pytest.raises(ValueError, match=r"`params` must have .* without \.layers\[0\]\.weight"):
