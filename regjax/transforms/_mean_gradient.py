@@ -184,11 +184,16 @@ def _weighted(loss: jax.Array, grads: Params, weight: jax.Array | None) -> _Sums
 
 def _weight(weight: Any) -> jax.Array:
     """Checks the weight of a part; integers stay so, in which sums are exact."""
-    name = "weight_fn(*batch)"
-    _checks.number(name, weight if hasattr(weight, "dtype") else jnp.asarray(weight))
-    weight = jnp.asarray(weight)
-    is_integer = jnp.issubdtype(weight.dtype, jnp.integer)
-    return weight.astype(jnp.int32) if is_integer else _tree.wide(weight)
+    name, weight = "weight_fn(*batch)", jnp.asarray(weight)
+    _checks.number(name, weight)
+    if jnp.issubdtype(weight.dtype, jnp.integer):
+        return weight.astype(jnp.int32)
+    if jnp.finfo(weight.dtype).bits < 32:
+        raise TypeError(
+            f"`{name}` must be of an integer type or float32 at least, in which counts are exact, "
+            f"got {weight.dtype}."
+        )
+    return weight
 
 
 def _rest(

@@ -37,7 +37,8 @@ def sharpness_aware_gradient(
     The gradient is that of `transforms.sam`, by the same operations, in the form and the dtypes of
     the clean one. With `nnx.value_and_grad` what the second pass changes in a module is dropped,
     and with `equinox.filter_value_and_grad` what has no gradient stays as it is. Weights of
-    bfloat16 climb as a copy in float32, which the second pass is given.
+    bfloat16 climb as a copy in float32, which the second pass is given. What is differentiated
+    climbs: `nnx.DiffState`, `argnums` or `mask` says which part.
 
     Each call climbs by itself. With accumulated gradients each micro-batch does, and with several
     devices under `jax.pmap` or `jax.shard_map` each device, which is m-sharpness: average what

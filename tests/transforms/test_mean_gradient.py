@@ -89,6 +89,8 @@ def test_weights_that_cannot_be_are_refused():
         mean(jnp.ones(2))
     with pytest.raises(TypeError, match=r"`weight_fn\(\*batch\)` must be a real number"):
         mean(jnp.bool_(True))
+    with pytest.raises(TypeError, match=r"`weight_fn\(\*batch\)` must be of an integer type or"):
+        mean(jnp.bfloat16(3))
     with pytest.raises(ValueError, match=r"`weight_fn\(\*batch\)` must be positive for some part"):
         mean(jnp.float32(0))
     # Where nobody knows the numbers: NaN.
