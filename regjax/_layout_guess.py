@@ -259,12 +259,17 @@ def unknown(leaf: Leaf) -> str:
     )
 
 
-def units(leaf: Leaf, leaves: Sequence[Leaf]) -> Shape:
-    """Returns the axes of the units of an array whose stack is known, among all of its axes."""
-    return tuple(leaf.axes[axis] for axis in _units(leaf, leaves))
+def units(leaf: Leaf, are_first: bool) -> Shape:
+    """Returns the axes of the units of an array whose stack is known, among all of its axes.
+
+    Args:
+      leaf: the array.
+      are_first: as `outputs_first` tells of the tree.
+    """
+    return tuple(leaf.axes[axis] for axis in _units(leaf, are_first))
 
 
-def _units(leaf: Leaf, leaves: Sequence[Leaf]) -> Shape:
+def _units(leaf: Leaf, are_first: bool) -> Shape:
     shape = leaf.layer
     if leaf.form is not None and len(leaf.form.shape) == len(shape):
         return leaf.form.outputs
@@ -276,7 +281,7 @@ def _units(leaf: Leaf, leaves: Sequence[Leaf]) -> Shape:
         return everything[-2:]
     if leaf.name not in KERNELS:
         return last
-    if leaf.name == "weight" and _outputs_first(leaves):
+    if leaf.name == "weight" and are_first:
         return (0,)
     if leaf.vector is not None:
         return _outputs(shape, leaf.vector.layer, module) or last
@@ -285,7 +290,7 @@ def _units(leaf: Leaf, leaves: Sequence[Leaf]) -> Shape:
     return everything[-2:-1] if "_transpose" in module and len(shape) > 2 else last
 
 
-def _outputs_first(leaves: Sequence[Leaf]) -> bool:
+def outputs_first(leaves: Sequence[Leaf]) -> bool:
     """Tells whether the arrays named "weight" have their outputs in front, as in Equinox."""
     found = set()
     for leaf in leaves:

@@ -81,7 +81,7 @@ def _of_nnx(layer: Any, name: str) -> Form | None:
 
 def _of_einsum(layer: Any, name: str) -> Form | None:
     """Einsum of flax, and those of Gemma and of tunix, whose kernel is the last operand."""
-    shape = getattr(layer, "kernel_shape", None) or getattr(layer, "shape", ())
+    shape: Any = getattr(layer, "kernel_shape", None) or getattr(layer, "shape", ())
     rest, _, result = layer.einsum_str.replace(" ", "").partition("->")
     letters = rest.rpartition(",")[2]
     if name == "bias":

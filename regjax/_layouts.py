@@ -46,7 +46,8 @@ def of_leaves(layout: Layouts, params: Params, chosen: Sequence[bool] | None = N
     for leaf, axes, want in zip(leaves, said, wanted, strict=True):
         if want and axes is None and leaf.is_unknown:
             raise ValueError(_layout_guess.unknown(leaf))
-    return [_completed(leaf, axes, leaves) for leaf, axes in zip(leaves, said, strict=True)]
+    are_first = _layout_guess.outputs_first(leaves)
+    return [_completed(leaf, axes, are_first) for leaf, axes in zip(leaves, said, strict=True)]
 
 
 def of_array(name: str, layout: Layout | None, array: jax.Array) -> Axes:
@@ -57,7 +58,7 @@ def of_array(name: str, layout: Layout | None, array: jax.Array) -> Axes:
     leaf = _layout_guess.Leaf("", ("kernel",), shape, None)
     said = _validated(name, layout or Layout(), shape)
     leaf.stack = said[0] if said else ()
-    return _completed(leaf, said, [leaf])
+    return _completed(leaf, said, False)
 
 
 @checked
@@ -111,7 +112,8 @@ def guess_layout(
             found = _validated(f"params{leaf.label}", layout, leaf.shape)
             leaf.said = None if found is None else found[0]
     _layout_guess.find_stacks(leaves)
-    axes = [None if leaf.is_unknown else _completed(leaf, None, leaves) for leaf in leaves]
+    are_first = _layout_guess.outputs_first(leaves)
+    axes = [None if leaf.is_unknown else _completed(leaf, None, are_first) for leaf in leaves]
     layouts = [None if one is None else Layout(one.stack, one.inputs, one.outputs) for one in axes]
     return jax.tree.unflatten(jax.tree.structure(params), layouts)
 
@@ -165,13 +167,11 @@ def _validated(name: str, layout: Layout | None, shape: Sequence[int]) -> _Named
     return stack or (), inputs, outputs
 
 
-def _completed(
-    leaf: _layout_guess.Leaf, named: _Named | None, leaves: Sequence[_layout_guess.Leaf]
-) -> Axes:
+def _completed(leaf: _layout_guess.Leaf, named: _Named | None, are_first: bool) -> Axes:
     """Finds all axes of an array from those that are named and those that are guessed."""
     stack, inputs, outputs = (leaf.stack, None, None) if named is None else named
     if inputs is None and outputs is None:
-        outputs = _layout_guess.units(leaf, leaves)
+        outputs = _layout_guess.units(leaf, are_first)
     taken = {*stack, *(inputs or ()), *(outputs or ())}
     rest = tuple(axis for axis in range(len(leaf.shape)) if axis not in taken)
     if inputs is None and leaf.is_vector and all(leaf.shape[axis] == 1 for axis in rest):

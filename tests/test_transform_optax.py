@@ -78,8 +78,8 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def masks_of_the_layer():
-    """Ways to say that of {"head", "layer": {"bias", "kernel"}} only the layer is meant."""
-    whole = {"head": False, "layer": {"bias": True, "kernel": True}}
+    """Ways to say that of {"head", "layer": {"also", "kernel"}} only the layer is meant."""
+    whole = {"head": False, "layer": {"also": True, "kernel": True}}
     upper = {"head": False, "layer": True}
     return [
         upper,
@@ -99,21 +99,21 @@ def test_masks_are_taken_as_optax_takes_them(name):
         return
     random = np.random.default_rng(4)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
-    params = {"head": draw(3, 2), "layer": {"bias": draw(2, 3), "kernel": draw(3, 3)}}
+    params = {"head": draw(3, 2), "layer": {"also": draw(2, 3), "kernel": draw(3, 3)}}
     grad_fn = lambda params, i: jax.tree.map(lambda leaf: jnp.sin(leaf) + 0.1, params)
 
     def after(mask, params=params):
         tx = row.make(mask=mask)
         return tx.update(grad_fn(params, 0), tx.init(params), params, grad_fn=grad_fn)[0]
 
-    expected = after({"head": False, "layer": {"bias": True, "kernel": True}})
+    expected = after({"head": False, "layer": {"also": True, "kernel": True}})
     assert any(map(jnp.any, jax.tree.leaves(jax.tree.map(jnp.not_equal, after(None), expected))))
     for mask in masks_of_the_layer():
         assert_same(after(mask), expected)
     tree = CallableMask(params)
     called = after(CallableMask({"head": False, "layer": True}), tree)
     assert_same(dict(called), expected)
-    for wrong in ({"head": True}, {"head": True, "layer": {"bias": True}}, [True, False]):
+    for wrong in ({"head": True}, {"head": True, "layer": {"also": True}}, [True, False]):
         with pytest.raises(ValueError, match="`mask` must have the tree structure"):
             after(wrong)
     for wrong in (1, 0.5, "head", jnp.ones(3, bool), None):

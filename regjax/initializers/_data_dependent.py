@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.tree_util import PyTreeDef
 
-from regjax import _checks, _loops, _numerics, _selection, _tree
+from regjax import _checks, _layouts, _loops, _numerics, _selection, _tree
 from regjax._adapters import Model
 from regjax._arguments import checked
 from regjax._base import Mask, Params, PRNGKey, State, Tree
@@ -61,8 +61,9 @@ def data_dependent(
     Raises:
       TypeError: `model` has no layers that could be found (`from_callable`), or an argument is of
         another type.
-      ValueError: a kernel belongs to no layer that ran, a unit has a single value on the batch, the
-        outputs of a layer are not finite, or an option is out of its range.
+      ValueError: layers are stacked in one array, a kernel belongs to no layer that ran, a unit has
+        a single value on the batch, the outputs of a layer are not finite, or an option is out of
+        its range.
 
     References:
       T. Salimans, D. Kingma (2016), arXiv:1602.07868, section 3.
@@ -74,6 +75,7 @@ def data_dependent(
     _checks.num_examples(inputs)
     if key is not None:
         _checks.key("key", key)
+    _refuse_stacks(params)
     boxed: PyTreeDef = jax.tree.structure(params)
     chosen = _selection.mask_leaves(mask, params)
     model, params = _layers.unboxed(model, params, state)
@@ -98,6 +100,19 @@ def data_dependent(
     for path, layer in found.items():
         params = _replaced(params, path, layer)
     return jax.tree.unflatten(boxed, jax.tree.leaves(params))
+
+
+def _refuse_stacks(params: Params) -> None:
+    """Refuses layers that run inside of a scan, where the host sees no outputs."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    axes = _layouts.of_leaves(None, params, [False] * len(leaves))
+    for (path, leaf), own in zip(leaves, axes, strict=True):
+        if own.stack:
+            raise ValueError(
+                "`params` must have arrays of their own for each layer, got a stack of layers in "
+                f"{jax.tree_util.keystr(path)} of shape {jnp.shape(leaf)}: initialise the unrolled "
+                "model, whose layers run one after the other, and stack them then."
+            )
 
 
 def _kernels(params: Params, chosen: Mask) -> list[Path]:

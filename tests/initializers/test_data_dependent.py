@@ -245,3 +245,24 @@ def test_partitioned_kernels_are_initialised_and_keep_their_boxes(layer, default
     assert isinstance(params["kernel"], linen.Partitioned)
     outputs = np.asarray(model.apply(params, model.state, inputs, train=False)[0])
     np.testing.assert_allclose(outputs.std(0), 1, rtol=1e-3)
+
+
+def test_scanned_layers_are_refused():
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(3, 3, rngs=rngs)
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = nnx.split_rngs(splits=4)(nnx.vmap(Block))(rngs)
+
+        def __call__(self, x):
+            step = nnx.scan(lambda x, block: block.dense(x), out_axes=nnx.Carry)
+            return step(x, self.blocks)
+
+    model = regjax.from_nnx(Net(nnx.Rngs(0)))
+    text = (
+        r"own for each layer, got a stack of layers in \['blocks'\]\['dense'\]\['bias'\] of shape"
+    )
+    with pytest.raises(ValueError, match=text):
+        initializers.data_dependent(model, model.params, model.state, jnp.ones((5, 3)))
