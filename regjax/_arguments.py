@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 
-from regjax import _axes, _checks, _selection
+from regjax import _axes, _checks, _meshes, _selection
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -50,25 +50,27 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
             # What None means is the function's own.
             if value is None or value is defaults[name]:
                 continue
-            if name == "params" and selects:
-                _parameters(value, given)
-                continue
             if name in _LIKE_PARAMS and "params" in given and given.get("wrt") is None:
                 _checks.same_tree(name, value, given["params"])
-            rule(name, value)
-        return function(*args, **kwargs)
+            if selects and (name == "params" or (name in _LIKE_PARAMS and "wrt" not in given)):
+                _parameters(name, value, given)
+            else:
+                rule(name, value)
+        return _meshes.settled(function, *args, **kwargs)
 
     call.__dict__["checks"] = tuple(rules)
     return call
 
 
-def _parameters(params: Any, given: Mapping[str, Any]) -> None:
-    """Checks the parameters of a function that may be told which of them are meant."""
-    name = next((name for name in _SELECTIONS if given.get(name) is not None), None)
-    if jax.tree_util.all_leaves([params]):
-        name = None  # one array, or something else
-    chosen = None if name is None else _selection.mask_leaves(given[name], params, name)
-    _checks.floating_leaves("params", params, chosen, remedy=_LEAVE_OUT)
+def _parameters(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    """Checks the parameters, or a tree like them, of a function that may be told which it means."""
+    selection = next((name for name in _SELECTIONS if given.get(name) is not None), None)
+    if jax.tree_util.all_leaves([value]):
+        selection = None  # one array, or something else
+    chosen = None
+    if selection is not None:
+        chosen = _selection.mask_leaves(given[selection], value, selection)
+    _checks.floating_leaves(name, value, chosen, remedy=_LEAVE_OUT)
 
 
 def _count(name: str, value: object) -> None:
@@ -159,6 +161,7 @@ RULES: Mapping[str, Rule] = {
         ),
         _array,
     ),
+    "differences": _checks.boolean,
     "inputs": _examples,
     "layout": _axes.check,
     "accumulation": functools.partial(_checks.choice, allowed=ACCUMULATIONS),

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from regjax import _jaxprs
+from regjax import _jaxprs, _meshes
 from regjax._digest import digest
 
 _Jitted = TypeVar("_Jitted", bound=Callable[..., Any])
@@ -49,12 +49,14 @@ class Code:
     Attributes:
       traces: types of the arguments -> the program for them.
       couples_examples: what the function said of itself (`_base.couples_examples`).
+      text: what it computes, as far as can be said.
       references: what the name that it is found by speaks of, kept so that nothing else takes it.
     """
 
     traces: dict[Any, _Trace]
     couples_examples: bool
     references: tuple[Any, ...] = ()
+    text: tuple[Any, ...] = ()
 
 
 @functools.partial(
@@ -147,12 +149,23 @@ def share(tree: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two trees of shared programs compute the same of equal arguments."""
-    structure: Any = jax.tree.structure(one)
-    if structure != jax.tree.structure(other):
+    """Whether two trees of shared programs compute the same of equal arguments, as far as is seen.
+
+    Rules of differentiation that cannot be applied by themselves are taken to be the same.
+    """
+    is_program = lambda node: isinstance(node, Program)
+    ones, others = (jax.tree.leaves(tree, is_leaf=is_program) for tree in (one, other))
+    structure: Any = jax.tree.structure(one, is_leaf=is_program)
+    if structure != jax.tree.structure(other, is_leaf=is_program):
         return False
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(a is b or digest(a) == digest(b) for a, b in pairs)
+    return all(map(_same_leaf, ones, others))
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    if isinstance(one, Program) and isinstance(other, Program):
+        known = one.code.text if one.code.text else one.code
+        return known == (other.code.text or other.code) and same(one.constants, other.constants)
+    return one is other or digest(one) == digest(other)
 
 
 _known: weakref.WeakValueDictionary[Any, Code] = weakref.WeakValueDictionary()
@@ -190,7 +203,10 @@ def _find(code: Code) -> Code:
     places = tuple(trace.places for trace in code.traces.values())
     texts = tuple(description.text for description in described)
     alone = None if all(description.is_whole for description in described) else object()
-    name = (texts, places, tuple(code.traces), code.couples_examples, alone)
+    # An equation remembers the mesh under which it was traced.
+    mesh = jax.sharding.get_abstract_mesh()
+    text = (texts, places, tuple(code.traces), code.couples_examples, mesh)
+    name = (text, alone)
     found = _known.get(name)
     if found is not None:
         return found
@@ -198,7 +214,7 @@ def _find(code: Code) -> Code:
         for jitted in _compiled:
             jitted.clear_cache()
     references = tuple(description.references for description in described)
-    return _known.setdefault(name, dataclasses.replace(code, references=references))
+    return _known.setdefault(name, dataclasses.replace(code, references=references, text=text))
 
 
 def _leaves(function: Callable[..., Any]) -> tuple[list[Any], Any]:
@@ -215,7 +231,8 @@ def _closed(function_of: Callable[[Any], Any], leaves: Any, arguments: Any) -> t
     def fresh(own: Any, arguments: Any) -> Any:
         return function_of(own)(*arguments)
 
-    return jax.make_jaxpr(fresh, return_shape=True)(structs(leaves), structs(arguments))
+    traced = jax.make_jaxpr(fresh, return_shape=True)
+    return _meshes.without_mesh(traced, structs(leaves), structs(arguments))
 
 
 def _hoisted(closed: Any, captured: list[Any], leaves: Any, arguments: Any) -> ClosedJaxpr:
@@ -226,7 +243,8 @@ def _hoisted(closed: Any, captured: list[Any], leaves: Any, arguments: Any) -> C
     def run(captured: Any, rest: Any) -> Any:
         return _run(closed, iter(captured), jax.tree.leaves(rest))
 
-    return jax.make_jaxpr(run)(structs(captured), (structs(leaves), structs(arguments)))
+    rest = structs(leaves), structs(arguments)
+    return _meshes.without_mesh(jax.make_jaxpr(run), structs(captured), rest)
 
 
 def _run(closed: Any, captured: Iterator[Any], arguments: list[Any]) -> list[Any]:

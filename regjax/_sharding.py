@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from regjax import _meshes
 from regjax._base import Batch, Tree
 
 
@@ -25,10 +26,12 @@ class Placement:
     Attributes:
       mesh: of all arrays.
       example_axes: its axes over which the examples are divided; none: each device has them all.
+      home: the mesh with explicit axes that the arrays come from; None: they are as given.
     """
 
     mesh: Mesh
     example_axes: tuple[str, ...]
+    home: Mesh | None = dataclasses.field(default=None, compare=False)
 
     @property
     def num_parts(self) -> int:
@@ -86,8 +89,11 @@ class Placement:
 
 
 def place(tree: Tree, mesh: Mesh, spec: PartitionSpec) -> Tree:
-    """`tree` with its concrete arrays that are not on a mesh yet put on `mesh` as `spec` says."""
-    sharding = NamedSharding(mesh, spec)
+    """`tree` with its concrete arrays that are not on a mesh yet put on `mesh` as `spec` says.
+
+    Those on explicit axes go on automatic ones where they are.
+    """
+    sharding, tree = NamedSharding(mesh, spec), _meshes.automatic(tree)
 
     def put(leaf: Any) -> Any:
         if not _is_concrete(leaf) or _mesh(leaf) is not None:
@@ -107,19 +113,12 @@ def find(batch: Batch, *others: Tree) -> Placement | None:
     """The placement that `batch` and other trees show by their concrete arrays; None: one device.
 
     Raises:
-      ValueError: the arrays of `batch` are divided over different axes, or the mesh has explicit
-        axes.
+      ValueError: the arrays of `batch` are divided over different axes.
     """
     meshes = [_mesh(leaf) for leaf in jax.tree.leaves((batch, *others))]
     mesh = next((mesh for mesh in meshes if mesh is not None), None)
     if mesh is None:
         return None
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        kinds = ", ".join(str(kind) for kind in mesh.axis_types)
-        raise ValueError(
-            "`batch` and `params` must lie on a mesh with automatic axes, "
-            f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,)), got {kinds}."
-        )
     divisions = {
         _leading(leaf.sharding.spec) for leaf in jax.tree.leaves(batch) if _mesh(leaf) is not None
     }
@@ -128,7 +127,9 @@ def find(batch: Batch, *others: Tree) -> Placement | None:
             "`batch` must have all its arrays divided alike along the examples, got "
             f"{sorted(divisions)}."
         )
-    return Placement(mesh, divisions.pop() if divisions else ())
+    home = mesh if _meshes.is_explicit(mesh) else _meshes.home()
+    axes = divisions.pop() if divisions else ()
+    return Placement(_meshes.automatic_mesh(mesh), axes, home)
 
 
 def explicit(leaf: jax.Array) -> NamedSharding | None:

@@ -77,7 +77,7 @@ class Space:
         vector, start = jnp.zeros(self.size, dtype), 0
         # Updates in place: XLA on CPU takes four times as long for a concatenation.
         for leaf in jax.tree.leaves(tree):
-            piece = jnp.ravel(leaf).astype(dtype)
+            piece = _sharding.like(jnp.ravel(leaf).astype(dtype), vector)
             vector = jax.lax.dynamic_update_slice(vector, piece, (start,))
             start += piece.size
         return self.shard(vector)

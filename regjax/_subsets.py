@@ -7,10 +7,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.tree_util import Partial
 
 from regjax import _checks, _selection
 from regjax._arguments import checked
-from regjax._base import Mask, Params, Tree, as_partial, couples_examples, differs_by_chunk
+from regjax._base import (
+    Mask,
+    Params,
+    Tree,
+    as_partial,
+    assumed_separable,
+    couples_examples,
+    differs_by_chunk,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,9 +77,20 @@ class PartFunction:
         """Whether the function says that each chunk of a batch is meant to be another function."""
         return differs_by_chunk(self.function)
 
+    @property
+    def assumed_separable(self) -> bool:
+        """Whether the user says that nobody is to test whether it couples examples."""
+        return assumed_separable(self.function)
+
     def __call__(self, part: Params, *batch: Tree) -> Tree:
         """Computes the function of the chosen leaves and the rest."""
         return self.function(self.whole(part), *batch)
+
+    def of(self, params: Params) -> Params:
+        """Takes the chosen leaves of a tree like all parameters; None elsewhere."""
+        leaves = self.treedef.flatten_up_to(params)
+        pairs = zip(leaves, self.inside, strict=True)
+        return jax.tree.unflatten(self.treedef, [leaf if here else None for leaf, here in pairs])
 
     def whole(self, part: Params) -> Params:
         """Puts leaves in the place of the chosen ones: all parameters, as the function takes them.
@@ -119,13 +139,40 @@ def subset(
     inside = tuple(_selection.mask_leaves(wrt, params, "wrt"))
     if not any(inside):
         raise ValueError("`wrt` must choose at least one leaf, got none.")
+    return of_leaves(function, params, inside)
+
+
+def part_of(
+    function: Callable[..., Tree], params: Params, wrt: Mask
+) -> tuple[Callable[..., Tree], Params]:
+    """Returns the same where something is chosen, else what was given."""
+    return (function, params) if wrt is None else subset(function, params, wrt=wrt)
+
+
+def gradient_of_part(
+    grad_fn: Callable[[Params], Params], params: Params, wrt: Mask
+) -> tuple[Callable[[Params], Params], Params]:
+    """Returns a gradient of all leaves as one of the chosen leaves alone, and these."""
+    if wrt is None:
+        return grad_fn, params
+    of_part, part = subset(grad_fn, params, wrt=wrt)
+    return Partial(part_of_gradient, of_part), part
+
+
+def part_of_gradient(of_part: PartFunction, part: Params) -> Params:
+    """Computes the chosen leaves of a gradient of all."""
+    return of_part.of(of_part(part))
+
+
+def of_leaves(
+    function: Callable[..., Tree], params: Params, inside: tuple[bool, ...]
+) -> tuple[PartFunction, Params]:
+    """A function of the leaves inside, and these."""
     leaves, treedef = jax.tree.flatten(params)
-    pairs = list(zip(leaves, inside, strict=True))
-    part = jax.tree.unflatten(treedef, [leaf if here else None for leaf, here in pairs])
-    outside = [leaf for leaf, here in pairs if not here]
+    outside = [leaf for leaf, here in zip(leaves, inside, strict=True) if not here]
     is_array = [isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in outside]
-    rest = tuple(leaf if array else None for leaf, array in zip(outside, is_array, strict=True))
-    constants = tuple(
-        None if array else _Constant(leaf) for leaf, array in zip(outside, is_array, strict=True)
-    )
-    return PartFunction(as_partial(function), rest, treedef, inside, constants), part
+    pairs = list(zip(outside, is_array, strict=True))
+    rest = tuple(leaf if array else None for leaf, array in pairs)
+    constants = tuple(None if array else _Constant(leaf) for leaf, array in pairs)
+    of_part = PartFunction(as_partial(function), rest, treedef, inside, constants)
+    return of_part, of_part.of(params)

@@ -166,3 +166,147 @@ def test_a_part_of_another_structure_is_refused():
         loss(PARAMS)
     with pytest.raises(TypeError, match="`function` must be callable"):
         regjax.subset(3.0, PARAMS, wrt=ONLY_W)
+
+
+WITH_INT8 = {**oracles.problem().params, "table": jnp.int8(3)}
+OF_FIRST = {
+    "mask": {"first": True, "second": False, "table": False},
+    "path": lambda path, leaf: path[0] == "first",
+    "filter": nnx.PathContains("first"),
+}
+
+
+def float_loss(params, *batch):
+    """A loss that does not read the int8 leaf."""
+    return oracles.loss_fn({name: params[name] for name in ("first", "second")}, *batch)
+
+
+READERS = {
+    "spherical sharpness": lambda mask: regjax.diagnostics.spherical_sharpness(
+        float_loss, WITH_INT8, *oracles.problem().batch, mask=mask, key=jax.random.key(0)
+    ).value,
+    "effective rate": lambda mask: regjax.diagnostics.effective_learning_rate(
+        WITH_INT8, mask=mask, learning_rate=0.1
+    ),
+    "edge": lambda mask: regjax.diagnostics.edge_of_stability(
+        float_loss, WITH_INT8, WITH_INT8, *oracles.problem().batch,
+        mask=mask, key=jax.random.key(0), learning_rate=0.1,
+    ).sharpness,
+    "sam": lambda mask: regjax.transforms.sam(0.1, mask=mask).update(
+        jax.grad(float_loss)(oracles.problem().params, *oracles.problem().batch),
+        regjax.transforms.sam(0.1).init(oracles.problem().params),
+        oracles.problem().params,
+        grad_fn=lambda p, _: jax.grad(float_loss)(p, *oracles.problem().batch),
+    )[0],
+    "restricted": lambda mask: regjax.curvature.hessian(
+        float_loss, oracles.problem().params, *oracles.problem().batch
+    ).restricted(mask).dense(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_masks_paths_and_filters_mean_the_same_everywhere(reader):
+    masks = dict(OF_FIRST)
+    if reader in ("sam", "restricted"):
+        masks["mask"] = {"first": True, "second": False}
+    expected, *others = (READERS[reader](mask) for mask in masks.values())
+    for found in others:
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_kernels_by_path():
+    of_kernels = lambda path, leaf: path[-1] == "kernel"
+    penalty = regjax.regularizers.spectral_norm_penalty
+    assert penalty(WITH_INT8, mask=of_kernels) == penalty(oracles.problem().params)
+    split = regjax.normalization.split_weights(WITH_INT8, mask=of_kernels)
+    assert split["table"] is WITH_INT8["table"]
+    assert jax.tree.structure(split["first"]["kernel"]) != jax.tree.structure(0)
+
+
+def int8_model(params, inputs):
+    """Logits of a tanh network after an int8 layer, with a scale for the table."""
+    table = params["table"]["weights"].astype(inputs.dtype) * params["table"]["scale"]
+    return oracles.model_fn(params["net"], jnp.tanh(inputs @ table))
+
+
+def int8_problem():
+    problem = oracles.problem(dtype=np.float64)
+    weights = np.random.default_rng(3).integers(-9, 9, size=(5, 5)).astype(np.int8)
+    table = {"weights": jnp.asarray(weights), "scale": jnp.float64(0.1)}
+    return {"net": problem.params, "table": table}, problem.inputs, problem.targets
+
+
+def int8_loss(params, inputs, targets):
+    return oracles.cross_entropy(int8_model(params, inputs), targets)
+
+
+OPERATORS = {
+    "hessian": lambda p, x, y, **wrt: regjax.curvature.hessian(int8_loss, p, x, y, **wrt),
+    "chunks": lambda p, x, y, **wrt: regjax.curvature.hessian(
+        int8_loss, p, x, y, chunk_size=5, **wrt
+    ),
+    "from_gradient": lambda p, x, y, **wrt: regjax.curvature.from_gradient(
+        lambda p: jax.grad(int8_loss, allow_int=True)(p, x, y), p, **wrt
+    ),
+    "gauss_newton": lambda p, x, y, **wrt: regjax.curvature.gauss_newton(
+        int8_model, oracles.cross_entropy, p, x, y, **wrt
+    ),
+    "empirical_fisher": lambda p, x, y, **wrt: regjax.curvature.empirical_fisher(
+        int8_model, oracles.cross_entropy, p, x, y, chunk_size=7, **wrt
+    ),
+    "fisher": lambda p, x, y, **wrt: regjax.curvature.fisher(
+        int8_model, p, x, key=jax.random.key(0), **wrt
+    ),
+    "stream": lambda p, x, y, **wrt: regjax.curvature.stream(
+        regjax.curvature.hessian, int8_loss, p, [(x[:9], y[:9]), (x[9:], y[9:])], **wrt
+    ),
+    "streamed fisher": lambda p, x, y, **wrt: regjax.curvature.stream(
+        regjax.curvature.fisher, int8_model, p, [(x[:9],), (x[9:],)], key=jax.random.key(0), **wrt
+    ),
+    "dropout": lambda p, x, y, **wrt: regjax.curvature.dropout_covariance(
+        lambda p, key: int8_loss(p, x * jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype), y),
+        p, key=jax.random.key(0), num_samples=3, **wrt,
+    ),
+}  # fmt: skip
+FLOATS = {"net": True, "table": {"weights": False, "scale": True}}
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_wrt_of_each_operator_is_the_principal_submatrix(name):
+    params, *batch = int8_problem()
+    whole = OPERATORS[name](params, *batch, wrt=FLOATS)
+    part = OPERATORS[name](params, *batch, wrt=lambda path, leaf: path[-1] == "bias")
+    rows = chosen_rows(
+        [leaf for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.float64],
+        [True, False, True, False, False],
+    )
+    assert whole.shape == (len(rows), len(rows))
+    assert part.shape == (9, 9)
+    np.testing.assert_allclose(part.dense(), whole.dense()[np.ix_(rows, rows)], atol=1e-13)
+    again = whole.restricted(lambda path, leaf: path[-1] == "bias")
+    np.testing.assert_allclose(again.dense(), part.dense(), atol=1e-13)
+    if name == "hessian":
+        float_loss = lambda f: int8_loss(
+            {"net": f["net"], "table": {**params["table"], "scale": f["scale"]}}, *batch
+        )
+        expected = dense(float_loss, {"net": params["net"], "scale": params["table"]["scale"]})
+        np.testing.assert_allclose(whole.dense(), expected, atol=1e-13)
+    if name in ("hessian", "gauss_newton", "fisher"):
+        with pytest.raises(TypeError, match=r"`params\['table'\]\['weights'\]` .* `wrt`"):
+            OPERATORS[name](params, *batch)
+        with pytest.raises(ValueError, match="`wrt` must match at least one"):
+            OPERATORS[name](params, *batch, wrt=lambda path, leaf: False)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_product_of_a_part():
+    params, *batch = int8_problem()
+    wrt = {"net": {"first": True, "second": False}, "table": False}
+    matrix = regjax.curvature.hessian(int8_loss, params, *batch, wrt=wrt)
+    vector = matrix.space.unravel(jnp.arange(float(matrix.size)))
+    found = regjax.curvature.hvp(int8_loss, params, vector, *batch, wrt=wrt)
+    jax.tree.map(np.testing.assert_allclose, found, matrix.matvec(vector))
+    other = {"net": params["net"], "table": {"weights": None, "scale": None}}
+    with pytest.raises(ValueError, match="`vector` must have the tree structure"):
+        regjax.curvature.hvp(int8_loss, params, other, *batch, wrt=wrt)

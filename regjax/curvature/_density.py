@@ -17,18 +17,18 @@ import numpy as np
 from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, PRNGKey, Tree
-from regjax._space import Space
 from regjax.curvature._deflation import Deflation, outside, taken_out
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._accumulation import small_dtype
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._lanczos import Krylov, absorb, empty, expand
+from regjax.curvature._lanczos import Krylov, absorb, charged, empty, expand
 from regjax.curvature._measure import DensityResult, share_error, spectral_sum
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._quadrature import gauss_rule, open_share
+from regjax.curvature._ritz import recurrence
 
 # Where `num_steps` is chosen: the fewest, the most, and the bytes of vectors beyond which there are
 # no more than the fewest.
@@ -49,6 +49,7 @@ class DensityState(NamedTuple):
       num_steps: (P,), int32, steps of each probe. num_finished: (), int32, probes done.
       resolved: (), bool, whether the probes under way may end.
       num_matvecs: (), int32, products so far, those of the deflation included.
+      product_error: (), norm of what all products of probes are off by, where they are differences.
     """
 
     key: PRNGKey
@@ -60,6 +61,7 @@ class DensityState(NamedTuple):
     num_finished: jax.Array
     resolved: jax.Array
     num_matvecs: jax.Array
+    product_error: jax.Array
 
 
 @checked
@@ -132,7 +134,8 @@ def spectral_density_solver(
     space = operator.space
     chosen = num_steps is None
     if num_steps is None:
-        most, num_steps = _budget(space), _FEWEST
+        fit = _BUDGET // max(space.size * space.dtype.itemsize, 1)
+        most, num_steps = min(max(_FEWEST, min(_MOST, fit)), space.size), _FEWEST
     else:
         most = _checks.integer("num_steps", num_steps, maximum=space.size)
     _checks.integer("num_probes", num_probes)
@@ -176,6 +179,7 @@ def spectral_density_solver(
         result=lambda state: _result(state, space.size, operator.eps),
         max_steps=num_rounds,
         lower=("num_steps", "deflate", "num_probes"),
+        charge=_charge,
     )  # fmt: skip
     if num_rows == 0:
         return probes
@@ -185,17 +189,12 @@ def spectral_density_solver(
         vectors=lambda krylov: krylov.direction,
         update=expand,
         done=lambda krylov: False,
+        charge=charged,
         result=lambda krylov: _result(after_deflation(krylov), space.size, operator.eps),
         max_steps=num_rows,
         then=lambda krylov: (probes, after_deflation(krylov)),
         later_steps=num_rounds,
     )
-
-
-def _budget(space: Space) -> int:
-    """The most steps of a probe where their number is chosen."""
-    fit = _BUDGET // max(space.size * space.dtype.itemsize, 1)
-    return min(max(_FEWEST, min(_MOST, fit)), space.size)
 
 
 @functools.partial(jax.jit, static_argnums=7)
@@ -226,6 +225,7 @@ def _begin(
         num_finished=num_finished,
         resolved=jnp.bool_(False),
         num_matvecs=num_matvecs,
+        product_error=jnp.zeros((), alphas.dtype),
     )
 
 
@@ -261,14 +261,14 @@ def _look(state: DensityState) -> DensityState:
     dimension = jnp.asarray(state.deflation.rows.space.size - count, state.alphas.dtype)
 
     def is_resolved(krylov: Krylov) -> jax.Array:
-        recurrence = *_recurrence(krylov), krylov.filled
-        nodes, weights = gauss_rule(*recurrence)
+        measure = *recurrence(krylov), krylov.filled
+        nodes, weights = gauss_rule(*measure)
         largest = jnp.maximum(taken * krylov.scale, jnp.max(jnp.abs(nodes)))
         places = largest * jnp.asarray(_PLACES, largest.dtype)
         below = jnp.where(nodes[None] <= places[:, None], weights[None], 0)
         share = jnp.minimum(jnp.sum(below, 1), 1)
         error = dimension * share_error(share, dimension, num_probes)
-        return jnp.all(dimension * open_share(*recurrence, places) / 2 <= jnp.maximum(error, 1))
+        return jnp.all(dimension * open_share(*measure, places) / 2 <= jnp.maximum(error, 1))
 
     resolved = jnp.all(jax.vmap(is_resolved)(state.probes))
     return state._replace(resolved=resolved)
@@ -278,7 +278,7 @@ def _look(state: DensityState) -> DensityState:
 @precisely
 def _collect(state: DensityState) -> DensityState:
     """Stores the coefficients of the finished probes and starts the next ones."""
-    found = jax.vmap(_recurrence)(state.probes)
+    found = jax.vmap(recurrence)(state.probes)
     most = state.alphas.shape[1]
     alphas, betas = (jax.vmap(Krylov.unscaled)(state.probes, numbers) for numbers in found)
     alphas, betas = alphas[:, :most], betas[:, :most]
@@ -294,14 +294,12 @@ def _collect(state: DensityState) -> DensityState:
         state.num_finished + alphas.shape[0],
         state.num_matvecs,
         alphas.shape[0],
-    )
+    )._replace(product_error=state.product_error)
 
 
-def _recurrence(krylov: Krylov) -> tuple[jax.Array, jax.Array]:
-    """The coefficients of scale times A, both (m,): the last beta leads out of T."""
-    alphas = jnp.diagonal(krylov.projected)
-    betas = jnp.append(jnp.diagonal(krylov.projected, 1), 0).astype(alphas.dtype)
-    return alphas, betas.at[krylov.filled - 1].set(krylov.beta)
+def _charge(state: DensityState, _: jax.Array, errors: jax.Array) -> DensityState:
+    more = jnp.linalg.norm(errors).astype(state.product_error.dtype)
+    return state._replace(product_error=jnp.hypot(state.product_error, more))
 
 
 def _result(state: DensityState, size: int, eps: float) -> DensityResult:
@@ -336,7 +334,8 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
             eps=eps,
             dtype=dtype,
             num_rows=jnp.max(state.num_steps) + count,
-        ),
+        )
+        + state.product_error,
         eigenvalues=deflation.values,
         eigenvalue_weights=jnp.where(inside, jnp.asarray(1 / size, dtype), 0),
         residual_norms=deflation.residual_norms,

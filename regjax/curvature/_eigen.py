@@ -34,7 +34,7 @@ from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._lanczos import absorb, empty
+from regjax.curvature._lanczos import absorb, charged, empty
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 
@@ -51,7 +51,8 @@ class EigenResult(NamedTuple):
       residual_norms: (k,), ||A v - value v||: some eigenvalue lies within it of the value. Says
         nothing about the value's rank in the spectrum. With what rounding may add, from m rows in
         the basis: of the largest |Ritz value| 8 units of rounding of the narrowest type in a
-        product (6 % in bfloat16), and 2.5 sqrt(m) of the rows' own. A is the matrix as the products
+        product (6 % in bfloat16), and 2.5 sqrt(m) of the rows' own; and with the error of products
+        that are differences (`differences` of `hessian`). A is the matrix as the products
         have it: see `top_eigenpairs`.
       num_matvecs: (), int32, products used, the search for missed copies included.
       converged: (k,), bool: the residual norm is at most `tol` times the largest |Ritz value|, or
@@ -229,7 +230,12 @@ def top_eigenpairs_solver(
         result=lambda state: _result(state, space, operator.eps),
         max_steps=_checks.integer("max_matvecs", limit),
         lower=("max_basis",),
+        charge=_charge,
     )  # fmt: skip
+
+
+def _charge(state: EigenState, image: jax.Array, error: jax.Array) -> EigenState:
+    return dataclasses.replace(state, krylov=charged(state.krylov, image, error))
 
 
 def _is_complete(state: EigenState) -> jax.Array:

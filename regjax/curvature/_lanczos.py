@@ -38,8 +38,8 @@ class Krylov(NamedTuple):
       lost: (rows, rows), the parts along directions that were dropped when a fresh one was taken,
         the newest first, as many as there may be until the rows are combined anew. Each is one unit
         vector, so that the parts of a combination of rows add up with their signs.
-      blur: (), norm of all other parts outside of the basis, of all rows together: rounding, and
-        directions that were dropped long ago.
+      blur: (), norm of all other parts outside of the basis, of all rows together: rounding,
+        directions that were dropped long ago, and what products are off by.
       newest: the last row, a vector, or zeros after a change of basis.
       direction: the next row, of unit norm, or zero if the basis spans the whole space.
       scale: (), a power of two, found at the first product: `projected` and all other numbers are
@@ -81,6 +81,8 @@ class LanczosResult(NamedTuple):
       num_steps: (), int32, number of steps done: below m only after a breakdown without `key`.
       residual: (n,), the part of the last A q outside of the basis.
       eps: (), unit of rounding of the narrowest type in a product.
+      product_error: (), what the errors of all products, as differences of gradients have them, add
+        to the norm of a residual; else what a breakdown dropped, which is rounding.
     """
 
     alphas: jax.Array
@@ -89,6 +91,7 @@ class LanczosResult(NamedTuple):
     num_steps: jax.Array
     residual: jax.Array
     eps: jax.Array
+    product_error: jax.Array
 
 
 @checked
@@ -175,6 +178,7 @@ def lanczos_solver(
             num_steps=krylov.filled,
             residual=space.gather(krylov.unscaled(residual)),
             eps=jnp.asarray(operator.eps, projected.dtype),
+            product_error=krylov.unscaled(krylov.blur),
         )
 
     return Solver(
@@ -190,6 +194,7 @@ def lanczos_solver(
         result=result,
         max_steps=num_steps,
         lower=("num_steps",),
+        charge=charged,
     )  # fmt: skip
 
 
@@ -223,12 +228,24 @@ def empty(
     return space.replicate(krylov)
 
 
+@jax.jit
+def charged(krylov: Krylov, image: jax.Array, error: jax.Array) -> Krylov:
+    """The basis that knows by how much the next `image` is off."""
+    scale = _scale(krylov, image).astype(krylov.blur.dtype)
+    return krylov._replace(blur=jnp.hypot(krylov.blur, scale * error.astype(scale.dtype)))
+
+
+def _scale(krylov: Krylov, image: jax.Array) -> jax.Array:
+    """The power of two that brings the first image near one."""
+    found = _numerics.power_of_two(jnp.max(jnp.abs(image)))
+    return jnp.where(krylov.scale > 0, krylov.scale, found)
+
+
 @precisely
 def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     """The basis with `direction` as a new row, given `image` = A direction."""
     last, row = krylov.filled, krylov.direction
-    found = _numerics.power_of_two(jnp.max(jnp.abs(image)))
-    scale = jnp.where(krylov.scale > 0, krylov.scale, found)
+    scale = _scale(krylov, image)
     image = image * jnp.where(scale > 0, scale, 1)
     # The two newest rows hold nearly all of A q. They go first, so that the coefficients of the
     # pass over all rows measure what orthogonality was lost and nothing else.

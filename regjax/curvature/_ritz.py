@@ -23,7 +23,8 @@ class RitzResult(NamedTuple):
         the front, of weight 0.
       residual_norms: (m,), of the Ritz pairs: an eigenvalue of the matrix as the products have it
         lies within it. With what rounding may do: 8 units of the narrowest type in a product, of
-        the largest |Ritz value|, and 2.5 sqrt(m) of the rows' own; copies as above.
+        the largest |Ritz value|, and 2.5 sqrt(m) of the rows' own, and the error of products that
+        are differences; copies as above.
       weights: (m,), the squared component of the start along each Ritz vector, which is its weight
         in Gauss quadrature; sum 1, 0 as above.
       vectors: (m, m), columns: the Ritz vectors in the basis, `basis.T @ vectors` in full.
@@ -71,7 +72,7 @@ def ritz_pairs(result: LanczosResult) -> RitzResult:
     unknown = rounding(values, eps=result.eps, dtype=result.basis.dtype, num_rows=result.num_steps)
     return RitzResult(
         values=values,
-        residual_norms=outside + unknown,
+        residual_norms=outside + unknown + result.product_error.astype(outside.dtype),
         weights=jnp.where(pairs.valid, pairs.vectors[0] ** 2, 0),
         vectors=jnp.where(pairs.valid[None], pairs.vectors, 0),
     )
@@ -99,3 +100,10 @@ def residual_parts(krylov: Krylov, vectors: jax.Array) -> tuple[jax.Array, jax.A
     # A basis of the whole space has all directions, those that were dropped as well.
     dropped = jnp.where(krylov.filled < krylov.basis.space.size, dropped, 0)
     return jnp.abs(krylov.coupling @ vectors), dropped + krylov.blur
+
+
+def recurrence(krylov: Krylov) -> tuple[jax.Array, jax.Array]:
+    """The coefficients of scale times A, both (m,): the last beta leads out of T."""
+    alphas = jnp.diagonal(krylov.projected)
+    betas = jnp.append(jnp.diagonal(krylov.projected, 1), 0).astype(alphas.dtype)
+    return alphas, betas.at[krylov.filled - 1].set(krylov.beta)

@@ -84,7 +84,7 @@ def sharpness_reduction_flow(
       key: typed key of the random start.
       intrinsic_rate: eta lambda, learning rate times weight decay, positive; the flow holds for
         small ones.
-      mask: tree of Python bools, the scale-invariant leaves w; None: all.
+      mask: the scale-invariant leaves w; None: all.
       flat_tol: curvature that counts as none, relative to lambda_1.
       num_steps: of each run of Lanczos.
       tol: relative tolerance of `converged`.
@@ -105,8 +105,8 @@ def sharpness_reduction_flow(
     _checks.number("intrinsic_rate", intrinsic_rate, above_zero=True)
     _checks.number("flat_tol", flat_tol, above_zero=True)
     _checks.number("tol", tol)
-    loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
-    of_direction, origin = displaced(loss_fn, params, mask, tangent=True)
+    displacement_loss, origin = displaced(loss_fn, params, mask, tangent=True)
+    of_direction, chunk_size = _chunks.prepared(displacement_loss, origin, batch, chunk_size)
     hessian = curvature.hessian(of_direction, origin, *batch, chunk_size=chunk_size)
 
     space = hessian.space

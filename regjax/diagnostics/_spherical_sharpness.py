@@ -16,7 +16,17 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _selection, _tree, curvature
 from regjax._arguments import checked
-from regjax._base import LossFn, Mask, Params, PRNGKey, Tree, as_partial, couples_examples
+from regjax._base import (
+    LossFn,
+    Mask,
+    Params,
+    PRNGKey,
+    Tree,
+    as_partial,
+    assumed_separable,
+    couples_examples,
+    differs_by_chunk,
+)
 from regjax.diagnostics._sharpness import SharpnessResult, largest_eigenvalue
 
 
@@ -63,7 +73,7 @@ def spherical_sharpness(
       params: tree of parameters.
       *batch: arrays with a leading axis of examples.
       key: typed key of the random start.
-      mask: tree of Python bools, the scale-invariant leaves, such as
+      mask: the scale-invariant leaves, such as
         `scale_invariant_mask(...).mask`; None: all.
       tangent: whether P H P is meant, P = I - w w' / ||w||^2, the Hessian on the sphere. At a
         minimum it makes no difference; elsewhere H(w) w = -grad L(w).
@@ -84,8 +94,8 @@ def spherical_sharpness(
       K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand: the identities
       were derived again.
     """
-    loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
-    of_direction, at = displaced(loss_fn, params, mask, tangent)
+    displacement_loss, at = displaced(loss_fn, params, mask, tangent)
+    of_direction, chunk_size = _chunks.prepared(displacement_loss, at, batch, chunk_size)
     hessian = curvature.hessian(of_direction, at, *batch, chunk_size=chunk_size)
     return largest_eigenvalue(hessian, key=key, max_matvecs=max_matvecs, tol=tol)
 
@@ -111,7 +121,7 @@ def effective_learning_rate(
       params: tree of parameters.
       learning_rate: eta, positive.
       weight_decay: lambda, not negative: that of (lambda / 2) ||w||^2 in the loss.
-      mask: tree of Python bools, the scale-invariant leaves w; None: all.
+      mask: the scale-invariant leaves w; None: all.
 
     Returns:
       The rate (), infinite for zero weights.
@@ -124,7 +134,6 @@ def effective_learning_rate(
       K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand: the identities
       were derived again.
     """
-    _checks.floating_tree("params", params)
     _checks.positive("learning_rate", learning_rate)
     _checks.non_negative("weight_decay", weight_decay)
     weights, _ = split(params, mask)
@@ -162,7 +171,7 @@ def edge_of_stability(
       key: typed key of the random start.
       learning_rate: as in `effective_learning_rate`.
       weight_decay: as in `effective_learning_rate`.
-      mask: tree of Python bools, the scale-invariant leaves w; None: all.
+      mask: the scale-invariant leaves w; None: all.
       max_matvecs: limit of the number of Hessian products.
       tol: relative tolerance, as in `curvature.top_eigenpairs`.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
@@ -208,6 +217,14 @@ class _Displaced:
     @property
     def couples_examples(self) -> bool:
         return couples_examples(self.loss_fn)
+
+    @property
+    def differs_by_chunk(self) -> bool:
+        return differs_by_chunk(self.loss_fn)
+
+    @property
+    def assumed_separable(self) -> bool:
+        return assumed_separable(self.loss_fn)
 
     def __call__(self, displacement: Params, *batch: Tree) -> jax.Array:
         norm, direction = _numerics.scaled_norm(self.weights), _numerics.unit(self.weights)
@@ -272,4 +289,6 @@ def _midpoint(params: Params, other_params: Params, mask: Mask) -> Params:
     (weights, rest), (other_weights, other_rest) = split(params, mask), split(other_params, mask)
     shrink = _numerics.scaled_norm(weights) / _numerics.scaled_norm(other_weights)
     turned = jax.tree.map(lambda w, v: (w + shrink.astype(v.dtype) * v) / 2, weights, other_weights)
-    return _tree.merge(turned, _numerics.between(rest, other_rest, 0.5))
+    is_real = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    middle = lambda a, b: _numerics.between(a, b, 0.5) if is_real(a) else a
+    return _tree.merge(turned, jax.tree.map(middle, rest, other_rest))

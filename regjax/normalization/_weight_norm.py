@@ -85,7 +85,7 @@ def split_weights(params: Params, *, mask: Mask, layout: Layouts = None) -> Tree
 
     Args:
       params: tree of parameters.
-      mask: tree of bools like it.
+      mask: which kernels.
       layout: which axes of the kernels are inputs, channels and layers (`regjax.Layout`); None: a
         guess, which for plain kernels is that the channels are last.
 
@@ -97,7 +97,6 @@ def split_weights(params: Params, *, mask: Mask, layout: Layouts = None) -> Tree
         to be told.
       TypeError: a leaf is not real floating point.
     """
-    _checks.floating_tree("params", params)
     treedef: PyTreeDef = jax.tree.structure(params)
     chosen = _selection.mask_leaves(mask, params)
     rows = zip(

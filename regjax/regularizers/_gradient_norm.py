@@ -1,17 +1,22 @@
 """The squared norm of the loss gradient, with a derivative that costs one Hessian product."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from regjax import _tree
+from regjax import _differentiation, _tree
 from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Params, Tree, check_loss
 from regjax._losses import whole
 
 
 @checked
-def gradient_norm_penalty(loss_fn: LossFn, params: Params, *batch: Tree) -> jax.Array:
+def gradient_norm_penalty(
+    loss_fn: LossFn, params: Params, *batch: Tree, differences: bool = False
+) -> jax.Array:
     """Computes the squared norm of the gradient of the mean loss over the batch.
 
         ||d L / d params||^2
@@ -25,46 +30,58 @@ def gradient_norm_penalty(loss_fn: LossFn, params: Params, *batch: Tree) -> jax.
         state are arguments: a loss that closes over what is differentiated is an error of JAX.
       params: tree of parameters; differentiable to any order.
       *batch: arguments of the loss.
+      differences: whether the product H g may be a central difference of gradients where JAX cannot
+        differentiate the loss twice, as in `curvature.hessian`.
 
     Returns:
       The squared norm (), in float32 at least, in squared units of the loss over the parameters.
 
     Raises:
       ValueError: the loss is not a scalar.
-      TypeError: a parameter is not real floating point.
+      TypeError: a parameter is not real floating point; in the derivative: a function within the
+        loss cannot be differentiated twice.
 
     References:
       D. Barrett, B. Dherin (2021), Implicit gradient regularization, arXiv:2009.11162, which was
       not at hand. Any factor, such as one of the learning rate, is the caller's.
     """
     check_loss(loss_fn, params, batch)
-    return squared_gradient_norm(whole(loss_fn), params, batch)
+    return squared_gradient_norm(whole(loss_fn), params, batch, differences)
 
 
-@jax.custom_jvp
-def squared_gradient_norm(loss_fn: Tree, params: Params, batch: Batch) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def squared_gradient_norm(
+    loss_fn: Tree, params: Params, batch: Batch, differences: bool = False
+) -> jax.Array:
     """Computes ||d loss_fn(params, *batch) / d params||^2, in float32 at least.
 
     Args:
       loss_fn: (params, *batch) -> scalar, a pytree.
       params: tree of parameters.
       batch: further arguments of the loss.
+      differences: whether the derivative may be made of differences.
     """
-    gradient = jax.grad(lambda p: loss_fn(p, *batch))(params)
+    gradient = gradient_at(loss_fn, params, *batch)
     return _tree.inner(gradient, gradient)
 
 
+def gradient_at(loss_fn: Callable[..., Tree], params: Params, *batch: Tree) -> Params:
+    """Computes the gradient of a loss."""
+    return jax.grad(lambda params: loss_fn(params, *batch))(params)
+
+
 def _tangent(
-    primals: tuple[Tree, Params, Batch], tangents: tuple[Tree, Tree, Tree]
+    differences: bool, primals: tuple[Tree, Params, Batch], tangents: tuple[Tree, Tree, Tree]
 ) -> tuple[jax.Array, jax.Array]:
     loss_fn, params, batch = primals
-    gradient_of = lambda p: jax.grad(lambda p: loss_fn(p, *batch))(p)
-    gradient = gradient_of(params)
+    gradient = gradient_at(loss_fn, params, *batch)
     value = _tree.inner(gradient, gradient)
     tangent = jnp.zeros_like(value)
     if not _is_zero(tangents[1]):
         # <2 g, H t> = <2 H g, t>: the Hessian is symmetric, and this form is linear in t.
-        product = jax.jvp(gradient_of, (params,), (gradient,))[1]
+        product = _differentiation.differentiated(
+            gradient_at, loss_fn, params, gradient, *batch, name="loss_fn", differences=differences
+        )
         tangent += 2 * _tree.inner(product, _dense(tangents[1]))
     if not _is_zero((tangents[0], tangents[2])):
         moved = lambda f, b: jax.grad(lambda p: f(p, *b))(params)

@@ -39,7 +39,7 @@ def spectral_norm_penalty(
         eigendecomposition of the smaller of W W' and W' W.
       key: typed key of the random start; read with `num_iterations` only. Each call
         starts anew: going on from the vector of the last step would need a state.
-      mask: tree of Python bools like `params`, which kernels count; None: all.
+      mask: which kernels count; None: all.
       layout: which axes of the leaves are inputs, outputs and layers (`regjax.Layout`); None: a
         guess, which for plain kernels is that the outputs are last.
 
@@ -57,9 +57,11 @@ def spectral_norm_penalty(
       sum sigma^2 by power iteration and the reshaping of convolutions, as commonly described; the
       paper itself was not read. The exact form is ours.
     """
-    _checks.floating_tree("params", params)
-    total = jnp.zeros((), _tree.vector_dtype(params))
-    for i, layers in enumerate(_kernels(params, mask, layout)):
+    if mask is None:
+        _checks.floating_tree("params", params)
+    kernels = _kernels(params, mask, layout)
+    total = jnp.zeros((), _tree.vector_dtype(params if mask is None else kernels))
+    for i, layers in enumerate(kernels):
         # The norm of W' is that of W, and the vector is as short as it can be.
         is_wide = layers.shape[1] < layers.shape[2]
         matrices = jnp.swapaxes(layers, 1, 2) if is_wide else layers

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from regjax import _loops
 from regjax._base import Callback, Tree
+from regjax._meshes import on_one_mesh
 from regjax.curvature._engine._checkpoint import Chain, Checkpoint, Position
 from regjax.curvature._engine._memory import explained
 from regjax.curvature._engine._solver import Solver, multiply
@@ -14,6 +15,7 @@ from regjax.curvature._operators._operator import Operator
 Result = TypeVar("Result")
 
 
+@on_one_mesh
 def run(
     solver: Solver[Any, Result],
     *,
@@ -91,8 +93,8 @@ def _step(
     vectors = solver.vectors(state)
     images = multiply(operator, vectors)
     if chain is None:
-        return solver.update(state, images)
+        return solver.follow(operator, state, vectors, images)
     chain.look(vectors, images)
-    state = solver.update(state, images)
+    state = solver.follow(operator, state, vectors, images)
     chain.follow(stage, state)
     return state

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 
+from regjax._meshes import on_one_mesh
 from regjax.curvature._operators._operator import Operator
+from regjax.curvature._operators._products import Products
 
 State = TypeVar("State")
 Result = TypeVar("Result")
@@ -46,6 +49,9 @@ class Solver(Generic[State, Result]):
       then: state at the end -> (the solver that goes on, its first state); None: none.
       later_steps: number of steps of what goes on.
       block: number of products in a step.
+      charge: (state, images, errors) -> state, before the `update`, of products that are not exact:
+        errors are the norms of what they are off by, (), or (rows,). None: the result's errors are
+        statistical alone.
     """
 
     name: str
@@ -61,17 +67,34 @@ class Solver(Generic[State, Result]):
     then: "Callable[[State], tuple[Solver[Any, Result], Any]] | None" = None
     later_steps: int = 0
     block: int = 1
+    charge: Callable[[State, jax.Array, jax.Array], State] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("init", "result"):
+            object.__setattr__(self, name, on_one_mesh(getattr(self, name)))
+
+    @on_one_mesh
     def step(self, state: State) -> State:
         """Makes one product, or one of each row, and what follows from it."""
-        return self.update(state, multiply(self.operator, self.vectors(state)))
+        vectors = self.vectors(state)
+        return self.follow(self.operator, state, vectors, multiply(self.operator, vectors))
+
+    def follow(
+        self, operator: Operator, state: State, vectors: jax.Array, images: jax.Array
+    ) -> State:
+        """The state after products of the operator."""
+        coarser = operator.coarser if self.charge is not None else None
+        if self.charge is not None and coarser is not None:
+            off = images - multiply(coarser, vectors)
+            state = self.charge(state, images, jnp.linalg.norm(off, axis=-1) / 3)
+        return self.update(state, images)
 
     def beside(self, state: State) -> Any:
         """The largest tree that is made while the state is still there."""
         return self.result(state) if self.then is None else self.then(state)[1]
 
 
-def multiply(operator: Operator, vectors: jax.Array) -> jax.Array:
+def multiply(operator: Products, vectors: jax.Array) -> jax.Array:
     """The images of a vector, or of rows."""
     if vectors.ndim == 1:
         images = operator.product(vectors)

@@ -9,24 +9,25 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from regjax import _checks, _chunks, _jaxprs, _loops, _losses, _programs, _tree
+from regjax import _checks, _chunks, _jaxprs, _loops, _losses, _meshes, _programs
 from regjax._base import (
     Batch,
     Params,
     Tree,
-    as_partial,
     couples_examples,
 )
 from regjax._programs import Program
 from regjax._sharding import Placement, find
 from regjax._space import Space
-from regjax.curvature._operators._operator import Operator, subtree
+from regjax._subsets import of_leaves
+from regjax.curvature._operators._operator import Operator
 from regjax.curvature._operators._traced import TracedOperator
 from regjax.curvature._precision import precision
 
@@ -40,12 +41,34 @@ class Linearization(NamedTuple):
 
     Attributes:
       linearize: (function, params, *batch) -> the linear map v -> A v as a `Partial`, for the mean
-        over the examples of that batch.
+        over the examples of that batch; None: nothing can be kept.
       multiply: (function, params, vector, *batch) -> A v in one go, for when nothing is kept.
+      of_part: (function of some leaves, these) -> what is linearised, where the function gives more
+        than it is asked for; None: it does not.
     """
 
-    linearize: Partial
+    linearize: Partial | None
     multiply: Partial
+    of_part: Partial | None = None
+
+    @property
+    def coarser(self) -> "Linearization | None":
+        """The same with steps of differences twice as long; None: there are none."""
+        multiply = _doubled(self.multiply)
+        return None if multiply is self.multiply else self._replace(multiply=multiply)
+
+
+def _doubled(function: Any) -> Any:
+    """A `Partial`, and those that it holds, with twice the `step` where it has one."""
+    if not isinstance(function, Partial):
+        return function
+    arguments = [_doubled(argument) for argument in function.args]
+    keywords = dict(function.keywords)
+    if "step" in keywords:
+        keywords["step"] = 2 * keywords["step"]
+    elif all(new is old for new, old in zip(arguments, function.args, strict=True)):
+        return function
+    return Partial(function.func, *arguments, **keywords)
 
 
 @functools.partial(
@@ -85,6 +108,15 @@ class CurvatureOperator(TracedOperator):
         # The whole batch at once on one device: it is traced, not computed.
         whole = dataclasses.replace(self, chunk_size=None, placement=None)
         return super(CurvatureOperator, whole).eps
+
+    @property
+    def home(self) -> Mesh | None:
+        return None if self.placement is None else self.placement.home
+
+    @property
+    def coarser(self) -> "CurvatureOperator | None":
+        linearization = self.linearization.coarser
+        return linearization and dataclasses.replace(self, linearization=linearization)
 
     def apply(self, tree: Params) -> Params:
         if self.linear_map is not None:
@@ -130,34 +162,10 @@ class CurvatureOperator(TracedOperator):
         return dataclasses.replace(whole, batch=batch).product_bytes(1) + extra
 
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
-        function, block = of_subtree(self.function, self.params, inside)
+        of_part, block = of_leaves(self.function, self.params, inside)
+        own = self.linearization.of_part
+        function: Any = of_part if own is None else Partial(own.func, of_part)
         return assemble(self.linearization, function, block, self.batch, self.chunk_size)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["function", "rest"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class _OfSubtree:
-    """`function` of some parameters alone, the rest held fixed."""
-
-    function: Callable[..., Tree]
-    rest: Params
-
-    @property
-    def couples_examples(self) -> bool:
-        return couples_examples(self.function)
-
-    def __call__(self, block: Params, *batch: Tree) -> Tree:
-        return self.function(_tree.merge(block, self.rest), *batch)
-
-
-def of_subtree(
-    function: Callable[..., Tree], params: Params, inside: tuple[bool, ...]
-) -> tuple[Partial, Params]:
-    """`function` of the parameters inside, and these; only they are differentiated."""
-    rest = subtree(params, [not here for here in inside])
-    return as_partial(_OfSubtree(function, rest)), subtree(params, inside)
 
 
 class Form(NamedTuple):
@@ -223,13 +231,16 @@ def assemble(
 ) -> CurvatureOperator:
     """An operator from its parts: puts them where they belong, keeps the residuals if they fit."""
     linear_map, num_parts = None, 1
+    params = _meshes.whole(params)
+    # Of chunks each device has all: inside of `jax.jit` explicit axes leave no other way.
+    batch = batch if chunk_size is None else _meshes.whole(batch)
     placement = find(batch, params, function, linearization)
     if placement is not None:
         linearization, function, params = placement.replicate((linearization, function, params))
         batch, num_parts = placement.shard(batch), placement.num_parts
     if chunk_size is not None:
         chunk_size = min(chunk_size, _checks.num_examples(batch) // num_parts)
-    else:
+    elif linearization.linearize is not None:
         residuals = jax.tree.leaves(_linear_map.eval_shape(linearization, function, params, batch))
         num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals)
         if num_bytes <= CACHE_BYTES * num_parts:
@@ -244,6 +255,7 @@ def assemble(
 def _linear_map(
     linearization: Linearization, function: Callable[..., Tree], params: Params, batch: Batch
 ) -> Partial:
+    assert linearization.linearize is not None
     with precision():
         return linearization.linearize(function, params, *batch)
 

@@ -9,9 +9,10 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _chunks
 from regjax._arguments import checked
-from regjax._base import Params, PRNGKey, check_scalar
+from regjax._base import Mask, Params, PRNGKey, check_scalar
 from regjax._losses import Whole, whole
 from regjax._space import Space
+from regjax._subsets import part_of
 from regjax.curvature._operators._curvature import trace
 from regjax.curvature._operators._matvec import from_matvec
 from regjax.curvature._operators._operator import Operator
@@ -20,7 +21,12 @@ from regjax.curvature._precision import precision
 
 @checked
 def dropout_covariance(
-    dropout_loss_fn: Callable[..., Any], params: Params, *, key: PRNGKey, num_samples: int
+    dropout_loss_fn: Callable[..., Any],
+    params: Params,
+    *,
+    key: PRNGKey,
+    num_samples: int,
+    wrt: Mask = None,
 ) -> Operator:
     """Estimates the covariance of dropout's gradient noise over sampled masks.
 
@@ -42,6 +48,7 @@ def dropout_covariance(
       params: tree of real floating-point parameters, n in all.
       key: typed key; the masks are those of `jax.random.split(key, num_samples)`.
       num_samples: number of sampled masks, at least 2.
+      wrt: which leaves of the parameters the matrix is of (see `hessian`).
 
     Returns:
       An `Operator` of shape (n, n), in squared units of the gradient.
@@ -54,6 +61,7 @@ def dropout_covariance(
       Z. Zhang, Z.-Q. Xu (2024), Implicit regularization of dropout, arXiv:2207.05952, whose R2
       holds its trace. The estimate and its errors are ours.
     """
+    dropout_loss_fn, params = part_of(dropout_loss_fn, params, wrt)
     factor = dropout_covariance_factor(dropout_loss_fn, params, key=key, num_samples=num_samples)
     return from_matvec(Partial(_multiply, factor), params)
 

@@ -12,9 +12,11 @@ from jax.typing import ArrayLike
 
 from regjax import _checks
 from regjax._arguments import checked
-from regjax._base import ModelFn, Params, PRNGKey, Tree, as_partial
+from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree, as_partial
+from regjax._differentiation import widened
 from regjax._losses import Factors
 from regjax._separable import ensure_separable
+from regjax._subsets import part_of
 from regjax.curvature._operators._curvature import CurvatureOperator, Form, build, parts_of
 from regjax.curvature._operators._likelihoods import LIKELIHOODS, check_outputs, check_weights
 from regjax.curvature._operators._sandwich import (
@@ -36,6 +38,8 @@ def fisher(
     num_samples: int | None = 1,
     likelihood: str = "categorical",
     chunk_size: int | None = None,
+    wrt: Mask = None,
+    differences: bool = False,
 ) -> CurvatureOperator:
     """Makes the Fisher information matrix of the model's own predictive distribution.
 
@@ -59,6 +63,9 @@ def fisher(
       likelihood: "categorical" (softmax cross-entropy), "bernoulli" (sigmoid cross-entropy) or
         "normal" (half the squared error).
       chunk_size: number of examples per pass, None for all at once (see `hessian`).
+      wrt: which leaves of the parameters the matrix is of (see `hessian`).
+      differences: whether products may be made of central differences where JAX cannot
+        differentiate the model (see `hessian`).
 
     Returns:
       An `Operator` of shape (n, n), in squared units of the log-likelihood's gradient.
@@ -72,10 +79,13 @@ def fisher(
       J. Martens (2020), New insights and perspectives on the natural gradient method,
       arXiv:1412.1193, sections 5 and 9.
     """
+    model_fn, params = part_of(model_fn, params, wrt)
+    params = widened(params) if differences else params
     batch = with_weights((inputs,), weights)
     form = fisher_form(
         model_fn, params, *batch,
         key=key, num_samples=num_samples, likelihood=likelihood, chunk_size=chunk_size,
+        differences=differences,
     )  # fmt: skip
     if num_samples is not None:
         # One key for each example and draw: the draws do not depend on how the data are chunked.
@@ -92,6 +102,7 @@ def fisher_form(
     key: PRNGKey | None,
     num_samples: int | None = 1,
     likelihood: str = "categorical",
+    differences: bool = False,
 ) -> Form:
     """How the matrix follows from (inputs,), or (inputs, weights), and the keys of draws."""
     exact, sampled = LIKELIHOODS[_checks.choice("likelihood", likelihood, tuple(LIKELIHOODS))]
@@ -109,12 +120,14 @@ def fisher_form(
             curved, params, (batch[0], shares), size=size, name="model_fn",
             functions=(model_fn,), programs=(model,),
         )  # fmt: skip
+    example = params, batch[0]
     covariance = Partial(exact if num_samples is None else sampled)
     if len(batch) == 1:
-        return sandwich(Partial(_mean, covariance), model)
+        return sandwich(Partial(_mean, covariance), model, None, example, differences=differences)
     check_weights(likelihood, batch[1], outputs)
     curvature = Partial(_weighted_mean, covariance, Factors(()))
-    return sandwich(curvature, model, Partial(_mean_weights))
+    weights = Partial(_mean_weights)
+    return sandwich(curvature, model, weights, example, differences=differences)
 
 
 def draw_keys(key: jax.Array, first: int, num_examples: int, num_samples: int) -> jax.Array:

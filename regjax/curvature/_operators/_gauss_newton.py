@@ -13,6 +13,7 @@ from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import (
     Batch,
+    Mask,
     ModelFn,
     OutputLossFn,
     Params,
@@ -22,9 +23,19 @@ from regjax._base import (
     check_scalar,
     terms,
 )
+from regjax._differentiation import (
+    DIFFERENCES,
+    Mode,
+    choose_of_gradient,
+    jacobian_product,
+    jaxpr_of,
+    static,
+    widened,
+)
 from regjax._losses import MeanLoss, mean_loss, mean_weights
 from regjax._programs import Program
 from regjax._separable import ensure_separable
+from regjax._subsets import part_of
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
     Form,
@@ -35,6 +46,7 @@ from regjax.curvature._operators._curvature import (
 from regjax.curvature._operators._likelihoods import check_outputs
 from regjax.curvature._operators._sandwich import (
     sandwich,
+    split,
     traced_model,
     weighted_sum,
     with_weights,
@@ -51,6 +63,8 @@ def gauss_newton(
     weights: ArrayLike | None = None,
     *,
     chunk_size: int | None = None,
+    wrt: Mask = None,
+    differences: bool = False,
 ) -> CurvatureOperator:
     """Makes the generalised Gauss-Newton matrix.
 
@@ -70,6 +84,9 @@ def gauss_newton(
       weights: (examples, ...) of the predictions, such as a mask of tokens: the loss is the sum of
         weight times loss over the sum of the weights. None: the loss says how it is a mean.
       chunk_size: number of examples per pass, None for all at once (see `hessian`).
+      wrt: which leaves of the parameters the matrix is of (see `hessian`).
+      differences: whether products may be made of central differences where JAX cannot
+        differentiate the model, or the loss twice (see `hessian`).
 
     Returns:
       An `Operator` of shape (n, n).
@@ -83,7 +100,11 @@ def gauss_newton(
       descent, Neural Computation 14(7).
     """
     batch = with_weights((inputs, targets), weights)
-    form = gauss_newton_form(model_fn, output_loss_fn, params, *batch, chunk_size=chunk_size)
+    model_fn, params = part_of(model_fn, params, wrt)
+    params = widened(params) if differences else params
+    form = gauss_newton_form(
+        model_fn, output_loss_fn, params, *batch, chunk_size=chunk_size, differences=differences
+    )
     return build(form, params, batch, chunk_size)
 
 
@@ -97,6 +118,8 @@ def empirical_fisher(
     weights: ArrayLike | None = None,
     *,
     chunk_size: int | None = None,
+    wrt: Mask = None,
+    differences: bool = False,
 ) -> CurvatureOperator:
     """Makes the mean of the outer products of each example's gradient with itself.
 
@@ -116,6 +139,9 @@ def empirical_fisher(
       targets: array or tree with the same leading axis.
       weights: (examples, ...) of the predictions, as in `gauss_newton`.
       chunk_size: number of examples per pass, None for all at once (see `hessian`).
+      wrt: which leaves of the parameters the matrix is of (see `hessian`).
+      differences: whether products may be made of central differences where JAX cannot
+        differentiate the model, or the loss twice (see `hessian`).
 
     Returns:
       An `Operator` of shape (n, n), in squared units of the gradient.
@@ -129,7 +155,11 @@ def empirical_fisher(
       arXiv:1905.12558, eq. 3.
     """
     batch = with_weights((inputs, targets), weights)
-    form = empirical_fisher_form(model_fn, output_loss_fn, params, *batch, chunk_size=chunk_size)
+    model_fn, params = part_of(model_fn, params, wrt)
+    params = widened(params) if differences else params
+    form = empirical_fisher_form(
+        model_fn, output_loss_fn, params, *batch, chunk_size=chunk_size, differences=differences
+    )
     return build(form, params, batch, chunk_size)
 
 
@@ -139,11 +169,20 @@ def gauss_newton_form(
     params: Params,
     *batch: Tree,
     chunk_size: int | None,
+    differences: bool = False,
 ) -> Form:
     """How the matrix follows from (inputs, targets), or (inputs, targets, weights)."""
     model, loss = _programs_of(model_fn, _reduced(output_loss_fn, batch), params, batch, chunk_size)
     weights = Partial(_weights, model, loss) if _is_weighted(loss) else None
-    return sandwich(Partial(_loss_hessian, mean_loss(loss)), model, weights)
+    mean, example = mean_loss(loss), (params, batch[0])
+    floats, others = split(model.outputs(*example))
+    operands = (mean, floats, floats, others, *batch[1:])
+    mode = choose_of_gradient(
+        _of_outputs, jaxpr_of(loss), *operands, name="output_loss_fn", differences=differences
+    )
+    step = {"step": jnp.float32(1)} if mode == DIFFERENCES else {}
+    curvature = Partial(static(_loss_hessian, mode), mean, **step)
+    return sandwich(curvature, model, weights, example, differences=differences)
 
 
 def empirical_fisher_form(
@@ -152,14 +191,15 @@ def empirical_fisher_form(
     params: Params,
     *batch: Tree,
     chunk_size: int | None,
+    differences: bool = False,
 ) -> Form:
     """How the matrix follows from (inputs, targets), or (inputs, targets, weights)."""
-    reduced = _reduced(output_loss_fn, batch)
+    reduced, example = _reduced(output_loss_fn, batch), (params, batch[0])
     model, loss = _programs_of(model_fn, reduced, params, batch, chunk_size)
     outputs = model.outputs(params, batch[0])
     check_outputs("empirical", outputs, _checks.num_examples(batch))
     if not _is_weighted(loss):
-        return sandwich(Partial(_observed, loss), model)
+        return sandwich(Partial(_observed, loss), model, None, example, differences=differences)
     one = jax.eval_shape(
         lambda tree: jax.tree.map(lambda leaf: leaf[:1], tree), (outputs, *batch[1:])
     )
@@ -170,7 +210,8 @@ def empirical_fisher_form(
             "example has no weight of its own."
         )
     curvature = Partial(_observed_weighted, mean_loss(loss), own)
-    return sandwich(curvature, model, Partial(_weights, model, loss))
+    weights = Partial(_weights, model, loss)
+    return sandwich(curvature, model, weights, example, differences=differences)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["loss_fn"], meta_fields=[])
@@ -237,10 +278,16 @@ def _weights(
     return mean_weights(loss, model(params, inputs), *rest)
 
 
-def _loss_hessian(loss_fn: Program | MeanLoss, floats: Tree, others: Tree, *rest: Tree) -> Tree:
+def _loss_hessian(
+    mode: Mode, loss_fn: Program | MeanLoss, floats: Tree, others: Tree, *rest: Tree,
+    step: ArrayLike = 1.0,
+) -> Tree:  # fmt: skip
     *data, tangent = rest
-    gradient = jax.grad(lambda floats: loss_fn(_tree.merge(floats, others), *data))
-    return jax.jvp(gradient, (floats,), (tangent,))[1]
+    return jacobian_product(mode, _of_outputs, loss_fn, floats, tangent, others, *data, step=step)
+
+
+def _of_outputs(loss_fn: Program | MeanLoss, floats: Tree, others: Tree, *data: Tree) -> Tree:
+    return jax.grad(lambda floats: loss_fn(_tree.merge(floats, others), *data))(floats)
 
 
 def _observed(loss_fn: Program, floats: Tree, others: Tree, *rest: Tree) -> Tree:

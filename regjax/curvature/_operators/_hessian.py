@@ -3,13 +3,25 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from regjax import _checks
 from regjax._arguments import checked
-from regjax._base import LossFn, Params, Tree, check_loss, check_scalar
+from regjax._base import LossFn, Mask, Params, Tree, check_loss, check_scalar
+from regjax._differentiation import (
+    DIFFERENCES,
+    choose_of_gradient,
+    differentiated,
+    jacobian_map,
+    jacobian_product,
+    jaxpr_of,
+    static,
+    widened,
+)
 from regjax._losses import mean_loss, mean_weights, whole
 from regjax._separable import ensure_separable
+from regjax._subsets import gradient_of_part, part_of, part_of_gradient
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
     Form,
@@ -22,35 +34,57 @@ from regjax.curvature._precision import precision
 
 
 @checked
-def hvp(loss_fn: LossFn, params: Params, vector: Params, *batch: Tree) -> Params:
+def hvp(
+    loss_fn: LossFn,
+    params: Params,
+    vector: Params,
+    *batch: Tree,
+    wrt: Mask = None,
+    differences: bool = False,
+) -> Params:
     """Computes a Hessian-vector product by forward-over-reverse differentiation.
+
+    Where a function within the loss has no forward rule (`jax.custom_vjp`), reverse over reverse.
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: tree of parameters.
       vector: tree like `params`.
       *batch: arrays with a leading axis of examples.
+      wrt: which leaves are meant, as in `hessian`; `vector` has None elsewhere.
+      differences: whether a central difference of gradients may be taken where neither is possible,
+        as in `hessian`.
 
     Returns:
       H v, a tree like `params`, in the units of the loss per squared parameter times `vector`.
 
     Raises:
       ValueError: `vector` is not a tree like `params`, or the loss is not a scalar.
-      TypeError: `vector` is complex, or the loss is.
+      TypeError: `vector` is complex, or the loss is, or a function within the loss cannot be
+        differentiated twice.
 
     References:
       B. Pearlmutter (1994), Fast exact multiplication by the Hessian, Neural Computation 6(1).
     """
+    loss_fn, params = part_of(loss_fn, params, wrt)
     check_loss(loss_fn, params, batch)
     _checks.same_tree("vector", vector, params)
     _checks.real_tree("vector", vector)
     with precision():
-        return differentiate_gradient(whole(loss_fn), params, vector, *batch)
+        return differentiated(
+            _of_loss, whole(loss_fn), params, vector, *batch,
+            name="loss_fn", differences=differences,
+        )  # fmt: skip
 
 
 @checked
 def hessian(
-    loss_fn: LossFn, params: Params, *batch: Tree, chunk_size: int | None = None
+    loss_fn: LossFn,
+    params: Params,
+    *batch: Tree,
+    chunk_size: int | None = None,
+    wrt: Mask = None,
+    differences: bool = False,
 ) -> CurvatureOperator:
     """Makes the Hessian of the mean loss over the batch.
 
@@ -64,24 +98,38 @@ def hessian(
       chunk_size: number of examples per pass, for bounded memory; the ragged last chunk counts by
         its size. None takes the whole batch at once and keeps the linearisation if it fits. Where
         the batch is divided over the devices of a mesh, each passes over its own examples.
+      wrt: which leaves the matrix is of, a tree of bools like `params`, a function (path, leaf) ->
+        bool, or a filter of nnx (see `regjax.subset`): it is the principal submatrix of theirs, and
+        its vectors have None elsewhere. The others may have any type. None: all.
+      differences: whether products may be central differences of gradients where JAX cannot
+        differentiate the loss twice, neither forward over reverse nor reverse over reverse: a
+        function within it has a rule of its own (`jax.custom_vjp`) that has no rule. Parameters
+        are then taken in float32 at least. A product takes four gradients in a solver, and what
+        it is off by, as two steps tell, is part of the residual norms of `top_eigenpairs`,
+        `lanczos` and `spectral_density`; not of the standard errors of `trace` and `diagonal`. At
+        kinks, as those of ReLU, two steps may tell too little.
 
     Returns:
       An `Operator` of shape (n, n).
 
     Raises:
-      TypeError: a parameter is not real floating point.
+      TypeError: a parameter is not real floating point, or a function within the loss cannot be
+        differentiated twice.
       ValueError: the loss is not a scalar, the batch has no common leading axis, `chunk_size` is
         not positive, or it splits a batch whose examples the loss couples (batch norm in train
         mode: ask for "train_per_chunk" by name). The arrays of the batch are divided differently,
-        or lie on a mesh with explicit axes.
+        or `wrt` chooses nothing.
     """
+    loss_fn, params = part_of(loss_fn, params, wrt)
     _checks.floating_tree("params", params)
-    return build(
-        hessian_form(loss_fn, params, *batch, chunk_size=chunk_size), params, batch, chunk_size
-    )
+    params = widened(params) if differences else params
+    form = hessian_form(loss_fn, params, *batch, chunk_size=chunk_size, differences=differences)
+    return build(form, params, batch, chunk_size)
 
 
-def hessian_form(loss_fn: LossFn, params: Params, *batch: Tree, chunk_size: int | None) -> Form:
+def hessian_form(
+    loss_fn: LossFn, params: Params, *batch: Tree, chunk_size: int | None, differences: bool = False
+) -> Form:
     """How the Hessian follows from the loss; tests a loss that is to be split."""
     parts, size = parts_of(loss_fn, batch, chunk_size)
     program = trace(loss_fn, *((params, *part) for part in parts))
@@ -93,48 +141,78 @@ def hessian_form(loss_fn: LossFn, params: Params, *batch: Tree, chunk_size: int 
         )  # fmt: skip
     loss = mean_loss(program)
     weights = None if loss is program else Partial(mean_weights, program)
-    linearization = Linearization(Partial(_linearize_gradient), Partial(differentiate_gradient))
-    return Form(linearization, loss, weights)
+    mode = choose_of_gradient(
+        _of_loss, jaxpr_of(program), loss, params, params, *batch,
+        name="loss_fn", differences=differences,
+    )  # fmt: skip
+    return Form(of_gradient(mode, _of_loss), loss, weights)
 
 
 @checked
-def from_gradient(grad_fn: Callable[[Params], Params], params: Params) -> CurvatureOperator:
+def from_gradient(
+    grad_fn: Callable[[Params], Params],
+    params: Params,
+    *,
+    wrt: Mask = None,
+    differences: bool = False,
+) -> CurvatureOperator:
     """Makes the Hessian of a loss that is known by its gradient alone.
 
     Args:
       grad_fn: params -> gradient; traced now, as in `hessian`.
       params: tree of parameters.
+      wrt: which leaves the matrix is of, as in `hessian`; `grad_fn` takes and gives all of them.
+      differences: whether products may be central differences where JAX cannot differentiate
+        `grad_fn`, neither forwards nor backwards (see `hessian`).
 
     Returns:
       An `Operator` of shape (n, n): the Jacobian of `grad_fn` at `params`.
 
     Raises:
-      TypeError: a parameter or a leaf of the gradient is not real floating point.
+      TypeError: a parameter or a leaf of the gradient is not real floating point, or a function
+        within `grad_fn` cannot be differentiated.
       ValueError: the gradient has another structure or other shapes than the parameters.
     """
+    grad_fn, params = gradient_of_part(grad_fn, params, wrt)
     _checks.floating_tree("params", params)
+    params = widened(params) if differences else params
     gradient = trace(grad_fn, (params,))
     _checks.same_tree("grad_fn(params)", gradient.outputs(params), params)
     _checks.floating_tree("grad_fn(params)", gradient.outputs(params))
-    return build(Form(_JACOBIAN, gradient), params, (), None)
+    mode = choose_of_gradient(
+        _itself, jaxpr_of(gradient), gradient, params, params,
+        name="grad_fn", differences=differences,
+    )  # fmt: skip
+    linearization = of_gradient(mode, _itself)._replace(of_part=Partial(part_of_gradient))
+    return build(Form(linearization, gradient), params, (), None)
 
 
-def _linearize_gradient(loss_fn: Callable[..., Tree], params: Params, *batch: Tree) -> Tree:
-    return jax.linearize(jax.grad(lambda p: loss_fn(p, *batch)), params)[1]
+def of_gradient(mode: str, gradient: Callable[..., Params]) -> Linearization:
+    """How the Jacobian of a gradient follows from its function.
+
+    Args:
+      mode: the way.
+      gradient: a module-level function, (function, params, *batch) -> gradient.
+    """
+    multiply = static(jacobian_product, mode, gradient)
+    if mode == DIFFERENCES:
+        return Linearization(None, Partial(multiply, step=jnp.float32(1)))
+    return Linearization(
+        Partial(static(jacobian_map, mode, gradient)),
+        Partial(multiply),
+    )
 
 
 def differentiate_gradient(
     loss_fn: Callable[..., Tree], params: Params, vector: Params, *batch: Tree
 ) -> Tree:
-    return jax.jvp(jax.grad(lambda p: loss_fn(p, *batch)), (params,), (vector,))[1]
+    """The product of the Hessian and a vector, by automatic differentiation."""
+    return differentiated(_of_loss, loss_fn, params, vector, *batch, name="loss_fn")
 
 
-def _linearize(function: Callable[[Tree], Tree], params: Params) -> Tree:
-    return jax.linearize(function, params)[1]
+def _of_loss(loss_fn: Callable[..., Tree], params: Params, *batch: Tree) -> Params:
+    return jax.grad(lambda params: loss_fn(params, *batch))(params)
 
 
-def _differentiate(function: Callable[[Tree], Tree], params: Params, vector: Params) -> Tree:
-    return jax.jvp(function, (params,), (vector,))[1]
-
-
-_JACOBIAN = Linearization(Partial(_linearize), Partial(_differentiate))
+def _itself(grad_fn: Callable[[Params], Params], params: Params) -> Params:
+    return grad_fn(params)

@@ -23,7 +23,9 @@ _DIFFERENCE, _UNITS = 3e-3, 16
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["linear_map", "example"], meta_fields=["mesh"]
+    jax.tree_util.register_dataclass,
+    data_fields=["linear_map", "example"],
+    meta_fields=["mesh", "origin"],
 )
 @dataclasses.dataclass(frozen=True)
 class MatvecOperator(TracedOperator):
@@ -33,11 +35,17 @@ class MatvecOperator(TracedOperator):
       linear_map: v -> A v on trees.
       example: a tree like a vector, of which only structure, shapes and dtypes count.
       mesh: the devices over which vectors are divided; None: one.
+      origin: the mesh with explicit axes that the arrays come from; None: they are as given.
     """
 
     linear_map: Program
     example: Params
     mesh: Mesh | None
+    origin: Mesh | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def home(self) -> Mesh | None:
+        return self.origin
 
     @property
     def space(self) -> Space:
@@ -85,7 +93,8 @@ def from_matvec(matvec: MatVec, like: Params) -> Operator:
     mesh = None
     if placement is not None:
         (linear_map, like), mesh = placement.replicate((linear_map, like)), placement.mesh
-    operator = MatvecOperator(linear_map, like, mesh)
+    home = None if placement is None else placement.home
+    operator = MatvecOperator(linear_map, like, mesh, home)
     _check_symmetric(operator)
     return operator
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from regjax import _checks, _selection, _tree
@@ -41,7 +42,7 @@ class Operator(Products):
         """Makes the principal submatrix of some parameters.
 
         Args:
-          mask: tree of Python bools like the parameters, True for those that stay.
+          mask: the leaves that stay.
 
         Returns:
           An `Operator` whose vectors are trees of the same structure with None elsewhere.
@@ -106,6 +107,7 @@ def _factor(factor: ArrayLike, dtype: Any) -> jax.Array:
 Multiply = Callable[[Operator, jax.Array], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Composed(Operator):
     """Made of other operators of one space, the first of which stands for it."""
 
@@ -123,6 +125,10 @@ class _Composed(Operator):
         return self.parts[0].space
 
     @property
+    def home(self) -> Mesh | None:
+        return self.parts[0].home
+
+    @property
     def takes_blocks(self) -> bool:
         return any(part.takes_blocks for part in self.parts)
 
@@ -135,6 +141,15 @@ class _Composed(Operator):
 
     def block_product(self, rows: jax.Array) -> jax.Array:
         return self.compose(lambda part, rows: part.block_product(rows), rows)
+
+    @property
+    def coarser(self) -> Products | None:
+        fields = [field.name for field in dataclasses.fields(self)]
+        parts = {name: getattr(self, name) for name in fields}
+        parts = {name: part for name, part in parts.items() if isinstance(part, Operator)}
+        coarser = {name: part.coarser for name, part in parts.items()}
+        changed = {name: part for name, part in coarser.items() if part is not None}
+        return dataclasses.replace(self, **changed) if changed else None
 
     def facts(self) -> dict[str, Tree]:
         parts = enumerate(part.facts() for part in self.parts)

@@ -5,10 +5,12 @@ import abc
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from scipy.sparse.linalg import LinearOperator
 
 from regjax import _checks, _loops
 from regjax._base import Params, Tree
+from regjax._meshes import on_one_mesh
 from regjax._space import Space
 
 # A dense float32 matrix of this order takes 4 GiB.
@@ -40,6 +42,16 @@ class Products(abc.ABC):
     def product_bytes(self, count: int) -> int:
         """Bytes on a device of temporaries and results of `count` products at once."""
 
+    @property
+    def home(self) -> Mesh | None:
+        """The mesh with explicit axes that its arrays come from, and results go to; None: none."""
+        return None
+
+    @property
+    def coarser(self) -> "Products | None":
+        """The same matrix from differences over steps twice as long; None: products are exact."""
+        return None
+
     def block_product(self, rows: jax.Array) -> jax.Array:
         """A V' for rows V (k, length) of vectors of the space, as rows."""
         if self.takes_blocks:
@@ -66,6 +78,7 @@ class Products(abc.ABC):
         """Type of the flat vectors: the widest of the parameters, float32 at least."""
         return self.space.dtype
 
+    @on_one_mesh
     def matvec(self, vector: Params) -> Params:
         """Computes the product with `vector`, a tree like the parameters; returns another one.
 
@@ -76,6 +89,7 @@ class Products(abc.ABC):
         self._check_vector(vector)
         return self.space.unravel(self.product(self.space.ravel(vector)))
 
+    @on_one_mesh
     def matmat(self, vectors: Params) -> Params:
         """Computes the products with k vectors: a tree whose leaves have a leading axis k.
 
@@ -101,6 +115,7 @@ class Products(abc.ABC):
         is_block = bool(leaves) and jnp.ndim(leaves[0]) == len(shapes[0]) + 1
         return self.matmat(vectors) if is_block else self.matvec(vectors)
 
+    @on_one_mesh
     def dense(self) -> jax.Array:
         """Computes the matrix (n, n), made symmetric, in the order of `jax.tree.leaves`.
 

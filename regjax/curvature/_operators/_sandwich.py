@@ -15,6 +15,16 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree
 from regjax._base import Batch, ModelFn, Params, Tree
+from regjax._differentiation import (
+    DIFFERENCES,
+    Mode,
+    choose,
+    jaxpr_of,
+    linearized,
+    pull,
+    push,
+    static,
+)
 from regjax._programs import Program
 from regjax.curvature._operators._curvature import Form, Linearization, trace
 
@@ -64,32 +74,62 @@ def split(outputs: Tree) -> tuple[Tree, Tree]:
     return floats, jax.tree.map(lambda leaf: None if is_float(leaf) else leaf, outputs)
 
 
-def sandwich(curvature: Partial, model: Program, weights: Partial | None = None) -> Form:
+def sandwich(
+    curvature: Partial,
+    model: Program,
+    weights: Partial | None,
+    example: tuple[Params, Tree],
+    *,
+    differences: bool,
+) -> Form:
     """How J' A J follows from a model.
 
     Args:
       curvature: (floats, others, *rest of the batch, u) -> A u, u a tree like `floats`.
       model: (params, inputs) -> outputs.
       weights: as of a `Form`.
+      example: parameters and inputs, or their shapes.
+      differences: whether J v may be a difference where JAX cannot differentiate the model.
+
+    Raises:
+      TypeError: the model cannot be differentiated.
     """
-    linearization = Linearization(Partial(_linearize, curvature), Partial(_multiply, curvature))
+    mode = choose(
+        _there_and_back, jaxpr_of(model), (model, *example),
+        name="model_fn", differences=differences,
+    )  # fmt: skip
+    multiply, linearize = static(_multiply, mode), static(_linearize, mode)
+    if mode == DIFFERENCES:
+        return Form(
+            Linearization(None, Partial(multiply, curvature, step=jnp.float32(1))), model, weights
+        )
+    linearization = Linearization(Partial(linearize, curvature), Partial(multiply, curvature))
     return Form(linearization, model, weights)
 
 
-def _linearize(
-    curvature: Partial, model_fn: ModelFn, params: Params, inputs: Tree, *rest: Tree
-) -> Partial:
+def _there_and_back(mode: Mode, model_fn: ModelFn, params: Params, inputs: Tree) -> Tree:
+    """J' J v, for a vector like the parameters."""
     function = lambda params: split(model_fn(params, inputs))
-    floats, jacobian, others = jax.linearize(function, params, has_aux=True)
+    _, _, jacobian = linearized(mode, function, params, 1.0)
+    return pull(mode, jacobian, params, push(mode, jacobian, params))
+
+
+def _linearize(
+    mode: Mode, curvature: Partial, model_fn: ModelFn, params: Params, inputs: Tree, *rest: Tree,
+    step: ArrayLike = 1.0,
+) -> Partial:  # fmt: skip
+    function = lambda params: split(model_fn(params, inputs))
+    floats, others, jacobian = linearized(mode, function, params, step)
     # A `Partial` of a `Partial` would hold the arrays of the inner one as static.
-    return Partial(_apply, jacobian, curvature, (floats, others, *rest))
+    return Partial(static(_apply, mode), jacobian, curvature, (floats, others, *rest))
 
 
 def _multiply(
-    curvature: Partial, model_fn: ModelFn, params: Params, vector: Params, inputs: Tree, *rest: Tree
-) -> Tree:
-    return _linearize(curvature, model_fn, params, inputs, *rest)(vector)
+    mode: Mode, curvature: Partial, model_fn: ModelFn, params: Params, vector: Params,
+    inputs: Tree, *rest: Tree, step: ArrayLike = 1.0,
+) -> Tree:  # fmt: skip
+    return _linearize(mode, curvature, model_fn, params, inputs, *rest, step=step)(vector)
 
 
-def _apply(jacobian: Partial, curvature: Partial, operands: Tree, vector: Params) -> Tree:
-    return jax.linear_transpose(jacobian, vector)(curvature(*operands, jacobian(vector)))[0]
+def _apply(mode: Mode, jacobian: Any, curvature: Partial, operands: Tree, vector: Params) -> Tree:
+    return pull(mode, jacobian, vector, curvature(*operands, push(mode, jacobian, vector)))

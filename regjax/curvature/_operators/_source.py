@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from regjax import _checks, _digest
+from regjax import _checks, _digest, _meshes
 from regjax._base import Batch, Tree
 
 _END = object()
@@ -63,7 +63,7 @@ class Source:
         iterator = self.begin()
         try:
             for batch in iterator:
-                return _checked(batch)
+                return _meshes.automatic(_checked(batch))
         finally:
             _close(iterator)
         raise ValueError("`source` must give at least one batch, got none.")
@@ -137,7 +137,7 @@ def _reading(passes: Source) -> Iterator[tuple[queue.SimpleQueue[Tree], threadin
                     batch = next(iterator, _END)
                     if batch is _END:
                         break
-                    arrived.put(_put(_checked(batch)))
+                    arrived.put(_put(_meshes.automatic(_checked(batch))))
                     del batch
                     number += 1
             arrived.put(_END)

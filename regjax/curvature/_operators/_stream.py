@@ -15,19 +15,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from regjax import _checks, _loops, _losses, _programs
 from regjax._arguments import checked
 from regjax._base import Batch, Params, Tree, couples_examples
+from regjax._differentiation import widened
 from regjax._losses import Factors
 from regjax._sharding import Placement
 from regjax._space import Space
+from regjax._subsets import of_leaves, part_of
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
     Form,
     Linearization,
     assemble,
-    of_subtree,
     program,
 )
 from regjax.curvature._operators._fisher import draw_keys, fisher, fisher_form
@@ -91,7 +93,7 @@ class _Programs:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["params"],
-    meta_fields=["placement", "source", "unit", "programs", "inside"],
+    meta_fields=["placement", "source", "unit", "programs", "inside", "doubles_steps"],
 )
 @dataclasses.dataclass(frozen=True)
 class StreamedOperator(Operator):
@@ -104,6 +106,7 @@ class StreamedOperator(Operator):
       unit: unit of rounding of a product with a batch.
       programs: how the matrix of a batch follows from which function.
       inside: which leaves of the parameters are differentiated; None: all.
+      doubles_steps: whether differences take steps twice as long.
     """
 
     params: Params
@@ -112,12 +115,23 @@ class StreamedOperator(Operator):
     unit: float
     programs: _Programs
     inside: tuple[bool, ...] | None = None
+    doubles_steps: bool = False
 
     @property
     def space(self) -> Space:
         mesh = None if self.placement is None else self.placement.mesh
         inside = self.inside
         return Space.of(self.params if inside is None else subtree(self.params, inside), mesh)
+
+    @property
+    def coarser(self) -> "StreamedOperator | None":
+        form = self.programs.at(self.programs.first)
+        is_exact = form.linearization.coarser is None
+        return None if is_exact else dataclasses.replace(self, doubles_steps=True)
+
+    @property
+    def home(self) -> Mesh | None:
+        return None if self.placement is None else self.placement.home
 
     @property
     def takes_blocks(self) -> bool:
@@ -181,9 +195,11 @@ class StreamedOperator(Operator):
         factors = self.programs.factors
         if factors is not None:
             linearization, function = _losses.with_factors((linearization, function), factors)
+        if self.doubles_steps:
+            linearization = linearization.coarser or linearization
         if self.inside is None:
             return linearization, function, self.params
-        return linearization, *of_subtree(function, self.params, self.inside)
+        return linearization, *of_leaves(function, self.params, self.inside)
 
     def _fused(self, batch: Batch, vector: jax.Array) -> jax.Array:
         """The product with the matrix of a batch, of which nothing is kept."""
@@ -282,6 +298,9 @@ def stream(
       RuntimeError: by a product: the source raised, with the number of the batch.
     """
     form_fn, functions, params, source = _split(operator_fn, arguments, options)
+    options = dict(options)
+    functions[0], params = part_of(functions[0], params, options.pop("wrt", None))
+    params = widened(params) if options.get("differences") else params
     passes = Source(source, _checks.integer("prefetch", prefetch))
     first = passes.first()
     num_samples = options.get("num_samples", 1)

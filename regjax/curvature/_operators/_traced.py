@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from regjax import _checks, _programs
 from regjax._base import Params
+from regjax._meshes import on_one_mesh
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import narrowest_eps, precision
 
@@ -21,6 +22,7 @@ class TracedOperator(Operator):
     def product(self, vector: jax.Array) -> jax.Array:
         return _product(self, vector)
 
+    @on_one_mesh
     def matvec(self, vector: Params) -> Params:
         self._check_vector(vector)
         # On a mesh a tree goes in and out as it is: the sum over the examples is the only message.
