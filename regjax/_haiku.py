@@ -34,8 +34,9 @@ class HaikuRunner:
     ) -> tuple[Tree, State]:
         params = _parts.joined(owned(params), owned(state.get("params", {})))
         own_state = new_state = owned(state.get("state", {}))
-        rng = key if train else None
-        leading = (params, own_state, rng) if self.has_state else (params, rng)
+        # haiku.without_apply_rng leaves no place for a key.
+        keys = (key if train else None,) if _calls.takes(self.apply, "rng") else ()
+        leading = (params, own_state, *keys) if self.has_state else (params, *keys)
 
         def apply(*arguments: Tree, **options: Any) -> Tree:
             nonlocal new_state

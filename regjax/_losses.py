@@ -213,15 +213,13 @@ def with_factors(tree: Tree, factors: Factors) -> Tree:
 
 
 def mean_weights(loss_fn: Callable[..., Loss], first: Tree, *batch: Tree) -> tuple[jax.Array, ...]:
-    """The weights of a loss over the number of examples, float32 at least."""
+    """The weights of a loss over the number of examples, in the type of its sums or float32.
+
+    A mask is often of lower precision than the sums, in which the quotient would be rounded.
+    """
     length = _checks.num_examples(batch)
-    weights = [term.weight for term in terms(loss_fn(first, *batch))]
-    return tuple(_float(weight) / length for weight in weights)
-
-
-def _float(weight: jax.Array) -> jax.Array:
-    is_float = jnp.issubdtype(weight.dtype, jnp.floating)
-    return weight if is_float else weight.astype(jnp.float32)
+    weighted = terms(loss_fn(first, *batch))
+    return tuple(term.weight.astype(_tree.wide(term.sum).dtype) / length for term in weighted)
 
 
 def factors_of(weights: Partial, params: Params, batch: Batch, name: str = "loss_fn") -> Factors:

@@ -24,7 +24,7 @@ Path = tuple[str | int, ...]
 Visit = Callable[[Path, Params, int, Callable[[Params], jax.Array]], Params]
 
 _LINEN = (linen.Dense, linen.Conv, linen.ConvTranspose)
-_NNX = (nnx.Linear, nnx.Conv, nnx.ConvTranspose, normalization.nnx.WeightNorm)
+_NNX = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 # A factor of their kernels changes nothing.
 _STANDARDIZED = (
     normalization.linen.WeightStandardizedDense,
@@ -112,10 +112,18 @@ def _run_nnx(
     wrapped = [path for path, node in modules.items() if isinstance(node, wrappers)]
     for path, node in modules.items():
         is_part = any(path[: len(outer)] == outer and path != outer for outer in wrapped)
-        if isinstance(node, _NNX) and not is_part:
+        if _is_layer(node) and not is_part:
             _watch(node, path, visit, found)
     runner.outputs(module, inputs, train=True)
     return found
+
+
+def _is_layer(node: nnx.Module) -> bool:
+    """Tells whether a module is a layer with a kernel whose factor scales the outputs."""
+    if isinstance(node, normalization.nnx.WeightNorm):
+        # Of any other module it is not known what its kernels do to the outputs.
+        return isinstance(node.layer, _NNX) and isinstance(node.scale, nnx.Param)
+    return isinstance(node, _NNX)
 
 
 def _watch(layer: nnx.Module, path: Path, visit: Visit, found: dict[Path, Params]) -> None:

@@ -1,6 +1,7 @@
 """Batch normalization, and what it becomes with fewer examples, more noise, or the mean alone."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -120,6 +121,11 @@ class GhostBatchNorm(BatchNorm):
     def __post_init__(self) -> None:
         super().__post_init__()
         _checks.integer("ghost_size", self.ghost_size)
+
+    def at_start(self, inputs: jax.Array) -> "GhostBatchNorm":
+        """Returns the layer with groups which divide the inputs, often one example."""
+        size = math.gcd(self.ghost_size, inputs.shape[0])
+        return dataclasses.replace(super().at_start(inputs), ghost_size=size)
 
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None

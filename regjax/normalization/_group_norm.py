@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
 from regjax.normalization import _arguments, _statistics
@@ -33,10 +34,18 @@ class GroupNormPlus(Layer):
     The defaults are the authors' code: B keeps the positions, and evaluation takes the statistics
     of its own batch, so that an output depends on the other examples. The usable variant is
     `batch_axes=None, track_running=True`: statistics of each channel, running ones in evaluation.
-    Where B has a single value to go by, G(x) alone is returned.
+    Where B has a single value to go by, G(x) alone is returned. A group of which a mask leaves no
+    more than `degrees_of_freedom` values, such as an example of padding, gives the bias.
+
+    flax's `GroupNorm` is G alone, with its epsilon in the root; its `axis_name` is one over which
+    an example is spread, ours one over which the batch is.
 
     Attributes:
       num_groups: groups of channels, 32 in the code; a group of one value is refused.
+      group_size: channels of a group, with `num_groups=None`.
+      reduction_axes: axes of G, the channels among them; None is all but the examples.
+      use_fast_variance: whether one pass suffices for the variances; a second one costs time and
+        does not cancel where the first value is an outlier either.
       epsilon: added to the standard deviations, in units of the inputs.
       mix_init: initial mix_logit; 1 gives the group part a weight of 0.731.
       degrees_of_freedom: subtracted from the number of values in both variances.
@@ -54,7 +63,10 @@ class GroupNormPlus(Layer):
       layer of the official code.
     """
 
-    num_groups: int = 32
+    num_groups: int | None = 32
+    group_size: int | None = None
+    reduction_axes: int | tuple[int, ...] | None = None
+    use_fast_variance: bool = True
     epsilon: float = 1e-5
     mix_init: float = 1.0
     degrees_of_freedom: int = 1
@@ -62,11 +74,20 @@ class GroupNormPlus(Layer):
     track_running: bool = False
     momentum: float = 0.9
     initial_state: ClassVar = {"mean": 0.0, "var": 1.0}
-    takes_mask: ClassVar[bool] = False  # which values are left of a group has no definition
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.integer("num_groups", self.num_groups)
+        if (self.num_groups is None) == (self.group_size is None):
+            raise ValueError(
+                f"`num_groups` must be None with `group_size`, and only then, got num_groups="
+                f"{self.num_groups} and group_size={self.group_size}."
+            )
+        for name in ("num_groups", "group_size"):
+            if getattr(self, name) is not None:
+                _checks.integer(name, getattr(self, name))
+        if self.reduction_axes is not None:
+            axes = _arguments.axes("reduction_axes", self.reduction_axes)
+            object.__setattr__(self, "reduction_axes", axes)
         _checks.integer("degrees_of_freedom", self.degrees_of_freedom, minimum=0)
         check_options(self.momentum, self.epsilon)
         if self.track_running and self.batch_axes == (0,):
@@ -88,45 +109,78 @@ class GroupNormPlus(Layer):
     def init_params(self, num_features: Shape) -> dict[str, jax.Array]:
         """Returns scale one, bias zero, (channels,), and mix_logit ()."""
         sizes = (num_features,) if isinstance(num_features, int) else num_features
-        _group_size(math.prod(sizes), self.num_groups)
+        self._num_groups(math.prod(sizes))
         mix_logit = jnp.full((), self.mix_init, self.param_dtype)
         return {**super().init_params(num_features), "mix_logit": mix_logit}
 
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None
     ) -> tuple[Standardized, Arrays]:
-        share = jax.nn.sigmoid(params["mix_logit"])
-        group = self._group(x).apply().reshape(x.shape)
-        batch, state = self._batch(group, state, train)
-        return Standardized(group) if batch is None else _blend(group, batch, share), state
+        group = self._group(x, mask)
+        batch, exists, state = self._batch(group, state, train, mask)
+        if batch is None:
+            return Standardized(group), state
+        return _blend(group, batch, exists, jax.nn.sigmoid(params["mix_logit"])), state
 
-    def _group(self, x: jax.Array) -> Standardized:
-        return _group_part(x, self.num_groups, self.epsilon, self.degrees_of_freedom)
+    def _num_groups(self, num_channels: int) -> int:
+        if self.num_groups is None:
+            size = int(self.group_size or 0)
+            return _divided("group_size", num_channels, size)
+        _divided("num_groups", num_channels, self.num_groups)
+        return self.num_groups
+
+    def _group(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        axes = None
+        if self.reduction_axes is not None:
+            axes = _arguments.axes("reduction_axes", self.reduction_axes)
+            axes = _arguments.axes_of("reduction_axes", axes, x.ndim)
+            if axes[-1] != x.ndim - 1:
+                raise ValueError(
+                    f"`reduction_axes` must include the channels, got {self.reduction_axes} for "
+                    f"inputs of shape {x.shape}."
+                )
+        return _group_part(
+            x,
+            self._num_groups(x.shape[-1]),
+            self.epsilon,
+            self.degrees_of_freedom,
+            axes=axes,
+            mask=mask,
+            use_fast_variance=self.use_fast_variance,
+        )
 
     def _batch(
-        self, x: jax.Array, state: Arrays, train: bool
-    ) -> tuple[Standardized | None, Arrays]:
+        self, x: jax.Array, state: Arrays, train: bool, mask: jax.Array | None
+    ) -> tuple[Standardized | None, ArrayLike, Arrays]:
+        """Returns B of x, or None; where a mask leaves values enough for it; and the new state."""
         if self.track_running and not train:
             mean, variance = stored(x, state["mean"], state["var"])
-            return Standardized(x, mean, _inverse(variance, self.epsilon)), state
+            return Standardized(x, mean, _inverse(variance, self.epsilon)), True, state
         axes = tuple(range(x.ndim - 1)) if self.batch_axes is None else self.batch_axes
         if x.ndim - 1 in _arguments.axes_of("batch_axes", axes, x.ndim):
             raise ValueError(f"`batch_axes` must leave out the channels, got {axes}.")
-        found = _statistics.moments(x, axes, devices=self.devices)
-        found = _corrected(found, self.degrees_of_freedom)
-        if int(found.num_values) <= self.degrees_of_freedom:
-            return None, state
+        found = _statistics.moments(
+            x, axes,
+            devices=self.devices, mask=mask, use_fast_variance=self.use_fast_variance,
+        )  # fmt: skip
+        if isinstance(found.num_values, int) and found.num_values <= self.degrees_of_freedom:
+            return None, False, state
+        found, exists = _corrected(found, self.degrees_of_freedom)
         if self.track_running:
             if found.mean.size != x.shape[-1]:
                 raise ValueError(
                     f"`batch_axes` must be all axes but the channels with `track_running`, "
                     f"got {self.batch_axes} for inputs of shape {x.shape}."
                 )
+            # What is not finite does not move them.
+            mean, variance = (
+                jnp.where(exists, array, jnp.nan) for array in (found.mean, found.variance)
+            )
             state = {
-                "mean": running_average(self.momentum, state["mean"], found.mean),
-                "var": running_average(self.momentum, state["var"], found.variance),
+                "mean": running_average(self.momentum, state["mean"], mean),
+                "var": running_average(self.momentum, state["var"], variance),
             }
-        return _standardize(x, found, self.epsilon), state
+        return _standardize(x, found, exists, self.epsilon), exists, state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,12 +196,12 @@ class BatchNormGroupNorm(GroupNormPlus):
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None
     ) -> tuple[Standardized, Arrays]:
-        batch, state = self._batch(x, state, train)
+        batch, exists, state = self._batch(x, state, train, mask)
         if batch is None:
-            return Standardized(self._group(x).apply().reshape(x.shape)), state
-        normalized = batch.apply()
-        group = self._group(normalized).apply().reshape(x.shape)
-        return Standardized(mix(group, normalized, params["mix_logit"])), state
+            return Standardized(self._group(x, mask)), state
+        normalized = jnp.where(exists, batch.apply(), x)
+        group = self._group(normalized, mask)
+        return Standardized(mix(group, normalized, params["mix_logit"], exists)), state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,10 +217,10 @@ class ParallelGroupBatchNorm(GroupNormPlus):
     def _normalize(
         self, x: jax.Array, params: Arrays, state: Arrays, train: bool, mask: jax.Array | None
     ) -> tuple[Standardized, Arrays]:
-        group = self._group(x).apply().reshape(x.shape)
-        batch, state = self._batch(x, state, train)
+        group = self._group(x, mask)
+        batch, exists, state = self._batch(x, state, train, mask)
         other = None if batch is None else batch.apply()
-        return Standardized(mix(group, other, params["mix_logit"])), state
+        return Standardized(mix(group, other, params["mix_logit"], exists)), state
 
 
 def group_normalize(
@@ -189,10 +243,11 @@ def group_normalize(
       ValueError: `num_groups` does not divide the channels, or a group holds one value.
     """
     x = _tree.wide(x)
-    return _group_part(x, num_groups, epsilon, degrees_of_freedom).apply().reshape(x.shape)
+    _divided("num_groups", x.shape[-1], num_groups)
+    return _group_part(x, num_groups, epsilon, degrees_of_freedom)
 
 
-def mix(a: jax.Array, b: jax.Array | None, logit: jax.Array) -> jax.Array:
+def mix(a: jax.Array, b: jax.Array | None, logit: jax.Array, exists: ArrayLike = True) -> jax.Array:
     """Mixes two arrays by a learned share.
 
         s a + (1 - s) b,   s = sigmoid(logit)
@@ -201,6 +256,7 @@ def mix(a: jax.Array, b: jax.Array | None, logit: jax.Array) -> jax.Array:
       a: array.
       b: array like it, or None: then a.
       logit: ().
+      exists: bool, broadcastable to `a`, where there is such a `b`; elsewhere a.
 
     Returns:
       An array like `a`.
@@ -208,77 +264,74 @@ def mix(a: jax.Array, b: jax.Array | None, logit: jax.Array) -> jax.Array:
     if b is None:
         return a
     share = jax.nn.sigmoid(logit.astype(a.dtype))
-    return share * a + (1 - share) * b
+    return jnp.where(exists, share * a + (1 - share) * b, a)
 
 
 def _group_part(
-    x: jax.Array, num_groups: int, epsilon: float, degrees_of_freedom: int
-) -> Standardized:
-    """Normalizes groups; without positions in a view (batch, groups, channels of a group)."""
-    size = _group_size(x.shape[-1], num_groups)
+    x: jax.Array,
+    num_groups: int,
+    epsilon: float,
+    degrees_of_freedom: int,
+    *,
+    axes: tuple[int, ...] | None = None,
+    mask: jax.Array | None = None,
+    use_fast_variance: bool = True,
+) -> jax.Array:
+    """Normalizes groups of channels, over `axes` too, of which the last is the channels'."""
     if x.ndim < 2:
         raise ValueError(f"`inputs` must have shape (batch, ..., channels), got {x.shape}.")
-    if x.ndim == 2:
-        x = x.reshape(-1, num_groups, size)
-        found = _statistics.moments(x, (-1,))
-    else:
-        found = _group_moments(x, num_groups, size)
-    found = _corrected(found, degrees_of_freedom)
-    if int(found.num_values) <= degrees_of_freedom:
+    found = _statistics.moments(
+        x,
+        range(1, x.ndim - 1) if axes is None else axes[:-1],
+        mask=mask,
+        use_fast_variance=use_fast_variance,
+        num_groups=num_groups,
+    )
+    if isinstance(found.num_values, int) and found.num_values <= degrees_of_freedom:
         raise ValueError(
             f"`num_groups` must leave more than {degrees_of_freedom} values to a group, got "
             f"{num_groups} for inputs of shape {x.shape}."
         )
-    return _standardize(x, found, epsilon)
+    return _standardize(x, *_corrected(found, degrees_of_freedom), epsilon).apply()
 
 
-def _group_moments(x: jax.Array, num_groups: int, size: int) -> Moments:
-    """Computes the moments of each example and group, (batch, 1, ..., 1, channels).
-
-    The channels of a group have the same. First over the positions, which is most of the work, then
-    over the channels of each group.
-    """
-    positions = tuple(range(1, x.ndim - 1))
-
-    def over_group(values: jax.Array) -> jax.Array:
-        grouped = values.reshape(*values.shape[:-1], num_groups, size)
-        mean = jnp.mean(grouped, -1, keepdims=True)
-        return jnp.broadcast_to(mean, grouped.shape).reshape(values.shape)
-
-    reference = over_group(_statistics.first(x, positions))
-    difference = x - reference
-    shift = over_group(jnp.mean(difference, positions, keepdims=True))
-    square = over_group(jnp.mean(_statistics.squared(difference), positions, keepdims=True))
-    num_values = x.size // x.shape[0] // num_groups if x.size else 0
-    return _statistics.from_shifted(reference, shift, square, num_values)
+def _corrected(found: Moments, degrees_of_freedom: int) -> tuple[Moments, ArrayLike]:
+    """Returns moments with the corrected variance, and where there are values enough for it."""
+    count = found.num_values
+    if isinstance(count, int):  # which the caller has looked at
+        return found._replace(
+            variance=found.variance * (count / (count - degrees_of_freedom))
+        ), True
+    exists = count > degrees_of_freedom
+    factor = count / jnp.where(exists, count - degrees_of_freedom, 1)
+    return found._replace(variance=found.variance * factor), exists
 
 
-def _corrected(found: Moments, degrees_of_freedom: int) -> Moments:
-    count = int(found.num_values)  # there is no mask
-    freedom = max(count - degrees_of_freedom, 1)  # the caller refuses fewer values
-    return found._replace(variance=found.variance * (count / freedom))
-
-
-def _standardize(x: jax.Array, found: Moments, epsilon: float) -> Standardized:
-    """Normalizes by the standard deviation: (x - mean) / (std + epsilon)."""
+def _standardize(x: jax.Array, found: Moments, exists: ArrayLike, epsilon: float) -> Standardized:
+    """Normalizes by the standard deviation, (x - mean) / (std + epsilon), or gives zero."""
     factor = _inverse(found.variance, epsilon)
-    return Standardized(x, found.reference, factor, -found.shift * factor)
+    offset = -found.shift * factor
+    if exists is not True:
+        # No statistics, and no NaN whose derivative spreads.
+        factor, offset = jnp.where(exists, factor, 0), jnp.where(exists, offset, 0)
+    return Standardized(x, found.reference, factor, offset)
 
 
 def _inverse(variance: jax.Array, epsilon: float) -> jax.Array:
     return _numerics.divide(1, _statistics.root(variance) + epsilon)
 
 
-def _blend(x: jax.Array, inner: Standardized, share: jax.Array) -> Standardized:
+def _blend(x: jax.Array, inner: Standardized, exists: ArrayLike, share: jax.Array) -> Standardized:
     """Mixes x with what `inner` makes of it: one product and one sum again."""
+    share = jnp.where(exists, share, 1)
     factor = share + (1 - share) * inner.factor
     offset = share * inner.reference + (1 - share) * inner.offset
     return Standardized(x, inner.reference, factor, offset)
 
 
-def _group_size(num_features: int, num_groups: int) -> int:
-    if num_features % num_groups:
+def _divided(name: str, num_channels: int, value: int) -> int:
+    if num_channels % value:
         raise ValueError(
-            f"`num_groups` must divide the number of channels, {num_features}, got {num_groups}."
+            f"`{name}` must divide the number of channels, {num_channels}, got {value}."
         )
-    return num_features // num_groups
+    return num_channels // value

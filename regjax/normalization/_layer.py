@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,6 @@ class Layer:
       initial_params: value of each parameter (channels,) at the start.
       initial_state: value of each running statistic (channels,) at the start.
       needs_key: whether `apply` draws random numbers in training.
-      takes_mask: whether a mask may say which values count.
     """
 
     axis: int | Sequence[int] = -1
@@ -53,7 +52,6 @@ class Layer:
     initial_params: ClassVar[Mapping[str, float]] = {"scale": 1.0, "bias": 0.0}
     initial_state: ClassVar[Mapping[str, float]] = {}
     needs_key: ClassVar[bool] = False
-    takes_mask: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -91,6 +89,13 @@ class Layer:
     def channel_axes(self, ndim: int) -> tuple[int, ...]:
         """Returns the axes of the channels of inputs with `ndim` axes, from the first on."""
         return _arguments.axes_of("axis", _arguments.axes("axis", self.axis), ndim)
+
+    def at_start(self, inputs: jax.Array) -> Self:
+        """Returns the layer as it runs on the inputs that its arrays are made with.
+
+        There is no mapped axis yet, and these inputs are often one example of zeros.
+        """
+        return dataclasses.replace(self, axis_name=None, axis_index_groups=None)
 
     def init_params(self, num_features: Shape) -> dict[str, jax.Array]:
         """Returns the initial parameters, (channels,) each, by name."""
@@ -132,7 +137,7 @@ class Layer:
 
         Raises:
           ValueError: the inputs have another shape, an axis without entries in training, or other
-            channels than the parameters; the layer takes no mask, or it does not fit; `key` is
+            channels than the parameters; the mask does not fit; `key` is
             needed and missing; `params` or `state` are not those of the layer.
           TypeError: the inputs, or what else is an array, are none of numbers.
         """
@@ -170,8 +175,6 @@ class Layer:
         return self.channel_axes(inputs.ndim)
 
     def _mask(self, mask: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
-        if not self.takes_mask:
-            raise ValueError(f"`mask` must be None, {type(self).__name__} takes none.")
         mask = _arguments.mask_of(mask, shape)
         return _channels_last(mask if len(axes) == 1 else jnp.broadcast_to(mask, shape), axes)
 

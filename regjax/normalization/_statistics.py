@@ -1,6 +1,6 @@
 """Moments of a batch: one pass, where a mask holds, and over the devices of a mapped axis."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -78,6 +78,7 @@ def moments(
     devices: Devices = ALONE,
     mask: jax.Array | None = None,
     use_fast_variance: bool = True,
+    num_groups: int | None = None,
 ) -> Moments:
     """Computes mean and biased variance over `axes`, and over devices.
 
@@ -94,31 +95,38 @@ def moments(
       mask: bool, of the rank of `inputs` and broadcastable to them, which values count.
       use_fast_variance: whether x_0 is the first value; else it is the mean, in a second pass, as
         it is with a mask: that does not cancel where the first value is an outlier either.
+      num_groups: groups of entries of the last axis, which is none of `axes`; a group shares its
+        statistics, which stand at each of its entries. None: each entry has its own.
 
     Returns:
       `Moments`; NaN where a mask leaves no value.
     """
     axes = tuple(axis % inputs.ndim for axis in axes)
+    # Axes first, which is most of the work.
+    pooled = lambda reduce, values: _over_group(
+        reduce, reduce(values, axes, keepdims=True), num_groups
+    )
     count = None
     if mask is not None:
-        counted = jnp.broadcast_to(mask, inputs.shape)
-        count = jnp.sum(counted, axes, keepdims=True, dtype=jnp.finfo(inputs.dtype).dtype)
+        counted = jnp.broadcast_to(mask, inputs.shape).astype(jnp.finfo(inputs.dtype).dtype)
+        count = pooled(jnp.sum, counted)
 
     def mean_of(values: jax.Array) -> jax.Array:
         if count is None:
-            return jnp.mean(values, axes, keepdims=True)
-        return jnp.sum(values, axes, keepdims=True) / jnp.maximum(count, 1)
+            return pooled(jnp.mean, values)
+        return pooled(jnp.sum, values) / jnp.maximum(count, 1)
 
     # A value that does not count may be NaN, and its derivative with it.
     counting = lambda values: values if mask is None else jnp.where(mask, values, 0)
     if use_fast_variance and mask is None:
-        reference = first(inputs, axes)
+        reference = _over_group(jnp.mean, first(inputs, axes), num_groups)
     else:
         reference = lax.stop_gradient(mean_of(counting(inputs)))
     difference = counting(inputs - reference)
     shift, square = mean_of(difference), mean_of(squared(difference))
-    num_values: int | jax.Array = inputs.size // shift.size if count is None else count
-    found = from_shifted(reference, shift, square, num_values)
+    each = inputs.size // shift.size if inputs.size else 0
+    each *= 1 if num_groups is None else inputs.shape[-1] // num_groups
+    found = from_shifted(reference, shift, square, each if count is None else count)
     return _over_devices(found, devices)
 
 
@@ -147,6 +155,17 @@ def _over_devices(found: Moments, devices: Devices) -> Moments:
     exists = num_values > 0
     mean, variance, shift = (jnp.where(exists, a, jnp.nan) for a in (mean, variance, shift))
     return Moments(mean, variance, num_values, reference, shift)
+
+
+def _over_group(
+    reduce: Callable[..., jax.Array], values: jax.Array, num_groups: int | None
+) -> jax.Array:
+    """Reduces the groups of the last axis; all entries of a group have the outcome then."""
+    if num_groups is None:
+        return values
+    grouped = values.reshape(*values.shape[:-1], num_groups, -1)
+    outcome = reduce(grouped, -1, keepdims=True)
+    return jnp.broadcast_to(outcome, grouped.shape).reshape(values.shape)
 
 
 def first(inputs: jax.Array, axes: Sequence[int]) -> jax.Array:

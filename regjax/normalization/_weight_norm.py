@@ -1,6 +1,7 @@
 """Kernels made of others: direction and length apart, or standardized, for each output unit."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -203,6 +204,55 @@ def standardize_weight(
     else:
         deviation = _statistics.root(variance) + beside
     return _numerics.divide(centred, deviation).astype(kernel.dtype)
+
+
+def lengths(kernel: jax.Array, feature_axes: tuple[int, ...] | None) -> jax.Array:
+    """Returns |v| of a kernel for each index of some axes, (sizes of these axes)."""
+    matrix, _ = as_matrix(kernel, feature_axes)
+    axes = _feature_axes(kernel, feature_axes)
+    return split_weight(matrix).g.reshape([kernel.shape[axis] for axis in axes])
+
+
+def normalized(
+    kernel: jax.Array, scale: jax.Array | None, feature_axes: tuple[int, ...] | None, epsilon: float
+) -> jax.Array:
+    """Computes scale v / sqrt(|v|^2 + epsilon) for each index of some axes of a kernel v."""
+    matrix, restored = as_matrix(kernel, feature_axes)
+    g = jnp.ones(matrix.shape[1], kernel.dtype) if scale is None else scale.reshape(-1)
+    g = g.astype(jnp.promote_types(g.dtype, kernel.dtype))
+    wide = matrix.astype(g.dtype)
+    if epsilon:
+        # One weight more has the square epsilon, at any size of the others.
+        wide = jnp.concatenate([wide, jnp.full_like(wide[:1], math.sqrt(epsilon))])
+    return restored(weight_normalize(wide, g)[: len(matrix)])
+
+
+def as_matrix(
+    kernel: jax.Array, feature_axes: tuple[int, ...] | None
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Returns a kernel as a matrix (all other axes, these axes), and the way back."""
+    axes = _feature_axes(kernel, feature_axes)
+    last = range(kernel.ndim - len(axes), kernel.ndim)
+    moved = jnp.moveaxis(kernel, axes, last)
+    features = math.prod(kernel.shape[axis] for axis in axes)
+    back = lambda matrix: jnp.moveaxis(matrix.reshape(moved.shape), last, axes)
+    return moved.reshape(-1, features), back
+
+
+def _feature_axes(kernel: jax.Array, feature_axes: tuple[int, ...] | None) -> tuple[int, ...]:
+    axes = feature_axes or ()
+    if not kernel.size or any(not -kernel.ndim <= axis < kernel.ndim for axis in axes):
+        raise ValueError(
+            f"`feature_axes` must be axes of each kernel, got {feature_axes} for one of shape "
+            f"{kernel.shape}."
+        )
+    found = tuple(sorted({axis % kernel.ndim for axis in axes}))
+    if len(found) == kernel.ndim:
+        raise ValueError(
+            f"`feature_axes` must leave an axis to the norm, got {feature_axes} for a kernel of "
+            f"shape {kernel.shape}."
+        )
+    return found
 
 
 def _joined(v: jax.Array, g: jax.Array, axes: Axes) -> jax.Array:

@@ -6,7 +6,7 @@ the options of the layer of the same name in `regjax.normalization`. Parameters 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +17,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from regjax._base import Tree
-from regjax.normalization import _batch_norm, _group_norm, _lp_norm, _weight_norm
+from regjax.normalization import _arguments, _batch_norm, _group_norm, _lp_norm, _weight_norm
 from regjax.normalization._layer import Arrays, Layer
 from regjax.normalization._statistics import Groups
 
@@ -83,7 +83,7 @@ class Normalization(linen.Module):
         if starts:
             # There may be no mapped axis yet, nor a stream of random numbers.
             train = train and not layer.needs_key and jnp.ndim(inputs) > 1
-            layer = dataclasses.replace(layer, axis_name=None, axis_index_groups=None)
+            layer = layer.at_start(inputs) if jnp.ndim(inputs) else layer
         outputs, state = layer.apply(
             params,
             {name: variable.value for name, variable in stored.items()},
@@ -160,7 +160,10 @@ class GroupNormPlus(Normalization):
     """GroupNorm+; fields as in `regjax.normalization.GroupNormPlus`."""
 
     layer_type = _group_norm.GroupNormPlus
-    num_groups: int = 32
+    num_groups: int | None = 32
+    group_size: int | None = None
+    reduction_axes: int | tuple[int, ...] | None = None
+    use_fast_variance: bool = True
     epsilon: float = 1e-5
     mix_init: float = 1.0
     degrees_of_freedom: int = 1
@@ -181,8 +184,88 @@ class ParallelGroupBatchNorm(GroupNormPlus):
     layer_type = _group_norm.ParallelGroupBatchNorm
 
 
+class WeightNorm(linen.Module):
+    """A module with the kernels g v / |v|, v its own and g parameters beside it.
+
+        kernel = scale * v / sqrt(|v|^2 + epsilon)
+
+    The parameters have the names of `flax.linen.WeightNorm`, "Dense_0/kernel/scale". g starts at
+    |v|, so that wrapping changes no function, where flax's starts at one.
+
+    Attributes:
+      layer_instance: the module.
+      epsilon: at least 0, in units of the kernel squared.
+      dtype: of the kernels that are made; None: that of v and g together.
+      param_dtype: of g; None: that of v.
+      use_scale: whether there is a g; else it is one.
+      scale_init: makes g, (key, shape, dtype) -> array; None: |v|.
+      feature_axes: of a kernel, those that the norm leaves: a norm and a scale for each of their
+        indices; None: one for the whole kernel.
+      variable_filter: parts of the paths of the parameters that are normalized; None: all.
+
+    References:
+      T. Salimans, D. Kingma (2016), arXiv:1602.07868.
+    """
+
+    layer_instance: linen.Module
+    epsilon: float = 0.0
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike | None = None
+    use_scale: bool = True
+    scale_init: Initializer | None = None
+    feature_axes: int | Sequence[int] | None = -1
+    variable_filter: Iterable[str] | None = frozenset({"kernel"})
+
+    @linen.compact
+    def __call__(self, *args: Tree, **kwargs: Tree) -> Tree:
+        """Returns the outputs of the module with the kernels that are made of its own."""
+        axes = self.feature_axes
+        axes = None if axes is None else _arguments.axes("feature_axes", axes)
+        matched = False
+
+        def made(path: tuple[Any, ...], stored: jax.Array) -> jax.Array:
+            nonlocal matched
+            keys = jax.tree_util.keystr(path[1:], simple=True, separator="/")
+            name = f"{self.layer_instance.name}/{keys}"
+            words = self.variable_filter
+            if words is not None and not any(word in name for word in words):
+                return stored
+            matched = True
+            scale = self._scale(f"{name}/scale", stored, axes)
+            kernel = _weight_norm.normalized(stored, scale, axes, self.epsilon)
+            return kernel if self.dtype is None else kernel.astype(self.dtype)
+
+        outputs = linen.map_variables(
+            lambda module: module(*args, **kwargs),
+            "params",  # flax's maps all collections, and batch statistics are immutable there
+            trans_in_fn=lambda variables: jax.tree_util.tree_map_with_path(made, variables),
+            init=self.is_initializing(),
+        )(self.layer_instance)
+        if not matched:
+            raise ValueError(
+                f"`variable_filter` must match a parameter of {self.layer_instance.name}, got "
+                f"{self.variable_filter!r}."
+            )
+        return outputs
+
+    def _scale(
+        self, name: str, kernel: jax.Array, axes: tuple[int, ...] | None
+    ) -> jax.Array | None:
+        if not self.use_scale:
+            return None
+        length = _weight_norm.lengths(kernel, axes)
+        dtype = length.dtype if self.param_dtype is None else self.param_dtype
+        if self.scale_init is None:
+            return self.param(name, lambda key: length.astype(dtype))
+        return self.param(name, self.scale_init, length.shape, dtype)
+
+
 class _WeightNorm(linen.Module):
     """Hands a layer the kernel g v / |v| where it asks for its own."""
+
+    use_scale: bool = True
+    scale_init: Initializer | None = None
+    epsilon: float = 0.0
 
     def param(
         self, name: str, init_fn: Callable[..., Tree], *args: Any, **kwargs: Any
@@ -191,8 +274,12 @@ class _WeightNorm(linen.Module):
         value = super().param(name, init_fn, *args, **kwargs)
         if name != "kernel":
             return value
-        length = super().param("scale", lambda key: _weight_norm.split_weight(value).g)
-        return _weight_norm.weight_normalize(value, length)
+        scale = None
+        if self.use_scale and self.scale_init is not None:
+            scale = super().param("scale", self.scale_init, value.shape[-1:], value.dtype)
+        elif self.use_scale:
+            scale = super().param("scale", lambda key: _weight_norm.split_weight(value).g)
+        return _weight_norm.normalized(value, scale, (-1,), self.epsilon)
 
 
 class WeightNormDense(_WeightNorm, linen.Dense):
@@ -200,6 +287,11 @@ class WeightNormDense(_WeightNorm, linen.Dense):
 
     g starts at |v|: the layer is that of `kernel_init`, until `initializers.data_dependent` sets
     it. The paper draws v from N(0, 0.05^2).
+
+    Attributes:
+      use_scale: as in `WeightNorm`.
+      scale_init: as there.
+      epsilon: as there.
 
     References:
       T. Salimans, D. Kingma (2016), arXiv:1602.07868.

@@ -14,10 +14,12 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 
 from regjax import _checks
-from regjax._axes import Layout
 from regjax._base import Tree
-from regjax.normalization import _batch_norm, _group_norm, _lp_norm, _weight_norm
+from regjax.normalization import _batch_norm, _group_norm, _lp_norm
 from regjax.normalization._layer import Layer
+from regjax.normalization._reparametrized import Reparametrized as Reparametrized
+from regjax.normalization._reparametrized import WeightNorm as WeightNorm
+from regjax.normalization._reparametrized import WeightStandardized as WeightStandardized
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
@@ -195,98 +197,3 @@ class ParallelGroupBatchNorm(Normalization):
     """GroupNorm+, parallel; options of `regjax.normalization.GroupNormPlus`."""
 
     layer_type = _group_norm.ParallelGroupBatchNorm
-
-
-class Reparametrized(nnx.Module):
-    """A layer that runs with another kernel than the one that it stores, which is left alone."""
-
-    def __init__(self, layer: Callable[[jax.Array], jax.Array], axis: int):
-        kernel = getattr(layer, "kernel", None)
-        if not isinstance(layer, nnx.Module) or not isinstance(kernel, nnx.Param):
-            raise TypeError(
-                f"`layer` must be an nnx module with a kernel, got {type(layer).__name__}."
-            )
-        if jax.tree.leaves(nnx.state(layer, nnx.Not(nnx.Param))):
-            raise TypeError("`layer` must hold parameters only, got one with other state.")
-        self.layer = layer
-        self.axis = axis
-
-    def _kernel(self, stored: jax.Array) -> jax.Array:
-        raise NotImplementedError
-
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Returns the outputs of the layer with the kernel that is made of the stored one."""
-        graph, params = nnx.split(self.layer)
-        layer = nnx.merge(graph, params)  # another object: the stored kernel is never written
-        layer.kernel = nnx.Param(self._kernel(self.layer.kernel[...]))
-        return layer(inputs)
-
-
-class WeightNorm(Reparametrized):
-    """A layer with the kernel g v / |v|; v is the layer's own kernel, g the parameter `scale`.
-
-    g starts at |v|, so that wrapping changes no function, until
-    `initializers.data_dependent` sets it. Unlike `flax.nnx.WeightNorm`, it trains g and never
-    writes v. The paper draws v from N(0, 0.05^2).
-
-    Args:
-      layer: nnx.Linear, nnx.Conv or another module with a `kernel` and no state.
-      axis: of the kernel's output channels; -2 for a transposed convolution with
-        `transpose_kernel`.
-
-    Raises:
-      TypeError: `layer` is not such a module.
-
-    References:
-      T. Salimans, D. Kingma (2016), arXiv:1602.07868.
-    """
-
-    def __init__(self, layer: Callable[[jax.Array], jax.Array], *, axis: int = -1):
-        super().__init__(layer, axis)
-        self.scale = nnx.Param(
-            _weight_norm.split_weight(self.layer.kernel[...], layout=Layout(outputs=axis)).g
-        )
-
-    def _kernel(self, stored: jax.Array) -> jax.Array:
-        return _weight_norm.weight_normalize(
-            stored, self.scale[...], layout=Layout(outputs=self.axis)
-        )
-
-
-class WeightStandardized(Reparametrized):
-    """A layer with standardized kernel, `regjax.normalization.standardize_weight`.
-
-    Args:
-      layer: nnx.Linear, nnx.Conv or another module with a `kernel` and no state.
-      axis: as in `WeightNorm`.
-      epsilon: as in `standardize_weight`.
-      degrees_of_freedom: as in `standardize_weight`.
-      epsilon_added_to: as in `standardize_weight`.
-
-    Raises:
-      TypeError: `layer` is not such a module.
-      ValueError: an option is out of its range.
-    """
-
-    def __init__(
-        self,
-        layer: Callable[[jax.Array], jax.Array],
-        *,
-        axis: int = -1,
-        epsilon: float = 1e-5,
-        degrees_of_freedom: int = 1,
-        epsilon_added_to: str = "deviation",
-    ):
-        super().__init__(layer, axis)
-        self.epsilon, self.degrees_of_freedom = epsilon, degrees_of_freedom
-        self.epsilon_added_to = epsilon_added_to
-        self._kernel(self.layer.kernel[...])  # raises where an option is wrong
-
-    def _kernel(self, stored: jax.Array) -> jax.Array:
-        return _weight_norm.standardize_weight(
-            stored,
-            layout=Layout(outputs=self.axis),
-            epsilon=self.epsilon,
-            degrees_of_freedom=self.degrees_of_freedom,
-            epsilon_added_to=self.epsilon_added_to,
-        )

@@ -181,12 +181,6 @@ def test_masks_leave_the_batch_that_counts(name):
     close(kept, state, 0)
 
 
-def test_group_norm_plus_takes_no_mask():
-    module = normalization.nnx.GroupNormPlus(6, num_groups=2)
-    with pytest.raises(ValueError, match="`mask` must be None, GroupNormPlus takes none"):
-        module(example()[0], mask=jnp.ones((), bool))
-
-
 def test_several_initialisations_and_calls():
     class Twice(linen.Module):
         @linen.compact

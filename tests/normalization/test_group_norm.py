@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 
 from regjax.normalization import _group_norm
 from regjax.normalization._group_norm import (
@@ -121,7 +122,96 @@ def test_vectors_have_groups_of_channels():
     np.testing.assert_allclose(y, group_part(X[:, 0, 0]), atol=1e-5)
 
 
+MASKS = [
+    RANDOM.random((8, 5, 5, 1)) < 0.6,
+    RANDOM.random((8, 5, 5, 16)) < 0.6,
+    np.arange(8)[:, None, None, None] < 5,  # three examples of padding
+]
+
+
+def masked_part(x, mask, axes, num_groups=None):
+    """NumPy, value by value: those that share statistics have the same indices but for `axes`."""
+    x, mask = np.asarray(x, np.float64), np.broadcast_to(mask, x.shape)
+    size = 1 if num_groups is None else x.shape[-1] // num_groups
+    y, has = np.zeros_like(x), np.zeros(x.shape, bool)
+    kept = [i for i in range(x.ndim - 1) if i not in axes]
+    for index in np.ndindex(*[x.shape[i] for i in kept], x.shape[-1] // size):
+        at = [slice(None)] * x.ndim
+        for axis, i in zip(kept, index[:-1], strict=True):
+            at[axis] = slice(i, i + 1)
+        at[-1] = slice(index[-1] * size, (index[-1] + 1) * size)
+        values = x[tuple(at)][mask[tuple(at)]]
+        if len(values) > 1:
+            has[tuple(at)] = True
+            y[tuple(at)] = (x[tuple(at)] - values.mean()) / (values.std(ddof=1) + EPSILON)
+    return y, has
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("axes", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_masked_statistics_against_numpy(kind, axes, mask):
+    layer = kind(num_groups=4, batch_axes=axes)
+    x = jnp.where(mask, X, 1e3)  # what does not count has no part in the statistics
+    y, _ = layer.apply(layer.init_params(16), {}, x, train=True, mask=mask)
+    share = 1 / (1 + np.exp(-1.0))
+    group = lambda x: masked_part(x, mask, (1, 2), 4)[0]
+    if kind is BatchNormGroupNorm:
+        b, has = masked_part(x, mask, axes)
+        b = np.where(has, b, x)
+        a = group(b)
+    else:
+        a = group(x)
+        b, has = masked_part(a if kind is GroupNormPlus else x, mask, axes)
+    expected = np.where(has, share * a + (1 - share) * b, a)
+    counts = np.broadcast_to(mask, x.shape)
+    np.testing.assert_allclose(np.asarray(y)[counts], expected[counts], atol=5e-5)
+    slope = jax.grad(
+        lambda x: jnp.sum(
+            jnp.where(mask, layer.apply(layer.init_params(16), {}, x, train=True, mask=mask)[0], 0)
+            ** 3
+        )
+    )(x)
+    assert jnp.all(jnp.isfinite(slope))
+
+
+def test_a_mask_that_leaves_nothing_gives_the_bias_and_moves_nothing():
+    layer = GroupNormPlus(num_groups=4, batch_axes=None, track_running=True)
+    params, state = layer.init_params(16), layer.init_state(16)
+    y, new = layer.apply(params, state, X, train=True, mask=jnp.zeros((1, 1, 1, 1), bool))
+    np.testing.assert_array_equal(y, 0)
+    jax.tree.map(np.testing.assert_array_equal, new, state)
+    whole = layer.apply(params, state, X, train=True)
+    masked = layer.apply(params, state, X, train=True, mask=jnp.ones((1, 1, 1, 1), bool))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), masked, whole)
+
+
+@pytest.mark.parametrize("mask", [None, *MASKS[:2]])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_groups": 4}, {"num_groups": None, "group_size": 2}, {"reduction_axes": (2, -1)}],
+)
+def test_the_group_part_is_flax_group_norm(options, mask, default_promotion):
+    """Without epsilon, which stands elsewhere, and with the biased variance."""
+    options = {"num_groups": 8, **options}
+    scale, bias = (jnp.asarray(RANDOM.normal(size=16), jnp.float32) for _ in range(2))
+    theirs = linen.GroupNorm(**options, epsilon=0.0)
+    full = None if mask is None else jnp.asarray(np.broadcast_to(mask, X.shape))  # theirs needs it
+    expected = theirs.apply({"params": {"scale": scale, "bias": bias}}, X, mask=full)
+    for more in ({}, {"use_fast_variance": False}):
+        layer = GroupNormPlus(**options, epsilon=0.0, degrees_of_freedom=0, **more)
+        params = {"scale": scale, "bias": bias, "mix_logit": jnp.float32(50)}
+        y, _ = layer.apply(params, {}, X, train=True, mask=mask)
+        np.testing.assert_allclose(y, expected, atol=2e-5)
+
+
 def test_error_texts():
+    with pytest.raises(ValueError, match="`num_groups` must be None with `group_size`, and only"):
+        GroupNormPlus(group_size=4)
+    with pytest.raises(ValueError, match=r"`group_size` must divide .* channels, 16, got 5"):
+        GroupNormPlus(num_groups=None, group_size=5).init_params(16)
+    with pytest.raises(ValueError, match=r"`reduction_axes` must include the channels, got \(1,\)"):
+        apply(GroupNormPlus(num_groups=4, reduction_axes=1))
     with pytest.raises(ValueError, match=r"`num_groups` must divide .* channels, 16, got 5"):
         GroupNormPlus(num_groups=5).init_params(16)
     with pytest.raises(ValueError, match="must leave more than 1 values to a group, got 16"):
