@@ -85,7 +85,8 @@ def _known_context() -> Mesh | None:
 
 
 def _is_operator(node: Any) -> bool:
-    return hasattr(node, "block_product")
+    # Of its class: a generator of flax has a stream for whatever name it is asked for.
+    return hasattr(type(node), "block_product")
 
 
 def on_one_mesh(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -32,7 +32,9 @@ HIDDEN = jnp.asarray(RANDOM.normal(3, 2, size=(24, 8)), jnp.float32)
 def table():
     """{(framework, thing): number of lines} of the README."""
     text = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\|(.*)\|$", text[text.index("| framework | curvature |") :].split("\n\n")[0], re.M)
+    rows = re.findall(
+        r"^\|(.*)\|$", text[text.index("| framework | curvature |") :].split("\n\n")[0], re.M
+    )
     rows = [[cell.strip() for cell in row.split("|")] for row in rows]
     things = rows[0][1:]
     return {
