@@ -19,7 +19,7 @@ from regjax._base import Params
 
 VECTORS = frozenset({"bias", "scale", "offset", "gamma", "beta"})
 KERNELS = ("kernel", "weight", "w", "embedding", "embeddings")
-_ATTENTION = frozenset({"query", "key", "value"})
+_ATTENTION = frozenset({"query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj"})
 _PLAIN: frozenset[int] = frozenset()
 # Containers of layers, and what linen calls the modules that `nn.scan` and `nn.vmap` make.
 _CONTAINERS = re.compile(
@@ -302,8 +302,11 @@ def _units(leaf: Leaf, are_first: bool) -> Shape:
         return (0,)
     if leaf.vector is not None:
         return _outputs(shape, leaf.vector.layer, module) or last
-    if module in _ATTENTION and len(shape) == 3:
+    is_depthwise = "depthwise" in module.lower() and shape[-2] > 1  # Keras' own
+    if (module in _ATTENTION and len(shape) == 3) or (is_depthwise and len(shape) > 2):
         return everything[-2:]
+    if module in ("q_einsum", "kv_einsum", "qkv_einsum"):  # Gemma's, heads in front
+        return (*everything[:-2], everything[-1])
     return everything[-2:-1] if "_transpose" in module and len(shape) > 2 else last
 
 

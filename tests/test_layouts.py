@@ -529,6 +529,25 @@ def test_stacks_of_modules_that_users_write():
     assert found["head/kernel"] == ((), (0,), (1,))
 
 
+def test_names_of_attention_and_of_depthwise_convolutions_without_a_bias():
+    params = {
+        "q": {"kernel": ZEROS((8, 2, 4))},
+        "v_proj": {"kernel": ZEROS((8, 2, 4))},
+        "kv_einsum": {"w": ZEROS((2, 3, 8, 4))},
+        "attn_vec_einsum": {"w": ZEROS((3, 4, 8))},
+        "depthwise_conv1d": {"kernel": ZEROS((3, 8, 2))},
+        "Depthwise_0": {"kernel": ZEROS((3, 3, 1, 8))},
+    }
+    assert axes(guess_layout(params)) == {
+        "q/kernel": ((), (0,), (1, 2)),
+        "v_proj/kernel": ((), (0,), (1, 2)),
+        "kv_einsum/w": ((), (2,), (0, 1, 3)),
+        "attn_vec_einsum/w": ((), (0, 1), (2,)),
+        "depthwise_conv1d/kernel": ((), (0,), (1, 2)),
+        "Depthwise_0/kernel": ((), (0, 1, 2), (3,)),
+    }
+
+
 def test_experts_are_asked_for():
     moe = {"gate": {"kernel": ZEROS((8, 4))}, "wi": ZEROS((4, 8, 16)), "wo": ZEROS((4, 16, 8))}
     for name in ("moe", "experts", "MoeBlock_0", "block_sparse_moe"):
