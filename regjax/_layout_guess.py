@@ -22,9 +22,7 @@ KERNELS = ("kernel", "weight", "w", "embedding", "embeddings")
 _ATTENTION = frozenset({"query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj"})
 _PLAIN: frozenset[int] = frozenset()
 # Containers of layers, and what linen calls the modules that `nn.scan` and `nn.vmap` make.
-_CONTAINERS = re.compile(
-    r"(\w+_)?(layers|blocks|stack|stacked|scan|encoderblock)$|(Scan|Vmap)[A-Z]"
-)
+CONTAINERS = re.compile(r"(\w+_)?(layers|blocks|stack|stacked|scan|encoderblock)$|(Scan|Vmap)[A-Z]")
 # Norms, whose scale many call "weight" or "kernel"; what normalises weights has a true one.
 _NORMS = re.compile(
     r"(?i)((?<!weight)(?<!weight_)(?<!spectral)(?<!spectral_)norm(alization)?|^rms|(^|_)ln)(_?\w)?$"
@@ -195,7 +193,7 @@ def _is_container(leaves: Sequence[Leaf], depth: int) -> bool:
     has_kernels = all(leaf.name in KERNELS for leaf in leaves)
     has_arrays = any(len(leaf.layer) > 2 for leaf in leaves)
     is_open = not is_list and not any(leaf.stack for leaf in leaves)
-    return is_open and (has_kernels or has_arrays) and bool(_CONTAINERS.match(name))
+    return is_open and (has_kernels or has_arrays) and bool(CONTAINERS.match(name))
 
 
 def _evidence(leaf: Leaf) -> frozenset[int] | None:
