@@ -54,8 +54,13 @@ class EquinoxRunner:
             return run(self, module, inputs, own_state, key, train)
 
         outputs, new = outcome(key if train else None)
-        draws = train and key is not None and self.drops
-        if draws and not _calls.reads_key(lambda key: outcome(key)[0], key):
+        rests = (
+            train
+            and key is not None
+            and self.drops
+            and not _calls.reads_key(lambda key: outcome(key)[0], key)
+        )
+        if rests:
             told = _calls.mode_options(self.call or type(module).__call__, True)
             raise _calls.not_told(name, "dropout that its call turned off", told=list(told))
         if not train:

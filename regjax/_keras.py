@@ -139,7 +139,18 @@ def from_keras(module: Callable[..., Tree], *, call: Call | None = None, wrt: Ma
         owned(_parts.joined(rest, _nested(second))),
         has_batch_statistics=any(_couples(layer, keras) for layer in _layers(module)),
         has_generators=bool(seeds),
+        module=_nested(_owners(module, variables)),
     )
+
+
+def _owners(module: Any, variables: dict[Path, Any]) -> dict[Path, Any]:
+    """Returns the layer of each variable, which knows what its axes are for."""
+    owners = {
+        id(variable): layer
+        for layer in _layers(module)
+        for variable in getattr(layer, "_trainable_variables", [])
+    }
+    return {path: owners.get(id(variable)) for path, variable in variables.items()}
 
 
 def _paths(module: Any) -> tuple[Path, ...]:
