@@ -167,8 +167,9 @@ def _unify(leaves: list[Leaf], depth: int) -> None:
         shared = set.intersection(*each)
         if not shared:
             break
-        pairs = zip(leaves, evidence, strict=True)
-        if len(shared) > 1 or is_hint or all(leaf.is_torn for leaf, axes in pairs if axes):
+        speaking = [leaf for leaf, axes in zip(leaves, evidence, strict=True) if axes]
+        is_torn = all(leaf.is_torn or _is_of_heads(leaf, leaves) for leaf in speaking)
+        if len(shared) > 1 or is_hint or is_torn:
             for leaf in leaves:
                 leaf.is_unknown = True
             return
@@ -184,6 +185,15 @@ def _unify(leaves: list[Leaf], depth: int) -> None:
                 leaf.is_unknown = bool(_evidence(leaf))
         else:
             _unify(part, depth + 1)
+
+
+def _is_of_heads(vector: Leaf, leaves: Sequence[Leaf]) -> bool:
+    """Tells whether a scale or a bias may be one of heads and features, as a kernel beside it."""
+    return any(
+        leaf.layer[1:] == vector.layer and _ATTENTION.intersection(leaf.names[-2:-1])
+        for leaf in leaves
+        if leaf.kernel is leaf and len(leaf.layer) == 3
+    )
 
 
 def _is_container(leaves: Sequence[Leaf], depth: int) -> bool:

@@ -529,6 +529,14 @@ def test_stacks_of_modules_that_users_write():
     assert found["head/kernel"] == ((), (0,), (1,))
 
 
+def test_norms_of_heads_are_no_stack():
+    for shape in ((16, 8, 8), (4, 4, 8), (16, 2, 8)):
+        attention = {"query": {"kernel": ZEROS(shape)}, "norm": {"scale": ZEROS(shape[1:])}}
+        found = axes(guess_layout({"attention": attention, "norm": {"scale": ZEROS(shape[0])}}))
+        assert found["attention/norm/scale"] is None
+        assert found["attention/query/kernel"] in (None, ((), (0,), (1, 2)))
+
+
 def test_names_of_attention_and_of_depthwise_convolutions_without_a_bias():
     params = {
         "q": {"kernel": ZEROS((8, 2, 4))},
