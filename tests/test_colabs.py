@@ -7,6 +7,7 @@ import pytest
 NOTEBOOKS = sorted(pathlib.Path(__file__).parents[1].glob("colabs/*.ipynb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_run_from_top_to_bottom(path):
     notebook = nbformat.read(path, as_version=4)

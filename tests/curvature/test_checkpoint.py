@@ -95,6 +95,7 @@ def test_a_run_in_pieces_gives_the_bits_of_an_undisturbed_one(name, tmp_path):
     assert bits(solve(checkpoint=checkpoint)) == bits(expected)
 
 
+@pytest.mark.slow
 def test_twenty_runs_killed_at_any_time_give_the_same_answers(tmp_path):
     # Seven at once: three kills interrupt them at twenty-one moments.
     environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))

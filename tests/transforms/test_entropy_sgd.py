@@ -47,6 +47,7 @@ def test_noise_free_running_mean(num_steps, averaging):
     np.testing.assert_allclose(updates, POINT - mean, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_long_walk_descends_the_local_entropy():
     updates = runs.once(quiet(4000, learning_rate=0.05), jnp.asarray(POINT), grad_fn)
     centre = np.linalg.solve(A + GAMMA * np.eye(2), GAMMA * POINT - B)
