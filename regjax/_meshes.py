@@ -15,7 +15,14 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -40,7 +47,7 @@ def settled(
     """Calls a function with arrays on one mesh, which has automatic axes wherever that can be."""
     leaves = jax.tree.leaves((args, kwargs), is_leaf=_is_iterator)
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-    explicit = [leaf for leaf in arrays if is_explicit(jax.typeof(leaf).sharding.mesh)]
+    explicit = [leaf for leaf in arrays if _is_on_explicit(leaf)]
     context = jax.sharding.get_abstract_mesh()
     mesh = _mesh_of(explicit, context, (args, kwargs))
     if not explicit and not is_explicit(context) and (mesh is None or home() is not None):
@@ -64,6 +71,14 @@ def settled(
         typed = functools.partial(_typed, abstract)
         args, kwargs = jax.tree.map(typed, (args, kwargs), is_leaf=_is_iterator)
         return function(*args, **kwargs)
+
+
+def _is_on_explicit(array: jax.Array) -> bool:
+    # Asked of each array of each product: most lie on one device, which is quickly told.
+    is_traced = isinstance(array, jax.core.Tracer)
+    if not is_traced and isinstance(array.sharding, SingleDeviceSharding):
+        return False
+    return is_explicit(jax.typeof(array).sharding.mesh)
 
 
 def _mesh_of(explicit: list[jax.Array], context: Any, arguments: _Tree) -> Mesh | None:

@@ -41,7 +41,9 @@ def pytest_configure(config):
     # A shell starts background jobs with Ctrl-C ignored, and Python keeps it so: CI is often one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "optimized: compiled with all optimisations, as for users")
-    config.addinivalue_line("markers", "slow: long, and the same on every Python: CI runs it on one")
+    config.addinivalue_line(
+        "markers", "slow: long, and the same on every Python: CI runs it on one"
+    )
 
 
 def _is_optimized(item):
