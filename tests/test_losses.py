@@ -327,3 +327,33 @@ def test_weights_of_another_shape_are_refused(weights):
         curvature.fisher(model, PARAMS, INPUTS, weights, key=None, num_samples=None)
     with pytest.raises(ValueError, match=r"must return the loss of each|must have an axis"):
         curvature.gauss_newton(model, nll, PARAMS, INPUTS, TARGETS, weights)
+
+
+@pytest.mark.parametrize("count", [len, float, jnp.float32, jnp.asarray, np.float64], ids=str)
+def test_a_weight_may_be_a_number_of_the_program(count):
+    number = lambda inputs: count(inputs) if count is len else count(len(inputs))
+    loss = lambda params, inputs, targets: WeightedMean(
+        jnp.sum(nll(model(params, inputs), targets)) / T, number(inputs)
+    )
+    mean = lambda params, inputs, targets, mask: jnp.mean(nll(model(params, inputs), targets))
+    close(curvature.hessian(loss, PARAMS, INPUTS, TARGETS, chunk_size=4), dense(mean))
+
+
+def test_a_sum_and_its_weight_are_no_loss_and_aux():
+    """The programs are equal, not what they mean."""
+    square = lambda params, inputs: jnp.sum((inputs @ params["a"]) ** 2)
+    weighted = lambda params, inputs: WeightedMean(square(params, inputs), jnp.float32(N))
+    with_aux = lambda params, inputs: (square(params, inputs), jnp.float32(N))
+    curvature.hessian(weighted, PARAMS, INPUTS)
+    with pytest.raises(ValueError, match="got a tuple of 2"):
+        curvature.hessian(with_aux, PARAMS, INPUTS)
+    names = lambda first, second: lambda params, inputs: {
+        first: inputs[:, 0] @ params["a"], second: inputs[:, 1] @ params["a"] * 2
+    }  # fmt: skip
+    loss = lambda outputs, targets: jnp.mean(outputs["u"] ** 2)
+    build = lambda model: curvature.gauss_newton(model, loss, {"a": PARAMS["a"]}, INPUTS, TARGETS)
+    one, other = (build(names(*pair)).dense() for pair in (("t", "u"), ("u", "v")))
+    expected = [factor * 2 * jnp.einsum("ni,nj->ij", x, x) / N / 6
+                for factor, x in ((4, INPUTS[:, 1]), (1, INPUTS[:, 0]))]  # fmt: skip
+    for found, gram in zip((one, other), expected, strict=True):
+        np.testing.assert_allclose(found, jnp.kron(gram, jnp.eye(6)), atol=1e-5)

@@ -310,6 +310,9 @@ def stream(
     # For single examples as well: the batches are parts of the data.
     make = functools.partial(form_fn, *functions, params, chunk_size=1, **options)
     form, programs = make(*first), _Programs(make, _programs.structs(first))
+    if _checks.num_examples(first) == 1:
+        # Nothing to be split, and yet the examples are: they are tested several at a time.
+        make(*jax.tree.map(lambda leaf: leaf[np.zeros(8, int)], first))
     programs.known[_programs.types(first)] = form
     one = assemble(form.linearization, form.function, params, passes.drawn(0, first), 1)
     return StreamedOperator(one.params, one.placement, passes, one.eps, programs)
