@@ -105,7 +105,7 @@ def ensure_separable(
         return
     length = _checks.num_examples(batch)
     count = min(length, _MOST, max(size, _FEWEST))
-    if count < 2 or not _has_numbers(programs, params, batch):
+    if count < 2 or not has_numbers(programs, params, batch):
         return
     what = (count, *(program.code for program in programs), _programs.types((params, batch)))
     if what in _passed:
@@ -119,7 +119,9 @@ def ensure_separable(
         _passed.popitem(last=False)
 
 
-def _has_numbers(*trees: Tree) -> bool:
+def has_numbers(*trees: Tree) -> bool:
+    """Tells whether a host can look at all leaves: they are numbers, and on this machine."""
+
     def is_elsewhere(leaf: Any) -> bool:
         is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
         return is_shape or not getattr(leaf, "is_fully_addressable", True)
@@ -157,16 +159,17 @@ class _Check:
             )
         fault = self._fault(self.batches, measured, tol)
         # In the second part alone: of as many in both each would have the same share of a mask.
-        for count in ((self.length - self.cut) // 2, self.length - self.cut):
-            fault = fault or self._fault_of_others(count, tol)
+        rest = self.length - self.cut
+        for put, count in ((_flipped, max(1, rest // 2)), (jnp.zeros_like, rest)):
+            fault = fault or self._fault_of_others(put, count, tol)
         if fault:
             self._refuse(*fault)
 
-    def _fault_of_others(self, count: int, tol: float) -> tuple[str, str] | None:
+    def _fault_of_others(
+        self, put: Callable[[Any], jax.Array], count: int, tol: float
+    ) -> tuple[str, str] | None:
         """The same with the last `count` examples replaced; None where that gives no numbers."""
-        if not count:
-            return None
-        batch = jax.tree.map(functools.partial(_replaced, count=count), self.batches[0])
+        batch = jax.tree.map(functools.partial(_replaced, put=put, count=count), self.batches[0])
         batches = self._split(batch)
         try:
             measured = jax.device_get(_measured(self.program, self.params, batches))
@@ -220,13 +223,17 @@ class _Check:
         )
 
 
-def _replaced(leaf: Any, count: int) -> Any:
-    """The last `count` rows with 1 for 0 and 0 for all else; keys as they are."""
+def _replaced(leaf: Any, put: Callable[[Any], jax.Array], count: int) -> Any:
+    """A leaf with others in place of its last `count` rows; keys as they are."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return leaf
     is_last = np.arange(len(leaf)) >= len(leaf) - count
-    is_last = is_last.reshape(-1, *[1] * (leaf.ndim - 1))
-    return jnp.where(is_last, jnp.asarray(leaf == 0, leaf.dtype), leaf)
+    return jnp.where(is_last.reshape(-1, *[1] * (leaf.ndim - 1)), put(leaf), leaf)
+
+
+def _flipped(leaf: Any) -> jax.Array:
+    """1 for 0, and 0 for all else: the ones of a mask are gone, and another class is there."""
+    return jnp.asarray(leaf == 0, leaf.dtype)
 
 
 class _Measured(NamedTuple):

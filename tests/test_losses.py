@@ -357,3 +357,38 @@ def test_a_sum_and_its_weight_are_no_loss_and_aux():
                 for factor, x in ((4, INPUTS[:, 1]), (1, INPUTS[:, 0]))]  # fmt: skip
     for found, gram in zip((one, other), expected, strict=True):
         np.testing.assert_allclose(found, jnp.kron(gram, jnp.eye(6)), atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_each_example_of_the_empirical_fisher_has_a_loss_of_its_own(chunk_size):
+    build = lambda loss: curvature.empirical_fisher(
+        model, loss, PARAMS, INPUTS, (TARGETS, MASK), chunk_size=chunk_size
+    )
+    quotient = lambda outputs, batch: jnp.divide(*masked(outputs, batch))
+    at_least_one = lambda outputs, batch: WeightedMean(
+        masked(outputs, batch).sum, jnp.maximum(masked(outputs, batch).weight, 1.0)
+    )
+    for loss in (quotient, at_least_one):
+        with pytest.raises(ValueError, match="`output_loss_fn` must be the mean over independent"):
+            build(loss)
+    build(masked)
+
+
+@pytest.mark.parametrize("build", [curvature.gauss_newton, curvature.empirical_fisher, "fisher"])
+def test_weights_of_a_stream_are_checked_like_those_of_one_piece(build):
+    if build == "fisher":
+        start = (curvature.stream, curvature.fisher, model, PARAMS)
+        options = {"key": None, "num_samples": None}
+        batches = [(x, mask) for x, _, mask in parts(4, 9)]
+    else:
+        start, options, batches = (curvature.stream, build, model, nll, PARAMS), {}, parts(4, 9)
+    make = lambda batches: start[0](*start[1:], batches, **options).dense()
+    expected = make(batches)
+    narrow = [(*batch, mask.astype(jnp.bfloat16)) for *batch, mask in batches]
+    truth = [(*batch, np.asarray(mask, bool)) for *batch, mask in batches]
+    for other in (narrow, truth):
+        np.testing.assert_allclose(make(other), expected, atol=1e-7)
+    # In the last batch alone, whose sum is positive still.
+    *batch, mask = batches[1]
+    with pytest.raises((RuntimeError, ValueError), match="must be non-negative and finite, got -1"):
+        make([batches[0], (*batch, mask.at[0, 0].set(-1.0))])

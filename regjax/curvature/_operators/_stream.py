@@ -41,6 +41,7 @@ from regjax.curvature._operators._gauss_newton import (
 )
 from regjax.curvature._operators._hessian import hessian, hessian_form
 from regjax.curvature._operators._operator import Operator, subtree
+from regjax.curvature._operators._sandwich import batch_with_weights
 from regjax.curvature._operators._source import Source
 
 # How each matrix follows from a batch, and what stands before the source among the arguments.
@@ -302,16 +303,17 @@ def stream(
     functions[0], params = part_of(functions[0], params, options.pop("wrt", None))
     params = widened(params) if options.get("differences") else params
     passes = Source(source, _checks.integer("prefetch", prefetch))
+    if operator_fn is not hessian:
+        passes.check = functools.partial(batch_with_weights, 1 if operator_fn is fisher else 2)
     first = passes.first()
     num_samples = options.get("num_samples", 1)
     if operator_fn is fisher and num_samples is not None:
         passes.draw = lambda first, count: draw_keys(options["key"], first, count, num_samples)
-
     # For single examples as well: the batches are parts of the data.
     make = functools.partial(form_fn, *functions, params, chunk_size=1, **options)
     form, programs = make(*first), _Programs(make, _programs.structs(first))
     if _checks.num_examples(first) == 1:
-        # Nothing to be split, and yet the examples are: they are tested several at a time.
+        # Nothing to be split, and yet the examples are: tested several at a time.
         make(*jax.tree.map(lambda leaf: leaf[np.zeros(8, int)], first))
     programs.known[_programs.types(first)] = form
     one = assemble(form.linearization, form.function, params, passes.drawn(0, first), 1)
