@@ -276,20 +276,26 @@ def check_constant(weights: Partial, params: Params, batch: Batch, name: str = "
     Raises:
       ValueError: they do.
     """
-    traced = jax.make_jaxpr(weights)(*_programs.structs((params, *batch)))
-    _, used = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    if not any(used[: len(jax.tree.leaves(params))]):
+    if not any(_read(weights, params, batch)[: len(jax.tree.leaves(params))]):
         return
-    if not _loops.is_concrete(weights, params, batch):
-        return
-    # What was stopped, or goes through a custom derivative, shows in numbers alone.
-    slopes = jax.grad(lambda params: sum(weights(params, *batch)))(params)
-    if any(np.asarray(leaf).any() for leaf in jax.tree.leaves(slopes)):
+    slopes = jax.grad(lambda params, *batch: sum(weights(params, *batch)))
+    if _loops.is_concrete(weights, params, batch):
+        found = jax.tree.leaves(slopes(params, *batch))
+        is_constant = not any(np.asarray(leaf).any() for leaf in found)
+    else:  # Those of what was stopped are zeros that read nothing.
+        is_constant = not any(_read(slopes, params, batch))
+    if not is_constant:
         raise ValueError(
             f"`{name}(...).weight` must not depend on the parameters, got one whose derivative is "
             "not zero. A quotient of two functions of the parameters is a plain scalar loss, for "
             "data in one piece."
         )
+
+
+def _read(function: Callable[..., Tree], params: Params, batch: Batch) -> list[bool]:
+    """Which leaves of its arguments a function reads."""
+    traced = jax.make_jaxpr(function)(*_programs.structs((params, *batch)))
+    return partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))[1]
 
 
 @_programs.bounded

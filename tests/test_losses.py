@@ -314,11 +314,14 @@ def test_a_weight_is_a_wide_number_that_the_parameters_do_not_move():
     with pytest.raises(ValueError, match="must not depend on the parameters"):
         curvature.hessian(moved, PARAMS, *BATCH)
     stopped = lambda params, *batch: moved(jax.lax.stop_gradient(params), *batch)
-    curvature.hessian(
-        lambda p, *batch: WeightedMean(loss_fn(p, *batch).sum, stopped(p, *batch).weight),
-        PARAMS,
-        *BATCH,
-    )
+    constant = lambda p, *batch: WeightedMean(loss_fn(p, *batch).sum, stopped(p, *batch).weight)
+    curvature.hessian(constant, PARAMS, *BATCH)
+    # Inside of `jit` there are no numbers to look at.
+    product = lambda loss: lambda p: curvature.hessian(loss, p, *BATCH, chunk_size=4).matvec(p)
+    with pytest.raises(ValueError, match="must not depend on the parameters"):
+        jax.jit(product(moved))(PARAMS)
+    found, expected = jax.jit(product(constant))(PARAMS), product(constant)(PARAMS)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
 
 
 @pytest.mark.parametrize("weights", [jnp.ones((N, T + 1)), jnp.ones((N, T, C)), jnp.float32(1)])
