@@ -395,3 +395,25 @@ def test_weights_of_a_stream_are_checked_like_those_of_one_piece(build):
     *batch, mask = batches[1]
     with pytest.raises((RuntimeError, ValueError), match="must be non-negative and finite, got -1"):
         make([batches[0], (*batch, mask.at[0, 0].set(-1.0))])
+
+
+def test_a_run_over_a_weighted_stream_goes_on_whether_or_not_it_was_used(tmp_path):
+    start = jax.tree.map(jnp.ones_like, PARAMS)
+    make = lambda batches: curvature.stream(curvature.hessian, loss_fn, PARAMS, batches)
+    save = curvature.Checkpoint(tmp_path, every=1)
+    run = lambda operator, **options: curvature.lanczos(operator, start, 4, **options)
+
+    def stop(done, total, progress):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(make(parts(4, 9)), checkpoint=save, callback=stop)
+    doubled = [(x, y, 2 * mask) for x, y, mask in parts(4, 9)]
+    with pytest.raises(ValueError, match="must be of the same problem: `source`"):
+        run(make(doubled), checkpoint=save)
+    used, done = make(parts(4, 9)), []
+    used.matvec(start)
+    found = run(used, checkpoint=save, callback=lambda i, *_: done.append(i))
+    assert done[0] == 3
+    jax.tree.map(np.testing.assert_array_equal, found, run(used))

@@ -157,7 +157,9 @@ class StreamedOperator(Operator):
     def facts(self) -> dict[str, Tree]:
         row = lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
         one = self._with_draws(jax.tree.map(row, self.programs.first))
-        linearization, function, params = self._parts(one)
+        # The factors follow from the rest, and are not known before the first pass.
+        bare = dataclasses.replace(self, programs=dataclasses.replace(self.programs, factors=None))
+        linearization, function, params = bare._parts(one)
         ours = CurvatureOperator(linearization, function, params, (), None, None, None)
         return {
             "params": self.params,
@@ -312,8 +314,7 @@ def stream(
     # For single examples as well: the batches are parts of the data.
     make = functools.partial(form_fn, *functions, params, chunk_size=1, **options)
     form, programs = make(*first), _Programs(make, _programs.structs(first))
-    if _checks.num_examples(first) == 1:
-        # Nothing to be split, and yet the examples are: tested several at a time.
+    if _checks.num_examples(first) == 1:  # nothing to be split: tested several at a time
         make(*jax.tree.map(lambda leaf: leaf[np.zeros(8, int)], first))
     programs.known[_programs.types(first)] = form
     one = assemble(form.linearization, form.function, params, passes.drawn(0, first), 1)
@@ -328,10 +329,9 @@ def _split(
         known = ", ".join(function.__name__ for function in _FORMS)
         raise ValueError(f"`operator_fn` must be one of {known}, got {operator_fn!r}.")
     form_fn, names = _FORMS[operator_fn]
-    names = (*names, "source")
-    if len(arguments) != len(names):
+    if len(arguments) != len(names) + 1:
         raise TypeError(
-            f"`arguments` must be {', '.join(names)} for {operator_fn.__name__}, got "
+            f"`arguments` must be {', '.join(names)}, source for {operator_fn.__name__}, got "
             f"{len(arguments)} of them."
         )
     if "chunk_size" in options:
