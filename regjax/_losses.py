@@ -298,6 +298,47 @@ def _read(function: Callable[..., Tree], params: Params, batch: Batch) -> list[b
     return partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))[1]
 
 
+def check_parts(
+    weights: Partial, params: Params, batch: Batch, size: int, name: str = "loss_fn"
+) -> None:
+    """Checks the weights of the parts of data that a host can look at, on one device.
+
+    Args:
+      weights: (params, *batch) -> weights over the number of examples.
+      params: the parameters.
+      batch: all data.
+      size: number of examples of a part; what is left over is not looked at.
+      name: what the loss is called in a message.
+
+    Raises:
+      ValueError: one is negative, or they are not the weight of all parts together.
+    """
+    count = _checks.num_examples(batch) // size
+    if not _loops.is_concrete(weights, params, batch) or find(batch, params) is not None:
+        return
+    parts = jax.tree.map(
+        lambda leaf: leaf[: count * size].reshape(count, size, *leaf.shape[1:]), batch
+    )
+    own = [np.asarray(values, np.float64) for values in _of_parts(weights, params, parts)]
+    for value in np.concatenate(own):
+        check_weight(value, name)
+    if count * size < _checks.num_examples(batch):
+        return
+    for values, whole in zip(own, map(float, evaluated(weights, params, batch)), strict=True):
+        if not abs(np.mean(values) - whole) <= 1e-4 * whole:
+            raise ValueError(
+                f"`{name}(...).weight` must add up over the data, got {np.sum(values) * size:g} of "
+                f"parts of {size} examples and {whole * count * size:g} of all: return the weight "
+                "as it is, and not 1 in place of 0."
+            )
+
+
+@_programs.bounded
+@jax.jit
+def _of_parts(weights: Partial, params: Params, parts: Batch) -> tuple[jax.Array, ...]:
+    return jax.lax.map(lambda part: weights(params, *part), parts)
+
+
 @_programs.bounded
 @jax.jit
 def evaluated(weights: Partial, params: Params, batch: Batch) -> tuple[jax.Array, ...]:

@@ -228,6 +228,7 @@ def _replaced(leaf: Any, put: Callable[[Any], jax.Array], count: int) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return leaf
     is_last = np.arange(len(leaf)) >= len(leaf) - count
+    leaf = jnp.asarray(leaf)  # NumPy's may be wider than JAX's
     return jnp.where(is_last.reshape(-1, *[1] * (leaf.ndim - 1)), put(leaf), leaf)
 
 

@@ -417,3 +417,28 @@ def test_a_run_over_a_weighted_stream_goes_on_whether_or_not_it_was_used(tmp_pat
     found = run(used, checkpoint=save, callback=lambda i, *_: done.append(i))
     assert done[0] == 3
     jax.tree.map(np.testing.assert_array_equal, found, run(used))
+
+
+def test_weights_of_parts_are_looked_at():
+    """The sum of all is positive."""
+    negative = MASK.at[6].set(-0.1)
+    with pytest.raises(ValueError, match=r"\.weight` must be non-negative and finite, got -0\.4"):
+        curvature.hessian(loss_fn, PARAMS, INPUTS, TARGETS, negative, chunk_size=1)
+    score = lambda loss, mask: pruning.taylor_scores(
+        loss, PARAMS, INPUTS, TARGETS, mask, batch_size=1
+    )
+    with pytest.raises(ValueError, match=r"`gate_loss.*\.weight` must be non-negative and finite"):
+        score(loss_fn, negative)
+
+    def at_least_one(params, *batch):
+        total, weight = loss_fn(params, *batch)
+        return WeightedMean(total, jnp.maximum(weight, 1.0))
+
+    with pytest.raises(ValueError, match=r"`gate_loss\(\.\.\.\)\.weight` must add up over the"):
+        score(at_least_one, MASK / 10)
+    score(loss_fn, MASK / 10)
+
+
+def test_numpy_labels_may_be_wider_than_those_of_jax():
+    batch = np.asarray(INPUTS), np.asarray(TARGETS, np.int64), np.asarray(MASK)
+    close(curvature.hessian(loss_fn, PARAMS, *batch, chunk_size=4), dense(plain))
