@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TypeAlias
 
 import jax
+from jax.interpreters import partial_eval
 
 from regjax import _checks
 from regjax._base import PRNGKey, Tree
@@ -17,7 +18,7 @@ Call: TypeAlias = Callable[..., Tree]
 MANY_STEPS = 2**20
 """After so many steps no running average has a start to be corrected for."""
 
-_IN_TRAINING = ("train", "training", "is_training", "is_train")
+_IN_TRAINING = ("train", "training", "is_training", "is_train", "enable_dropout")
 _IN_EVALUATION = ("deterministic", "use_running_average", "inference", "is_eval")
 _USUAL = _IN_TRAINING + _IN_EVALUATION
 
@@ -96,20 +97,41 @@ def check_flags(function: Call, name: str, what: str) -> None:
     flags = [
         flag
         for flag, parameter in _parameters(function).items()
-        if isinstance(parameter.default, bool) or parameter.annotation in (bool, "bool")
+        if isinstance(parameter.default, (bool, str)) or parameter.annotation in (bool, "bool")
     ]
     if flags:
         raise not_told(name, f"{what}, and its call has the flags {', '.join(flags)}", flags[0])
 
 
-def not_told(name: str, what: str, flag: str = "its_flag") -> ValueError:
-    """Makes the error for a module that trains without having heard of it."""
+def not_told(
+    name: str, what: str, flag: str = "its_flag", *, told: Sequence[str] = ()
+) -> ValueError:
+    """Makes the error for a module that trains without having heard of it.
+
+    Args:
+      name: of the module.
+      what: the module has that is not training.
+      flag: the name of its own keyword, for the example.
+      told: the keywords of its call that say so, if there are some.
+    """
+    if told:
+        return ValueError(
+            f"`mode` must be 'evaluation' where training changes nothing, got a train mode: {name} "
+            f"has {what}, though its call is told by {', '.join(told)}. Hand that on to its layers."
+        )
     return ValueError(
         f"`mode` must be 'evaluation' for a module that does not hear of training, got a train "
         f"mode: {name} has {what}. Its call takes none of {', '.join(_USUAL)}: pass the adapter "
         f"`call=lambda module, inputs, *, train: module(inputs, {flag}=train)`, or whatever tells "
         f"it."
     )
+
+
+def reads_key(function: Callable[[PRNGKey], Tree], key: PRNGKey) -> bool:
+    """Tells whether the result of a function depends on the key that it is given."""
+    traced = jax.make_jaxpr(function)(key).jaxpr
+    _, used = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    return any(used)
 
 
 def named_keys(key: PRNGKey, names: tuple[str, ...], start: int = 0) -> dict[str, PRNGKey]:

@@ -47,9 +47,22 @@ class EquinoxRunner:
             raise ValueError(f"`key` must be given in train mode: {name} has dropout, got None.")
         # A state that has been written to cannot be read again: it is the caller's.
         leaves, treedef = jax.tree.flatten(state.get("state"))
-        own_state = jax.tree.unflatten(treedef, leaves)
         run = _mapped if self.call is None else _whole
-        outputs, new = run(self, module, inputs, own_state, key if train else None, train)
+
+        def outcome(key: PRNGKey | None) -> tuple[Tree, Tree]:
+            own_state = jax.tree.unflatten(treedef, leaves)
+            return run(self, module, inputs, own_state, key, train)
+
+        outputs, new = outcome(key if train else None)
+        rests = (
+            train
+            and key is not None
+            and self.drops
+            and not _calls.reads_key(lambda key: outcome(key)[0], key)
+        )
+        if rests:
+            told = _calls.mode_options(self.call or type(module).__call__, True)
+            raise _calls.not_told(name, "dropout that its call turned off", told=list(told))
         if not train:
             return outputs, state
         if leaves and all(a is b for a, b in zip(leaves, jax.tree.leaves(new), strict=True)):
@@ -137,8 +150,8 @@ def from_equinox(
       call: what to do with a whole batch instead, for models of several inputs or outputs:
         (module, inputs, **options) -> outputs, or (outputs, new state) if `state` is one of the
         options that it takes; the others are `key` (None in evaluation mode) and `train`,
-        `training`, `is_training`, `is_train`, `deterministic`, `use_running_average`, `inference`
-        and `is_eval`.
+        `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
+        `use_running_average`, `inference` and `is_eval`.
       wrt: which leaves are the parameters: a tree of bools like the module or an upper part of it,
         or a function (path, leaf) -> bool, a path as ("layers", 0, "weight"); None: all arrays of
         floating point. The others travel in the state, as integers and bools always do.

@@ -1,7 +1,7 @@
 """Haiku functions as models."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,8 +57,7 @@ class HaikuRunner:
         if not train:
             return outputs, state
         new_state = _parts.restricted(new_state, own_state)
-        if not options:
-            self._check_told(own_state, new_state, has_key=key is not None)
+        self._check_told(own_state, new_state, list(options), has_key=key is not None)
         return outputs, {**state, **({"state": new_state} if own_state else {})}
 
     @staticmethod
@@ -67,19 +66,29 @@ class HaikuRunner:
         own = state.get("state", {})
         counted = {
             name: {**leaves, "counter": jnp.full_like(leaves["counter"], _calls.MANY_STEPS)}
-            for name, leaves in own.items()
-            if set(leaves) == {"average", "counter", "hidden"}
+            for name, leaves in _averages(own).items()
         }
         return {**state, "state": {**own, **counted}} if own else state
 
-    def _check_told(self, old: State, new: State, *, has_key: bool) -> None:
-        """Raises ValueError where nothing trained, and no keyword could have told it to."""
+    def _check_told(self, old: State, new: State, told: Sequence[str], *, has_key: bool) -> None:
+        """Raises ValueError where nothing trained."""
         name = getattr(getattr(self.apply, "_original_fn", None), "__qualname__", "the function")
+        if told:  # other states may rest on purpose
+            old, new = ({k: state[k] for k in _averages(state)} for state in (old, new))
         before, after = jax.tree.leaves(old), jax.tree.leaves(new)
         if before and all(a is b for a, b in zip(before, after, strict=True)):
-            raise _calls.not_told(name, "a state that its call left as it was", "is_training")
+            what = "a state that its call left as it was"
+            raise _calls.not_told(name, what, "is_training", told=told)
+        if told:
+            return
         if not before and has_key:
             _calls.check_flags(self.call or self.apply, name, "no state that could have moved")
+
+
+def _averages(state: State) -> dict[str, dict[str, jax.Array]]:
+    """Returns the moving averages in a state of Haiku, as batch norm has them."""
+    names = {"average", "counter", "hidden"}
+    return {name: leaves for name, leaves in state.items() if set(leaves) == names}
 
 
 @checked
@@ -105,8 +114,8 @@ def from_haiku(
       call: (apply, inputs, **options) -> outputs, for functions of several inputs, with `apply` the
         function itself: `lambda apply, x, *, train: apply(x["ids"], x["mask"], is_training=train)`;
         None: the function of the inputs. It is told of training by whichever of the keywords
-        `train`, `training`, `is_training`, `is_train`, `deterministic`, `use_running_average`,
-        `inference` and `is_eval` it takes.
+        `train`, `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
+        `use_running_average`, `inference` and `is_eval` it takes.
       wrt: which leaves are the parameters: a tree of bools like `params` or an upper part of it, or
         a function (path, leaf) -> bool, a path as ("mlp/~/linear_0", "w"); None: all. The others
         travel in the state, as integers and bools always do.

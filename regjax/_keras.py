@@ -94,7 +94,8 @@ def from_keras(module: Callable[..., Tree], *, call: Call | None = None, wrt: Ma
       call: (module, inputs, **options) -> outputs; None: `module(inputs, training=...)`. `inputs`
         and outputs are any trees of arrays whose leading axis is the examples. It is told of
         training by whichever of the keywords `train`, `training`, `is_training`, `is_train`,
-        `deterministic`, `use_running_average`, `inference` and `is_eval` it takes.
+        `enable_dropout`, `deterministic`, `use_running_average`, `inference` and `is_eval` it
+        takes.
       wrt: which of the trainable variables are the parameters: a tree of bools like them or an
         upper part of it, or a function (path, leaf) -> bool, a path as ("dense", "kernel"); None:
         all. The others travel in the state, as integers and bools always do.
@@ -138,7 +139,18 @@ def from_keras(module: Callable[..., Tree], *, call: Call | None = None, wrt: Ma
         owned(_parts.joined(rest, _nested(second))),
         has_batch_statistics=any(_couples(layer, keras) for layer in _layers(module)),
         has_generators=bool(seeds),
+        module=_nested(_owners(module, variables)),
     )
+
+
+def _owners(module: Any, variables: dict[Path, Any]) -> dict[Path, Any]:
+    """Returns the layer of each variable, which knows what its axes are for."""
+    owners = {
+        id(variable): layer
+        for layer in _layers(module)
+        for variable in getattr(layer, "_trainable_variables", [])
+    }
+    return {path: owners.get(id(variable)) for path, variable in variables.items()}
 
 
 def _paths(module: Any) -> tuple[Path, ...]:

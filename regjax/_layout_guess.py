@@ -8,7 +8,7 @@ the tree along the same axis; where more than one axis would do, the user is ask
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import jax
@@ -19,10 +19,14 @@ from regjax._base import Params
 
 VECTORS = frozenset({"bias", "scale", "offset", "gamma", "beta"})
 KERNELS = ("kernel", "weight", "w", "embedding", "embeddings")
-_ATTENTION = frozenset({"query", "key", "value"})
+_ATTENTION = frozenset({"query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj"})
 _PLAIN: frozenset[int] = frozenset()
 # Containers of layers, and what linen calls the modules that `nn.scan` and `nn.vmap` make.
-_CONTAINERS = re.compile(r"(layers|blocks|stack|stacked|scan)$|(Scan|Vmap)[A-Z]")
+CONTAINERS = re.compile(r"(\w+_)?(layers|blocks|stack|stacked|scan|encoderblock)$|(Scan|Vmap)[A-Z]")
+# Norms, whose scale many call "weight" or "kernel"; what normalises weights has a true one.
+_NORMS = re.compile(
+    r"(?i)((?<!weight)(?<!weight_)(?<!spectral)(?<!spectral_)norm(alization)?|^rms|(^|_)ln)(_?\w)?$"
+)
 _EXPERTS = re.compile(r"(?i)(^|_)(moe|experts?)(_|block|$)")
 Shape: TypeAlias = tuple[int, ...]
 
@@ -36,6 +40,7 @@ class Leaf:
       names: the path in parts, the array's own name last.
       shape: its shape.
       form: what its layer says of it, None where it is not known.
+      owner: the name of its layer's type, "" where it is not known.
       said: the axes of its stack where they are known, None where they are not.
       stack: the axes of the stack found so far.
       is_torn: whether its shape may be that of a stack as well as another.
@@ -46,6 +51,7 @@ class Leaf:
     names: tuple[str, ...]
     shape: Shape
     form: _layout_known.Form | None
+    owner: str = ""
     said: Shape | None = None
     stack: Shape = ()
     is_torn: bool = False
@@ -79,8 +85,13 @@ class Leaf:
 
     @property
     def is_vector(self) -> bool:
-        """Tells whether it is a bias or a scale by its name."""
-        return self.name in VECTORS or (self.name == "b" and "w" in self.siblings)
+        """Tells whether it is a bias or a scale by its name, or as the scale of a norm."""
+        if self.name not in KERNELS:
+            return self.name in VECTORS or (self.name == "b" and "w" in self.siblings)
+        if self.vector is not None:
+            return len(self.shape) > 1 and self.vector.shape == self.shape
+        module = self.names[-2] if len(self.names) > 1 else ""
+        return bool(_NORMS.search(module) or _NORMS.search(self.owner))
 
 
 def leaves_of(params: Params, module: object = None) -> list[Leaf]:
@@ -96,9 +107,11 @@ def leaves_of(params: Params, module: object = None) -> list[Leaf]:
         names = tuple(part for key in keys for part in str(key).split("/"))
         form = _layout_known.form_of(parent, names[-1] if names else "")
         axes = _layout_known.names_of(node) if _layout_known.is_box(node) else ()
+        is_module = not isinstance(parent, (Mapping, list, tuple, type(None)))
+        owner = type(parent).__name__ if is_module else ""
         form = _layout_known.form_of_names(parent, axes) or form
         for below, array in jax.tree_util.tree_leaves_with_path(node):
-            leaf = Leaf(jax.tree_util.keystr((*path, *below)), names, jnp.shape(array), form)
+            leaf = Leaf(jax.tree_util.keystr((*path, *below)), names, jnp.shape(array), form, owner)
             stacks = [] if form is None else form.stacks(leaf.shape)
             leaf.form = form if stacks else None
             named = tuple(i for i, name in enumerate(axes) if name in _layout_known.STACKS)
@@ -154,8 +167,9 @@ def _unify(leaves: list[Leaf], depth: int) -> None:
         shared = set.intersection(*each)
         if not shared:
             break
-        pairs = zip(leaves, evidence, strict=True)
-        if len(shared) > 1 or is_hint or all(leaf.is_torn for leaf, axes in pairs if axes):
+        speaking = [leaf for leaf, axes in zip(leaves, evidence, strict=True) if axes]
+        is_torn = all(leaf.is_torn or _is_of_heads(leaf, leaves) for leaf in speaking)
+        if len(shared) > 1 or is_hint or is_torn:
             for leaf in leaves:
                 leaf.is_unknown = True
             return
@@ -173,12 +187,23 @@ def _unify(leaves: list[Leaf], depth: int) -> None:
             _unify(part, depth + 1)
 
 
+def _is_of_heads(vector: Leaf, leaves: Sequence[Leaf]) -> bool:
+    """Tells whether a scale or a bias may be one of heads and features, as a kernel beside it."""
+    return any(
+        leaf.layer[1:] == vector.layer and _ATTENTION.intersection(leaf.names[-2:-1])
+        for leaf in leaves
+        if leaf.kernel is leaf and len(leaf.layer) == 3
+    )
+
+
 def _is_container(leaves: Sequence[Leaf], depth: int) -> bool:
     """Tells whether a place of the tree has a name that stacks of kernels have."""
     name = leaves[0].names[depth - 1] if depth else ""
     is_list = any(part.isdigit() for leaf in leaves for part in leaf.names[depth : depth + 1])
-    has_kernels = all(leaf.name in KERNELS and not leaf.stack for leaf in leaves)
-    return has_kernels and not is_list and bool(_CONTAINERS.match(name))
+    has_kernels = all(leaf.name in KERNELS for leaf in leaves)
+    has_arrays = any(len(leaf.layer) > 2 for leaf in leaves)
+    is_open = not is_list and not any(leaf.stack for leaf in leaves)
+    return is_open and (has_kernels or has_arrays) and bool(CONTAINERS.match(name))
 
 
 def _evidence(leaf: Leaf) -> frozenset[int] | None:
@@ -193,7 +218,7 @@ def _evidence(leaf: Leaf) -> frozenset[int] | None:
     shape, kernel = leaf.layer, leaf.kernel
     if not shape:
         return _PLAIN
-    if leaf.is_vector and (kernel is None or kernel is leaf):
+    if leaf.is_vector and (kernel is None or kernel.is_vector):
         plain = len(shape) < 2 or all(n == 1 for n in shape[:-1])
         return _PLAIN if plain else frozenset(range(len(shape)))
     if leaf.is_vector and kernel is not None:
@@ -201,8 +226,8 @@ def _evidence(leaf: Leaf) -> frozenset[int] | None:
     if leaf.name in KERNELS:
         if leaf.vector is not None and leaf.vector is not leaf:
             return _of_pair(leaf.vector, leaf)
-        if len(shape) < 3:
-            return _PLAIN
+        if len(shape) < 3:  # in a layer of the user's it may be anything
+            return None if leaf.owner and len(shape) == 2 else _PLAIN
         return frozenset(range(len(shape))) if leaf.name.startswith("embedding") else None
     return None
 
@@ -285,8 +310,11 @@ def _units(leaf: Leaf, are_first: bool) -> Shape:
         return (0,)
     if leaf.vector is not None:
         return _outputs(shape, leaf.vector.layer, module) or last
-    if module in _ATTENTION and len(shape) == 3:
+    is_depthwise = "depthwise" in module.lower() and shape[-2] > 1  # Keras' own
+    if (module in _ATTENTION and len(shape) == 3) or (is_depthwise and len(shape) > 2):
         return everything[-2:]
+    if module in ("q_einsum", "kv_einsum", "qkv_einsum"):  # Gemma's, heads in front
+        return (*everything[:-2], everything[-1])
     return everything[-2:-1] if "_transpose" in module and len(shape) > 2 else last
 
 

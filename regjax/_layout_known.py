@@ -54,6 +54,26 @@ def form_of(parent: object, name: str) -> Form | None:
         return _of_nnx(parent, name)
     if type(parent).__module__.startswith("equinox.nn"):
         return _of_equinox(parent, name)
+    if isinstance(parent, Mapping):
+        return _of_keras(parent.get(name), name)
+    return None
+
+
+def _of_keras(layer: Any, name: str) -> Form | None:
+    """Keras, whose adapter gives the layer of each variable: those with other outputs than last."""
+    kind = type(layer).__name__
+    if not (type(layer).__module__.startswith("keras.") and name.startswith("kernel")):
+        return None
+    if kind == "EinsumDense":
+        rest, _, result = layer.equation.replace(" ", "").partition("->")
+        letters = rest.rpartition(",")[2]
+        units = tuple(i for i, letter in enumerate(letters) if letter in result)
+        return Form((None,) * len(letters), units)
+    ndim = getattr(layer, "rank", 0) + 2
+    if kind.startswith("DepthwiseConv"):
+        return Form((None,) * ndim, (ndim - 2, ndim - 1))
+    if kind.startswith("Conv") and kind.endswith("Transpose"):
+        return Form((None,) * ndim, (ndim - 2,))
     return None
 
 

@@ -89,11 +89,14 @@ class LinenRunner:
         self, seen: "_Seen", old: State, new: Mapping[str, Tree], key: PRNGKey | None
     ) -> None:
         """Raises ValueError where layers did not train, and no keyword could have told them."""
-        name, is_told = type(self.module).__name__, _calls.mode_options(self._function, True)
-        if is_told or _calls.mode_fields(self.module, True):
+        name, told = type(self.module).__name__, _calls.mode_options(self._function, True)
+        told = told or _calls.mode_fields(self.module, True)
+        # Of those that are told some layers may rest on purpose.
+        if seen.resting and not (told and seen.training):
+            what = f"layers that were not training: {seen.resting[0]}"
+            raise _calls.not_told(name, what, told=list(told))
+        if told:
             return
-        if seen.resting:
-            raise _calls.not_told(name, f"layers that were not training: {seen.resting[0]}")
         pairs = zip(
             jax.tree.leaves(old.get("batch_stats", {})),
             jax.tree.leaves(_parts.restricted(new, old).get("batch_stats", {})),
@@ -160,8 +163,9 @@ def from_linen(
       call: (module, inputs, **options) -> outputs, a function or a method of the module's class;
         None: the module's `__call__`. `inputs` and outputs are any trees of arrays whose leading
         axis is the examples. It is told of training by whichever of the keywords `train`,
-        `training`, `is_training`, `is_train`, `deterministic`, `use_running_average`, `inference`
-        and `is_eval` it takes; where it takes none, by such a field of the module.
+        `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
+        `use_running_average`, `inference` and `is_eval` it takes; where it takes none, by such a
+        field of the module.
       rngs: names of the streams of random numbers that the key is split for; None: "dropout", which
         gets the key itself.
       wrt: which leaves of "params" are the parameters: a tree of bools like it or an upper part of

@@ -10,7 +10,7 @@ that has no place yet is copied to each device, and the mesh is that of everythi
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
@@ -38,7 +38,8 @@ def settled(
     function: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
 ) -> _Result:
     """Calls a function with arrays on one mesh, which has automatic axes wherever that can be."""
-    arrays = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, jax.Array)]
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=_is_iterator)
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     explicit = [leaf for leaf in arrays if is_explicit(jax.typeof(leaf).sharding.mesh)]
     context = jax.sharding.get_abstract_mesh()
     mesh = _mesh_of(explicit, context, (args, kwargs))
@@ -60,7 +61,8 @@ def settled(
         return function(*args, **kwargs)  # a derivative outside of jax.jit: as JAX has it
     abstract = jax.typeof(explicit[0]).sharding.mesh if explicit else context
     with jax.sharding.use_abstract_mesh(abstract):
-        args, kwargs = jax.tree.map(functools.partial(_typed, abstract), (args, kwargs))
+        typed = functools.partial(_typed, abstract)
+        args, kwargs = jax.tree.map(typed, (args, kwargs), is_leaf=_is_iterator)
         return function(*args, **kwargs)
 
 
@@ -72,7 +74,8 @@ def _mesh_of(explicit: list[jax.Array], context: Any, arguments: _Tree) -> Mesh 
         return sharding.mesh
     if is_explicit(context) and not explicit:
         return _known_context()
-    nodes = jax.tree.leaves(arguments, is_leaf=_is_operator)
+    is_node = lambda node: _is_operator(node) or _is_iterator(node)
+    nodes = jax.tree.leaves(arguments, is_leaf=is_node)
     homes = [node.home for node in nodes if _is_operator(node)]
     return next((home for home in homes if home is not None), None)
 
@@ -82,6 +85,11 @@ def _known_context() -> Mesh | None:
         return jax.sharding.get_mesh()
     except ValueError:  # inside of jit
         return None
+
+
+def _is_iterator(node: Any) -> bool:
+    """Batches that come one by one: no tree, and JAX warns of who takes them for a leaf."""
+    return isinstance(node, Iterator)
 
 
 def _is_operator(node: Any) -> bool:
@@ -143,7 +151,7 @@ def automatic(tree: _Tree) -> _Tree:
         mesh = automatic_mesh(leaf.sharding.mesh)
         return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
 
-    return jax.tree.map(moved, tree)
+    return jax.tree.map(moved, tree, is_leaf=_is_iterator)
 
 
 def whole(tree: _Tree) -> _Tree:

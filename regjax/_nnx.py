@@ -45,8 +45,7 @@ class NnxRunner:
         counts = [stream.count.get_value() for stream in streams]
         statistics = jax.tree.leaves(nnx.state(module, nnx.BatchStat))
         outputs = self.outputs(module, inputs, True, rngs)
-        if not _calls.mode_options(self._function(module), True):
-            self._check_told(module, statistics, streams, counts)
+        self._check_told(module, statistics, streams, counts)
         return outputs, _parts.restricted(nnx.to_pure_dict(nnx.state(module)), state)
 
     def module(self, params: Params, state: State, train: bool) -> nnx.Module:
@@ -95,14 +94,21 @@ class NnxRunner:
         counts: list[jax.Array],
     ) -> None:
         """Raises ValueError where no layer trained: the call has turned them off."""
-        name = type(module).__name__
+        name, told = type(module).__name__, list(_calls.mode_options(self._function(module), True))
         now = jax.tree.leaves(nnx.state(module, nnx.BatchStat))
-        if now and all(old is new for old, new in zip(statistics, now, strict=False)):
-            raise _calls.not_told(name, "batch statistics that its call left as they were")
+        stays = bool(now) and all(a is b for a, b in zip(statistics, now, strict=False))
         pairs = zip(streams, counts, strict=True)
         is_still = all(stream.count.get_value() is count for stream, count in pairs)
-        if is_still and any(_drops(node) for _, node in nnx.iter_modules(module)):
-            raise _calls.not_told(name, "dropout that its call turned off")
+        drops = any(_drops(node) for _, node in nnx.iter_modules(module))
+        if told and ((now and not stays) or (drops and not is_still)):
+            return  # others may rest on purpose
+        if stays:
+            what = "batch statistics that its call left as they were"
+            raise _calls.not_told(name, what, told=told)
+        if is_still and drops:
+            raise _calls.not_told(name, "dropout that its call turned off", told=told)
+        if told:
+            return
         if is_still and not now and _has_generators(module):
             what = "generators that its call did not use"
             _calls.check_flags(self._function(module), name, what)
@@ -130,9 +136,10 @@ def from_nnx(
       call: (module, inputs, **options) -> outputs, a function or a method of the module's class;
         None: the module's `__call__`. `inputs` and outputs are any trees of arrays whose leading
         axis is the examples. It is told of training by whichever of the keywords `train`,
-        `training`, `is_training`, `is_train`, `deterministic`, `use_running_average`, `inference`
-        and `is_eval` it takes, besides the flags of the layers; with a key in train mode it gets
-        streams of random numbers as `rngs`, an `nnx.Rngs`, if it takes that.
+        `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
+        `use_running_average`, `inference` and `is_eval` it takes, besides the flags of the layers;
+        with a key in train mode it gets streams of random numbers as `rngs`, an `nnx.Rngs`, if it
+        takes that.
       rngs: names of the streams that the key is split for, in the module and in the `rngs` of the
         call; None: all those of the module, and one at the call, which stands for any name.
       wrt: which variables are the parameters: a type such as `nnx.LoRAParam` or several; a function

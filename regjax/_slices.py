@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from regjax import _layouts
+from regjax import _layout_guess, _layouts
 from regjax._axes import Axes, Layouts
 from regjax._base import Params
 
@@ -98,10 +98,21 @@ def _places(
             if path[:place] == names[leaf][:place]
         ):
             place += 1
-        # A tree of a single container, as {"layers": ...}: the container has the layers.
-        is_alone = place == 0 and len({path[:1] for path in names}) == 1
-        places.append(1 if is_alone and len(names[leaf]) > 1 else place)
+        places.append(_behind_container(leaf, names, place))
     return places
+
+
+def _behind_container(leaf: int, names: Sequence[tuple[str, ...]], place: int) -> int:
+    """Moves the place of an index behind a container that alone stands there, as "net/layers"."""
+    own = names[leaf]
+    below = [path for path in names if path[:place] == own[:place]]
+    shared = place
+    while not (shared and _layout_guess.CONTAINERS.match(own[shared - 1])):
+        if not all(len(path) > shared + 1 and path[shared] == own[shared] for path in below):
+            is_alone = place == 0 and shared > 0
+            return 1 if is_alone else place
+        shared += 1
+    return shared
 
 
 def take(array: jax.Array, where: Where, *, leading: int = 0) -> jax.Array:

@@ -479,6 +479,83 @@ def test_kernels_alone_in_a_container_of_layers_are_asked_for():
         assert None not in axes(guess_layout(plain)).values()
 
 
+def test_arrays_of_any_names_in_a_container_of_layers_are_asked_for():
+    for layers in (
+        {"wq": ZEROS((12, 8, 8)), "norm": ZEROS((12, 8))},
+        {"W": ZEROS((3, 8, 8)), "b": ZEROS((3, 8))},
+        {"q": {"lora_a": ZEROS((3, 8, 2)), "lora_b": ZEROS((3, 2, 8))}},
+    ):
+        for name in ("blocks", "decoder_layers", "encoderblock"):
+            assert set(axes(guess_layout({name: layers})).values()) == {None}
+    # Two axes each are matrices, and what shares no axis is no stack.
+    plain = {"W": ZEROS((8, 8)), "U": ZEROS((8, 8))}, {"a": ZEROS((3, 4, 8)), "b": ZEROS((5, 8, 9))}
+    for layers in plain:
+        assert None not in axes(guess_layout({"layers": layers})).values()
+
+
+def test_scales_of_norms_that_are_called_weights_are_no_kernels():
+    dense = {"weight": ZEROS((3, 8, 16)), "bias": ZEROS((3, 16))}
+    norm = {"weight": ZEROS((3, 8)), "bias": ZEROS((3, 8))}
+    for params in (
+        {"layers": {"any": norm, "dense": dense}},
+        {"layers": {"ln_1": {"weight": ZEROS((3, 8))}, "dense": dense}},
+        {"layers": {"post_norm": {"kernel": ZEROS((3, 8))}, "dense": dense}},
+    ):
+        found = axes(guess_layout(params))
+        kernels = [path for path, (_, inputs, _) in found.items() if inputs]
+        assert kernels == ["layers/dense/weight"]
+        assert {stack for stack, _, _ in found.values()} == {(0,)}
+    kernel = {"weight_norm": {"kernel": ZEROS((8, 16))}, "normal": {"kernel": ZEROS((8, 16))}}
+    assert set(axes(guess_layout(kernel)).values()) == {((), (0,), (1,))}
+
+
+def test_stacks_of_modules_that_users_write():
+    class Scale(nnx.Module):
+        def __init__(self, size):
+            self.weight = nnx.Param(ZEROS(size))
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.scale, self.dense = Scale(8), nnx.Linear(8, 16, rngs=rngs)
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.blocks = nnx.vmap(Block)(nnx.Rngs(0).split(3))
+            self.head = nnx.Linear(16, 2, rngs=nnx.Rngs(1))
+
+    found = axes(regjax.from_nnx(Net()).layout)
+    assert found["blocks/scale/weight"][0] == (0,)
+    assert found["blocks/dense/kernel"] == ((0,), (1,), (2,))
+    assert found["head/kernel"] == ((), (0,), (1,))
+
+
+def test_norms_of_heads_are_no_stack():
+    for shape in ((16, 8, 8), (4, 4, 8), (16, 2, 8)):
+        attention = {"query": {"kernel": ZEROS(shape)}, "norm": {"scale": ZEROS(shape[1:])}}
+        found = axes(guess_layout({"attention": attention, "norm": {"scale": ZEROS(shape[0])}}))
+        assert found["attention/norm/scale"] is None
+        assert found["attention/query/kernel"] in (None, ((), (0,), (1, 2)))
+
+
+def test_names_of_attention_and_of_depthwise_convolutions_without_a_bias():
+    params = {
+        "q": {"kernel": ZEROS((8, 2, 4))},
+        "v_proj": {"kernel": ZEROS((8, 2, 4))},
+        "kv_einsum": {"w": ZEROS((2, 3, 8, 4))},
+        "attn_vec_einsum": {"w": ZEROS((3, 4, 8))},
+        "depthwise_conv1d": {"kernel": ZEROS((3, 8, 2))},
+        "Depthwise_0": {"kernel": ZEROS((3, 3, 1, 8))},
+    }
+    assert axes(guess_layout(params)) == {
+        "q/kernel": ((), (0,), (1, 2)),
+        "v_proj/kernel": ((), (0,), (1, 2)),
+        "kv_einsum/w": ((), (2,), (0, 1, 3)),
+        "attn_vec_einsum/w": ((), (0, 1), (2,)),
+        "depthwise_conv1d/kernel": ((), (0,), (1, 2)),
+        "Depthwise_0/kernel": ((), (0, 1, 2), (3,)),
+    }
+
+
 def test_experts_are_asked_for():
     moe = {"gate": {"kernel": ZEROS((8, 4))}, "wi": ZEROS((4, 8, 16)), "wo": ZEROS((4, 16, 8))}
     for name in ("moe", "experts", "MoeBlock_0", "block_sparse_moe"):

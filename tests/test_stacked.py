@@ -10,6 +10,7 @@ import pytest
 
 import regjax
 from regjax import (
+    _slices,
     curvature,
     diagnostics,
     initializers,
@@ -290,6 +291,21 @@ def test_blocks(axis, kind, double):
                 found[name].dense(), expected[name].dense(), rtol=1e-9, atol=1e-11
             )
     assert list(curvature.by_block(of_stack, layout=stacked.layout(axis))) == ["blocks", "head"]
+
+
+def test_indices_stand_behind_the_container_of_the_layers():
+    layer = {"a": {"kernel": jnp.ones((3, 4, 2)), "bias": jnp.ones((3, 2))}}
+    head = {"kernel": jnp.ones((2, 2))}
+    for params, expected in (
+        ({"net": {"layers": layer}, "head": head}, "net/layers/0/a/bias"),
+        ({"net": {"stacked": layer}}, "net/stacked/0/a/bias"),
+        ({"net": layer, "head": head}, "net/0/a/bias"),
+        ({"net": layer}, "net/0/a/bias"),
+        ({"layers": layer}, "layers/0/a/bias"),
+        ({"layers": {"inner": layer}, "head": head}, "layers/0/inner/a/bias"),
+    ):
+        names = [part.name for part in _slices.parts(params, None)]
+        assert expected in names, names
 
 
 def test_vectors_of_a_block_are_those_of_the_layer():

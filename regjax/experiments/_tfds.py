@@ -78,7 +78,7 @@ def _builder(tfds: Any, name: str, folder: Path | None, others: Sequence[str]) -
         with contextlib.suppress(tfds.core.DatasetNotFoundError):
             return tfds.builder(name, data_dir=folder)
     names = tfds.list_builders(with_community_datasets=False)  # the others need TensorFlow
-    close = difflib.get_close_matches(name.lower(), [*others, *names], n=3)
+    close = difflib.get_close_matches(name.lower(), [*others, *names], n=3, cutoff=0.65)
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
     raise DataError(
         f"Unknown data set {name!r}{hint}: it must be {', '.join(others)}, or the name of an image "

@@ -158,6 +158,38 @@ def test_dropout_follows_the_key_and_needs_one(data):
         run(None)
 
 
+def test_dropout_that_was_told_not_to_train_is_refused(data):
+    class Own(eqx.Module):
+        dropout: eqx.nn.Dropout
+        linear: eqx.nn.Linear
+
+        def __call__(self, x, *, noisy=False, key=None):
+            return self.dropout(self.linear(x), key=key, inference=not noisy)
+
+    net = Own(eqx.nn.Dropout(0.5), eqx.nn.Linear(5, 3, key=KEY))
+    run = lambda model, train: model.apply(model.params, {}, data[0], train=train, key=KEY)[0]
+    model = regjax.from_equinox(net)
+    evaluation = run(model, False)
+    with pytest.raises(
+        ValueError, match=r"`mode` must be 'evaluation' .* Own has dropout that its"
+    ):
+        run(model, True)
+    with pytest.raises(ValueError, match=r"Own has dropout .*, though its call is told by train"):
+        run(regjax.from_equinox(net, call=lambda net, x, key, train: jax.vmap(net)(x)), True)
+
+    def call(net, x, key, train):
+        one = lambda x, key: net(x, key=key, noisy=train)
+        keys = None if key is None else jax.random.split(key, len(x))
+        return jax.vmap(one, (0, None if key is None else 0))(x, keys)
+
+    told = regjax.from_equinox(net, call=call)
+    np.testing.assert_array_equal(run(told, False), evaluation)
+    assert np.abs(run(told, True) - evaluation).max() > 1e-3
+    jax.jit(jax.grad(lambda params: told.apply(params, {}, data[0], train=True, key=KEY)[0].sum()))(
+        told.params
+    )
+
+
 def test_a_batch_norm_that_was_told_not_to_train_is_refused(data):
     class Frozen(eqx.Module):
         norm: eqx.nn.BatchNorm

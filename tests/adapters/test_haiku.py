@@ -125,6 +125,10 @@ def test_a_flag_of_training_that_is_not_known_is_refused(data):
     outputs, _ = told.apply(told.params, told.state, data[0], train=True, key=KEY)
     np.testing.assert_array_equal(outputs, net.apply(params, state, KEY, data[0], True)[0])
 
+    known = regjax.from_haiku(NET, params, state, call=lambda apply, x, *, train: apply(x, False))
+    with pytest.raises(ValueError, match="left as it was, though its call is told by train"):
+        known.apply(known.params, known.state, data[0], train=True, key=KEY)
+
     net = hk.transform(dropped)
     model = regjax.from_haiku(net, net.init(KEY, data[0]))
     with pytest.raises(ValueError, match=r"flags noisy.*call=lambda .*module\(inputs, noisy=train"):

@@ -240,3 +240,19 @@ def test_wrong_arguments_are_named(data, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
     with pytest.raises(ValueError, match=r"KERAS_BACKEND=jax .* got the backend 'tensorflow'"):
         regjax.from_keras(make())
+
+
+def test_layers_know_the_outputs_of_their_kernels():
+    inputs = keras.Input((8, 3))
+    hidden = keras.layers.DepthwiseConv1D(3, use_bias=False, depth_multiplier=2, name="a")(inputs)
+    hidden = keras.layers.Conv1DTranspose(6, 3, use_bias=False, name="b")(hidden)
+    heads = keras.layers.EinsumDense("btd,ndh->btnh", (None, 2, 4), name="c")(hidden)
+    outputs = keras.layers.EinsumDense("btnh,nhd->btd", (None, 6), name="d")(heads)
+    layout = regjax.from_keras(keras.Model(inputs, outputs)).layout
+    found = {name: (one["kernel"].inputs, one["kernel"].outputs) for name, one in layout.items()}
+    assert found == {
+        "a": ((0,), (1, 2)),
+        "b": ((0, 2), (1,)),
+        "c": ((1,), (0, 2)),
+        "d": ((0, 1), (2,)),
+    }

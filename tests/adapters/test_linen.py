@@ -272,6 +272,44 @@ def test_a_module_that_does_not_hear_of_training_is_refused(kind, data):
 
 
 @pytest.mark.parametrize("kind", LAYERS[:3])
+def test_a_call_that_hands_nothing_on_is_refused(kind, data):
+    evaluation = run(Known(kind), data, train=False)
+    call = lambda module, x, *, train: module(x)
+    np.testing.assert_array_equal(run(Known(kind), data, train=False, call=call), evaluation)
+    with pytest.raises(ValueError, match=r"`mode` .* Known has .*, though its call is told by tra"):
+        run(Known(kind), data, train=True, call=call)
+
+
+class Partly(linen.Module):
+    @linen.compact
+    def __call__(self, x, train=False):
+        x = linen.BatchNorm(use_running_average=True)(x)
+        return Layer("dropout")(x, train)
+
+
+def test_some_layers_may_rest_on_purpose(data):
+    evaluation, train = (run(Partly(), data, train=train) for train in (False, True))
+    assert np.abs(evaluation - train).max() > 1e-3
+
+
+def test_flags_of_other_names(data):
+    class Dropped(linen.Module):  # as in T5X and MaxText
+        @linen.compact
+        def __call__(self, x, enable_dropout=True):
+            return Layer("dropout")(x, enable_dropout)
+
+    class Moded(linen.Module):
+        @linen.compact
+        def __call__(self, x, model_mode="predict"):
+            return Layer("own")(x, model_mode == "train")
+
+    evaluation, train = (run(Dropped(), data, train=train) for train in (False, True))
+    assert np.abs(evaluation - train).max() > 1e-3
+    with pytest.raises(ValueError, match=r"Moded has .* the flags model_mode"):
+        run(Moded(), data, train=True)
+
+
+@pytest.mark.parametrize("kind", LAYERS[:3])
 def test_a_module_that_always_trains_does_so_and_cannot_be_evaluated(kind, data):
     assert np.isfinite(run(Always(kind), data, train=True)).all()
     with pytest.raises((ValueError, Exception), match=r"`key` must be given|immutable"):

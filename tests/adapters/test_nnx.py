@@ -213,6 +213,26 @@ def test_a_module_that_turns_its_layers_off_is_refused_in_train_mode(kind, what,
         for mode in ("evaluation", "train")
     )
     assert np.abs(evaluation - train).max() > 1e-3
+    silent = regjax.from_nnx(module, call=lambda module, x, *, train: module(x))
+    with pytest.raises(ValueError, match=f"Deaf has {what}.*, though its call is told by train"):
+        regjax.model_function(silent, mode="train", key=KEY)(silent.params, data[0])
+
+
+def test_some_layers_may_rest_on_purpose(data):
+    class Partly(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(5, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x, train=False):
+            return self.dropout(self.norm(x, use_running_average=True), deterministic=not train)
+
+    model = regjax.from_nnx(Partly(nnx.Rngs(0)))
+    evaluation, train = (
+        regjax.model_function(model, mode=mode, key=KEY)(model.params, data[0])
+        for mode in ("evaluation", "train")
+    )
+    assert np.abs(evaluation - train).max() > 1e-3
 
 
 class Adapted(nnx.Module):

@@ -17,8 +17,8 @@ def by_block(operator: Operator, *, depth: int = 1, layout: Layouts = None) -> d
     interlace with the whole matrix's; couplings between layers are left out by definition.
 
     Layers that are stacked in one array have the blocks that they would have with arrays of their
-    own: the path of a slice has the layer's index behind the last name that all of them share, as
-    "blocks/3/attention" with `depth=3`.
+    own: the path of a slice has the layer's index where the stack begins, behind a container's name
+    if there is one, as "blocks/3/attention" with `depth=3`.
 
     Args:
       operator: symmetric.
