@@ -336,7 +336,7 @@ def check_parts(
 @_programs.bounded
 @jax.jit
 def _of_parts(weights: Partial, params: Params, parts: Batch) -> tuple[jax.Array, ...]:
-    return jax.lax.map(lambda part: weights(params, *part), parts)
+    return jax.vmap(lambda part: weights(params, *part))(parts)
 
 
 @_programs.bounded
