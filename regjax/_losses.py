@@ -276,20 +276,67 @@ def check_constant(weights: Partial, params: Params, batch: Batch, name: str = "
     Raises:
       ValueError: they do.
     """
-    traced = jax.make_jaxpr(weights)(*_programs.structs((params, *batch)))
-    _, used = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    if not any(used[: len(jax.tree.leaves(params))]):
+    if not any(_read(weights, params, batch)[: len(jax.tree.leaves(params))]):
         return
-    if not _loops.is_concrete(weights, params, batch):
-        return
-    # What was stopped, or goes through a custom derivative, shows in numbers alone.
-    slopes = jax.grad(lambda params: sum(weights(params, *batch)))(params)
-    if any(np.asarray(leaf).any() for leaf in jax.tree.leaves(slopes)):
+    slopes = jax.grad(lambda params, *batch: sum(weights(params, *batch)))
+    if _loops.is_concrete(weights, params, batch):
+        found = jax.tree.leaves(slopes(params, *batch))
+        is_constant = not any(np.asarray(leaf).any() for leaf in found)
+    else:  # Those of what was stopped are zeros that read nothing.
+        is_constant = not any(_read(slopes, params, batch))
+    if not is_constant:
         raise ValueError(
             f"`{name}(...).weight` must not depend on the parameters, got one whose derivative is "
             "not zero. A quotient of two functions of the parameters is a plain scalar loss, for "
             "data in one piece."
         )
+
+
+def _read(function: Callable[..., Tree], params: Params, batch: Batch) -> list[bool]:
+    """Which leaves of its arguments a function reads."""
+    traced = jax.make_jaxpr(function)(*_programs.structs((params, *batch)))
+    return partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))[1]
+
+
+def check_parts(
+    weights: Partial, params: Params, batch: Batch, size: int, name: str = "loss_fn"
+) -> None:
+    """Checks the weights of the parts of data that a host can look at, on one device.
+
+    Args:
+      weights: (params, *batch) -> weights over the number of examples.
+      params: the parameters.
+      batch: all data.
+      size: number of examples of a part; what is left over is not looked at.
+      name: what the loss is called in a message.
+
+    Raises:
+      ValueError: one is negative, or they are not the weight of all parts together.
+    """
+    count = _checks.num_examples(batch) // size
+    if not _loops.is_concrete(weights, params, batch) or find(batch, params) is not None:
+        return
+    parts = jax.tree.map(
+        lambda leaf: leaf[: count * size].reshape(count, size, *leaf.shape[1:]), batch
+    )
+    own = [np.asarray(values, np.float64) for values in _of_parts(weights, params, parts)]
+    for value in np.concatenate(own):
+        check_weight(value, name)
+    if count * size < _checks.num_examples(batch):
+        return
+    for values, whole in zip(own, map(float, evaluated(weights, params, batch)), strict=True):
+        if not abs(np.mean(values) - whole) <= 1e-4 * whole:
+            raise ValueError(
+                f"`{name}(...).weight` must add up over the data, got {np.sum(values) * size:g} of "
+                f"parts of {size} examples and {whole * count * size:g} of all: return the weight "
+                "as it is, and not 1 in place of 0."
+            )
+
+
+@_programs.bounded
+@jax.jit
+def _of_parts(weights: Partial, params: Params, parts: Batch) -> tuple[jax.Array, ...]:
+    return jax.vmap(lambda part: weights(params, *part))(parts)
 
 
 @_programs.bounded

@@ -84,7 +84,13 @@ class Program:
         trace = self._trace(arguments)
         constants = [self.constants[place] for place in trace.places]
         outputs = jaxpr_as_fun(trace.jaxpr)(*constants, *jax.tree.leaves(arguments))
-        return jax.tree.unflatten(jax.tree.structure(trace.outputs), outputs)
+        shapes, treedef = jax.tree.flatten(trace.outputs)
+        # A number of the program itself comes as a literal.
+        arrays = [
+            output if isinstance(output, jax.Array) else jnp.asarray(output, shape.dtype)
+            for output, shape in zip(outputs, shapes, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, arrays)
 
     def outputs(self, *arguments: Any) -> Any:
         """The shapes of what the program computes of arguments."""
@@ -205,7 +211,9 @@ def _find(code: Code) -> Code:
     alone = None if all(description.is_whole for description in described) else object()
     # An equation remembers the mesh under which it was traced.
     mesh = jax.sharding.get_abstract_mesh()
-    text = (texts, places, tuple(code.traces), code.couples_examples, mesh)
+    # What two functions give may be called differently: a loss and aux, a sum and its weight.
+    forms = tuple(jax.tree.structure(trace.outputs) for trace in code.traces.values())
+    text = (texts, places, forms, tuple(code.traces), code.couples_examples, mesh)
     name = (text, alone)
     found = _known.get(name)
     if found is not None:

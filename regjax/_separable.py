@@ -1,13 +1,15 @@
 """Whether a loss is a mean over independent examples: tried on some of them, before data are split.
 
 Values alone do not tell. At a head of zeros every cross-entropy is log C, whatever batch norm in
-train mode does below; its gradient with respect to the head is not.
+train mode does below; its gradient with respect to the head is not. The data at hand do not tell
+either: of a mask of ones a masked mean is a mean, until the batch comes that is padded. So it is
+tried on other data too, examples of zeros and ones among those that came.
 """
 
 import collections
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +49,9 @@ def check_separable(loss_fn: LossFn, params: Params, *batch: Tree, tol: float = 
     Compares the values and the gradients of the whole batch with those of two parts of it. What
     goes over data in parts does so by itself, once for a function and its shapes and outside of
     `jit`, on the examples of a chunk (8 to 64), taken from all over the data. Inside of `jit`, and
-    of data that lie on several machines, no host can look.
+    of data that lie on several machines, no host can look. Both are done with the examples as they
+    are and, as far as the loss is finite there, with some of them replaced by zeros and ones: a
+    mean over the ones of a mask is none over the examples, even where this mask is all ones.
 
     Args:
       loss_fn: (params, *batch) -> scalar, or `WeightedMean`.
@@ -101,13 +105,13 @@ def ensure_separable(
         return
     length = _checks.num_examples(batch)
     count = min(length, _MOST, max(size, _FEWEST))
-    if count < 2 or not _has_numbers(programs, params, batch):
+    if count < 2 or not has_numbers(programs, params, batch):
         return
     what = (count, *(program.code for program in programs), _programs.types((params, batch)))
     if what in _passed:
         return
-    # Those at the beginning may be of one class, or have equal weights.
-    places = np.arange(count) * length // count
+    # Those at the beginning may be of one class, the last ones padded.
+    places = np.arange(count) * (length - 1) // (count - 1)
     some = jax.tree.map(lambda leaf: leaf[places], batch)
     _Check(loss_fn, params, some, name).compare(_TOLERANCE)
     _passed[what] = None
@@ -115,7 +119,9 @@ def ensure_separable(
         _passed.popitem(last=False)
 
 
-def _has_numbers(*trees: Tree) -> bool:
+def has_numbers(*trees: Tree) -> bool:
+    """Tells whether a host can look at all leaves: they are numbers, and on this machine."""
+
     def is_elsewhere(leaf: Any) -> bool:
         is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
         return is_shape or not getattr(leaf, "is_fully_addressable", True)
@@ -130,9 +136,7 @@ class _Check:
         length = _checks.num_examples(batch)
         self.cut = max(1, length // 3)
         self.params, self.name, self.length = params, name, length
-        first = jax.tree.map(lambda leaf: leaf[: self.cut], batch)
-        second = jax.tree.map(lambda leaf: leaf[self.cut :], batch)
-        self.batches = (batch, first, second)
+        self.batches = self._split(batch)
         self.loss_fn = loss_fn
         # Traced anew each time: the function may have changed since.
         signatures = [(params, *part) for part in self.batches]
@@ -146,30 +150,65 @@ class _Check:
 
     def compare(self, tol: float) -> None:
         tol = max(tol, 16 * self.eps) if self.eps > jnp.finfo(jnp.float32).eps else tol
-        values, gradients, weights = _measured(self.program, self.params, self.batches)
+        measured = _measured(self.program, self.params, self.batches)
+        for weight in jax.tree.leaves(measured.weights):
+            check_weight(weight, self.name)
+        if not np.isfinite(measured.values[0]):
+            raise ValueError(
+                f"`{self.name}` must be finite on the batch, got {measured.values[0]}."
+            )
+        fault = self._fault(self.batches, measured, tol)
+        # In the second part alone: of as many in both each would have the same share of a mask.
+        rest = self.length - self.cut
+        for put, count in ((_flipped, max(1, rest // 2)), (jnp.zeros_like, rest)):
+            fault = fault or self._fault_of_others(put, count, tol)
+        if fault:
+            self._refuse(*fault)
+
+    def _fault_of_others(
+        self, put: Callable[[Any], jax.Array], count: int, tol: float
+    ) -> tuple[str, str] | None:
+        """The same with the last `count` examples replaced; None where that gives no numbers."""
+        batch = jax.tree.map(functools.partial(_replaced, put=put, count=count), self.batches[0])
+        batches = self._split(batch)
+        try:
+            measured = jax.device_get(_measured(self.program, self.params, batches))
+            is_fine = all(np.isfinite(number) for number in jax.tree.leaves(measured))
+            is_fine = is_fine and all(w >= 0 for w in jax.tree.leaves(measured.weights))
+            fault = self._fault(batches, measured, tol) if is_fine else None
+        except (FloatingPointError, jax.errors.JaxRuntimeError):  # of those who look for NaN
+            return None
+        return fault and (f"with zeros and ones for the last {count} {fault[0]}", fault[1])
+
+    def _fault(
+        self, batches: tuple[Batch, ...], measured: "_Measured", tol: float
+    ) -> tuple[str, str] | None:
+        """What the whole batch does and what its parts do instead, if they differ."""
+        values, gradients, weights = measured
         for whole, one, two in zip(*weights, strict=True):
-            for weight in (whole, one, two):
-                check_weight(weight, self.name)
             if not abs(whole - one - two) <= tol * abs(whole):
-                self._refuse(f"has the weight {whole:g}", f"have {one + two:g} together")
+                return f"has the weight {whole:g}", f"have {one + two:g} together"
         whole, parts = float(values[0]), float(values[1] + values[2])
-        if not np.isfinite(whole):
-            raise ValueError(f"`{self.name}` must be finite on the batch, got {whole}.")
         sizes = max(abs(whole), *(abs(float(value)) for value in values[3:]))
         norm, gap, largest = (float(number) for number in gradients)
         same_value = abs(whole - parts) <= tol * sizes + _UNITS * self.eps
         # A gradient that is no number tells nothing.
         same_gradient = gap <= tol * largest + self.eps**2 or not np.isfinite(norm)
         if same_value and same_gradient:
-            return
-        value, gradient = _moved(self.program, self.params, self.batches[0], self.eps)
+            return None
+        value, gradient = _moved(self.program, self.params, batches[0], self.eps)
         if not (same_value or abs(whole - parts) <= _MOVES * float(value)):
-            self._refuse(f"gives {whole:.6g}", f"gives {parts:.6g}")
+            return f"gives {whole:.6g}", f"gives {parts:.6g}"
         if not (same_gradient or gap <= _MOVES * float(gradient)):
-            self._refuse(
+            return (
                 "has another gradient",
                 f"differs from it by {gap:.2g}, of gradients of norm {largest:.2g}",
             )
+        return None
+
+    def _split(self, batch: Batch) -> tuple[Batch, ...]:
+        first = jax.tree.map(lambda leaf: leaf[: self.cut], batch)
+        return batch, first, jax.tree.map(lambda leaf: leaf[self.cut :], batch)
 
     def _refuse(self, whole: str, parts: str) -> None:
         raise ValueError(
@@ -177,22 +216,45 @@ class _Check:
             f"the weighted mean of {self.cut} and {self.length - self.cut} examples {parts}. A sum "
             "does this, a mean that is divided by anything but the number of examples, batch norm "
             "in train mode, and dropout with one key for the whole batch. Return "
-            "regjax.WeightedMean(sum, weight), give each example a key of its own as data, use "
+            "regjax.WeightedMean(sum, weight), with the weight as it is and not 1 in place of 0, "
+            "give each example a key of its own as data, use "
             'mode="evaluation" or "train_per_chunk" of a model, or leave out `chunk_size`. Who '
             f"knows better passes regjax.assume_separable({self.name})."
         )
 
 
-@jax.jit
-def _measured(
-    program: Program, params: Params, batches: tuple[Batch, ...]
-) -> tuple[list[jax.Array], tuple[jax.Array, ...], list[list[jax.Array]]]:
-    """Values, gradients and weights of the whole and of the parts.
+def _replaced(leaf: Any, put: Callable[[Any], jax.Array], count: int) -> Any:
+    """A leaf with others in place of its last `count` rows; keys as they are."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return leaf
+    is_last = np.arange(len(leaf)) >= len(leaf) - count
+    leaf = jnp.asarray(leaf)  # NumPy's may be wider than JAX's
+    return jnp.where(is_last.reshape(-1, *[1] * (leaf.ndim - 1)), put(leaf), leaf)
 
-    Returns:
-      The losses: of the whole, what each part adds to it, and those of the parts by themselves; the
-      norm of the gradient, of the difference from the parts', and the largest one; the weights.
+
+def _flipped(leaf: Any) -> jax.Array:
+    """1 for 0, and 0 for all else: the ones of a mask are gone, and another class is there."""
+    return jnp.asarray(leaf == 0, leaf.dtype)
+
+
+class _Measured(NamedTuple):
+    """Numbers of the whole and of the parts.
+
+    Attributes:
+      values: the losses: of the whole, what each part adds to it, and those of the parts by
+        themselves.
+      gradients: the norm of the gradient, of the difference from the parts', and the largest one.
+      weights: of the whole and of each part.
     """
+
+    values: list[jax.Array]
+    gradients: tuple[jax.Array, ...]
+    weights: list[list[jax.Array]]
+
+
+@jax.jit
+def _measured(program: Program, params: Params, batches: tuple[Batch, ...]) -> _Measured:
+    """Values, gradients and weights of the whole and of the parts."""
     terms_of = functools.partial(_terms, program, params)
     weights = [[jax.lax.stop_gradient(weight) for _, weight in terms_of(b)] for b in batches]
 
@@ -213,7 +275,8 @@ def _measured(
     largest = functools.reduce(jnp.maximum, [norms[0], *own_norms])
     values = [value for value, _ in both]
     own = [value * ratio for value, ratio in zip(values[1:], ratios, strict=True)]
-    return [*values, *own], (norms[0], _numerics.scaled_norm(gap), largest), weights
+    slopes = norms[0], _numerics.scaled_norm(gap), largest
+    return _Measured([*values, *own], slopes, weights)
 
 
 @jax.jit

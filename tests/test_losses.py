@@ -314,11 +314,14 @@ def test_a_weight_is_a_wide_number_that_the_parameters_do_not_move():
     with pytest.raises(ValueError, match="must not depend on the parameters"):
         curvature.hessian(moved, PARAMS, *BATCH)
     stopped = lambda params, *batch: moved(jax.lax.stop_gradient(params), *batch)
-    curvature.hessian(
-        lambda p, *batch: WeightedMean(loss_fn(p, *batch).sum, stopped(p, *batch).weight),
-        PARAMS,
-        *BATCH,
-    )
+    constant = lambda p, *batch: WeightedMean(loss_fn(p, *batch).sum, stopped(p, *batch).weight)
+    curvature.hessian(constant, PARAMS, *BATCH)
+    # Inside of `jit` there are no numbers to look at.
+    product = lambda loss: lambda p: curvature.hessian(loss, p, *BATCH, chunk_size=4).matvec(p)
+    with pytest.raises(ValueError, match="must not depend on the parameters"):
+        jax.jit(product(moved))(PARAMS)
+    found, expected = jax.jit(product(constant))(PARAMS), product(constant)(PARAMS)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
 
 
 @pytest.mark.parametrize("weights", [jnp.ones((N, T + 1)), jnp.ones((N, T, C)), jnp.float32(1)])
@@ -327,3 +330,115 @@ def test_weights_of_another_shape_are_refused(weights):
         curvature.fisher(model, PARAMS, INPUTS, weights, key=None, num_samples=None)
     with pytest.raises(ValueError, match=r"must return the loss of each|must have an axis"):
         curvature.gauss_newton(model, nll, PARAMS, INPUTS, TARGETS, weights)
+
+
+@pytest.mark.parametrize("count", [len, float, jnp.float32, jnp.asarray, np.float64], ids=str)
+def test_a_weight_may_be_a_number_of_the_program(count):
+    number = lambda inputs: count(inputs) if count is len else count(len(inputs))
+    loss = lambda params, inputs, targets: WeightedMean(
+        jnp.sum(nll(model(params, inputs), targets)) / T, number(inputs)
+    )
+    mean = lambda params, inputs, targets, mask: jnp.mean(nll(model(params, inputs), targets))
+    close(curvature.hessian(loss, PARAMS, INPUTS, TARGETS, chunk_size=4), dense(mean))
+
+
+def test_a_sum_and_its_weight_are_no_loss_and_aux():
+    """The programs are equal, not what they mean."""
+    square = lambda params, inputs: jnp.sum((inputs @ params["a"]) ** 2)
+    weighted = lambda params, inputs: WeightedMean(square(params, inputs), jnp.float32(N))
+    with_aux = lambda params, inputs: (square(params, inputs), jnp.float32(N))
+    curvature.hessian(weighted, PARAMS, INPUTS)
+    with pytest.raises(ValueError, match="got a tuple of 2"):
+        curvature.hessian(with_aux, PARAMS, INPUTS)
+    names = lambda first, second: lambda params, inputs: {
+        first: inputs[:, 0] @ params["a"], second: inputs[:, 1] @ params["a"] * 2
+    }  # fmt: skip
+    loss = lambda outputs, targets: jnp.mean(outputs["u"] ** 2)
+    build = lambda model: curvature.gauss_newton(model, loss, {"a": PARAMS["a"]}, INPUTS, TARGETS)
+    one, other = (build(names(*pair)).dense() for pair in (("t", "u"), ("u", "v")))
+    expected = [factor * 2 * jnp.einsum("ni,nj->ij", x, x) / N / 6
+                for factor, x in ((4, INPUTS[:, 1]), (1, INPUTS[:, 0]))]  # fmt: skip
+    for found, gram in zip((one, other), expected, strict=True):
+        np.testing.assert_allclose(found, jnp.kron(gram, jnp.eye(6)), atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_each_example_of_the_empirical_fisher_has_a_loss_of_its_own(chunk_size):
+    build = lambda loss: curvature.empirical_fisher(
+        model, loss, PARAMS, INPUTS, (TARGETS, MASK), chunk_size=chunk_size
+    )
+    quotient = lambda outputs, batch: jnp.divide(*masked(outputs, batch))
+    at_least_one = lambda outputs, batch: WeightedMean(
+        masked(outputs, batch).sum, jnp.maximum(masked(outputs, batch).weight, 1.0)
+    )
+    for loss in (quotient, at_least_one):
+        with pytest.raises(ValueError, match="`output_loss_fn` must be the mean over independent"):
+            build(loss)
+    build(masked)
+
+
+@pytest.mark.parametrize("build", [curvature.gauss_newton, curvature.empirical_fisher, "fisher"])
+def test_weights_of_a_stream_are_checked_like_those_of_one_piece(build):
+    if build == "fisher":
+        start = (curvature.stream, curvature.fisher, model, PARAMS)
+        options = {"key": None, "num_samples": None}
+        batches = [(x, mask) for x, _, mask in parts(4, 9)]
+    else:
+        start, options, batches = (curvature.stream, build, model, nll, PARAMS), {}, parts(4, 9)
+    make = lambda batches: start[0](*start[1:], batches, **options).dense()
+    expected = make(batches)
+    narrow = [(*batch, mask.astype(jnp.bfloat16)) for *batch, mask in batches]
+    truth = [(*batch, np.asarray(mask, bool)) for *batch, mask in batches]
+    for other in (narrow, truth):
+        np.testing.assert_allclose(make(other), expected, atol=1e-7)
+    # In the last batch alone, whose sum is positive still.
+    *batch, mask = batches[1]
+    with pytest.raises((RuntimeError, ValueError), match="must be non-negative and finite, got -1"):
+        make([batches[0], (*batch, mask.at[0, 0].set(-1.0))])
+
+
+def test_a_run_over_a_weighted_stream_goes_on_whether_or_not_it_was_used(tmp_path):
+    start = jax.tree.map(jnp.ones_like, PARAMS)
+    make = lambda batches: curvature.stream(curvature.hessian, loss_fn, PARAMS, batches)
+    save = curvature.Checkpoint(tmp_path, every=1)
+    run = lambda operator, **options: curvature.lanczos(operator, start, 4, **options)
+
+    def stop(done, total, progress):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(make(parts(4, 9)), checkpoint=save, callback=stop)
+    doubled = [(x, y, 2 * mask) for x, y, mask in parts(4, 9)]
+    with pytest.raises(ValueError, match="must be of the same problem: `source`"):
+        run(make(doubled), checkpoint=save)
+    used, done = make(parts(4, 9)), []
+    used.matvec(start)
+    found = run(used, checkpoint=save, callback=lambda i, *_: done.append(i))
+    assert done[0] == 3
+    jax.tree.map(np.testing.assert_array_equal, found, run(used))
+
+
+def test_weights_of_parts_are_looked_at():
+    """The sum of all is positive."""
+    negative = MASK.at[6].set(-0.1)
+    with pytest.raises(ValueError, match=r"\.weight` must be non-negative and finite, got -0\.4"):
+        curvature.hessian(loss_fn, PARAMS, INPUTS, TARGETS, negative, chunk_size=1)
+    score = lambda loss, mask: pruning.taylor_scores(
+        loss, PARAMS, INPUTS, TARGETS, mask, batch_size=1
+    )
+    with pytest.raises(ValueError, match=r"`gate_loss.*\.weight` must be non-negative and finite"):
+        score(loss_fn, negative)
+
+    def at_least_one(params, *batch):
+        total, weight = loss_fn(params, *batch)
+        return WeightedMean(total, jnp.maximum(weight, 1.0))
+
+    with pytest.raises(ValueError, match=r"`gate_loss\(\.\.\.\)\.weight` must add up over the"):
+        score(at_least_one, MASK / 10)
+    score(loss_fn, MASK / 10)
+
+
+def test_numpy_labels_may_be_wider_than_those_of_jax():
+    batch = np.asarray(INPUTS), np.asarray(TARGETS, np.int64), np.asarray(MASK)
+    close(curvature.hessian(loss_fn, PARAMS, *batch, chunk_size=4), dense(plain))

@@ -190,3 +190,50 @@ def test_a_product_of_all_data_sees_their_weight_too():
     ):
         with pytest.raises(ValueError, match=r"\.weight` must be positive and finite, got 0"):
             use()
+
+
+CLASS_WEIGHTS = jnp.array([0.2, 1.0, 3.0])
+
+
+def over_tokens(params, inputs, targets, mask):
+    losses = jnp.square(inputs @ params["a"])[:, 0]
+    return jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def over_classes(params, inputs, targets, mask):
+    weights = CLASS_WEIGHTS[targets]
+    return jnp.sum(jnp.square(inputs @ params["a"])[:, 0] * weights) / jnp.sum(weights)
+
+
+def one_for_no_weight(params, inputs, targets, mask):
+    losses = jnp.square(inputs @ params["a"])[:, 0]
+    return WeightedMean(jnp.sum(losses * mask), jnp.maximum(jnp.sum(mask), 1.0))
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("loss_fn", [over_tokens, over_classes, one_for_no_weight])
+def test_what_the_first_data_do_not_show_is_found(loss_fn, size):
+    """All examples but the last ones are whole, and the labels are sorted."""
+    batch = INPUTS, jnp.sort(TARGETS), jnp.ones(16).at[14:].set(0.0)
+    source = [tuple(leaf[i : i + size] for leaf in batch) for i in range(0, 16, size)]
+    with pytest.raises(ValueError, match="`loss_fn` must be the mean over independent examples"):
+        curvature.stream(curvature.hessian, loss_fn, PARAMS, source)
+    # The test is remembered for the function: other data may be padded.
+    whole = INPUTS, 0 * TARGETS, jnp.ones(16)
+    with pytest.raises(ValueError, match="`loss_fn` must be the mean over independent examples"):
+        curvature.hessian(loss_fn, PARAMS, *whole, chunk_size=size)
+
+
+def test_data_that_give_no_number_tell_nothing():
+    """An example of zeros has no direction, and its losses no mean."""
+    batch = INPUTS, jnp.full(16, 2.0), jax.random.split(jax.random.key(0), 16)
+
+    def loss(params, inputs, counts, keys):
+        unit = inputs / jnp.linalg.norm(inputs, axis=1, keepdims=True)
+        noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+        outputs = unit @ params["a"] @ params["b"] + noise
+        return jnp.mean(jnp.sum(outputs**2, 1) / counts)
+
+    operator = curvature.hessian(loss, PARAMS, *batch, chunk_size=4)
+    expected = curvature.hessian(loss, PARAMS, *batch)
+    np.testing.assert_allclose(operator.dense(), expected.dense(), atol=1e-5)

@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Tree, terms
-from regjax._losses import MeanLoss, factors_of, mean_loss, mean_weights, with_factors
+from regjax._losses import MeanLoss, check_parts, factors_of, mean_loss, mean_weights, with_factors
 from regjax._programs import Program
 from regjax.pruning._oracle import gate_hessian_diagonal
 
@@ -112,7 +112,8 @@ def taylor_scores(
       A `TaylorScoresResult`.
 
     Raises:
-      ValueError: `gate_loss` is no scalar, or `batch_size` is not between 1 and N.
+      ValueError: `gate_loss` is no scalar, or `batch_size` is not between 1 and N; the weight of a
+        batch is negative, or the weights do not add up.
       TypeError: a gate is not real floating point, or `batch_size` not an integer.
 
     References:
@@ -185,6 +186,7 @@ def _prepared(
     if loss is not program:
         weights = Partial(mean_weights, program)
         loss = with_factors(loss, factors_of(weights, gates, used, "gate_loss"))
+        check_parts(weights, gates, used, size, "gate_loss")
     return loss, num_batches
 
 

@@ -204,6 +204,9 @@ def build(form: Form, params: Params, batch: Batch, chunk_size: int | None) -> C
     linearization, function, weights = form
     if weights is not None:
         factors = _losses.factors_of(weights, params, batch)
+        if chunk_size is not None:
+            size = min(chunk_size, _checks.num_examples(batch))
+            _losses.check_parts(weights, params, batch, size)
         linearization, function = _losses.with_factors((linearization, function), factors)
     return assemble(linearization, function, params, batch, chunk_size)
 

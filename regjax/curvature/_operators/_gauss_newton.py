@@ -45,6 +45,7 @@ from regjax.curvature._operators._curvature import (
 )
 from regjax.curvature._operators._likelihoods import check_outputs
 from regjax.curvature._operators._sandwich import (
+    ensure_own_losses,
     sandwich,
     split,
     traced_model,
@@ -198,17 +199,19 @@ def empirical_fisher_form(
     model, loss = _programs_of(model_fn, reduced, params, batch, chunk_size)
     outputs = model.outputs(params, batch[0])
     check_outputs("empirical", outputs, _checks.num_examples(batch))
+    if len(terms(loss.outputs(outputs, *batch[1:]))) > 1:
+        raise ValueError(
+            "`output_loss_fn` must return one regjax.WeightedMean, got several that add up: an "
+            "example has no weight of its own."
+        )
+    if chunk_size is None:
+        ensure_own_losses(output_loss_fn, reduced, model, loss, params, batch)
     if not _is_weighted(loss):
         return sandwich(Partial(_observed, loss), model, None, example, differences=differences)
     one = jax.eval_shape(
         lambda tree: jax.tree.map(lambda leaf: leaf[:1], tree), (outputs, *batch[1:])
     )
     own = trace(reduced, one)
-    if len(terms(own.outputs(*one))) > 1:
-        raise ValueError(
-            "`output_loss_fn` must return one regjax.WeightedMean, got several that add up: an "
-            "example has no weight of its own."
-        )
     curvature = Partial(_observed_weighted, mean_loss(loss), own)
     weights = Partial(_weights, model, loss)
     return sandwich(curvature, model, weights, example, differences=differences)

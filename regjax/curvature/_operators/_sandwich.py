@@ -6,6 +6,7 @@ pass (u = J v), a small product at the outputs (a = A u) and one reverse-mode pa
 Outputs are a tree of arrays. Its integer leaves have no derivative: they are apart, as `others`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree
-from regjax._base import Batch, ModelFn, Params, Tree
+from regjax._base import Batch, ModelFn, OutputLossFn, Params, Tree, applied, as_partial
 from regjax._differentiation import (
     DIFFERENCES,
     Mode,
@@ -26,6 +27,7 @@ from regjax._differentiation import (
     static,
 )
 from regjax._programs import Program
+from regjax._separable import ensure_separable, has_numbers
 from regjax.curvature._operators._curvature import Form, Linearization, trace
 
 
@@ -57,6 +59,12 @@ def with_weights(batch: Batch, weights: ArrayLike | None) -> Batch:
     return (*batch, array.astype(_weight_dtype(array)))
 
 
+def batch_with_weights(number: int, batch: Batch) -> Batch:
+    """The same of a batch in which the weights come after so many others, if they do."""
+    given, weights = batch[:number], batch[number:]
+    return with_weights(given, *weights) if len(weights) == 1 else batch
+
+
 def _weight_dtype(array: jax.Array) -> Any:
     return _tree.wide_dtype(array) if jnp.issubdtype(array.dtype, jnp.floating) else jnp.float32
 
@@ -65,6 +73,44 @@ def weighted_sum(weights: jax.Array, values: jax.Array) -> jax.Array:
     """Weights times values, which do not count where the weight is 0, not even as NaN."""
     weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
     return jnp.where(weights > 0, weights.astype(values.dtype) * values, jnp.zeros_like(values))
+
+
+def ensure_own_losses(
+    output_loss_fn: OutputLossFn,
+    reduced: Callable[..., Tree],
+    model: Program,
+    loss: Program,
+    params: Params,
+    batch: Batch,
+) -> None:
+    """Tests that each example has a loss of its own, of data that need not be split.
+
+    Args:
+      output_loss_fn: the user's.
+      reduced: (outputs, *rest of the batch) -> loss.
+      model: (params, inputs) -> outputs.
+      loss: the program of `reduced`.
+      params: the parameters.
+      batch: all data.
+
+    Raises:
+      ValueError: it has none, given the outputs.
+    """
+    if not has_numbers(model, loss, params, batch):
+        return
+    outputs = applied(model, params, batch[:1])
+    floats, _ = split(outputs)
+    shift = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), floats)
+    ensure_separable(
+        Partial(_shifted, as_partial(reduced)), shift, (outputs, *batch[1:]),
+        size=1, name="output_loss_fn", functions=(output_loss_fn,), programs=(loss,),
+    )  # fmt: skip
+
+
+def _shifted(loss_fn: Callable[..., Tree], shift: Tree, outputs: Tree, *rest: Tree) -> Tree:
+    floats, others = split(outputs)
+    moved = jax.tree.map(lambda leaf, by: leaf + by[None], floats, shift)
+    return loss_fn(_tree.merge(moved, others), *rest)
 
 
 def split(outputs: Tree) -> tuple[Tree, Tree]:

@@ -32,6 +32,7 @@ class Source:
       source: the caller's.
       prefetch: number of batches on the device besides the one that is computed.
       draw: (first, count) -> what is added to a batch that begins with example `first`; or None.
+      check: batch -> batch, checked and converted; or None.
       num_examples: of every pass, known after the first one.
       num_passes: passes begun.
       iterator: that of the last pass.
@@ -40,6 +41,7 @@ class Source:
     source: Tree
     prefetch: int
     draw: Callable[[int, int], jax.Array] | None = None
+    check: Callable[[Batch], Batch] | None = None
     num_examples: int | None = None
     num_passes: int = 0
     iterator: Tree = None
@@ -63,10 +65,15 @@ class Source:
         iterator = self.begin()
         try:
             for batch in iterator:
-                return _meshes.automatic(_checked(batch))
+                return self.checked(batch)
         finally:
             _close(iterator)
         raise ValueError("`source` must give at least one batch, got none.")
+
+    def checked(self, batch: Tree) -> Batch:
+        """A batch as the functions take it."""
+        found = _meshes.automatic(_checked(batch))
+        return found if self.check is None else self.check(found)
 
     def drawn(self, first: int, batch: Batch) -> Batch:
         """A batch that begins with example `first`, with its draws."""
@@ -137,7 +144,7 @@ def _reading(passes: Source) -> Iterator[tuple[queue.SimpleQueue[Tree], threadin
                     batch = next(iterator, _END)
                     if batch is _END:
                         break
-                    arrived.put(_put(_meshes.automatic(_checked(batch))))
+                    arrived.put(_put(passes.checked(batch)))
                     del batch
                     number += 1
             arrived.put(_END)

@@ -41,6 +41,7 @@ from regjax.curvature._operators._gauss_newton import (
 )
 from regjax.curvature._operators._hessian import hessian, hessian_form
 from regjax.curvature._operators._operator import Operator, subtree
+from regjax.curvature._operators._sandwich import batch_with_weights
 from regjax.curvature._operators._source import Source
 
 # How each matrix follows from a batch, and what stands before the source among the arguments.
@@ -156,7 +157,9 @@ class StreamedOperator(Operator):
     def facts(self) -> dict[str, Tree]:
         row = lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
         one = self._with_draws(jax.tree.map(row, self.programs.first))
-        linearization, function, params = self._parts(one)
+        # The factors follow from the rest, and are not known before the first pass.
+        bare = dataclasses.replace(self, programs=dataclasses.replace(self.programs, factors=None))
+        linearization, function, params = bare._parts(one)
         ours = CurvatureOperator(linearization, function, params, (), None, None, None)
         return {
             "params": self.params,
@@ -302,14 +305,17 @@ def stream(
     functions[0], params = part_of(functions[0], params, options.pop("wrt", None))
     params = widened(params) if options.get("differences") else params
     passes = Source(source, _checks.integer("prefetch", prefetch))
+    if operator_fn is not hessian:
+        passes.check = functools.partial(batch_with_weights, 1 if operator_fn is fisher else 2)
     first = passes.first()
     num_samples = options.get("num_samples", 1)
     if operator_fn is fisher and num_samples is not None:
         passes.draw = lambda first, count: draw_keys(options["key"], first, count, num_samples)
-
     # For single examples as well: the batches are parts of the data.
     make = functools.partial(form_fn, *functions, params, chunk_size=1, **options)
     form, programs = make(*first), _Programs(make, _programs.structs(first))
+    if _checks.num_examples(first) == 1:  # nothing to be split: tested several at a time
+        make(*jax.tree.map(lambda leaf: leaf[np.zeros(8, int)], first))
     programs.known[_programs.types(first)] = form
     one = assemble(form.linearization, form.function, params, passes.drawn(0, first), 1)
     return StreamedOperator(one.params, one.placement, passes, one.eps, programs)
@@ -323,10 +329,9 @@ def _split(
         known = ", ".join(function.__name__ for function in _FORMS)
         raise ValueError(f"`operator_fn` must be one of {known}, got {operator_fn!r}.")
     form_fn, names = _FORMS[operator_fn]
-    names = (*names, "source")
-    if len(arguments) != len(names):
+    if len(arguments) != len(names) + 1:
         raise TypeError(
-            f"`arguments` must be {', '.join(names)} for {operator_fn.__name__}, got "
+            f"`arguments` must be {', '.join(names)}, source for {operator_fn.__name__}, got "
             f"{len(arguments)} of them."
         )
     if "chunk_size" in options:
