@@ -332,7 +332,7 @@ def test_weights_of_another_shape_are_refused(weights):
         curvature.gauss_newton(model, nll, PARAMS, INPUTS, TARGETS, weights)
 
 
-@pytest.mark.parametrize("count", [len, float, jnp.float32, jnp.asarray, np.float64], ids=str)
+@pytest.mark.parametrize("count", [len, float, jnp.float32, jnp.asarray, np.float64], ids=range(5))
 def test_a_weight_may_be_a_number_of_the_program(count):
     number = lambda inputs: count(inputs) if count is len else count(len(inputs))
     loss = lambda params, inputs, targets: WeightedMean(
