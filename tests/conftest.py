@@ -5,6 +5,7 @@ as long. Numerically delicate tests, marked `optimized`, are compiled as for use
 what is compiled is thrown away between the two kinds, and they are few.
 """
 
+import collections
 import importlib.metadata
 import os
 import pathlib
@@ -30,6 +31,8 @@ import pytest
 # Every compiled function maps memory, and Linux ends a process at 65530 mappings.
 _MAX_MAPPINGS = 15_000
 _MAPPINGS = pathlib.Path("/proc/self/maps")
+# Set where a second Python is tried: so many cases of each test, and no slow ones.
+_MOST_CASES = int(os.environ.get("REGJAX_TEST_CASES") or 0)
 _OPTION = "jax_disable_most_optimizations"
 _QUICK = jax.config.read(_OPTION)
 
@@ -50,8 +53,17 @@ def _is_optimized(item):
     return item.get_closest_marker("optimized") is not None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: not _is_optimized(item))
+    if _MOST_CASES:
+        kept, counts = [], collections.Counter()
+        for item in items:
+            name = item.nodeid.split("[")[0]
+            if counts[name] < _MOST_CASES and item.get_closest_marker("slow") is None:
+                kept.append(item)
+                counts[name] += 1
+        config.hook.pytest_deselected(items=sorted(set(items) - set(kept), key=str))
+        items[:] = kept
 
 
 @pytest.hookimpl(tryfirst=True)
