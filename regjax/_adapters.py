@@ -24,7 +24,7 @@ import jax
 from regjax import _checks, _layouts
 from regjax._arguments import checked
 from regjax._axes import Layouts
-from regjax._base import Loss, ModelFn, OutputLossFn, Params, PRNGKey, State, Tree
+from regjax._base import Loss, ModelFn, OutputLossFn, Params, PRNGKey, State, Tree, Wrapper
 from regjax._runners import Apply, ApplyFn, CallableRunner, Run, Static
 
 _MODES = ("evaluation", "train", "train_per_chunk")
@@ -135,7 +135,7 @@ class ModelFunction:
     jax.tree_util.register_dataclass, data_fields=["function"], meta_fields=["output_loss_fn"]
 )
 @dataclasses.dataclass(frozen=True)
-class ModelLoss:
+class ModelLoss(Wrapper):
     """(params, inputs, targets) -> mean loss of a model.
 
     Attributes:
@@ -147,14 +147,9 @@ class ModelLoss:
     output_loss_fn: OutputLossFn
 
     @property
-    def couples_examples(self) -> bool:
-        """Tells whether the loss is more than a mean over independent examples."""
-        return self.function.couples_examples
-
-    @property
-    def differs_by_chunk(self) -> bool:
-        """Tells whether each chunk has statistics of its own, as asked for by name."""
-        return self.function.differs_by_chunk
+    def within(self) -> ModelFunction:
+        """The model."""
+        return self.function
 
     def __call__(self, params: Params, inputs: Tree, targets: Tree) -> Loss:
         """Computes the mean loss over the examples, or the weighted means of `output_loss_fn`."""

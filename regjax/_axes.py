@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from regjax import _checks
+from regjax import _checks, _selection
 
 _Tree: TypeAlias = Any  # `_base` stands on this file
 Layouts: TypeAlias = Any
@@ -166,15 +166,9 @@ def is_leaf(node: object) -> bool:
     return node is None or isinstance(node, Layout)
 
 
-def is_function(layout: object) -> bool:
-    """Tells a function from a tree that can be called, as a module of Equinox."""
-    leaves = jax.tree.leaves(layout, is_leaf=is_leaf)
-    return callable(layout) and all(map(callable, leaves))
-
-
 def check(name: str, layout: object) -> None:
     """Checks the type of a layout: a `Layout`, a tree of them and of None, or a function."""
-    if is_function(layout):
+    if _selection.is_function(layout, is_leaf=is_leaf):
         return
     for leaf in jax.tree.leaves(layout, is_leaf=is_leaf):
         if leaf is not None and not isinstance(leaf, Layout):

@@ -4,6 +4,7 @@ A loss is a mean over independent examples, or a weighted mean, so that data can
 chunks; what breaks this says so (`couples_examples`) or is found out (`_separable.py`).
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -133,6 +134,33 @@ def differs_by_chunk(function: Callable[..., Tree]) -> bool:
 def assumed_separable(function: Callable[..., Tree]) -> bool:
     """Tells whether its user says that nobody is to test whether `function` couples examples."""
     return _says(function, "assumed_separable")
+
+
+class Wrapper(abc.ABC):
+    """A function of another one, which says of itself what that one says.
+
+    Whoever wraps a loss or a model inherits from this: what a user declared must not be lost.
+    """
+
+    @property
+    @abc.abstractmethod
+    def within(self) -> Callable[..., Tree]:
+        """The function that is wrapped."""
+
+    @property
+    def couples_examples(self) -> bool:
+        """Tells whether one example's result depends on the others."""
+        return couples_examples(self.within)
+
+    @property
+    def differs_by_chunk(self) -> bool:
+        """Tells whether each chunk has statistics of its own, as asked for by name."""
+        return differs_by_chunk(self.within)
+
+    @property
+    def assumed_separable(self) -> bool:
+        """Tells whether nobody is to test whether the examples couple."""
+        return assumed_separable(self.within)
 
 
 def _says(function: Callable[..., Tree], name: str) -> bool:

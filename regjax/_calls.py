@@ -7,9 +7,8 @@ from types import ModuleType
 from typing import TypeAlias
 
 import jax
-from jax.interpreters import partial_eval
 
-from regjax import _checks
+from regjax import _checks, _jaxprs
 from regjax._base import PRNGKey, Tree
 
 Call: TypeAlias = Callable[..., Tree]
@@ -129,9 +128,7 @@ def not_told(
 
 def reads_key(function: Callable[[PRNGKey], Tree], key: PRNGKey) -> bool:
     """Tells whether the result of a function depends on the key that it is given."""
-    traced = jax.make_jaxpr(function)(key).jaxpr
-    _, used = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
-    return any(used)
+    return any(_jaxprs.read(jax.make_jaxpr(function)(key)))
 
 
 def named_keys(key: PRNGKey, names: tuple[str, ...], start: int = 0) -> dict[str, PRNGKey]:

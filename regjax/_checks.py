@@ -1,6 +1,6 @@
 """Validation at trace time: every error message of the library's arguments, written once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeAlias, TypeVar
 
@@ -264,15 +264,23 @@ def mask_leaves(mask: _Tree, like: _Tree, name: str = "mask") -> list[bool]:
     return [_bool(name, leaf) for leaf in leaves]
 
 
-def prefix_leaves(name: str, tree: _Tree, like: _Tree) -> list[Any]:
+def prefix_leaves(
+    name: str, tree: _Tree, like: _Tree, *, is_leaf: Callable[[Any], bool] | None = None
+) -> list[Any]:
     """Returns a leaf of `tree` for each one of `like`: a leaf of a prefix stands for all below.
 
     Where `like` has no leaves there is nothing to compare.
+
+    Args:
+      name: of the argument, for errors.
+      tree: like the upper part of `like`.
+      like: a tree.
+      is_leaf: what is a leaf of `tree`, as in `jax.tree.flatten`.
     """
     if not jax.tree.leaves(like):
         return []
-    leaves = jax.tree.leaves(tree)
-    structure: Any = jax.tree.structure(tree)
+    leaves = jax.tree.leaves(tree, is_leaf=is_leaf)
+    structure: Any = jax.tree.structure(tree, is_leaf=is_leaf)
     try:
         below = structure.flatten_up_to(like)
     except (ValueError, TypeError):

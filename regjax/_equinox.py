@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax import _calls, _checks, _parts
+from regjax import _calls, _checks, _parts, _tree
 from regjax._adapters import Model, model_of
 from regjax._arguments import checked
 from regjax._base import Mask, Params, PRNGKey, State, Tree
@@ -181,7 +181,7 @@ def from_equinox(
             "equinox.nn.make_with_state(Net)(...)`, got None."
         )
     arrays, static = equinox.partition(module, _is_array)
-    params, rest = _parts.partition(arrays, _chosen(wrt, module, arrays))
+    params, rest = _tree.partition(arrays, _chosen(wrt, module, arrays))
     _checks.floating_tree("params", params)
     carried: dict[str, Tree] = {"params": rest} if jax.tree.leaves(rest) else {}
     if state is not None and jax.tree.leaves(state):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
+from jax.interpreters import partial_eval
 
 # What only decides how something is called.
 _NAMES = {"jit": ("name",), "pjit": ("name",), "custom_jvp_call": ("name",)}
@@ -45,6 +46,12 @@ def narrowest_eps(jaxpr: Any) -> float:
         if hasattr(variable.aval, "dtype") and jnp.issubdtype(variable.aval.dtype, jnp.inexact)
     }
     return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+
+
+def read(closed: Any) -> list[bool]:
+    """Which arguments the results of a traced program depend on."""
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return used
 
 
 def parts(closed: Any) -> tuple[Any, Any]:

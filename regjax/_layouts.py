@@ -6,12 +6,12 @@ what is not said is guessed (`_layout_guess.py`) or refused.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from regjax import _axes, _layout_guess
+from regjax import _axes, _checks, _layout_guess, _selection
 from regjax._arguments import checked
 from regjax._axes import Axes, Layouts
 from regjax._axes import Layout as Layout
@@ -31,10 +31,13 @@ def of_leaves(layout: Layouts, params: Params, chosen: Sequence[bool] | None = N
       ValueError: it is no upper part of the tree, a leaf has not the axes that it names, or the
         axes of a chosen leaf cannot be guessed.
     """
-    if _axes.is_function(layout):
+    if _selection.is_function(layout, is_leaf=_axes.is_leaf):
         layout = layout(params)
     _axes.check("layout", layout)
-    leaves, given = _layout_guess.leaves_of(params), _given(layout, params)
+    leaves, given = (
+        _layout_guess.leaves_of(params),
+        _checks.prefix_leaves("layout", layout, params, is_leaf=_axes.is_leaf),
+    )
     said = [
         _validated(f"params{leaf.label}", one, leaf.shape)
         for leaf, one in zip(leaves, given, strict=True)
@@ -125,22 +128,6 @@ def _guessed(params: Params, leaves: list[_layout_guess.Leaf]) -> Tree:
     axes = [None if leaf.is_unknown else _completed(leaf, None, are_first) for leaf in leaves]
     layouts = [None if one is None else Layout(one.stack, one.inputs, one.outputs) for one in axes]
     return jax.tree.unflatten(jax.tree.structure(params), layouts)
-
-
-def _given(layout: Layouts, params: Params) -> list[Layout | None]:
-    """Returns what is said of each leaf of `params`, None where nothing is."""
-    found = jax.tree.leaves(layout, is_leaf=_axes.is_leaf)
-    structure: Any = jax.tree.structure(layout, is_leaf=_axes.is_leaf)
-    structure_of_params: Any = jax.tree.structure(params)
-    try:
-        below = structure.flatten_up_to(params)
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"`layout` must have the tree structure {structure_of_params}, or that of its upper "
-            f"part, got {structure}."
-        ) from None
-    pairs = zip(found, below, strict=True)
-    return [one for one, part in pairs for _ in jax.tree.leaves(part)]
 
 
 _Named: TypeAlias = tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]

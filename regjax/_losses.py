@@ -14,23 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import partial_eval
 from jax.tree_util import Partial
 
-from regjax import _checks, _loops, _numerics, _programs, _tree
+from regjax import _checks, _jaxprs, _loops, _numerics, _programs, _tree
 from regjax._arguments import checked
-from regjax._base import (
-    Batch,
-    Loss,
-    LossFn,
-    Params,
-    Tree,
-    as_partial,
-    assumed_separable,
-    couples_examples,
-    differs_by_chunk,
-    terms,
-)
+from regjax._base import Batch, Loss, LossFn, Params, Tree, Wrapper, as_partial, terms
 from regjax._programs import Program
 from regjax._sharding import find
 
@@ -39,7 +27,7 @@ from regjax._sharding import find
     jax.tree_util.register_dataclass, data_fields=["function"], meta_fields=["assumed", "has_aux"]
 )
 @dataclasses.dataclass(frozen=True)
-class _Declared:
+class _Declared(Wrapper):
     """A function with what its user says of it.
 
     Attributes:
@@ -53,16 +41,16 @@ class _Declared:
     has_aux: bool = False
 
     @property
-    def couples_examples(self) -> bool:
-        return not self.assumed and couples_examples(self.function)
+    def within(self) -> Callable[..., Tree]:
+        return self.function
 
     @property
-    def differs_by_chunk(self) -> bool:
-        return differs_by_chunk(self.function)
+    def couples_examples(self) -> bool:
+        return not self.assumed and super().couples_examples
 
     @property
     def assumed_separable(self) -> bool:
-        return self.assumed or assumed_separable(self.function)
+        return self.assumed or super().assumed_separable
 
     def __call__(self, *arguments: Tree) -> Tree:
         result = self.function(*arguments)
@@ -138,14 +126,14 @@ def _quotient(term: Any) -> jax.Array:
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["loss_fn"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class Whole(Wrapper):
     """(params, *batch) -> scalar, of data that stay together."""
 
     loss_fn: Callable[..., Loss]
 
     @property
-    def couples_examples(self) -> bool:
-        return couples_examples(self.loss_fn)
+    def within(self) -> Callable[..., Tree]:
+        return self.loss_fn
 
     def __call__(self, *arguments: Tree) -> jax.Array:
         return scalar(self.loss_fn(*arguments))
@@ -172,7 +160,7 @@ class Factors:
     jax.tree_util.register_dataclass, data_fields=["loss_fn", "factors"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
-class MeanLoss:
+class MeanLoss(Wrapper):
     """(params, *batch) -> scalar, of a part of the data: the mean over its examples.
 
     Attributes:
@@ -184,8 +172,8 @@ class MeanLoss:
     factors: Factors
 
     @property
-    def couples_examples(self) -> bool:
-        return couples_examples(self.loss_fn)
+    def within(self) -> Callable[..., Tree]:
+        return self.loss_fn
 
     def __call__(self, first: Tree, *batch: Tree) -> jax.Array:
         weighted = terms(self.loss_fn(first, *batch))
@@ -294,8 +282,7 @@ def check_constant(weights: Partial, params: Params, batch: Batch, name: str = "
 
 def _read(function: Callable[..., Tree], params: Params, batch: Batch) -> list[bool]:
     """Which leaves of its arguments a function reads."""
-    traced = jax.make_jaxpr(function)(*_programs.structs((params, *batch)))
-    return partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))[1]
+    return _jaxprs.read(jax.make_jaxpr(function)(*_programs.structs((params, *batch))))
 
 
 def check_parts(

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from regjax import _checks, _selection
+from regjax import _checks, _selection, _tree
 from regjax._base import Mask, Params, Tree
 
 Parts: TypeAlias = tuple[Params, Tree]
@@ -40,21 +40,12 @@ def chosen_leaves(wrt: Mask, tree: Tree) -> list[bool]:
     return inside
 
 
-def partition(tree: Tree, inside: list[bool]) -> Parts:
-    """Divides a tree: both parts are like it, with None where the other one has a leaf."""
-    leaves, treedef = jax.tree.flatten(tree)
-    pairs = list(zip(leaves, inside, strict=True))
-    first = jax.tree.unflatten(treedef, [leaf if here else None for leaf, here in pairs])
-    second = jax.tree.unflatten(treedef, [None if here else leaf for leaf, here in pairs])
-    return first, second
-
-
 def divided(tree: dict[str, Any], wrt: Mask) -> Parts:
     """Divides nested dicts by a choice; of each part only what it has is left."""
     inside = chosen_leaves(wrt, tree)
     if all(inside):
         return tree, {}
-    first, second = partition(tree, inside)
+    first, second = _tree.partition(tree, inside)
     return _without_none(first), _without_none(second)
 
 
@@ -66,9 +57,7 @@ def joined(one: Tree, other: Tree) -> Tree:
             name: joined(one[name], other[name]) if name in one and name in other else value
             for name, value in both.items()
         }
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, one, other, is_leaf=lambda leaf: leaf is None
-    )
+    return _tree.merge(one, other)
 
 
 def restricted(new: Tree, old: Tree) -> Tree:

@@ -31,11 +31,18 @@ def mask_leaves(mask: Any, like: _Tree, name: str = "mask") -> list[bool]:
       ValueError: a filter matches no leaf, or the mask is no upper part of the tree.
       TypeError: the mask holds anything but bools.
     """
-    if _is_filter(mask) or (_is_function(mask) and _num_arguments(mask) != 1):
+    if _is_filter(mask) or (is_function(mask) and _num_arguments(mask) != 1):
         return _filtered(mask, like, name)
-    if _is_function(mask):
+    if is_function(mask):
         mask = mask(like)
     return _checks.mask_leaves(mask, like, name)
+
+
+def floating_leaves(mask: Any, params: _Tree) -> list[bool]:
+    """Does the same for parameters, and checks that the chosen ones are real floating point."""
+    chosen = mask_leaves(mask, params)
+    _checks.floating_leaves("params", params, chosen)
+    return chosen
 
 
 def _filtered(wanted: Any, like: _Tree, name: str) -> list[bool]:
@@ -78,14 +85,14 @@ def _written(path: Path) -> str:
 def _is_filter(mask: Any) -> bool:
     """Tells a literal of nnx from a tree of bools: no leaf of it is a bool."""
     if isinstance(mask, (list, tuple)):
-        return bool(mask) and all(_is_filter(part) or _is_function(part) for part in mask)
+        return bool(mask) and all(_is_filter(part) or is_function(part) for part in mask)
     return isinstance(mask, (type, str)) or mask is Ellipsis
 
 
-def _is_function(mask: Any) -> bool:
-    """Tells a function from a tree of bools that can be called, as a module of Equinox."""
-    leaves = jax.tree.leaves(mask)
-    return callable(mask) and (isinstance(mask, Partial) or all(map(callable, leaves)))
+def is_function(value: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> bool:
+    """Tells a function from a tree that can be called, as a module of Equinox."""
+    leaves = jax.tree.leaves(value, is_leaf=is_leaf)
+    return callable(value) and (isinstance(value, Partial) or all(map(callable, leaves)))
 
 
 def _num_arguments(function: Callable[..., Any]) -> int:

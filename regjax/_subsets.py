@@ -11,15 +11,7 @@ from jax.tree_util import Partial
 
 from regjax import _checks, _selection
 from regjax._arguments import checked
-from regjax._base import (
-    Mask,
-    Params,
-    Tree,
-    as_partial,
-    assumed_separable,
-    couples_examples,
-    differs_by_chunk,
-)
+from regjax._base import Mask, Params, Tree, Wrapper, as_partial
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +42,7 @@ class _Constant:
     meta_fields=["treedef", "inside", "constants"],
 )
 @dataclasses.dataclass(frozen=True)
-class PartFunction:
+class PartFunction(Wrapper):
     """A function of some leaves of its parameters alone, the rest bound as data; a pytree.
 
     Attributes:
@@ -68,19 +60,9 @@ class PartFunction:
     constants: tuple[_Constant | None, ...]
 
     @property
-    def couples_examples(self) -> bool:
-        """Whether the function says that it couples the examples of a batch."""
-        return couples_examples(self.function)
-
-    @property
-    def differs_by_chunk(self) -> bool:
-        """Whether the function says that each chunk of a batch is meant to be another function."""
-        return differs_by_chunk(self.function)
-
-    @property
-    def assumed_separable(self) -> bool:
-        """Whether the user says that nobody is to test whether it couples examples."""
-        return assumed_separable(self.function)
+    def within(self) -> Callable[..., Tree]:
+        """The function that is wrapped."""
+        return self.function
 
     def __call__(self, part: Params, *batch: Tree) -> Tree:
         """Computes the function of the chosen leaves and the rest."""

@@ -51,6 +51,14 @@ def mean_rows(rows: jax.Array) -> jax.Array:
     return jnp.tensordot(weights, rows, 1, precision="highest")
 
 
+def partition(tree: Any, inside: Iterable[bool]) -> tuple[Any, Any]:
+    """The leaves that are inside and the others, each with None in the place of the rest."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = list(zip(leaves, inside, strict=True))
+    ours = jax.tree.unflatten(treedef, [leaf if here else None for leaf, here in pairs])
+    return ours, jax.tree.unflatten(treedef, [None if here else leaf for leaf, here in pairs])
+
+
 def merge(one: Any, other: Any) -> Any:
     """`one` with the leaves of `other` where it has None."""
     return jax.tree.map(

@@ -237,3 +237,27 @@ def test_data_that_give_no_number_tell_nothing():
     operator = curvature.hessian(loss, PARAMS, *batch, chunk_size=4)
     expected = curvature.hessian(loss, PARAMS, *batch)
     np.testing.assert_allclose(operator.dense(), expected.dense(), atol=1e-5)
+
+
+def test_what_is_declared_is_not_lost_on_the_way(monkeypatch):
+    """Through gates, parts, displacements and aux: none of them is tested behind a user's back."""
+    monkeypatch.setattr(
+        regjax._separable._Check, "compare", lambda *args: pytest.fail("tested all the same")
+    )
+    declared, batch = regjax.assume_separable(coupled), (INPUTS, TARGETS)
+    structure = pruning.find_structure(coupled_model, PARAMS, INPUTS)
+    gates = pruning.unit_gates(structure, PARAMS)
+    pruning.oracle_importance(
+        pruning.gated_loss(structure, declared, PARAMS), gates, *batch, chunk_size=8
+    )
+    part, chosen = regjax.subset(declared, PARAMS, wrt={"a": True, "b": False})
+    curvature.hessian(part, chosen, *batch, chunk_size=8)
+    with_aux = regjax.assume_separable(lambda *args: (coupled(*args), {}))
+    curvature.hessian(regjax.without_aux(with_aux), PARAMS, *batch, chunk_size=8)
+    options = {"key": jax.random.key(0), "max_matvecs": 2, "chunk_size": 8}
+    diagnostics.spherical_sharpness(
+        declared, {"a": PARAMS["a"], "b": PARAMS["b"] + 1}, *batch, **options
+    )
+    diagnostics.spherical_sharpness_by_group(
+        declared, {"a": PARAMS["a"], "b": PARAMS["b"] + 1}, *batch, **options
+    )

@@ -1,6 +1,5 @@
 """What every transformation of the library promises, row by row of `registry.py`."""
 
-import functools
 import inspect
 
 import jax
@@ -12,6 +11,7 @@ from flax import nnx
 
 from regjax import _files, transforms
 from tests.registry import ROWS
+from tests.transforms.modules import assert_same
 
 NAMES = list(ROWS)
 WITH_KEY = [name for name in NAMES if ROWS[name].has_key]
@@ -53,19 +53,6 @@ def run(tx, params, num_steps=3, state=None, grad_fn=gradient, **extra):
         updates, state = tx.update(grad_fn(params, 0), state, params, grad_fn=grad_fn, **extra)
         params = optax.apply_updates(params, updates)
     return params, state
-
-
-def assert_same(one, other, **tolerance):
-    compare = (
-        functools.partial(np.testing.assert_allclose, **tolerance)
-        if tolerance
-        else np.testing.assert_array_equal
-    )
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        compare(np.asarray(a, np.float64), np.asarray(b, np.float64))
 
 
 def types(tree):

@@ -10,16 +10,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _slices
 from regjax._arguments import checked
 from regjax._axes import Layouts
-from regjax._base import (
-    LossFn,
-    Mask,
-    Params,
-    PRNGKey,
-    Tree,
-    as_partial,
-    couples_examples,
-    differs_by_chunk,
-)
+from regjax._base import LossFn, Mask, Params, PRNGKey, Tree, Wrapper, as_partial
 from regjax.diagnostics._sharpness import SharpnessResult
 from regjax.diagnostics._spherical_sharpness import chosen_leaves, spherical_sharpness
 
@@ -80,7 +71,7 @@ def spherical_sharpness_by_group(
     meta_fields=["leaf", "where"],
 )
 @dataclasses.dataclass(frozen=True)
-class _OfPart:
+class _OfPart(Wrapper):
     """The loss of one leaf, or of a slice of it, all else held constant."""
 
     loss_fn: Partial
@@ -89,12 +80,8 @@ class _OfPart:
     where: _slices.Where
 
     @property
-    def couples_examples(self) -> bool:
-        return couples_examples(self.loss_fn)
-
-    @property
-    def differs_by_chunk(self) -> bool:
-        return differs_by_chunk(self.loss_fn)
+    def within(self) -> Partial:
+        return self.loss_fn
 
     def __call__(self, weights: jax.Array, *batch: Tree) -> jax.Array:
         leaves, treedef = jax.tree.flatten(self.params)

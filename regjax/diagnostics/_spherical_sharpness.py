@@ -16,17 +16,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _loops, _numerics, _selection, _tree, curvature
 from regjax._arguments import checked
-from regjax._base import (
-    LossFn,
-    Mask,
-    Params,
-    PRNGKey,
-    Tree,
-    as_partial,
-    assumed_separable,
-    couples_examples,
-    differs_by_chunk,
-)
+from regjax._base import LossFn, Mask, Params, PRNGKey, Tree, Wrapper, as_partial
 from regjax.diagnostics._sharpness import SharpnessResult, largest_eigenvalue
 
 
@@ -206,7 +196,7 @@ def edge_of_stability(
     meta_fields=["tangent"],
 )
 @dataclasses.dataclass(frozen=True)
-class _Displaced:
+class _Displaced(Wrapper):
     """u -> L(w + ||w|| u), or L(w + ||w|| P u): its Hessian at u = 0 is ||w||^2 H or P H P."""
 
     loss_fn: Partial
@@ -215,16 +205,8 @@ class _Displaced:
     tangent: bool
 
     @property
-    def couples_examples(self) -> bool:
-        return couples_examples(self.loss_fn)
-
-    @property
-    def differs_by_chunk(self) -> bool:
-        return differs_by_chunk(self.loss_fn)
-
-    @property
-    def assumed_separable(self) -> bool:
-        return assumed_separable(self.loss_fn)
+    def within(self) -> Partial:
+        return self.loss_fn
 
     def __call__(self, displacement: Params, *batch: Tree) -> jax.Array:
         norm, direction = _numerics.scaled_norm(self.weights), _numerics.unit(self.weights)
@@ -270,11 +252,7 @@ def _of_usable_norm(weights: Params) -> Params:
 
 def split(params: Params, mask: Mask) -> tuple[Params, Params]:
     """Returns the masked leaves and the others, each with None in place of the rest."""
-    leaves, treedef = jax.tree.flatten(params)
-    pairs = list(zip(leaves, chosen_leaves(mask, params), strict=True))
-    weights = jax.tree.unflatten(treedef, [leaf if choose else None for leaf, choose in pairs])
-    rest = jax.tree.unflatten(treedef, [None if choose else leaf for leaf, choose in pairs])
-    return weights, rest
+    return _tree.partition(params, chosen_leaves(mask, params))
 
 
 def chosen_leaves(mask: Mask, params: Params) -> list[bool]:

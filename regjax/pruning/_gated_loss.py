@@ -7,7 +7,7 @@ import jax
 
 from regjax import _base
 from regjax._arguments import checked
-from regjax._base import LossFn, Params, Tree
+from regjax._base import LossFn, Params, Tree, Wrapper
 from regjax.pruning._gates import Units, apply_gates
 from regjax.pruning._structure import Structure, check_structure
 
@@ -18,7 +18,7 @@ from regjax.pruning._structure import Structure, check_structure
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
-class GatedLoss:
+class GatedLoss(Wrapper):
     """(gates, *batch) -> scalar; a pytree, to be passed through `jax.jit` as an argument.
 
     Attributes:
@@ -32,14 +32,9 @@ class GatedLoss:
     params: Params
 
     @property
-    def couples_examples(self) -> bool:
-        """Tells whether the loss is more than a mean over independent examples."""
-        return _base.couples_examples(self.loss_fn)
-
-    @property
-    def differs_by_chunk(self) -> bool:
-        """Tells whether each chunk has statistics of its own, as asked for by name."""
-        return _base.differs_by_chunk(self.loss_fn)
+    def within(self) -> LossFn:
+        """The loss of the parameters."""
+        return self.loss_fn
 
     def __call__(self, gates: Units, /, *batch: Tree) -> jax.Array:
         """Computes the mean loss with the gates applied."""

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax import _checks, _numerics, _tree
+from regjax import _checks, _numerics, _selection, _tree
 from regjax._arguments import checked
-from regjax._base import Params, ScalarOrSchedule, Tree
-from regjax.transforms import _gradients, _masks, _schedules
-from regjax.transforms._masks import MaskOrFunction
+from regjax._base import Mask, Params, ScalarOrSchedule, Tree
+from regjax.transforms import _gradients, _schedules
 from regjax.transforms._static_args import check_static, static_args
 
 Leaves = list[jax.Array]
@@ -54,7 +53,7 @@ def coherent_regularization(
     *,
     gate: Gate,
     penalty_gradient: Callable[[jax.Array], jax.Array] | None = None,
-    mask: MaskOrFunction = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of a penalty to that of the loss while a gate is open.
 
@@ -91,7 +90,7 @@ def coherent_regularization(
     penalty = l2_gradient if penalty_gradient is None else penalty_gradient
 
     def init(params: Params) -> CoherentRegularizationState:
-        _masks.floating_leaves(mask, params)
+        _selection.floating_leaves(mask, params)
         return CoherentRegularizationState(
             jnp.int32(0), gate.init(), jnp.bool_(False), jnp.int32(0)
         )
@@ -105,7 +104,7 @@ def coherent_regularization(
         del extra
         params = _gradients.check_params(updates, params)
         leaves, treedef = jax.tree.flatten(updates)
-        chosen = _masks.mask_leaves(mask, params)
+        chosen = _selection.mask_leaves(mask, params)
         weight = _schedules.value_at("strength", strength, state.num_updates)
         if _schedules.is_zero(weight):
             return updates, state._replace(num_updates=optax.safe_increment(state.num_updates))
@@ -276,7 +275,7 @@ class SoftThresholdState(NamedTuple):
 @static_args("mask")
 @checked
 def soft_threshold(
-    threshold: ScalarOrSchedule, *, mask: MaskOrFunction = None
+    threshold: ScalarOrSchedule, *, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     """Takes the proximal step of an L1 penalty, which gives exact zeros; last in the chain.
 
@@ -296,7 +295,7 @@ def soft_threshold(
     _schedules.check_size("threshold", threshold)
 
     def init(params: Params) -> SoftThresholdState:
-        _masks.floating_leaves(mask, params)
+        _selection.floating_leaves(mask, params)
         return SoftThresholdState(jnp.int32(0))
 
     def update(
@@ -320,7 +319,7 @@ def soft_threshold(
             # -w where the weight becomes zero, so that w + update is zero exactly.
             return (jnp.sign(q) * small - w).astype(dtype)
 
-        chosen = _masks.mask_leaves(mask, params)
+        chosen = _selection.mask_leaves(mask, params)
         return jax.tree.unflatten(
             treedef, map(shrink, leaves, jax.tree.leaves(params), chosen)
         ), state

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from regjax import _checks, _tree
+from regjax import _checks, _selection, _tree
 from regjax._arguments import checked
 from regjax._axes import Layouts
-from regjax._base import GradFn, Params, PRNGKey, ScalarOrSchedule, Tree
-from regjax.transforms import _gaussian, _gradients, _keys, _masks, _perturbation, _schedules
-from regjax.transforms._masks import MaskOrFunction
+from regjax._base import GradFn, Mask, Params, PRNGKey, ScalarOrSchedule, Tree
+from regjax.transforms import _gaussian, _gradients, _keys, _perturbation, _schedules
 from regjax.transforms._static_args import static_args
 
 
@@ -37,7 +36,7 @@ def perturbed_gradient(
     layerwise: bool = True,
     cyclic: bool = True,
     groups: Tree = None,
-    mask: MaskOrFunction = None,
+    mask: Mask = None,
     layout: Layouts = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by the one at weights with Gaussian noise.
@@ -136,7 +135,7 @@ class AnticorrelatedNoiseState(NamedTuple):
 @static_args("key", "mask")
 @checked
 def anticorrelated_noise(
-    std: ScalarOrSchedule, *, key: PRNGKey, mask: MaskOrFunction = None
+    std: ScalarOrSchedule, *, key: PRNGKey, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the difference of two successive noises to the update.
 
@@ -173,7 +172,7 @@ def anticorrelated_noise(
         leaves, treedef = jax.tree.flatten(params)
         noise = [
             jnp.zeros_like(leaf, dtype=_tree.wide_dtype(leaf)) if choose else optax.MaskedNode()
-            for leaf, choose in zip(leaves, _masks.floating_leaves(mask, params), strict=True)
+            for leaf, choose in zip(leaves, _selection.floating_leaves(mask, params), strict=True)
         ]
         noise = jax.tree.unflatten(treedef, noise)
         return AnticorrelatedNoiseState(jnp.int32(0), _keys.words(key), noise)

@@ -7,9 +7,8 @@ from jax.typing import ArrayLike
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._axes import Layouts
-from regjax._base import Params, PRNGKey, ScalarOrSchedule, Tree
+from regjax._base import Mask, Params, PRNGKey, ScalarOrSchedule, Tree
 from regjax.transforms import _gradients, _perturbation, _schedules
-from regjax.transforms._masks import MaskOrFunction
 from regjax.transforms._passes import ValueAndGradFn, passes
 
 
@@ -22,7 +21,7 @@ def noisy_gradient(
     layerwise: bool = True,
     cyclic: bool = True,
     groups: Tree = None,
-    mask: MaskOrFunction = None,
+    mask: Mask = None,
     layout: Layouts = None,
     argnums: int | Sequence[int] = 0,
 ) -> ValueAndGradFn:

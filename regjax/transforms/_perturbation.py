@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from regjax import _checks, _layouts, _tree
+from regjax import _checks, _layouts, _selection, _tree
 from regjax._axes import Axes, Layouts
-from regjax._base import Params, PRNGKey, Tree
-from regjax.transforms import _gaussian, _masks, _schedules
-from regjax.transforms._masks import MaskOrFunction
+from regjax._base import Mask, Params, PRNGKey, Tree
+from regjax.transforms import _gaussian, _schedules
 
 
 def perturbed(
@@ -23,7 +22,7 @@ def perturbed(
     layerwise: bool,
     cyclic: bool,
     groups: Tree,
-    mask: MaskOrFunction,
+    mask: Mask,
     layout: Layouts,
 ) -> Params:
     """Adds the noise of update `count` to the weights: a copy in float32 at least.
@@ -54,14 +53,14 @@ def perturbed(
 
 
 def group_numbers(
-    groups: Tree, params: Params, mask: MaskOrFunction, layout: Layouts
+    groups: Tree, params: Params, mask: Mask, layout: Layouts
 ) -> list[np.ndarray | None]:
     """Numbers the groups from 0 among the masked leaves; None outside of the mask.
 
     Arrays that broadcast to the leaves: of stacked layers each one has a number, which it shares
     with the same layer of the other leaves of its group.
     """
-    chosen = _masks.mask_leaves(mask, params)
+    chosen = _selection.mask_leaves(mask, params)
     if groups is None:
         given: list[int] = list(range(len(chosen)))
     else:

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from regjax import _checks, _layouts, _numerics, _tree
+from regjax import _checks, _layouts, _numerics, _selection, _tree
 from regjax._arguments import checked
 from regjax._axes import Axes, Layouts
-from regjax._base import Params
-from regjax.transforms import _gradients, _masks
-from regjax.transforms._masks import MaskOrFunction
+from regjax._base import Mask, Params
+from regjax.transforms import _gradients
 from regjax.transforms._static_args import static_args
 from regjax.transforms._wrappers import with_extra_args
 
@@ -20,7 +19,7 @@ from regjax.transforms._wrappers import with_extra_args
 def remove_radial(
     tx: optax.GradientTransformation,
     *,
-    mask: MaskOrFunction = None,
+    mask: Mask = None,
     threshold: ArrayLike = 0.1,
     weight_decay: ArrayLike = 0.0,
     weight_decay_ratio: ArrayLike = 0.1,
@@ -71,14 +70,14 @@ def remove_radial(
     tx = with_extra_args(tx)
 
     def init(params: Params) -> optax.OptState:
-        _layouts.of_leaves(layout, params, _masks.floating_leaves(mask, params))
+        _layouts.of_leaves(layout, params, _selection.floating_leaves(mask, params))
         return tx.init(params)
 
     def update(
         updates: Params, state: optax.OptState, params: Params | None = None, **extra: object
     ) -> tuple[Params, optax.OptState]:
         params = _gradients.check_params(updates, params)
-        chosen = _masks.mask_leaves(mask, params)
+        chosen = _selection.mask_leaves(mask, params)
         grads = updates
         updates, state = tx.update(grads, state, params, **extra)
 

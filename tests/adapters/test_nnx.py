@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 import regjax
-from regjax import curvature, initializers, pruning
+from regjax import curvature, initializers
 from tests import oracles
+from tests.adapters import networks
 
 KEY = jax.random.key(0)
 
@@ -65,17 +66,7 @@ def test_scanned_layers_train_with_a_key_and_masks_of_their_own(data):
 def test_the_hessian_of_scanned_layers_is_that_of_the_unrolled_network(data):
     model = regjax.from_nnx(Scanned(nnx.Rngs(0), rate=0.0))
 
-    def own(params, inputs, targets):
-        x = inputs
-        for i in range(3):
-            layer = jax.tree.map(lambda leaf: leaf[i], params["layers"])  # noqa: B023
-            mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-            h = (x - mean) / jnp.sqrt(variance + 1e-6)
-            h = h * layer["norm"]["scale"][None] + layer["norm"]["bias"][None]
-            x = x + jnp.tanh(h @ layer["linear"]["kernel"] + layer["linear"]["bias"][None])
-        outputs = x @ params["head"]["kernel"] + params["head"]["bias"][None]
-        return oracles.cross_entropy(outputs, targets)
-
+    own = networks.unrolled_loss("linear")
     expected = oracles.dense_hessian(own, model.params, *data)
     for mode in ("evaluation", "train"):
         loss = regjax.model_loss(model, oracles.cross_entropy, mode=mode)
@@ -337,22 +328,9 @@ def test_pruned_units_are_removed_from_a_part_of_the_parameters(data):
             return {"logits": self.last(jnp.tanh(self.norm(self.first(inputs["x"]))))}
 
     model = regjax.from_nnx(Plain(nnx.Rngs(0)))
-    function, inputs = regjax.model_function(model), {"x": data[0]}
-    structure = pruning.find_structure(function, model.params, inputs)
-    name = next(iter(structure.groups))
-    gates = pruning.full_masks(pruning.unit_gates(structure, model.params))
-    masks = {**gates, name: gates[name].at[1].set(False)}
-    small = pruning.remove_units(structure, model, masks)
+    small = networks.without_a_unit(model, {"x": data[0]})
     assert small.params["first"]["kernel"].shape == (5, 3)
     assert small.state["norm"]["mean"].shape == (3,)
-    gated = pruning.apply_gates(
-        structure, model.params, jax.tree.map(lambda mask: mask.astype(jnp.float32), masks)
-    )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-        regjax.model_function(small)(small.params, inputs),
-        function(gated, inputs),
-    )
 
 
 def test_wrong_arguments_are_named():

@@ -108,7 +108,7 @@ Multiply = Callable[[Operator, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Composed(Operator):
+class Composed(Operator):
     """Made of other operators of one space, the first of which stands for it."""
 
     @property
@@ -163,7 +163,7 @@ class _Composed(Operator):
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["one", "other"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class Sum(_Composed):
+class Sum(Composed):
     """A + B."""
 
     one: Operator
@@ -184,7 +184,7 @@ class Sum(_Composed):
     jax.tree_util.register_dataclass, data_fields=["factor", "operator"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
-class Multiple(_Composed):
+class Multiple(Composed):
     """c A."""
 
     factor: jax.Array
@@ -208,7 +208,7 @@ class Multiple(_Composed):
     jax.tree_util.register_dataclass, data_fields=["diagonal", "operator"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
-class Congruent(_Composed):
+class Congruent(Composed):
     """D A D, D diagonal; `diagonal` is a vector of the space."""
 
     diagonal: jax.Array
@@ -230,15 +230,19 @@ class Congruent(_Composed):
         return self.operator.submatrix(inside).scaled(part)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["operator"], meta_fields=["inside"]
-)
 @dataclasses.dataclass(frozen=True)
-class Submatrix(_Composed):
-    """P A P' of an operator that cannot do with less than a whole product."""
+class Projected(Composed):
+    """P A P': what is looked up in the trees of an operator A, with a whole product of it."""
 
     operator: Operator
-    inside: tuple[bool, ...]
+
+    @abc.abstractmethod
+    def taken(self, tree: Params, *, leading: int = 0) -> Params:
+        """P of a tree whose leaves have so many axes in front."""
+
+    @abc.abstractmethod
+    def placed(self, tree: Params, zeros: Params) -> Params:
+        """P' of a tree with one axis in front: put among zeros."""
 
     @property
     def parts(self) -> tuple[Operator, ...]:
@@ -246,18 +250,36 @@ class Submatrix(_Composed):
 
     @property
     def space(self) -> Space:
-        return subspace(self.operator.space, self.inside)
+        whole = self.operator.space
+        return Space.of(jax.eval_shape(self.taken, whole.like()), whole.mesh)
 
     def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
-        ours, whole = self.space, self.operator.space
         if vectors.ndim == 1:
             one = lambda part, rows: multiply(part, rows[0])[None]
             return self.compose(one, vectors[None])[0]
-        zeros = lambda leaf: jnp.zeros((len(vectors), *leaf.shape), leaf.dtype)
-        outside = jax.tree.map(zeros, subtree(whole.like(), [not here for here in self.inside]))
-        trees = _tree.merge(ours.unravel_rows(vectors), outside)
+        ours, whole = self.space, self.operator.space
+        zero = lambda leaf: jnp.zeros((len(vectors), *leaf.shape), leaf.dtype)
+        zeros = jax.tree.map(zero, whole.like())
+        trees = self.placed(ours.unravel_rows(vectors), zeros)
         images = whole.unravel_rows(multiply(self.operator, whole.ravel_rows(trees)))
-        return ours.ravel_rows(subtree(images, self.inside))
+        return ours.ravel_rows(self.taken(images, leading=1))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["operator"], meta_fields=["inside"]
+)
+@dataclasses.dataclass(frozen=True)
+class Submatrix(Projected):
+    """The same for some leaves of an operator that cannot do with less than a whole product."""
+
+    operator: Operator
+    inside: tuple[bool, ...]
+
+    def taken(self, tree: Params, *, leading: int = 0) -> Params:
+        return subtree(tree, self.inside)
+
+    def placed(self, tree: Params, zeros: Params) -> Params:
+        return _tree.merge(tree, subtree(zeros, [not here for here in self.inside]))
 
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
         ours = iter(inside)
@@ -311,9 +333,7 @@ def identity(space: Space) -> Operator:
 
 def subtree(tree: Params, inside: Sequence[bool]) -> Params:
     """`tree` with None for the leaves that are not inside."""
-    leaves, treedef = jax.tree.flatten(tree)
-    pairs = zip(leaves, inside, strict=True)
-    return jax.tree.unflatten(treedef, [leaf if here else None for leaf, here in pairs])
+    return _tree.partition(tree, inside)[0]
 
 
 def subspace(space: Space, inside: Sequence[bool]) -> Space:

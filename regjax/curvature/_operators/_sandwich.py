@@ -116,8 +116,7 @@ def _shifted(loss_fn: Callable[..., Tree], shift: Tree, outputs: Tree, *rest: Tr
 def split(outputs: Tree) -> tuple[Tree, Tree]:
     """What of the outputs has a derivative, and the others; None in the places of each other."""
     is_float = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-    floats = jax.tree.map(lambda leaf: leaf if is_float(leaf) else None, outputs)
-    return floats, jax.tree.map(lambda leaf: None if is_float(leaf) else leaf, outputs)
+    return _tree.partition(outputs, map(is_float, jax.tree.leaves(outputs)))
 
 
 def sandwich(

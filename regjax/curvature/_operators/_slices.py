@@ -4,20 +4,18 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from regjax import _slices
 from regjax._base import Params, Tree
 from regjax._slices import Where
-from regjax._space import Space
-from regjax.curvature._operators._operator import Multiply, Operator, _Composed
+from regjax.curvature._operators._operator import Operator, Projected
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["operator"], meta_fields=["places"]
 )
 @dataclasses.dataclass(frozen=True)
-class Sliced(_Composed):
+class Sliced(Projected):
     """P A P' of an operator, P looks up slices of its leaves.
 
     Attributes:
@@ -28,29 +26,15 @@ class Sliced(_Composed):
     operator: Operator
     places: tuple[Where, ...]
 
-    @property
-    def parts(self) -> tuple[Operator, ...]:
-        return (self.operator,)
+    def taken(self, tree: Params, *, leading: int = 0) -> Params:
+        leaves, treedef = jax.tree.flatten(tree)
+        take = functools.partial(_slices.take, leading=leading)
+        return jax.tree.unflatten(treedef, map(take, leaves, self.places))
 
-    @property
-    def space(self) -> Space:
-        whole = self.operator.space
-        return Space.of(jax.eval_shape(self._taken, whole.like()), whole.mesh)
-
-    def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
-        if vectors.ndim == 1:
-            one = lambda part, rows: multiply(part, rows[0])[None]
-            return self.compose(one, vectors[None])[0]
-        ours, whole = self.space, self.operator.space
-        zeros = [
-            jnp.zeros((len(vectors), *leaf.shape), leaf.dtype)
-            for leaf in jax.tree.leaves(whole.like())
-        ]
-        slices = jax.tree.leaves(ours.unravel_rows(vectors))
+    def placed(self, tree: Params, zeros: Params) -> Params:
+        leaves, treedef = jax.tree.flatten(zeros)
         put = functools.partial(_slices.put, leading=1)
-        trees = jax.tree.unflatten(whole.treedef, map(put, zeros, self.places, slices))
-        images = whole.unravel_rows(multiply(self.operator, whole.ravel_rows(trees)))
-        return ours.ravel_rows(self._taken(images, leading=1))
+        return jax.tree.unflatten(treedef, map(put, leaves, self.places, jax.tree.leaves(tree)))
 
     def facts(self) -> dict[str, Tree]:
         return super().facts() | {"places": repr(self.places)}
@@ -60,8 +44,3 @@ class Sliced(_Composed):
         return Sliced(
             self.operator.submatrix(inside), tuple(where for where, here in pairs if here)
         )
-
-    def _taken(self, tree: Params, *, leading: int = 0) -> Params:
-        leaves, treedef = jax.tree.flatten(tree)
-        take = functools.partial(_slices.take, leading=leading)
-        return jax.tree.unflatten(treedef, map(take, leaves, self.places))
