@@ -8,7 +8,7 @@ the tree along the same axis; where more than one axis would do, the user is ask
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from regjax import _layout_known
 from regjax._base import Params
+from regjax._selection import Path, part_of
 
 VECTORS = frozenset({"bias", "scale", "offset", "gamma", "beta"})
 KERNELS = ("kernel", "weight", "w", "embedding", "embeddings")
@@ -97,32 +98,8 @@ class Leaf:
 def leaves_of(params: Params, module: object = None) -> list[Leaf]:
     """Lists the arrays of a tree, with what the layers that own them say."""
     root = params if module is None else module
-    found: list[Leaf] = []
     boxed = jax.tree_util.tree_leaves_with_path(params, is_leaf=_layout_known.is_box)
-    for path, node in boxed:
-        keys = [_key(entry) for entry in path]
-        parent = root
-        for key in keys[:-1]:
-            parent = _layout_known.child(parent, key)
-        names = tuple(part for key in keys for part in str(key).split("/"))
-        form = _layout_known.form_of(parent, names[-1] if names else "")
-        axes = _layout_known.names_of(node) if _layout_known.is_box(node) else ()
-        is_module = not isinstance(parent, (Mapping, list, tuple, type(None)))
-        owner = type(parent).__name__ if is_module else ""
-        form = _layout_known.form_of_names(parent, axes) or form
-        for below, array in jax.tree_util.tree_leaves_with_path(node):
-            leaf = Leaf(jax.tree_util.keystr((*path, *below)), names, jnp.shape(array), form, owner)
-            stacks = [] if form is None else form.stacks(leaf.shape)
-            leaf.form = form if stacks else None
-            named = tuple(i for i, name in enumerate(axes) if name in _layout_known.STACKS)
-            depth = sum("layer_stack" in name for name in names[:-1])  # Haiku's
-            if named and len(axes) == len(leaf.shape):
-                leaf.said = named
-            elif len(stacks) == 1:
-                leaf.said = stacks[0]
-            elif 0 < depth <= len(leaf.shape):
-                leaf.said = tuple(range(depth))
-            found.append(leaf)
+    found = [leaf for path, node in boxed for leaf in _leaves_at(root, path, node)]
     modules: dict[tuple[str, ...], dict[str, Leaf]] = {}
     for leaf in found:
         leaf.siblings = modules.setdefault(leaf.names[:-1], {})
@@ -130,12 +107,40 @@ def leaves_of(params: Params, module: object = None) -> list[Leaf]:
     return found
 
 
+def _leaves_at(root: object, path: Path, node: object) -> Iterator[Leaf]:
+    """The arrays of a leaf of the tree, or of flax's metadata around some."""
+    keys = [_key(entry) for entry in path]
+    parent = root
+    for key in keys[:-1]:
+        parent = _layout_known.child(parent, key)
+    names = tuple(part for key in keys for part in str(key).split("/"))
+    axes = _layout_known.names_of(node) if _layout_known.is_box(node) else ()
+    is_module = not isinstance(parent, (Mapping, list, tuple, type(None)))
+    owner = type(parent).__name__ if is_module else ""
+    form = _layout_known.form_of_names(parent, axes)
+    form = form or _layout_known.form_of(parent, names[-1] if names else "")
+    for below, array in jax.tree_util.tree_leaves_with_path(node):
+        leaf = Leaf(jax.tree_util.keystr((*path, *below)), names, jnp.shape(array), form, owner)
+        stacks = [] if form is None else form.stacks(leaf.shape)
+        leaf.form = form if stacks else None
+        leaf.said = _said(leaf, stacks, axes)
+        yield leaf
+
+
+def _said(leaf: Leaf, stacks: Sequence[Shape], axes: Sequence[str | None]) -> Shape | None:
+    """The axes of the stack as names of axes, the layer or Haiku tell; None where none does."""
+    named = tuple(i for i, name in enumerate(axes) if name in _layout_known.STACKS)
+    if named and len(axes) == len(leaf.shape):
+        return named
+    if len(stacks) == 1:
+        return stacks[0]
+    depth = sum("layer_stack" in name for name in leaf.names[:-1])  # Haiku's
+    return tuple(range(depth)) if 0 < depth <= len(leaf.shape) else None
+
+
 def _key(entry: object) -> str | int:
-    for name in ("key", "idx", "name"):
-        if hasattr(entry, name):
-            key = getattr(entry, name)
-            return key if isinstance(key, int) else str(key)
-    return str(entry)
+    key = part_of(entry)
+    return key if isinstance(key, int) else str(key)
 
 
 def find_stacks(leaves: Sequence[Leaf]) -> None:

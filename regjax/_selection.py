@@ -52,7 +52,7 @@ def _filtered(wanted: Any, like: _Tree, name: str) -> list[bool]:
     chosen = [
         here
         for path, node in nodes
-        for here in [bool(matches(tuple(map(_part, path)), node))] * len(jax.tree.leaves(node))
+        for here in [bool(matches(tuple(map(part_of, path)), node))] * len(jax.tree.leaves(node))
     ]
     if chosen and not any(chosen):
         paths = [_written(path) for path, _ in nodes]
@@ -70,7 +70,7 @@ _NO_VARIABLES = (
 )
 
 
-def _part(entry: Any) -> Any:
+def part_of(entry: Any) -> Any:
     """The name or the number in an entry of a path of JAX."""
     for attribute in ("key", "idx", "name"):
         if hasattr(entry, attribute):
@@ -79,7 +79,7 @@ def _part(entry: Any) -> Any:
 
 
 def _written(path: Path) -> str:
-    return "/".join(str(_part(entry)) for entry in path)
+    return "/".join(str(part_of(entry)) for entry in path)
 
 
 def _is_filter(mask: Any) -> bool:
