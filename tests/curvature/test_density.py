@@ -146,6 +146,7 @@ def test_small_matrices_need_no_options():
         assert total_mass(density) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_are_as_many_as_the_numbers_need():
     # A spectrum of three values is known after a few steps, one crowded at 0 needs all of them.
     easy = solve([3.0] * 100 + [2.0] * 100 + [1.0] * 100)
