@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from regjax import regularizers as regularizers
     from regjax import schedules as schedules
     from regjax import transforms as transforms
+del TYPE_CHECKING  # no name of ours
 
 __version__ = "0.1.0"
 

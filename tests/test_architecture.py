@@ -42,7 +42,8 @@ LOOPS = {
     "regjax.curvature._engine._accumulation": {"fori_loop"},  # slabs of columns
     "regjax.curvature._engine._basis": {"fori_loop", "cond"},  # filled blocks only; slabs
     "regjax.curvature._deflation": {"fori_loop"},  # two passes over the rows
-    "regjax.curvature._lanczos": {"cond", "while_loop", "fori_loop"},  # passes; a fresh direction
+    "regjax.curvature._lanczos": {"cond"},  # a fresh direction
+    "regjax.curvature._orthogonal": {"while_loop", "fori_loop"},  # one pass or two
     "regjax.pruning._evaluation": {"scan"},  # the model's own
 }
 # What is multiplied knows nothing of how it runs, and neither of the methods.

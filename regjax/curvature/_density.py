@@ -233,7 +233,6 @@ def _update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityS
     """One more row for each probe under way, and what it knows of its measure when that is all."""
     state = _absorb(state, images)
     state = state._replace(probes=renewed(state.probes))
-    # What the host decides needs no program.
     known: Any = np.asarray if _loops.is_concrete(state) else lambda array: array
     filled, most = known(state.probes.filled)[0], state.alphas.shape[1]
     if chosen:
@@ -285,9 +284,8 @@ def _collect(state: DensityState) -> DensityState:
     most = state.alphas.shape[1]
     alphas, betas = (jax.vmap(Krylov.unscaled)(state.probes, numbers) for numbers in found)
     alphas, betas = alphas[:, :most], betas[:, :most]
-    store = lambda rows, part: jax.lax.dynamic_update_slice_in_dim(
-        rows, part, state.num_finished, 0
-    )
+    update = jax.lax.dynamic_update_slice_in_dim
+    store = lambda rows, part: update(rows, part, state.num_finished, 0)
     return _begin(
         state.deflation,
         state.key,

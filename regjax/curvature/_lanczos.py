@@ -23,10 +23,8 @@ from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._operators._operator import Operator
+from regjax.curvature._orthogonal import fresh, orthogonalized, unit
 from regjax.curvature._precision import precisely
-
-# A norm below this many units of rounding of the matrix is rounding itself: the space is invariant.
-_BREAKDOWN = 8
 
 
 class Krylov(NamedTuple):
@@ -271,7 +269,7 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     basis = _basis.append(krylov.basis, row)
     coefficients = jnp.zeros_like(krylov.coupling).at[last].set(here)
     coefficients = coefficients.at[last - 1].add(jnp.where(last > 0, before, 0))
-    residual, coefficients, beta, broke_down = _orthogonalized(
+    residual, coefficients, beta, broke_down = orthogonalized(
         basis, image, coefficients, jnp.max(jnp.abs(krylov.projected))
     )
     return krylov._replace(
@@ -285,49 +283,6 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
         beta=jnp.where(broke_down, 0, beta),
         broke_down=broke_down,
     )
-
-
-class _Turn(NamedTuple):
-    """Where the orthogonalization is; `again`: whether one more pass is due."""
-
-    passes: jax.Array
-    vector: jax.Array
-    coefficients: jax.Array
-    beta: jax.Array
-    rounding: jax.Array
-    again: jax.Array
-
-
-def _orthogonalized(
-    basis: _basis.Basis, vector: jax.Array, coefficients: jax.Array, largest: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The part outside of the rows after one pass, or two, its norm, and whether it is rounding.
-
-    Args:
-      basis: the rows.
-      vector: of which the part is.
-      coefficients: (rows,), to which those of the passes are added; they come second.
-      largest: (), of the numbers of the matrix so far.
-    """
-    eps = _BREAKDOWN * float(jnp.finfo(vector.dtype).eps)
-
-    def turn(at: _Turn) -> _Turn:
-        residual, part = _basis.outside(basis, at.vector)
-        coefficients = at.coefficients + part
-        beta = jnp.sqrt(_basis.inner(basis, residual, residual))
-        found = eps * jnp.maximum(largest, jnp.max(jnp.abs(coefficients)))
-        is_first = at.passes == 0
-        rounding = jnp.where(is_first, found, at.rounding)
-        spoilt = beta < jnp.linalg.norm(part)  # the norm dropped by more than 1/sqrt(2)
-        again = is_first & (spoilt | (beta <= rounding))
-        return _Turn(at.passes + 1, residual, coefficients, beta, rounding, again)
-
-    zero = jnp.zeros((), coefficients.dtype)
-    first = _Turn(jnp.int32(0), vector, coefficients, zero, zero, jnp.bool_(True))
-    # One program for both passes: most of the time of a short run is spent compiling them.
-    last = lax.while_loop(lambda at: at.again, turn, first)
-    broke_down = (last.passes > 1) & (last.beta <= last.rounding)
-    return last.vector, last.coefficients, last.beta, broke_down
 
 
 def renewed(krylov: Krylov) -> Krylov:
@@ -354,7 +309,7 @@ def _renew(krylov: Krylov) -> Krylov:
 def _next_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
     if krylov.broke_down.ndim:
         return jax.vmap(_next_direction)(krylov)
-    direction, key = _fresh(krylov.basis, krylov.key)
+    direction, key = fresh(krylov.basis, krylov.key)
     broke_down = krylov.broke_down
     direction = jnp.where(broke_down, direction, krylov.direction)
     return direction, jnp.where(broke_down, key, krylov.key)
@@ -370,7 +325,7 @@ _absorb = jax.jit(absorb, donate_argnums=0)
 
 def redirect(krylov: Krylov) -> Krylov:
     """Drops the residual, charged to `lost`, and takes a random direction instead."""
-    direction, key = _fresh(krylov.basis, krylov.key)
+    direction, key = fresh(krylov.basis, krylov.key)
     return krylov._replace(
         direction=direction,
         coupling=jnp.zeros_like(krylov.coupling),
@@ -380,21 +335,3 @@ def redirect(krylov: Krylov) -> Krylov:
         beta=jnp.zeros_like(krylov.beta),
         key=key,
     )
-
-
-def _fresh(basis: _basis.Basis, key: PRNGKey) -> tuple[jax.Array, PRNGKey]:
-    """A random direction orthogonal to the filled rows, zero if there is none; the next key."""
-    key, subkey = jax.random.split(key)
-    space = basis.space
-    noise = space.normal(subkey)
-    noise = lax.fori_loop(
-        0, 2, lambda _, noise: _basis.outside(basis, noise / space.norm(noise))[0], noise
-    )
-    noise = jnp.where(basis.filled >= space.size, jnp.zeros_like(noise), noise)
-    return unit(noise, space.norm(noise)), key
-
-
-def unit(vector: jax.Array, norm: jax.Array) -> jax.Array:
-    """`vector` / `norm`, or zeros where the norm is zero."""
-    norm = norm.astype(vector.dtype)
-    return _numerics.divide(vector, norm, where=norm > 0)
