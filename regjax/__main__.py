@@ -14,6 +14,7 @@ from typing import Any
 from regjax._files import CheckpointError, MissingError
 from regjax.experiments import (
     _compare,
+    _compiled,
     _help,
     _landscape_run,
     _record,
@@ -85,6 +86,7 @@ def _run(words: list[str], bar: Bar) -> int:
     settings = _from_checkpoint(command, own, parse(command, own))
     _check_device()
     validate(settings)
+    _compiled.use_cache(settings.cache_dir)
     compared: list[TrainSettings] = []
     if is_comparison(settings):
         compared = [*_compare.compared_settings(settings).values()]

@@ -285,6 +285,7 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     )
 
 
+@precisely
 def renewed(krylov: Krylov) -> Krylov:
     """The same with a random direction if the last step broke down; of several, each by itself."""
     if _loops.is_concrete(krylov.broke_down):

@@ -11,7 +11,7 @@ from regjax.experiments._settings import TrainSettings, value_of
 # They belong to a comparison as a whole.
 COMMON = (
     *("compare", "seeds", "checkpoint", "resume", "overwrite", "out"),
-    *("figure", "figure_width"),
+    *("figure", "figure_width", "cache_dir"),
 )
 
 _TRAINING = "training, and nothing is trained with --checkpoint"

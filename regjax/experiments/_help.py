@@ -30,7 +30,7 @@ _GROUPS = {
         "batch_size", "seed", "checkpoint_seconds", "resume", "device_bytes",
     ),
     "comparison": ("compare", "seeds"),
-    "output": ("out", "overwrite", "figure", "figure_width"),
+    "output": ("out", "overwrite", "figure", "figure_width", "cache_dir"),
 }  # fmt: skip
 _REST = "analysis"
 _EXAMPLES = {

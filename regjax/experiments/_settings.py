@@ -116,6 +116,10 @@ class TrainSettings:
     """Folder of the results. Default: one under runs/ that is named after the options, or the
     folder of --checkpoint."""
 
+    cache_dir: str | None = None
+    """Folder of compiled programs, with which the next run starts sooner; off: none. Default:
+    JAX_COMPILATION_CACHE_DIR, or regjax among your caches."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisSettings(TrainSettings):
@@ -211,6 +215,7 @@ INCIDENTAL = (
     "checkpoint",
     "figure",
     "figure_width",
+    "cache_dir",
 )
 # Options of several networks side by side.
 COMPARISON = ("compare", "seeds")
