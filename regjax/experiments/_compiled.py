@@ -4,6 +4,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -28,7 +29,8 @@ def use_cache(folder: str | None) -> None:
     if folder == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if folder is None and jax.config.jax_compilation_cache_dir is not None:
+    config: Any = jax.config
+    if folder is None and config.jax_compilation_cache_dir is not None:
         return
     path = _usual() if folder is None else Path(folder)
     try:
