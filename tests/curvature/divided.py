@@ -13,9 +13,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from regjax import curvature
 from tests.curvature import sharded
-from tests.curvature.sharded import close, divided, key, mesh_of
+from tests.curvature.sharded import close, key, mesh_of
 
 P = PartitionSpec
+
+
+def divided(array, mesh, *axes):
+    sharding = NamedSharding(mesh, P(*axes))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def problem():
@@ -73,9 +78,9 @@ def spread(name, params, batch):
 
     def put(path, leaf):
         if callable(specs):
-            return divided(leaf, mesh, *(specs(leaf) or (None,)))
+            return divided(leaf, mesh, *specs(leaf))
         spec = specs.get(path[0].key, {}).get(path[1].key, P())
-        return divided(leaf, mesh, *(spec or (None,)))
+        return divided(leaf, mesh, *spec)
 
     placed = jax.tree_util.tree_map_with_path(put, params)
     return placed, [divided(array, mesh, axis) for array in batch]
