@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from regjax import _checks, _tree
 
@@ -19,8 +20,8 @@ class GPT(nnx.Module):
         post-norm   norm(x + attention(x)),  then norm(x + perceptron(x));  none behind the stack
 
     The perceptron is four times as wide, with GELU; norms are layer norms. The head is the token
-    embedding. Sub-trees of the parameters: "tokens", "positions", "block_0", ..., and with pre-norm
-    "norm".
+    embedding. Sub-trees of the parameters: "tokens", "positions", "block_0", ... or with `scan`
+    "blocks", and with pre-norm "norm".
 
     Args:
       num_tokens: size of the vocabulary.
@@ -31,6 +32,8 @@ class GPT(nnx.Module):
       post_norm: the order of the first transformers, which is the harder one to train.
       remat: keep a block's inputs alone for the backward pass and recompute the rest: less memory,
         about a forward pass more time.
+      scan: whether the blocks' arrays are stacked along a leading axis and the blocks are one loop:
+        a program as long as one block, however many there are.
       rngs: stream "params" (or the default one) of the initial parameters, float32.
 
     Raises:
@@ -52,6 +55,7 @@ class GPT(nnx.Module):
         num_heads: int = 4,
         post_norm: bool = False,
         remat: bool = False,
+        scan: bool = False,
         rngs: nnx.Rngs,
     ):
         _checks.integer("num_tokens", num_tokens)
@@ -62,11 +66,12 @@ class GPT(nnx.Module):
         init = nnx.initializers.normal(_EMBEDDING_SCALE)
         self.tokens = nnx.Embed(num_tokens, width, embedding_init=init, rngs=rngs)
         self.positions = nnx.Embed(context, width, embedding_init=init, rngs=rngs)
-        for i in range(depth):
-            block = _Block(width, num_heads, post_norm=post_norm, rngs=rngs)
-            setattr(self, f"block_{i}", block)
+        blocks = [_Block(width, num_heads, post_norm=post_norm, rngs=rngs) for _ in range(depth)]
+        names = ["blocks"] if scan else [f"block_{i}" for i in range(depth)]
+        for name, block in zip(names, [_stacked(blocks)] if scan else blocks, strict=True):
+            setattr(self, name, block)
         self.norm = None if post_norm else nnx.LayerNorm(width, rngs=rngs)
-        self.remat = remat
+        self.remat, self.scan = remat, scan
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Computes logits (batch, length, num_tokens) of the next of int tokens (batch, length)."""
@@ -83,9 +88,12 @@ class GPT(nnx.Module):
         tokens, positions = self.tokens.embedding[...], self.positions.embedding[...]
         features = _tree.wide(tokens)[inputs] + _tree.wide(positions)[None, :length]
         features = features.astype(tokens.dtype)
-        for i in range(self.depth):
-            block = getattr(self, f"block_{i}")
-            features = _recomputed(block, features) if self.remat else block(features)
+        if self.scan:
+            features = _through_stack(self.blocks, features, remat=self.remat)
+        else:
+            for i in range(self.depth):
+                block = getattr(self, f"block_{i}")
+                features = _recomputed(block, features) if self.remat else block(features)
         if self.norm is not None:
             features = self.norm(features)
         return features @ tokens.T
@@ -126,8 +134,25 @@ class _Block(nnx.Module):
         return self.narrow(jax.nn.gelu(self.widen(features)))
 
 
+def _stacked(blocks: list[_Block]) -> _Block:
+    """One module whose arrays are those of all blocks, along a leading axis."""
+    graph = nnx.graphdef(blocks[0])
+    states = [nnx.state(block) for block in blocks]
+    return nnx.merge(graph, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+
 def _recomputed(block: _Block, features: jax.Array) -> jax.Array:
     # On the arrays alone: `jax.checkpoint` knows nothing of modules.
     graph, weights = nnx.split(block)
     apply = lambda weights, features: nnx.merge(graph, weights)(features)
     return jax.checkpoint(apply)(weights, features)
+
+
+def _through_stack(blocks: _Block, features: jax.Array, *, remat: bool) -> jax.Array:
+    graph, weights = nnx.split(blocks)
+
+    def through_one(features: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+        return nnx.merge(graph, weights)(features), None
+
+    # Weights that a loop goes over, not ones that it looks up: their gradients are stacked as well.
+    return lax.scan(jax.checkpoint(through_one) if remat else through_one, features, weights)[0]
