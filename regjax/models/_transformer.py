@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Sharding
 
 from regjax import _checks, _tree
 
@@ -34,6 +35,9 @@ class GPT(nnx.Module):
         about a forward pass more time.
       scan: whether the blocks' arrays are stacked along a leading axis and the blocks are one loop:
         a program as long as one block, however many there are.
+      feature_sharding: where features and logits, (batch, length, ...), lie on a mesh, such as
+        `NamedSharding(mesh, PartitionSpec("data"))`. With divided parameters the compiler needs it:
+        of what it finds best, all features on each device may be a part. None leaves it to it.
       rngs: stream "params" (or the default one) of the initial parameters, float32.
 
     Raises:
@@ -56,6 +60,7 @@ class GPT(nnx.Module):
         post_norm: bool = False,
         remat: bool = False,
         scan: bool = False,
+        feature_sharding: Sharding | None = None,
         rngs: nnx.Rngs,
     ):
         _checks.integer("num_tokens", num_tokens)
@@ -71,7 +76,7 @@ class GPT(nnx.Module):
         for name, block in zip(names, [_stacked(blocks)] if scan else blocks, strict=True):
             setattr(self, name, block)
         self.norm = None if post_norm else nnx.LayerNorm(width, rngs=rngs)
-        self.remat, self.scan = remat, scan
+        self.remat, self.scan, self.feature_sharding = remat, scan, feature_sharding
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Computes logits (batch, length, num_tokens) of the next of int tokens (batch, length)."""
@@ -87,16 +92,32 @@ class GPT(nnx.Module):
         # in float32 at least, or gradients of bfloat16 tokens would add up in bfloat16.
         tokens, positions = self.tokens.embedding[...], self.positions.embedding[...]
         features = _tree.wide(tokens)[inputs] + _tree.wide(positions)[None, :length]
-        features = features.astype(tokens.dtype)
+        features = self._placed(features.astype(tokens.dtype))
         if self.scan:
-            features = _through_stack(self.blocks, features, remat=self.remat)
+            features = self._through_stack(features)
         else:
             for i in range(self.depth):
                 block = getattr(self, f"block_{i}")
                 features = _recomputed(block, features) if self.remat else block(features)
+                features = self._placed(features)
         if self.norm is not None:
             features = self.norm(features)
-        return features @ tokens.T
+        return self._placed(features @ tokens.T)
+
+    def _through_stack(self, features: jax.Array) -> jax.Array:
+        graph, weights = nnx.split(self.blocks)
+
+        def through_one(features: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+            return self._placed(nnx.merge(graph, weights)(features)), None
+
+        # Weights that a loop goes over, not ones that it looks up: their gradients are a stack too.
+        body = jax.checkpoint(through_one) if self.remat else through_one
+        return lax.scan(body, features, weights)[0]
+
+    def _placed(self, features: jax.Array) -> jax.Array:
+        if self.feature_sharding is None:
+            return features
+        return lax.with_sharding_constraint(features, self.feature_sharding)
 
 
 class _Block(nnx.Module):
@@ -147,12 +168,3 @@ def _recomputed(block: _Block, features: jax.Array) -> jax.Array:
     apply = lambda weights, features: nnx.merge(graph, weights)(features)
     return jax.checkpoint(apply)(weights, features)
 
-
-def _through_stack(blocks: _Block, features: jax.Array, *, remat: bool) -> jax.Array:
-    graph, weights = nnx.split(blocks)
-
-    def through_one(features: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-        return nnx.merge(graph, weights)(features), None
-
-    # Weights that a loop goes over, not ones that it looks up: their gradients are stacked as well.
-    return lax.scan(jax.checkpoint(through_one) if remat else through_one, features, weights)[0]
