@@ -109,7 +109,7 @@ def fisher_form(
     if num_samples is not None:
         _checks.integer("num_samples", num_samples)
         _checks.key("key", key)
-    parts, size = parts_of(model_fn, batch, chunk_size)
+    parts, size = parts_of(model_fn, params, batch, chunk_size)
     model = traced_model(model_fn, params, parts)
     outputs = model.outputs(params, batch[0])
     check_outputs(likelihood, outputs, _checks.num_examples(batch))

@@ -255,7 +255,7 @@ def _programs_of(
     chunk_size: int | None,
 ) -> tuple[Program, Program]:
     """The programs of a model and of the loss of its outputs; tested if data are to be split."""
-    parts, size = parts_of(model_fn, batch, chunk_size)
+    parts, size = parts_of(model_fn, params, batch, chunk_size)
     model = traced_model(model_fn, params, parts)
     signatures = [(model.outputs(params, part[0]), *part[1:]) for part in parts]
     loss = trace(output_loss_fn, *signatures)

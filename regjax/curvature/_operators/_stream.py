@@ -40,7 +40,7 @@ from regjax.curvature._operators._gauss_newton import (
     gauss_newton_form,
 )
 from regjax.curvature._operators._hessian import hessian, hessian_form
-from regjax.curvature._operators._operator import Operator, subtree
+from regjax.curvature._operators._operator import Operator
 from regjax.curvature._operators._sandwich import batch_with_weights
 from regjax.curvature._operators._source import Source
 
@@ -120,9 +120,8 @@ class StreamedOperator(Operator):
 
     @property
     def space(self) -> Space:
-        mesh = None if self.placement is None else self.placement.mesh
-        inside = self.inside
-        return Space.of(self.params if inside is None else subtree(self.params, inside), mesh)
+        space = Space.at(self.params, self.placement)
+        return space if self.inside is None else space.subspace(self.inside)
 
     @property
     def coarser(self) -> "StreamedOperator | None":
@@ -209,8 +208,9 @@ class StreamedOperator(Operator):
         return self._of_batch(batch).product(vector)
 
     def _of_batch(self, batch: Batch) -> CurvatureOperator:
-        linearization, function, params = self._parts(batch)
-        return CurvatureOperator(linearization, function, params, batch, None, None, self.placement)
+        ours = self.placement
+        placement = ours and dataclasses.replace(ours, specs=self.space.specs)
+        return CurvatureOperator(*self._parts(batch), batch, None, None, placement)
 
     def _with_draws(self, shapes: Batch) -> Batch:
         return jax.eval_shape(lambda batch: self.source.drawn(0, batch), shapes)
