@@ -169,7 +169,7 @@ class _Reader:
     def __init__(self, computations: dict[str, Computation], entry: str, num_chips: int):
         self.computations, self.entry, self.num_chips = computations, entry, num_chips
         self.messages: dict[tuple[str, int], list[int]] = collections.defaultdict(lambda: [0] * 3)
-        self.largest = 0
+        self.largest, self.channels = 0, set[str]()
 
     def read(self) -> Account:
         operations, num_bytes = self._cost(self.entry, 1)
@@ -264,6 +264,15 @@ class _Reader:
         if line.opcode == "fusion":
             for fused in line.called("calls"):
                 read, written = self._of_fusion(self.computations[fused], read, written)
+                passed = sum(
+                    array.traffic
+                    for each in self.computations[fused].values()
+                    if each.opcode in COLLECTIVES
+                    for array in each.arrays
+                )
+                # One of the steps of a message that goes on meanwhile: its buffer is handed on.
+                read = [size for size in read if size != passed]
+                written = max(0, written - passed)
         elif line.opcode in ("dynamic-slice", "slice", "gather"):
             read = [written, *read[1:]]
         elif line.opcode == "dynamic-update-slice":
@@ -313,18 +322,20 @@ class _Reader:
             lines += [(each, fused) for each in fused.values()]
         for each, where in lines:
             kind = each.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            given = [computation_.arrays for computation_ in map(where.get, each.operands) if computation_]
-            inputs = sum(array.num_bytes for arrays in given for array in arrays)
+            channel = re.search(r"channel_id=(\d+)", each.attributes)
+            if kind not in COLLECTIVES or (channel and channel[1] in self.channels):
+                continue  # written down once for each of its steps
+            if channel:
+                self.channels.add(channel[1])
+            operands = [where[name] for name in each.operands if name in where]
+            inputs = sum(array.num_bytes for operand in operands for array in operand.arrays)
             outputs = sum(array.num_bytes for array in each.arrays)
             if each.opcode.endswith("-start"):
                 outputs = max(outputs - inputs, inputs) if kind != "all-reduce" else inputs
-            size = max(inputs, outputs)
             entry = self.messages[kind, self._num_chips(each)]
             entry[0] += times
-            entry[1] += times * size
-            entry[2] += times * size if times > 1 else 0
+            entry[1] += times * max(inputs, outputs)
+            entry[2] += times * max(inputs, outputs) if times > 1 else 0
             self.largest = max(self.largest, *(array.num_bytes for array in each.arrays))
 
     def _num_chips(self, line: Instruction) -> int:
