@@ -44,6 +44,10 @@ class Chip:
     topologies: dict[int, str]
     source: str
 
+    def rate(self, precision: str) -> float:
+        """Operations a second of products at a precision."""
+        return self.highest if precision == "highest" else self.matmul
+
     def sent_per_second(self, num_chips: int) -> float:
         """Bytes that each of so many chips sends in a second."""
         return next(rate for most, rate in sorted(self.network.items()) if num_chips <= most)

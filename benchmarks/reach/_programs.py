@@ -31,12 +31,14 @@ class Program(NamedTuple):
       arguments: shapes with their places.
       donated: which of them the results may take the place of.
       solver: start -> the solver whose step it is; None: it is no solver's.
+      init: (operator, start) -> the first state of that solver.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Tree, ...]
     donated: tuple[int, ...] = ()
     solver: Any = None
+    init: Callable[..., Tree] | None = None
 
 
 def program_of(name: str, problem: Problem, mesh: Mesh, num_steps: int = _NUM_STEPS) -> Program:
@@ -57,7 +59,8 @@ def program_of(name: str, problem: Problem, mesh: Mesh, num_steps: int = _NUM_ST
     # Of shapes alone: what a solver makes before its first product is traced.
     state = operator.space.shapes_of(jax.eval_shape(init, operator, problem.params))
     step = lambda operator, start, state: make(operator, start).step(state)
-    return Program(step, (operator, problem.params, state), (2,), functools.partial(make, operator))
+    arguments = (operator, problem.params, state)
+    return Program(step, arguments, (2,), functools.partial(make, operator), init)
 
 
 def _lanczos(num_steps: int, operator: Any, start: Tree) -> Any:
