@@ -1,6 +1,8 @@
 """The same programs run on the machine at hand, beside what their compiler says of them."""
 
 import statistics
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -15,10 +17,17 @@ _ROUNDS = 7
 _SCALE = 0.02
 
 
-def chip_here() -> str | None:
-    """The name of the chip of this machine, if its rates are known."""
-    kind = jax.devices()[0].device_kind
-    return next((name for name in _chips.CHIPS if name in kind), None)
+def devices_here() -> tuple[str | None, int]:
+    """The name of the chip of this machine, if its rates are known, and how many there are.
+
+    Another process is asked: one that sees a GPU keeps most of its memory.
+    """
+    ask = "import jax; print(jax.device_count(), jax.devices()[0].device_kind)"
+    answer = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[-1]
+    number, _, kind = answer.partition(" ")
+    return next((name for name in _chips.CHIPS if name in kind), None), int(number)
 
 
 def measured(program: Program, compiled: Any) -> dict[str, Any]:

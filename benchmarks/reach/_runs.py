@@ -11,8 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from benchmarks.reach import _chips, _measure, _models
 from benchmarks.reach._case import Case
 from benchmarks.reach._programs import PROGRAMS
@@ -32,7 +30,7 @@ def cases(preset: str, *, measure: bool = False) -> Iterator[Case]:
     if measure:
         # Convolutions of a ResNet are timed by `speed`, and 8B fit on no single chip.
         small = [model for model in models if _models.SIZES[model].kind == "gpt"][:2]
-        chip, num_chips = _measure.chip_here(), jax.device_count()
+        chip, num_chips = _measure.devices_here()
         for model, program in itertools.product(small, PROGRAMS[:4]):
             yield Case(model, chip, num_chips, program, runs=True)
     elif preset == "smoke":
