@@ -2,7 +2,9 @@
 
 The compilers' own accounts count the body of a loop once, however often it runs, and that for CUDA
 is missing. Here each instruction counts as often as it runs: bodies of loops by the bound in their
-condition, of a conditional the branch with the most traffic.
+condition. Of a conditional the branch with the most traffic counts, but where branches hold loops
+or conditionals the one with the least: those of our own are for what is rare, a second pass over a
+basis or a fresh direction.
 """
 
 import collections
@@ -189,7 +191,7 @@ class _Reader:
                 turns = times * self._turns(line.called("condition")[0])
                 more, bytes_ = self._cost(line.called("body")[0], turns)
             elif line.opcode == "conditional":
-                more, bytes_ = self._largest_branch(line, times)
+                more, bytes_ = self._branch(line, times)
             elif line.opcode in ("call", "async-start"):
                 costs = [
                     self._cost(each, times)
@@ -203,23 +205,27 @@ class _Reader:
             self._note(line, computation, times)
         return operations, num_bytes
 
-    def _largest_branch(self, line: Instruction, times: int) -> tuple[float, float]:
-        names = line.called("branch_computations") or [
-            *line.called("true_computation"),
-            *line.called("false_computation"),
+    def _branch(self, line: Instruction, times: int) -> tuple[float, float]:
+        names = [
+            name
+            for kind in ("branch_computations", "true_computation", "false_computation")
+            for name in line.called(kind)
         ]
-        kept, best = self.messages, None
+        kept, found = self.messages, []
         for name in names:
             self.messages = collections.defaultdict(lambda: [0] * 3)
-            cost = self._cost(name, times)
-            if best is None or cost[1] > best[0][1]:
-                best = cost, self.messages
+            found.append((self._cost(name, times), self.messages))
         self.messages = kept
-        if best is None:
-            return 0.0, 0.0
-        for key, values in best[1].items():
+        is_rare = any(
+            inner.opcode in ("while", "conditional")
+            for name in names
+            for inner in self._within(name)
+        )
+        choose = min if is_rare else max
+        cost, messages = choose(found, key=lambda branch: branch[0][1])
+        for key, values in messages.items():
             kept[key] = [a + b for a, b in zip(kept[key], values, strict=True)]
-        return best[0]
+        return cost
 
     def _turns(self, condition: str) -> int:
         """The bound of a counted loop: the largest integer in its condition; 1 if there is none."""
