@@ -263,7 +263,7 @@ def restart(state: EigenState) -> EigenState:
     blur = jnp.hypot(krylov.blur, unit * jnp.sqrt(num_kept.astype(unit.dtype)))
     krylov = krylov._replace(
         basis=_basis.recombine(krylov.basis, weights, num_kept),
-        newest=jnp.zeros_like(krylov.newest),
+        newest=krylov.basis.space.constrain(jnp.zeros_like(krylov.newest)),
         projected=jnp.diag(values),
         coupling=krylov.coupling @ weights,
         lost=krylov.lost @ weights,

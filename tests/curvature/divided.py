@@ -3,19 +3,30 @@
 python -m tests.curvature.divided CHECKS DEVICES [PROCESSES INDEX PORT]
 """
 
+import contextlib
 import functools
+import os
+import pathlib
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from regjax import curvature
 from tests.curvature import sharded
-from tests.curvature.sharded import close, divided, key, mesh_of
+from tests.curvature.sharded import close, key, mesh_of
 
 P = PartitionSpec
+
+
+def divided(array, mesh, *axes):
+    sharding = NamedSharding(mesh, P(*axes))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def problem():
@@ -73,9 +84,9 @@ def spread(name, params, batch):
 
     def put(path, leaf):
         if callable(specs):
-            return divided(leaf, mesh, *(specs(leaf) or (None,)))
+            return divided(leaf, mesh, *specs(leaf))
         spec = specs.get(path[0].key, {}).get(path[1].key, P())
-        return divided(leaf, mesh, *(spec or (None,)))
+        return divided(leaf, mesh, *spec)
 
     placed = jax.tree_util.tree_map_with_path(put, params)
     return placed, [divided(array, mesh, axis) for array in batch]
@@ -127,6 +138,66 @@ def check_solvers():
             elif hasattr(found, "residual_norms"):
                 found, expected = (r._replace(residual_norms=0) for r in (found, expected))
             close(found, expected, 1e-3)
+
+
+class Stopped(Exception):
+    pass
+
+
+def until(steps, solve, **options):
+    """The step at which a run begins that ends after so many."""
+    seen = []
+
+    def callback(count, *_):
+        seen.append(count)
+        if count == steps:
+            raise Stopped
+
+    with contextlib.suppress(Stopped):
+        solve(callback=callback, **options)
+    return seen[0]
+
+
+def check_checkpoints():
+    """Each process writes its own shards; they go on from what all of them have."""
+    folder = pathlib.Path(os.environ["REGJAX_TEST_FOLDER"])
+    checkpoint = curvature.Checkpoint(folder / "a", every=3)
+    params, *batch = problem()
+    params, batch = spread("both", params, batch)
+    operator = curvature.hessian(loss_fn, params, *batch)
+    solve = functools.partial(
+        curvature.top_eigenpairs, operator, 2, key=key(), max_basis=7, tol=1e-5
+    )
+    own = lambda result: [
+        np.asarray(shard.data).tobytes()
+        for leaf in jax.tree.leaves((result.values, result.vectors))
+        for shard in leaf.addressable_shards
+    ]
+    expected = own(solve())
+    assert until(11, solve, checkpoint=checkpoint) == 1
+    count, index = jax.process_count(), jax.process_index()
+    mine = folder / "a" / ("" if count == 1 else f"process-{index}-of-{count}")
+    files = sorted(mine.glob("*.npz"))
+    assert [path.name[:8] for path in files][-2:] == ["00000006", "00000009"]
+    # A process that was killed while it wrote has one state less.
+    if index == 0:
+        files[-1].write_bytes(files[-1].read_bytes()[:-100])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert until(8, solve, checkpoint=checkpoint) == 7
+    assert own(solve(checkpoint=checkpoint)) == expected
+    # As many processes, and the same division, or none.
+    params, *batch = problem()
+    params, batch = spread("tensor_data", params, batch)
+    other = curvature.hessian(loss_fn, params, *batch)
+    with pytest.raises(ValueError, match=r"`shardings of the parameters` must be .*, got "):
+        curvature.top_eigenpairs(other, 2, key=key(), max_basis=7, tol=1e-5, checkpoint=checkpoint)
+    if index == 0:
+        (folder / "a" / "process-0-of-9").mkdir()
+        (folder / "a" / "process-0-of-9" / files[0].name).touch()
+    multihost_utils.sync_global_devices("made")
+    with pytest.raises(ValueError, match=r"`number of processes` must be ., got 9"):
+        solve(checkpoint=checkpoint)
 
 
 def main(names, *arguments):

@@ -245,7 +245,9 @@ def assemble(
         batch, num_parts = placement.shard(batch), placement.num_parts
     if chunk_size is not None:
         chunk_size = min(chunk_size, _checks.num_examples(batch) // num_parts)
-    elif linearization.linearize is not None:
+    elif linearization.linearize is not None and (placement is None or placement.takes_parts):
+        # Made apart from the products, what is kept would lie where they send it elsewhere: of
+        # parameters divided with the examples twice as many bytes as the gradient sends twice.
         residuals = jax.tree.leaves(_linear_map.eval_shape(linearization, function, params, batch))
         num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals)
         if num_bytes <= CACHE_BYTES * num_parts:
