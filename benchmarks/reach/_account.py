@@ -32,6 +32,7 @@ _FREE = frozenset((
     "call", "after-all", "partition-id", "replica-id", "add-dependency", "opt-barrier", "iota",
     "copy-done", "async-start", "async-done", "async-update", "slice-done",
 ))  # fmt: skip
+_ASYNCHRONOUS = ("fusion-start", "custom-call-start", "dynamic-slice-start", "dot-start")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEAD = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{\s*$")
@@ -151,11 +152,11 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
         Array(dtype, tuple(map(int, filter(None, shape.split(",")))), "S(1)" in layout)
         for dtype, shape, layout in _ARRAY.findall(rest[:end])
     )
-    arguments = rest[opened + 1 : closed - 1]
-    return Instruction(
-        name, arrays, rest[end:opened].strip(), tuple(_NAME.findall(arguments)), rest[closed:],
-        arguments, is_root,
-    )  # fmt: skip
+    arguments, opcode = rest[opened + 1 : closed - 1], rest[end:opened].strip()
+    operands = tuple(_NAME.findall(arguments))
+    if opcode in _ASYNCHRONOUS:  # what goes in comes first in the type of what is begun
+        opcode, arrays = opcode.removesuffix("-start"), arrays[len(operands) :]
+    return Instruction(name, arrays, opcode, operands, rest[closed:], arguments, is_root)
 
 
 def _closed(text: str, start: int) -> int:
