@@ -1,7 +1,7 @@
 """Where arrays lie, and what is done there: known from them, or when a program is lowered.
 
-The default backend says neither: on a machine with a GPU arrays may lie on the CPU, and `jax.export`
-lowers a program for machines that are not here.
+The default backend says neither: on a machine with a GPU arrays may lie on the CPU, and
+`jax.export` lowers a program for machines that are not here.
 """
 
 import warnings
@@ -45,7 +45,7 @@ def platform_of(*trees: Tree) -> str | None:
 
 
 def is_on_cpu(*trees: Tree) -> bool:
-    """Tells whether the CPU computes with these arrays; of traced ones, whether it would by default.
+    """Tells whether the CPU computes with these arrays; of traced ones, whether by default.
 
     For what must be known when a program is traced, such as how many vectors a state has.
     """

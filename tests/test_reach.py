@@ -3,13 +3,9 @@
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
@@ -76,7 +72,7 @@ ENTRY %main (square.3: f32[8,8], stack.3: f32[7,8,4]) -> f32[8,8] {
   %loop = (s32[], f32[8,8]{1,0}, /*index=2*/f32[7,8,4]{2,1,0}) while(%state.3), condition=%condition, body=%body
   ROOT %result = f32[8,8]{1,0} get-tuple-element(%loop), index=1
 }
-"""
+"""  # noqa: E501
 
 
 def test_a_loop_counts_as_often_as_it_runs_and_a_message_once():
@@ -154,7 +150,7 @@ def record(program, chips=4, **changes):
 def test_ratios_are_to_the_gradient_of_the_same_model_on_the_same_chips(tmp_path):
     records = [
         record("gradient"), record("Hessian product", operations=6e12),
-        record("Hessian product", chips=16), {**record("SAM step"), "compiled": False, "reason": "x"},
+        record("Hessian product", chips=16), record("SAM step", compiled=False, reason="x"),
     ]  # fmt: skip
     found = _tables.with_ratios(records)
     assert found[1]["over_gradient"] == {"operations": 2, "bytes_moved": 1, "bytes_sent": 1}

@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +79,7 @@ class Collective(NamedTuple):
     """One kind of message: how many a chip takes part in, their bytes, and how many chips each."""
 
     kind: str
-    count: int
+    num_messages: int
     num_bytes: int
     num_chips: int
     in_loops: int
@@ -297,9 +297,7 @@ class _Reader:
     ) -> tuple[list[int], int]:
         """What is read in slices counts as these, and what is updated in place as the update."""
         places = {
-            line.name: int(line.arguments)
-            for line in fused.values()
-            if line.opcode == "parameter"
+            line.name: int(line.arguments) for line in fused.values() if line.opcode == "parameter"
         }
         users: dict[str, list[Instruction]] = collections.defaultdict(list)
         for line in fused.values():
@@ -391,24 +389,22 @@ def _of_convolution(line: Instruction, left: tuple[int, ...], right: tuple[int, 
     inputs, kernel, outputs = labels[1], labels[2], labels[3]
     window = re.search(r"window=\{([^}]*)\}", line.attributes)
     options = dict(part.split("=") for part in window[1].split()) if window else {}
-    groups = re.search(r"feature_group_count=(\d+)", line.attributes)
     of = lambda label, labels, shape: shape[labels.index(label)]
     out = line.arrays[0].shape
+    # Of groups the kernel holds the inputs of one.
     total = 2.0 * of("b", outputs, out) * of("f", outputs, out) * of("i", kernel, right)
-    del groups  # the kernel holds the inputs of one group alone
     for place, label in enumerate(sorted(set(inputs) - {"b", "f"})):
-        total *= _num_valid(
-            of(label, inputs, left), of(label, kernel, right), of(label, outputs, out),
-            lambda name, default, place=place: _option(options, name, default, place),
-        )  # fmt: skip
+        option = functools.partial(_option, options, place)
+        lengths = of(label, inputs, left), of(label, kernel, right), of(label, outputs, out)
+        total *= _num_valid(*lengths, option)
     return total
 
 
-def _option(options: dict[str, str], name: str, default: str, place: int) -> str:
+def _option(options: dict[str, str], place: int, name: str, default: str) -> str:
     return options[name].split("x")[place] if name in options else default
 
 
-def _num_valid(length: int, width: int, given: int, option: functools.partial) -> int:
+def _num_valid(length: int, width: int, given: int, option: Callable[[str, str], str]) -> int:
     stride, spread = int(option("stride", "1")), int(option("lhs_dilate", "1"))
     low, step = int(option("pad", "0_0").split("_")[0]), int(option("rhs_dilate", "1"))
     taps = np.arange(width)

@@ -11,6 +11,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from benchmarks import _timing
 from benchmarks.reach import _account, _chips, _measure, _models, _programs
@@ -54,14 +55,11 @@ class Case(NamedTuple):
 def run(case: Case) -> dict[str, Any]:
     """The record of a case, which JSON can write."""
     chip = None if case.chip is None else _chips.CHIPS[case.chip]
-    if case.runs or chip is None:
-        mesh = _chips.mesh_here()
-    else:
-        mesh = _chips.mesh_of(chip, case.num_chips)
+    mesh, compiler = _place(case, chip)
     problem = _models.problem_on(mesh, _models.SIZES[case.model])
     record = {
         **case.facts, "parameters": problem.num_params, "batch": list(problem.x.shape),
-        "compiler": jax.__version__ if case.runs or chip is None else _chips.compiler(chip),
+        "compiler": compiler,
     }  # fmt: skip
     with jax.default_matmul_precision(case.precision):
         program = _programs.program_of(case.program, problem, mesh)
@@ -81,6 +79,13 @@ def run(case: Case) -> dict[str, Any]:
         if case.runs and record["fits"]:
             record["measured"] = _measure.measured(program, compiled)
     return record
+
+
+def _place(case: Case, chip: _chips.Chip | None) -> tuple[Mesh, str]:
+    """The devices, and what compiles for them."""
+    if case.runs or chip is None:
+        return _chips.mesh_here(), f"jax {jax.__version__}"
+    return _chips.mesh_of(chip, case.num_chips), _chips.compiler(chip)
 
 
 def _estimate(program: _programs.Program, problem: _models.Problem) -> dict[str, int]:

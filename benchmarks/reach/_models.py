@@ -88,9 +88,7 @@ def problem_on(mesh: Mesh, size: Size) -> Problem:
 
 def _abstract_gpt(count: int, sharding: NamedSharding, **options: Any) -> tuple[Any, Any, Any]:
     module = nnx.eval_shape(
-        lambda: GPT(
-            scan=True, remat=True, feature_sharding=sharding, rngs=nnx.Rngs(0), **options
-        )
+        lambda: GPT(scan=True, remat=True, feature_sharding=sharding, rngs=nnx.Rngs(0), **options)
     )
     tokens = jax.ShapeDtypeStruct((count, options["context"]), jnp.int32)
     return module, tokens, tokens

@@ -45,7 +45,9 @@ def program_of(name: str, problem: Problem, mesh: Mesh, num_steps: int = _NUM_ST
     """The program of a case."""
     data = (problem.x, problem.y)
     if name == GRADIENT:
-        return Program(_placed_as(problem.params, jax.grad(problem.loss_fn)), (problem.params, *data))
+        return Program(
+            _placed_as(problem.params, jax.grad(problem.loss_fn)), (problem.params, *data)
+        )
     if name == "SAM step":
         step = _placed_as(problem.params, _sam_step(problem.loss_fn))
         return Program(step, (problem.params, *data), (0,))
@@ -100,9 +102,7 @@ def _placement(problem: Problem, mesh: Mesh) -> Placement | None:
     if mesh.size == 1:
         return None
     specs = tuple(leaf.sharding.spec for leaf in jax.tree.leaves(problem.params))
-    fields = {field.name for field in dataclasses.fields(Placement)}
-    options = {"specs": specs} if "specs" in fields else {}
-    return Placement(mesh, (AXIS,), **options)
+    return Placement(mesh, (AXIS,), specs)
 
 
 def _sam_step(loss_fn: Any) -> Any:

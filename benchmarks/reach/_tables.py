@@ -63,7 +63,11 @@ def with_ratios(records: Iterable[Record]) -> list[dict[str, Any]]:
     found = []
     for record in records:
         base = gradients.get(place(record)) if record["compiled"] else None
-        over = {} if base is None else {name: record[name] / base[name] for name in _OVER if base[name]}
+        over = (
+            {}
+            if base is None
+            else {name: record[name] / base[name] for name in _OVER if base[name]}
+        )
         found.append({**record, "over_gradient": over})
     return found
 

@@ -258,7 +258,7 @@ def _look(state: DensityState) -> DensityState:
     count = state.deflation.rows.filled
     taken = jnp.max(jnp.abs(state.deflation.values), initial=0)
     num_probes = state.num_steps.size
-    dimension = jnp.asarray(state.deflation.rows.space.size - count, state.alphas.dtype)
+    dimension = _left(state.deflation.rows.space.size, count, state.alphas.dtype)
 
     def is_resolved(krylov: Krylov) -> jax.Array:
         measure = *recurrence(krylov), krylov.filled
@@ -310,6 +310,11 @@ def _result(state: DensityState, size: int, eps: float) -> DensityResult:
     return _measured(state, size, eps)
 
 
+def _left(size: int, count: jax.Array, dtype: Any) -> jax.Array:
+    """Dimension of the complement of `count` vectors."""
+    return jnp.asarray(float(size), dtype) - count.astype(dtype)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 @precisely
 def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
@@ -318,7 +323,7 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
     finished = jnp.arange(state.alphas.shape[0], dtype=jnp.int32) < state.num_finished
     nodes, weights = jax.vmap(gauss_rule)(state.alphas, state.betas, state.num_steps)
     nodes = jnp.where(finished[:, None], nodes, 0)
-    rest = (size - count).astype(dtype) / size
+    rest = _left(size, count, dtype) / float(size)
     # Nothing is known before the first probe, not even that a weight is zero.
     absent = jnp.where(state.num_finished > 0, jnp.zeros((), dtype), jnp.nan)
     share = rest / jnp.maximum(state.num_finished, 1).astype(dtype)
@@ -343,7 +348,7 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
         trace=jnp.zeros((), dtype),
         trace_standard_error=jnp.zeros((), dtype),
         num_matvecs=state.num_matvecs,
-        size=jnp.int32(size),
+        size=jnp.asarray(size, jnp.int32 if size < 2**31 else dtype),
     )
     total = spectral_sum(result, lambda values: values)
     return result._replace(trace=total.value, trace_standard_error=total.standard_error)

@@ -32,7 +32,7 @@ class DensityResult(NamedTuple):
       trace: (), sum of the eigenvalues.
       trace_standard_error: (), of `trace`, over the draw of the probes.
       num_matvecs: (), int32, products used.
-      size: (), int32, n.
+      size: (), n: int32, or from 2^31 on of the type of `weights`.
     """
 
     nodes: jax.Array
@@ -86,7 +86,7 @@ def spectral_sum(
     inside = inside.reshape(inside.shape + (1,) * (values.ndim - 1))
     exact = jnp.sum(jnp.where(inside, values, 0.0), axis=0)
 
-    dimension = (density.size - density.num_eigenvalues).astype(values.dtype)
+    dimension = density.size.astype(values.dtype) - density.num_eigenvalues.astype(values.dtype)
     mass = jnp.sum(density.weights)
     weights = density.weights / jnp.where(mass == 0, 1, mass)
     sampled = function(density.nodes)

@@ -167,4 +167,3 @@ def _recomputed(block: _Block, features: jax.Array) -> jax.Array:
     graph, weights = nnx.split(block)
     apply = lambda weights, features: nnx.merge(graph, weights)(features)
     return jax.checkpoint(apply)(weights, features)
-
