@@ -1,7 +1,7 @@
 """A spectrum as a discrete measure, and sums over it with their standard errors."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,11 @@ class SpectralSumResult(NamedTuple):
 
     value: jax.Array
     standard_error: jax.Array
+
+
+def dimension_left(size: int, count: jax.Array, dtype: Any) -> jax.Array:
+    """Dimension of the complement of `count` vectors among `size`, which may be above 2^31."""
+    return jnp.asarray(float(size), dtype) - count.astype(dtype)
 
 
 @precisely
