@@ -42,6 +42,7 @@ LOOPS = {
     "regjax.curvature._engine._accumulation": {"fori_loop"},  # slabs of columns
     "regjax.curvature._engine._basis": {"fori_loop", "cond"},  # filled blocks only; slabs
     "regjax.curvature._lanczos": {"cond"},  # a second pass
+    "regjax.models._transformer": {"scan"},  # equal blocks, without convolution
     "regjax.pruning._evaluation": {"scan"},  # the model's own
 }
 # What is multiplied knows nothing of how it runs, and neither of the methods.

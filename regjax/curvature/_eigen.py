@@ -241,8 +241,7 @@ def _charge(state: EigenState, image: jax.Array, error: jax.Array) -> EigenState
 
 def _is_complete(state: EigenState) -> jax.Array:
     """Whether the list is right, as far as it was looked for: never without a search."""
-    size = state.krylov.basis.space.size
-    was_searched = jnp.bool_(state.searches) | (state.krylov.filled >= size)
+    was_searched = jnp.bool_(state.searches) | _basis.spans_all(state.krylov.basis)
     return jnp.all(state.small[: state.k]) & state.done & was_searched
 
 

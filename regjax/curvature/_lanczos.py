@@ -320,7 +320,7 @@ def _fresh(basis: _basis.Basis, key: PRNGKey) -> tuple[jax.Array, PRNGKey]:
     noise = space.normal(subkey)
     for _ in range(2):
         noise, _ = _basis.outside(basis, noise / space.norm(noise))
-    noise = jnp.where(basis.filled >= space.size, jnp.zeros_like(noise), noise)
+    noise = jnp.where(_basis.spans_all(basis), jnp.zeros_like(noise), noise)
     return unit(noise, space.norm(noise)), key
 
 

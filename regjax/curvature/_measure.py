@@ -1,7 +1,7 @@
 """A spectrum as a discrete measure, and sums over it with their standard errors."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class DensityResult(NamedTuple):
       trace: (), sum of the eigenvalues.
       trace_standard_error: (), of `trace`, over the draw of the probes.
       num_matvecs: (), int32, products used.
-      size: (), int32, n.
+      size: (), n: int32, or from 2^31 on of the type of `weights`.
     """
 
     nodes: jax.Array
@@ -63,6 +63,11 @@ class SpectralSumResult(NamedTuple):
     standard_error: jax.Array
 
 
+def dimension_left(size: int, count: jax.Array, dtype: Any) -> jax.Array:
+    """Dimension of the complement of `count` vectors among `size`, which may be above 2^31."""
+    return jnp.asarray(float(size), dtype) - count.astype(dtype)
+
+
 @precisely
 def spectral_sum(
     density: DensityResult, function: Callable[[jax.Array], jax.Array]
@@ -86,7 +91,7 @@ def spectral_sum(
     inside = inside.reshape(inside.shape + (1,) * (values.ndim - 1))
     exact = jnp.sum(jnp.where(inside, values, 0.0), axis=0)
 
-    dimension = (density.size - density.num_eigenvalues).astype(values.dtype)
+    dimension = density.size.astype(values.dtype) - density.num_eigenvalues.astype(values.dtype)
     mass = jnp.sum(density.weights)
     weights = density.weights / jnp.where(mass == 0, 1, mass)
     sampled = function(density.nodes)

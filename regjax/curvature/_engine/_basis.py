@@ -101,6 +101,11 @@ def outside(basis: Basis, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     return vector, jnp.concatenate([*coefficients, jnp.zeros(0, dtype)])
 
 
+def spans_all(basis: Basis) -> jax.Array:
+    """(), bool, whether the filled rows span the whole space, which may have more than 2^31."""
+    return basis.filled >= min(basis.space.size, basis.num_rows + 1)
+
+
 def inner(basis: Basis, one: jax.Array, other: jax.Array) -> jax.Array:
     """(), the inner product of two vectors, summed as those with the rows are."""
     if basis.accumulation is None:
