@@ -20,13 +20,14 @@ from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
-from regjax.curvature import _search
+from regjax.curvature import _search, _warm
 from regjax.curvature._assessment import (
     EigenState,
     assess,
     begin_search,
     is_pair,
     restart,
+    turn,
     unbounded,
 )
 from regjax.curvature._derivatives import Slopes, attach, held, tangent_product, without_rule
@@ -85,6 +86,7 @@ def top_eigenpairs(
     max_basis: int | None = None,
     max_matvecs: int | None = None,
     search: bool = True,
+    start: Tree = None,
     accumulation: str | None = None,
     callback: Callback | None = None,
     checkpoint: Checkpoint | None = None,
@@ -142,7 +144,7 @@ def top_eigenpairs(
     """
     solver = top_eigenpairs_solver(
         held(operator), k, key=key, tol=tol, which=which, max_basis=max_basis,
-        max_matvecs=max_matvecs, search=search, accumulation=accumulation,
+        max_matvecs=max_matvecs, search=search, start=start, accumulation=accumulation,
     )  # fmt: skip
     found = run(solver, callback=callback, checkpoint=checkpoint)
     vectors, residual_norms = without_rule(operator, (found.vectors, found.residual_norms))
@@ -175,6 +177,7 @@ def top_eigenpairs_solver(
     max_basis: int | None = None,
     max_matvecs: int | None = None,
     search: bool = True,
+    start: Tree = None,
     accumulation: str | None = None,
 ) -> Solver[Tree, EigenResult]:
     """Makes the solver of `top_eigenpairs`, whose arguments these are, to drive by hand."""
@@ -183,14 +186,22 @@ def top_eigenpairs_solver(
     _checks.non_negative("tol", tol)
     _checks.choice("which", which, _ENDS)
     _checks.key("key", key)
+    start_rows = None if start is None else _warm.rows_of(start, space)
+    most = k if start_rows is None else max(k, start_rows.shape[0])
     # Two rows beyond the kept ones: one for the residual's direction, one to make progress.
-    num_rows = min(space.size, max(48, 2 * k + 20)) if max_basis is None else max_basis
-    _checks.integer("max_basis", num_rows, minimum=min(k + 2, space.size), maximum=space.size)
+    num_rows = min(space.size, max(48, 2 * most + 20)) if max_basis is None else max_basis
+    _checks.integer("max_basis", num_rows, minimum=min(most + 2, space.size), maximum=space.size)
     limit = 20 * num_rows if max_matvecs is None else max_matvecs
 
     def init() -> EigenState:
         fresh_key, start_key = jax.random.split(key)
-        krylov = empty(space, space.normal(start_key), num_rows, fresh_key, accumulation)
+        held = None
+        if start_rows is None:
+            direction = space.normal(start_key)
+        else:
+            held = _warm.begin(space, start_rows, num_rows, start_key, accumulation)
+            direction = held.vectors[0]
+        krylov = empty(space, direction, num_rows, fresh_key, accumulation)
         rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
         state = EigenState(
             krylov=krylov,
@@ -209,6 +220,8 @@ def top_eigenpairs_solver(
             mass=jnp.zeros(rows, dtype),
             wants_restart=jnp.bool_(False),
             wants_search=jnp.bool_(False),
+            wants_turn=jnp.bool_(False),
+            held=held,
             done=jnp.bool_(False),
             k=k,
             which=which,
@@ -222,7 +235,7 @@ def top_eigenpairs_solver(
         operator=operator,
         arguments={
             "k": k, "key": key, "tol": tol, "which": which, "max_basis": num_rows,
-            "search": search, "accumulation": accumulation,
+            "search": search, "start": start_rows, "accumulation": accumulation,
         },
         init=init,
         vectors=lambda state: state.krylov.direction,
@@ -250,7 +263,8 @@ def _update(state: EigenState, image: jax.Array) -> EigenState:
     """One more row, the assessment, and what it asks for."""
     state = _advance(state, image)
     state = _loops.cond(state.wants_restart, restart, state)
-    return _loops.cond(state.wants_search, begin_search, state)
+    state = _loops.cond(state.wants_search, begin_search, state)
+    return state if state.held is None else _loops.cond(state.wants_turn, turn, state)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -269,18 +283,25 @@ def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
         num_matvecs=state.num_matvecs,
         converged=state.small[:k],
         complete=_is_complete(state),
-        miss_probability=_search.miss_probability(state.search, which=state.which, size=space.size),
+        miss_probability=jnp.where(
+            state.searches,
+            _search.miss_probability(state.search, which=state.which, size=space.size),
+            1,
+        ),
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
 def _advance(state: EigenState, image: jax.Array) -> EigenState:
-    krylov = absorb(state.krylov, image)
+    krylov, held = absorb(state.krylov, image), state.held
+    if held is not None:
+        held, krylov = _warm.follow(held, krylov)
     return assess(
         dataclasses.replace(
             state,
             krylov=krylov,
+            held=held,
             search=_search.follow(state.search, krylov),
             num_matvecs=state.num_matvecs + 1,
         )
