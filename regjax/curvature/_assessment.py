@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from regjax.curvature import _search, _warm
+from regjax.curvature import _search
 from regjax.curvature._engine import _basis
 from regjax.curvature._lanczos import Krylov, redirect
 from regjax.curvature._precision import precisely, rounding
@@ -23,9 +23,6 @@ from regjax.curvature._ritz import residual_parts, small_pairs
 _ROOM = 10
 # Units of rounding by which a row is off after the rows were combined anew; 1 to 2 were seen.
 _RECOMBINED = 3
-# Values have settled when the squares of their residual norms add up to so much of the tolerance
-# times the largest: by Kato and Temple they are off by that over a gap.
-_SETTLED = 0.5
 # A pair with so much of its mass in the search's directions tells of them.
 _SOME = 0.1
 
@@ -35,7 +32,7 @@ _SOME = 0.1
     data_fields=[
         "krylov", "search", "tol", "num_matvecs", "num_restarts",
         "weights", "values", "bounds", "largest", "threshold", "small", "mass",
-        "wants_restart", "wants_search", "wants_turn", "done", "held",
+        "wants_restart", "wants_search", "done",
     ],
     meta_fields=["k", "which", "num_rows", "searches"],
 )  # fmt: skip
@@ -58,10 +55,7 @@ class EigenState:
       mass: (rows,), how much of each lies in the search's own directions, between 0 and 1.
       wants_restart: (), bool, whether the basis must be compressed first.
       wants_search: (), bool, whether it is time for a (further) search.
-      wants_turn: (), bool, whether the direction to come is still to be chosen: start vectors are
-        being multiplied.
       done: (), bool, whether nothing more is to be gained.
-      held: what start vectors left outside of the basis; None: there were none.
       k: number of wanted pairs. which: end of the spectrum. num_rows: rows in use at most.
       searches: whether missed copies are looked for.
     """
@@ -80,9 +74,7 @@ class EigenState:
     mass: jax.Array
     wants_restart: jax.Array
     wants_search: jax.Array
-    wants_turn: jax.Array
     done: jax.Array
-    held: _warm.Held | None
     k: int
     which: str
     num_rows: int
@@ -96,14 +88,12 @@ class _Pairs(NamedTuple):
       values: (rows,), 0 for rows that are not filled.
       weights: (rows, rows), columns: the small eigenvectors.
       outside: (rows,), the part of the residual norms that goes on to shrink.
-      held: (rows,), the part of `outside` that is not along the direction to come.
       bounds: (rows,), of the residual norms; `unbounded` for rows that are not filled.
     """
 
     values: jax.Array
     weights: jax.Array
     outside: jax.Array
-    held: jax.Array
     bounds: jax.Array
 
 
@@ -146,10 +136,8 @@ def _pairs(state: EigenState) -> _Pairs:
     order = jnp.argsort(_preference(values, valid, state.which))
     values, weights, valid = values[order], weights[:, order], valid[order]
     outside, dropped = residual_parts(krylov, weights)
-    held = jnp.zeros_like(outside) if state.held is None else _warm.norms(state.held, weights)
-    outside = outside + held
     bounds = jnp.where(valid, outside + dropped, unbounded(values.dtype))
-    return _Pairs(jnp.where(valid, values, 0), weights, outside, held, bounds)
+    return _Pairs(jnp.where(valid, values, 0), weights, outside, bounds)
 
 
 def _standing(state: EigenState, pairs: _Pairs) -> _Standing:
@@ -177,14 +165,6 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
     all_converged = jnp.all(small)
     spans_everything = krylov.filled >= size
     is_broken = ~jnp.isfinite(krylov.beta)
-    is_full = krylov.filled >= state.num_rows
-    has_room = krylov.filled + _ROOM <= state.num_rows
-    # A full basis and still held: what start vectors lack is found anew.
-    is_unresolved = is_full & jnp.any(is_pair(bounds) & (pairs.held[:k] > standing.threshold))
-    first, num_start, waits = jnp.bool_(False), 0, jnp.bool_(False)
-    if state.held is not None:
-        first, waits = search.num_searches == 0, state.held.waits
-        num_start = state.held.vectors.shape[0] - 1
 
     if state.searches:
         inside = standing.mass > _SOME
@@ -193,32 +173,27 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         search_is_done = search.active & all_converged & ~has_found & nothing_hides
         # Searching drops the residuals of the kept pairs for good: they go in with room to spare,
         # or with nothing to gain.
-        can_lose = bounds <= standing.threshold / 2
+        has_room = bounds <= standing.threshold / 2
         gains_nothing = outside <= standing.threshold / 16
-        may_search = all_converged & jnp.all(can_lose | gains_nothing | first)
-        # What is held is not lost: pairs go on to converge in a search.
-        settled = jnp.sum(bounds**2) <= _SETTLED * standing.threshold * standing.largest
-        may_search |= first & settled & has_room
+        may_search = all_converged & jnp.all(has_room | gains_nothing)
         # What dropped residuals keep from converging has to be found anew.
         is_held_back = is_pair(bounds) & (bounds - outside > standing.threshold)
-        is_stuck = (search.active & jnp.any(is_held_back)) | is_unresolved
+        is_stuck = search.active & jnp.any(is_held_back)
         done = spans_everything | is_broken | search_is_done
         wants_search = ~done & ((may_search & (has_found | ~search.active)) | is_stuck)
     else:
         # Before, an eigenvalue at the other end may stand for one that is wanted; the invariant
         # space of a random start has all of them, once each.
-        fewest = min(size, num_start + _search.fewest_steps(size))
-        has_seen_both_ends = (state.num_matvecs >= fewest) | krylov.broke_down
+        has_seen_both_ends = state.num_matvecs >= min(size, _search.fewest_steps(size))
+        has_seen_both_ends |= krylov.broke_down
         done = spans_everything | is_broken | (all_converged & has_seen_both_ends)
-        wants_search = is_unresolved & ~done
+        wants_search = jnp.zeros_like(all_converged)
 
     # The first search keeps the whole basis, later ones what has converged.
-    is_cramped = search.active | ~has_room
+    is_cramped = search.active | (krylov.filled + _ROOM > state.num_rows)
     # With room for the whole space nothing is to be gained by less.
     is_cramped &= jnp.bool_(state.num_rows < size)
-    done &= ~waits | is_broken
-    wants_search &= ~waits
-    wants_restart = jnp.where(wants_search, is_cramped, is_full) & ~done & ~waits
+    is_full = krylov.filled >= state.num_rows
     return dataclasses.replace(
         state,
         values=jnp.where(is_broken, jnp.nan, pairs.values),
@@ -228,9 +203,8 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         threshold=standing.threshold,
         small=standing.small,
         mass=standing.mass,
-        wants_restart=wants_restart,
+        wants_restart=jnp.where(wants_search, is_cramped, is_full) & ~done,
         wants_search=wants_search,
-        wants_turn=~done & ~wants_search & (state.num_matvecs <= num_start),
         done=done,
     )
 
@@ -255,63 +229,18 @@ def _preference(values: jax.Array, valid: jax.Array, which: str) -> jax.Array:
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
 def begin_search(state: EigenState) -> EigenState:
-    """Goes on from a fresh direction; the residual of the rows so far is dropped and charged.
-
-    The first search after a start from vectors drops nothing, and its direction holds what the
-    wanted pairs lack beside the random vector.
-    """
-    known, count = state.values[: state.k], state.search.num_searches
-
-    def plain(state: EigenState) -> tuple[_warm.Held | None, Krylov, jax.Array]:
-        return state.held, redirect(state.krylov), jnp.ones_like(state.largest)
-
-    def warm(state: EigenState) -> tuple[_warm.Held | None, Krylov, jax.Array]:
-        held, krylov = _warm.hold_direction(state.held, state.krylov)
-        krylov, length = _warm.turn(held, krylov, _lacking(state), is_random=True)
-        return held, krylov, length.astype(state.largest.dtype)
-
-    if state.held is None:
-        held, krylov, length = plain(state)
-    else:
-        held, krylov, length = jax.lax.cond(count == 0, warm, plain, state)
+    """Goes on from a fresh direction; the residual of the rows so far is dropped and charged."""
+    known = state.values[: state.k]
     return dataclasses.replace(
         state,
-        krylov=krylov,
-        held=held,
+        krylov=redirect(state.krylov),
         search=_search.begin(
             known,
             _search.targets_of(known, state.threshold, state.which),
             num_rows=state.values.size,
-            num_searches=count + 1,
-            length=length,
+            num_searches=state.search.num_searches + 1,
         ),
         wants_search=jnp.zeros_like(state.wants_search),
-    )
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-@precisely
-def turn(state: EigenState) -> EigenState:
-    """Goes on from the next start vector, or after the last from what the wanted pairs lack."""
-    held = state.held
-    # Without a search to come, or with fewer start vectors than pairs, the random part is needed.
-    is_random = not state.searches or held.vectors.shape[0] - 1 < state.k
-    krylov = jax.lax.cond(
-        held.waits,
-        lambda krylov: _warm.next_start(held, krylov),
-        lambda krylov: _warm.turn(held, krylov, _lacking(state), is_random)[0],
-        state.krylov,
-    )
-    return dataclasses.replace(
-        state, krylov=krylov, wants_turn=jnp.zeros_like(state.wants_turn)
-    )
-
-
-def _lacking(state: EigenState) -> jax.Array:
-    """(rows,), the sum of the wanted pairs that have not converged."""
-    wanted = jnp.arange(state.values.size) < state.k
-    return state.weights @ (wanted & ~state.small & is_pair(state.bounds)).astype(
-        state.weights.dtype
     )
 
 
@@ -341,16 +270,12 @@ def restart(state: EigenState) -> EigenState:
         blur=blur,
     )
     bounds = state.bounds[order] + blur - state.krylov.blur
-    held = state.held
-    if held is not None:
-        held = held._replace(parts=held.parts @ weights)
     return dataclasses.replace(
         state,
         krylov=krylov,
         search=search._replace(
             own=weights.T @ search.own @ weights, overlaps=search.overlaps @ weights
         ),
-        held=held,
         num_restarts=state.num_restarts + 1,
         weights=jnp.diag(inside.astype(weights.dtype)),
         values=values,

@@ -20,14 +20,13 @@ from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
-from regjax.curvature import _search, _warm
+from regjax.curvature import _search, _start
 from regjax.curvature._assessment import (
     EigenState,
     assess,
     begin_search,
     is_pair,
     restart,
-    turn,
     unbounded,
 )
 from regjax.curvature._derivatives import Slopes, attach, held, tangent_product, without_rule
@@ -119,6 +118,10 @@ def top_eigenpairs(
       search: whether to look for missed copies of multiple eigenvalues after convergence, at half
         as many products more: it ends when one that would change the list by more than the
         tolerance is there with a probability below 0.01.
+      start: where to begin in place of a random vector: an earlier `EigenResult`, or a tree of
+        vectors with a leading axis of any length. Eigenvectors of a matrix not far from this one
+        spare products, k vectors that are those of this one all but k and the search; any others
+        cost products and nothing else. Without a search a random vector goes with them.
       accumulation: how inner products of vectors (n,) are summed, as for `lanczos`; with "float64"
         values and residual norms are float64, the vectors are not.
       callback: called as callback(products, max_matvecs, progress) after each product when the host
@@ -186,22 +189,19 @@ def top_eigenpairs_solver(
     _checks.non_negative("tol", tol)
     _checks.choice("which", which, _ENDS)
     _checks.key("key", key)
-    start_rows = None if start is None else _warm.rows_of(start, space)
-    most = k if start_rows is None else max(k, start_rows.shape[0])
+    start_rows = None if start is None else _start.rows_of(start, space)
     # Two rows beyond the kept ones: one for the residual's direction, one to make progress.
-    num_rows = min(space.size, max(48, 2 * most + 20)) if max_basis is None else max_basis
-    _checks.integer("max_basis", num_rows, minimum=min(most + 2, space.size), maximum=space.size)
+    num_rows = min(space.size, max(48, 2 * k + 20)) if max_basis is None else max_basis
+    _checks.integer("max_basis", num_rows, minimum=min(k + 2, space.size), maximum=space.size)
     limit = 20 * num_rows if max_matvecs is None else max_matvecs
 
     def init() -> EigenState:
         fresh_key, start_key = jax.random.split(key)
-        held = None
-        if start_rows is None:
-            direction = space.normal(start_key)
-        else:
-            held = _warm.begin(space, start_rows, num_rows, start_key, accumulation)
-            direction = held.vectors[0]
-        krylov = empty(space, direction, num_rows, fresh_key, accumulation)
+        first = space.normal(start_key)
+        if start_rows is not None:
+            # Nothing but a random part, or a search, sees what the given vectors do not.
+            first = _start.sum_of(start_rows, space, None if search else first)
+        krylov = empty(space, first, num_rows, fresh_key, accumulation)
         rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
         state = EigenState(
             krylov=krylov,
@@ -220,8 +220,6 @@ def top_eigenpairs_solver(
             mass=jnp.zeros(rows, dtype),
             wants_restart=jnp.bool_(False),
             wants_search=jnp.bool_(False),
-            wants_turn=jnp.bool_(False),
-            held=held,
             done=jnp.bool_(False),
             k=k,
             which=which,
@@ -263,8 +261,7 @@ def _update(state: EigenState, image: jax.Array) -> EigenState:
     """One more row, the assessment, and what it asks for."""
     state = _advance(state, image)
     state = _loops.cond(state.wants_restart, restart, state)
-    state = _loops.cond(state.wants_search, begin_search, state)
-    return state if state.held is None else _loops.cond(state.wants_turn, turn, state)
+    return _loops.cond(state.wants_search, begin_search, state)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -283,25 +280,18 @@ def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
         num_matvecs=state.num_matvecs,
         converged=state.small[:k],
         complete=_is_complete(state),
-        miss_probability=jnp.where(
-            state.searches,
-            _search.miss_probability(state.search, which=state.which, size=space.size),
-            1,
-        ),
+        miss_probability=_search.miss_probability(state.search, which=state.which, size=space.size),
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
 def _advance(state: EigenState, image: jax.Array) -> EigenState:
-    krylov, held = absorb(state.krylov, image), state.held
-    if held is not None:
-        held, krylov = _warm.follow(held, krylov)
+    krylov = absorb(state.krylov, image)
     return assess(
         dataclasses.replace(
             state,
             krylov=krylov,
-            held=held,
             search=_search.follow(state.search, krylov),
             num_matvecs=state.num_matvecs + 1,
         )

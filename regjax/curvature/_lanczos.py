@@ -268,7 +268,7 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
         broke_down = beta <= rounding
         direction, key = lax.cond(
             broke_down,
-            lambda _: fresh(basis, krylov.key),
+            lambda _: _fresh(basis, krylov.key),
             lambda _: (unit(twice, beta), krylov.key),
             None,
         )
@@ -301,7 +301,7 @@ expand = jax.jit(absorb, donate_argnums=0)
 
 def redirect(krylov: Krylov) -> Krylov:
     """Drops the residual, charged to `lost`, and takes a random direction instead."""
-    direction, key = fresh(krylov.basis, krylov.key)
+    direction, key = _fresh(krylov.basis, krylov.key)
     return krylov._replace(
         direction=direction,
         coupling=jnp.zeros_like(krylov.coupling),
@@ -313,7 +313,7 @@ def redirect(krylov: Krylov) -> Krylov:
     )
 
 
-def fresh(basis: _basis.Basis, key: PRNGKey) -> tuple[jax.Array, PRNGKey]:
+def _fresh(basis: _basis.Basis, key: PRNGKey) -> tuple[jax.Array, PRNGKey]:
     """A random direction orthogonal to the filled rows, zero if there is none; the next key."""
     key, subkey = jax.random.split(key)
     space = basis.space

@@ -56,26 +56,15 @@ class Search(NamedTuple):
         return self.num_searches > 0
 
 
-def begin(
-    known: jax.Array,
-    targets: jax.Array,
-    *,
-    num_rows: int,
-    num_searches: Any,
-    length: Any = 1.0,
-) -> Search:
-    """The search before its first product; arguments as the attributes.
-
-    Its direction may hold something else beside the random unit vector: the direction is their sum,
-    of this length, over it. What is added to a random overlap makes it no more likely to be small.
-    """
+def begin(known: jax.Array, targets: jax.Array, *, num_rows: int, num_searches: Any) -> Search:
+    """The search before its first product; arguments as the attributes."""
     return Search(
         num_searches=jnp.asarray(num_searches, jnp.int32),
         own=jnp.zeros((num_rows, num_rows), targets.dtype),
         known=known,
         targets=targets,
         overlaps=jnp.zeros((2, num_rows), targets.dtype),
-        next_overlap=jnp.ones_like(targets) / length,
+        next_overlap=jnp.ones_like(targets),
         evidence=jnp.zeros_like(targets),
     )
 

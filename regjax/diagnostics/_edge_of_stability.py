@@ -66,8 +66,8 @@ def stability_threshold(
         with Nesterov's momentum            (2 + 2 b1) / ((1 - b1) (1 + 2 b1) r)
 
     Decoupled weight decay d, of all parameters, puts 2 / r - d in the place of 2 / r: without
-    momentum it adds d to the eigenvalues. Coupled decay is part of the loss. Momentum is as in optax:
-    the sum of gradients for `sgd` and `rmsprop`, without dampening, their mean for Adam.
+    momentum it adds d to the eigenvalues. Coupled decay is part of the loss. Momentum is as in
+    optax: the sum of gradients for `sgd` and `rmsprop`, without dampening, their mean for Adam.
 
     Args:
       optimizer: its function in optax: "sgd", "rmsprop", "adagrad", "adam", "adamw", "nadam",

@@ -53,8 +53,8 @@ def preconditioner(
 
     The state may lie anywhere: in `chain`, `masked`, `partition`, `inject_hyperparams`,
     `MultiSteps`, `apply_if_finite`. It does not tell the optimiser (Adam, Yogi and Adamax have the
-    same) nor its numbers, unless `inject_hyperparams` keeps them: both are the caller's to say, and
-    a wrong word gives a wrong answer.
+    same), nor its numbers unless `inject_hyperparams` keeps them: both are the caller's to say,
+    and a wrong word gives a wrong answer.
 
     Args:
       optimizer_state: of optax.
@@ -132,7 +132,7 @@ def stated_numbers(optimizer_state: Tree, optimizer: str) -> Hyperparams:
 def _states(
     tree: Tree, names: tuple[str, ...], found: Hyperparams, optimizer: str
 ) -> Iterator[tuple[Any, Hyperparams]]:
-    """Each state of a type of these names, with the numbers of the `inject_hyperparams` around it."""
+    """Each state of a type of these names, with what the `inject_hyperparams` around it keep."""
     nodes = jax.tree.leaves(
         tree, is_leaf=lambda node: type(node).__name__ in names or _is_injected(node)
     )

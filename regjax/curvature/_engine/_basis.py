@@ -59,20 +59,10 @@ def zeros(
     space: Space, num_rows: int, accumulation: str | None = None, generation: Any = 0
 ) -> Basis:
     """At least `num_rows` empty rows."""
-    rows = _block_rows(num_rows)
+    rows = max(_BLOCK_ROWS, -(-num_rows // _MOST_BLOCKS))
+    rows = -(-rows // _ROUND_ROWS) * _ROUND_ROWS
     blocks = tuple(space.zeros(rows) for _ in range(-(-num_rows // rows)))
     return Basis(blocks, jnp.int32(0), jnp.asarray(generation, jnp.int32), space, accumulation)
-
-
-def num_rows_of(num_rows: int) -> int:
-    """How many rows a basis of at least `num_rows` has."""
-    rows = _block_rows(num_rows)
-    return -(-num_rows // rows) * rows
-
-
-def _block_rows(num_rows: int) -> int:
-    rows = max(_BLOCK_ROWS, -(-num_rows // _MOST_BLOCKS))
-    return -(-rows // _ROUND_ROWS) * _ROUND_ROWS
 
 
 def append(basis: Basis, vector: jax.Array) -> Basis:
