@@ -67,7 +67,7 @@ class _Bracket(NamedTuple):
       blind: (), the largest multiple, below `high`, whose difference is rounding while there is no
         `low`.
       width: (), how far from the estimate the next one is taken, relative.
-      count: (), int32, losses so far.
+      num_evaluations: (), int32, losses so far.
     """
 
     low: _Point
@@ -76,7 +76,7 @@ class _Bracket(NamedTuple):
     after: _Point
     blind: jax.Array
     width: jax.Array
-    count: jax.Array
+    num_evaluations: jax.Array
 
 
 @checked
@@ -190,7 +190,7 @@ def _narrowed(operands: tuple[Path, jax.Array, jax.Array], bracket: _Bracket) ->
         blind=jnp.where(is_blind, at, bracket.blind),
         # Rounding so near to the crossing: look farther away.
         width=jnp.where(is_rounding & ~is_blind, 2 * bracket.width, bracket.width),
-        count=bracket.count + 1,
+        num_evaluations=bracket.num_evaluations + 1,
     )
 
 
@@ -263,5 +263,5 @@ def _reported(bracket: _Bracket, start: jax.Array, rate: jax.Array) -> CriticalS
         critical_learning_rate=critical,
         resolved=resolved,
         descends=descends & is_finite,
-        num_evaluations=bracket.count,
+        num_evaluations=bracket.num_evaluations,
     )

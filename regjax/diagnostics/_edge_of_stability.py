@@ -15,7 +15,7 @@ from regjax.diagnostics._optimizers import (
     optimizer_of,
     threshold_of,
 )
-from regjax.diagnostics._preconditioner import preconditioner, stated_numbers
+from regjax.diagnostics._preconditioner import check_chain, preconditioner, stated_numbers
 
 
 class EdgeResult(NamedTuple):
@@ -32,6 +32,7 @@ class EdgeResult(NamedTuple):
       floor_mass: (), share of the squared norm of the eigenvector on parameters whose second moment
         is at the floor (`PreconditionerResult.at_floor`): where it is large, epsilon decides. 0
         without P.
+      covers_all: (), bool: the optimiser moves all leaves; if not, the others are held.
       vectors: tree like the parameters with a leading axis of 1, the eigenvector: a warm start of
         the next call.
       num_matvecs: (), int32, Hessian products.
@@ -43,6 +44,7 @@ class EdgeResult(NamedTuple):
     residual_norm: jax.Array
     converged: jax.Array
     floor_mass: jax.Array
+    covers_all: jax.Array
     vectors: Params
     num_matvecs: jax.Array
 
@@ -151,15 +153,17 @@ def edge_of_stability(
         )
     _checks.number("learning_rate", learning_rate, above_zero=True)
     threshold = threshold_of(optimizer, learning_rate, numbers)
-    operator = curvature.hessian(loss_fn, params, *batch, chunk_size=chunk_size)
-    floors = None
+    if optimizer_state is not None:
+        check_chain(optimizer_state, optimizer, hyperparams)
+    operator: curvature.Operator = curvature.hessian(loss_fn, params, *batch, chunk_size=chunk_size)
+    floors, covers_all = None, jnp.bool_(True)
     if optimizer_of(optimizer).root is not None:
         if optimizer_state is None:
             raise ValueError(f"`optimizer_state` must be given for {optimizer}, got None.")
-        found_roots = preconditioner(
+        inverse_root, floors, covers_all = preconditioner(
             optimizer_state, params, optimizer=optimizer, hyperparams=hyperparams
         )
-        operator, floors = operator.scaled(found_roots.inverse_root), found_roots.at_floor
+        operator = operator.scaled(inverse_root)
     # As for any largest eigenvalue: a second copy would change the vector, not the value.
     top = curvature.top_eigenpairs(
         operator, 1, key=key, tol=tol, max_matvecs=max_matvecs, search=False,
@@ -172,6 +176,7 @@ def edge_of_stability(
         residual_norm=top.residual_norms[0],
         converged=top.converged[0],
         floor_mass=_share(top.vectors, floors),
+        covers_all=covers_all,
         vectors=top.vectors,
         num_matvecs=top.num_matvecs,
     )

@@ -12,6 +12,8 @@ from regjax._arguments import checked
 from regjax._base import Params, Tree
 from regjax.diagnostics._optimizers import Hyperparams, Root, numbers_of, optimizer_of
 
+# What makes other steps of them.
+_OTHERS = ("EmaState", "LookaheadState")
 # A second moment is at the floor where its root is below so many epsilons.
 _FLOOR = 10
 
@@ -49,11 +51,11 @@ def preconditioner(
 
         P = (1 - b1^t) (sqrt(v / (1 - b2^t) + eps_root) + eps)
 
-    The first factor is what corrects the mean. Others have their own place for epsilon, as in optax.
+    The first factor corrects the mean. Others have their own place for epsilon, as in optax.
 
     The state may lie anywhere: in `chain`, `masked`, `partition`, `inject_hyperparams`,
-    `MultiSteps`, `apply_if_finite`. It does not tell the optimiser (Adam, Yogi and Adamax have the
-    same), nor its numbers unless `inject_hyperparams` keeps them: both are the caller's to say,
+    `MultiSteps` and `apply_if_finite`. It does not tell the optimiser (Adam, Yogi and Adamax have
+    the same), nor its numbers unless `inject_hyperparams` keeps them: both are the caller's to say,
     and a wrong word gives a wrong answer.
 
     Args:
@@ -83,6 +85,7 @@ def preconditioner(
     if root is None:
         raise ValueError(f"`optimizer` must have second moments, got {optimizer!r}.")
     leaves, treedef = jax.tree.flatten(params)
+    check_chain(optimizer_state, optimizer, hyperparams)
     roots: list[Root | None] = [None] * len(leaves)
     for state, found in _states(optimizer_state, known.states, {}, optimizer):
         numbers = numbers_of(optimizer, found, hyperparams)
@@ -100,7 +103,8 @@ def preconditioner(
     if not any(roots):
         raise ValueError(
             f"`optimizer_state` must hold second moments of {optimizer} "
-            f"({' or '.join(known.states)}), got {_names(optimizer_state)}."
+            f"({' or '.join(known.states)}), got "
+            f"{', '.join(_types(optimizer_state)) or type(optimizer_state).__name__}."
         )
     inverse_roots = [_inverse_root(leaf, root) for leaf, root in zip(leaves, roots, strict=True)]
     floors = [
@@ -118,6 +122,36 @@ def _inverse_root(leaf: jax.Array, root: Root | None) -> jax.Array:
     if root is None:
         return jnp.zeros(jnp.shape(leaf), _tree.wide_dtype(leaf))
     return _numerics.divide(1, jnp.sqrt(root.divisor), otherwise=jnp.inf)
+
+
+def check_chain(optimizer_state: Tree, optimizer: str, hyperparams: Hyperparams | None) -> None:
+    """Checks that the state is that of the optimiser, as far as its types tell.
+
+    Raises:
+      ValueError: something in it makes other steps, or has a momentum that is not told.
+    """
+    names, own = _types(optimizer_state), optimizer_of(optimizer).states
+    for name in names:
+        scales = name.startswith("ScaleBy") and name not in (*own, "ScaleByScheduleState")
+        if own and not set(own) & set(names):
+            continue  # which is what is missing
+        if scales or name in _OTHERS:
+            raise ValueError(
+                f"`optimizer_state` must be that of {optimizer}, whose threshold is known, got "
+                f"{name} in it."
+            )
+    numbers = numbers_of(optimizer, stated_numbers(optimizer_state, optimizer), hyperparams)
+    is_told, is_there = numbers.get("momentum") is not None, "TraceState" in names
+    if is_there and not is_told:
+        raise ValueError(
+            f"`optimizer_state` must have no momentum unless `hyperparams` of {optimizer} say "
+            "so, got TraceState in it."
+        )
+    if is_told and not is_there:
+        raise ValueError(
+            f"`optimizer_state` must have the momentum {numbers['momentum']}, got no TraceState "
+            "in it."
+        )
 
 
 def stated_numbers(optimizer_state: Tree, optimizer: str) -> Hyperparams:
@@ -171,7 +205,7 @@ def _moments(state: Any, params: Params) -> list[Mapping[str, jax.Array] | None]
             columns[name] = _checks.prefix_leaves(
                 "optimizer_state", tree, params, is_leaf=is_masked
             )
-    rows = []
+    rows: list[Mapping[str, jax.Array] | None] = []
     for path_and_leaf, *entries in zip(
         jax.tree_util.tree_leaves_with_path(params), *columns.values(), strict=True
     ):
@@ -189,13 +223,18 @@ def _moments(state: Any, params: Params) -> list[Mapping[str, jax.Array] | None]
     return rows
 
 
-def _names(tree: Tree) -> str:
-    """The types of the states within, for a message."""
-    names, waiting = [], [tree]
+def _types(tree: Tree) -> list[str]:
+    """The names of the types of the states within, from the outside inwards."""
+    names: list[str] = []
+    waiting = [tree]
     while waiting:
         node = waiting.pop(0)
         if hasattr(node, "_fields") and type(node).__name__ not in names:
             names.append(type(node).__name__)
-        below = jax.tree.leaves(node, is_leaf=lambda part, node=node: part is not node)
-        waiting.extend(part for part in below if not jax.tree_util.all_leaves([part]))
-    return ", ".join(names) or type(tree).__name__
+        waiting.extend(part for part in _below(node) if not jax.tree_util.all_leaves([part]))
+    return names
+
+
+def _below(node: Tree) -> list[Tree]:
+    """The nodes directly below."""
+    return jax.tree.leaves(node, is_leaf=lambda part: part is not node)
