@@ -64,8 +64,7 @@ class _Bracket(NamedTuple):
     Attributes:
       low: the largest multiple with a lower loss. before: the one before it.
       high: the smallest multiple with a higher loss. after: the one before it.
-      blind: (), the largest multiple, below `high`, whose difference is rounding while there is no
-        `low`.
+      blind: (), the last multiple whose difference was rounding while an end was missing.
       width: (), how far from the estimate the next one is taken, relative.
       num_evaluations: (), int32, losses so far.
     """
@@ -174,14 +173,15 @@ def _narrowed(operands: tuple[Path, jax.Array, jax.Array], bracket: _Bracket) ->
     difference = loss - start
     floor = noise * jnp.maximum(jnp.abs(start), jnp.abs(loss))
     # Beyond where the loss is finite it is higher.
-    is_above = ~(difference <= floor)
-    is_below = difference < -floor
+    is_finite = jnp.isfinite(loss)
+    is_above = (difference > floor) | ~is_finite
+    is_below = (difference < -floor) & is_finite
     is_rounding = ~is_above & ~is_below
-    here = _Point(at, jnp.where(jnp.isfinite(loss), difference / at, jnp.inf))
+    here = _Point(at, jnp.where(is_finite, difference / at, jnp.inf))
     choose = lambda condition, one, other: jax.tree.map(
         lambda a, b: jnp.where(condition, a, b), one, other
     )
-    is_blind = is_rounding & (bracket.low.at == 0)
+    is_blind = is_rounding & ((bracket.low.at == 0) | (bracket.high.at == 0))
     return _Bracket(
         low=choose(is_below, here, bracket.low),
         before=choose(is_below, bracket.low, bracket.before),
@@ -204,9 +204,10 @@ def _next(bracket: _Bracket) -> jax.Array:
     # Outwards: somewhat beyond where the chord's slope will be zero, or twice as far.
     root = _crossing(bracket.before, bracket.low)
     is_known = (bracket.before.at > 0) & (root > low)
-    reach = jnp.maximum(low, blind)
     outwards = jnp.clip(1.1 * root, 1.1 * low, _MOST_STRETCH * low)
-    outwards = jnp.where(is_known, outwards, 2 * reach)
+    outwards = jnp.where(is_known, outwards, 2 * low)
+    # A difference of rounding beyond a lower loss: it was the crossing itself.
+    outwards = jnp.where(blind > low, 1.1 * blind, outwards)
     # Inwards: not as far as it will be zero, or a quarter.
     root = _crossing(bracket.high, bracket.after)
     is_known = (bracket.after.at > 0) & (root > 0) & (root < high)
@@ -218,7 +219,10 @@ def _next(bracket: _Bracket) -> jax.Array:
     from_low, from_high = root / jnp.where(has_low, low, 1), high / root
     side = jnp.where(from_low > from_high, 1 - bracket.width, 1 + bracket.width)
     between = root * side
-    between = jnp.where((between > low) & (between < high), between, jnp.sqrt(low * high))
+    # Far from a line the estimate stays at one end.
+    is_lopsided = (high > 1.5 * low) & ((root < 1.1 * low) | (root > high / 1.1))
+    is_inside = (between > low) & (between < high) & ~is_lopsided
+    between = jnp.where(is_inside, between, jnp.sqrt(low * high))
     one_end = jnp.where(has_low, outwards, inwards)
     none = jnp.where(blind > 0, 2 * blind, 1)
     return jnp.where(has_low & has_high, between, jnp.where(has_low | has_high, one_end, none))

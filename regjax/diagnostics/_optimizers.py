@@ -103,7 +103,7 @@ def _of_adamax(state: Any, leaf: Mapping[str, jax.Array], numbers: Hyperparams) 
 def _of_rmsprop(state: Any, leaf: Mapping[str, jax.Array], numbers: Hyperparams) -> Root:
     square = leaf["nu"]
     weight = jnp.ones((), square.dtype)
-    if hasattr(state, "count"):
+    if "count" in state._fields:
         weight = _corrected(state.count, numbers["decay"], square)
     square = square / weight
     if "mu" in leaf:
