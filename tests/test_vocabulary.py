@@ -39,6 +39,7 @@ FLAX = set().union(
 POSITIONAL_AND_KEYWORD = {
     "noise_power": "a law is (largest, smallest, noise_power, inverse_batch) -> extremes",
     "num_steps": "third of `lanczos`, which needs it, as elsewhere; else an option",
+    "optimizer_state": "what is read comes first; after *batch it can only be a keyword",
     "path": "what is read comes first; where a run writes is an option",
     "positions": "data of a figure; after *batch it can only be a keyword",
     "start": "data of `lanczos`; else where to begin in place of a random vector",

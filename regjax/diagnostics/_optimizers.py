@@ -118,7 +118,7 @@ def _of_adagrad(state: Any, leaf: Mapping[str, jax.Array], numbers: Hyperparams)
     square = leaf["sum_of_squares"]
     eps = _number(numbers["eps"], square)
     # What never had a gradient is not moved.
-    divisor = jnp.where(square > 0, jnp.sqrt(square + eps), jnp.inf)
+    divisor = jnp.where(square <= 0, jnp.inf, jnp.sqrt(square + eps))
     return Root(divisor, jnp.sqrt(square), jnp.sqrt(eps))
 
 
