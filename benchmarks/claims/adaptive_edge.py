@@ -77,7 +77,7 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
         axes.axhline(1, color="gray", linewidth=0.5)
         _figures.label(axes, x=f"step ({data})")
         axes.legend(frameon=False, fontsize=6)
-    _figures.label(panels[0], y="preconditioned sharpness over the threshold")
+    _figures.label(panels[0], y="sharpness over the threshold")
 
 
 CLAIM = _claims.Claim(

@@ -71,9 +71,9 @@ def _judge_rise(name: str, own: Sequence[Record]) -> Verdict:
     rises = np.asarray([_rise(record) for record in below])
     return Verdict(
         f"{_claims.word(np.all(rises > 1))} ({name}): the sharpness rises",
-        f"last third over first look {rises.mean():.2f} ± {rises.std(ddof=1):.2f} ({rises.min():.2f} "
-        f"to {rises.max():.2f}) in the {len(below)} of {len(own)} runs that began below "
-        f"{1 - _NEAR:g} of the threshold",
+        f"last third over first look {rises.mean():.2f} ± {rises.std(ddof=1):.2f} "
+        f"({rises.min():.2f} to {rises.max():.2f}) in the {len(below)} of {len(own)} runs that "
+        f"began below {1 - _NEAR:g} of the threshold",
     )
 
 

@@ -1,6 +1,5 @@
 """The learning rate at which the next step would raise the loss, from forward passes alone."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -67,6 +66,7 @@ class _Bracket(NamedTuple):
       blind: (), the last multiple whose difference was rounding while an end was missing.
       width: (), how far from the estimate the next one is taken, relative.
       num_evaluations: (), int32, losses so far.
+      is_done: (), bool, whether both ends are as near as they are to come.
     """
 
     low: _Point
@@ -76,6 +76,7 @@ class _Bracket(NamedTuple):
     blind: jax.Array
     width: jax.Array
     num_evaluations: jax.Array
+    is_done: jax.Array
 
 
 @checked
@@ -132,22 +133,44 @@ def critical_sharpness(
     _checks.finite_tree("updates", _checks.floating_like("updates", updates, params))
     loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     path = Path(loss_fn, Partial(_moved, params, updates), batch, chunk_size)
-    start = jnp.asarray(_chunks.mean(loss_fn, params, batch, chunk_size))
-    start = start.astype(_tree.wide_dtype(start))
-    dtype = start.dtype
-    eps = max(_eps(leaf.dtype) for leaf in map(jnp.asarray, jax.tree.leaves((params, start))))
-    operands = (path, start, jnp.asarray(_NOISE * eps, dtype))
-    zero = jnp.zeros((), dtype)
-    none = _Point(zero, zero)
-    bracket = _Bracket(none, none, none, none, zero, jnp.asarray(tol, dtype), jnp.int32(1))
-    # The step that is about to be made is not looked up in a loop: eight more can be unrolled.
-    step = _compiled if chunk_size is None else _narrowed
-    bracket = step(operands, bracket)
-    found = _loops.while_loop(
-        step, bracket, operands=operands, done=functools.partial(_is_narrow, tol),
+    # Whatever goes over chunks compiles its own loops.
+    begin, step = (_compiled_begin, _compiled) if chunk_size is None else (_begin, _narrowed)
+    operands, bracket = begin(path, jnp.asarray(tol), jnp.asarray(learning_rate))
+    # The first step is no part of a loop: eight more can be unrolled.
+    bracket = _loops.while_loop(
+        step, step(operands, bracket), operands=operands, done=lambda bracket: bracket.is_done,
         max_steps=num_evaluations - 2, result=lambda bracket: bracket,
     )  # fmt: skip
-    return _reported(found, start, jnp.asarray(learning_rate, dtype))
+    return _reported(bracket, operands)
+
+
+class _Operands(NamedTuple):
+    """What a step of the search reads.
+
+    Attributes:
+      path: the loss along the update.
+      start: (), the loss at the parameters.
+      noise: (), the relative difference that is rounding.
+      rate: (), the learning rate in the updates.
+    """
+
+    path: Path
+    start: jax.Array
+    noise: jax.Array
+    rate: jax.Array
+
+
+def _begin(path: Path, tol: jax.Array, rate: jax.Array) -> tuple[_Operands, _Bracket]:
+    params = path.place.args[0]
+    start = jnp.asarray(_chunks.mean(path.loss_fn, params, path.batch, path.chunk_size))
+    start = start.astype(_tree.wide_dtype(start))
+    dtype = start.dtype
+    eps = max(_eps(jnp.result_type(leaf)) for leaf in jax.tree.leaves((params, start)))
+    zero = jnp.zeros((), dtype)
+    none = _Point(zero, zero)
+    width = tol.astype(dtype)
+    bracket = _Bracket(none, none, none, none, zero, width, jnp.int32(1), jnp.bool_(False))
+    return _Operands(path, start, jnp.asarray(_NOISE * eps, dtype), rate.astype(dtype)), bracket
 
 
 def _eps(dtype: jnp.dtype) -> float:
@@ -165,9 +188,9 @@ def _moved(params: Params, updates: Params, multiple: jax.Array) -> Params:
     return jax.tree.map(move, params, updates)
 
 
-def _narrowed(operands: tuple[Path, jax.Array, jax.Array], bracket: _Bracket) -> _Bracket:
+def _narrowed(operands: _Operands, bracket: _Bracket) -> _Bracket:
     """The bracket after one more loss."""
-    path, start, noise = operands
+    path, start, noise, _ = operands
     at = _next(bracket)
     loss = path.loss(at).astype(start.dtype)
     difference = loss - start
@@ -182,7 +205,7 @@ def _narrowed(operands: tuple[Path, jax.Array, jax.Array], bracket: _Bracket) ->
         lambda a, b: jnp.where(condition, a, b), one, other
     )
     is_blind = is_rounding & ((bracket.low.at == 0) | (bracket.high.at == 0))
-    return _Bracket(
+    bracket = _Bracket(
         low=choose(is_below, here, bracket.low),
         before=choose(is_below, bracket.low, bracket.before),
         high=choose(is_above, here, bracket.high),
@@ -191,9 +214,12 @@ def _narrowed(operands: tuple[Path, jax.Array, jax.Array], bracket: _Bracket) ->
         # Rounding so near to the crossing: look farther away.
         width=jnp.where(is_rounding & ~is_blind, 2 * bracket.width, bracket.width),
         num_evaluations=bracket.num_evaluations + 1,
+        is_done=bracket.is_done,
     )
+    return bracket._replace(is_done=_is_narrow(bracket))
 
 
+_compiled_begin = _programs.bounded(jax.jit(_begin))
 _compiled = _programs.bounded(jax.jit(_narrowed))
 
 
@@ -242,7 +268,7 @@ def _estimate(bracket: _Bracket) -> jax.Array:
     return jnp.where((root > low) & (root < high), root, jnp.sqrt(low * high))
 
 
-def _is_narrow(tol: ArrayLike, bracket: _Bracket) -> jax.Array:
+def _is_narrow(bracket: _Bracket) -> jax.Array:
     low, high, root = bracket.low.at, bracket.high.at, _estimate(bracket)
     # The estimate moves while the ends come nearer; the width has grown where rounding is met.
     width = 1.5 * bracket.width
@@ -250,7 +276,9 @@ def _is_narrow(tol: ArrayLike, bracket: _Bracket) -> jax.Array:
     return (low > 0) & (high > 0) & near
 
 
-def _reported(bracket: _Bracket, start: jax.Array, rate: jax.Array) -> CriticalSharpnessResult:
+@jax.jit
+def _reported(bracket: _Bracket, operands: _Operands) -> CriticalSharpnessResult:
+    start, rate = operands.start, operands.rate
     low, high = bracket.low.at, bracket.high.at
     descends, rises = low > 0, high > 0
     is_finite = jnp.isfinite(start)
