@@ -23,7 +23,7 @@ from regjax.curvature._engine._accumulation import small_dtype
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._lanczos import Krylov, absorb, charged, empty, expand
+from regjax.curvature._lanczos import Krylov, absorb, charged, empty, expand, renewed
 from regjax.curvature._measure import DensityResult, dimension_left, share_error, spectral_sum
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
@@ -232,11 +232,14 @@ def _begin(
 def _update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityState:
     """One more row for each probe under way, and what it knows of its measure when that is all."""
     state = _absorb(state, images)
-    filled, most = state.probes.filled[0], state.alphas.shape[1]
+    state = state._replace(probes=renewed(state.probes))
+    # What the host decides needs no program.
+    known: Any = np.asarray if _loops.is_concrete(state) else lambda array: array
+    filled, most = known(state.probes.filled)[0], state.alphas.shape[1]
     if chosen:
-        looks = jnp.asarray([count for count in _LOOKS if count < most], jnp.int32)
-        state = _loops.cond(jnp.any(filled == looks), _look, state)
-    return _loops.cond(state.resolved | (filled == most), _collect, state)
+        looks = np.asarray([count for count in _LOOKS if count < most], np.int32)
+        state = _loops.cond((filled == looks).any(), _look, state)
+    return _loops.cond(known(state.resolved) | (filled == most), _collect, state)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -20,10 +20,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from regjax import WeightedMean, curvature
 from regjax._space import Space
 from regjax.curvature import _assessment, _eigen
+from regjax.curvature._engine import _basis
 from regjax.curvature._operators import _curvature, _traced
 from regjax.experiments import SpectrumSettings, _analysis, _inputs, _network
 from tests.experiments.test_training import make_dataset
 
+# Rows lie in several blocks, as those of large networks do.
+_basis._SMALL = 0
 NUM_EXAMPLES, INPUTS, OUTPUTS = 64, 6, 3
 key = functools.partial(jax.random.key, 1)
 
