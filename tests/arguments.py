@@ -324,6 +324,7 @@ OVERRIDES = {
     "pruning.group_importance": {"groups": lambda: {"hidden": {"kernel": 0, "bias": 0}, "head": 1}},
     "pruning.scale_magnitude": {"structure": lambda: scaled_structure()},
     "regularizers.dropout_penalty": {"kernel": lambda: ones(4, 2)},
+    "transforms.averaged_params": {"state": lambda: state_of(transforms.average_params())},
     "transforms.consensus_model": {
         "params": lambda: jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), model().params)
     },

@@ -48,6 +48,7 @@ POSITIONAL_AND_KEYWORD = {
 }
 DIFFERENT_DEFAULTS = {
     "axis_name": "learners always have an axis, batches seldom",
+    "decay": "of scores, which change, and of weights, whose plain mean is the usual one",
     "epsilon": "each paper's own",
     "figure_width": "of a page, and of a panel",
     "max_matvecs": "a single eigenvalue needs fewer than k of them",
