@@ -1,5 +1,9 @@
 """Numbers that say what training has come to, and change nothing."""
 
+from regjax.diagnostics._alignment import AlignmentResult as AlignmentResult
+from regjax.diagnostics._alignment import GradientShareResult as GradientShareResult
+from regjax.diagnostics._alignment import gradient_share as gradient_share
+from regjax.diagnostics._alignment import operator_alignment as operator_alignment
 from regjax.diagnostics._batch_norm import BatchNormResult as BatchNormResult
 from regjax.diagnostics._batch_norm import batch_norm_regularization as batch_norm_regularization
 from regjax.diagnostics._boundary_jitter import JitterResult as JitterResult
@@ -17,6 +21,9 @@ from regjax.diagnostics._decentralized import (
 from regjax.diagnostics._decision_margin import decision_margin as decision_margin
 from regjax.diagnostics._dropout_noise import DropoutNoiseResult as DropoutNoiseResult
 from regjax.diagnostics._dropout_noise import dropout_noise_alignment as dropout_noise_alignment
+from regjax.diagnostics._gradient_noise import NoiseScaleResult as NoiseScaleResult
+from regjax.diagnostics._gradient_noise import gradient_noise as gradient_noise
+from regjax.diagnostics._gradient_noise import noise_scale as noise_scale
 from regjax.diagnostics._interval_flatness import FlatnessResult as FlatnessResult
 from regjax.diagnostics._interval_flatness import interval_flatness as interval_flatness
 from regjax.diagnostics._landscape import CovariateShiftResult as CovariateShiftResult
