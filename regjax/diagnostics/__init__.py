@@ -39,6 +39,9 @@ from regjax.diagnostics._low_dimensional import frozen_component as frozen_compo
 from regjax.diagnostics._low_dimensional import subspace_from_data as subspace_from_data
 from regjax.diagnostics._low_dimensional import transversal_complexity as transversal_complexity
 from regjax.diagnostics._low_dimensional import transversal_variation as transversal_variation
+from regjax.diagnostics._monitor import Monitor as Monitor
+from regjax.diagnostics._monitor_file import read_monitor as read_monitor
+from regjax.diagnostics._monitor_measures import MonitorPoint as MonitorPoint
 from regjax.diagnostics._scale_invariance import ScaleInvarianceResult as ScaleInvarianceResult
 from regjax.diagnostics._scale_invariance import scale_invariant_mask as scale_invariant_mask
 from regjax.diagnostics._sharpness import SharpnessBetweenResult as SharpnessBetweenResult

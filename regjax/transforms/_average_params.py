@@ -164,8 +164,9 @@ def averaged_params(state: Tree, params: Params | None = None) -> Params:
         _check_whole(average)
         return average
     leaves, treedef = jax.tree.flatten(params)
+    structure: Any = treedef
     try:
-        averages = treedef.flatten_up_to(average)
+        averages = structure.flatten_up_to(average)
     except (ValueError, TypeError):
         raise ValueError(
             f"`params` must have the tree structure {jax.tree.structure(average)} of the average "
@@ -242,8 +243,8 @@ def _added(
         keep = jnp.where(taken, more, total), jnp.where(taken, left, rest)
         return jnp.where(is_alone, new, keep[0]), jnp.where(is_alone, 0, keep[1])
 
-    leaves, treedef = jax.tree.flatten(after)
-    trees = (leaves, treedef.flatten_up_to(state.sums), treedef.flatten_up_to(state.rests))
+    treedef = jax.tree.structure(after)
+    trees = map(jax.tree.leaves, (after, state.sums, state.rests))
     pairs = [add(*triple) for triple in zip(*trees, strict=True)]
     total = jnp.stack(add(jnp.ones_like(state.total[0]), state.total[0], state.total[1]))
     sums, rests = (jax.tree.unflatten(treedef, [pair[i] for pair in pairs]) for i in (0, 1))
