@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 
@@ -43,9 +43,11 @@ class Monitor:
 
     Attributes:
       rows: the rows so far, dicts of floats, each with the number of its step.
+      known: the names of the measures.
     """
 
     rows: list[Row]
+    known: ClassVar[tuple[str, ...]] = tuple(MEASURES)
 
     def __init__(
         self,

@@ -134,12 +134,10 @@ def monitor_figure(
         raise ValueError(
             f"`runs` must hold rows with one of {', '.join(_QUANTITIES)}, got none in {list(runs)}."
         )
-    columns = min(3, len(names)) if figure_width >= _WIDE else 1
+    columns = (min(3, len(names)) if len(names) != 4 else 2) if figure_width >= _WIDE else 1
     num_rows = -(-len(names) // columns)
-    height = figure_width * (
-        0.34 * num_rows if columns == 3 else 0.45 * num_rows * 2 / (1 + columns)
-    )
-    figure = new_figure(figure_width, height + 0.3)
+    height = 0.75 * figure_width / columns * num_rows + 0.3
+    figure = new_figure(figure_width, height)
     grid = figure.subplots(num_rows, columns, sharex=True, squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
         for i, (label, rows) in enumerate(runs.items()):
