@@ -196,7 +196,7 @@ DIAGNOSTICS = {
     ),
 }  # fmt: skip
 # Their tests are with the Ritz values.
-ELSEWHERE = {"edge_of_stability", "effective_learning_rate", "spherical_sharpness",
+ELSEWHERE = {"spherical_edge_of_stability", "effective_learning_rate", "spherical_sharpness",
              "spherical_sharpness_by_group"}  # fmt: skip
 
 

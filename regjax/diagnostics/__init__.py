@@ -14,6 +14,10 @@ from regjax.diagnostics._boundary_jitter import least_squares_offset as least_sq
 from regjax.diagnostics._boundary_jitter import margin_jitter as margin_jitter
 from regjax.diagnostics._condensation import CondensationResult as CondensationResult
 from regjax.diagnostics._condensation import condensation as condensation
+from regjax.diagnostics._critical_sharpness import (
+    CriticalSharpnessResult as CriticalSharpnessResult,
+)
+from regjax.diagnostics._critical_sharpness import critical_sharpness as critical_sharpness
 from regjax.diagnostics._decentralized import LandscapeNoiseResult as LandscapeNoiseResult
 from regjax.diagnostics._decentralized import (
     landscape_dependent_noise as landscape_dependent_noise,
@@ -21,6 +25,9 @@ from regjax.diagnostics._decentralized import (
 from regjax.diagnostics._decision_margin import decision_margin as decision_margin
 from regjax.diagnostics._dropout_noise import DropoutNoiseResult as DropoutNoiseResult
 from regjax.diagnostics._dropout_noise import dropout_noise_alignment as dropout_noise_alignment
+from regjax.diagnostics._edge_of_stability import EdgeResult as EdgeResult
+from regjax.diagnostics._edge_of_stability import edge_of_stability as edge_of_stability
+from regjax.diagnostics._edge_of_stability import stability_threshold as stability_threshold
 from regjax.diagnostics._gradient_noise import NoiseScaleResult as NoiseScaleResult
 from regjax.diagnostics._gradient_noise import gradient_noise as gradient_noise
 from regjax.diagnostics._gradient_noise import noise_scale as noise_scale
@@ -42,6 +49,8 @@ from regjax.diagnostics._low_dimensional import transversal_variation as transve
 from regjax.diagnostics._monitor import Monitor as Monitor
 from regjax.diagnostics._monitor_file import read_monitor as read_monitor
 from regjax.diagnostics._monitor_measures import MonitorPoint as MonitorPoint
+from regjax.diagnostics._preconditioner import PreconditionerResult as PreconditionerResult
+from regjax.diagnostics._preconditioner import preconditioner as preconditioner
 from regjax.diagnostics._scale_invariance import ScaleInvarianceResult as ScaleInvarianceResult
 from regjax.diagnostics._scale_invariance import scale_invariant_mask as scale_invariant_mask
 from regjax.diagnostics._sharpness import SharpnessBetweenResult as SharpnessBetweenResult
@@ -56,10 +65,12 @@ from regjax.diagnostics._sparse_recovery import RecoveryBaselinesResult as Recov
 from regjax.diagnostics._sparse_recovery import SparseRecoveryResult as SparseRecoveryResult
 from regjax.diagnostics._sparse_recovery import recovery_baselines as recovery_baselines
 from regjax.diagnostics._sparse_recovery import sparse_recovery as sparse_recovery
-from regjax.diagnostics._spherical_sharpness import EdgeResult as EdgeResult
-from regjax.diagnostics._spherical_sharpness import edge_of_stability as edge_of_stability
+from regjax.diagnostics._spherical_sharpness import SphericalEdgeResult as SphericalEdgeResult
 from regjax.diagnostics._spherical_sharpness import (
     effective_learning_rate as effective_learning_rate,
+)
+from regjax.diagnostics._spherical_sharpness import (
+    spherical_edge_of_stability as spherical_edge_of_stability,
 )
 from regjax.diagnostics._spherical_sharpness import spherical_sharpness as spherical_sharpness
 from regjax.diagnostics._spline_partition import BoundaryDensityResult as BoundaryDensityResult
