@@ -6,11 +6,21 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import jax
+import optax
 
 from regjax import _checks
-from regjax._base import Batch, LossFn, Params, PRNGKey, Tree, as_partial
+from regjax._base import (
+    Batch,
+    LossFn,
+    Params,
+    PRNGKey,
+    ScalarOrSchedule,
+    Tree,
+    as_partial,
+)
 from regjax.diagnostics._monitor_file import Row, append_row, keep_whole_lines, replace_rows
 from regjax.diagnostics._monitor_measures import MEASURES, Look, MonitorPoint, Options
+from regjax.diagnostics._optimizers import optimizer_of
 
 Measure: TypeAlias = Callable[[MonitorPoint], Mapping[str, Any]]
 """(point) -> numbers by name."""
@@ -29,9 +39,14 @@ class Monitor:
 
         loss            loss, gradient_norm
         sharpness       the largest eigenvalue of the Hessian, its residual norm as `_error_bound`
+        preconditioned  the largest eigenvalue of P^(-1/2) H P^(-1/2), see `edge_of_stability`
+        critical        `critical_sharpness` along the next update
         trace           the trace of the Hessian with its standard error
         noise           those of `gradient_noise`, such as gradient_noise_scale
         gradient_share  of the `k` leading eigenvectors
+
+    With `optimizer` the threshold of its stability stands beside the eigenvalue that it is for. The
+    preconditioned one is NaN before the first update, when there are no second moments.
 
     Beside a number stand its error and, where it may fail, a flag (`sharpness_converged`,
     `noise_resolved`), 1 or 0. A step at which nothing was measured, for want of time, has a row
@@ -63,6 +78,10 @@ class Monitor:
         search: bool = True,
         batch_size: int | None = None,
         chunk_size: int | None = None,
+        optimizer: str | None = None,
+        hyperparams: Mapping[str, Any] | None = None,
+        learning_rate: ScalarOrSchedule | None = None,
+        tx: optax.GradientTransformation | None = None,
         path: Path | str | None = None,
         resume: bool = False,
     ) -> None:
@@ -83,6 +102,12 @@ class Monitor:
           batch_size: of the noise, a divisor of the number of examples; None: the one nearest to
             its square root.
           chunk_size: number of examples per pass, for bounded memory; None: all at once.
+          optimizer: as in `stability_threshold`; "preconditioned" needs one.
+          hyperparams: as in `stability_threshold`.
+          learning_rate: of the optimiser, or a schedule of the number of updates; None: that which
+            `inject_hyperparams` keeps in its state, if any.
+          tx: the transformation of which `critical` looks at the next update; None: descent along
+            the gradient.
           path: a file to which each row is appended as a line of JSON; None: none.
           resume: whether to go on with the rows in that file, which must not exist otherwise.
 
@@ -107,6 +132,10 @@ class Monitor:
             search=_checks.boolean("search", search),
             batch_size=batch_size,
             chunk_size=chunk_size,
+            optimizer=_checked_optimizer(optimizer, self._measures),
+            hyperparams=hyperparams,
+            learning_rate=_checked_rate(learning_rate),
+            tx=None if tx is None else optax.with_extra_args_support(_checked_tx(tx)),
         )
         for name in ("batch_size", "chunk_size"):
             if (value := getattr(self._options, name)) is not None:
@@ -245,6 +274,28 @@ def _checked_measures(measures: Sequence[str | Measure]) -> tuple[str | Measure,
     if not measures or len(set(measures)) < len(measures):
         raise ValueError(f"`measures` must be one or more different ones, got {measures!r}.")
     return tuple(measures)
+
+
+def _checked_optimizer(optimizer: str | None, measures: Sequence[str | Measure]) -> str | None:
+    has_moments = optimizer is not None and optimizer_of(optimizer).root is not None
+    if "preconditioned" in measures and not has_moments:
+        raise ValueError(
+            "`optimizer` must be one with second moments, such as adam, for the measure "
+            f"preconditioned, got {optimizer}."
+        )
+    return optimizer
+
+
+def _checked_rate(learning_rate: ScalarOrSchedule | None) -> ScalarOrSchedule | None:
+    if learning_rate is None or callable(learning_rate):
+        return learning_rate
+    return _checks.number("learning_rate", learning_rate, above_zero=True)
+
+
+def _checked_tx(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(f"`tx` must be a transformation such as optax.sgd(0.1), got {tx!r}.")
+    return tx
 
 
 def _kept(path: Path | None, resume: bool) -> list[Row]:

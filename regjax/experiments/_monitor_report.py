@@ -10,6 +10,14 @@ _MONITOR_ROWS = 5  # intervals between those that are printed
 _OF_MONITOR: dict[str, tuple[str, str | None, str | None]] = {
     "loss": ("loss", None, None),
     "sharpness": ("largest eigenvalue", None, "sharpness_converged"),
+    "stability_threshold": ("  stable up to", None, None),
+    "preconditioned_sharpness": (
+        "preconditioned eigenvalue",
+        None,
+        "preconditioned_sharpness_converged",
+    ),
+    "preconditioned_threshold": ("  stable up to", None, None),
+    "critical_sharpness": ("critical sharpness", None, "critical_sharpness_resolved"),
     "trace": ("trace", "trace_standard_error", None),
     "gradient_noise_scale": (
         "noise scale",

@@ -10,8 +10,9 @@ from regjax._adapters import Model, model_loss
 from regjax._base import Tree
 from regjax.experiments._data import Dataset
 from regjax.experiments._inputs import Scaling, cross_entropy, normalize
+from regjax.experiments._optimizer import optimizer
 from regjax.experiments._options import UsageError, did_you_mean
-from regjax.experiments._settings import TrainSettings
+from regjax.experiments._settings import TrainSettings, learning_rate, momentum
 
 # Folded into the key of the seed for the random starts and probes.
 _MONITOR = 3
@@ -35,7 +36,7 @@ class Watch:
         batch = inputs, jnp.asarray(dataset.train_targets[:count], jnp.int32)
         if not settings.resume:
             path.unlink(missing_ok=True)
-        names = measures(settings)
+        names, is_plain = measures(settings), settings.transformation == "plain"
         num_batches = len(dataset.train_targets) // settings.batch_size
         self._monitor = diagnostics.Monitor(
             _unbound, batch,
@@ -43,6 +44,10 @@ class Watch:
             key=jax.random.fold_in(jax.random.key(settings.seed), _MONITOR),
             measures=names,
             share=None,
+            optimizer=settings.optimizer if is_plain else None,
+            hyperparams=_hyperparams(settings) if is_plain else None,
+            learning_rate=learning_rate(settings),
+            tx=optimizer(settings),
             k=dataset.num_classes if "gradient_share" in names else 1,
             path=path,
             resume=settings.resume,
@@ -78,6 +83,13 @@ def measures(settings: TrainSettings) -> tuple[str, ...]:
     return tuple(word.strip() for word in (settings.monitor or "").split(","))
 
 
+def _hyperparams(settings: TrainSettings) -> dict[str, float | None]:
+    """The numbers of the optimiser, by optax's names."""
+    if settings.optimizer == "adam":
+        return {}
+    return {"momentum": momentum(settings) or None}
+
+
 def check_measures(settings: TrainSettings) -> None:
     """Checks what is to be measured.
 
@@ -92,6 +104,15 @@ def check_measures(settings: TrainSettings) -> None:
             raise UsageError(
                 f"--monitor must be of {', '.join(known)}, got {word!r}{did_you_mean(word, known)}."
             )
+    if "preconditioned" in words and settings.optimizer != "adam":
+        raise UsageError(
+            f"--monitor preconditioned needs --optimizer adam, got {settings.optimizer}."
+        )
+    if "preconditioned" in words and settings.transformation != "plain":
+        raise UsageError(
+            "--monitor preconditioned needs --transformation plain, whose threshold is known, got "
+            f"{settings.transformation}."
+        )
     if len(set(words)) < len(words):
         raise UsageError(f"--monitor must name each measure once, got {settings.monitor}.")
 

@@ -99,8 +99,8 @@ class TrainSettings:
     """Minimum seconds between checkpoints; 0 saves every epoch. The last is always saved."""
 
     monitor: str | None = None
-    """Measure while it trains, print and draw it: one or more of loss, sharpness, trace, noise and
-    gradient_share, with commas between."""
+    """Measure while it trains, print and draw it: loss, sharpness, preconditioned, critical, trace,
+    noise, gradient_share, or several with commas between."""
 
     monitor_every: int = 1
     """Epochs from one measurement to the next."""

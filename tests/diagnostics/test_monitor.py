@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import regjax
-from regjax import diagnostics
+from regjax import curvature, diagnostics
 from regjax.diagnostics import _monitor
 from tests import oracles
 from tests.transforms import modules
@@ -180,12 +180,16 @@ def test_bad_arguments(tmp_path):
         ({"k": 0}, "`k` must be at least 1, got 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"tol": -1.0}, "`tol` must be non-negative, got -1.0"),
+        ({"measures": ("preconditioned",)}, "`optimizer` must be one with second moments"),
+        ({"optimizer": "adamm"}, "`optimizer` must be"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be positive, got 0.0"),
         ({"resume": True}, "`path` must be given to resume from, got None"),
     ):
         with pytest.raises(ValueError, match=text):
             make(**options)
     for options, text in (
         ({"measures": "loss"}, "`measures` must be a sequence of names or functions, got"),
+        ({"tx": 3}, "`tx` must be a transformation such as"),
         ({"key": 0}, "`key` must be a typed key"),
         ({"every": 2.0}, "`every` must be a Python integer"),
     ):
@@ -203,3 +207,41 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="`step` must be at least 0, got -2"):
         monitor(-2, PROBLEM.params)
     assert monitor(jnp.int32(2), PROBLEM.params)["step"] == 2
+
+
+def test_the_edge_of_adam_and_the_rate_that_would_climb(default_promotion):
+    tx, params = optax.adam(1e-2), PROBLEM.params
+    monitor = make(
+        measures=("sharpness", "preconditioned", "critical"), every=1, optimizer="adam",
+        learning_rate=optax.constant_schedule(1e-2), tx=tx,
+    )  # fmt: skip
+    state = tx.init(params)
+    before = monitor(0, params, state)
+    assert math.isnan(before["preconditioned_sharpness"])
+    assert before["preconditioned_sharpness_converged"] == 0
+    for _ in range(5):
+        grads = jax.grad(oracles.loss_fn)(params, *PROBLEM.batch)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    row = monitor(5, params, state)
+    assert row["preconditioned_threshold"] == pytest.approx(3800)
+    root = diagnostics.preconditioner(state, params, optimizer="adam").inverse_root
+    scale = np.asarray(jax.flatten_util.ravel_pytree(root)[0], np.float64)
+    matrix = oracles.dense_hessian(oracles.loss_fn, params, *PROBLEM.batch)
+    largest = np.linalg.eigvalsh(scale[:, None] * matrix * scale)[-1]
+    np.testing.assert_allclose(row["preconditioned_sharpness"], largest, rtol=0.02)
+    updates, _ = tx.update(jax.grad(oracles.loss_fn)(params, *PROBLEM.batch), state, params)
+    critical = diagnostics.critical_sharpness(
+        oracles.loss_fn, params, updates, *PROBLEM.batch, learning_rate=1e-2
+    )
+    np.testing.assert_allclose(row["critical_sharpness"], critical.value, rtol=0.05)
+    assert row["critical_sharpness_resolved"] == 1
+
+
+def test_an_earlier_row_spares_products():
+    monitor = make(every=1, optimizer="sgd", learning_rate=0.1, search=False)
+    row = monitor(0, PROBLEM.params)  # which measures twice
+    hessian = curvature.hessian(oracles.loss_fn, PROBLEM.params, *PROBLEM.batch)
+    cold = curvature.top_eigenpairs(hessian, 1, key=jax.random.key(0), tol=1e-2, search=False)
+    assert row["sharpness_num_matvecs"] < cold.num_matvecs - 2
+    assert row["stability_threshold"] == pytest.approx(20)
