@@ -45,6 +45,7 @@ POSITIONAL_AND_KEYWORD = {
     "std": "the number that a transformation is about comes first",
     "strength": "the number that a transformation is about comes first",
     "threshold": "the number that a gate or a transformation is about comes first",
+    "tx": "what is wrapped comes first; what a monitor looks at is an option",
 }
 DIFFERENT_DEFAULTS = {
     "axis_name": "learners always have an axis, batches seldom",
@@ -56,6 +57,7 @@ DIFFERENT_DEFAULTS = {
     "num_probes": "what one costs differs",
     "num_steps": "what a step costs differs",
     "threshold": "of cosines and of ratios",
+    "share": "of the energy of a spectrum, and of the time of training",
     "tol": "of eigenvalues, of losses, of invariances, of ranks",
 }
 
@@ -164,6 +166,7 @@ NOUNS = {
     "Gate",
     "Group",
     "Slice",
+    "MonitorPoint",
     "ProbePanel",
     "SpectrumPanel",
     "SurfacePanel",

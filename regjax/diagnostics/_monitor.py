@@ -43,7 +43,7 @@ class Monitor:
         critical        `critical_sharpness` along the next update
         trace           the trace of the Hessian with its standard error
         noise           those of `gradient_noise`, such as gradient_noise_scale
-        gradient_share  of the `k` leading eigenvectors
+        gradient_share  of the `num_eigenvalues` leading eigenvectors
 
     With `optimizer` the threshold of its stability stands beside the eigenvalue that it is for. The
     preconditioned one is NaN before the first update, when there are no second moments.
@@ -73,7 +73,7 @@ class Monitor:
         key: PRNGKey,
         measures: Sequence[str | Measure] = ("sharpness",),
         share: float | None = 0.1,
-        k: int = 1,
+        num_eigenvalues: int = 1,
         tol: float = 1e-2,
         search: bool = True,
         batch_size: int | None = None,
@@ -95,7 +95,7 @@ class Monitor:
           key: typed key of all random starts and probes.
           measures: names of those above, or functions of a `MonitorPoint`.
           share: the most of the time that it may take, between 0 and 1; None: no limit.
-          k: number of leading eigenpairs.
+          num_eigenvalues: number of leading eigenpairs.
           tol: relative tolerance of an eigenvalue, as in `curvature.top_eigenpairs`.
           search: whether to look for larger eigenvalues that were passed over, at half as many
             products more; without it a row can hold another eigenvalue than the largest.
@@ -127,7 +127,7 @@ class Monitor:
         self._share = None if share is None else _checks.between("share", share, 0, 1)
         self._options = Options(
             key=_checks.key("key", key),
-            k=_checks.integer("k", k),
+            k=_checks.integer("num_eigenvalues", num_eigenvalues),
             tol=_checks.number("tol", tol),
             search=_checks.boolean("search", search),
             batch_size=batch_size,

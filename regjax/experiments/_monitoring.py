@@ -48,7 +48,7 @@ class Watch:
             hyperparams=_hyperparams(settings) if is_plain else None,
             learning_rate=learning_rate(settings),
             tx=optimizer(settings),
-            k=dataset.num_classes if "gradient_share" in names else 1,
+            num_eigenvalues=dataset.num_classes if "gradient_share" in names else 1,
             path=path,
             resume=settings.resume,
         )  # fmt: skip

@@ -61,7 +61,7 @@ def draw_monitor(
     name: str,
     *,
     axes: "Axes",
-    color: Color = COLORS[0],
+    color: Color | None = None,
     label: str | None = None,
 ) -> "Axes":
     """Draws one number of a monitor's rows over the steps.
@@ -74,7 +74,7 @@ def draw_monitor(
       rows: of a `diagnostics.Monitor`, or of `diagnostics.read_monitor`.
       name: of a number, such as "sharpness".
       axes: what to draw on.
-      color: of the line.
+      color: any colour of matplotlib; None takes the next of a palette for colour-blind readers.
       label: its name in a legend.
 
     Returns:
@@ -87,6 +87,7 @@ def draw_monitor(
     if not known:
         raise ValueError(f"`name` must be a number of the rows, got {name!r}.")
     quantity = _QUANTITIES.get(name, _Quantity(name))
+    color = COLORS[len(axes.collections) % len(COLORS)] if color is None else color
     steps, values = (_column(known, key) for key in ("step", name))
     axes.plot(steps, values, color=color, linewidth=1, label=label,
               marker="o" if len(known) == 1 else None, markersize=3)  # fmt: skip
