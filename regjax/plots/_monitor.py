@@ -157,9 +157,12 @@ def monitor_figure(
         else:  # the lowest of its column, which may end above others
             axes.tick_params(labelbottom=True)
     if len(runs) > 1:
-        lines, labels = grid.flat[0].get_legend_handles_labels()
-        figure.legend(lines, labels, loc="outside upper center", frameon=False, fontsize=TICK_SIZE,
-                      ncols=min(len(labels), max(1, int(figure_width))))  # fmt: skip
+        handles = [axes.get_legend_handles_labels() for axes in grid.flat]
+        lines = {label: line for pair in handles for line, label in zip(*pair, strict=True)}
+        figure.legend(
+            lines.values(), lines.keys(), loc="outside upper center", frameon=False,
+            fontsize=TICK_SIZE, ncols=min(len(lines), max(1, int(figure_width))),
+        )  # fmt: skip
     return figure
 
 
