@@ -171,6 +171,10 @@ class Monitor:
           ValueError: an argument is out of its range, or it is called inside of `jax.jit`.
           TypeError: `step` is no integer, or a parameter is not real floating point.
         """
+        if type(step) is int and step > 0 and step % self._every:
+            # Most calls: a microsecond or two beside a step.
+            _refuse_tracers(params=jax.tree.leaves(params)[:1])
+            return None
         _refuse_tracers(step=step, params=params, optimizer_state=optimizer_state)
         step = _checks.integer("step", int(step) if hasattr(step, "dtype") else step, minimum=0)
         if step % self._every:
