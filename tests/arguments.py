@@ -66,6 +66,12 @@ def operator():
 
 
 @functools.cache
+def optimizer_state():
+    tx = optax.adam(0.1)
+    return tx.update(params(), tx.init(params()))[1]
+
+
+@functools.cache
 def density():
     return curvature.spectral_density(operator(), key=key(), num_steps=4, num_probes=2, deflate=0)
 
@@ -173,6 +179,7 @@ EXAMPLES = {
     "growth": lambda: 1e-3,
     "initial_kernel": _KERNEL,
     "initial_learning_rate": lambda: 0.1,
+    "hyperparams": lambda: {},
     "inputs": inputs,
     "intrinsic_rate": lambda: 0.01,
     "inverse_batch": lambda: 0.1,
@@ -218,6 +225,8 @@ EXAMPLES = {
     "operator": operator,
     "other_operator": operator,
     "operator_fn": lambda: curvature.hessian,
+    "optimizer": lambda: "adam",
+    "optimizer_state": optimizer_state,
     "options": lambda: {},
     "other_direction": params,
     "other_params": params,
@@ -257,6 +266,7 @@ EXAMPLES = {
     "u": lambda: ones(3),
     "unit_masks": masks,
     "v": lambda: ones(3),
+    "updates": params,
     "value_and_grad_fn": lambda: jax.value_and_grad(loss_fn),
     "variance": lambda: ones(4),
     "vector": params,
@@ -322,6 +332,10 @@ OVERRIDES = {
     "curvature.stream": {"arguments": lambda: (loss_fn, params(), [(inputs(), targets())])},
     "diagnostics.batch_norm_regularization": {"mean": lambda: ones(3)},
     "diagnostics.dropout_noise_alignment": {"num_directions": lambda: 1},
+    "diagnostics.edge_of_stability": {
+        "learning_rate": lambda: 0.1,
+        "optimizer_state": optimizer_state,
+    },
     "diagnostics.landscape_dependent_noise": {
         "params": lambda: learners(),
         "mean_grads": params,
@@ -363,7 +377,7 @@ _KINDS = {
     ),
     "real": ("largest", "power", "smallest"),
     "like params": (
-        "direction", "other_direction", "other_params", "start", "vector",
+        "direction", "other_direction", "other_params", "start", "updates", "vector",
     ),
     "loss": ("dropout_loss_fn", "gate_loss", "loss_fn"),
     "function": (
@@ -378,8 +392,8 @@ _KINDS = {
         "true_weights", "u", "v",
     ),
     "choice": (
-        "accumulation", "axis_scale", "first_step", "likelihood", "method", "mode", "reduction",
-        "side", "which",
+        "accumulation", "axis_scale", "first_step", "likelihood", "method", "mode", "optimizer",
+        "reduction", "side", "which",
     ),
     "key": ("key",),
     "params": ("like", "mean_grads", "params"),

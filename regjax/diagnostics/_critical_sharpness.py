@@ -1,6 +1,5 @@
 """The learning rate at which the next step would raise the loss, from forward passes alone."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -64,10 +63,10 @@ class _Bracket(NamedTuple):
     Attributes:
       low: the largest multiple with a lower loss. before: the one before it.
       high: the smallest multiple with a higher loss. after: the one before it.
-      blind: (), the largest multiple, below `high`, whose difference is rounding while there is no
-        `low`.
+      blind: (), the last multiple whose difference was rounding while an end was missing.
       width: (), how far from the estimate the next one is taken, relative.
       num_evaluations: (), int32, losses so far.
+      is_done: (), bool, whether both ends are as near as they are to come.
     """
 
     low: _Point
@@ -77,6 +76,7 @@ class _Bracket(NamedTuple):
     blind: jax.Array
     width: jax.Array
     num_evaluations: jax.Array
+    is_done: jax.Array
 
 
 @checked
@@ -133,22 +133,44 @@ def critical_sharpness(
     _checks.finite_tree("updates", _checks.floating_like("updates", updates, params))
     loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     path = Path(loss_fn, Partial(_moved, params, updates), batch, chunk_size)
-    start = jnp.asarray(_chunks.mean(loss_fn, params, batch, chunk_size))
-    start = start.astype(_tree.wide_dtype(start))
-    dtype = start.dtype
-    eps = max(_eps(leaf.dtype) for leaf in map(jnp.asarray, jax.tree.leaves((params, start))))
-    operands = (path, start, jnp.asarray(_NOISE * eps, dtype))
-    zero = jnp.zeros((), dtype)
-    none = _Point(zero, zero)
-    bracket = _Bracket(none, none, none, none, zero, jnp.asarray(tol, dtype), jnp.int32(1))
-    # The step that is about to be made is not looked up in a loop: eight more can be unrolled.
-    step = _compiled if chunk_size is None else _narrowed
-    bracket = step(operands, bracket)
-    found = _loops.while_loop(
-        step, bracket, operands=operands, done=functools.partial(_is_narrow, tol),
+    # Whatever goes over chunks compiles its own loops.
+    begin, step = (_compiled_begin, _compiled) if chunk_size is None else (_begin, _narrowed)
+    operands, bracket = begin(path, jnp.asarray(tol), jnp.asarray(learning_rate))
+    # The first step is no part of a loop: eight more can be unrolled.
+    bracket = _loops.while_loop(
+        step, step(operands, bracket), operands=operands, done=lambda bracket: bracket.is_done,
         max_steps=num_evaluations - 2, result=lambda bracket: bracket,
     )  # fmt: skip
-    return _reported(found, start, jnp.asarray(learning_rate, dtype))
+    return _reported(bracket, operands)
+
+
+class _Operands(NamedTuple):
+    """What a step of the search reads.
+
+    Attributes:
+      path: the loss along the update.
+      start: (), the loss at the parameters.
+      noise: (), the relative difference that is rounding.
+      rate: (), the learning rate in the updates.
+    """
+
+    path: Path
+    start: jax.Array
+    noise: jax.Array
+    rate: jax.Array
+
+
+def _begin(path: Path, tol: jax.Array, rate: jax.Array) -> tuple[_Operands, _Bracket]:
+    params = path.place.args[0]
+    start = jnp.asarray(_chunks.mean(path.loss_fn, params, path.batch, path.chunk_size))
+    start = start.astype(_tree.wide_dtype(start))
+    dtype = start.dtype
+    eps = max(_eps(jnp.result_type(leaf)) for leaf in jax.tree.leaves((params, start)))
+    zero = jnp.zeros((), dtype)
+    none = _Point(zero, zero)
+    width = tol.astype(dtype)
+    bracket = _Bracket(none, none, none, none, zero, width, jnp.int32(1), jnp.bool_(False))
+    return _Operands(path, start, jnp.asarray(_NOISE * eps, dtype), rate.astype(dtype)), bracket
 
 
 def _eps(dtype: jnp.dtype) -> float:
@@ -166,23 +188,24 @@ def _moved(params: Params, updates: Params, multiple: jax.Array) -> Params:
     return jax.tree.map(move, params, updates)
 
 
-def _narrowed(operands: tuple[Path, jax.Array, jax.Array], bracket: _Bracket) -> _Bracket:
+def _narrowed(operands: _Operands, bracket: _Bracket) -> _Bracket:
     """The bracket after one more loss."""
-    path, start, noise = operands
+    path, start, noise, _ = operands
     at = _next(bracket)
     loss = path.loss(at).astype(start.dtype)
     difference = loss - start
     floor = noise * jnp.maximum(jnp.abs(start), jnp.abs(loss))
     # Beyond where the loss is finite it is higher.
-    is_above = ~(difference <= floor)
-    is_below = difference < -floor
+    is_finite = jnp.isfinite(loss)
+    is_above = (difference > floor) | ~is_finite
+    is_below = (difference < -floor) & is_finite
     is_rounding = ~is_above & ~is_below
-    here = _Point(at, jnp.where(jnp.isfinite(loss), difference / at, jnp.inf))
+    here = _Point(at, jnp.where(is_finite, difference / at, jnp.inf))
     choose = lambda condition, one, other: jax.tree.map(
         lambda a, b: jnp.where(condition, a, b), one, other
     )
-    is_blind = is_rounding & (bracket.low.at == 0)
-    return _Bracket(
+    is_blind = is_rounding & ((bracket.low.at == 0) | (bracket.high.at == 0))
+    bracket = _Bracket(
         low=choose(is_below, here, bracket.low),
         before=choose(is_below, bracket.low, bracket.before),
         high=choose(is_above, here, bracket.high),
@@ -191,9 +214,12 @@ def _narrowed(operands: tuple[Path, jax.Array, jax.Array], bracket: _Bracket) ->
         # Rounding so near to the crossing: look farther away.
         width=jnp.where(is_rounding & ~is_blind, 2 * bracket.width, bracket.width),
         num_evaluations=bracket.num_evaluations + 1,
+        is_done=bracket.is_done,
     )
+    return bracket._replace(is_done=_is_narrow(bracket))
 
 
+_compiled_begin = _programs.bounded(jax.jit(_begin))
 _compiled = _programs.bounded(jax.jit(_narrowed))
 
 
@@ -204,9 +230,10 @@ def _next(bracket: _Bracket) -> jax.Array:
     # Outwards: somewhat beyond where the chord's slope will be zero, or twice as far.
     root = _crossing(bracket.before, bracket.low)
     is_known = (bracket.before.at > 0) & (root > low)
-    reach = jnp.maximum(low, blind)
     outwards = jnp.clip(1.1 * root, 1.1 * low, _MOST_STRETCH * low)
-    outwards = jnp.where(is_known, outwards, 2 * reach)
+    outwards = jnp.where(is_known, outwards, 2 * low)
+    # A difference of rounding beyond a lower loss: it was the crossing itself.
+    outwards = jnp.where(blind > low, 1.1 * blind, outwards)
     # Inwards: not as far as it will be zero, or a quarter.
     root = _crossing(bracket.high, bracket.after)
     is_known = (bracket.after.at > 0) & (root > 0) & (root < high)
@@ -218,7 +245,10 @@ def _next(bracket: _Bracket) -> jax.Array:
     from_low, from_high = root / jnp.where(has_low, low, 1), high / root
     side = jnp.where(from_low > from_high, 1 - bracket.width, 1 + bracket.width)
     between = root * side
-    between = jnp.where((between > low) & (between < high), between, jnp.sqrt(low * high))
+    # Far from a line the estimate stays at one end.
+    is_lopsided = (high > 1.5 * low) & ((root < 1.1 * low) | (root > high / 1.1))
+    is_inside = (between > low) & (between < high) & ~is_lopsided
+    between = jnp.where(is_inside, between, jnp.sqrt(low * high))
     one_end = jnp.where(has_low, outwards, inwards)
     none = jnp.where(blind > 0, 2 * blind, 1)
     return jnp.where(has_low & has_high, between, jnp.where(has_low | has_high, one_end, none))
@@ -238,7 +268,7 @@ def _estimate(bracket: _Bracket) -> jax.Array:
     return jnp.where((root > low) & (root < high), root, jnp.sqrt(low * high))
 
 
-def _is_narrow(tol: ArrayLike, bracket: _Bracket) -> jax.Array:
+def _is_narrow(bracket: _Bracket) -> jax.Array:
     low, high, root = bracket.low.at, bracket.high.at, _estimate(bracket)
     # The estimate moves while the ends come nearer; the width has grown where rounding is met.
     width = 1.5 * bracket.width
@@ -246,7 +276,9 @@ def _is_narrow(tol: ArrayLike, bracket: _Bracket) -> jax.Array:
     return (low > 0) & (high > 0) & near
 
 
-def _reported(bracket: _Bracket, start: jax.Array, rate: jax.Array) -> CriticalSharpnessResult:
+@jax.jit
+def _reported(bracket: _Bracket, operands: _Operands) -> CriticalSharpnessResult:
+    start, rate = operands.start, operands.rate
     low, high = bracket.low.at, bracket.high.at
     descends, rises = low > 0, high > 0
     is_finite = jnp.isfinite(start)

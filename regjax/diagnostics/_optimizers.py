@@ -103,7 +103,7 @@ def _of_adamax(state: Any, leaf: Mapping[str, jax.Array], numbers: Hyperparams) 
 def _of_rmsprop(state: Any, leaf: Mapping[str, jax.Array], numbers: Hyperparams) -> Root:
     square = leaf["nu"]
     weight = jnp.ones((), square.dtype)
-    if hasattr(state, "count"):
+    if "count" in state._fields:
         weight = _corrected(state.count, numbers["decay"], square)
     square = square / weight
     if "mu" in leaf:
@@ -118,7 +118,7 @@ def _of_adagrad(state: Any, leaf: Mapping[str, jax.Array], numbers: Hyperparams)
     square = leaf["sum_of_squares"]
     eps = _number(numbers["eps"], square)
     # What never had a gradient is not moved.
-    divisor = jnp.where(square > 0, jnp.sqrt(square + eps), jnp.inf)
+    divisor = jnp.where(square <= 0, jnp.inf, jnp.sqrt(square + eps))
     return Root(divisor, jnp.sqrt(square), jnp.sqrt(eps))
 
 

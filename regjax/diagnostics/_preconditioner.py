@@ -56,7 +56,7 @@ def preconditioner(
     The state may lie anywhere: in `chain`, `masked`, `partition`, `inject_hyperparams`,
     `MultiSteps` and `apply_if_finite`. It does not tell the optimiser (Adam, Yogi and Adamax have
     the same), nor its numbers unless `inject_hyperparams` keeps them: both are the caller's to say,
-    and a wrong word gives a wrong answer.
+    and a wrong word gives a wrong answer. What keeps no state, such as a trust ratio, is not seen.
 
     Args:
       optimizer_state: of optax.
@@ -188,7 +188,7 @@ def _is_injected(node: object) -> bool:
 
 
 def _check_count(state: Any) -> None:
-    count = _checks.on_host(state.count) if hasattr(state, "count") else None
+    count = _checks.on_host(state.count) if "count" in state._fields else None
     if count is not None and count < 1:
         raise ValueError(
             f"`optimizer_state` must have seen an update, got {count}: the second moments are zero."
