@@ -188,6 +188,8 @@ EXAMPLES = {
     "kernel": _KERNEL,
     "key": key,
     "largest": lambda: 2.0,
+    "large_batch_size": lambda: 8,
+    "large_squared_norms": lambda: ones(3),
     "layers": lambda: ["hidden"],
     "layout": lambda: regjax.Layout(),
     "learning_rate": lambda: 0.1,
@@ -221,6 +223,7 @@ EXAMPLES = {
     "num_units": lambda: 4,
     "num_values": lambda: 8,
     "operator": operator,
+    "other_operator": operator,
     "operator_fn": lambda: curvature.hessian,
     "optimizer": lambda: "adam",
     "optimizer_state": optimizer_state,
@@ -243,6 +246,8 @@ EXAMPLES = {
     "scale": lambda: ones(4),
     "scores": scores,
     "singular_values": lambda: jnp.asarray([3.0, 2.0, 1.0], jnp.float32),
+    "small_batch_size": lambda: 2,
+    "small_squared_norms": lambda: 2 * ones(3),
     "smallest": lambda: 0.5,
     "solver": lambda: curvature.trace_solver(operator(), key=key(), num_matvecs=2),
     "space": lambda: operator().space,
@@ -265,6 +270,7 @@ EXAMPLES = {
     "value_and_grad_fn": lambda: jax.value_and_grad(loss_fn),
     "variance": lambda: ones(4),
     "vector": params,
+    "vectors": lambda: jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1]), params()),
     "velocity": params,
     "weight_decay": lambda: 0.1,
     "weight_fn": lambda: lambda inputs: len(inputs),
@@ -338,6 +344,7 @@ OVERRIDES = {
     "pruning.group_importance": {"groups": lambda: {"hidden": {"kernel": 0, "bias": 0}, "head": 1}},
     "pruning.scale_magnitude": {"structure": lambda: scaled_structure()},
     "regularizers.dropout_penalty": {"kernel": lambda: ones(4, 2)},
+    "transforms.averaged_params": {"state": lambda: state_of(transforms.average_params())},
     "transforms.consensus_model": {
         "params": lambda: jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), model().params)
     },
@@ -355,7 +362,8 @@ OVERRIDES = {
 _KINDS = {
     "count": (
         "batch_size", "begin", "block_size", "chunk_size", "deflate", "delay", "every", "final",
-        "k", "max_basis", "max_matvecs", "max_steps", "min_units", "prefetch",
+        "k", "large_batch_size", "max_basis", "max_matvecs", "max_steps", "min_units", "prefetch",
+        "small_batch_size",
     ),
     "number": (
         "alpha", "budget", "clip", "crossover", "damping", "decay", "epsilon", "eta",
@@ -379,8 +387,9 @@ _KINDS = {
     ),
     "array": (
         "activations", "batch_means", "batch_variances", "center", "covariance",
-        "features", "g", "grid", "initial_kernel", "inputs", "kernel", "learning_rates", "matrix",
-        "positions", "singular_values", "true_weights", "u", "v",
+        "features", "g", "grid", "initial_kernel", "inputs", "kernel", "large_squared_norms",
+        "learning_rates", "matrix", "positions", "singular_values", "small_squared_norms",
+        "true_weights", "u", "v",
     ),
     "choice": (
         "accumulation", "axis_scale", "first_step", "likelihood", "method", "mode", "optimizer",
@@ -390,7 +399,7 @@ _KINDS = {
     "params": ("like", "mean_grads", "params"),
     "layout": ("layout",),
     "mask": ("mask", "wrt"),
-    "operator": ("operator",),
+    "operator": ("metric", "operator", "other_operator"),
 }  # fmt: skip
 
 

@@ -47,9 +47,11 @@ POSITIONAL_AND_KEYWORD = {
     "std": "the number that a transformation is about comes first",
     "strength": "the number that a transformation is about comes first",
     "threshold": "the number that a gate or a transformation is about comes first",
+    "tx": "what is wrapped comes first; what a monitor looks at is an option",
 }
 DIFFERENT_DEFAULTS = {
     "axis_name": "learners always have an axis, batches seldom",
+    "decay": "of scores, which change, and of weights, whose plain mean is the usual one",
     "epsilon": "each paper's own",
     "figure_width": "of a page, and of a panel",
     "max_matvecs": "a single eigenvalue needs fewer than k of them",
@@ -59,6 +61,7 @@ DIFFERENT_DEFAULTS = {
     "num_probes": "what one costs differs",
     "num_steps": "what a step costs differs",
     "threshold": "of cosines and of ratios",
+    "share": "of the energy of a spectrum, and of the time of training",
     "tol": "of eigenvalues, of losses, of invariances, of ranks",
 }
 
@@ -167,6 +170,7 @@ NOUNS = {
     "Gate",
     "Group",
     "Slice",
+    "MonitorPoint",
     "ProbePanel",
     "SpectrumPanel",
     "SurfacePanel",

@@ -30,6 +30,7 @@ from regjax.curvature._measure import SpectralSumResult as SpectralSumResult
 from regjax.curvature._measure import effective_dimension as effective_dimension
 from regjax.curvature._measure import spectral_sum as spectral_sum
 from regjax.curvature._operators._blocks import by_block as by_block
+from regjax.curvature._operators._covariance import gradient_covariance as gradient_covariance
 from regjax.curvature._operators._curvature import CurvatureOperator as CurvatureOperator
 from regjax.curvature._operators._dropout import dropout_covariance as dropout_covariance
 from regjax.curvature._operators._dropout import (
