@@ -54,3 +54,6 @@ from regjax.curvature._random_matrix import marchenko_pastur_outlier as marchenk
 from regjax.curvature._random_matrix import wigner_outlier as wigner_outlier
 from regjax.curvature._ritz import RitzResult as RitzResult
 from regjax.curvature._ritz import ritz_pairs as ritz_pairs
+from regjax.curvature._solve import SolveResult as SolveResult
+from regjax.curvature._solve import solve as solve
+from regjax.curvature._solve import solve_solver as solve_solver

@@ -1,5 +1,6 @@
 """The covariance of the gradient over dropout masks, from sampled gradients."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,8 @@ def dropout_covariance(
     """
     dropout_loss_fn, params = part_of(dropout_loss_fn, params, wrt)
     factor = dropout_covariance_factor(dropout_loss_fn, params, key=key, num_samples=num_samples)
-    return from_matvec(Partial(_multiply, factor), params)
+    operator = from_matvec(Partial(_multiply, factor), params)
+    return dataclasses.replace(operator, lower_bound=0.0)
 
 
 @checked

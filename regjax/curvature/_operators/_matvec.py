@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ _DIFFERENCE, _UNITS = 3e-3, 16
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["linear_map", "example"],
-    meta_fields=["mesh", "origin"],
+    meta_fields=["mesh", "origin", "lower_bound"],
 )
 @dataclasses.dataclass(frozen=True)
 class MatvecOperator(TracedOperator):
@@ -36,12 +37,14 @@ class MatvecOperator(TracedOperator):
       example: a tree like a vector, of which only structure, shapes and dtypes count.
       mesh: the devices over which vectors are divided; None: one.
       origin: the mesh with explicit axes that the arrays come from; None: they are as given.
+      lower_bound: the least that an eigenvalue can be, which whoever gives the product knows.
     """
 
     linear_map: Program
     example: Params
     mesh: Mesh | None
     origin: Mesh | None = dataclasses.field(default=None, compare=False)
+    lower_bound: float = -math.inf
 
     @property
     def home(self) -> Mesh | None:
@@ -64,7 +67,7 @@ class MatvecOperator(TracedOperator):
 
 
 @checked
-def from_matvec(matvec: MatVec, like: Params) -> Operator:
+def from_matvec(matvec: MatVec, like: Params) -> MatvecOperator:
     """Makes an operator from any symmetric product.
 
     Whether it is linear and symmetric is tried once on two random vectors, at the cost of three

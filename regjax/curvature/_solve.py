@@ -1,0 +1,206 @@
+"""Solves (A + damping I) x = b, with the residual that was found and what it says of the error."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax.typing import ArrayLike
+
+from regjax import _checks, _loops
+from regjax._arguments import checked
+from regjax._base import Callback, Params, Tree
+from regjax.curvature._engine._checkpoint import Checkpoint
+from regjax.curvature._engine._driver import run
+from regjax.curvature._engine._solver import Solver
+from regjax.curvature._operators._operator import Operator
+from regjax.curvature._systems import METHODS, Solutions, systems_solver
+
+# Products at most, unless said otherwise: in exact arithmetic n would do.
+_TIMES, _FEWEST, _MOST = 10, 20, 1000
+
+
+class SolveResult(NamedTuple):
+    """An approximate solution x of (A + damping I) x = b.
+
+    Attributes:
+      solution: x, a tree like the parameters.
+      residual_norm: (), |b - (A + damping I) x|, from a product with this x and no recurrence. Of a
+        run that was cut short (Ctrl-C, a callback) the recurrence's, which may be too small.
+      error_bound: (), of the distance |x - x*| to the exact solution: the residual norm, and what
+        rounding may hide of it, over the least that an eigenvalue of A + damping I can be. Infinite
+        where nothing positive is known of that (see `lower_bound` in `solve`), where negative
+        curvature was met, and of a run that was cut short.
+      num_matvecs: (), int32, products used.
+      converged: (), bool, whether the residual norm is at most `tol` times that of b.
+      negative_curvature: (), bool, whether conjugate gradients met a direction p with
+        p'(A + damping I) p <= 0 and stopped: the matrix is not positive definite, and x is what
+        was found before. Take a damping above `-curvature`, `method="minres"`, or a matrix without
+        negative eigenvalues (`gauss_newton` or `fisher` in place of `hessian`).
+      direction: such a p, of unit norm, a tree like the parameters; zeros without one.
+      curvature: (), p'(A + damping I) p of the last direction of unit norm.
+    """
+
+    solution: Params
+    residual_norm: jax.Array
+    error_bound: jax.Array
+    num_matvecs: jax.Array
+    converged: jax.Array
+    negative_curvature: jax.Array
+    direction: Params
+    curvature: jax.Array
+
+
+@checked
+def solve(
+    operator: Operator,
+    vector: Params,
+    *,
+    damping: ArrayLike = 0.0,
+    method: str = "cg",
+    preconditioner: Operator | None = None,
+    tol: ArrayLike = 1e-5,
+    max_matvecs: int | None = None,
+    lower_bound: ArrayLike | None = None,
+    callback: Callback | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> SolveResult:
+    """Solves a damped linear system with a curvature matrix, tree in and tree out.
+
+        (A + damping I) x = b
+
+    For example a damped Newton step: `solve(hessian(loss_fn, params, *batch), grads, damping=1e-2)`.
+    The last product is with the solution itself, so that the residual is what it is said to be; in
+    float32 it cannot be smaller than about 1e-7 |A| |x|, however small `tol` is.
+
+    Args:
+      operator: A, symmetric, of order n.
+      vector: b, a tree like the parameters.
+      damping: added to the diagonal, not negative, in the units of the eigenvalues: those of the
+        curvature of the mean loss. A damping for the sum over N examples is N times too large here;
+        that of a prior of precision c is c / N.
+      method: "cg": conjugate gradients, for positive definite A + damping I, which stop at negative
+        curvature and say so. "minres": for any symmetric matrix; two vectors more in memory.
+      preconditioner: an operator of the same space near the inverse of A + damping I up to a
+        factor, positive definite, as from `jacobi_preconditioner` and `low_rank_preconditioner`.
+        None: none.
+      tol: relative tolerance, positive: the residual norm over that of b.
+      max_matvecs: limit of the number of products. Default: 10 n + 20, at most 1000.
+      lower_bound: the least that an eigenvalue of A can be, if the caller knows: 0 for the
+        Gauss-Newton matrix of a loss that is convex in the outputs. None: what holds by
+        construction, 0 for `fisher`, `empirical_fisher` and `dropout_covariance`, with whatever the
+        algebra of operators makes of it; nothing for others.
+      callback: called as callback(products, max_matvecs, progress) after each product when the host
+        drives; `progress.result` is the `SolveResult` so far.
+      checkpoint: where the state is kept every few products, and found again by the same call after
+        the process was killed; only when the host drives.
+
+    Returns:
+      A `SolveResult`; what did not converge is flagged. A zero b has the solution 0.
+
+    Raises:
+      ValueError: `vector` does not fit the operator or is not finite, an argument is out of its
+        range, `preconditioner` is of another space or seen not to be positive definite, or the
+        checkpoint is of another problem.
+      CheckpointError: a file of the checkpoint cannot be written.
+      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
+      Interrupted: Ctrl-C; its `.result` is the `SolveResult` so far.
+
+    References:
+      M. Hestenes, E. Stiefel (1952), Methods of conjugate gradients for solving linear systems.
+      C. Paige, M. Saunders (1975), Solution of sparse indefinite systems of linear equations, SIAM
+      J. Numerical Analysis 12(4). The last product and the bound are ours.
+    """
+    solver = solve_solver(
+        operator, vector, damping=damping, method=method, preconditioner=preconditioner, tol=tol,
+        max_matvecs=max_matvecs, lower_bound=lower_bound,
+    )  # fmt: skip
+    return run(solver, callback=callback, checkpoint=checkpoint)
+
+
+@checked
+def solve_solver(
+    operator: Operator,
+    vector: Params,
+    *,
+    damping: ArrayLike = 0.0,
+    method: str = "cg",
+    preconditioner: Operator | None = None,
+    tol: ArrayLike = 1e-5,
+    max_matvecs: int | None = None,
+    lower_bound: ArrayLike | None = None,
+) -> Solver[Tree, SolveResult]:
+    """Makes the solver of `solve`, whose arguments these are, to drive by hand."""
+    space = operator.space
+    _checks.finite_tree("vector", _checks.same_tree("vector", vector, space.like()))
+    check_system(operator, damping, method, preconditioner, tol)
+    targets = space.ravel(vector)[None]
+    if lower_bound is not None:
+        _checks.real("lower_bound", lower_bound, finite=True)
+
+    def result(found: Solutions) -> SolveResult:
+        return SolveResult(
+            solution=space.unravel(found.solutions[0]),
+            residual_norm=found.residual_norms[0],
+            error_bound=found.error_bounds[0],
+            num_matvecs=found.num_matvecs,
+            converged=found.converged[0],
+            negative_curvature=found.bent[0],
+            direction=space.unravel(found.directions[0]),
+            curvature=found.curvatures[0],
+        )
+
+    return systems_solver(
+        operator, targets, name="solve", damping=damping, method=method,
+        preconditioner=preconditioner, tol=tol, max_matvecs=limit_of(operator, max_matvecs),
+        lower_bound=lower_bound, result=jax.jit(result),
+    )  # fmt: skip
+
+
+def check_system(
+    operator: Operator,
+    damping: ArrayLike,
+    method: str,
+    preconditioner: Operator | None,
+    tol: ArrayLike,
+) -> None:
+    """Checks what a system is solved with.
+
+    Raises:
+      ValueError: `damping` is negative or `tol` not positive, `method` is unknown, or
+        `preconditioner` is of another space or seen not to be positive definite.
+    """
+    _checks.number("damping", damping)
+    _checks.number("tol", tol, above_zero=True)
+    _checks.choice("method", method, tuple(METHODS))
+    if preconditioner is None:
+        return
+    space = operator.space
+    if preconditioner.space != space:
+        raise ValueError(
+            f"`preconditioner` must be of the operator's space, got shapes "
+            f"{preconditioner.space.like()} on {preconditioner.space.mesh} instead of "
+            f"{space.like()} on {space.mesh}."
+        )
+    if not _loops.is_concrete(operator, preconditioner):
+        return
+    energy = float(_energy(preconditioner))
+    if not energy > 0:
+        raise ValueError(
+            f"`preconditioner` must be positive definite, got r'P r = {energy:.2g} for a random r "
+            "of unit norm."
+        )
+
+
+def limit_of(operator: Operator, max_matvecs: int | None) -> int:
+    """The limit of the number of products."""
+    if max_matvecs is None:
+        return min(_TIMES * operator.size + _FEWEST, _MOST)
+    return _checks.integer("max_matvecs", max_matvecs)
+
+
+@jax.jit
+def _energy(preconditioner: Operator) -> jax.Array:
+    space = preconditioner.space
+    vector = space.normal(jax.random.key(0))
+    vector = vector / space.norm(vector)
+    return space.inner(vector, preconditioner.product(vector))

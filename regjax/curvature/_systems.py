@@ -1,0 +1,329 @@
+"""Linear systems by recurrences whose residual is checked in the end: the solver record of `solve`.
+
+A recurrence carries a residual along, which rounding takes away from the true one. So what it calls
+a solution is multiplied once more. Where that shows a residual above the tolerance the recurrence
+starts anew from there, as long as the residual at least halves between two such products.
+
+All rows of a block are multiplied at once; one that is done waits for the others.
+"""
+
+import functools
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from regjax import _loops, _numerics
+from regjax._space import Space
+from regjax.curvature import _conjugate_gradients, _minres
+from regjax.curvature._engine._solver import Solver
+from regjax.curvature._operators._operator import Operator
+from regjax.curvature._precision import precisely
+
+METHODS: dict[str, ModuleType] = {"cg": _conjugate_gradients, "minres": _minres}
+# Units of rounding of the narrowest type by which a product may be off, of |A| |x|.
+_PRODUCT = 8
+
+
+class SystemsState(NamedTuple):
+    """k systems between two products; vectors are of right sides times `power`.
+
+    Attributes:
+      targets: (k, length), the right sides.
+      solutions: (k, length), x so far.
+      recurrences: those of the method, leaves with a leading axis k.
+      powers: (k,), powers of two that bring the right sides near one.
+      norms: (k,), of the residuals: true ones where `verified`, else as the recurrences have them.
+      goals: (k,), norms that are small enough. last: (k,), the true norms at the last check.
+      curvatures: (k,), p'Ap / p'p of the last directions. bent: (k,), bool, whether one of them
+        was not positive where it must be.
+      sizes: (k,), the largest |A p| / |p| of any product.
+      errors: (k,), norms of what the last products are off by, where they are differences.
+      stopped: (k,), bool, whether no step can be made. finished: (k,), bool, whether all is done.
+      checking: (), bool, whether the solutions are multiplied next. verified: (), bool.
+      num_matvecs: (), int32, products of each row so far.
+      damping: (), what is added to the diagonal.
+    """
+
+    targets: jax.Array
+    solutions: jax.Array
+    recurrences: Any
+    powers: jax.Array
+    norms: jax.Array
+    goals: jax.Array
+    last: jax.Array
+    curvatures: jax.Array
+    bent: jax.Array
+    sizes: jax.Array
+    errors: jax.Array
+    stopped: jax.Array
+    finished: jax.Array
+    checking: jax.Array
+    verified: jax.Array
+    num_matvecs: jax.Array
+    damping: jax.Array
+
+
+class Solutions(NamedTuple):
+    """What is known of k systems; all in the units of the right sides.
+
+    Attributes:
+      solutions: (k, length).
+      residual_norms: (k,). error_bounds: (k,), infinite where nothing is known.
+      converged: (k,), bool.
+      bent: (k,), bool. curvatures: (k,), of the last directions. directions: (k, length), unit
+        vectors where `bent`, else zeros.
+      num_matvecs: (), int32.
+    """
+
+    solutions: jax.Array
+    residual_norms: jax.Array
+    error_bounds: jax.Array
+    converged: jax.Array
+    bent: jax.Array
+    curvatures: jax.Array
+    directions: jax.Array
+    num_matvecs: jax.Array
+
+
+def systems_solver(
+    operator: Operator,
+    targets: jax.Array,
+    *,
+    name: str,
+    damping: ArrayLike,
+    method: str,
+    preconditioner: Operator | None,
+    tol: ArrayLike,
+    max_matvecs: int,
+    lower_bound: ArrayLike | None,
+    result: Any,
+) -> Solver[SystemsState, Any]:
+    """The solver of (A + damping I) x = b for the rows b of `targets`.
+
+    Args:
+      operator: A.
+      targets: (k, length), vectors of its space.
+      name: of the public function.
+      damping: not negative.
+      method: of `METHODS`.
+      preconditioner: of the same space, positive definite; None: none.
+      tol: residual norm that is small enough, over that of the right side.
+      max_matvecs: limit of the number of products of each system.
+      lower_bound: of the eigenvalues of A; None: what is known by its construction.
+      result: `Solutions` -> the result of the public function.
+    """
+    space = operator.space
+    fixed = {"space": space, "method": method, "max_matvecs": max_matvecs}
+    parts = {} if preconditioner is None else preconditioner.facts()
+    told = {f"preconditioner.{part}": fact for part, fact in parts.items()}
+
+    def init() -> SystemsState:
+        numbers = jnp.asarray(damping, space.dtype), jnp.asarray(tol, space.dtype)
+        return space.replicate(_begin(targets, *numbers, preconditioner, **fixed))
+
+    def update(state: SystemsState, images: jax.Array) -> SystemsState:
+        operands = state, images, preconditioner
+        advance, verify = (functools.partial(f, **fixed) for f in (_advance, _verify))
+        return _loops.switch(
+            state.checking.astype(jnp.int32),
+            [lambda operands: advance(*operands), lambda operands: verify(*operands)],
+            operands,
+        )
+
+    def found(state: SystemsState) -> Any:
+        least = operator.lower_bound if lower_bound is None else lower_bound
+        least = jnp.asarray(least, space.dtype)
+        return result(_solutions(state, least, space, operator.eps))
+
+    return Solver(
+        name=name,
+        operator=operator,
+        arguments={
+            "vectors": targets, "damping": damping, "method": method, "tol": tol,
+            "preconditioner": preconditioner is not None, **told,
+        },
+        init=init,
+        vectors=functools.partial(_vectors, space=space),
+        update=update,
+        done=_is_done,
+        result=found,
+        max_steps=max_matvecs,
+        lower=(),
+        block=targets.shape[0],
+        charge=lambda state, images, errors: state._replace(
+            errors=jnp.broadcast_to(errors, state.norms.shape).astype(state.norms.dtype)
+        ),
+    )  # fmt: skip
+
+
+@jax.jit
+def _is_done(state: SystemsState) -> jax.Array:
+    return jnp.all(state.finished)
+
+
+@functools.partial(jax.jit, static_argnames=("space", "method", "max_matvecs"))
+@precisely
+def _begin(
+    targets: jax.Array,
+    damping: jax.Array,
+    tol: jax.Array,
+    preconditioner: Operator | None,
+    *,
+    space: Space,
+    method: str,
+    max_matvecs: int,
+) -> SystemsState:
+    powers = _numerics.power_of_two(jnp.max(jnp.abs(targets), 1))
+    powers = jnp.where(powers > 0, powers, 1)
+    targets = powers[:, None] * targets
+    norms = jax.vmap(space.norm)(targets)
+    begin = lambda target: METHODS[method].start(space, target, preconditioner)
+    nothing, no = jnp.zeros_like(norms), jnp.zeros(norms.shape, bool)
+    return SystemsState(
+        targets=targets,
+        solutions=jnp.zeros_like(targets),
+        recurrences=jax.vmap(begin)(targets),
+        powers=powers,
+        norms=norms,
+        goals=tol * norms,
+        last=norms.copy(),
+        curvatures=nothing,
+        bent=no,
+        sizes=nothing.copy(),
+        errors=nothing.copy(),
+        stopped=no.copy(),
+        finished=(norms == 0) | ~jnp.isfinite(norms),
+        checking=jnp.bool_(max_matvecs == 1),
+        verified=jnp.bool_(True),
+        num_matvecs=jnp.int32(0),
+        damping=damping,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="space")
+def _vectors(state: SystemsState, space: Space) -> jax.Array:
+    """What is multiplied next."""
+    solutions = _rounded(state, space)
+    return jnp.where(state.checking, solutions, state.recurrences.direction)
+
+
+def _rounded(state: SystemsState, space: Space) -> jax.Array:
+    """The solutions as trees of the parameters' types can hold them, once they are checked."""
+    if all(dtype == space.dtype for dtype in space.dtypes):
+        return state.solutions
+    scaled = state.solutions / state.powers[:, None]
+    held = space.ravel_rows(space.unravel_rows(scaled)) * state.powers[:, None]
+    return jnp.where(state.checking, held, state.solutions)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("space", "method", "max_matvecs"), donate_argnums=0
+)
+@precisely
+def _advance(
+    state: SystemsState,
+    images: jax.Array,
+    preconditioner: Operator | None,
+    *,
+    space: Space,
+    method: str,
+    max_matvecs: int,
+) -> SystemsState:
+    """One step of each recurrence that is not at its end."""
+
+    def of_row(solution: jax.Array, recurrence: Any, image: jax.Array) -> tuple[Any, jax.Array]:
+        image = image + state.damping * recurrence.direction
+        size = _numerics.divide(space.norm(image), space.norm(recurrence.direction))
+        step = METHODS[method].follow(space, solution, recurrence, image, preconditioner)
+        return step, size
+
+    steps, sizes = jax.vmap(of_row)(state.solutions, state.recurrences, images)
+    active = _are_active(state)
+    taken = active & steps.is_taken
+    bent = active & (steps.curvature <= 0) if method == "cg" else jnp.zeros_like(active)
+    new = state._replace(
+        solutions=_where(taken, steps.solution, state.solutions),
+        recurrences=_where(taken, steps.recurrence, state.recurrences),
+        norms=jnp.where(taken, steps.residual_norm, state.norms),
+        curvatures=jnp.where(active, steps.curvature, state.curvatures),
+        bent=state.bent | bent,
+        sizes=jnp.where(active, jnp.fmax(state.sizes, sizes), state.sizes),
+        stopped=state.stopped | (active & ~(steps.is_taken & steps.goes_on)),
+        num_matvecs=state.num_matvecs + 1,
+        verified=jnp.bool_(False),
+    )
+    is_last = new.num_matvecs + 1 >= max_matvecs
+    return new._replace(checking=is_last | ~jnp.any(_are_active(new)))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("space", "method", "max_matvecs"), donate_argnums=0
+)
+@precisely
+def _verify(
+    state: SystemsState,
+    images: jax.Array,
+    preconditioner: Operator | None,
+    *,
+    space: Space,
+    method: str,
+    max_matvecs: int,
+) -> SystemsState:
+    """The true residuals; recurrences begin anew where that is of use."""
+    solutions = _rounded(state, space)
+    residuals = state.targets - images - state.damping * solutions
+    norms = jax.vmap(space.norm)(residuals) + state.powers * state.errors
+    num_matvecs = state.num_matvecs + 1
+    is_vain = state.stopped | ~(norms <= state.last / 2) | (num_matvecs >= max_matvecs)
+    finished = state.finished | (norms <= state.goals) | is_vain
+    begin = lambda residual: METHODS[method].start(space, residual, preconditioner)
+    return state._replace(
+        solutions=solutions,
+        recurrences=_where(finished, state.recurrences, jax.vmap(begin)(residuals)),
+        norms=norms,
+        last=norms.copy(),
+        finished=finished,
+        checking=num_matvecs + 1 >= max_matvecs,
+        verified=jnp.bool_(True),
+        num_matvecs=num_matvecs,
+    )
+
+
+def _are_active(state: SystemsState) -> jax.Array:
+    return ~(state.finished | state.stopped) & ~(state.norms <= state.goals)
+
+
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+    """Leaves of `new` in the rows where `condition` (k,) holds, else of `old`."""
+    of = lambda leaf: condition.reshape(-1, *[1] * (leaf.ndim - 1))
+    return jax.tree.map(lambda new, old: jnp.where(of(new), new, old), new, old)
+
+
+@functools.partial(jax.jit, static_argnames=("space", "eps"))
+@precisely
+def _solutions(
+    state: SystemsState, least: jax.Array, space: Space, eps: float
+) -> Solutions:
+    lengths = jax.vmap(space.norm)(state.solutions)
+    directions = state.recurrences.direction
+    units = _numerics.divide(directions, jax.vmap(space.norm)(directions)[:, None])
+    smallest = least + state.damping
+    unknown = _PRODUCT * eps * state.sizes * lengths
+    bounds = _numerics.divide(
+        state.norms + unknown, smallest, where=smallest > 0, otherwise=jnp.inf
+    )
+    known = state.verified & ~state.bent
+    is_finite = jnp.isfinite(state.norms)
+    return Solutions(
+        solutions=jnp.where(is_finite[:, None], state.solutions / state.powers[:, None], jnp.nan),
+        residual_norms=state.norms / state.powers,
+        error_bounds=jnp.where(known, bounds, jnp.inf) / state.powers,
+        converged=state.verified & (state.norms <= state.goals),
+        bent=state.bent,
+        curvatures=state.curvatures,
+        directions=jnp.where(state.bent[:, None], units, 0),
+        num_matvecs=state.num_matvecs,
+    )
