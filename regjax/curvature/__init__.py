@@ -57,3 +57,5 @@ from regjax.curvature._ritz import ritz_pairs as ritz_pairs
 from regjax.curvature._solve import SolveResult as SolveResult
 from regjax.curvature._solve import solve as solve
 from regjax.curvature._solve import solve_solver as solve_solver
+from regjax.curvature._preconditioners import jacobi_preconditioner as jacobi_preconditioner
+from regjax.curvature._preconditioners import low_rank_preconditioner as low_rank_preconditioner

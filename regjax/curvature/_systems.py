@@ -28,13 +28,16 @@ _PRODUCT = 8
 
 
 class SystemsState(NamedTuple):
-    """k systems between two products; vectors are of right sides times `power`.
+    """k systems between two products, those of scale (A + damping I) and of right sides times power.
+
+    With these powers of two no square under- or overflows, whatever A and b are.
 
     Attributes:
       targets: (k, length), the right sides.
       solutions: (k, length), x so far.
       recurrences: those of the method, leaves with a leading axis k.
-      powers: (k,), powers of two that bring the right sides near one.
+      powers: (k,), what brings the right sides near one. scales: (k,), what brings the images of
+        first directions there; 0 before. preconditioning: (k,), the same of P.
       norms: (k,), of the residuals: true ones where `verified`, else as the recurrences have them.
       goals: (k,), norms that are small enough. last: (k,), the true norms at the last check.
       curvatures: (k,), p'Ap / p'p of the last directions. bent: (k,), bool, whether one of them
@@ -51,6 +54,8 @@ class SystemsState(NamedTuple):
     solutions: jax.Array
     recurrences: Any
     powers: jax.Array
+    scales: jax.Array
+    preconditioning: jax.Array
     norms: jax.Array
     goals: jax.Array
     last: jax.Array
@@ -176,17 +181,21 @@ def _begin(
     method: str,
     max_matvecs: int,
 ) -> SystemsState:
-    powers = _numerics.power_of_two(jnp.max(jnp.abs(targets), 1))
-    powers = jnp.where(powers > 0, powers, 1)
+    powers = _near_one(targets)
     targets = powers[:, None] * targets
     norms = jax.vmap(space.norm)(targets)
-    begin = lambda target: METHODS[method].start(space, target, preconditioner)
+    preconditioning = jnp.ones_like(norms)
+    if preconditioner is not None:
+        preconditioning = _near_one(jax.vmap(preconditioner.product)(targets))
+    begin = functools.partial(_start, space, method, preconditioner)
     nothing, no = jnp.zeros_like(norms), jnp.zeros(norms.shape, bool)
     return SystemsState(
         targets=targets,
         solutions=jnp.zeros_like(targets),
-        recurrences=jax.vmap(begin)(targets),
+        recurrences=jax.vmap(begin)(targets, preconditioning),
         powers=powers,
+        scales=jnp.zeros_like(powers),
+        preconditioning=preconditioning,
         norms=norms,
         goals=tol * norms,
         last=norms.copy(),
@@ -203,6 +212,22 @@ def _begin(
     )
 
 
+def _near_one(rows: jax.Array) -> jax.Array:
+    """The powers of two that bring rows near one; 1 for what has none."""
+    powers = _numerics.power_of_two(jnp.max(jnp.abs(rows), 1))
+    return jnp.where(powers > 0, powers, 1)
+
+
+def _start(
+    space: Space, method: str, preconditioner: Operator | None, residual: jax.Array, power: jax.Array
+) -> Any:
+    return METHODS[method].start(space, residual, _scaled(preconditioner, power))
+
+
+def _scaled(preconditioner: Operator | None, power: jax.Array) -> Operator | None:
+    return None if preconditioner is None else power * preconditioner
+
+
 @functools.partial(jax.jit, static_argnames="space")
 def _vectors(state: SystemsState, space: Space) -> jax.Array:
     """What is multiplied next."""
@@ -214,9 +239,15 @@ def _rounded(state: SystemsState, space: Space) -> jax.Array:
     """The solutions as trees of the parameters' types can hold them, once they are checked."""
     if all(dtype == space.dtype for dtype in space.dtypes):
         return state.solutions
-    scaled = state.solutions / state.powers[:, None]
-    held = space.ravel_rows(space.unravel_rows(scaled)) * state.powers[:, None]
+    held = space.ravel_rows(space.unravel_rows(_unscaled(state)))
+    scales = jnp.where(state.scales > 0, state.scales, 1)
+    held = held * state.powers[:, None] / scales[:, None]
     return jnp.where(state.checking, held, state.solutions)
+
+
+def _unscaled(state: SystemsState) -> jax.Array:
+    """The solutions in the units of the right sides over those of A."""
+    return state.scales[:, None] * state.solutions / state.powers[:, None]
 
 
 @functools.partial(
@@ -234,19 +265,27 @@ def _advance(
 ) -> SystemsState:
     """One step of each recurrence that is not at its end."""
 
-    def of_row(solution: jax.Array, recurrence: Any, image: jax.Array) -> tuple[Any, jax.Array]:
-        image = image + state.damping * recurrence.direction
-        size = _numerics.divide(space.norm(image), space.norm(recurrence.direction))
-        step = METHODS[method].follow(space, solution, recurrence, image, preconditioner)
-        return step, size
+    images = images + state.damping * state.recurrences.direction
+    scales = jnp.where(state.scales > 0, state.scales, _near_one(images))
+    images = scales[:, None] * images
 
-    steps, sizes = jax.vmap(of_row)(state.solutions, state.recurrences, images)
+    def of_row(
+        solution: jax.Array, recurrence: Any, image: jax.Array, power: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        size = _numerics.divide(space.norm(image), space.norm(recurrence.direction))
+        matrix = _scaled(preconditioner, power)
+        return METHODS[method].follow(space, solution, recurrence, image, matrix), size
+
+    steps, sizes = jax.vmap(of_row)(
+        state.solutions, state.recurrences, images, state.preconditioning
+    )
     active = _are_active(state)
     taken = active & steps.is_taken
     bent = active & (steps.curvature <= 0) if method == "cg" else jnp.zeros_like(active)
     new = state._replace(
         solutions=_where(taken, steps.solution, state.solutions),
         recurrences=_where(taken, steps.recurrence, state.recurrences),
+        scales=scales,
         norms=jnp.where(taken, steps.residual_norm, state.norms),
         curvatures=jnp.where(active, steps.curvature, state.curvatures),
         bent=state.bent | bent,
@@ -274,15 +313,17 @@ def _verify(
 ) -> SystemsState:
     """The true residuals; recurrences begin anew where that is of use."""
     solutions = _rounded(state, space)
-    residuals = state.targets - images - state.damping * solutions
-    norms = jax.vmap(space.norm)(residuals) + state.powers * state.errors
+    images = state.scales[:, None] * (images + state.damping * solutions)
+    residuals = state.targets - images
+    norms = jax.vmap(space.norm)(residuals) + state.scales * state.errors
     num_matvecs = state.num_matvecs + 1
     is_vain = state.stopped | ~(norms <= state.last / 2) | (num_matvecs >= max_matvecs)
     finished = state.finished | (norms <= state.goals) | is_vain
-    begin = lambda residual: METHODS[method].start(space, residual, preconditioner)
+    begin = functools.partial(_start, space, method, preconditioner)
+    fresh = jax.vmap(begin)(residuals, state.preconditioning)
     return state._replace(
         solutions=solutions,
-        recurrences=_where(finished, state.recurrences, jax.vmap(begin)(residuals)),
+        recurrences=_where(finished, state.recurrences, fresh),
         norms=norms,
         last=norms.copy(),
         finished=finished,
@@ -318,12 +359,12 @@ def _solutions(
     known = state.verified & ~state.bent
     is_finite = jnp.isfinite(state.norms)
     return Solutions(
-        solutions=jnp.where(is_finite[:, None], state.solutions / state.powers[:, None], jnp.nan),
+        solutions=jnp.where(is_finite[:, None], _unscaled(state), jnp.nan),
         residual_norms=state.norms / state.powers,
         error_bounds=jnp.where(known, bounds, jnp.inf) / state.powers,
         converged=state.verified & (state.norms <= state.goals),
         bent=state.bent,
-        curvatures=state.curvatures,
+        curvatures=state.curvatures / jnp.where(state.scales > 0, state.scales, 1),
         directions=jnp.where(state.bent[:, None], units, 0),
         num_matvecs=state.num_matvecs,
     )

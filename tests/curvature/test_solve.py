@@ -34,7 +34,7 @@ def vector_of(size, seed=1):
     return np.random.default_rng(seed).normal(size=size)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def float64():
     with jax.enable_x64(True):
         yield
@@ -144,3 +144,146 @@ def test_negative_curvature_is_flagged_with_its_direction():
     assert bool(lifted.converged)
     assert not bool(lifted.negative_curvature)
     assert not np.any(np.asarray(lifted.direction))
+
+
+def test_preconditioners_save_products_and_keep_the_solution():
+    """Of scales that differ, and of a few eigenvalues far above the others."""
+    scales = np.geomspace(1, 100, 60)
+    matrix = symmetric(np.linspace(1, 2, 60)) * scales[:, None] * scales
+    operator, target = operator_of(matrix), jnp.asarray(vector_of(60), jnp.float32)
+    expected = np.linalg.solve(matrix + np.eye(60), np.float64(target))
+    estimate = jnp.asarray(np.diagonal(matrix), jnp.float32).at[:3].set(jnp.asarray([-1, 0, np.nan]))
+    jacobi = curvature.jacobi_preconditioner(operator, estimate, damping=1.0)
+    plain = curvature.solve(operator, target, damping=1.0)
+    for method in METHODS:
+        found = curvature.solve(
+            operator, target, damping=1.0, preconditioner=jacobi, method=method
+        )
+        assert bool(found.converged)
+        assert int(found.num_matvecs) < int(plain.num_matvecs) / 2
+        np.testing.assert_allclose(found.solution, expected, atol=1e-3 * np.abs(expected).max())
+
+    matrix = symmetric(np.append(np.linspace(0.5, 1, 55), np.geomspace(100, 1e4, 5)))
+    operator = operator_of(matrix)
+    expected = np.linalg.solve(matrix + 0.1 * np.eye(60), np.float64(target))
+    pairs = curvature.top_eigenpairs(operator, 6, key=KEY, tol=1e-6)
+    low_rank = curvature.low_rank_preconditioner(operator, pairs, damping=0.1)
+    plain = curvature.solve(operator, target, damping=0.1)
+    for method in METHODS:
+        found = curvature.solve(
+            operator, target, damping=0.1, preconditioner=low_rank, method=method
+        )
+        assert int(found.num_matvecs) < int(plain.num_matvecs) / 2
+        np.testing.assert_allclose(found.solution, expected, atol=1e-3 * np.abs(expected).max())
+    # What it is: A + damping I becomes a multiple of the identity on the pairs.
+    image = operator.matvec(low_rank.matvec(jax.tree.map(lambda v: v[0], pairs.vectors)))
+    smallest = float(pairs.values.min()) + 0.1
+    ratio = np.linalg.norm(image) / float(pairs.values[0])
+    assert ratio == pytest.approx(smallest / (float(pairs.values[0]) + 0.1), rel=1e-3)
+
+
+def test_what_runs_solve_is_the_one_driver(tmp_path):
+    """Inside of jit, on a stream, by hand, and from a checkpoint: the same numbers."""
+    streamed, whole, source = pair("gauss_newton")
+    target = jax.tree.map(jnp.ones_like, whole.space.like())
+    solve = functools.partial(curvature.solve, damping=0.1, lower_bound=0)
+    alone = solve(whole, target)
+    assert bool(alone.converged)
+    compiled = jax.jit(solve)(whole, target)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(close, compiled.solution, alone.solution)
+    before = source.passes
+    found = solve(streamed, target)
+    assert source.passes - before == int(found.num_matvecs)
+    jax.tree.map(close, found.solution, alone.solution)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(count, total, progress):
+        if count == 3:
+            raise Stopped
+
+    checkpoint = curvature.Checkpoint(tmp_path, every=2)
+    with pytest.raises(Stopped) as caught:
+        solve(whole, target, callback=stop, checkpoint=checkpoint)
+    assert not bool(caught.value.result.converged)
+    assert np.isinf(caught.value.result.error_bound)
+    counts = []
+    again = solve(
+        whole, target, callback=lambda count, *_: counts.append(count), checkpoint=checkpoint
+    )
+    assert counts[0] == 3
+    jax.tree.map(np.testing.assert_array_equal, again, alone)
+    with pytest.raises(ValueError, match="`damping` must be 0.2, got 0.1"):
+        curvature.solve(whole, target, damping=0.2, checkpoint=checkpoint)
+
+
+def test_bfloat16_parameters_have_the_residual_of_what_is_returned():
+    matrix = symmetric(np.linspace(1, 3, 20))
+    product = Partial(lambda m, v: (m @ v.astype(jnp.float32)).astype(v.dtype), jnp.float32(matrix))
+    operator = curvature.from_matvec(product, jnp.zeros(20, jnp.bfloat16))
+    target = jnp.asarray(vector_of(20), jnp.bfloat16)
+    found = curvature.solve(operator, target, tol=1e-2, max_matvecs=40)
+    assert found.solution.dtype == jnp.bfloat16
+    true = np.float64(target) - matrix @ np.float64(found.solution)
+    assert float(found.residual_norm) == pytest.approx(np.linalg.norm(true), rel=0.5)
+
+
+def test_edges():
+    operator, zeros = operator_of(symmetric(np.linspace(1, 2, 8))), jnp.zeros(8)
+    for method in METHODS:
+        solve = functools.partial(curvature.solve, operator, method=method)
+        found = solve(zeros)
+        assert not np.any(np.asarray(found.solution))
+        assert bool(found.converged)
+        assert (float(found.residual_norm), int(found.num_matvecs)) == (0, 0)
+        found = solve(jnp.ones(8), max_matvecs=1)
+        assert not bool(found.converged)
+        assert float(found.residual_norm) == pytest.approx(np.sqrt(8), rel=1e-6)
+        # Any size of right side and matrix.
+        for size in (1e-30, 1e30):
+            found = solve(size * jnp.ones(8))
+            assert bool(found.converged)
+            scaled = curvature.solve(float(size) * operator, jnp.ones(8), method=method)
+            assert bool(scaled.converged)
+        # NaN in a product is never a solution.
+        broken = curvature.from_matvec(lambda v: v * jnp.nan, zeros)
+        found = curvature.solve(broken, jnp.ones(8), method=method)
+        assert not bool(found.converged)
+        assert np.isinf(found.error_bound) or np.isnan(found.error_bound)
+        traced = jax.jit(lambda v: curvature.solve(operator, v).solution)  # noqa: B023
+        assert np.all(np.isnan(traced(zeros * jnp.nan)))
+    # Singular, and the right side not in its range: no solution, and no converged one.
+    singular = operator_of(np.diag(np.arange(8.0)))
+    for method in METHODS:
+        found = curvature.solve(singular, jnp.ones(8), method=method)
+        assert not bool(found.converged)
+        assert np.all(np.isfinite(found.solution))
+        assert float(found.residual_norm) >= 0.99
+
+
+def test_bad_input_is_refused_by_name():
+    operator, ones = operator_of(np.eye(4)), jnp.ones(4)
+    refuse = lambda error, match: pytest.raises(error, match=match)
+    with refuse(ValueError, "`damping` must be non-negative, got -0.1"):
+        curvature.solve(operator, ones, damping=-0.1)
+    for tol in (0, -1e-3):
+        with refuse(ValueError, f"`tol` must be positive, got {tol}"):
+            curvature.solve(operator, ones, tol=tol)
+    with refuse(ValueError, "`vector` must have the tree structure"):
+        curvature.solve(operator, {"w": ones})
+    with refuse(ValueError, "`vector` must have shape"):
+        curvature.solve(operator, jnp.ones(5))
+    with refuse(ValueError, "`vector` must be finite, got NaN"):
+        curvature.solve(operator, ones.at[1].set(jnp.nan))
+    with refuse(ValueError, "`method` must be one of cg, minres"):
+        curvature.solve(operator, ones, method="gmres")
+    with refuse(ValueError, "`preconditioner` must be positive definite"):
+        curvature.solve(operator, ones, preconditioner=-operator)
+    with refuse(ValueError, "`preconditioner` must be of the operator's space"):
+        curvature.solve(operator, ones, preconditioner=operator_of(np.eye(5)))
+    with refuse(ValueError, "`diagonal` must have shape"):
+        curvature.jacobi_preconditioner(operator, jnp.ones(5))
+    with refuse(TypeError, "must not be differentiated"):
+        jax.jacfwd(lambda v: curvature.solve(operator, v).solution)(ones)
