@@ -27,6 +27,8 @@ from regjax.curvature._lanczos import lanczos as lanczos
 from regjax.curvature._lanczos import lanczos_solver as lanczos_solver
 from regjax.curvature._measure import DensityResult as DensityResult
 from regjax.curvature._measure import SpectralSumResult as SpectralSumResult
+from regjax.curvature._measure import log_determinant as log_determinant
+from regjax.curvature._measure import schatten_norm as schatten_norm
 from regjax.curvature._measure import effective_dimension as effective_dimension
 from regjax.curvature._measure import spectral_sum as spectral_sum
 from regjax.curvature._operators._blocks import by_block as by_block
@@ -59,3 +61,6 @@ from regjax.curvature._solve import solve as solve
 from regjax.curvature._solve import solve_solver as solve_solver
 from regjax.curvature._preconditioners import jacobi_preconditioner as jacobi_preconditioner
 from regjax.curvature._preconditioners import low_rank_preconditioner as low_rank_preconditioner
+from regjax.curvature._functions import FunctionResult as FunctionResult
+from regjax.curvature._functions import apply_function as apply_function
+from regjax.curvature._functions import apply_function_solver as apply_function_solver

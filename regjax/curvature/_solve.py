@@ -4,11 +4,13 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, Tree
+from regjax._space import Space
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
@@ -22,6 +24,8 @@ _TIMES, _FEWEST, _MOST = 10, 20, 1000
 class SolveResult(NamedTuple):
     """An approximate solution x of (A + damping I) x = b.
 
+    Of k right sides at once all but `num_matvecs` have a leading axis k.
+
     Attributes:
       solution: x, a tree like the parameters.
       residual_norm: (), |b - (A + damping I) x|, from a product with this x and no recurrence. Of a
@@ -30,7 +34,7 @@ class SolveResult(NamedTuple):
         rounding may hide of it, over the least that an eigenvalue of A + damping I can be. Infinite
         where nothing positive is known of that (see `lower_bound` in `solve`), where negative
         curvature was met, and of a run that was cut short.
-      num_matvecs: (), int32, products used.
+      num_matvecs: (), int32, products used; of several right sides those of each.
       converged: (), bool, whether the residual norm is at most `tol` times that of b.
       negative_curvature: (), bool, whether conjugate gradients met a direction p with
         p'(A + damping I) p <= 0 and stopped: the matrix is not positive definite, and x is what
@@ -74,7 +78,8 @@ def solve(
 
     Args:
       operator: A, symmetric, of order n.
-      vector: b, a tree like the parameters.
+      vector: b, a tree like the parameters; or k of them, a tree whose leaves have a leading axis
+        k. These are multiplied together, which on a stream is one pass for all.
       damping: added to the diagonal, not negative, in the units of the eigenvalues: those of the
         curvature of the mean loss. A damping for the sum over N examples is N times too large here;
         that of a prior of precision c is c / N.
@@ -131,32 +136,42 @@ def solve_solver(
 ) -> Solver[Tree, SolveResult]:
     """Makes the solver of `solve`, whose arguments these are, to drive by hand."""
     space = operator.space
-    _checks.finite_tree("vector", _checks.same_tree("vector", vector, space.like()))
-    check_system(operator, damping, method, preconditioner, tol)
-    targets = space.ravel(vector)[None]
+    leaves = jax.tree.leaves(vector)
+    is_block = bool(leaves) and jnp.ndim(leaves[0]) == len(space.shapes[0]) + 1
+    like = space.like(jnp.shape(leaves[0])[:1] if is_block else ())
+    _checks.finite_tree("vector", _checks.same_tree("vector", vector, like))
+    _check_system(operator, damping, method, preconditioner, tol)
     if lower_bound is not None:
         _checks.real("lower_bound", lower_bound, finite=True)
-
-    def result(found: Solutions) -> SolveResult:
-        return SolveResult(
-            solution=space.unravel(found.solutions[0]),
-            residual_norm=found.residual_norms[0],
-            error_bound=found.error_bounds[0],
-            num_matvecs=found.num_matvecs,
-            converged=found.converged[0],
-            negative_curvature=found.bent[0],
-            direction=space.unravel(found.directions[0]),
-            curvature=found.curvatures[0],
-        )
-
+    limit = min(_TIMES * operator.size + _FEWEST, _MOST) if max_matvecs is None else max_matvecs
+    targets = space.ravel_rows(vector) if is_block else space.ravel(vector)[None]
     return systems_solver(
         operator, targets, name="solve", damping=damping, method=method,
-        preconditioner=preconditioner, tol=tol, max_matvecs=limit_of(operator, max_matvecs),
-        lower_bound=lower_bound, result=jax.jit(result),
+        preconditioner=preconditioner, tol=tol, lower_bound=lower_bound,
+        max_matvecs=_checks.integer("max_matvecs", limit),
+        result=functools.partial(_result, is_block=is_block, space=space),
     )  # fmt: skip
 
 
-def check_system(
+@functools.partial(jax.jit, static_argnames=("is_block", "space"))
+def _result(found: Solutions, *, is_block: bool, space: Space) -> SolveResult:
+    result = SolveResult(
+        solution=space.unravel_rows(found.solutions),
+        residual_norm=found.residual_norms,
+        error_bound=found.error_bounds,
+        num_matvecs=found.num_matvecs,
+        converged=found.converged,
+        negative_curvature=found.bent,
+        direction=space.unravel_rows(found.directions),
+        curvature=found.curvatures,
+    )
+    if is_block:
+        return result
+    only = jax.tree.map(lambda leaf: leaf[0], result._replace(num_matvecs=None))
+    return only._replace(num_matvecs=found.num_matvecs)
+
+
+def _check_system(
     operator: Operator,
     damping: ArrayLike,
     method: str,
@@ -189,13 +204,6 @@ def check_system(
             f"`preconditioner` must be positive definite, got r'P r = {energy:.2g} for a random r "
             "of unit norm."
         )
-
-
-def limit_of(operator: Operator, max_matvecs: int | None) -> int:
-    """The limit of the number of products."""
-    if max_matvecs is None:
-        return min(_TIMES * operator.size + _FEWEST, _MOST)
-    return _checks.integer("max_matvecs", max_matvecs)
 
 
 @jax.jit

@@ -60,3 +60,5 @@ from regjax.diagnostics._spline_partition import region_count as region_count
 from regjax.diagnostics._surface import filter_normalized_direction as filter_normalized_direction
 from regjax.diagnostics._surface import interpolate as interpolate
 from regjax.diagnostics._surface import loss_surface as loss_surface
+from regjax.diagnostics._influence import InfluenceResult as InfluenceResult
+from regjax.diagnostics._influence import influence as influence
