@@ -165,6 +165,6 @@ RULES: Mapping[str, Rule] = {
     "inputs": _examples,
     "layout": _axes.check,
     "accumulation": functools.partial(_checks.choice, allowed=ACCUMULATIONS),
-    "operator": _operator,
+    **dict.fromkeys(("operator", "preconditioner"), _operator),
 }  # fmt: skip
 """Name of an argument -> its rule."""

@@ -39,6 +39,7 @@ FLAX = set().union(
 POSITIONAL_AND_KEYWORD = {
     "noise_power": "a law is (largest, smallest, noise_power, inverse_batch) -> extremes",
     "num_steps": "third of `lanczos`, which needs it, as elsewhere; else an option",
+    "operator": "what is worked on comes first; where the loss has a Hessian it is an option",
     "path": "what is read comes first; where a run writes is an option",
     "positions": "data of a figure; after *batch it can only be a keyword",
     "state": "data where it is what is read, an option where the model has one",
@@ -51,6 +52,7 @@ DIFFERENT_DEFAULTS = {
     "epsilon": "each paper's own",
     "figure_width": "of a page, and of a panel",
     "max_matvecs": "a single eigenvalue needs fewer than k of them",
+    "method": "of estimates and of linear systems",
     "num_points": "of a curve, and of losses that each take a gradient",
     "num_probes": "what one costs differs",
     "num_steps": "what a step costs differs",

@@ -1,6 +1,7 @@
 """Conjugate gradients: one system between two products, for positive definite matrices.
 
-    alpha = r'z / p'Ap,  x <- x + alpha p,  r <- r - alpha A p,  z = P r,  p <- z + (r'z / old r'z) p
+    alpha = r'z / p'Ap,  x <- x + alpha p,  r <- r - alpha A p,
+    z = P r,  p <- z + (r'z / old r'z) p
 
 Where p'Ap is not positive the matrix is not positive definite, and the recurrence means nothing.
 """

@@ -345,7 +345,6 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
         num_matvecs=state.num_matvecs,
         size=jnp.int32(size),
     )
-    # Means of eigenvalues: with two steps quadrature is exact.
     mean, error, dimension = sampled_sum(result, lambda values: values)
     total = jnp.sum(result.eigenvalues) + dimension * mean
     return result._replace(trace=total, trace_standard_error=error)

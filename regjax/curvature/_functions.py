@@ -7,7 +7,7 @@ polynomials of degree below m, and for f = 1 / x what conjugate gradients find a
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,14 +122,14 @@ def apply_function_solver(
     # Of a zero vector nothing is wanted: any direction does.
     start = space.unravel(jnp.where(jnp.any(flat != 0), flat, jnp.ones_like(flat)))
     norm = jnp.where(jnp.any(flat != 0), _numerics.scaled_norm(space.ravel(start)), 0)
-    run = lanczos_solver(operator, start, num_steps, accumulation=accumulation)
+    steps: Solver[Any, Any] = lanczos_solver(operator, start, num_steps, accumulation=accumulation)
 
     def result(krylov: Krylov) -> FunctionResult:
         return _applied(krylov, norm.astype(krylov.projected.dtype), space, function)
 
-    arguments = {name: value for name, value in run.arguments.items() if name != "start"}
+    arguments = {name: value for name, value in steps.arguments.items() if name != "start"}
     return dataclasses.replace(
-        run, name="apply_function", arguments=arguments | {"vector": vector}, result=result
+        steps, name="apply_function", arguments=arguments | {"vector": vector}, result=result
     )
 
 
@@ -142,9 +142,7 @@ def _check_elementwise(function: Function, num_steps: int, dtype: jnp.dtype) -> 
         )
 
 
-def _applied(
-    krylov: Krylov, norm: jax.Array, space: Space, function: Function
-) -> FunctionResult:
+def _applied(krylov: Krylov, norm: jax.Array, space: Space, function: Function) -> FunctionResult:
     spectra, counts = _spectra(krylov)
     # Not as a part of a program, which would hold what the function has closed over.
     images = [function(spectrum.values).astype(norm.dtype) for spectrum in spectra]

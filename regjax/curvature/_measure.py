@@ -143,7 +143,7 @@ def share_error(share: jax.Array, dimension: jax.Array, num_probes: ArrayLike) -
 
 
 @checked
-def effective_dimension(density: DensityResult, damping: ArrayLike) -> SpectralSumResult:
+def effective_dimension(density: DensityResult, *, damping: ArrayLike) -> SpectralSumResult:
     """Counts the directions that matter beside a damping c.
 
         sum over the eigenvalues l of max(l, 0) / (max(l, 0) + c)
@@ -218,7 +218,8 @@ def schatten_norm(density: DensityResult, *, order: ArrayLike) -> SpectralSumRes
       ValueError: `order` is not positive and finite.
     """
     _checks.number("order", order, above_zero=True)
-    largest = jnp.maximum(jnp.max(jnp.abs(density.nodes)), jnp.max(jnp.abs(density.eigenvalues), initial=0))
+    taken_out = jnp.max(jnp.abs(density.eigenvalues), initial=0)
+    largest = jnp.maximum(jnp.max(jnp.abs(density.nodes)), taken_out)
     size = jnp.where(largest > 0, largest, 1)
     power = jnp.asarray(order, size.dtype)
     total = spectral_sum(density, lambda values: (jnp.abs(values) / size) ** power)

@@ -13,7 +13,7 @@ from regjax._base import Params, Tree
 from regjax._space import Space
 from regjax.curvature._eigen import EigenResult
 from regjax.curvature._engine._accumulation import inner_products
-from regjax.curvature._operators._operator import Operator, Submatrix, identity
+from regjax.curvature._operators._operator import Multiple, Operator, Submatrix, identity
 
 # An entry of a diagonal counts as at least this share of the mean of the positive ones: estimates
 # may be zero or negative, and the inverse of one near zero would rule over all others.
@@ -53,8 +53,9 @@ def _inverse_roots(diagonal: Params, damping: jax.Array, space: Space) -> Params
     leaves, treedef = jax.tree.flatten(diagonal)
     leaves = [jnp.asarray(leaf).astype(space.dtype) for leaf in leaves]
     positive = [jnp.where(jnp.isfinite(leaf) & (leaf > 0), leaf, 0) for leaf in leaves]
-    count = sum(jnp.sum(leaf > 0) for leaf in positive)
-    mean = _numerics.divide(sum(map(jnp.sum, positive)), count.astype(space.dtype))
+    total = jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in positive]))
+    count = jnp.sum(jnp.stack([jnp.sum(leaf > 0) for leaf in positive]))
+    mean = _numerics.divide(total, count.astype(space.dtype))
     least = _LEAST_SHARE * mean
     damped = [jnp.maximum(leaf, least) + damping for leaf in positive]
     roots = [jnp.where(leaf > 0, jax.lax.rsqrt(leaf), 1) for leaf in damped]
@@ -84,18 +85,31 @@ def low_rank_preconditioner(
     Raises:
       ValueError: the vectors do not fit the operator, or `damping` is negative.
     """
-    space = operator.space
-    count = jnp.shape(pairs.values)
-    _checks.same_tree("pairs.vectors", pairs.vectors, space.like(count))
-    damping = jnp.asarray(_checks.number("damping", damping), space.dtype)
-    return _low_rank(space, pairs, damping)
+    _check_pairs(operator, pairs)
+    damping = jnp.asarray(_checks.number("damping", damping), operator.dtype)
+    return _low_rank(operator.space, pairs, damping, None)
+
+
+def deflated(operator: Operator, pairs: EigenResult, damping: ArrayLike) -> Multiple:
+    """The inverse of A + damping I if all eigenvalues but those of the pairs were zero."""
+    _check_pairs(operator, pairs)
+    damping = jnp.asarray(damping, operator.dtype)
+    return Multiple(1 / damping, _low_rank(operator.space, pairs, damping, damping))
+
+
+def _check_pairs(operator: Operator, pairs: EigenResult) -> None:
+    like = operator.space.like(jnp.shape(pairs.values))
+    _checks.same_tree("pairs.vectors", pairs.vectors, like)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _low_rank(space: Space, pairs: EigenResult, damping: jax.Array) -> "LowRank":
+def _low_rank(
+    space: Space, pairs: EigenResult, damping: jax.Array, rest: jax.Array | None
+) -> "LowRank":
+    """The inverse times `rest`, the eigenvalue of all others; None: the smallest of the pairs."""
     values = pairs.values.astype(space.dtype) + damping
     taken = pairs.converged & (values > 0)
-    smallest = jnp.min(jnp.where(taken, values, jnp.inf))
+    smallest = jnp.min(jnp.where(taken, values, jnp.inf)) if rest is None else rest
     factors = _numerics.divide(smallest, values, where=taken, otherwise=1) - 1
     rows = space.ravel_rows(pairs.vectors)
     return LowRank(jnp.where(taken[:, None], rows, 0), factors, space)
@@ -129,6 +143,10 @@ class LowRank(Operator):
     def product(self, vector: jax.Array) -> jax.Array:
         along = self.factors * inner_products(self.space, self.rows, vector)
         return vector + jnp.matmul(along, self.rows, precision="highest")
+
+    def own_diagonal(self) -> jax.Array:
+        """The diagonal, a vector."""
+        return 1 + jnp.sum(self.factors[:, None] * self.rows**2, 0)
 
     def facts(self) -> dict[str, Tree]:
         return {"rows": self.rows, "factors": self.factors}

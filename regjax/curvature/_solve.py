@@ -1,7 +1,8 @@
 """Solves (A + damping I) x = b, with the residual that was found and what it says of the error."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,19 @@ from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, Tree
 from regjax._space import Space
+from regjax.curvature import _systems
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._operators._operator import Operator
-from regjax.curvature._systems import METHODS, Solutions, systems_solver
+from regjax.curvature._operators._positive import lower_bound as known_bound
+from regjax.curvature._systems import METHODS, Solutions, SystemsState
 
 # Products at most, unless said otherwise: in exact arithmetic n would do.
 _TIMES, _FEWEST, _MOST = 10, 20, 1000
+
+
+Result = TypeVar("Result")
 
 
 class SolveResult(NamedTuple):
@@ -62,7 +68,7 @@ def solve(
     damping: ArrayLike = 0.0,
     method: str = "cg",
     preconditioner: Operator | None = None,
-    tol: ArrayLike = 1e-5,
+    tol: ArrayLike = 1e-4,
     max_matvecs: int | None = None,
     lower_bound: ArrayLike | None = None,
     callback: Callback | None = None,
@@ -72,9 +78,10 @@ def solve(
 
         (A + damping I) x = b
 
-    For example a damped Newton step: `solve(hessian(loss_fn, params, *batch), grads, damping=1e-2)`.
+    For example a damped Newton step, `solve(hessian(loss, params, *batch), grads, damping=0.01)`.
     The last product is with the solution itself, so that the residual is what it is said to be; in
-    float32 it cannot be smaller than about 1e-7 |A| |x|, however small `tol` is.
+    float32 it cannot be smaller than about 1e-7 |A| |x|, which is up to 1e-7 |A| / damping times |b|,
+    however small `tol` is. Such a run ends as soon as it no longer gains, with its residual norm.
 
     Args:
       operator: A, symmetric, of order n.
@@ -130,7 +137,7 @@ def solve_solver(
     damping: ArrayLike = 0.0,
     method: str = "cg",
     preconditioner: Operator | None = None,
-    tol: ArrayLike = 1e-5,
+    tol: ArrayLike = 1e-4,
     max_matvecs: int | None = None,
     lower_bound: ArrayLike | None = None,
 ) -> Solver[Tree, SolveResult]:
@@ -140,16 +147,86 @@ def solve_solver(
     is_block = bool(leaves) and jnp.ndim(leaves[0]) == len(space.shapes[0]) + 1
     like = space.like(jnp.shape(leaves[0])[:1] if is_block else ())
     _checks.finite_tree("vector", _checks.same_tree("vector", vector, like))
-    _check_system(operator, damping, method, preconditioner, tol)
+    check_system(operator, damping, method, preconditioner, tol)
     if lower_bound is not None:
         _checks.real("lower_bound", lower_bound, finite=True)
-    limit = min(_TIMES * operator.size + _FEWEST, _MOST) if max_matvecs is None else max_matvecs
     targets = space.ravel_rows(vector) if is_block else space.ravel(vector)[None]
     return systems_solver(
-        operator, targets, name="solve", damping=damping, method=method,
+        operator, targets, damping=damping, method=method,
         preconditioner=preconditioner, tol=tol, lower_bound=lower_bound,
-        max_matvecs=_checks.integer("max_matvecs", limit),
+        max_matvecs=limit_of(operator, max_matvecs),
         result=functools.partial(_result, is_block=is_block, space=space),
+    )  # fmt: skip
+
+
+def systems_solver(
+    operator: Operator,
+    targets: jax.Array,
+    *,
+    damping: ArrayLike,
+    method: str,
+    preconditioner: Operator | None,
+    tol: ArrayLike,
+    max_matvecs: int,
+    lower_bound: ArrayLike | None,
+    result: Callable[[Solutions], Result],
+) -> Solver[SystemsState, Result]:
+    """The solver of (A + damping I) x = b for the rows b of `targets`.
+
+    Args:
+      operator: A.
+      targets: (k, length), vectors of its space.
+      damping: not negative.
+      method: of `METHODS`.
+      preconditioner: of the same space, positive definite; None: none.
+      tol: residual norm that is small enough, over that of the right side.
+      max_matvecs: limit of the number of products of each system.
+      lower_bound: of the eigenvalues of A; None: what is known by its construction.
+      result: `Solutions` -> the result of the public function.
+    """
+    space = operator.space
+    fixed = {"space": space, "method": method, "max_matvecs": max_matvecs}
+    parts = {} if preconditioner is None else preconditioner.facts()
+    told = {f"preconditioner.{part}": fact for part, fact in parts.items()}
+
+    def init() -> SystemsState:
+        numbers = jnp.asarray(damping, space.dtype), jnp.asarray(tol, space.dtype)
+        return space.replicate(_systems.begin(targets, *numbers, preconditioner, **fixed))
+
+    def update(state: SystemsState, images: jax.Array) -> SystemsState:
+        operands = state, images, preconditioner
+        advance, verify = (
+            functools.partial(step, **fixed) for step in (_systems.advance, _systems.verify)
+        )
+        return _loops.switch(
+            state.checking.astype(jnp.int32),
+            [lambda operands: advance(*operands), lambda operands: verify(*operands)],
+            operands,
+        )
+
+    def found(state: SystemsState) -> Result:
+        least = known_bound(operator) if lower_bound is None else lower_bound
+        least = jnp.asarray(least, space.dtype)
+        return result(_systems.solutions(state, least, space, operator.eps))
+
+    return Solver(
+        name="solve",
+        operator=operator,
+        arguments={
+            "vectors": targets, "damping": damping, "method": method, "tol": tol,
+            "preconditioner": preconditioner is not None, **told,
+        },
+        init=init,
+        vectors=functools.partial(_systems.vectors, space=space),
+        update=update,
+        done=_systems.is_done,
+        result=found,
+        max_steps=max_matvecs,
+        lower=(),
+        block=targets.shape[0],
+        charge=lambda state, images, errors: state._replace(
+            errors=jnp.broadcast_to(errors, state.norms.shape).astype(state.norms.dtype)
+        ),
     )  # fmt: skip
 
 
@@ -167,11 +244,10 @@ def _result(found: Solutions, *, is_block: bool, space: Space) -> SolveResult:
     )
     if is_block:
         return result
-    only = jax.tree.map(lambda leaf: leaf[0], result._replace(num_matvecs=None))
-    return only._replace(num_matvecs=found.num_matvecs)
+    return jax.tree.map(lambda leaf: leaf[0] if leaf.ndim else leaf, result)
 
 
-def _check_system(
+def check_system(
     operator: Operator,
     damping: ArrayLike,
     method: str,
@@ -204,6 +280,13 @@ def _check_system(
             f"`preconditioner` must be positive definite, got r'P r = {energy:.2g} for a random r "
             "of unit norm."
         )
+
+
+def limit_of(operator: Operator, max_matvecs: int | None) -> int:
+    """The limit of the number of products."""
+    if max_matvecs is None:
+        return min(_TIMES * operator.size + _FEWEST, _MOST)
+    return _checks.integer("max_matvecs", max_matvecs)
 
 
 @jax.jit

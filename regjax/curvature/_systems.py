@@ -1,4 +1,4 @@
-"""Linear systems by recurrences whose residual is checked in the end: the solver record of `solve`.
+"""Linear systems by recurrences whose residual is checked in the end: the steps of `solve`.
 
 A recurrence carries a residual along, which rounding takes away from the true one. So what it calls
 a solution is multiplied once more. Where that shows a residual above the tolerance the recurrence
@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from regjax import _loops, _numerics
+from regjax import _numerics
 from regjax._space import Space
 from regjax.curvature import _conjugate_gradients, _minres
-from regjax.curvature._engine._solver import Solver
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely
 
@@ -28,7 +26,7 @@ _PRODUCT = 8
 
 
 class SystemsState(NamedTuple):
-    """k systems between two products, those of scale (A + damping I) and of right sides times power.
+    """k systems between two products, those of scale times A + damping I and power times b.
 
     With these powers of two no square under- or overflows, whatever A and b are.
 
@@ -93,85 +91,15 @@ class Solutions(NamedTuple):
     num_matvecs: jax.Array
 
 
-def systems_solver(
-    operator: Operator,
-    targets: jax.Array,
-    *,
-    name: str,
-    damping: ArrayLike,
-    method: str,
-    preconditioner: Operator | None,
-    tol: ArrayLike,
-    max_matvecs: int,
-    lower_bound: ArrayLike | None,
-    result: Any,
-) -> Solver[SystemsState, Any]:
-    """The solver of (A + damping I) x = b for the rows b of `targets`.
-
-    Args:
-      operator: A.
-      targets: (k, length), vectors of its space.
-      name: of the public function.
-      damping: not negative.
-      method: of `METHODS`.
-      preconditioner: of the same space, positive definite; None: none.
-      tol: residual norm that is small enough, over that of the right side.
-      max_matvecs: limit of the number of products of each system.
-      lower_bound: of the eigenvalues of A; None: what is known by its construction.
-      result: `Solutions` -> the result of the public function.
-    """
-    space = operator.space
-    fixed = {"space": space, "method": method, "max_matvecs": max_matvecs}
-    parts = {} if preconditioner is None else preconditioner.facts()
-    told = {f"preconditioner.{part}": fact for part, fact in parts.items()}
-
-    def init() -> SystemsState:
-        numbers = jnp.asarray(damping, space.dtype), jnp.asarray(tol, space.dtype)
-        return space.replicate(_begin(targets, *numbers, preconditioner, **fixed))
-
-    def update(state: SystemsState, images: jax.Array) -> SystemsState:
-        operands = state, images, preconditioner
-        advance, verify = (functools.partial(f, **fixed) for f in (_advance, _verify))
-        return _loops.switch(
-            state.checking.astype(jnp.int32),
-            [lambda operands: advance(*operands), lambda operands: verify(*operands)],
-            operands,
-        )
-
-    def found(state: SystemsState) -> Any:
-        least = operator.lower_bound if lower_bound is None else lower_bound
-        least = jnp.asarray(least, space.dtype)
-        return result(_solutions(state, least, space, operator.eps))
-
-    return Solver(
-        name=name,
-        operator=operator,
-        arguments={
-            "vectors": targets, "damping": damping, "method": method, "tol": tol,
-            "preconditioner": preconditioner is not None, **told,
-        },
-        init=init,
-        vectors=functools.partial(_vectors, space=space),
-        update=update,
-        done=_is_done,
-        result=found,
-        max_steps=max_matvecs,
-        lower=(),
-        block=targets.shape[0],
-        charge=lambda state, images, errors: state._replace(
-            errors=jnp.broadcast_to(errors, state.norms.shape).astype(state.norms.dtype)
-        ),
-    )  # fmt: skip
-
-
 @jax.jit
-def _is_done(state: SystemsState) -> jax.Array:
+def is_done(state: SystemsState) -> jax.Array:
+    """Whether nothing more is to be done."""
     return jnp.all(state.finished)
 
 
 @functools.partial(jax.jit, static_argnames=("space", "method", "max_matvecs"))
 @precisely
-def _begin(
+def begin(
     targets: jax.Array,
     damping: jax.Array,
     tol: jax.Array,
@@ -181,6 +109,7 @@ def _begin(
     method: str,
     max_matvecs: int,
 ) -> SystemsState:
+    """The state before the first product."""
     powers = _near_one(targets)
     targets = powers[:, None] * targets
     norms = jax.vmap(space.norm)(targets)
@@ -219,7 +148,11 @@ def _near_one(rows: jax.Array) -> jax.Array:
 
 
 def _start(
-    space: Space, method: str, preconditioner: Operator | None, residual: jax.Array, power: jax.Array
+    space: Space,
+    method: str,
+    preconditioner: Operator | None,
+    residual: jax.Array,
+    power: jax.Array,
 ) -> Any:
     return METHODS[method].start(space, residual, _scaled(preconditioner, power))
 
@@ -229,7 +162,7 @@ def _scaled(preconditioner: Operator | None, power: jax.Array) -> Operator | Non
 
 
 @functools.partial(jax.jit, static_argnames="space")
-def _vectors(state: SystemsState, space: Space) -> jax.Array:
+def vectors(state: SystemsState, space: Space) -> jax.Array:
     """What is multiplied next."""
     solutions = _rounded(state, space)
     return jnp.where(state.checking, solutions, state.recurrences.direction)
@@ -250,11 +183,9 @@ def _unscaled(state: SystemsState) -> jax.Array:
     return state.scales[:, None] * state.solutions / state.powers[:, None]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("space", "method", "max_matvecs"), donate_argnums=0
-)
+@functools.partial(jax.jit, static_argnames=("space", "method", "max_matvecs"), donate_argnums=0)
 @precisely
-def _advance(
+def advance(
     state: SystemsState,
     images: jax.Array,
     preconditioner: Operator | None,
@@ -264,7 +195,6 @@ def _advance(
     max_matvecs: int,
 ) -> SystemsState:
     """One step of each recurrence that is not at its end."""
-
     images = images + state.damping * state.recurrences.direction
     scales = jnp.where(state.scales > 0, state.scales, _near_one(images))
     images = scales[:, None] * images
@@ -298,11 +228,9 @@ def _advance(
     return new._replace(checking=is_last | ~jnp.any(_are_active(new)))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("space", "method", "max_matvecs"), donate_argnums=0
-)
+@functools.partial(jax.jit, static_argnames=("space", "method", "max_matvecs"), donate_argnums=0)
 @precisely
-def _verify(
+def verify(
     state: SystemsState,
     images: jax.Array,
     preconditioner: Operator | None,
@@ -345,9 +273,8 @@ def _where(condition: jax.Array, new: Any, old: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("space", "eps"))
 @precisely
-def _solutions(
-    state: SystemsState, least: jax.Array, space: Space, eps: float
-) -> Solutions:
+def solutions(state: SystemsState, least: jax.Array, space: Space, eps: float) -> Solutions:
+    """What is known now, with `least` the least that an eigenvalue of A can be."""
     lengths = jax.vmap(space.norm)(state.solutions)
     directions = state.recurrences.direction
     units = _numerics.divide(directions, jax.vmap(space.norm)(directions)[:, None])

@@ -17,6 +17,8 @@ from regjax.diagnostics._decentralized import (
 from regjax.diagnostics._decision_margin import decision_margin as decision_margin
 from regjax.diagnostics._dropout_noise import DropoutNoiseResult as DropoutNoiseResult
 from regjax.diagnostics._dropout_noise import dropout_noise_alignment as dropout_noise_alignment
+from regjax.diagnostics._influence import InfluenceResult as InfluenceResult
+from regjax.diagnostics._influence import influence as influence
 from regjax.diagnostics._interval_flatness import FlatnessResult as FlatnessResult
 from regjax.diagnostics._interval_flatness import interval_flatness as interval_flatness
 from regjax.diagnostics._landscape import CovariateShiftResult as CovariateShiftResult
@@ -60,5 +62,3 @@ from regjax.diagnostics._spline_partition import region_count as region_count
 from regjax.diagnostics._surface import filter_normalized_direction as filter_normalized_direction
 from regjax.diagnostics._surface import interpolate as interpolate
 from regjax.diagnostics._surface import loss_surface as loss_surface
-from regjax.diagnostics._influence import InfluenceResult as InfluenceResult
-from regjax.diagnostics._influence import influence as influence

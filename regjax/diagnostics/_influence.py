@@ -57,7 +57,7 @@ def influence(
     operator: curvature.Operator | None = None,
     method: str = "cg",
     preconditioner: curvature.Operator | None = None,
-    tol: ArrayLike = 1e-5,
+    tol: ArrayLike = 1e-4,
     max_matvecs: int | None = None,
     chunk_size: int | None = None,
     wrt: Mask = None,

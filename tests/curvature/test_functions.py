@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from regjax import curvature
-from tests.curvature.test_density import spectrum
 from tests.curvature.test_density import solve as density_of
+from tests.curvature.test_density import spectrum
 from tests.curvature.test_solve import operator_of, symmetric, vector_of
 
 KEY = jax.random.key(0)
@@ -96,7 +96,7 @@ def test_bad_input_is_refused_by_name(problem):
     with pytest.raises(ValueError, match="`damping` must be non-negative, got -1"):
         curvature.log_determinant(density, damping=-1)
     for order in (0, -2.0, np.inf):
-        with pytest.raises(ValueError, match="`order` must be (positive|finite)"):
+        with pytest.raises(ValueError, match=r"`order` must be (positive|finite)"):
             curvature.schatten_norm(density, order=order)
 
 

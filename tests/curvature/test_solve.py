@@ -1,6 +1,7 @@
 """Linear systems: dense solves in float64, closed forms, flags, bounds."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from jax.tree_util import Partial
 
 from regjax import curvature
+from regjax.curvature._operators._positive import lower_bound
 from tests.curvature.streams import pair
 
 KEY = jax.random.key(0)
@@ -48,7 +50,9 @@ def test_the_dense_solution_in_float64(method, float64):
     matrix, target = symmetric(values), vector_of(40)
     damping = 0.0 if method == "minres" else 1e-3
     operator = operator_of(matrix, np.float64)
-    found = curvature.solve(operator, jnp.asarray(target), damping=damping, method=method, tol=1e-10)
+    found = curvature.solve(
+        operator, jnp.asarray(target), damping=damping, method=method, tol=1e-10
+    )
     expected = np.linalg.solve(matrix + damping * np.eye(40), target)
     assert bool(found.converged)
     assert not bool(found.negative_curvature)
@@ -60,13 +64,13 @@ def test_the_dense_solution_in_float64(method, float64):
 def test_identity_and_rank_one_with_damping():
     target = jnp.asarray(vector_of(30), jnp.float32)
     ones = curvature.identity(curvature.Space.of(target))
-    found = curvature.solve(ones, target, damping=3.0)
+    found = curvature.solve(ones, target, damping=3.0, tol=1e-6)
     np.testing.assert_allclose(found.solution, target / 4, rtol=1e-6)
     assert int(found.num_matvecs) == 2  # a step, and the check
     # (u u' + d I)^-1 b = (b - u u'b / (d + u'u)) / d: two distinct eigenvalues, two steps.
     u = jnp.asarray(vector_of(30, 5), jnp.float32)
     rank_one = curvature.from_matvec(Partial(lambda u, v: u * jnp.vdot(u, v), u), u)
-    found = curvature.solve(rank_one, target, damping=0.5)
+    found = curvature.solve(rank_one, target, damping=0.5, tol=1e-6)
     expected = (target - u * (u @ target) / (0.5 + u @ u)) / 0.5
     np.testing.assert_allclose(found.solution, expected, rtol=0, atol=2e-5)
     assert int(found.num_matvecs) == 3
@@ -108,8 +112,8 @@ def test_which_matrices_are_positive_by_construction():
     least = {}
     for name in ("hessian", "gauss_newton", "empirical_fisher", "fisher"):
         streamed, whole, _ = pair(name)
-        least[name] = float(whole.lower_bound)
-        assert float(streamed.lower_bound) == least[name]
+        least[name] = float(lower_bound(whole))
+        assert float(lower_bound(streamed)) == least[name]
     infinite = float("-inf")
     assert least == {
         "hessian": infinite, "gauss_newton": infinite, "empirical_fisher": 0.0, "fisher": 0.0
@@ -117,12 +121,12 @@ def test_which_matrices_are_positive_by_construction():
     positive, indefinite = whole, pair("hessian")[1]
     ones = curvature.identity(positive.space)
     scales = jax.tree.map(jnp.ones_like, positive.space.like())
-    bounds = lambda *operators: [float(operator.lower_bound) for operator in operators]
+    bounds = lambda *operators: [float(lower_bound(operator)) for operator in operators]
     assert bounds(positive + 0.5 * ones, 2 * (positive + ones), positive.scaled(scales)) == [
         0.5, 2.0, 0.0
     ]  # fmt: skip
     assert bounds(-1 * positive, 0 * indefinite, indefinite + ones) == [infinite, 0.0, infinite]
-    assert list(bounds(*curvature.by_block(positive).values()))[0] == 0.0
+    assert set(bounds(*curvature.by_block(positive).values())) == {0.0}
 
 
 def test_negative_curvature_is_flagged_with_its_direction():
@@ -152,13 +156,12 @@ def test_preconditioners_save_products_and_keep_the_solution():
     matrix = symmetric(np.linspace(1, 2, 60)) * scales[:, None] * scales
     operator, target = operator_of(matrix), jnp.asarray(vector_of(60), jnp.float32)
     expected = np.linalg.solve(matrix + np.eye(60), np.float64(target))
-    estimate = jnp.asarray(np.diagonal(matrix), jnp.float32).at[:3].set(jnp.asarray([-1, 0, np.nan]))
+    estimate = np.float32(np.diagonal(matrix))
+    estimate[:3] = -1, 0, np.nan
     jacobi = curvature.jacobi_preconditioner(operator, estimate, damping=1.0)
     plain = curvature.solve(operator, target, damping=1.0)
     for method in METHODS:
-        found = curvature.solve(
-            operator, target, damping=1.0, preconditioner=jacobi, method=method
-        )
+        found = curvature.solve(operator, target, damping=1.0, preconditioner=jacobi, method=method)
         assert bool(found.converged)
         assert int(found.num_matvecs) < int(plain.num_matvecs) / 2
         np.testing.assert_allclose(found.solution, expected, atol=1e-3 * np.abs(expected).max())
@@ -215,7 +218,7 @@ def test_what_runs_solve_is_the_one_driver(tmp_path):
     )
     assert counts[0] == 3
     jax.tree.map(np.testing.assert_array_equal, again, alone)
-    with pytest.raises(ValueError, match="`damping` must be 0.2, got 0.1"):
+    with pytest.raises(ValueError, match=r"`damping` must be 0\.2, got 0\.1"):
         curvature.solve(whole, target, damping=0.2, checkpoint=checkpoint)
 
 
@@ -252,7 +255,7 @@ def test_edges():
         found = curvature.solve(broken, jnp.ones(8), method=method)
         assert not bool(found.converged)
         assert np.isinf(found.error_bound) or np.isnan(found.error_bound)
-        traced = jax.jit(lambda v: curvature.solve(operator, v).solution)  # noqa: B023
+        traced = jax.jit(lambda v: curvature.solve(operator, v).solution)
         assert np.all(np.isnan(traced(zeros * jnp.nan)))
     # Singular, and the right side not in its range: no solution, and no converged one.
     singular = operator_of(np.diag(np.arange(8.0)))
@@ -269,7 +272,7 @@ def test_bad_input_is_refused_by_name():
     with refuse(ValueError, "`damping` must be non-negative, got -0.1"):
         curvature.solve(operator, ones, damping=-0.1)
     for tol in (0, -1e-3):
-        with refuse(ValueError, f"`tol` must be positive, got {tol}"):
+        with refuse(ValueError, re.escape(f"`tol` must be positive, got {tol}")):
             curvature.solve(operator, ones, tol=tol)
     with refuse(ValueError, "`vector` must have the tree structure"):
         curvature.solve(operator, {"w": ones})

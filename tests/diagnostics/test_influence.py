@@ -134,5 +134,5 @@ def test_bad_input_is_refused_by_name(network):
     with pytest.raises(ValueError, match="`operator` must be of the parameters that move"):
         run(train, test, operator=curvature.identity(curvature.Space.of(jnp.ones(3))))
     broken = (test[0].at[1].set(jnp.nan), test[1])
-    with pytest.raises(ValueError, match="`test` must have examples .* example 1"):
+    with pytest.raises(ValueError, match=r"`test` must have examples .* example 1"):
         run(train, broken)

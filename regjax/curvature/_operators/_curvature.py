@@ -57,14 +57,6 @@ class Linearization(NamedTuple):
         multiply = _doubled(self.multiply)
         return None if multiply is self.multiply else self._replace(multiply=multiply)
 
-    @property
-    def is_positive(self) -> bool:
-        """Whether the matrix is J' C J with a C that is positive semi-definite by construction."""
-        if "step" in self.multiply.keywords or not self.multiply.args:
-            return False  # of differences J' is not the transpose of J
-        within = self.multiply.args[0]
-        return getattr(getattr(within, "func", None), "is_positive", False)
-
 
 def _doubled(function: Any) -> Any:
     """A `Partial`, and those that it holds, with twice the `step` where it has one."""
@@ -125,10 +117,6 @@ class CurvatureOperator(TracedOperator):
     def coarser(self) -> "CurvatureOperator | None":
         linearization = self.linearization.coarser
         return linearization and dataclasses.replace(self, linearization=linearization)
-
-    @property
-    def lower_bound(self) -> float:
-        return 0.0 if self.linearization.is_positive else -math.inf
 
     def apply(self, tree: Params) -> Params:
         if self.linear_map is not None:

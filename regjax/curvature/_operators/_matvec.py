@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ _DIFFERENCE, _UNITS = 3e-3, 16
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["linear_map", "example"],
-    meta_fields=["mesh", "origin", "lower_bound"],
+    meta_fields=["mesh", "origin", "is_positive"],
 )
 @dataclasses.dataclass(frozen=True)
 class MatvecOperator(TracedOperator):
@@ -37,14 +36,14 @@ class MatvecOperator(TracedOperator):
       example: a tree like a vector, of which only structure, shapes and dtypes count.
       mesh: the devices over which vectors are divided; None: one.
       origin: the mesh with explicit axes that the arrays come from; None: they are as given.
-      lower_bound: the least that an eigenvalue can be, which whoever gives the product knows.
+      is_positive: whether it is positive semi-definite by construction.
     """
 
     linear_map: Program
     example: Params
     mesh: Mesh | None
     origin: Mesh | None = dataclasses.field(default=None, compare=False)
-    lower_bound: float = -math.inf
+    is_positive: bool = False
 
     @property
     def home(self) -> Mesh | None:
@@ -67,7 +66,7 @@ class MatvecOperator(TracedOperator):
 
 
 @checked
-def from_matvec(matvec: MatVec, like: Params) -> MatvecOperator:
+def from_matvec(matvec: MatVec, like: Params) -> Operator:
     """Makes an operator from any symmetric product.
 
     Whether it is linear and symmetric is tried once on two random vectors, at the cost of three
@@ -86,6 +85,11 @@ def from_matvec(matvec: MatVec, like: Params) -> MatvecOperator:
       ValueError: the product has another structure or other shapes than `like`, or it is not
         linear, or not symmetric, by more than 0.3 % and 16 units of rounding of its narrowest type.
     """
+    return matvec_operator(matvec, like)
+
+
+def matvec_operator(matvec: MatVec, like: Params, *, is_positive: bool = False) -> MatvecOperator:
+    """As `from_matvec`; `is_positive` says that the matrix is positive semi-definite."""
     _checks.floating_tree("like", like)
     with precision():
         linear_map = _programs.share(_programs.trace(matvec, (like,)))
@@ -97,7 +101,7 @@ def from_matvec(matvec: MatVec, like: Params) -> MatvecOperator:
     if placement is not None:
         (linear_map, like), mesh = placement.replicate((linear_map, like)), placement.mesh
     home = None if placement is None else placement.home
-    operator = MatvecOperator(linear_map, like, mesh, home)
+    operator = MatvecOperator(linear_map, like, mesh, home, is_positive)
     _check_symmetric(operator)
     return operator
 

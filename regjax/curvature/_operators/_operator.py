@@ -176,10 +176,6 @@ class Sum(Composed):
     def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
         return multiply(self.one, vectors) + multiply(self.other, vectors)
 
-    @property
-    def lower_bound(self) -> ArrayLike:
-        return self.one.lower_bound + self.other.lower_bound
-
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
         return Sum(self.one.submatrix(inside), self.other.submatrix(inside))
 
@@ -200,11 +196,6 @@ class Multiple(Composed):
 
     def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
         return self.factor * multiply(self.operator, vectors)
-
-    @property
-    def lower_bound(self) -> ArrayLike:
-        least = jnp.where(self.factor > 0, self.factor, 1) * self.operator.lower_bound
-        return jnp.where(self.factor > 0, least, jnp.where(self.factor == 0, 0, -jnp.inf))
 
     def facts(self) -> dict[str, Tree]:
         return super().facts() | {"factor": self.factor}
@@ -230,11 +221,6 @@ class Congruent(Composed):
     def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
         diagonal = self.diagonal.reshape(*[1] * (vectors.ndim - 1), -1)
         return diagonal * multiply(self.operator, diagonal * vectors)
-
-    @property
-    def lower_bound(self) -> ArrayLike:
-        # Of a positive bound nothing is left where the diagonal is zero.
-        return jnp.where(jnp.asarray(self.operator.lower_bound) >= 0, 0.0, -jnp.inf)
 
     def facts(self) -> dict[str, Tree]:
         return super().facts() | {"diagonal": self.diagonal}
@@ -266,10 +252,6 @@ class Projected(Composed):
     def space(self) -> Space:
         whole = self.operator.space
         return Space.of(jax.eval_shape(self.taken, whole.like()), whole.mesh)
-
-    @property
-    def lower_bound(self) -> ArrayLike:
-        return self.operator.lower_bound  # eigenvalues of a principal submatrix interlace
 
     def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
         if vectors.ndim == 1:
@@ -318,10 +300,6 @@ class Identity(Operator):
     @property
     def eps(self) -> float:
         return float(jnp.finfo(self.dtype).eps)
-
-    @property
-    def lower_bound(self) -> ArrayLike:
-        return 1.0
 
     def product(self, vector: jax.Array) -> jax.Array:
         return vector

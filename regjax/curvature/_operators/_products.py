@@ -1,13 +1,11 @@
 """A symmetric matrix that is known by its products, and what follows from products alone."""
 
 import abc
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator
 
 from regjax import _checks, _loops
@@ -53,11 +51,6 @@ class Products(abc.ABC):
     def coarser(self) -> "Products | None":
         """The same matrix from differences over steps twice as long; None: products are exact."""
         return None
-
-    @property
-    def lower_bound(self) -> ArrayLike:
-        """The least that an eigenvalue can be by construction; minus infinity: nothing is known."""
-        return -math.inf
 
     def block_product(self, rows: jax.Array) -> jax.Array:
         """A V' for rows V (k, length) of vectors of the space, as rows."""

@@ -9,7 +9,6 @@ one pass more, before the first product.
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -134,11 +133,6 @@ class StreamedOperator(Operator):
     @property
     def home(self) -> Mesh | None:
         return None if self.placement is None else self.placement.home
-
-    @property
-    def lower_bound(self) -> float:
-        form = self.programs.at(self.programs.first)
-        return 0.0 if form.linearization.is_positive else -math.inf
 
     @property
     def takes_blocks(self) -> bool:
