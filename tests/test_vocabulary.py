@@ -40,6 +40,7 @@ POSITIONAL_AND_KEYWORD = {
     "noise_power": "a law is (largest, smallest, noise_power, inverse_batch) -> extremes",
     "num_steps": "third of `lanczos`, which needs it, as elsewhere; else an option",
     "operator": "what is worked on comes first; where the loss has a Hessian it is an option",
+    "pairs": "what a preconditioner is made of; an option where they make an estimate sharper",
     "path": "what is read comes first; where a run writes is an option",
     "positions": "data of a figure; after *batch it can only be a keyword",
     "state": "data where it is what is read, an option where the model has one",

@@ -79,9 +79,9 @@ def solve(
         (A + damping I) x = b
 
     For example a damped Newton step, `solve(hessian(loss, params, *batch), grads, damping=0.01)`.
-    The last product is with the solution itself, so that the residual is what it is said to be; in
-    float32 it cannot be smaller than about 1e-7 |A| |x|, which is up to 1e-7 |A| / damping times |b|,
-    however small `tol` is. Such a run ends as soon as it no longer gains, with its residual norm.
+    The last product is with the solution itself, so that the residual is what it is said to be. In
+    float32 it cannot be smaller than about 1e-7 |A| |x|, up to 1e-7 |A| / damping times |b|,
+    however small `tol` is; such a run ends when it no longer gains, with its residual norm.
 
     Args:
       operator: A, symmetric, of order n.

@@ -91,7 +91,7 @@ def test_a_network_against_the_dense_matrix_in_chunks_and_compiled(network):
     for found in (run(params, train, test, chunk_size=5), jax.jit(run)(params, train, test)):
         np.testing.assert_allclose(found.value, expected, rtol=0, atol=1e-3 * scale)
         assert np.all(np.asarray(found.converged))
-        assert np.all(np.asarray(found.residual_norms) <= 1e-5)
+        assert np.all(np.asarray(found.residual_norms) <= 1e-4)
 
 
 def test_weighted_means_count_by_their_weights(network):
