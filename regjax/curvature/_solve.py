@@ -205,9 +205,11 @@ def systems_solver(
         )
 
     def found(state: SystemsState) -> Result:
-        least = known_bound(operator) if lower_bound is None else lower_bound
-        least = jnp.asarray(least, space.dtype)
-        return result(_systems.solutions(state, least, space, operator.eps))
+        # Bounds that nobody knows are infinite, also where that is forbidden.
+        with jax.debug_nans(False), jax.debug_infs(False):
+            least = known_bound(operator) if lower_bound is None else lower_bound
+            least = jnp.asarray(least, space.dtype)
+            return result(_systems.solutions(state, least, space, operator.eps))
 
     return Solver(
         name="solve",
