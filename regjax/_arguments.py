@@ -170,7 +170,7 @@ RULES: Mapping[str, Rule] = {
     "inputs": _examples,
     "layout": _axes.check,
     "accumulation": functools.partial(_checks.choice, allowed=ACCUMULATIONS),
-    "operator": _operator,
+    **dict.fromkeys(("operator", "preconditioner"), _operator),
     "start": _start,
 }  # fmt: skip
 """Name of an argument -> its rule."""

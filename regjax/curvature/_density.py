@@ -24,7 +24,7 @@ from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._lanczos import Krylov, absorb, charged, empty, expand, renewed
-from regjax.curvature._measure import DensityResult, dimension_left, share_error, spectral_sum
+from regjax.curvature._measure import DensityResult, dimension_left, sampled_sum, share_error
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._quadrature import gauss_rule, open_share
@@ -348,5 +348,6 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
         num_matvecs=state.num_matvecs,
         size=jnp.asarray(size, jnp.int32 if size < 2**31 else dtype),
     )
-    total = spectral_sum(result, lambda values: values)
-    return result._replace(trace=total.value, trace_standard_error=total.standard_error)
+    mean, error, dimension = sampled_sum(result, lambda values: values)
+    total = jnp.sum(result.eigenvalues) + dimension * mean
+    return result._replace(trace=total, trace_standard_error=error)

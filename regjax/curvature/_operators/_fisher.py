@@ -20,6 +20,7 @@ from regjax._subsets import part_of
 from regjax.curvature._operators._curvature import CurvatureOperator, Form, build, parts_of
 from regjax.curvature._operators._likelihoods import LIKELIHOODS, check_outputs, check_weights
 from regjax.curvature._operators._sandwich import (
+    positive,
     sandwich,
     traced_model,
     weighted_sum,
@@ -142,12 +143,14 @@ def _draw_keys(key: jax.Array, first: jax.Array, num_examples: int, num_samples:
     return each(numbers)
 
 
+@positive
 def _mean(
     covariance: Callable[..., jax.Array], outputs: jax.Array, _: None, *rest: jax.Array
 ) -> jax.Array:
     return covariance(outputs, *rest) / outputs.shape[0]
 
 
+@positive
 def _weighted_mean(
     covariance: Callable[..., jax.Array],
     factors: Factors,
