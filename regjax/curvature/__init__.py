@@ -29,6 +29,10 @@ from regjax.curvature._measure import DensityResult as DensityResult
 from regjax.curvature._measure import SpectralSumResult as SpectralSumResult
 from regjax.curvature._measure import effective_dimension as effective_dimension
 from regjax.curvature._measure import spectral_sum as spectral_sum
+from regjax.curvature._norms import RowNormsResult as RowNormsResult
+from regjax.curvature._norms import squared_frobenius_norm as squared_frobenius_norm
+from regjax.curvature._norms import squared_row_norms as squared_row_norms
+from regjax.curvature._norms import squared_row_norms_solver as squared_row_norms_solver
 from regjax.curvature._operators._blocks import by_block as by_block
 from regjax.curvature._operators._curvature import CurvatureOperator as CurvatureOperator
 from regjax.curvature._operators._dropout import dropout_covariance as dropout_covariance

@@ -109,7 +109,7 @@ def trace(
     """
     matrix = held(operator) if method == "hutchinson" else operator
     solver = trace_solver(matrix, key=key, num_matvecs=num_matvecs, method=method)
-    found = run(solver, callback=_of_products(callback, solver, num_matvecs))
+    found = run(solver, callback=of_products(callback, solver, num_matvecs))
     if method != "hutchinson":
         return found
     return found._replace(
@@ -170,7 +170,7 @@ def diagonal(
     """
     matrix = held(operator) if method == "hutchinson" else operator
     solver = diagonal_solver(matrix, key=key, num_matvecs=num_matvecs, method=method)
-    found = run(solver, callback=_of_products(callback, solver, num_matvecs))
+    found = run(solver, callback=of_products(callback, solver, num_matvecs))
     if method != "hutchinson":
         return found
     slope = functools.partial(_slope_of_diagonal, num_matvecs)
@@ -238,7 +238,7 @@ def _check(
     _checks.key("key", key)
 
 
-def _of_products(
+def of_products(
     callback: Callback | None, solver: Solver[Any, Any], num_matvecs: int
 ) -> Callback | None:
     """The callback told of products instead of steps, of which each may take several."""

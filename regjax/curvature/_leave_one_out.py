@@ -226,9 +226,7 @@ def _small(state: LeaveOneOutState, space: Space) -> Small:
     missing = _missing(state.mixing)
     share = jnp.sum(missing * along, 1)
     outside = jnp.sum(state.probes**2, 1) - jnp.sum(along**2, 1)
-    # Nothing is outside of all that there is, not even what rounding leaves.
-    outside = jnp.zeros_like(share) if num_rows == space.size else jnp.maximum(outside, 0)
-    squares = outside + share**2
+    squares = jnp.maximum(outside, 0) + share**2
     cosines = missing @ missing.T
     return Small(
         along=along,
@@ -260,8 +258,6 @@ def _of_trace(state: LeaveOneOutState, small: Small, space: Space) -> Samples:
     # P_i w_i is the part e outside of Q, and the share of Q s_i: e'A e, and Q'A e.
     rest = small.mixed - small.along @ matrix
     alone = -jnp.sum(small.along * rest, 1)
-    if state.rows.shape[0] == space.size:
-        rest, alone = jnp.zeros_like(rest), jnp.zeros_like(alone)
     energy = alone + 2 * share * jnp.sum(missing * rest, 1) + share**2 * own
     each = jnp.trace(matrix) - own + small.factor * energy
 
@@ -277,7 +273,7 @@ def _of_trace(state: LeaveOneOutState, small: Small, space: Space) -> Samples:
     losses = second + (small.factor * energy)[:, None] - factors * energies
     losses = jnp.where(small.scales > 0, losses, 0)
     covariance = mean_of_pairs(losses)
-    return Samples(each[:, None], covariance[None], covariance)
+    return Samples(each[:, None], jnp.trace(matrix)[None], covariance[None], covariance)
 
 
 def _of_diagonal(state: LeaveOneOutState, small: Small, space: Space) -> Samples:
@@ -294,7 +290,7 @@ def _of_diagonal(state: LeaveOneOutState, small: Small, space: Space) -> Samples
         vector, image = (scale * (b - cosine * a) for a, b in zip(one[:2], other[:2], strict=True))
         return vector * image - at(second) * one[2] * vector
 
-    return with_pairs(each, loss, (vectors, images, state.probes))
+    return with_pairs(each, exact, loss, (vectors, images, state.probes))
 
 
 def _of_squares(state: LeaveOneOutState, small: Small, space: Space) -> Samples:
@@ -313,4 +309,4 @@ def _of_squares(state: LeaveOneOutState, small: Small, space: Space) -> Samples:
         after = at(factors) * (one[1] + at(shares) * image) ** 2
         return jnp.where(at(small.scales) > 0, image**2 + at(own) * one[1] ** 2 - after, 0)
 
-    return with_pairs(each, loss, (images, rest))
+    return with_pairs(each, exact, loss, (images, rest))

@@ -34,11 +34,13 @@ class Samples(NamedTuple):
 
     Attributes:
       each: (s, length), or (s, 1) of a single number.
+      exact: (length,), or (1,), what all vectors know without a sample.
       covariance: (length,), or (1,), of two of them.
       covariance_of_sums: (), of the sums of two of them.
     """
 
     each: jax.Array
+    exact: jax.Array
     covariance: jax.Array
     covariance_of_sums: jax.Array
 
@@ -67,9 +69,13 @@ def combined(
     num_rows = plain.shape[0]
     if squares is not None:
         plain = plain * _numerics.divide(space.size, squares)[:, None]
+    ours, covariance, of_sums = found.each, found.covariance, found.covariance_of_sums
+    if num_rows == space.size:  # nothing is left to be sampled
+        ours = jnp.broadcast_to(found.exact, ours.shape)
+        covariance, of_sums = jnp.zeros_like(covariance), jnp.zeros_like(of_sums)
     if of_trace:
-        plain = jnp.sum(plain, 1, keepdims=True)
-    each = jnp.where(is_finished, found.each, plain)
+        plain, ours = (jnp.sum(samples, 1, keepdims=True) for samples in (plain, ours))
+    each = jnp.where(is_finished, ours, plain)
     count = jnp.where(is_finished, num_rows, jnp.minimum(num_matvecs, num_rows))
     estimates = estimated(with_samples(no_samples(space, of_trace), each, count), num_matvecs)
 
@@ -80,10 +86,8 @@ def combined(
 
     diagonal_error = estimates.diagonal_standard_error
     return estimates._replace(
-        trace_standard_error=error(estimates.trace_standard_error, found.covariance_of_sums),
-        diagonal_standard_error=(
-            diagonal_error if of_trace else error(diagonal_error, found.covariance)
-        ),
+        trace_standard_error=error(estimates.trace_standard_error, of_sums),
+        diagonal_standard_error=(diagonal_error if of_trace else error(diagonal_error, covariance)),
     )
 
 
@@ -101,7 +105,7 @@ def mean_of_pairs(losses: jax.Array) -> jax.Array:
     return jnp.sum(losses * losses.T) / max(count, 1)
 
 
-def with_pairs(each: jax.Array, loss: Loss, rows: Rows) -> Samples:
+def with_pairs(each: jax.Array, exact: jax.Array, loss: Loss, rows: Rows) -> Samples:
     """The estimates with the mean of d_ij d_ji over some pairs: the neighbours in a ring."""
     num_rows = each.shape[0]
     i, count = jnp.arange(num_rows), min(_MOST_PAIRS, num_rows - 1)
@@ -114,7 +118,7 @@ def with_pairs(each: jax.Array, loss: Loss, rows: Rows) -> Samples:
         total = total + jnp.sum(here * there, 0)
         of_sums = of_sums + jnp.sum(jnp.sum(here, 1) * jnp.sum(there, 1))
     pairs = max(count * num_rows, 1)
-    return Samples(each, total / pairs, of_sums / pairs)
+    return Samples(each, exact, total / pairs, of_sums / pairs)
 
 
 def inner_products(space: Space, rows: jax.Array, others: jax.Array) -> jax.Array:

@@ -70,7 +70,8 @@ def nystrom_solver(
     eps = max(operator.eps, float(jnp.finfo(space.dtype).eps))
 
     def init() -> NystromState:
-        draw = space.normal if of_trace else space.signs
+        # Of signs the diagonal itself has no variance; as many of them as parameters may depend.
+        draw = space.normal if of_trace or num_rows == space.size else space.signs
         probes = draw(jax.random.fold_in(key, 0), num_rows)
         return space.replicate(NystromState(probes, space.zeros(num_rows), jnp.int32(0)))
 
@@ -129,9 +130,10 @@ def _estimated(
     is_negative = is_finished & (values[0] < -_UNITS * eps * num_rows * largest)
     find = _of_trace if of_trace else _of_diagonal
     found = find(state, *_inverse(values, vectors), space)
-    each = jnp.where(is_finite & ~is_negative, found.each, jnp.nan)
+    bad = ~is_finite | is_negative
+    each, exact = (jnp.where(bad, jnp.nan, part) for part in (found.each, found.exact))
     estimates = combined(
-        found._replace(each=each),
+        found._replace(each=each, exact=exact),
         probes * images,
         squares if of_trace else None,
         num_matvecs=count,
@@ -144,8 +146,8 @@ def _estimated(
 
 def _inverse(values: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """h^(-1/2) and h^-1, with what is below rounding of the largest eigenvalue raised to that."""
-    least = jnp.finfo(values.dtype).eps * values.size * values[-1]
-    kept = jnp.maximum(values, jnp.where(least > 0, least, 1))
+    info = jnp.finfo(values.dtype)
+    kept = jnp.maximum(values, jnp.maximum(info.eps * values.size * values[-1], info.tiny))
     return (vectors / jnp.sqrt(kept)[None]).T, (vectors / kept[None]) @ vectors.T
 
 
@@ -155,9 +157,6 @@ def _of_trace(state: NystromState, root: jax.Array, inverse: jax.Array, space: S
     # In an orthonormal basis of Y, since the squares of Y would lose half of the digits.
     mixed = inner_products(space, images, space.orthonormal(images))
     exact = jnp.sum((root @ mixed) ** 2)
-    if num_rows == space.size:
-        nothing = jnp.zeros((), exact.dtype)
-        return Samples(jnp.broadcast_to(exact, (num_rows, 1)), nothing[None], nothing)
     parts = inverse @ mixed
     gram, own = parts @ parts.T, jnp.diagonal(inverse)
     basis = inner_products(space, probes, space.orthonormal(probes))
@@ -173,7 +172,7 @@ def _of_trace(state: NystromState, root: jax.Array, inverse: jax.Array, space: S
     factors = (space.size - num_rows + 2) * left
     losses = second * scales + (factor / own)[:, None] - factors * (1 / own[:, None] + shares)
     covariance = mean_of_pairs(jnp.where(scales > 0, losses, 0))
-    return Samples(each[:, None], covariance[None], covariance)
+    return Samples(each[:, None], exact[None], covariance[None], covariance)
 
 
 def _of_diagonal(state: NystromState, root: jax.Array, inverse: jax.Array, space: Space) -> Samples:
@@ -188,7 +187,7 @@ def _of_diagonal(state: NystromState, root: jax.Array, inverse: jax.Array, space
         part = other[0] - at(ratios) * one[0]
         return at(scales) * (part**2 + at(ratios) * one[1] * part)
 
-    return with_pairs(each, loss, (parts, probes))
+    return with_pairs(each, exact, loss, (parts, probes))
 
 
 def _without(inverse: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
