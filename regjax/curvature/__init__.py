@@ -22,9 +22,13 @@ from regjax.curvature._estimators import diagonal_solver as diagonal_solver
 from regjax.curvature._estimators import exact_spectrum as exact_spectrum
 from regjax.curvature._estimators import trace as trace
 from regjax.curvature._estimators import trace_solver as trace_solver
+from regjax.curvature._kernel_alignment import kernel_alignment as kernel_alignment
+from regjax.curvature._kernel_alignment import target_alignment as target_alignment
 from regjax.curvature._lanczos import LanczosResult as LanczosResult
 from regjax.curvature._lanczos import lanczos as lanczos
 from regjax.curvature._lanczos import lanczos_solver as lanczos_solver
+from regjax.curvature._linearized import LinearizedModel as LinearizedModel
+from regjax.curvature._linearized import linearized_model as linearized_model
 from regjax.curvature._measure import DensityResult as DensityResult
 from regjax.curvature._measure import SpectralSumResult as SpectralSumResult
 from regjax.curvature._measure import effective_dimension as effective_dimension
@@ -45,6 +49,8 @@ from regjax.curvature._operators._gauss_newton import gauss_newton as gauss_newt
 from regjax.curvature._operators._hessian import from_gradient as from_gradient
 from regjax.curvature._operators._hessian import hessian as hessian
 from regjax.curvature._operators._hessian import hvp as hvp
+from regjax.curvature._operators._jacobian import JacobianOperator as JacobianOperator
+from regjax.curvature._operators._jacobian import jacobian as jacobian
 from regjax.curvature._operators._matvec import from_matvec as from_matvec
 from regjax.curvature._operators._operator import Operator as Operator
 from regjax.curvature._operators._operator import identity as identity
@@ -58,3 +64,4 @@ from regjax.curvature._random_matrix import marchenko_pastur_outlier as marchenk
 from regjax.curvature._random_matrix import wigner_outlier as wigner_outlier
 from regjax.curvature._ritz import RitzResult as RitzResult
 from regjax.curvature._ritz import ritz_pairs as ritz_pairs
+from regjax.curvature._tangent_kernel import neural_tangent_kernel as neural_tangent_kernel

@@ -7,6 +7,7 @@ the two is the mean of d_ij d_ji, d_ij what the i-th one loses by that. It is ad
 squared error unbiased.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -113,12 +114,16 @@ def with_pairs(each: jax.Array, exact: jax.Array, loss: Loss, rows: Rows) -> Sam
     for k in range(1, count + 1):
         j = (i + k) % num_rows
         others = tuple(jnp.roll(row, -k, 0) for row in rows)
-        here = loss(lambda matrix, j=j: matrix[i, j][:, None], rows, others)
-        there = loss(lambda matrix, j=j: matrix[j, i][:, None], others, rows)
+        here = loss(functools.partial(_entries, i, j), rows, others)
+        there = loss(functools.partial(_entries, j, i), others, rows)
         total = total + jnp.sum(here * there, 0)
         of_sums = of_sums + jnp.sum(jnp.sum(here, 1) * jnp.sum(there, 1))
     pairs = max(count * num_rows, 1)
     return Samples(each, exact, total / pairs, of_sums / pairs)
+
+
+def _entries(i: jax.Array, j: jax.Array, matrix: jax.Array) -> jax.Array:
+    return matrix[i, j][:, None]
 
 
 def inner_products(space: Space, rows: jax.Array, others: jax.Array) -> jax.Array:

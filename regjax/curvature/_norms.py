@@ -1,6 +1,6 @@
 """Squared norms of the rows of a symmetric matrix, and their sum, from random products."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -10,7 +10,7 @@ from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._estimators import TraceResult, of_products
-from regjax.curvature._hutchinson import Estimates
+from regjax.curvature._hutchinson import Estimates, Result
 from regjax.curvature._leave_one_out import leave_one_out_solver
 from regjax.curvature._operators._operator import Operator
 
@@ -85,11 +85,7 @@ def squared_row_norms_solver(
             squared_norm_standard_error=found.trace_standard_error,
         )
 
-    return leave_one_out_solver(
-        operator, name="squared_row_norms", key=_checks.key("key", key),
-        num_matvecs=_checks.integer("num_matvecs", num_matvecs, minimum=_FEWEST),
-        of_trace=False, of_squares=True, result=result,
-    )  # fmt: skip
+    return _solver(operator, "squared_row_norms", key, num_matvecs, of_trace=False, result=result)
 
 
 @checked
@@ -112,12 +108,20 @@ def squared_frobenius_norm(
       MemoryError: the device has no room; names what to lower, with the bytes that are needed.
       Interrupted: Ctrl-C; its `.result` is the estimate of the products so far.
     """
-    solver: Solver[Tree, TraceResult] = leave_one_out_solver(
-        operator, name="squared_frobenius_norm", key=_checks.key("key", key),
-        num_matvecs=_checks.integer("num_matvecs", num_matvecs, minimum=_FEWEST),
-        of_trace=True, of_squares=True,
+    solver = _solver(
+        operator, "squared_frobenius_norm", key, num_matvecs, of_trace=True,
         result=lambda found: TraceResult(
             found.trace, found.trace_standard_error, found.num_matvecs
         ),
     )  # fmt: skip
     return run(solver, callback=of_products(callback, solver, num_matvecs))
+
+
+def _solver(
+    operator: Operator, name: str, key: PRNGKey, num_matvecs: int, *, of_trace: bool, result: Result
+) -> Solver[Any, Any]:
+    _checks.integer("num_matvecs", num_matvecs, minimum=_FEWEST)
+    return leave_one_out_solver(
+        operator, name=name, key=_checks.key("key", key), num_matvecs=num_matvecs,
+        of_trace=of_trace, of_squares=True, result=result,
+    )  # fmt: skip
