@@ -1,6 +1,10 @@
 """Curvature of the loss: operators, solvers on them, and what is read off their results."""
 
 from regjax._space import Space as Space
+from regjax.curvature._block_structure import DensityDistancesResult as DensityDistancesResult
+from regjax.curvature._block_structure import OffDiagonalResult as OffDiagonalResult
+from regjax.curvature._block_structure import density_distances as density_distances
+from regjax.curvature._block_structure import off_diagonal_share as off_diagonal_share
 from regjax.curvature._counts import CountResult as CountResult
 from regjax.curvature._counts import eigenvalue_count as eigenvalue_count
 from regjax.curvature._curves import DensityCurveResult as DensityCurveResult
