@@ -145,6 +145,7 @@ EXAMPLES = {
     "curvature_grad_fn": lambda: lambda p: jax.grad(loss_fn)(p, inputs(), targets()),
     "damping": lambda: 0.1,
     "delay": lambda: 3,
+    "densities": lambda: {"one": density(), "other": density()},
     "density": density,
     "depth": lambda: 2,
     "direction": params,
@@ -217,6 +218,8 @@ EXAMPLES = {
     "operator_fn": lambda: curvature.hessian,
     "options": lambda: {},
     "other_direction": params,
+    "other_inputs": inputs,
+    "other_matrix": lambda: jnp.eye(4, dtype=jnp.float32),
     "other_params": params,
     "output_loss_fn": lambda: output_loss_fn,
     "params": params,
@@ -314,6 +317,7 @@ OVERRIDES = {
     "curvature.spectral_density": {"num_steps": lambda: 4},
     "curvature.spectral_density_solver": {"num_steps": lambda: 4},
     "curvature.stream": {"arguments": lambda: (loss_fn, params(), [(inputs(), targets())])},
+    "curvature.target_alignment": {"targets": lambda: ones(4)},
     "diagnostics.batch_norm_regularization": {"mean": lambda: ones(3)},
     "diagnostics.dropout_noise_alignment": {"num_directions": lambda: 1},
     "diagnostics.landscape_dependent_noise": {
@@ -341,7 +345,7 @@ OVERRIDES = {
 _KINDS = {
     "count": (
         "batch_size", "begin", "block_size", "chunk_size", "deflate", "delay", "every", "final",
-        "k", "max_basis", "max_matvecs", "max_steps", "min_units", "prefetch",
+        "k", "max_basis", "max_bytes", "max_matvecs", "max_steps", "min_units", "prefetch",
     ),
     "number": (
         "alpha", "budget", "clip", "crossover", "damping", "decay", "epsilon", "eta",
@@ -366,11 +370,11 @@ _KINDS = {
     "array": (
         "activations", "batch_means", "batch_variances", "center", "covariance",
         "features", "g", "grid", "initial_kernel", "inputs", "kernel", "learning_rates", "matrix",
-        "positions", "singular_values", "true_weights", "u", "v",
+        "other_inputs", "other_matrix", "positions", "singular_values", "true_weights", "u", "v",
     ),
     "choice": (
-        "accumulation", "axis_scale", "first_step", "likelihood", "method", "mode", "reduction",
-        "side", "which",
+        "accumulation", "axis_scale", "first_step", "likelihood", "method", "mode", "output_axes",
+        "reduction", "side", "which",
     ),
     "key": ("key",),
     "params": ("like", "mean_grads", "params"),

@@ -152,9 +152,10 @@ def density_distances(
     margin = _MARGIN * kernel_width
     places = np.linspace(low - margin, high + margin, num_points)
     if places[1] - places[0] > kernel_width:
+        least = int((high - low + 2 * margin) / kernel_width) + 2
         raise ValueError(
-            f"`num_points` must be at least {int((high - low + 2 * margin) / kernel_width) + 2} for "
-            f"this `kernel_width`, got {num_points}: the grid would step over the kernel."
+            f"`num_points` must be at least {least} for this `kernel_width`, got {num_points}: the "
+            "grid would step over the kernel."
         )
     grid = axes[0].inverse(places)
     slope = np.ones_like(grid) if threshold is None else np.hypot(grid, threshold)
