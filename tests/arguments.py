@@ -151,6 +151,7 @@ EXAMPLES = {
     "curvature_grad_fn": lambda: lambda p: jax.grad(loss_fn)(p, inputs(), targets()),
     "damping": lambda: 0.1,
     "delay": lambda: 3,
+    "densities": lambda: {"one": density(), "other": density()},
     "density": density,
     "diagonal": params,
     "depth": lambda: 2,
@@ -233,6 +234,8 @@ EXAMPLES = {
     "optimizer_state": optimizer_state,
     "options": lambda: {},
     "other_direction": params,
+    "other_inputs": inputs,
+    "other_matrix": lambda: jnp.eye(4, dtype=jnp.float32),
     "other_params": params,
     "output_loss_fn": lambda: output_loss_fn,
     "params": params,
@@ -338,6 +341,7 @@ OVERRIDES = {
     "curvature.spectral_density": {"num_steps": lambda: 4},
     "curvature.spectral_density_solver": {"num_steps": lambda: 4},
     "curvature.stream": {"arguments": lambda: (loss_fn, params(), [(inputs(), targets())])},
+    "curvature.target_alignment": {"targets": lambda: ones(4)},
     "diagnostics.batch_norm_regularization": {"mean": lambda: ones(3)},
     "diagnostics.dropout_noise_alignment": {"num_directions": lambda: 1},
     "diagnostics.edge_of_stability": {
@@ -370,8 +374,8 @@ OVERRIDES = {
 _KINDS = {
     "count": (
         "batch_size", "begin", "block_size", "chunk_size", "deflate", "delay", "every", "final",
-        "k", "large_batch_size", "max_basis", "max_matvecs", "max_steps", "min_units", "prefetch",
-        "small_batch_size",
+        "k", "large_batch_size", "max_basis", "max_bytes", "max_matvecs", "max_steps", "min_units",
+        "prefetch", "small_batch_size",
     ),
     "number": (
         "alpha", "budget", "clip", "crossover", "damping", "decay", "epsilon", "eta",
@@ -396,11 +400,12 @@ _KINDS = {
     "array": (
         "activations", "batch_means", "batch_variances", "center", "covariance",
         "features", "g", "grid", "initial_kernel", "inputs", "kernel", "large_squared_norms",
-        "learning_rates", "matrix", "positions", "singular_values", "small_squared_norms",
-        "true_weights", "u", "v",
+        "learning_rates", "matrix", "other_inputs", "other_matrix", "positions", "singular_values",
+        "small_squared_norms", "true_weights", "u", "v",
     ),
     "choice": (
         "accumulation", "axis_scale", "first_step", "likelihood", "method", "mode", "optimizer",
+        "output_axes",
         "reduction", "side", "which",
     ),
     "key": ("key",),

@@ -270,6 +270,7 @@ ONLY_FOR_TYPES = {
     "Figure": matplotlib.figure.Figure,
     "Sequence": collections.abc.Sequence,
     "DensityCurveResult": curvature.DensityCurveResult,
+    "DensityDistancesResult": curvature.DensityDistancesResult,
 }
 
 
