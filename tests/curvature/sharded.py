@@ -442,9 +442,8 @@ def check_command_line():
 OPTIMIZED = ("products", "recomputed_products", "memory")
 QUICK = (
     "convolutions", "coupled_examples", "weighted_means", "two_axes", "eigenpairs", "lanczos",
-    "density",
-    "trace_and_diagonal", "solves", "inside_jit", "from_matvec", "algebra", "rows", "compilations", "errors",
-    "command_line",
+    "density", "trace_and_diagonal", "solves", "inside_jit", "from_matvec", "algebra", "rows",
+    "compilations", "errors", "command_line",
 )  # fmt: skip
 
 
