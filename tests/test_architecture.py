@@ -44,6 +44,7 @@ LOOPS = {
     "regjax.curvature._deflation": {"fori_loop"},  # two passes over the rows
     "regjax.curvature._lanczos": {"cond"},  # a fresh direction
     "regjax.curvature._orthogonal": {"while_loop", "fori_loop"},  # one pass or two
+    "regjax.models._transformer": {"scan"},  # equal blocks, without convolution
     "regjax.pruning._evaluation": {"scan"},  # the model's own
 }
 # What is multiplied knows nothing of how it runs, and neither of the methods.
@@ -270,6 +271,7 @@ ONLY_FOR_TYPES = {
     "Figure": matplotlib.figure.Figure,
     "Sequence": collections.abc.Sequence,
     "DensityCurveResult": curvature.DensityCurveResult,
+    "DensityDistancesResult": curvature.DensityDistancesResult,
 }
 
 

@@ -24,7 +24,7 @@ from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._lanczos import Krylov, absorb, charged, empty, expand, renewed
-from regjax.curvature._measure import DensityResult, share_error, spectral_sum
+from regjax.curvature._measure import DensityResult, dimension_left, sampled_sum, share_error
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._quadrature import gauss_rule, open_share
@@ -260,7 +260,7 @@ def _look(state: DensityState) -> DensityState:
     count = state.deflation.rows.filled
     taken = jnp.max(jnp.abs(state.deflation.values), initial=0)
     num_probes = state.num_steps.size
-    dimension = jnp.asarray(state.deflation.rows.space.size - count, state.alphas.dtype)
+    dimension = dimension_left(state.deflation.rows.space.size, count, state.alphas.dtype)
 
     def is_resolved(krylov: Krylov) -> jax.Array:
         measure = *recurrence(krylov), krylov.filled
@@ -284,14 +284,13 @@ def _collect(state: DensityState) -> DensityState:
     most = state.alphas.shape[1]
     alphas, betas = (jax.vmap(Krylov.unscaled)(state.probes, numbers) for numbers in found)
     alphas, betas = alphas[:, :most], betas[:, :most]
-    update = jax.lax.dynamic_update_slice_in_dim
-    store = lambda rows, part: update(rows, part, state.num_finished, 0)
+    store, at = jax.lax.dynamic_update_slice_in_dim, state.num_finished
     return _begin(
         state.deflation,
         state.key,
-        store(state.alphas, alphas),
-        store(state.betas, betas),
-        store(state.num_steps, state.probes.filled),
+        store(state.alphas, alphas, at, 0),
+        store(state.betas, betas, at, 0),
+        store(state.num_steps, state.probes.filled, at, 0),
         state.num_finished + alphas.shape[0],
         state.num_matvecs,
         alphas.shape[0],
@@ -319,7 +318,7 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
     finished = jnp.arange(state.alphas.shape[0], dtype=jnp.int32) < state.num_finished
     nodes, weights = jax.vmap(gauss_rule)(state.alphas, state.betas, state.num_steps)
     nodes = jnp.where(finished[:, None], nodes, 0)
-    rest = (size - count).astype(dtype) / size
+    rest = dimension_left(size, count, dtype) / float(size)
     # Nothing is known before the first probe, not even that a weight is zero.
     absent = jnp.where(state.num_finished > 0, jnp.zeros((), dtype), jnp.nan)
     share = rest / jnp.maximum(state.num_finished, 1).astype(dtype)
@@ -344,7 +343,8 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
         trace=jnp.zeros((), dtype),
         trace_standard_error=jnp.zeros((), dtype),
         num_matvecs=state.num_matvecs,
-        size=jnp.int32(size),
+        size=jnp.asarray(size, jnp.int32 if size < 2**31 else dtype),
     )
-    total = spectral_sum(result, lambda values: values)
-    return result._replace(trace=total.value, trace_standard_error=total.standard_error)
+    mean, error, dimension = sampled_sum(result, lambda values: values)
+    total = jnp.sum(result.eigenvalues) + dimension * mean
+    return result._replace(trace=total, trace_standard_error=error)

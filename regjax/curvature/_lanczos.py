@@ -229,7 +229,7 @@ def _empty(
         coupling=jnp.zeros(rows, small),
         lost=jnp.zeros((rows, rows), small),
         blur=jnp.zeros((), small),
-        newest=jnp.zeros_like(direction),
+        newest=space.constrain(jnp.zeros_like(direction)),
         direction=unit(direction, space.norm(direction)),
         scale=jnp.zeros((), direction.dtype),
         beta=jnp.zeros((), small),

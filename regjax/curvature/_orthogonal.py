@@ -69,7 +69,7 @@ def fresh(basis: _basis.Basis, key: PRNGKey) -> tuple[jax.Array, PRNGKey]:
     noise = lax.fori_loop(
         0, 2, lambda _, noise: _basis.outside(basis, noise / space.norm(noise))[0], noise
     )
-    noise = jnp.where(basis.filled >= space.size, jnp.zeros_like(noise), noise)
+    noise = jnp.where(_basis.spans_all(basis), jnp.zeros_like(noise), noise)
     return unit(noise, space.norm(noise)), key
 
 

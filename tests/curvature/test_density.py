@@ -101,7 +101,7 @@ def test_effective_dimension():
     eigenvalues = spectrum()
     exact = np.sum(np.maximum(eigenvalues, 0) / (np.maximum(eigenvalues, 0) + 0.5))
     densities = [solve(eigenvalues, seed, num_steps=40) for seed in range(10)]
-    estimates = [curvature.effective_dimension(density, 0.5) for density in densities]
+    estimates = [curvature.effective_dimension(density, damping=0.5) for density in densities]
     for estimate in estimates:
         assert abs(float(estimate.value) - exact) < 5 * float(estimate.standard_error)
         assert float(estimate.standard_error) < 0.2 * exact
@@ -196,7 +196,7 @@ def test_error_texts():
     with pytest.raises(ValueError, match="`deflate` must be between 0 and 300, got -1"):
         solve(spectrum(), deflate=-1)
     with pytest.raises(ValueError, match="`damping` must be positive, got 0"):
-        curvature.effective_dimension(density, 0)
+        curvature.effective_dimension(density, damping=0)
 
 
 def test_hessian_density_of_a_network_against_the_dense_spectrum():
