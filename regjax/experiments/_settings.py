@@ -123,8 +123,7 @@ class TrainSettings:
     """Replace what another run has left in --out."""
 
     out: Path | None = None
-    """Folder of the results. Default: one under runs/ that is named after the options, or the
-    folder of --checkpoint."""
+    """Folder of the results. Default: one under runs/, or the folder of --checkpoint."""
 
     cache_dir: str | None = None
     """Folder of compiled programs; off: none. Default: regjax among your caches, or JAX's own."""
