@@ -163,7 +163,7 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
     size = krylov.basis.space.size
     small, bounds, outside = standing.small[:k], pairs.bounds[:k], pairs.outside[:k]
     all_converged = jnp.all(small)
-    spans_everything = krylov.filled >= size
+    spans_everything = _basis.spans_all(krylov.basis)
     is_broken = ~jnp.isfinite(krylov.beta)
 
     if state.searches:
