@@ -23,7 +23,10 @@ def test_on_eight_devices(on_eight_devices, name):
     assert f"{name} passed" in on_eight_devices, on_eight_devices[-5000:]
 
 
-@pytest.mark.parametrize(("num_processes", "names"), [(2, "checkpoints"), (4, "processes")])
+@pytest.mark.parametrize(
+    ("num_processes", "names"),
+    [(2, "checkpoints"), pytest.param(4, "processes", marks=pytest.mark.slow)],
+)
 def test_across_processes(num_processes, names, tmp_path, monkeypatch):
     monkeypatch.setenv("REGJAX_TEST_FOLDER", str(tmp_path))
     for printed in run(names, 4 // num_processes, num_processes=num_processes):
