@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import re
 import sys
 import warnings
 
@@ -18,6 +19,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from regjax import curvature
+from regjax._space import Space
+from regjax.curvature import _assessment, _eigen
+from regjax.curvature._operators import _traced
 from tests.curvature import sharded
 from tests.curvature.sharded import close, key, mesh_of
 
@@ -29,16 +33,16 @@ def divided(array, mesh, *axes):
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def problem():
-    """Kernels, a bias of odd size, a scalar, and a layer in half precision."""
+def problem(width=16, num_examples=32):
+    """Kernels, a bias of odd size and a scalar."""
     random = np.random.default_rng(0)
     normal = lambda *shape: np.asarray(random.normal(size=shape), np.float32)
     params = {
-        "in": {"kernel": normal(6, 16) / 3, "bias": normal(16) / 9},
-        "mid": {"kernel": normal(16, 16) / 4, "scale": np.float32(1.5)},
-        "out": {"kernel": normal(16, 3) / 4, "bias": normal(3) / 9},
+        "in": {"kernel": normal(6, width) / 3, "bias": normal(width) / 9},
+        "mid": {"kernel": normal(width, width) / 4, "scale": np.float32(1.5)},
+        "out": {"kernel": normal(width, 3) / 4, "bias": normal(3) / 9},
     }
-    return params, normal(32, 6), normal(32, 3)
+    return params, normal(num_examples, 6), normal(num_examples, 3)
 
 
 def model_fn(params, inputs):
@@ -109,35 +113,172 @@ def lies_as(tree, params, leading=0):
         assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), (leaf.sharding, expected)
 
 
+def same_product(alone, together):
+    """The numbers of one device, as the parameters lie."""
+    vector = sharded.vector_of(alone)
+    expected = sharded.product(alone, vector)
+    assert not np.allclose(expected, 0)
+    image = together.matvec(together.space.unravel(together.space.shard(vector)))
+    specs = [NamedSharding(together.space.mesh, spec) for spec in together.space.specs]
+    for leaf, place in zip(jax.tree.leaves(image), specs, strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    close(sharded.flat(together, image), expected)
+
+
+def gauss_newton(params, inputs, targets, **options):
+    return curvature.gauss_newton(
+        model_fn, sharded.output_loss_fn, params, inputs, targets, **options
+    )
+
+
+def fisher(params, inputs, targets, **options):
+    del targets
+    likelihood = {"key": key(), "likelihood": "normal"}
+    return curvature.fisher(model_fn, params, inputs, **likelihood, **options)
+
+
 def check_products():
-    for name in layouts():
-        for chunk_size in (None, 3):
-            alone, together = pair(name, chunk_size=chunk_size)
-            vector = sharded.vector_of(alone)
-            expected = sharded.product(alone, vector)
-            close(sharded.product(together, vector), expected)
-            image = together.matvec(together.space.unravel(together.space.shard(vector)))
-            lies_as(image, together.params)
-            close(sharded.flat(together, image), expected)
+    for name, make, chunk_size in (
+        ("fsdp", hessian, None),
+        ("fsdp", hessian, 3),
+        ("tensor", gauss_newton, None),
+        ("tensor_data", fisher, 3),
+        ("both", hessian, None),
+    ):
+        same_product(*pair(name, make, chunk_size=chunk_size))
+
+
+def check_algebra():
+    """Parts and sums of operators lie as theirs do."""
+    alone, together = pair("both")
+    kernels = lambda tree: jax.tree.map(lambda leaf: leaf.ndim == 2, tree)
+    scales = jax.tree.map(lambda leaf: 1 + 0.1 * leaf, alone.params)
+    make = lambda a: 2 * a.scaled(scales) + 0.5 * curvature.identity(a.space)
+    same_product(*(make(a).restricted(kernels(scales)) for a in (alone, together)))
+    assert make(together).space == together.space
+    same_product(*(curvature.by_block(a)["in"] for a in (alone, together)))
+    same_product(*pair("fsdp", wrt=lambda path, leaf: path[0] == "mid"))
+    # A matrix given by its product; half precision, of sizes that do not divide.
+    half = {"a": jnp.arange(5, dtype=jnp.bfloat16), "b": jnp.ones((16, 3), jnp.bfloat16)}
+    place = {"a": NamedSharding(mesh_of(), P()), "b": NamedSharding(mesh_of(), P("data"))}
+    double = lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree)
+    alone, together = (
+        curvature.from_matvec(double, like) for like in (half, jax.device_put(half, place))
+    )
+    same_product(alone, together)
+
+
+def check_draws():
+    """Those of one device, each device its own columns; what fills up is zero and stays so."""
+    mesh = mesh_of((4, 2), ("data", "model"))
+    shapes = {
+        "a": (8, 6),
+        "b": (5, 4),
+        "c": (3,),
+        "d": (),
+        "e": (16, 3),
+        "g": (2, 8, 3),
+        "z": (0, 4),
+    }
+    specs = {
+        "a": P("data", "model"), "b": P(None, "model"), "c": P(), "d": P(),
+        "e": P(("model", "data")), "g": P("model", "data"), "z": P(),
+    }  # fmt: skip
+    tree = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    place = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    alone, together = Space.of(tree), Space.of(jax.device_put(tree, place), mesh)
+    for seed in (key(), jax.random.key(0, impl="rbg")):
+        for draw in (lambda space: space.normal(seed, 3), lambda space: space.signs(seed, 2)):  # noqa: B023
+            rows = draw(together)
+            np.testing.assert_array_equal(together.gather(rows), draw(alone))
+            assert int(jnp.sum(rows != 0)) == draw(alone).size
+    np.testing.assert_array_equal(together.shard(draw(alone)), rows)
+    np.testing.assert_array_equal(together.ravel_rows(together.unravel_rows(rows)), rows)
+    rows = together.normal(key(), 4).at[3].set(together.normal(key(), 4)[0])
+    basis = np.asarray(jax.jit(together.orthonormal)(rows))
+    close(basis @ basis.T, np.eye(4))
+    close(basis @ np.asarray(rows).T @ np.asarray(rows) @ basis.T, basis @ rows.T @ rows @ basis.T)
+    whole = np.asarray(together.gather(jnp.asarray(basis)))
+    close(whole @ whole.T, np.eye(4))
+    # Divided leaves go in and out without a message.
+    own = Space.of({"a": jax.device_put(tree["a"], place["a"])}, mesh)
+    vector = own.normal(key())
+    there_and_back = jax.jit(lambda v: own.ravel(jax.tree.map(jnp.sin, own.unravel(v))))
+    assert not messages(there_and_back.lower(vector).compile())
 
 
 def check_solvers():
-    for name in ("both", "fsdp"):
-        alone, together = pair(name)
-        for solve in (
-            functools.partial(curvature.top_eigenpairs, k=2, max_basis=12, tol=1e-5),
-            functools.partial(curvature.spectral_density, num_steps=6),
-            functools.partial(curvature.trace, num_matvecs=9),
-            functools.partial(curvature.diagonal, num_matvecs=9, method="hutch++"),
+    alone, together = pair("both")
+    for solve in (
+        functools.partial(curvature.top_eigenpairs, k=2, max_basis=12, tol=1e-5),
+        functools.partial(curvature.spectral_density, num_steps=6),
+        functools.partial(curvature.diagonal, num_matvecs=9, method="hutch++"),
+    ):
+        found, expected = (solve(operator, key=key()) for operator in (together, alone))
+        if hasattr(found, "vectors"):
+            lies_as(found.vectors, together.params, 1)
+            sign = functools.partial(jax.tree.map, jnp.abs)
+            found, expected = ((r.values, sign(r.vectors)) for r in (found, expected))
+        elif hasattr(found, "residual_norms"):
+            found, expected = (r._replace(residual_norms=0) for r in (found, expected))
+        close(found, expected, 1e-3)
+
+
+def messages(compiled):
+    """Sizes of what the devices say to each other, in scalars."""
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    sent = re.findall(rf"= (.*?) (?:{names})(?:-start)?\(", compiled.as_text())
+    shapes = [re.findall(r"\[([0-9,]*)\]", shape) for shape in sent]
+    size = lambda shape: int(np.prod([int(n) for n in shape.split(",") if n] or [1]))
+    return [sum(map(size, found)) for found in shapes]
+
+
+def held(compiled):
+    """Bytes on a device while a program runs."""
+    memory = compiled.memory_analysis()
+    whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return whole + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def check_bars():
+    """What a Lanczos step of divided parameters takes of a device, and what it sends."""
+    for name in ("fsdp", "tensor"):
+        params, *batch = problem(width=512, num_examples=8)
+        params, batch = spread(name, params, batch)
+        operator = curvature.hessian(loss_fn, params, *batch)
+        space, most = operator.space, 40
+        assert space.length - space.size < 8 * len(space.shapes)
+        product = _traced._product.lower(operator, space.ravel(params)).compile()
+        place = jax.tree.map(lambda leaf: leaf.sharding, params)
+        gradient = jax.jit(jax.grad(loss_fn), out_shardings=place).lower(params, *batch).compile()
+        # What each device has of the parameters is gathered, and activations of few examples.
+        more = sum(messages(product)) - 2 * sum(messages(gradient))
+        assert more < space.size / 50, (name, messages(product), messages(gradient))
+        if name == "tensor":  # what follows is the same of all vectors
+            return
+        solver = curvature.top_eigenpairs_solver(operator, 8, key=key(), max_basis=most)
+        state = solver.init()
+        vector = space.length // 8 * 4
+        assert {b.addressable_data(0).nbytes for b in state.krylov.basis.blocks} == {
+            16 * vector, 8 * vector
+        }  # fmt: skip
+        image = solver.vectors(state)  # lies as one does
+        for step, arguments, own in (
+            (_eigen._advance, (state, image), vector),
+            (_assessment.begin_search, (state,), 0),
+            (_assessment.restart, (state,), 0),
         ):
-            found, expected = (solve(operator, key=key()) for operator in (together, alone))
-            if hasattr(found, "vectors"):
-                lies_as(found.vectors, together.params, 1)
-                sign = lambda tree: jax.tree.map(jnp.abs, tree)
-                found, expected = ((r.values, sign(r.vectors)) for r in (found, expected))
-            elif hasattr(found, "residual_norms"):
-                found, expected = (r._replace(residual_norms=0) for r in (found, expected))
-            close(found, expected, 1e-3)
+            compiled = step.lower(*arguments).compile()
+            assert held(compiled) - own <= (most + 8) * vector, (name, step)
+            # Inner products with the rows, and scalars.
+            assert max(messages(compiled), default=0) <= most, (name, messages(compiled))
+        start = jax.jit(lambda: space.normal(key())).lower().compile()  # noqa: B023
+        assert held(start) <= 8 * vector
+        assert not messages(start)
+        estimate = curvature.memory_estimate(solver)
+        on_one = [leaf.addressable_data(0) for leaf in jax.tree.leaves(state)]
+        assert estimate.state_bytes == space.num_bytes(on_one)
+        assert estimate.update_bytes < 12 * vector
 
 
 class Stopped(Exception):
@@ -200,7 +341,21 @@ def check_checkpoints():
         solve(checkpoint=checkpoint)
 
 
+OPTIMIZED = ("bars",)
+QUICK = ("products", "algebra", "draws", "solvers", "checkpoints")
+
+
+def check_processes():
+    """Products of several processes, and what they lie as."""
+    same = pair("both")
+    vector = sharded.vector_of(same[0])
+    found = sharded.product(same[1], vector)
+    close(found.addressable_data(0), sharded.product(same[0], vector))
+    close(sharded.eigenvalues(same[1]), sharded.eigenvalues(same[0]))
+
+
 def main(names, *arguments):
+    sharded.OPTIMIZED = OPTIMIZED
     for name, check in list(globals().items()):
         if name.startswith("check_"):
             setattr(sharded, name, check)

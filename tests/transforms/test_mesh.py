@@ -51,6 +51,7 @@ PROGRAM = """
 
 
 DIVIDED_PARAMETERS = """
+    import re
     import jax
     jax.config.update("jax_num_cpu_devices", 8)
     import jax.numpy as jnp, numpy as np, optax
@@ -87,6 +88,10 @@ DIVIDED_PARAMETERS = """
             # Eight are a whole copy, of which a noise drawn as one vector takes four.
             assert used < row.num_temporaries, (name, used)
             assert divided["w"].sharding.spec == specs["w"], name
+            # Messages: sums, and the small leaf, which each device has. No parameters are gathered.
+            sent = re.findall(r"= (.*) all-(?:gather|to-all)(?:-start)?\\(", program.as_text())
+            for shape in re.findall(r"\\[([0-9,]+)\\]", " ".join(sent)):
+                assert np.prod([int(size) for size in shape.split(",")]) <= 512, (name, sent)
         if "explicit" not in row.skipped:
             with jax.set_mesh(meshes["explicit"]):
                 half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)

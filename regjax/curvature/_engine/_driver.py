@@ -40,8 +40,7 @@ def run(
       The solver's result.
 
     Raises:
-      ValueError: a checkpoint inside of `jax.jit` or of several processes, or one of another
-        problem.
+      ValueError: a checkpoint inside of `jax.jit`, or one of another problem.
       CheckpointError: a file of the checkpoint cannot be written.
       MemoryError: the device has no room; names what to lower, with the bytes that are needed.
       Interrupted: Ctrl-C; its `.result` is the result so far.
