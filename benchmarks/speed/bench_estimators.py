@@ -76,7 +76,8 @@ def _case(
     def together(solve: Solve) -> Callable[[], Any]:
         if getattr(solve, "is_torch", False):
             return lambda: solve(matrix, seeds)
-        mapped = jax.jit(jax.vmap(solve, (None, 0)))
+        # One after the other: XLA on CPU does not return from some peers' batched solves.
+        mapped = jax.jit(lambda matrix, keys: jax.lax.map(lambda key: solve(matrix, key), keys))
         return lambda: mapped(matrix, keys)
 
     def off(answer: Any) -> np.ndarray:
