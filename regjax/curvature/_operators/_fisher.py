@@ -18,6 +18,7 @@ from regjax.curvature._operators._curvature import CurvatureOperator, Form, buil
 from regjax.curvature._operators._likelihoods import LIKELIHOODS, check_outputs, check_weights
 from regjax.curvature._operators._sandwich import (
     ensure_own_outputs,
+    positive,
     sandwich,
     traced_model,
     weighted_sum,
@@ -107,7 +108,7 @@ def fisher_form(
     if num_samples is not None:
         _checks.integer("num_samples", num_samples)
         _checks.key("key", key)
-    parts, size = parts_of(model_fn, batch, chunk_size)
+    parts, size = parts_of(model_fn, params, batch, chunk_size)
     model = traced_model(model_fn, params, parts)
     outputs = model.outputs(params, batch[0])
     check_outputs(likelihood, outputs, _checks.num_examples(batch))
@@ -135,12 +136,14 @@ def _draw_keys(key: jax.Array, first: jax.Array, num_examples: int, num_samples:
     return each(numbers)
 
 
+@positive
 def _mean(
     covariance: Callable[..., jax.Array], outputs: jax.Array, _: None, *rest: jax.Array
 ) -> jax.Array:
     return covariance(outputs, *rest) / outputs.shape[0]
 
 
+@positive
 def _weighted_mean(
     covariance: Callable[..., jax.Array],
     factors: Factors,

@@ -245,7 +245,7 @@ def jacobian(
     params = _meshes.whole(params)
     inputs = inputs if chunk_size is None else _meshes.whole(inputs)
     # Chunks of each device, of all examples, and single ones.
-    parts, size = parts_of(model_fn, (inputs,), chunk_size)
+    parts, size = parts_of(model_fn, params, (inputs,), chunk_size)
     more = [_chunks.parts_of(model_fn, (inputs,), count)[0] for count in (size, 1)]
     model = traced_model(model_fn, params, (*parts, *more[0], *more[1]))
     check_outputs(model.outputs(params, inputs), _checks.num_examples(inputs))

@@ -9,7 +9,7 @@ Outputs are a tree of arrays. Its integer leaves have no derivative: they are ap
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from regjax._differentiation import (
 from regjax._programs import Program
 from regjax._separable import ensure_separable, has_numbers
 from regjax.curvature._operators._curvature import Form, Linearization, trace
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def traced_model(model_fn: ModelFn, params: Params, parts: tuple[Batch, ...]) -> Program:
@@ -161,6 +163,12 @@ def split(outputs: Tree) -> tuple[Tree, Tree]:
     """What of the outputs has a derivative, and the others; None in the places of each other."""
     is_float = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return _tree.partition(outputs, map(is_float, jax.tree.leaves(outputs)))
+
+
+def positive(function: _Function) -> _Function:
+    """Marks a curvature at the outputs that is positive semi-definite whatever the data are."""
+    function.__dict__["is_positive"] = True
+    return function
 
 
 def sandwich(
