@@ -2,7 +2,8 @@
 
 At the start, as the paper's measure of it, with one block for each weight matrix. Every block's
 eigenvalues are divided by its largest magnitude, or a distance would tell scales alone; without
-that division it is shown beside it.
+that division it is shown beside it. The transformer is a GPT of one layer and width 32 (6 weight
+matrices), the other net has two convolutions and a head (3): far smaller than the paper's.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,7 +120,7 @@ def _on_data(data: str, records: Sequence[Record], name: str) -> Verdict:
 def _draw(records: Sequence[Record], figure: Any) -> None:
     first = records[0]["data"]
     shown = _claims.select(records, data=first)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.3, 1.1, 1))
+    left, middle, *right = figure.subplots(1, 4, width_ratios=(1.3, 1.1, 0.8, 0.8))
     for axes, network in zip((left, middle), _NETWORKS, strict=True):
         runs = _claims.select(shown, network=network)
         pairs = {name for name in runs[0] if name.startswith("pair ")}
@@ -136,10 +137,13 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
         axes.set_yticks(range(len(names)), short, fontsize=5)
         axes.set_title(f"{network}, {first}", fontsize=7)
     figure.colorbar(image, ax=middle, shrink=0.7).ax.tick_params(labelsize=6)
-    _figures.dots(right, records, "network", "distance")
-    right.legend(frameon=False, fontsize=6)
-    right.set_ylim(0, 1)
-    _figures.label(right, y="mean distance of blocks")
+    for axes, (name, measure) in zip(right, _MEASURES.items(), strict=True):
+        _figures.dots(axes, records, "network", name, ["GPT", "conv"])
+        axes.set_ylim(0, 1)
+        axes.set_xlim(-0.5, 1.7)
+        axes.set_title(measure.replace(" over", "\nover").replace(", ", ",\n"), fontsize=6)
+        _figures.label(axes, y="mean distance of blocks")
+    right[0].legend(frameon=False, fontsize=6)
 
 
 def _short(name: str) -> str:

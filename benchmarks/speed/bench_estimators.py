@@ -132,7 +132,7 @@ def _ours(function: Callable[..., Any], method: str, products: int) -> Solve:
 def _is_there(*modules: str) -> bool:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        print(f"{modules[0]}: skipped, {' and '.join(missing)} not installed (extra `bench`)")
+        print(f"{modules[0]}: skipped, {' and '.join(missing)} not installed")
     return not missing
 
 
