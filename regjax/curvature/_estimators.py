@@ -90,11 +90,11 @@ def trace(
         block of them, when the host drives; `progress.result` is the result so far.
 
     Returns:
-      A `TraceResult`; unbiased. The error of the last two is the spread of as many estimates as
-      random vectors, each of which leaves one out. They are not independent, so that it is an
-      estimate of the error, within about a third of it from 10 vectors on. Before the last product
-      a result is Hutchinson's of these vectors. Of a matrix that XNysTrace sees to be indefinite
-      the value is NaN inside of `jax.jit`.
+      A `TraceResult`; unbiased. Of the last two the error comes from the spread of as many
+      estimates as random vectors, each of which leaves one out, and from their covariance, found
+      by leaving out two: its square is unbiased. Before the last product a result is Hutchinson's
+      of these vectors. Of a matrix that XNysTrace sees to be indefinite the value is NaN inside of
+      `jax.jit`.
 
     Raises:
       ValueError: `method` is unknown, `num_matvecs` below 1 (3 for Hutch++, 4 for XTrace, 2 for
