@@ -127,17 +127,17 @@ def train(
     """
     state, done = tx.init(params), 0
     loss = float(loss_fn(params, split.x, split.y))
-    for order in _epochs(len(split.y), batch_size, seed):
+    for order in epochs(len(split.y), batch_size, seed):
         if done >= num_steps or not loss >= stop_below:
             break
         order = order[: num_steps - done]
-        params, state, last = _epoch(tx.update, params, state, split.x, split.y, order)
+        params, state, last = epoch(tx.update, params, state, split.x, split.y, order)
         done, loss = done + len(order), float(last)
     return Trained(params, loss, done, state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _epoch(update: Callable[..., Any], params: Any, state: Any, x: Any, y: Any, order: Any) -> Any:
+def epoch(update: Callable[..., Any], params: Any, state: Any, x: Any, y: Any, order: Any) -> Any:
     def step(carry: Any, i: jax.Array) -> Any:
         params, state = carry
 
@@ -152,7 +152,7 @@ def _epoch(update: Callable[..., Any], params: Any, state: Any, x: Any, y: Any, 
     return params, state, loss_fn(params, x, y)
 
 
-def _epochs(num_examples: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+def epochs(num_examples: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
     random = np.random.default_rng(seed)
     while True:
         order = random.permutation(num_examples)
@@ -212,7 +212,7 @@ def train_model(
     """The model after so many steps, and the loss before each. The host drives: convolutions."""
     params, model_state, state = model.params, model.state, tx.init(model.params)
     losses, key = list[jax.Array](), jax.random.key(seed)
-    for order in _epochs(len(split.y), batch_size, seed):
+    for order in epochs(len(split.y), batch_size, seed):
         for rows in order[: num_steps - len(losses)]:
             step_key = jax.random.fold_in(key, len(losses))
             params, model_state, state, loss = _model_step(

@@ -90,11 +90,11 @@ def trace(
         block of them, when the host drives; `progress.result` is the result so far.
 
     Returns:
-      A `TraceResult`; unbiased. The error of the last two is the spread of as many estimates as
-      random vectors, each of which leaves one out. They are not independent, so that it is an
-      estimate of the error, within about a third of it from 10 vectors on. Before the last product
-      a result is Hutchinson's of these vectors. Of a matrix that XNysTrace sees to be indefinite
-      the value is NaN inside of `jax.jit`.
+      A `TraceResult`; unbiased. Of the last two the error comes from the spread of as many
+      estimates as random vectors, each of which leaves one out, and from their covariance, found
+      by leaving out two: its square is unbiased. Before the last product a result is Hutchinson's
+      of these vectors. Of a matrix that XNysTrace sees to be indefinite the value is NaN inside of
+      `jax.jit`.
 
     Raises:
       ValueError: `method` is unknown, `num_matvecs` below 1 (3 for Hutch++, 4 for XTrace, 2 for
@@ -185,12 +185,12 @@ def diagonal_solver(
 ) -> Solver[Tree, DiagonalResult]:
     """Makes the solver of `diagonal`, whose arguments these are, to drive by hand."""
     _check(_OF_DIAGONAL, method, key, num_matvecs)
-    tree = operator.space.unravel
 
     def result(found: Estimates) -> DiagonalResult:
+        value, error = entries(operator, found)
         return DiagonalResult(
-            value=tree(found.diagonal),
-            standard_error=tree(found.diagonal_standard_error),
+            value=value,
+            standard_error=error,
             num_matvecs=found.num_matvecs,
             trace=found.trace,
             trace_standard_error=found.trace_standard_error,
@@ -199,6 +199,13 @@ def diagonal_solver(
     return _OF_DIAGONAL[method][0](
         operator, name="diagonal", key=key, num_matvecs=num_matvecs, of_trace=False, result=result
     )
+
+
+def entries(operator: Operator, found: Estimates) -> tuple[Params, Params]:
+    """Estimates of entries and their errors as trees; NaN of a single probe is no accident."""
+    tree = operator.space.unravel
+    with jax.debug_nans(False):
+        return tree(found.diagonal), tree(found.diagonal_standard_error)
 
 
 def _slope_of_trace(

@@ -70,10 +70,9 @@ def combined(
     num_rows = plain.shape[0]
     if squares is not None:
         plain = plain * _numerics.divide(space.size, squares)[:, None]
-    ours, covariance, of_sums = found.each, found.covariance, found.covariance_of_sums
+    ours = found.each
     if num_rows == space.size:  # nothing is left to be sampled
         ours = jnp.broadcast_to(found.exact, ours.shape)
-        covariance, of_sums = jnp.zeros_like(covariance), jnp.zeros_like(of_sums)
     if of_trace:
         plain, ours = (jnp.sum(samples, 1, keepdims=True) for samples in (plain, ours))
     each = jnp.where(is_finished, ours, plain)
@@ -81,14 +80,18 @@ def combined(
     estimates = estimated(with_samples(no_samples(space, of_trace), each, count), num_matvecs)
 
     def error(spread: jax.Array, covariance: jax.Array) -> jax.Array:
+        if num_rows == space.size:
+            return jnp.where(is_finished, 0, spread)
         more = jnp.maximum(covariance, 0)
         # A single vector has neither, and no covariance may hide that.
         return jnp.where(is_finished, jnp.sqrt(spread**2 + more), spread)
 
     diagonal_error = estimates.diagonal_standard_error
     return estimates._replace(
-        trace_standard_error=error(estimates.trace_standard_error, of_sums),
-        diagonal_standard_error=(diagonal_error if of_trace else error(diagonal_error, covariance)),
+        trace_standard_error=error(estimates.trace_standard_error, found.covariance_of_sums),
+        diagonal_standard_error=(
+            diagonal_error if of_trace else error(diagonal_error, found.covariance)
+        ),
     )
 
 

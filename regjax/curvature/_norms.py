@@ -9,7 +9,7 @@ from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._estimators import TraceResult, of_products
+from regjax.curvature._estimators import TraceResult, entries, of_products
 from regjax.curvature._hutchinson import Estimates, Result
 from regjax.curvature._leave_one_out import leave_one_out_solver
 from regjax.curvature._operators._operator import Operator
@@ -74,12 +74,12 @@ def squared_row_norms_solver(
     operator: Operator, *, key: PRNGKey, num_matvecs: int
 ) -> Solver[Tree, RowNormsResult]:
     """Makes the solver of `squared_row_norms`, whose arguments these are, to drive by hand."""
-    tree = operator.space.unravel
 
     def result(found: Estimates) -> RowNormsResult:
+        value, error = entries(operator, found)
         return RowNormsResult(
-            value=tree(found.diagonal),
-            standard_error=tree(found.diagonal_standard_error),
+            value=value,
+            standard_error=error,
             num_matvecs=found.num_matvecs,
             squared_norm=found.trace,
             squared_norm_standard_error=found.trace_standard_error,

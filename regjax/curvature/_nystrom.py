@@ -38,6 +38,8 @@ from regjax.curvature._precision import precisely
 
 # Units of rounding of the inner products that may make an eigenvalue of h negative.
 _UNITS = 8
+# Units of rounding of the largest eigenvalue of h by which the others are raised.
+_SHIFT = 4
 
 
 class NystromState(NamedTuple):
@@ -124,16 +126,25 @@ def _estimated(
     matrix = (matrix + matrix.T) / 2
     is_finite = jnp.all(jnp.isfinite(matrix))
     # The iteration does not end for NaN.
-    values, vectors = jnp.linalg.eigh(jnp.where(is_finite, matrix, 0))
+    values, _ = jnp.linalg.eigh(jnp.where(is_finite, matrix, 0))
+    # Of A and a small multiple of the identity, so that no eigenvalue of h is lost to rounding: all
+    # is as unbiased for that, and the multiple is known.
+    shift = _SHIFT * jnp.finfo(matrix.dtype).eps * jnp.maximum(values[-1], 0) / space.size
+    shifted = state._replace(images=images + shift * probes)
+    matrix = matrix + shift * inner_products(space, probes, probes)
+    kept, vectors = jnp.linalg.eigh(jnp.where(is_finite, matrix, 0))
     squares = jnp.sum(probes**2, 1)
     largest = jnp.sqrt(jnp.max(squares) * jnp.max(jnp.sum(images**2, 1)))
     is_negative = is_finished & (values[0] < -_UNITS * eps * num_rows * largest)
     find = _of_trace if of_trace else _of_diagonal
-    found = find(state, *_inverse(values, vectors), space)
-    bad = ~is_finite | is_negative
-    each, exact = (jnp.where(bad, jnp.nan, part) for part in (found.each, found.exact))
+    found = find(shifted, *_inverse(kept, vectors), space)
+    bad, less = ~is_finite | is_negative, shift * (space.size if of_trace else 1)
+    each, exact = (jnp.where(bad, jnp.nan, part - less) for part in (found.each, found.exact))
+    rounding = (jnp.finfo(matrix.dtype).eps * values[-1]) ** 2
     estimates = combined(
-        found._replace(each=each, exact=exact),
+        found._replace(
+            each=each, exact=exact, covariance_of_sums=found.covariance_of_sums + rounding
+        ),
         probes * images,
         squares if of_trace else None,
         num_matvecs=count,
@@ -147,7 +158,7 @@ def _estimated(
 def _inverse(values: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """h^(-1/2) and h^-1, with what is below rounding of the largest eigenvalue raised to that."""
     info = jnp.finfo(values.dtype)
-    kept = jnp.maximum(values, jnp.maximum(info.eps * values.size * values[-1], info.tiny))
+    kept = jnp.maximum(values, jnp.maximum(info.eps * values[-1], info.tiny))
     return (vectors / jnp.sqrt(kept)[None]).T, (vectors / kept[None]) @ vectors.T
 
 

@@ -76,8 +76,9 @@ def test_the_gram_matrix_goes_wherever_an_operator_goes():
     np.testing.assert_allclose(top.values, exact[::-1][:2], rtol=1e-4)
 
 
-@pytest.mark.parametrize("output_axes", ["full", "trace", "diagonal"])
-@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize(
+    ("output_axes", "chunk_size"), [("full", None), ("full", 3), ("trace", 3), ("diagonal", 3)]
+)
 def test_kernels(output_axes, chunk_size):
     right = {
         "full": kernel(),
