@@ -262,6 +262,9 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     largest = jnp.maximum(jnp.max(jnp.abs(krylov.projected)), jnp.max(jnp.abs(coefficients)))
     rounding = _BREAKDOWN * float(jnp.finfo(image.dtype).eps) * largest
 
+    # What a branch gives lies where it says (see `_basis.outside`).
+    keep = basis.space.constrain
+
     def again(_: Any) -> tuple[jax.Array, ...]:
         twice, second = _basis.outside(basis, residual)
         beta = jnp.sqrt(dot(twice, twice))
@@ -269,13 +272,13 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
         direction, key = lax.cond(
             broke_down,
             lambda _: _fresh(basis, krylov.key),
-            lambda _: (unit(twice, beta), krylov.key),
+            lambda _: (keep(unit(twice, beta)), krylov.key),
             None,
         )
-        return direction, coefficients + second, beta, broke_down, key
+        return keep(direction), coefficients + second, beta, broke_down, key
 
     def at_once(_: Any) -> tuple[jax.Array, ...]:
-        return unit(residual, beta), coefficients, beta, jnp.bool_(False), krylov.key
+        return keep(unit(residual, beta)), coefficients, beta, jnp.bool_(False), krylov.key
 
     # One branch for all that is rare; what a branch hands through, it copies.
     direction, coefficients, beta, broke_down, key = lax.cond(
@@ -288,7 +291,7 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
         lost=krylov.lost,
         blur=jnp.hypot(krylov.blur, jnp.where(broke_down, beta, 0)),
         newest=row,
-        direction=direction,
+        direction=keep(direction),
         scale=scale,
         beta=jnp.where(broke_down, 0, beta),
         broke_down=broke_down,
@@ -321,7 +324,7 @@ def _fresh(basis: _basis.Basis, key: PRNGKey) -> tuple[jax.Array, PRNGKey]:
     for _ in range(2):
         noise, _ = _basis.outside(basis, noise / space.norm(noise))
     noise = jnp.where(_basis.spans_all(basis), jnp.zeros_like(noise), noise)
-    return unit(noise, space.norm(noise)), key
+    return space.constrain(unit(noise, space.norm(noise))), key
 
 
 def unit(vector: jax.Array, norm: jax.Array) -> jax.Array:
