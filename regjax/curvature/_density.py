@@ -23,8 +23,8 @@ from regjax.curvature._engine._accumulation import small_dtype
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._lanczos import Krylov, absorb, charged, empty, expand
-from regjax.curvature._measure import DensityResult, dimension_left, share_error, spectral_sum
+from regjax.curvature._lanczos import Krylov, absorb, charged, empty, expand, renewed
+from regjax.curvature._measure import DensityResult, dimension_left, sampled_sum, share_error
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._quadrature import gauss_rule, open_share
@@ -232,11 +232,14 @@ def _begin(
 def _update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityState:
     """One more row for each probe under way, and what it knows of its measure when that is all."""
     state = _absorb(state, images)
-    filled, most = state.probes.filled[0], state.alphas.shape[1]
+    state = state._replace(probes=renewed(state.probes))
+    # What the host decides needs no program.
+    known: Any = np.asarray if _loops.is_concrete(state) else lambda array: array
+    filled, most = known(state.probes.filled)[0], state.alphas.shape[1]
     if chosen:
-        looks = jnp.asarray([count for count in _LOOKS if count < most], jnp.int32)
-        state = _loops.cond(jnp.any(filled == looks), _look, state)
-    return _loops.cond(state.resolved | (filled == most), _collect, state)
+        looks = np.asarray([count for count in _LOOKS if count < most], np.int32)
+        state = _loops.cond((filled == looks).any(), _look, state)
+    return _loops.cond(known(state.resolved) | (filled == most), _collect, state)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -345,5 +348,6 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
         num_matvecs=state.num_matvecs,
         size=jnp.asarray(size, jnp.int32 if size < 2**31 else dtype),
     )
-    total = spectral_sum(result, lambda values: values)
-    return result._replace(trace=total.value, trace_standard_error=total.standard_error)
+    mean, error, dimension = sampled_sum(result, lambda values: values)
+    total = jnp.sum(result.eigenvalues) + dimension * mean
+    return result._replace(trace=total, trace_standard_error=error)

@@ -12,6 +12,7 @@ import jax
 from regjax import _platforms
 from regjax.experiments._architectures import ARCHITECTURES
 from regjax.experiments._initializations import INITIALIZATIONS
+from regjax.experiments._monitoring import check_measures
 from regjax.experiments._normalization import NORMALIZATIONS
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._options import UsageError, choices, did_you_mean, kind, option
@@ -107,6 +108,7 @@ def _validate_sizes(settings: TrainSettings) -> None:
         raise UsageError(
             f"--depth must be at least {least} with --model {settings.model}, got {settings.depth}."
         )
+    check_measures(settings)
     if not settings.data:
         raise UsageError("--data must name a data set or a file, got ''.")
     if isinstance(settings, SpectrumSettings):

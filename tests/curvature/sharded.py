@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from regjax import WeightedMean, curvature
+from regjax import WeightedMean, curvature, diagnostics
 from regjax._space import Space
 from regjax.curvature import _assessment, _eigen
+from regjax.curvature._engine import _basis
 from regjax.curvature._operators import _curvature, _traced
 from regjax.experiments import SpectrumSettings, _analysis, _inputs, _network
 from tests.experiments.test_training import make_dataset
 
+# Rows lie in several blocks, as those of large networks do.
+_basis._SMALL = 0
 NUM_EXAMPLES, INPUTS, OUTPUTS = 64, 6, 3
 key = functools.partial(jax.random.key, 1)
 
@@ -320,6 +323,29 @@ def check_trace_and_diagonal():
     }
 
 
+def check_solves():
+    """Preconditioned systems, as influence solves them."""
+    alone, together = both(OPERATORS["gauss_newton"])
+    params, *batch = problem()
+
+    def found(operator, *batch):
+        norm = operator.space.norm(operator.space.ravel(params))
+        one = jax.tree.map(lambda leaf: leaf[None] / norm, params)
+        pairs = curvature.EigenResult(
+            jnp.full(1, 2.0), one, *[None] * 2, jnp.full(1, True), *[None] * 2
+        )
+        preconditioner = curvature.low_rank_preconditioner(operator, pairs, damping=0.1)
+        influence = diagnostics.influence(
+            loss_fn, params, batch, tuple(array[:2] for array in problem()[1:]), damping=0.1,
+            operator=operator, preconditioner=preconditioner,
+        )  # fmt: skip
+        assert bool(jnp.all(influence.converged))
+        return influence.value
+
+    parts = (divided(array, mesh_of()) for array in batch)
+    close(found(together, *parts), found(alone, *map(jnp.asarray, batch)), 2e-3)
+
+
 def check_inside_jit():
     alone, together = both(chunk_size=3)
 
@@ -416,9 +442,8 @@ def check_command_line():
 OPTIMIZED = ("products", "recomputed_products", "memory")
 QUICK = (
     "convolutions", "coupled_examples", "weighted_means", "two_axes", "eigenpairs", "lanczos",
-    "density",
-    "trace_and_diagonal", "inside_jit", "from_matvec", "algebra", "rows", "compilations", "errors",
-    "command_line",
+    "density", "trace_and_diagonal", "solves", "inside_jit", "from_matvec", "algebra", "rows",
+    "compilations", "errors", "command_line",
 )  # fmt: skip
 
 

@@ -29,10 +29,9 @@ def test_vectors_that_branches_give_are_constrained():
 
     def step(start, image):
         krylov = _lanczos.empty(space, start, 20, jax.random.key(0))
-        return _lanczos.absorb(krylov, image)
+        return _lanczos.renewed(_lanczos.absorb(krylov, image))
 
     vector = jax.ShapeDtypeStruct((LENGTH,), jnp.float32)
     found = list(given_vectors(jax.make_jaxpr(step)(vector, vector).jaxpr))
-    assert len(found) > 8
-    # The platforms' own branches are for inner products alone.
+    assert len(found) >= 6
     assert set(found) == {"sharding_constraint"}

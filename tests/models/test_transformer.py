@@ -114,7 +114,7 @@ def loss_of(model):
     return regjax.model_loss(model, oracles.cross_entropy)
 
 
-@pytest.mark.optimized
+@pytest.mark.slow
 def test_curvature_of_the_whole_and_of_blocks_is_the_dense_one(default_promotion):
     # flax's layer norm promotes float32 and float64.
     with jax.enable_x64(True):

@@ -21,6 +21,8 @@ from regjax.curvature._engine._accumulation import inner_products, small_dtype
 # longer.
 _BLOCK_ROWS = 16
 _MOST_BLOCKS = 8
+# So few scalars lie in the cache, where all rows are read as fast as some: one block.
+_SMALL = 2**19
 # Products with a block are fastest if its rows are a multiple of this.
 _ROUND_ROWS = 8
 # Column width in which the rows are recombined in place, in scalars: two slabs of all rows take no
@@ -61,7 +63,8 @@ def zeros(
     space: Space, num_rows: int, accumulation: str | None = None, generation: Any = 0
 ) -> Basis:
     """`num_rows` empty rows."""
-    rows = max(_BLOCK_ROWS, -(-num_rows // _MOST_BLOCKS))
+    is_small = num_rows * space.length <= _SMALL
+    rows = max(_BLOCK_ROWS, num_rows if is_small else -(-num_rows // _MOST_BLOCKS))
     rows = -(-rows // _ROUND_ROWS) * _ROUND_ROWS
     sizes = [min(rows, num_rows - start) for start in range(0, num_rows, rows)]
     blocks = tuple(space.zeros(size) for size in sizes)

@@ -25,7 +25,7 @@ _DIFFERENCE, _UNITS = 3e-3, 16
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["linear_map", "example"],
-    meta_fields=["placement"],
+    meta_fields=["placement", "is_positive"],
 )
 @dataclasses.dataclass(frozen=True)
 class MatvecOperator(TracedOperator):
@@ -35,11 +35,13 @@ class MatvecOperator(TracedOperator):
       linear_map: v -> A v on trees.
       example: a tree like a vector, of which only structure, shapes and dtypes count.
       placement: where its arrays lie if they are on several devices; else None.
+      is_positive: whether it is positive semi-definite by construction.
     """
 
     linear_map: Program
     example: Params
     placement: Placement | None
+    is_positive: bool = False
 
     @property
     def home(self) -> Mesh | None:
@@ -81,6 +83,11 @@ def from_matvec(matvec: MatVec, like: Params) -> Operator:
       ValueError: the product has another structure or other shapes than `like`, or it is not
         linear, or not symmetric, by more than 0.3 % and 16 units of rounding of its narrowest type.
     """
+    return matvec_operator(matvec, like)
+
+
+def matvec_operator(matvec: MatVec, like: Params, *, is_positive: bool = False) -> MatvecOperator:
+    """As `from_matvec`; `is_positive` says that the matrix is positive semi-definite."""
     _checks.floating_tree("like", like)
     with precision():
         linear_map = _programs.share(_programs.trace(matvec, (like,)))
@@ -90,7 +97,7 @@ def from_matvec(matvec: MatVec, like: Params) -> Operator:
     placement = find((), like, linear_map)
     if placement is not None:
         linear_map, like = placement.replicate((linear_map, like))
-    operator = MatvecOperator(linear_map, like, placement)
+    operator = MatvecOperator(linear_map, like, placement, is_positive)
     _check_symmetric(operator)
     return operator
 

@@ -1,17 +1,20 @@
 """A symmetric matrix that is known by its products, and what follows from products alone."""
 
 import abc
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from scipy.sparse.linalg import LinearOperator
 
 from regjax import _checks, _loops, _platforms
 from regjax._base import Params, Tree
 from regjax._meshes import on_one_mesh
 from regjax._space import Space
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 # A dense float32 matrix of this order takes 4 GiB.
 _MAX_DENSE = 2**15
@@ -129,11 +132,13 @@ class Products(abc.ABC):
         matrix = self.space.gather(self.block_product(unit))
         return (matrix + matrix.T) / 2
 
-    def to_scipy(self) -> LinearOperator:
+    def to_scipy(self) -> "LinearOperator":
         """Makes a `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors (n,) of it.
 
         The order is that of `jax.tree.leaves`; matrices (n, k) hold vectors in their columns.
         """
+        from scipy.sparse.linalg import LinearOperator  # a tenth of a second, which few need
+
         space = self.space
 
         def matmat(columns: np.ndarray) -> np.ndarray:
