@@ -350,12 +350,12 @@ def renewed(krylov: Krylov) -> Krylov:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-@precisely
 def _renew(krylov: Krylov) -> Krylov:
     direction, key = _next_direction(krylov)
     return krylov._replace(direction=direction, key=key)
 
 
+@precisely
 def _next_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
     if krylov.broke_down.ndim:
         return jax.vmap(_next_direction)(krylov)
