@@ -55,7 +55,7 @@ def is_on_cpu(*trees: Tree) -> bool:
 
 def default_platform() -> str:
     """Finds the platform of arrays that nobody has put anywhere."""
-    device = jax.config.values["jax_default_device"]
+    device = getattr(jax.config, "jax_default_device")  # noqa: B009
     if isinstance(device, str):
         return device
     return jax.devices()[0].platform if device is None else device.platform

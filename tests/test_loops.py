@@ -82,8 +82,15 @@ def has_loop(function, *arguments, platform="cpu"):
     return "stablehlo.while" in lowered(function, *arguments, platform=platform)
 
 
-def test_convolutions_never_enter_a_compiled_region_on_cpu(monkeypatch):
-    body, operands, carry = CONVOLVED
+@pytest.fixture
+def arrays_on_cpu():
+    """Also on a machine with an accelerator."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), CONVOLVED[1:])
+
+
+def test_convolutions_never_enter_a_compiled_region_on_cpu(monkeypatch, arrays_on_cpu):
+    body, (operands, carry) = CONVOLVED[0], arrays_on_cpu
     assert not has_loop(lambda c: _loops.scan(body, c, 8, operands=operands), carry)
     assert has_loop(lambda c: _loops.scan(DENSE[0], c, 8, operands=DENSE[1]), carry)
     # On the host the body is compiled once and called, without a region around it.
@@ -136,10 +143,10 @@ def test_the_platform_is_that_of_the_lowering(name, monkeypatch):
         assert loops == [False, True, True]
 
 
-def test_arrays_on_a_cpu_take_its_path_whatever_the_default(monkeypatch):
+def test_arrays_on_a_cpu_take_its_path_whatever_the_default(monkeypatch, arrays_on_cpu):
     """As on a machine with a GPU, where arrays have been put on the CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    body, operands, carry = CONVOLVED
+    body, (operands, carry) = CONVOLVED[0], arrays_on_cpu
     monkeypatch.setattr(_loops, "_compiled_scan", None)
     expected = by_hand(body, operands, carry, 3)
     np.testing.assert_allclose(_loops.scan(body, carry, 3, operands=operands), expected, rtol=1e-6)
@@ -193,8 +200,8 @@ def test_long_traced_convolutions_warn_once_and_on_the_cpu_alone():
         lowered(long, carry)
 
 
-def test_a_branch_of_convolutions_warns_once():
-    body, operands, carry = CONVOLVED
+def test_a_branch_of_convolutions_warns_once(arrays_on_cpu):
+    body, (operands, carry) = CONVOLVED[0], arrays_on_cpu
     change = lambda state: body(operands, state, jnp.int32(0))
     branch = lambda c: _loops.cond(c.sum() > 0, change, c, holds_products=True)
     _platforms._told.clear()

@@ -124,6 +124,7 @@ def _suffix(record: Record) -> str:
 def figure(records: Iterable[Record], path: pathlib.Path) -> None:
     """Memory and seconds against the number of chips, a column a model, a line a program."""
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     shown = [r for r in records if r["compiled"] and r["precision"] == "default"]
     models = sorted({(r["parameters"], r["model"]) for r in shown})
@@ -149,12 +150,16 @@ def figure(records: Iterable[Record], path: pathlib.Path) -> None:
                     if points:
                         ax.plot(*zip(*points, strict=True), mark, color=colors[program], ms=5)
             if row == 0:
-                for chip in _chips.CHIPS:
+                for place, chip in zip((1, 150, 1), _chips.CHIPS, strict=True):
                     memory = _chips.CHIPS[chip].memory / 1e9
                     ax.axhline(memory, color="gray", lw=0.8, ls=":")
-                    ax.annotate(chip, (1, memory), fontsize=7, color="gray", va="bottom")
+                    ax.annotate(chip, (place, memory), fontsize=7, color="gray", va="bottom")
             ax.set(xscale="log", yscale="log", xticks=(1, 4, 16, 64, 256), ylabel=label)
             ax.set_xticklabels(["1", "4", "16", "64", "256"])
+            ax.xaxis.set_minor_locator(ticker.NullLocator())
+            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(ticker.NullLocator())
             ax.set_xlim(0.8, 330)
             ax.set_title(model if row == 0 else "", fontsize=10)
             ax.set_xlabel("chips" if row else "")

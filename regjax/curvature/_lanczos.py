@@ -278,35 +278,38 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
         coupling=jnp.zeros_like(krylov.coupling).at[last].set(jnp.where(broke_down, 0, beta)),
         blur=jnp.hypot(krylov.blur, jnp.where(broke_down, beta, 0)),
         newest=row,
-        direction=unit(residual, beta),
+        direction=basis.space.constrain(unit(residual, beta)),
         scale=scale,
         beta=jnp.where(broke_down, 0, beta),
         broke_down=broke_down,
     )
 
 
-@precisely
 def renewed(krylov: Krylov) -> Krylov:
     """The same with a random direction if the last step broke down; of several, each by itself."""
     if _loops.is_concrete(krylov.broke_down):
         return _renew(krylov) if np.any(krylov.broke_down) else krylov
-    # What a branch hands through, it copies.
+    # What a branch hands through, it copies, and what it gives lies where it says (see
+    # `_basis.outside`).
+    keep = krylov.basis.space.constrain
+
+    def draw(_: Any) -> tuple[jax.Array, PRNGKey]:
+        direction, key = _next_direction(krylov)
+        return keep(direction), key
+
     direction, key = lax.cond(
-        jnp.any(krylov.broke_down),
-        lambda _: _next_direction(krylov),
-        lambda _: (krylov.direction, krylov.key),
-        None,
+        jnp.any(krylov.broke_down), draw, lambda _: (keep(krylov.direction), krylov.key), None
     )
-    return krylov._replace(direction=direction, key=key)
+    return krylov._replace(direction=keep(direction), key=key)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-@precisely
 def _renew(krylov: Krylov) -> Krylov:
     direction, key = _next_direction(krylov)
     return krylov._replace(direction=direction, key=key)
 
 
+@precisely
 def _next_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
     if krylov.broke_down.ndim:
         return jax.vmap(_next_direction)(krylov)

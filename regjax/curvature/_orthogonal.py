@@ -54,6 +54,7 @@ def orthogonalized(
         return _Turn(at.passes + 1, residual, coefficients, beta, rounding, again)
 
     zero = jnp.zeros((), coefficients.dtype)
+    vector = basis.space.constrain(vector)  # what a loop carries lies where it says
     first = _Turn(jnp.int32(0), vector, coefficients, zero, zero, jnp.bool_(True))
     # One program for both passes: most of the time of a short run is spent compiling them.
     last = lax.while_loop(lambda at: at.again, turn, first)
@@ -70,7 +71,7 @@ def fresh(basis: _basis.Basis, key: PRNGKey) -> tuple[jax.Array, PRNGKey]:
         0, 2, lambda _, noise: _basis.outside(basis, noise / space.norm(noise))[0], noise
     )
     noise = jnp.where(_basis.spans_all(basis), jnp.zeros_like(noise), noise)
-    return unit(noise, space.norm(noise)), key
+    return space.constrain(unit(noise, space.norm(noise))), key
 
 
 def unit(vector: jax.Array, norm: jax.Array) -> jax.Array:

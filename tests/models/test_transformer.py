@@ -147,8 +147,7 @@ def test_recomputing_changes_no_product():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize(("post_norm", "remat"), [(False, True), (True, False)])
 def test_a_stack_of_blocks_is_the_blocks_one_after_the_other(post_norm, remat):
     """Loss, gradient and Hessian product, of the same weights stacked."""
     one_by_one = make(depth=3, post_norm=post_norm, remat=remat)

@@ -89,19 +89,21 @@ def outside(basis: Basis, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`vector` less its part in the rows, and its coefficients (rows,): one pass over them."""
     coefficients = []
     dtype = small_dtype(vector.dtype, basis.accumulation)
+    # Left to itself the compiler has what a branch gives on each device, whole.
+    keep = basis.space.constrain
 
     def remove(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         part = inner_products(basis.space, block, vector, basis.accumulation)
         # These roundings, one an element, do not add up.
-        return vector - part.astype(vector.dtype) @ block, part
+        return keep(vector - part.astype(vector.dtype) @ block), part
 
     def leave(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return vector, jnp.zeros(block.shape[0], dtype)
+        return keep(vector), jnp.zeros(block.shape[0], dtype)
 
     for start, block in _placed(basis):
         vector, part = lax.cond(start < basis.filled, remove, leave, block, vector)
         coefficients.append(part)
-    return vector, jnp.concatenate([*coefficients, jnp.zeros(0, dtype)])
+    return keep(vector), jnp.concatenate([*coefficients, jnp.zeros(0, dtype)])
 
 
 def spans_all(basis: Basis) -> jax.Array:
