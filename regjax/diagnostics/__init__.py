@@ -1,5 +1,9 @@
 """Numbers that say what training has come to, and change nothing."""
 
+from regjax.diagnostics._alignment import AlignmentResult as AlignmentResult
+from regjax.diagnostics._alignment import GradientShareResult as GradientShareResult
+from regjax.diagnostics._alignment import gradient_share as gradient_share
+from regjax.diagnostics._alignment import operator_alignment as operator_alignment
 from regjax.diagnostics._batch_norm import BatchNormResult as BatchNormResult
 from regjax.diagnostics._batch_norm import batch_norm_regularization as batch_norm_regularization
 from regjax.diagnostics._boundary_jitter import JitterResult as JitterResult
@@ -24,6 +28,11 @@ from regjax.diagnostics._dropout_noise import dropout_noise_alignment as dropout
 from regjax.diagnostics._edge_of_stability import EdgeResult as EdgeResult
 from regjax.diagnostics._edge_of_stability import edge_of_stability as edge_of_stability
 from regjax.diagnostics._edge_of_stability import stability_threshold as stability_threshold
+from regjax.diagnostics._gradient_noise import NoiseScaleResult as NoiseScaleResult
+from regjax.diagnostics._gradient_noise import gradient_noise as gradient_noise
+from regjax.diagnostics._gradient_noise import noise_scale as noise_scale
+from regjax.diagnostics._influence import InfluenceResult as InfluenceResult
+from regjax.diagnostics._influence import influence as influence
 from regjax.diagnostics._interval_flatness import FlatnessResult as FlatnessResult
 from regjax.diagnostics._interval_flatness import interval_flatness as interval_flatness
 from regjax.diagnostics._landscape import CovariateShiftResult as CovariateShiftResult
@@ -39,6 +48,9 @@ from regjax.diagnostics._low_dimensional import frozen_component as frozen_compo
 from regjax.diagnostics._low_dimensional import subspace_from_data as subspace_from_data
 from regjax.diagnostics._low_dimensional import transversal_complexity as transversal_complexity
 from regjax.diagnostics._low_dimensional import transversal_variation as transversal_variation
+from regjax.diagnostics._monitor import Monitor as Monitor
+from regjax.diagnostics._monitor_file import read_monitor as read_monitor
+from regjax.diagnostics._monitor_measures import MonitorPoint as MonitorPoint
 from regjax.diagnostics._preconditioner import PreconditionerResult as PreconditionerResult
 from regjax.diagnostics._preconditioner import preconditioner as preconditioner
 from regjax.diagnostics._scale_invariance import ScaleInvarianceResult as ScaleInvarianceResult
