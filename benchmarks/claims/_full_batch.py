@@ -47,7 +47,8 @@ def followed(settings: Settings, tx: optax.GradientTransformation, look: Look) -
     """
     split, key = DATA[settings["data"]](), jax.random.key(settings["seed"])
     params = network(split.x.shape[1], key)
-    state, found = tx.init(params), {}
+    state = tx.init(params)
+    found: dict[str, float] = {}
     batch = settings.get("batch", 0) or None
     for step in looks(settings):
         keys = jax.random.split(jax.random.fold_in(key, step), settings["every"] + 1)

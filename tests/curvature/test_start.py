@@ -35,7 +35,7 @@ def assert_right(found, expected):
     assert np.all(found.converged)
 
 
-@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+@pytest.mark.parametrize("which", ["LA", "BE"])
 def test_an_earlier_result_gives_the_same_sooner(which):
     cold = solve(which=which)
     warm = curvature.top_eigenpairs(operator(), 3, key=jax.random.key(5), which=which, start=cold)
