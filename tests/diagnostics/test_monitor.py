@@ -103,8 +103,8 @@ def test_a_share_of_the_time_is_kept(monkeypatch):
     assert skipped[0] == 0
     assert all("x" not in row for row in monitor.rows if row["skipped"])
     assert max(row["time_share"] for row in monitor.rows) <= 0.1
-    # 2000 s of training allow 222 s of rows: 7 after the first, which nobody counts.
-    assert len(skipped) - sum(skipped) == 8
+    # 2000 s of training allow 200 s of rows: 6 after the first, which nobody counts.
+    assert len(skipped) - sum(skipped) == 7
     assert monitor.rows[0]["seconds"] == 1060
     unlimited = make(measures=(slow,), every=50)
     for step in range(0, 201, 50):
