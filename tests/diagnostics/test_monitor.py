@@ -131,6 +131,10 @@ def test_rows_survive_on_disk(tmp_path):
     trained(resumed, 4, params, first=5)
     assert [row["step"] for row in diagnostics.read_monitor(path)] == [0, 2, 4, 6, 8]
     assert "bad" not in diagnostics.read_monitor(path)[3]
+    with path.open("a") as file:
+        file.write('{"step": 10, "lo')  # and again, with nothing to make anew
+    make(path=path, resume=True, measures=("loss",))(10, params)
+    assert [row["step"] for row in diagnostics.read_monitor(path)] == [0, 2, 4, 6, 8, 10]
     path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"`path` must hold a JSON object of numbers .* line 2"):
         diagnostics.read_monitor(path)
