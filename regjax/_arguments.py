@@ -119,7 +119,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         (
             "batch_size", "block_size", "chunk_size", "deflate", "delay", "every", "k",
-            "max_basis", "max_matvecs", "min_units", "num_directions", "num_each",
+            "max_basis", "max_bytes", "max_matvecs", "min_units", "num_directions", "num_each",
             "num_evaluations", "num_examples", "num_groups", "num_inner_steps", "num_iterations",
             "num_matvecs", "num_params", "num_points", "num_probes", "num_removed", "num_rounds",
             "num_samples", "num_shards", "num_steps", "num_to_remove", "num_units",
@@ -162,15 +162,15 @@ RULES: Mapping[str, Rule] = {
         (
             "batch_means", "batch_variances", "center", "covariance",
             "features", "g", "grid", "initial_kernel", "kernel", "learning_rates", "matrix",
-            "positions", "singular_values", "true_weights", "u", "v",
+            "other_matrix", "positions", "singular_values", "true_weights", "u", "v",
         ),
         _array,
     ),
-    "differences": _checks.boolean,
-    "inputs": _examples,
+    **dict.fromkeys(("centered", "differences"), _checks.boolean),
+    **dict.fromkeys(("inputs", "other_inputs"), _examples),
     "layout": _axes.check,
     "accumulation": functools.partial(_checks.choice, allowed=ACCUMULATIONS),
-    "operator": _operator,
+    **dict.fromkeys(("operator", "preconditioner"), _operator),
     "start": _start,
 }  # fmt: skip
 """Name of an argument -> its rule."""

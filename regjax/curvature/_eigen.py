@@ -34,7 +34,7 @@ from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._lanczos import absorb, charged, empty
+from regjax.curvature._lanczos import absorb, charged, empty, renewed
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 
@@ -195,39 +195,6 @@ def top_eigenpairs_solver(
     _checks.integer("max_basis", num_rows, minimum=min(k + 2, space.size), maximum=space.size)
     limit = 20 * num_rows if max_matvecs is None else max_matvecs
 
-    def init() -> EigenState:
-        fresh_key, start_key = jax.random.split(key)
-        first = space.normal(start_key)
-        if start_rows is not None:
-            # Nothing but a random part, or a search, sees what the given vectors do not.
-            first = _start.sum_of(start_rows, space, None if search else first)
-        krylov = empty(space, first, num_rows, fresh_key, accumulation)
-        rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
-        state = EigenState(
-            krylov=krylov,
-            search=_search.begin(
-                jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, num_searches=0
-            ),
-            tol=jnp.asarray(tol, dtype),
-            num_matvecs=jnp.int32(0),
-            num_restarts=jnp.int32(0),
-            weights=jnp.zeros((rows, rows), dtype),
-            values=jnp.zeros(rows, dtype),
-            bounds=jnp.full(rows, unbounded(dtype), dtype),
-            largest=jnp.zeros((), dtype),
-            threshold=jnp.zeros((), dtype),
-            small=jnp.zeros(rows, bool),
-            mass=jnp.zeros(rows, dtype),
-            wants_restart=jnp.bool_(False),
-            wants_search=jnp.bool_(False),
-            done=jnp.bool_(False),
-            k=k,
-            which=which,
-            num_rows=num_rows,
-            searches=search,
-        )
-        return space.replicate(state)
-
     return Solver(
         name="top_eigenpairs",
         operator=operator,
@@ -235,7 +202,9 @@ def top_eigenpairs_solver(
             "k": k, "key": key, "tol": tol, "which": which, "max_basis": num_rows,
             "search": search, "start": start_rows, "accumulation": accumulation,
         },
-        init=init,
+        init=lambda: space.replicate(
+            _begin(key, tol, start_rows, space, k, which, num_rows, accumulation, search)
+        ),
         vectors=lambda state: state.krylov.direction,
         update=_update,
         done=lambda state: state.done,
@@ -246,20 +215,65 @@ def top_eigenpairs_solver(
     )  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+def _begin(
+    key: PRNGKey,
+    tol: ArrayLike,
+    start_rows: jax.Array | None,
+    space: Space,
+    k: int,
+    which: str,
+    num_rows: int,
+    accumulation: str | None,
+    searches: bool,
+) -> EigenState:
+    """The state before the first product."""
+    fresh_key, start_key = jax.random.split(key)
+    first = space.normal(start_key)
+    if start_rows is not None:
+        # Nothing but a random part, or a search, sees what the given vectors do not.
+        first = _start.sum_of(start_rows, space, None if searches else first)
+    krylov = empty(space, first, num_rows, fresh_key, accumulation)
+    rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
+    return EigenState(
+        krylov=krylov,
+        search=_search.begin(
+            jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, num_searches=0
+        ),
+        tol=jnp.asarray(tol, dtype),
+        num_matvecs=jnp.int32(0),
+        num_restarts=jnp.int32(0),
+        weights=jnp.zeros((rows, rows), dtype),
+        values=jnp.zeros(rows, dtype),
+        bounds=jnp.full(rows, unbounded(dtype), dtype),
+        largest=jnp.zeros((), dtype),
+        threshold=jnp.zeros((), dtype),
+        small=jnp.zeros(rows, bool),
+        mass=jnp.zeros(rows, dtype),
+        wants_restart=jnp.bool_(False),
+        wants_search=jnp.bool_(False),
+        done=jnp.bool_(False),
+        k=k,
+        which=which,
+        num_rows=num_rows,
+        searches=searches,
+    )
+
+
 def _charge(state: EigenState, image: jax.Array, error: jax.Array) -> EigenState:
     return dataclasses.replace(state, krylov=charged(state.krylov, image, error))
 
 
 def _is_complete(state: EigenState) -> jax.Array:
     """Whether the list is right, as far as it was looked for: never without a search."""
-    size = state.krylov.basis.space.size
-    was_searched = jnp.bool_(state.searches) | (state.krylov.filled >= size)
+    was_searched = jnp.bool_(state.searches) | _basis.spans_all(state.krylov.basis)
     return jnp.all(state.small[: state.k]) & state.done & was_searched
 
 
 def _update(state: EigenState, image: jax.Array) -> EigenState:
     """One more row, the assessment, and what it asks for."""
     state = _advance(state, image)
+    state = dataclasses.replace(state, krylov=renewed(state.krylov))
     state = _loops.cond(state.wants_restart, restart, state)
     return _loops.cond(state.wants_search, begin_search, state)
 

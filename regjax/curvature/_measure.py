@@ -1,7 +1,7 @@
 """A spectrum as a discrete measure, and sums over it with their standard errors."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _numerics
 from regjax._arguments import checked
 from regjax.curvature._precision import precisely
+from regjax.curvature._quadrature import gauss_rule
 
 
 class DensityResult(NamedTuple):
@@ -32,7 +33,7 @@ class DensityResult(NamedTuple):
       trace: (), sum of the eigenvalues.
       trace_standard_error: (), of `trace`, over the draw of the probes.
       num_matvecs: (), int32, products used.
-      size: (), int32, n.
+      size: (), n: int32, or from 2^31 on of the type of `weights`.
     """
 
     nodes: jax.Array
@@ -57,49 +58,84 @@ class SpectralSumResult(NamedTuple):
     Attributes:
       value: (...), sum over i of f(lambda_i).
       standard_error: (...), over the draw of the probes.
+      quadrature_error: (...), what the later half of the Lanczos steps has changed: about what
+        quadrature without them leaves open. An estimate; 0 for polynomials of degree below m.
     """
 
     value: jax.Array
     standard_error: jax.Array
+    quadrature_error: jax.Array
+
+
+def dimension_left(size: int, count: jax.Array, dtype: Any) -> jax.Array:
+    """Dimension of the complement of `count` vectors among `size`, which may be above 2^31."""
+    return jnp.asarray(float(size), dtype) - count.astype(dtype)
 
 
 @precisely
 def spectral_sum(
     density: DensityResult, function: Callable[[jax.Array], jax.Array]
 ) -> SpectralSumResult:
-    """Computes the sum over the eigenvalues of `function`, with the standard error of the probes.
+    """Computes the sum over the eigenvalues of `function`, tr f(A), with its errors.
 
-    For a probe v uniform on the unit sphere of d dimensions, v' B v has the variance
-    2 / (d + 2) (tr(B B)/d - (tr B/d)^2). Both traces are moments of the density itself, so that
-    one probe is enough for an error.
+    What was taken out of the density is summed exactly, only the rest is sampled. For a probe v
+    uniform on the unit sphere of d dimensions, v' B v has the variance 2 / (d + 2) (tr(B B)/d -
+    (tr B/d)^2). Both traces are moments of the density itself, so that one probe is enough for an
+    error.
 
     Args:
       density: from `spectral_density`.
       function: elementwise, real eigenvalues (...,) -> values (..., *shape).
 
     Returns:
-      A `SpectralSumResult` of arrays of `shape`. The error leaves out what quadrature (m steps)
-      does not resolve of `function`: nothing for polynomials of degree below 2 m.
+      A `SpectralSumResult` of arrays of `shape`. What quadrature (m steps) does not resolve of
+      `function` comes beside the standard error: nothing for polynomials of degree below 2 m.
     """
     inside = density.eigenvalue_weights > 0
     values = function(jnp.where(inside, density.eigenvalues, 0.0))
-    inside = inside.reshape(inside.shape + (1,) * (values.ndim - 1))
-    exact = jnp.sum(jnp.where(inside, values, 0.0), axis=0)
+    exact = jnp.sum(_where(inside, values), axis=0)
+    mean, error, dimension = sampled_sum(density, function)
+    nodes, weights = _with_fewer_steps(density)
+    fewer = jnp.tensordot(weights, _where(weights > 0, function(nodes)), axes=2)
+    return SpectralSumResult(exact + dimension * mean, error, dimension * jnp.abs(mean - fewer))
 
-    dimension = (density.size - density.num_eigenvalues).astype(values.dtype)
-    mass = jnp.sum(density.weights)
-    weights = density.weights / jnp.where(mass == 0, 1, mass)
-    sampled = function(density.nodes)
-    mean = jnp.tensordot(weights, sampled, axes=2)
+
+def sampled_sum(
+    density: DensityResult, function: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The mean of `function` over the complement, its sum's standard error, the dimension ()."""
+    weights = density.weights
+    # Where no step was made the function need not be finite.
+    sampled = _where(weights != 0, function(density.nodes))
+    dtype = sampled.dtype
+    dimension = density.size.astype(dtype) - density.num_eigenvalues.astype(dtype)
+    mass = jnp.sum(weights)
+    shares = weights / jnp.where(mass == 0, 1, mass)
+    mean = jnp.tensordot(shares, sampled, axes=2)
     # Of numbers near 1, so that their squares are numbers.
     power = _numerics.power_of_two(jnp.max(jnp.abs(sampled)))
     power = jnp.where(power > 0, power, 1)
     squares = jnp.square(power * (sampled - mean[None, None]))
-    variance = jnp.tensordot(weights, squares, axes=2)
-    num_probes = jnp.sum(jnp.any(density.weights > 0, axis=1)).astype(values.dtype)
+    variance = jnp.tensordot(shares, squares, axes=2)
+    num_probes = jnp.sum(jnp.any(weights > 0, axis=1)).astype(sampled.dtype)
     per_probe = 2 * variance / ((dimension + 2) * jnp.maximum(num_probes, 1))
-    error = dimension * jnp.sqrt(per_probe) / power
-    return SpectralSumResult(exact + dimension * mean, error)
+    return mean, dimension * jnp.sqrt(per_probe) / power, dimension
+
+
+def _where(condition: jax.Array, values: jax.Array) -> jax.Array:
+    """`values` (..., *shape) where `condition` (...) holds, else 0."""
+    condition = condition.reshape(condition.shape + (1,) * (values.ndim - condition.ndim))
+    return jnp.where(condition, values, jnp.zeros_like(values))
+
+
+@jax.jit
+def _with_fewer_steps(density: DensityResult) -> tuple[jax.Array, jax.Array]:
+    """Nodes and weights (P, m), of sum 1, of the first half of the steps."""
+    counts = density.num_steps
+    fewer = jnp.where(counts > 0, jnp.maximum(counts // 2, 1), 0)
+    nodes, weights = jax.vmap(gauss_rule)(density.alphas, density.betas, fewer)
+    num_probes = jnp.maximum(jnp.sum(counts > 0), 1).astype(weights.dtype)
+    return nodes, jnp.where(counts[:, None] > 0, weights / num_probes, 0)
 
 
 def share_error(share: jax.Array, dimension: jax.Array, num_probes: ArrayLike) -> jax.Array:
@@ -113,7 +149,7 @@ def share_error(share: jax.Array, dimension: jax.Array, num_probes: ArrayLike) -
 
 
 @checked
-def effective_dimension(density: DensityResult, damping: ArrayLike) -> SpectralSumResult:
+def effective_dimension(density: DensityResult, *, damping: ArrayLike) -> SpectralSumResult:
     """Counts the directions that matter beside a damping c.
 
         sum over the eigenvalues l of max(l, 0) / (max(l, 0) + c)
@@ -139,3 +175,62 @@ def effective_dimension(density: DensityResult, damping: ArrayLike) -> SpectralS
         return jnp.maximum(values, 0) / (jnp.maximum(values, 0) + damping)
 
     return spectral_sum(density, share)
+
+
+@checked
+def log_determinant(density: DensityResult, *, damping: ArrayLike = 0.0) -> SpectralSumResult:
+    """Computes the logarithm of the determinant of A + damping I.
+
+        sum over the eigenvalues l of log(l + damping)
+
+    Args:
+      density: of A, from `spectral_density`.
+      damping: not negative, in the units of the eigenvalues. A singular A needs one: what rounding
+        makes of a zero eigenvalue decides the logarithm otherwise.
+
+    Returns:
+      A `SpectralSumResult`; NaN where an eigenvalue or a node is below -`damping`, minus infinity
+      where one is equal to it.
+
+    Raises:
+      ValueError: `damping` is negative.
+
+    References:
+      S. Ubaru, J. Chen, Y. Saad (2017), Fast estimation of tr(f(A)) via stochastic Lanczos
+      quadrature, SIAM J. Matrix Anal. Appl. 38(4).
+    """
+    _checks.non_negative("damping", damping)
+    return spectral_sum(density, lambda values: jnp.log(values + damping))
+
+
+@checked
+def schatten_norm(density: DensityResult, *, order: ArrayLike) -> SpectralSumResult:
+    """Computes a norm of the eigenvalues.
+
+        (sum over the eigenvalues l of |l|^p)^(1/p)
+
+    For p = 1 it is the nuclear norm, for p = 2 that of Frobenius. The spectral norm, p infinite, is
+    the largest magnitude of `top_eigenpairs(operator, 1, which="LM", ...)`.
+
+    Args:
+      density: from `spectral_density`.
+      order: p, positive and finite.
+
+    Returns:
+      A `SpectralSumResult`, of the units of the matrix; its errors are those of the sum to first
+      order.
+
+    Raises:
+      ValueError: `order` is not positive and finite.
+    """
+    _checks.number("order", order, above_zero=True)
+    taken_out = jnp.max(jnp.abs(density.eigenvalues), initial=0)
+    largest = jnp.maximum(jnp.max(jnp.abs(density.nodes)), taken_out)
+    size = jnp.where(largest > 0, largest, 1)
+    power = jnp.asarray(order, size.dtype)
+    total = spectral_sum(density, lambda values: (jnp.abs(values) / size) ** power)
+    value = total.value ** (1 / power)
+    slope = _numerics.divide(value, power * total.value)
+    return SpectralSumResult(
+        size * value, size * slope * total.standard_error, size * slope * total.quadrature_error
+    )

@@ -31,6 +31,8 @@ from regjax.diagnostics._edge_of_stability import stability_threshold as stabili
 from regjax.diagnostics._gradient_noise import NoiseScaleResult as NoiseScaleResult
 from regjax.diagnostics._gradient_noise import gradient_noise as gradient_noise
 from regjax.diagnostics._gradient_noise import noise_scale as noise_scale
+from regjax.diagnostics._influence import InfluenceResult as InfluenceResult
+from regjax.diagnostics._influence import influence as influence
 from regjax.diagnostics._interval_flatness import FlatnessResult as FlatnessResult
 from regjax.diagnostics._interval_flatness import interval_flatness as interval_flatness
 from regjax.diagnostics._landscape import CovariateShiftResult as CovariateShiftResult

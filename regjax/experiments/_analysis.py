@@ -230,7 +230,7 @@ def _describe_density(
         "smallest_ritz_value": float(np.min(ritz_values)),
         "effective_dimension": {
             "damping": damping,
-            **_estimate(curvature.effective_dimension(density, damping)),
+            **_estimate(curvature.effective_dimension(density, damping=damping)),
         },
         "counts": {
             "outlier_threshold": outlier,

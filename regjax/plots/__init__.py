@@ -1,5 +1,7 @@
 """Figures of results, for screens and for the columns of a paper. Needs matplotlib."""
 
+from regjax.plots._blocks import distance_figure as distance_figure
+from regjax.plots._blocks import draw_distances as draw_distances
 from regjax.plots._landscape import ProbePanel as ProbePanel
 from regjax.plots._landscape import SurfacePanel as SurfacePanel
 from regjax.plots._landscape import draw_probe as draw_probe

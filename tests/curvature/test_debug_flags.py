@@ -33,6 +33,13 @@ SOLVERS = {
     "one run": lambda o: curvature.lanczos(o, start(o), 3, key=KEY),
     "ritz pairs": lambda o: curvature.ritz_pairs(curvature.lanczos(o, start(o), 3)),
     **{
+        f"solve by {method}": lambda o, method=method: curvature.solve(
+            o, start(o), method=method, damping=0.1
+        )._replace(error_bound=0.0)  # of a given product nothing is known
+        for method in ("cg", "minres")
+    },
+    "function": lambda o: curvature.apply_function(jnp.exp, o, start(o), num_steps=3),
+    **{
         f"{method} {of}": lambda o, of=of, method=method: getattr(curvature, of)(
             o, key=KEY, num_matvecs=9, method=method
         )

@@ -140,6 +140,15 @@ SOLVES = {
     "hutch++": lambda callback: curvature.trace(
         OPERATOR, key=KEY, num_matvecs=6, method="hutch++", callback=callback
     ),
+    "solve": lambda callback: curvature.solve(
+        OPERATOR, OPERATOR.space.unravel(jnp.ones(5)), callback=callback
+    ),
+    "minres": lambda callback: curvature.solve(
+        OPERATOR, OPERATOR.space.unravel(jnp.ones(5)), method="minres", callback=callback
+    ),
+    "function": lambda callback: curvature.apply_function(
+        jnp.exp, OPERATOR, OPERATOR.space.unravel(jnp.ones(5)), callback=callback
+    ),
     "power": lambda callback: curvature.run(power_solver(OPERATOR, key=KEY), callback=callback),
 }
 

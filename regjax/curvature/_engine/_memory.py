@@ -74,10 +74,10 @@ def explained(solver: Solver[Any, Any]) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if _EXHAUSTED not in str(error):
             raise
-        names = " or ".join(f"`{name}`" for name in solver.lower)
+        names = " or ".join(f"`{name}`" for name in solver.lower) + ", or " * bool(solver.lower)
         raise MemoryError(
             f"`{solver.name}` must fit into the memory of the device, got out of memory. Lower "
-            f"{names}, or the `chunk_size` of the operator.{_needed(solver)}"
+            f"{names}the `chunk_size` of the operator.{_needed(solver)}"
         ) from error
 
 

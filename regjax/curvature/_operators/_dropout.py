@@ -14,7 +14,7 @@ from regjax._losses import Whole, whole
 from regjax._space import Space
 from regjax._subsets import part_of
 from regjax.curvature._operators._curvature import trace
-from regjax.curvature._operators._matvec import from_matvec
+from regjax.curvature._operators._matvec import matvec_operator
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precision
 
@@ -63,7 +63,7 @@ def dropout_covariance(
     """
     dropout_loss_fn, params = part_of(dropout_loss_fn, params, wrt)
     factor = dropout_covariance_factor(dropout_loss_fn, params, key=key, num_samples=num_samples)
-    return from_matvec(Partial(_multiply, factor), params)
+    return matvec_operator(Partial(_multiply, factor), params, is_positive=True)
 
 
 @checked

@@ -46,6 +46,7 @@ from regjax.curvature._operators._curvature import (
 from regjax.curvature._operators._likelihoods import check_outputs
 from regjax.curvature._operators._sandwich import (
     ensure_own_losses,
+    positive,
     sandwich,
     split,
     traced_model,
@@ -273,7 +274,7 @@ def _programs_of(
     chunk_size: int | None,
 ) -> tuple[Program, Program]:
     """The programs of a model and of the loss of its outputs; tested if data are to be split."""
-    parts, size = parts_of(model_fn, batch, chunk_size)
+    parts, size = parts_of(model_fn, params, batch, chunk_size)
     model = traced_model(model_fn, params, parts)
     signatures = [(model.outputs(params, part[0]), *part[1:]) for part in parts]
     loss = trace(output_loss_fn, *signatures)
@@ -311,6 +312,7 @@ def _of_outputs(loss_fn: Program | MeanLoss, floats: Tree, others: Tree, *data: 
     return jax.grad(lambda floats: loss_fn(_tree.merge(floats, others), *data))(floats)
 
 
+@positive
 def _observed(loss_fn: Program, floats: Tree, others: Tree, *rest: Tree) -> Tree:
     *data, tangent = rest
     num_examples = _checks.num_examples(floats)
@@ -320,6 +322,7 @@ def _observed(loss_fn: Program, floats: Tree, others: Tree, *rest: Tree) -> Tree
     return _outer(scores, tangent, 1 / num_examples)
 
 
+@positive
 def _observed_weighted(
     loss_fn: MeanLoss, own: Program, floats: Tree, others: Tree, *rest: Tree
 ) -> Tree:

@@ -40,7 +40,7 @@ from regjax.curvature._operators._curvature import (
 )
 from regjax.curvature._operators._fisher import draw_keys, fisher, fisher_form
 from regjax.curvature._operators._hessian import hessian, hessian_form
-from regjax.curvature._operators._operator import Operator, subtree
+from regjax.curvature._operators._operator import Operator
 from regjax.curvature._operators._sandwich import batch_with_weights
 from regjax.curvature._operators._source import Source
 
@@ -122,9 +122,8 @@ class StreamedOperator(Operator):
 
     @property
     def space(self) -> Space:
-        mesh = None if self.placement is None else self.placement.mesh
-        inside = self.inside
-        return Space.of(self.params if inside is None else subtree(self.params, inside), mesh)
+        space = Space.at(self.params, self.placement)
+        return space if self.inside is None else space.subspace(self.inside)
 
     @property
     def coarser(self) -> "StreamedOperator | None":
@@ -205,8 +204,9 @@ class StreamedOperator(Operator):
         return linearization, *of_leaves(function, self.params, self.inside)
 
     def _of_batch(self, batch: Batch) -> CurvatureOperator:
-        linearization, function, params = self._parts(batch)
-        return CurvatureOperator(linearization, function, params, batch, None, None, self.placement)
+        ours = self.placement
+        placement = ours and dataclasses.replace(ours, specs=self.space.specs)
+        return CurvatureOperator(*self._parts(batch), batch, None, None, placement)
 
     def _with_draws(self, shapes: Batch) -> Batch:
         return jax.eval_shape(lambda batch: self.source.drawn(0, batch), shapes)
