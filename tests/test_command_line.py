@@ -74,6 +74,7 @@ def test_a_monitor_prints_draws_and_goes_on(tmp_path, capsys):
     assert [row["step"] for row in record["monitor"]] == [0, 3, 6]
 
 
+@pytest.mark.slow
 def test_monitors_of_several_seeds_are_averaged(tmp_path, capsys):
     words = ["train", *_FAST, "--monitor", "noise", "--monitor-examples", "60", "--seeds", "2"]
     status, out, errors = run(capsys, *words, "--out", tmp_path)

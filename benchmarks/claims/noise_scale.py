@@ -18,7 +18,7 @@ _BATCH, _LIMIT = 30, 20_000
 _NOISE_BATCH = 5
 _TX = optax.sgd(0.05)
 # Of many examples, so that the gradient of all stands out of its noise for longer.
-_DATA = {
+_DATA: dict[str, Any] = {
     "digits": (lambda: _networks.digits(1200), 5),
     "fashion_mnist": (_networks.fashion_mnist, 3),
 }

@@ -14,7 +14,7 @@ from regjax import transforms
 _BATCH, _RATE = 30, 0.1
 _METHODS = ("last", "decayed", "average")
 _NAMES = ("constant rate,\nlast weights", "decayed rate,\nlast weights", "constant rate,\naverage")
-_DATA = {
+_DATA: dict[str, Any] = {
     "digits": (_networks.digits, 5, 3000),
     "fashion_mnist": (_networks.fashion_mnist, 3, 6000),
 }
@@ -48,7 +48,7 @@ def _run(settings: Settings) -> dict[str, float]:
         "decayed": train(optax.sgd(schedule)).params,
         "average": transforms.averaged_params(constant.state, constant.params),
     }
-    numbers = {}
+    numbers: dict[str, float] = {}
     for name, params in found.items():
         largest, residual = _networks.sharpness(params, split, seed)
         numbers |= {

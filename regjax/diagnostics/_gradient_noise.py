@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
-from regjax._base import LossFn, Params, Tree
+from regjax._base import LossFn, Params, Tree, couples_examples
 from regjax.curvature import Operator
 
 
@@ -137,6 +137,11 @@ def gradient_noise(
       S. McCandlish, J. Kaplan, D. Amodei (2018), arXiv:1812.06162, appendix A.1; with the Hessian
       the ratio is their noise scale, without it the simple one. Errors by the jackknife are ours.
     """
+    if couples_examples(loss_fn):
+        raise ValueError(
+            "`loss_fn` must not couple the examples of a batch (batch norm or dropout in train "
+            'mode), got one that does; use mode="evaluation".'
+        )
     num_examples = _checks.num_examples(batch)
     _check_sizes(batch_size, num_examples, names=("batch_size", "the number of examples"))
     if num_examples % batch_size:

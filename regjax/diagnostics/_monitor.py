@@ -50,8 +50,8 @@ class Monitor:
 
     Beside a number stand its error and, where it may fail, a flag (`sharpness_converged`,
     `noise_resolved`), 1 or 0. A step at which nothing was measured, for want of time, has a row
-    with `skipped` 1. `seconds` is what a row took, `time_share` the monitor's part of all time so
-    far but the first row's.
+    with `skipped` 1. `seconds` is what a row took, `time_share` what all rows took so far over
+    what the training did, the first row left out.
 
     Eigenvectors are where the next search begins. The first row compiles, and measures twice to
     know what a row costs: neither is held against the share.
@@ -94,7 +94,8 @@ class Monitor:
           every: steps from one row to the next; at others a call returns at once.
           key: typed key of all random starts and probes.
           measures: names of those above, or functions of a `MonitorPoint`.
-          share: the most of the time that it may take, between 0 and 1; None: no limit.
+          share: the most that it may take of the time that the steps between take, from 0 to 1;
+            None: no limit.
           num_eigenvalues: number of leading eigenpairs.
           tol: relative tolerance of an eigenvalue, as in `curvature.top_eigenpairs`.
           search: whether to look for larger eigenvalues that were passed over, at half as many
@@ -172,9 +173,7 @@ class Monitor:
           TypeError: `step` is no integer, or a parameter is not real floating point.
         """
         if type(step) is int and step > 0 and step % self._every:
-            # Most calls: a microsecond or two beside a step.
-            _refuse_tracers(params=jax.tree.leaves(params)[:1])
-            return None
+            return None  # most calls, beside steps of a tenth of a millisecond
         _refuse_tracers(step=step, params=params, optimizer_state=optimizer_state)
         step = _checks.integer("step", int(step) if hasattr(step, "dtype") else step, minimum=0)
         if step % self._every:
@@ -240,11 +239,10 @@ class _Clock:
             self.training += self.came - self.left
 
     def allows(self, share: float | None) -> bool:
-        """Whether one more row like the last one keeps to the share of all time."""
+        """Whether one more row like the last one keeps to the share of the training's time."""
         if share is None or self.is_new:
             return True
-        after = self.measuring + self.cost
-        return after <= share * (self.training + after)
+        return self.measuring + self.cost <= share * self.training
 
     def compiled(self) -> None:
         """Says that what takes its time once in a run is done, and a row's own time begins."""
@@ -256,8 +254,7 @@ class _Clock:
         self.cost = spent if measured else self.cost
         self.measuring += 0.0 if self.is_new else spent
         self.is_new = self.is_new and not measured
-        total = self.training + self.measuring
-        share = self.measuring / total if total else 0.0
+        share = self.measuring / self.training if self.training else 0.0
         return {"seconds": self.left - self.came, "time_share": share}
 
 

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import regjax
 from regjax import curvature, diagnostics
 from tests import oracles
+from tests.transforms import modules
 
 RANDOM = np.random.default_rng(0)
 X, Y = RANDOM.normal(size=(6, 3)), RANDOM.normal(size=6)
@@ -174,3 +177,11 @@ def test_bad_arguments():
     other = curvature.from_matvec(lambda v: v, jnp.ones(3))
     with pytest.raises(ValueError, match="`metric` must have the tree structure"):
         diagnostics.gradient_noise(regression, W, *data, batch_size=2, metric=other)
+    x, y = modules.data()
+    model = regjax.from_nnx(modules.Net(nnx.Rngs(0)))
+    coupled = regjax.model_loss(model, lambda o, t: jnp.mean((o - t) ** 2), mode="train")
+    with pytest.raises(ValueError, match="`loss_fn` must not couple the examples of a batch"):
+        diagnostics.gradient_noise(coupled, model.params, x, y, batch_size=2)
+    summed = lambda params, x, y: 6 * regression(params, x, y)[None].sum() * len(x)
+    with pytest.raises(ValueError, match="`loss_fn`"):
+        diagnostics.gradient_noise(summed, W, *data, batch_size=2)

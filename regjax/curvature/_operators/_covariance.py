@@ -90,9 +90,8 @@ def mean_gradient_form(
     No matrix, but as one it goes over chunks, streams, weights and devices as `empirical_fisher`.
     """
     return form_of_gradients(
-        _score, _score_weighted, model_fn, output_loss_fn, params, batch,
-        chunk_size=chunk_size, differences=differences,
-    )  # fmt: skip
+        _score, _score_weighted, model_fn, output_loss_fn, params, batch, chunk_size, differences
+    )
 
 
 def centered(second: Operator, first: Operator) -> Operator:

@@ -196,10 +196,8 @@ def empirical_fisher_form(
     differences: bool = False,
 ) -> Form:
     """How the matrix follows from (inputs, targets), or (inputs, targets, weights)."""
-    return form_of_gradients(
-        _observed, _observed_weighted, model_fn, output_loss_fn, params, batch,
-        chunk_size=chunk_size, differences=differences,
-    )  # fmt: skip
+    maps, options = (_observed, _observed_weighted), (chunk_size, differences)
+    return form_of_gradients(*maps, model_fn, output_loss_fn, params, batch, *options)
 
 
 def form_of_gradients(
@@ -209,7 +207,6 @@ def form_of_gradients(
     output_loss_fn: OutputLossFn,
     params: Params,
     batch: Batch,
-    *,
     chunk_size: int | None,
     differences: bool,
 ) -> Form:
