@@ -328,9 +328,8 @@ def check_solves():
     def found(operator, *batch):
         norm = operator.space.norm(operator.space.ravel(params))
         one = jax.tree.map(lambda leaf: leaf[None] / norm, params)
-        pairs = curvature.EigenResult(
-            jnp.full(1, 2.0), one, *[None] * 2, jnp.full(1, True), *[None] * 2
-        )
+        known = {"values": jnp.full(1, 2.0), "vectors": one, "converged": jnp.full(1, True)}
+        pairs = curvature.EigenResult(**dict.fromkeys(curvature.EigenResult._fields) | known)
         preconditioner = curvature.low_rank_preconditioner(operator, pairs, damping=0.1)
         influence = diagnostics.influence(
             loss_fn, params, batch, tuple(array[:2] for array in problem()[1:]), damping=0.1,
@@ -439,8 +438,8 @@ def check_command_line():
 OPTIMIZED = ("products", "recomputed_products", "memory")
 QUICK = (
     "convolutions", "coupled_examples", "weighted_means", "two_axes", "eigenpairs", "lanczos",
-    "density",
-    "trace_and_diagonal", "solves", "inside_jit", "from_matvec", "algebra", "rows", "compilations", "errors",
+    "density", "solves",
+    "trace_and_diagonal", "inside_jit", "from_matvec", "algebra", "rows", "compilations", "errors",
     "command_line",
 )  # fmt: skip
 
