@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks speed|claims --preset smoke|cpu|gpu`."""
+"""The command line: `python -m benchmarks speed|claims|reach --preset ...`."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ import jax
 import tqdm
 import tyro
 
-from benchmarks import _claims, _timing, speed
+from benchmarks import _claims, _timing, reach, speed
 
 _RESULTS = pathlib.Path(__file__).parent / "results"
 _README = pathlib.Path(__file__).parent / "README.md"
@@ -48,12 +48,56 @@ class Claims:
     """Folder of claims.json, the figures and the runs. Default: benchmarks/results, or its gpu."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """Compile the library's programs for chips that are not here; nothing is run."""
+
+    preset: Literal["smoke", "cpu", "full"] = "smoke"
+    """smoke: a tiny model, minutes, writes nothing by itself. cpu: the smallest models. full: all,
+    a day and more on two cores; goes on where it stopped."""
+    only: str | None = None
+    """Only the cases with this in their name, such as `GPT 124M / v5e x 4 / gradient`."""
+    limit: float = 30.0
+    """Minutes after which the compiler is stopped, which is then the record of the case."""
+    again: bool = False
+    """Compile what is in the records already as well."""
+    measure: bool = False
+    """Run the programs of the devices of this machine instead, beside what was compiled."""
+    out: pathlib.Path | None = None
+    """Folder of reach.jsonl, the table and the figure. Default: benchmarks/results, or nowhere."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 1 if an answer was wrong, 2 if nothing ran."""
     command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"speed": Speed, "claims": Claims}, args=arguments
+        {"speed": Speed, "claims": Claims, "reach": Reach}, args=arguments
     )
+    if isinstance(command, Reach):
+        return run_reach(command)
     return run_speed(command) if isinstance(command, Speed) else run_claims(command)
+
+
+def run_reach(command: Reach) -> int:
+    """Compiles the cases one after the other; returns 1 if none of them compiled."""
+    found = {case.name: case for case in reach.cases(command.preset, measure=command.measure)}
+    chosen = {name: case for name, case in found.items() if (command.only or "") in name}
+    if not chosen:
+        return _fail(f"`--only` must be part of one of {list(found)}, got {command.only!r}.")
+    out = command.out
+    if out is None and command.preset != "smoke":
+        out = _RESULTS
+    path = None if out is None else out / reach.file_name(measure=command.measure)
+    known = [] if path is None else reach.read(path)
+    names = set() if command.again else {record["case"] for record in known}
+    records = []
+    for case in (case for name, case in chosen.items() if name not in names):
+        records.append(reach.record_of(case, command.limit * 60))
+        print(reach.summary(records[-1]), flush=True)
+        if path is not None:
+            record(path, json.dumps(records[-1]))
+    if out is not None:
+        reach.conclude(out)
+    return 0 if not records or any(each["compiled"] for each in records) else 1
 
 
 def run_claims(command: Claims) -> int:

@@ -149,7 +149,7 @@ def json_line(result: Result) -> str:
         "device": device.device_kind,
         "cores": num_cores(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     return json.dumps(record)
@@ -206,7 +206,7 @@ def _verdict(result: Result, name: str) -> str:
     return f" ({relation} {result.bars[name]:g})"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Of the packages that this process has imported."""
     import regjax
 

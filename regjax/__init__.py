@@ -14,20 +14,13 @@ A function lives in the room that is named for what it returns:
     plots            a figure
     experiments      data, a training run, a command
 
-The last three are imported when they are first used.
+A room is imported when it is first used.
 """
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from regjax import curvature as curvature
-from regjax import diagnostics as diagnostics
-from regjax import initializers as initializers
-from regjax import normalization as normalization
-from regjax import pruning as pruning
-from regjax import regularizers as regularizers
-from regjax import schedules as schedules
-from regjax import transforms as transforms
 from regjax import typing as typing
 from regjax._adapters import Model as Model
 from regjax._adapters import from_callable as from_callable
@@ -51,16 +44,29 @@ from regjax._statistics import population_statistics as population_statistics
 from regjax._statistics import updated_statistics as updated_statistics
 from regjax._subsets import subset as subset
 
+if TYPE_CHECKING:
+    from regjax import curvature as curvature
+    from regjax import diagnostics as diagnostics
+    from regjax import initializers as initializers
+    from regjax import normalization as normalization
+    from regjax import pruning as pruning
+    from regjax import regularizers as regularizers
+    from regjax import schedules as schedules
+    from regjax import transforms as transforms
+
 __version__ = "0.1.0"
 
-_LAZY = ("experiments", "models", "plots")
+_ROOMS = (
+    *("curvature", "transforms", "schedules", "regularizers", "normalization", "initializers"),
+    *("pruning", "diagnostics", "models", "plots", "experiments"),
+)
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in _LAZY:
+    if name in _ROOMS:
         return importlib.import_module(f"regjax.{name}")
     raise AttributeError(f"module 'regjax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_ROOMS])

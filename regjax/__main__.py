@@ -16,6 +16,7 @@ from regjax.experiments import (
     _compare,
     _help,
     _landscape_run,
+    _monitor_report,
     _record,
     _report,
     _seeds,
@@ -115,6 +116,8 @@ def _results(settings: TrainSettings, bar: Bar) -> tuple[str, bool]:
     else:
         record = _spectrum_run.run_train(settings, bar)
         parts = [_report.training_text(record)]
+    if "monitor" in record:
+        parts.append(_monitor_report.monitor_text(record))
     return "\n\n".join(parts), _report.has_learned(record)
 
 

@@ -27,7 +27,7 @@ _LEAVE_OUT = (
     " Leave it out by `wrt` or `mask`, or by `regjax.subset`: what is not chosen may have any type."
 )
 # Trees that have the structure and the shapes of `params`, where there are any.
-_LIKE_PARAMS = ("direction", "other_direction", "other_params", "start", "vector")
+_LIKE_PARAMS = ("direction", "other_direction", "other_params", "updates", "vector")
 
 
 def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -102,6 +102,11 @@ def _examples(name: str, value: Any) -> None:
         _array(name, leaf)
 
 
+def _start(name: str, value: object) -> None:
+    """Checks one vector, several with a leading axis, or an earlier result that has some."""
+    _checks.floating_tree(name, getattr(value, "vectors", value))
+
+
 def _operator(name: str, value: object) -> None:
     if not hasattr(value, "block_product"):
         raise TypeError(
@@ -114,7 +119,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         (
             "batch_size", "block_size", "chunk_size", "deflate", "delay", "every", "k",
-            "max_basis", "max_matvecs", "min_units", "num_directions", "num_each",
+            "max_basis", "max_bytes", "max_matvecs", "min_units", "num_directions", "num_each",
             "num_evaluations", "num_examples", "num_groups", "num_inner_steps", "num_iterations",
             "num_matvecs", "num_params", "num_points", "num_probes", "num_removed", "num_rounds",
             "num_samples", "num_shards", "num_steps", "num_to_remove", "num_units",
@@ -157,14 +162,15 @@ RULES: Mapping[str, Rule] = {
         (
             "batch_means", "batch_variances", "center", "covariance",
             "features", "g", "grid", "initial_kernel", "kernel", "learning_rates", "matrix",
-            "positions", "singular_values", "true_weights", "u", "v",
+            "other_matrix", "positions", "singular_values", "true_weights", "u", "v",
         ),
         _array,
     ),
-    "differences": _checks.boolean,
-    "inputs": _examples,
+    **dict.fromkeys(("centered", "differences"), _checks.boolean),
+    **dict.fromkeys(("inputs", "other_inputs"), _examples),
     "layout": _axes.check,
     "accumulation": functools.partial(_checks.choice, allowed=ACCUMULATIONS),
     **dict.fromkeys(("operator", "preconditioner"), _operator),
+    "start": _start,
 }  # fmt: skip
 """Name of an argument -> its rule."""

@@ -48,6 +48,8 @@ class _Chunked:
         return _checks.num_examples(self.batch) // num_parts
 
     def at(self, start: ArrayLike, length: int) -> Tree:
+        if self.placement is not None and not self.placement.takes_parts:
+            return self.function(self.params, *self.placement.together(self.batch, start, length))
         chunk = jax.tree.map(
             lambda array: jax.lax.dynamic_slice_in_dim(array, start, length), self.batch
         )
@@ -88,8 +90,8 @@ def prepared(
     smallest = size
     if single:
         parts, smallest = parts + parts_of(loss_fn, batch, 1)[0], 1
-    if (placement := find(batch)) is not None:  # whoever goes device by device
-        own, _ = parts_of(loss_fn, batch, chunk_size, num_parts=placement.num_parts)
+    if (placement := find(batch, params)) is not None:  # whoever goes device by device
+        own, _ = parts_of(loss_fn, batch, chunk_size, placement)
         parts = parts + own
     program = traced(loss_fn, params, *parts, name=name)
     if smallest is not None:
@@ -137,7 +139,10 @@ def traced(
 
 
 def parts_of(
-    function: Callable[..., Tree], batch: Batch, chunk_size: int | None, *, num_parts: int = 1
+    function: Callable[..., Tree],
+    batch: Batch,
+    chunk_size: int | None,
+    placement: Placement | None = None,
 ) -> tuple[tuple[Batch, ...], int | None]:
     """Shapes of the batch and of all that it is split into, and the size of chunks if it is split.
 
@@ -145,20 +150,24 @@ def parts_of(
       function: a loss or a model.
       batch: arrays with a leading axis of N examples.
       chunk_size: number of examples at a time, on each device; None: all at once.
-      num_parts: number of devices over which the examples are divided.
+      placement: where the examples lie; None: on one device.
 
     Raises:
       ValueError: `chunk_size` is not positive, or splits examples that `function` couples.
     """
     if chunk_size is None:
         return (batch,), None
-    num_examples = _checks.num_examples(batch)
+    num_examples, num_parts = _checks.num_examples(batch), 1
+    if placement is not None:
+        num_parts = placement.num_parts
     own = num_examples // num_parts
     size = min(_checks.integer("chunk_size", chunk_size), own)
     if size == num_examples:
         return (batch,), None
     refuse_coupled(function, size)
     sizes = [size] if own % size == 0 else [size, own % size]
+    if placement is not None and not placement.takes_parts:
+        sizes = [size * num_parts for size in sizes]
     shapes = _programs.structs(batch)
     row = lambda leaf, size: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
     rows = (jax.tree.map(functools.partial(row, size=size), shapes) for size in sizes)
@@ -194,7 +203,9 @@ def mean(
       batch: arrays with a leading axis of N examples.
       chunk_size: at most N; the ragged last chunk counts by its size. None: all at once.
       placement: over which devices the examples are divided: each goes over its own, and the
-        sums are added at the end. None: one device, or as the compiler sees fit.
+        sums are added at the end, or all over a chunk of each device's, where these are the
+        devices over which the parameters are divided. None: one device, or as the compiler sees
+        fit.
     """
     function = as_partial(function)
     if chunk_size is None:
@@ -205,7 +216,7 @@ def mean(
     num_chunks, ragged = divmod(chunked.length, chunk_size)
     total = _loops.scan(_add, _zeros(chunked), num_chunks, operands=chunked)
     total = _with_ragged(_weighted, total, chunked) if ragged else total
-    return total if placement is None else _mean_of_parts(total)
+    return _mean_of_parts(total) if placement is not None and placement.takes_parts else total
 
 
 def each(
@@ -292,7 +303,7 @@ def _with_ragged(put: Callable[..., Tree], total: Tree, chunked: _Chunked) -> Tr
 
 def _weighted(total: Tree, chunked: _Chunked, start: ArrayLike, length: int) -> Tree:
     placement = chunked.placement
-    if placement is not None:
+    if placement is not None and placement.takes_parts:
         add = functools.partial(_weighted_part, length=length)
         shared = (chunked.function, chunked.params, start)
         return placement.map_parts(add, total, chunked.batch, shared)

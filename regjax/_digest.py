@@ -36,8 +36,12 @@ def _data(array: jax.Array) -> jax.Array:
 @jax.jit
 def _sums(array: jax.Array) -> jax.Array:
     """(2,), uint32: two sums over all bits, on the device; each depends on every bit's place."""
-    words = _words(array).ravel()
-    place = jax.lax.iota(np.uint32, words.size)
+    words = _words(array)
+    # Of a divided array each device has its own words: no row of them all is made.
+    strides = np.cumprod((1, *words.shape[:0:-1]), dtype=np.uint64).astype(np.uint32)[::-1]
+    place = jnp.zeros(words.shape, np.uint32)
+    for axis, stride in enumerate(strides[: words.ndim]):
+        place += jax.lax.broadcasted_iota(np.uint32, words.shape, axis) * stride
     once = _mixed(words ^ (place * np.uint32(0x9E3779B9)))
     return jnp.stack([jnp.sum(once), jnp.sum(_mixed(once + place))])
 

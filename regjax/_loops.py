@@ -4,15 +4,15 @@ XLA on CPU runs a convolution inside any control-flow region 12 to 50 times slow
 one, without a warning (jax issue 12868). So a loop is a `lax` loop on accelerators and for bodies
 without convolution. On CPU a body with convolutions is repeated by the host over one compiled
 step that donates its carry; inside somebody's own jit, where no host can loop, it is unrolled up
-to eight times and beyond that compiled as a loop, with one warning. The words are those of
-`jax.lax`: scan, map, while_loop, cond, switch.
+to eight times and beyond that compiled as a loop, with one warning. Which platform that is the
+operands say, and inside of a jit the lowering (`_platforms.py`). The words are those of `jax.lax`:
+scan, map, while_loop, cond, switch.
 """
 
 import contextlib
 import functools
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from regjax import _jaxprs, _programs
+from regjax import _jaxprs, _manual_axes, _platforms, _programs
 from regjax._base import Tree
 
 # Compile time grows with every copy of the body; eight is where the unrolled form still compiles
@@ -32,6 +32,16 @@ _MAX_UNROLL = 8
 _SHORT_LOOP = 4
 # Beyond, compiling a copy for each row costs more than it gains.
 _MAX_ROWS = 16
+
+_SLOW_LOOP = (
+    f"A loop of more than {_MAX_UNROLL} steps with convolutions inside jit runs 12 to 50 times "
+    "slower on CPU than the same steps outside of one: call it without jit, and the host drives "
+    "the loop."
+)
+_SLOW_BRANCH = (
+    "A branch with convolutions inside jit runs 12 to 50 times slower on CPU than outside of one: "
+    "let the host decide between the steps, and call there what is in the branch."
+)
 
 Body = Callable[[Tree, Tree, jax.Array], Tree]
 
@@ -81,33 +91,28 @@ def scan(
         return carry
     if operands is None:
         return _scan_captured(body, carry, length)
-    slow_in_loops = _is_slow_in_loops(body, operands, carry)
-    if unroll and jax.default_backend() == "cpu" and length <= _MAX_UNROLL and not slow_in_loops:
-        return _compiled_turns(body, carry, length, operands)
-    if is_concrete(operands, carry):
-        if not slow_in_loops:
-            return _compiled_scan(body, carry, length, operands)
-        carry = jax.tree.map(jnp.copy, carry)
-        for i in range(length):
-            carry = _compiled_turn(body, carry, operands, jnp.int32(i))
-        return carry
-    if slow_in_loops and length <= _MAX_UNROLL:
-        return _turns(body, carry, length, operands)
-    if slow_in_loops:
-        _warn_slow(length)
-    return _loop(body, carry, length, operands)
+    turns, loop = functools.partial(_turns, body, length), functools.partial(_loop, body, length)
+    is_slow = _may_be_on_cpu(operands, carry) and _is_slow_in_loops(body, operands, carry)
+    if not is_concrete(operands, carry):
+        is_short = length <= _MAX_UNROLL and (unroll or is_slow)
+        return _traced(turns, loop, (operands, carry), is_slow, is_short=is_short)
+    if not is_slow:
+        unrolls = unroll and length <= _MAX_UNROLL and _may_be_on_cpu(operands, carry)
+        return (_compiled_turns if unrolls else _compiled_scan)(body, length, operands, carry)
+    carry = jax.tree.map(jnp.copy, carry)
+    for i in range(length):
+        carry = _compiled_turn(body, carry, operands, jnp.int32(i))
+    return carry
 
 
 def _scan_captured(body: Body, carry: Tree, length: int) -> Tree:
-    host_loops, on_cpu = is_concrete(carry), jax.default_backend() == "cpu"
+    if is_concrete(carry):
+        return _turns(body, length, None, carry)
     first = jax.ShapeDtypeStruct((), jnp.int32)
-    has_convolution = on_cpu and not host_loops and _has_convolution(body, None, carry, first)
-    limit = _MAX_UNROLL if has_convolution else _SHORT_LOOP
-    if host_loops or (on_cpu and length <= limit):
-        return _turns(body, carry, length, None)
-    if has_convolution:
-        _warn_slow(length)
-    return _loop(body, carry, length, None)
+    is_slow = _may_be_on_cpu(carry) and _has_convolution(body, None, carry, first)
+    turns, loop = functools.partial(_turns, body, length), functools.partial(_loop, body, length)
+    is_short = length <= (_MAX_UNROLL if is_slow else _SHORT_LOOP)
+    return _traced(turns, loop, (None, carry), is_slow, is_short=is_short)
 
 
 def map(function: Callable[[Tree], Tree], rows: Tree) -> Tree:
@@ -117,13 +122,17 @@ def map(function: Callable[[Tree], Tree], rows: Tree) -> Tree:
     as long for convolutions with another batch axis.
     """
     length = jax.tree.leaves(rows)[0].shape[0]
-    row = lambda i: jax.tree.map(lambda leaf: leaf[i], rows)
-    is_slow = jax.default_backend() == "cpu" and _has_convolution(function, row(0))
-    if not is_slow or length > _MAX_ROWS:
-        return jax.vmap(function)(rows)
-    return jax.tree.map(
-        lambda *leaves: jnp.stack(leaves), *(function(row(i)) for i in range(length))
-    )
+    row = lambda rows, i: jax.tree.map(lambda leaf: leaf[i], rows)
+    at_once = jax.vmap(function)
+    may_gain = length <= _MAX_ROWS and _may_be_on_cpu(rows)
+    if not may_gain or not _has_convolution(function, row(rows, 0)):
+        return at_once(rows)
+
+    def one_by_one(rows: Tree) -> Tree:
+        found = [function(row(rows, i)) for i in range(length)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    return _platforms.depending(one_by_one, at_once, rows)
 
 
 def while_loop(
@@ -159,22 +168,24 @@ def while_loop(
                     raise Interrupted(result(state))
         return state
 
-    def unless_done(state: Tree) -> Tree:
-        keep = functools.partial(jnp.where, done(state))
-        return jax.tree.map(keep, state, step(operands, state))
+    def turns(operands: Tree, state: Tree) -> Tree:
+        for _ in range(max_steps):
+            keep = functools.partial(jnp.where, done(state))
+            state = jax.tree.map(keep, state, step(operands, state))
+        return state
 
-    if jax.default_backend() == "cpu" and _has_convolution(step, operands, state):
-        if max_steps <= _MAX_UNROLL:
-            for _ in range(max_steps):
-                state = unless_done(state)
-            return state
-        _warn_slow(max_steps)
-    _, state = lax.while_loop(
-        lambda pair: (pair[0] < max_steps) & ~jnp.asarray(done(pair[1]), bool),
-        lambda pair: (pair[0] + 1, step(operands, pair[1])),
-        (jnp.int32(0), state),
-    )
-    return state
+    def loop(operands: Tree, state: Tree, *, warning: str | None = None) -> Tree:
+        limit = _noticed(max_steps, warning)
+        state = _manual_axes.varying(functools.partial(step, operands), state)
+        return lax.while_loop(
+            lambda pair: (pair[0] < limit) & ~jnp.asarray(done(pair[1]), bool),
+            lambda pair: (pair[0] + 1, step(operands, pair[1])),
+            (jnp.int32(0), state),
+        )[1]
+
+    is_slow = _may_be_on_cpu(operands, state) and _has_convolution(step, operands, state)
+    is_short = is_slow and max_steps <= _MAX_UNROLL
+    return _traced(turns, loop, (operands, state), is_slow, is_short=is_short)
 
 
 def cond(
@@ -196,8 +207,8 @@ def cond(
     """
     if is_concrete(condition):
         return change(state) if condition else state
-    if holds_products and jax.default_backend() == "cpu" and _has_convolution(change, state):
-        _warn_slow_branch()
+    if holds_products and _may_be_on_cpu(state) and _has_convolution(change, state):
+        condition = condition & _platforms.warned(_SLOW_BRANCH)
     return lax.cond(condition, change, lambda unchanged: unchanged, state)
 
 
@@ -213,29 +224,46 @@ def switch(
     return lax.switch(index, functions, operand)
 
 
-def _loop(body: Body, carry: Tree, length: int, operands: Tree) -> Tree:
-    return lax.scan(
-        lambda carry, i: (body(operands, carry, i), None),
-        carry,
-        jnp.arange(length, dtype=jnp.int32),
-    )[0]
+def _may_be_on_cpu(*operands: Tree) -> bool:
+    return _platforms.platform_of(*operands) in (None, _platforms.CPU)
 
 
-_compiled_scan = _programs.bounded(
-    jax.jit(
-        lambda body, carry, length, operands: _loop(body, carry, length, operands),
-        static_argnums=(0, 2),
-    )
-)
+def _traced(
+    turns: Callable[[Tree, Tree], Tree],
+    loop: Callable[..., Tree],
+    operands: tuple[Tree, Tree],
+    is_slow: bool,
+    *,
+    is_short: bool,
+) -> Tree:
+    """A loop inside of a program: on CPU turn by turn if it is short, elsewhere always a loop."""
+    if is_short:
+        return _platforms.depending(turns, loop, *operands)
+    return loop(*operands, warning=_SLOW_LOOP if is_slow else None)
 
 
-def _turns(body: Body, carry: Tree, length: int, operands: Tree) -> Tree:
+def _loop(
+    body: Body, length: int, operands: Tree, carry: Tree, *, warning: str | None = None
+) -> Tree:
+    indices = _noticed(jnp.arange(length, dtype=jnp.int32), warning)
+    carry = _manual_axes.varying(lambda carry: body(operands, carry, jnp.int32(0)), carry)
+    return lax.scan(lambda carry, i: (body(operands, carry, i), None), carry, indices)[0]
+
+
+def _noticed(number: ArrayLike, warning: str | None) -> jax.Array:
+    """`number`, on which a loop depends; one lowered for the CPU warns."""
+    number = jnp.asarray(number, jnp.int32)
+    return number if warning is None else jnp.where(_platforms.warned(warning), number, 0)
+
+
+def _turns(body: Body, length: int, operands: Tree, carry: Tree) -> Tree:
     for i in range(length):
         carry = body(operands, carry, jnp.int32(i))
     return carry
 
 
-_compiled_turns = _programs.bounded(jax.jit(_turns, static_argnums=(0, 2)))
+_compiled_scan = _programs.bounded(jax.jit(_loop, static_argnums=(0, 1)))
+_compiled_turns = _programs.bounded(jax.jit(_turns, static_argnums=(0, 1)))
 _compiled_turn = _programs.bounded(
     jax.jit(
         lambda body, carry, operands, i: body(operands, carry, i),
@@ -246,8 +274,6 @@ _compiled_turn = _programs.bounded(
 
 
 def _is_slow_in_loops(body: Body, operands: Tree, carry: Tree) -> bool:
-    if jax.default_backend() != "cpu":
-        return False
     leaves, treedef = jax.tree.flatten((operands, carry))
     return _remembered(body, treedef, tuple(jax.typeof(leaf) for leaf in leaves))
 
@@ -262,24 +288,6 @@ def _remembered(body: Body, treedef: Any, types: tuple[Any, ...]) -> bool:
 def _has_convolution(function: Callable[..., Tree], *arguments: Tree) -> bool:
     traced = _jaxprs.equations(jax.make_jaxpr(function)(*arguments).jaxpr)
     return any(equation.primitive.name == "conv_general_dilated" for equation in traced)
-
-
-@functools.cache
-def _warn_slow(length: int) -> None:
-    warnings.warn(
-        f"A loop of {length} steps with convolutions inside jit runs 12 to 50 times slower on CPU "
-        "than the same steps outside of one: call it without jit, and the host drives the loop.",
-        stacklevel=3,
-    )
-
-
-@functools.cache
-def _warn_slow_branch() -> None:
-    warnings.warn(
-        "A branch with convolutions inside jit runs 12 to 50 times slower on CPU than outside of "
-        "one: let the host decide between the steps, and call there what is in the branch.",
-        stacklevel=3,
-    )
 
 
 @contextlib.contextmanager

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from regjax import _meshes
-from regjax._base import Batch, Tree
+from regjax._base import Batch, Params, Tree
+from regjax._shares import names_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +28,14 @@ class Placement:
     Attributes:
       mesh: of all arrays.
       example_axes: its axes over which the examples are divided; none: each device has them all.
+      specs: how the leaves of the parameters are divided over it; none: they are replicated, or
+        there are no parameters.
       home: the mesh with explicit axes that the arrays come from; None: they are as given.
     """
 
     mesh: Mesh
     example_axes: tuple[str, ...]
+    specs: tuple[PartitionSpec, ...] = ()
     home: Mesh | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -52,13 +57,40 @@ class Placement:
         """`tree` with what is not on the mesh yet copied to each device."""
         return place(tree, self.mesh, PartitionSpec())
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether a part can go over its own examples alone, on devices with all parameters."""
+        names = {name for spec in self.specs for axis in names_of(spec, len(spec)) for name in axis}
+        return names.isdisjoint(self.example_axes)
+
     def zeros(self, shapes: Tree) -> Tree:
-        """A tree of zeros for each part, divided over the devices."""
+        """Zeros for the sums over examples; each leaf divided as a parameter is.
+
+        With an axis in front for the parts, divided over the devices, where these take parts.
+        """
+        leading = (self.num_parts,) if self.takes_parts else ()
+        front = (self.example_axes,) if self.takes_parts else ()
+        leaves, treedef = jax.tree.flatten(shapes)
+        specs = self.specs if len(self.specs) == len(leaves) else (PartitionSpec(),) * len(leaves)
+
+        def zeros_of(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.Array:
+            sharding = NamedSharding(self.mesh, PartitionSpec(*front, *spec))
+            zeros = jnp.zeros((*leading, *leaf.shape), leaf.dtype)
+            return jax.lax.with_sharding_constraint(zeros, sharding)
+
+        return jax.tree.unflatten(treedef, map(zeros_of, leaves, specs))
+
+    def together(self, batch: Batch, start: ArrayLike, length: int) -> Batch:
+        """So many examples of each part, as one batch that is divided like `batch`."""
         sharding = NamedSharding(self.mesh, PartitionSpec(self.example_axes))
-        keep = lambda zeros: jax.lax.with_sharding_constraint(zeros, sharding)
-        return jax.tree.map(
-            lambda leaf: keep(jnp.zeros((self.num_parts, *leaf.shape), leaf.dtype)), shapes
-        )
+
+        def of(leaf: jax.Array) -> jax.Array:
+            parts = leaf.reshape(self.num_parts, -1, *leaf.shape[1:])
+            rows = jax.lax.dynamic_slice_in_dim(parts, start, length, 1)
+            rows = rows.reshape(self.num_parts * length, *leaf.shape[1:])
+            return jax.lax.with_sharding_constraint(rows, sharding)
+
+        return jax.tree.map(of, batch)
 
     def map_parts(
         self, function: Callable[..., Any], parts: Tree, batch: Batch, shared: Tree
@@ -109,13 +141,18 @@ def place(tree: Tree, mesh: Mesh, spec: PartitionSpec) -> Tree:
     return jax.tree.map(put, tree)
 
 
-def find(batch: Batch, *others: Tree) -> Placement | None:
-    """The placement that `batch` and other trees show by their concrete arrays; None: one device.
+def find(batch: Batch, params: Params, *others: Tree) -> Placement | None:
+    """The placement that trees show by their concrete arrays; None: one device.
+
+    Args:
+      batch: arrays with a leading axis of examples.
+      params: the parameters, or ().
+      *others: what else may lie on the mesh.
 
     Raises:
       ValueError: the arrays of `batch` are divided over different axes.
     """
-    meshes = [_mesh(leaf) for leaf in jax.tree.leaves((batch, *others))]
+    meshes = [_mesh(leaf) for leaf in jax.tree.leaves((batch, params, *others))]
     mesh = next((mesh for mesh in meshes if mesh is not None), None)
     if mesh is None:
         return None
@@ -129,7 +166,21 @@ def find(batch: Batch, *others: Tree) -> Placement | None:
         )
     home = mesh if _meshes.is_explicit(mesh) else _meshes.home()
     axes = divisions.pop() if divisions else ()
-    return Placement(_meshes.automatic_mesh(mesh), axes, home)
+    mesh = _meshes.automatic_mesh(mesh)
+    return Placement(mesh, axes, specs_on(params, mesh), home)
+
+
+def specs_on(tree: Tree, mesh: Mesh) -> tuple[PartitionSpec, ...]:
+    """How arrays, and shapes that say so, are divided over `mesh`; those elsewhere are not."""
+    return tuple(_spec_on(leaf, mesh) for leaf in jax.tree.leaves(tree))
+
+
+def _spec_on(leaf: Any, mesh: Mesh) -> PartitionSpec:
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return PartitionSpec()
+    same = _meshes.automatic_mesh(sharding.mesh) == _meshes.automatic_mesh(mesh)
+    return PartitionSpec(*_entries(sharding.spec)) if same else PartitionSpec()
 
 
 def explicit(leaf: jax.Array) -> NamedSharding | None:
@@ -188,6 +239,13 @@ def _is_concrete(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
+def _entries(spec: PartitionSpec) -> list[tuple[str, ...] | None]:
+    """The entries of `spec` in one form, so that equal divisions are equal."""
+    names = names_of(spec, len(spec))
+    while names and not names[-1]:
+        names = names[:-1]
+    return [axis or None for axis in names]
+
+
 def _leading(spec: PartitionSpec) -> tuple[str, ...]:
-    first = spec[0] if len(spec) else None
-    return () if first is None else (first,) if isinstance(first, str) else tuple(first)
+    return next(iter(names_of(spec, len(spec))), ())

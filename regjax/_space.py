@@ -1,23 +1,25 @@
 """The vector space of trees like an example: how a tree is a vector, and where vectors lie.
 
-A vector is a flat array of the leaves in the order of `jax.tree.leaves`, rows are several vectors
-(k, length). On a mesh each device has the same number of their columns; those beyond the size of
-the tree are zero. Nothing but this file knows how a vector is laid out: whoever has one adds,
-scales and selects it as an array, and asks its space for all else.
+A vector is a flat array, rows are several vectors (k, length). On one device it is the leaves in
+the order of `jax.tree.leaves`; on a mesh the columns of a device are its own shards of the leaves,
+and zeros that make them as many on each (`_shares.py`). Nothing but this file knows how a vector is
+laid out: whoever has one adds, scales and selects it as an array, and asks its space for all else.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from regjax import _checks, _sharding, _tree
+from regjax import _checks, _draws, _sharding, _tree
 from regjax._base import Params, PRNGKey, Tree
+from regjax._shares import Shares, drawn, leaves, vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +31,36 @@ class Space:
       shapes: of its leaves.
       dtypes: of its leaves.
       mesh: the devices over which vectors are divided; None: vectors are whole.
+      specs: how the leaves are divided over the mesh.
     """
 
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[jnp.dtype, ...]
     mesh: Mesh | None = None
+    specs: tuple[PartitionSpec, ...] = ()
 
     @classmethod
-    def of(cls, tree: Params, mesh: Mesh | None = None) -> "Space":
-        """The space of trees like `tree`, of arrays or of anything with a shape and a dtype."""
-        leaves, treedef = jax.tree.flatten(tree)
-        shapes = tuple(tuple(jnp.shape(leaf)) for leaf in leaves)
-        return cls(treedef, shapes, tuple(jnp.result_type(leaf) for leaf in leaves), mesh)
+    def of(
+        cls, tree: Params, mesh: Mesh | None = None, specs: tuple[PartitionSpec, ...] | None = None
+    ) -> "Space":
+        """The space of trees like `tree`, of arrays or of anything with a shape and a dtype.
+
+        On a mesh trees are divided as `specs` say; None: as the arrays are that lie there, and the
+        shapes that say so.
+        """
+        arrays, treedef = jax.tree.flatten(tree)
+        shapes = tuple(tuple(jnp.shape(leaf)) for leaf in arrays)
+        dtypes = tuple(jnp.result_type(leaf) for leaf in arrays)
+        if mesh is None:
+            return cls(treedef, shapes, dtypes)
+        specs = _sharding.specs_on(tree, mesh) if specs is None else specs
+        return cls(treedef, shapes, dtypes, mesh, specs)
+
+    @classmethod
+    def at(cls, tree: Params, placement: _sharding.Placement | None) -> "Space":
+        """The space of trees like `tree` where parameters lie so; None: on one device."""
+        return cls.of(tree) if placement is None else cls.of(tree, placement.mesh, placement.specs)
 
     @functools.cached_property
     def size(self) -> int:
@@ -53,10 +72,20 @@ class Space:
         """Type of a vector: the widest of the leaves, float32 at least."""
         return _tree.widest(self.dtypes)
 
-    @property
+    @functools.cached_property
     def length(self) -> int:
-        """Length of the array of a vector: the size, and what fills the last devices' shares."""
-        return self.size if self.mesh is None else -(-self.size // self.mesh.size) * self.mesh.size
+        """Length of the array of a vector: the size, and what fills the devices' shares."""
+        return self.size if self.mesh is None else self._shares.num_columns * self.mesh.size
+
+    def whole(self) -> "Space":
+        """The same trees on one device."""
+        return self if self.mesh is None else dataclasses.replace(self, mesh=None, specs=())
+
+    def subspace(self, inside: Sequence[bool]) -> "Space":
+        """Of trees with None for the leaves that are not inside."""
+        part = _tree.partition(self.like(), inside)[0]
+        # On one device there are no specs.
+        return Space.of(part, self.mesh, tuple(itertools.compress(self.specs, inside)))
 
     def like(self, leading: tuple[int, ...] = ()) -> Params:
         """A tree of shapes and dtypes, for checks."""
@@ -74,30 +103,32 @@ class Space:
         """
         _checks.real_tree("tree", tree)
         dtype = self.dtype if dtype is None else dtype
+        if self.mesh is not None:
+            return vectors(self._shares, jax.tree.leaves(tree), dtype)
         vector, start = jnp.zeros(self.size, dtype), 0
         # Updates in place: XLA on CPU takes four times as long for a concatenation.
         for leaf in jax.tree.leaves(tree):
             piece = _sharding.like(jnp.ravel(leaf).astype(dtype), vector)
             vector = jax.lax.dynamic_update_slice(vector, piece, (start,))
             start += piece.size
-        return self.shard(vector)
+        return vector
 
     def unravel(self, vector: jax.Array) -> Params:
         """The tree of a vector: the inverse of `ravel`, with the dtypes of the example."""
-        vector, pieces, start = self.gather(vector), [], 0
-        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
-            stop = start + math.prod(shape)
-            pieces.append(jax.lax.slice_in_dim(vector, start, stop).reshape(shape).astype(dtype))
-            start = stop
-        return jax.tree.unflatten(self.treedef, pieces)
+        pieces = self._cut(vector) if self.mesh is None else leaves(self._shares, vector)
+        typed = [leaf.astype(dtype) for leaf, dtype in zip(pieces, self.dtypes, strict=True)]
+        return jax.tree.unflatten(self.treedef, typed)
 
     def ravel_rows(self, trees: Params) -> jax.Array:
         """Rows (k, length) of a tree whose leaves have a leading axis k."""
-        return self.shard(jax.vmap(self._whole().ravel)(trees))
+        if self.mesh is None:
+            return jax.vmap(self.ravel)(trees)
+        _checks.real_tree("trees", trees)
+        return vectors(self._shares, jax.tree.leaves(trees), self.dtype)
 
     def unravel_rows(self, rows: jax.Array) -> Params:
         """The inverse of `ravel_rows`."""
-        return jax.vmap(self._whole().unravel)(self.gather(rows))
+        return jax.vmap(self.unravel)(rows) if self.mesh is None else self.unravel(rows)
 
     def zeros(self, num_rows: int) -> jax.Array:
         """Rows (num_rows, length) of zeros."""
@@ -107,12 +138,11 @@ class Space:
 
     def normal(self, key: PRNGKey, num_rows: int | None = None) -> jax.Array:
         """A vector, or rows, of standard normal numbers, the same ones on any mesh."""
-        leading = () if num_rows is None else (num_rows,)
-        return self.shard(jax.random.normal(key, (*leading, self.size), self.dtype))
+        return self._drawn(jax.random.normal, _draws.normal, key, num_rows)
 
     def signs(self, key: PRNGKey, num_rows: int) -> jax.Array:
         """Rows of random signs, the same ones on any mesh."""
-        return self.shard(jax.random.rademacher(key, (num_rows, self.size), self.dtype))
+        return self._drawn(jax.random.rademacher, _draws.signs, key, num_rows)
 
     def inner(self, one: jax.Array, other: jax.Array) -> jax.Array:
         """The inner product of two vectors."""
@@ -123,21 +153,23 @@ class Space:
         return jnp.linalg.norm(vector)
 
     def shard(self, rows: jax.Array) -> jax.Array:
-        """From whole vectors (..., size) to vectors as they lie (..., length)."""
-        if self.mesh is None:
-            return rows
-        return _shard(self, rows)
+        """From whole vectors (..., size), their leaves in order, to vectors as they lie."""
+        return rows if self.mesh is None else _sharded(self, rows)
 
     def gather(self, rows: jax.Array) -> jax.Array:
-        """From vectors as they lie to whole ones (..., size) on each device."""
-        if self.mesh is None:
-            return rows
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        return jax.lax.with_sharding_constraint(rows, whole)[..., : self.size]
+        """From vectors as they lie to whole ones (..., size), on each device."""
+        return rows if self.mesh is None else _gathered(self, rows, to_each=True)
 
     def crop(self, rows: jax.Array) -> jax.Array:
         """Vectors (..., size), wherever the compiler leaves them; for results with many rows."""
-        return rows if self.mesh is None else rows[..., : self.size]
+        return rows if self.mesh is None else _gathered(self, rows, to_each=False)
+
+    def place(self, tree: Params) -> Params:
+        """A tree of this space, which the compiler is to leave divided as vectors are."""
+        if self.mesh is None:
+            return tree
+        shardings = [NamedSharding(self.mesh, spec) for spec in self.specs]
+        return jax.lax.with_sharding_constraint(tree, jax.tree.unflatten(self.treedef, shardings))
 
     def constrain(self, rows: jax.Array) -> jax.Array:
         """The same vectors, which the compiler is to leave as they lie."""
@@ -180,15 +212,19 @@ class Space:
         """An orthonormal basis of rows (k, length), k at most the size."""
         if self.mesh is None:
             return jnp.linalg.qr(rows.T)[0].T
+        if self._shares.num_columns < rows.shape[0]:
+            return self.shard(self.whole().orthonormal(self.gather(rows)))
         axes = self.mesh.axis_names
 
-        # The factors of the devices' parts, then those of the small factors, stacked.
+        # The factors of the devices' parts, then those of the small factors, stacked. All columns
+        # of the first device are used, so that what completes a basis is no filling.
         def local(rows: jax.Array, _: Tree) -> jax.Array:
             own, small = jnp.linalg.qr(rows.T)
             stacked = jax.lax.all_gather(small, axes, tiled=True)
             start = jax.lax.axis_index(axes) * small.shape[0]
             mixing = jnp.linalg.qr(stacked)[0]
-            return (own @ jax.lax.dynamic_slice_in_dim(mixing, start, small.shape[0])).T
+            mixed = (own @ jax.lax.dynamic_slice_in_dim(mixing, start, small.shape[0])).T
+            return jnp.where(self._shares.is_there(), mixed, jnp.zeros_like(mixed))
 
         return self.map_shards(local, rows, None)
 
@@ -221,19 +257,50 @@ class Space:
         arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
         return sum(map(of, self.shapes_of(arrays)))
 
-    def _whole(self) -> "Space":
-        return self if self.mesh is None else dataclasses.replace(self, mesh=None)
+    @functools.cached_property
+    def _shares(self) -> Shares:
+        assert self.mesh is not None
+        return Shares(self.mesh, self.shapes, self.specs)
 
     def _spec(self, ndim: int) -> PartitionSpec:
-        axes = None if self.mesh is None else self.mesh.axis_names
-        return PartitionSpec(*[None] * (ndim - 1), axes)
+        return self._shares.spec(ndim)
+
+    def _cut(self, rows: jax.Array) -> list[jax.Array]:
+        """The leaves (..., *shape) of whole vectors."""
+        pieces, start = [], 0
+        for shape in self.shapes:
+            stop = start + math.prod(shape)
+            piece = jax.lax.slice_in_dim(rows, start, stop, axis=rows.ndim - 1)
+            pieces.append(piece.reshape(*rows.shape[:-1], *shape))
+            start = stop
+        return pieces
+
+    def _drawn(
+        self, whole: Callable[..., jax.Array], by_place: Callable[..., jax.Array],
+        key: PRNGKey, num_rows: int | None,
+    ) -> jax.Array:  # fmt: skip
+        leading = () if num_rows is None else (num_rows,)
+        if self.mesh is None or not _draws.goes_by_place(key):
+            return self.shard(whole(key, (*leading, self.size), self.dtype))
+        return drawn(self._shares, by_place, leading, self.dtype, jax.random.key_data(key))
 
 
 # Compiled, an array of this process alone can go to the devices of all.
 @functools.partial(jax.jit, static_argnums=0)
-def _shard(space: Space, rows: jax.Array) -> jax.Array:
-    widths = [(0, 0)] * (rows.ndim - 1) + [(0, space.length - space.size)]
-    return space.constrain(jnp.pad(rows, widths))
+def _sharded(space: Space, rows: jax.Array) -> jax.Array:
+    return vectors(space._shares, space._cut(rows), rows.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="to_each")
+def _gathered(space: Space, rows: jax.Array, *, to_each: bool) -> jax.Array:
+    assert space.mesh is not None
+    everywhere = NamedSharding(space.mesh, PartitionSpec())
+    whole, start = jnp.zeros((*rows.shape[:-1], space.size), rows.dtype), 0
+    for leaf in leaves(space._shares, rows):
+        piece = leaf.reshape(*rows.shape[:-1], -1)
+        whole = jax.lax.dynamic_update_slice_in_dim(whole, piece, start, rows.ndim - 1)
+        start += piece.shape[-1]
+    return jax.lax.with_sharding_constraint(whole, everywhere) if to_each else whole
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -66,6 +66,12 @@ def operator():
 
 
 @functools.cache
+def optimizer_state():
+    tx = optax.adam(0.1)
+    return tx.update(params(), tx.init(params()))[1]
+
+
+@functools.cache
 def density():
     return curvature.spectral_density(operator(), key=key(), num_steps=4, num_probes=2, deflate=0)
 
@@ -145,6 +151,7 @@ EXAMPLES = {
     "curvature_grad_fn": lambda: lambda p: jax.grad(loss_fn)(p, inputs(), targets()),
     "damping": lambda: 0.1,
     "delay": lambda: 3,
+    "densities": lambda: {"one": density(), "other": density()},
     "density": density,
     "diagonal": params,
     "depth": lambda: 2,
@@ -174,6 +181,7 @@ EXAMPLES = {
     "growth": lambda: 1e-3,
     "initial_kernel": _KERNEL,
     "initial_learning_rate": lambda: 0.1,
+    "hyperparams": lambda: {},
     "inputs": inputs,
     "intrinsic_rate": lambda: 0.01,
     "inverse_batch": lambda: 0.1,
@@ -182,6 +190,8 @@ EXAMPLES = {
     "kernel": _KERNEL,
     "key": key,
     "largest": lambda: 2.0,
+    "large_batch_size": lambda: 8,
+    "large_squared_norms": lambda: ones(3),
     "layers": lambda: ["hidden"],
     "layout": lambda: regjax.Layout(),
     "learning_rate": lambda: 0.1,
@@ -216,12 +226,17 @@ EXAMPLES = {
     "num_units": lambda: 4,
     "num_values": lambda: 8,
     "operator": operator,
+    "other_operator": operator,
     "order": lambda: 2.0,
     "pairs": lambda: curvature.top_eigenpairs(operator(), 2, key=key()),
     "preconditioner": lambda: curvature.identity(operator().space),
     "operator_fn": lambda: curvature.hessian,
+    "optimizer": lambda: "adam",
+    "optimizer_state": optimizer_state,
     "options": lambda: {},
     "other_direction": params,
+    "other_inputs": inputs,
+    "other_matrix": lambda: jnp.eye(4, dtype=jnp.float32),
     "other_params": params,
     "output_loss_fn": lambda: output_loss_fn,
     "params": params,
@@ -239,6 +254,8 @@ EXAMPLES = {
     "scale": lambda: ones(4),
     "scores": scores,
     "singular_values": lambda: jnp.asarray([3.0, 2.0, 1.0], jnp.float32),
+    "small_batch_size": lambda: 2,
+    "small_squared_norms": lambda: 2 * ones(3),
     "smallest": lambda: 0.5,
     "solver": lambda: curvature.trace_solver(operator(), key=key(), num_matvecs=2),
     "space": lambda: operator().space,
@@ -259,9 +276,11 @@ EXAMPLES = {
     "u": lambda: ones(3),
     "unit_masks": masks,
     "v": lambda: ones(3),
+    "updates": params,
     "value_and_grad_fn": lambda: jax.value_and_grad(loss_fn),
     "variance": lambda: ones(4),
     "vector": params,
+    "vectors": lambda: jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1]), params()),
     "velocity": params,
     "weight_decay": lambda: 0.1,
     "weight_fn": lambda: lambda inputs: len(inputs),
@@ -323,8 +342,13 @@ OVERRIDES = {
     "curvature.spectral_density": {"num_steps": lambda: 4},
     "curvature.spectral_density_solver": {"num_steps": lambda: 4},
     "curvature.stream": {"arguments": lambda: (loss_fn, params(), [(inputs(), targets())])},
+    "curvature.target_alignment": {"targets": lambda: ones(4)},
     "diagnostics.batch_norm_regularization": {"mean": lambda: ones(3)},
     "diagnostics.dropout_noise_alignment": {"num_directions": lambda: 1},
+    "diagnostics.edge_of_stability": {
+        "learning_rate": lambda: 0.1,
+        "optimizer_state": optimizer_state,
+    },
     "diagnostics.landscape_dependent_noise": {
         "params": lambda: learners(),
         "mean_grads": params,
@@ -333,6 +357,7 @@ OVERRIDES = {
     "pruning.group_importance": {"groups": lambda: {"hidden": {"kernel": 0, "bias": 0}, "head": 1}},
     "pruning.scale_magnitude": {"structure": lambda: scaled_structure()},
     "regularizers.dropout_penalty": {"kernel": lambda: ones(4, 2)},
+    "transforms.averaged_params": {"state": lambda: state_of(transforms.average_params())},
     "transforms.consensus_model": {
         "params": lambda: jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), model().params)
     },
@@ -350,7 +375,8 @@ OVERRIDES = {
 _KINDS = {
     "count": (
         "batch_size", "begin", "block_size", "chunk_size", "deflate", "delay", "every", "final",
-        "k", "max_basis", "max_matvecs", "max_steps", "min_units", "prefetch",
+        "k", "large_batch_size", "max_basis", "max_bytes", "max_matvecs", "max_steps", "min_units",
+        "prefetch", "small_batch_size",
     ),
     "number": (
         "alpha", "budget", "clip", "crossover", "damping", "decay", "epsilon", "eta",
@@ -364,7 +390,7 @@ _KINDS = {
     ),
     "real": ("largest", "power", "smallest"),
     "like params": (
-        "direction", "other_direction", "other_params", "start", "vector",
+        "direction", "other_direction", "other_params", "start", "updates", "vector",
     ),
     "loss": ("dropout_loss_fn", "gate_loss", "loss_fn"),
     "function": (
@@ -374,18 +400,20 @@ _KINDS = {
     ),
     "array": (
         "activations", "batch_means", "batch_variances", "center", "covariance",
-        "features", "g", "grid", "initial_kernel", "inputs", "kernel", "learning_rates", "matrix",
-        "positions", "singular_values", "true_weights", "u", "v",
+        "features", "g", "grid", "initial_kernel", "inputs", "kernel", "large_squared_norms",
+        "learning_rates", "matrix", "other_inputs", "other_matrix", "positions", "singular_values",
+        "small_squared_norms", "true_weights", "u", "v",
     ),
     "choice": (
-        "accumulation", "axis_scale", "first_step", "likelihood", "method", "mode", "reduction",
-        "side", "which",
+        "accumulation", "axis_scale", "first_step", "likelihood", "method", "mode", "optimizer",
+        "output_axes",
+        "reduction", "side", "which",
     ),
     "key": ("key",),
     "params": ("like", "mean_grads", "params"),
     "layout": ("layout",),
     "mask": ("mask", "wrt"),
-    "operator": ("operator", "preconditioner"),
+    "operator": ("metric", "operator", "other_operator", "preconditioner"),
 }  # fmt: skip
 
 

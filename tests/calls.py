@@ -6,6 +6,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import regjax
 from regjax import diagnostics, pruning
@@ -122,6 +123,16 @@ DIAGNOSTICS = {
         BATCHES, chunk_size=4,
     ),
     "condensation": call(diagnostics.condensation, draw(3, 4), draw(4), threshold=0.5),
+    "critical_sharpness": call(
+        diagnostics.critical_sharpness, loss, PARAMS, OTHER, X, Y, learning_rate=0.1, chunk_size=4
+    ),
+    "preconditioner": call(
+        diagnostics.preconditioner, optax.ScaleByRssState(jax.tree.map(jnp.square, PARAMS)), PARAMS,
+        optimizer="adagrad",
+    ),
+    "stability_threshold": call(
+        diagnostics.stability_threshold, optimizer="adam", learning_rate=jnp.float32(0.1)
+    ),
     "landscape_dependent_noise": call(
         diagnostics.landscape_dependent_noise, loss,
         jax.tree.map(lambda a, b: jnp.stack([a, b]), PARAMS, OTHER), PARAMS, X, Y,
@@ -196,8 +207,8 @@ DIAGNOSTICS = {
     ),
 }  # fmt: skip
 # Their tests are with the Ritz values.
-ELSEWHERE = {"edge_of_stability", "effective_learning_rate", "spherical_sharpness",
-             "spherical_sharpness_by_group"}  # fmt: skip
+ELSEWHERE = {"edge_of_stability", "effective_learning_rate", "spherical_edge_of_stability",
+             "spherical_sharpness", "spherical_sharpness_by_group"}  # fmt: skip
 
 
 def public(room):

@@ -3,13 +3,19 @@
 A fresh machine has no compilation cache; without most of XLA's optimisations the suite takes half
 as long. Numerically delicate tests, marked `optimized`, are compiled as for users. They run first:
 what is compiled is thrown away between the two kinds, and they are few.
+
+Most of the time goes into compilers, often for a program that was compiled before: by another
+worker, in another process that a test starts, before memory was made free, or for another function
+that came out the same. So all processes of a run share a cache on disk, which goes with the run.
 """
 
 import collections
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import signal
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -24,7 +30,6 @@ os.environ.setdefault(
         "0.12": "--xla_cpu_parallel_codegen_split_count=1",
     }.get(".".join(importlib.metadata.version("jaxlib").split(".")[:2]), ""),
 )
-
 import jax
 import pytest
 
@@ -36,6 +41,17 @@ _MOST_CASES = int(os.environ.get("REGJAX_TEST_CASES") or 0)
 _OPTION = "jax_disable_most_optimizations"
 _QUICK = jax.config.read(_OPTION)
 
+# Workers, and processes that tests start, inherit the folder.
+_CACHE = None
+if jax.config.jax_compilation_cache_dir is None:
+    _CACHE = tempfile.mkdtemp(prefix="regjax-compiled-")
+    for name, value in (
+        ("jax_compilation_cache_dir", _CACHE),
+        ("jax_persistent_cache_min_compile_time_secs", 0.0),
+    ):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -43,6 +59,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_configure(config):
     # A shell starts background jobs with Ctrl-C ignored, and Python keeps it so: CI is often one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if _CACHE is not None:
+        config.add_cleanup(lambda: shutil.rmtree(_CACHE, ignore_errors=True))
     config.addinivalue_line("markers", "optimized: compiled with all optimisations, as for users")
     config.addinivalue_line(
         "markers", "slow: long, and the same on every Python: CI runs it on one"

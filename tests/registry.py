@@ -124,6 +124,12 @@ def holds_zeros(step):
         assert np.all(new[mask] != 0)
 
 
+def keeps_the_weights(step):
+    """Of `average_params`: the newest of the latest weights are those after the step."""
+    for kept, new in zip(*map(jax.tree.leaves, (step.state.latest[0], step.after)), strict=True):
+        np.testing.assert_array_equal(double(kept), new)
+
+
 def moves_to_the_mean_of_a_ring(step):
     """Of the ring of `among_learners`, of whom the first has weights 1, 1.1 and 1.3 to mix."""
     for w, u, new in zip(*map(jax.tree.leaves, step[:3]), strict=True):
@@ -190,6 +196,12 @@ def gossip_in_pairs(*, key):
 gossip_in_pairs.static_args = ("key",)
 
 _NO_NEUTRAL = {"neutral": "no setting leaves the update as it is"}
+
+_PASSES_ON = {
+    "masked": "it passes all updates on; what a mask does to it stands in test_average_params.py",
+    "own_mask": "optax.masked chooses the leaves",
+    "wider": "it passes the updates on as they are",
+}
 
 _NO_OWN_MASK = {
     "own_mask": "it mixes all leaves that it is given; optax.masked chooses them",
@@ -341,5 +353,26 @@ ROWS = {
             "own_mask": "its masks are arrays",
             "abstract": "these masks are made of the weights, which are not there",
         },
+    ),
+    "average_params": Row(
+        transforms.average_params,
+        {"decay": 0.9},
+        static={"begin": 1, "every": 2},
+        neutral={},
+        is_last=True,
+        traced="every",
+        num_copies=2,
+        skipped=_PASSES_ON,
+    ),
+    "average_of_the_latest": Row(
+        transforms.average_params,
+        {},
+        static={"num_latest": 3},
+        neutral={},
+        is_last=True,
+        traced="num_latest",
+        num_copies=3,
+        exact=keeps_the_weights,
+        skipped=_PASSES_ON,
     ),
 }

@@ -41,7 +41,9 @@ LOOPS = {
     "regjax._loops": {"scan", "while_loop", "cond", "switch"},
     "regjax.curvature._engine._accumulation": {"fori_loop"},  # slabs of columns
     "regjax.curvature._engine._basis": {"fori_loop", "cond"},  # filled blocks only; slabs
-    "regjax.curvature._lanczos": {"cond"},  # a second pass
+    "regjax.curvature._deflation": {"fori_loop"},  # two passes over the rows
+    "regjax.curvature._lanczos": {"cond", "while_loop", "fori_loop"},  # passes; a fresh direction
+    "regjax.models._transformer": {"scan"},  # equal blocks, without convolution
     "regjax.pruning._evaluation": {"scan"},  # the model's own
 }
 # What is multiplied knows nothing of how it runs, and neither of the methods.
@@ -268,6 +270,7 @@ ONLY_FOR_TYPES = {
     "Figure": matplotlib.figure.Figure,
     "Sequence": collections.abc.Sequence,
     "DensityCurveResult": curvature.DensityCurveResult,
+    "DensityDistancesResult": curvature.DensityDistancesResult,
 }
 
 

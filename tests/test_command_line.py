@@ -54,6 +54,34 @@ def test_spectrum_prints_and_writes_its_results(tmp_path, capsys):
     assert (tmp_path / "spectrum.png").exists()
 
 
+def test_a_monitor_prints_draws_and_goes_on(tmp_path, capsys):
+    words = ["train", *_FAST, "--monitor", "loss,sharpness", "--monitor-examples", "50"]
+    status, out, errors = run(capsys, *words, "--out", tmp_path)
+    assert (status, errors) == (0, [])
+    assert "largest eigenvalue" in out
+    assert (tmp_path / "monitor.png").exists()
+    rows = (tmp_path / "monitor.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [0, 3]  # of 200 examples, 64 a step
+    # Killed while it wrote the row of a step that is made again.
+    (tmp_path / "monitor.jsonl").write_text("\n".join([*rows, rows[1][:9]]))
+    words = ["train", "--resume", "--out", tmp_path, "--epochs", "3", "--monitor", "loss,sharpness"]
+    status, out, errors = run(capsys, *words, "--monitor-examples", "50", "--monitor-every", "2")
+    assert (status, errors) == (0, [])
+    again = (tmp_path / "monitor.jsonl").read_text().splitlines()
+    assert again[:2] == rows
+    assert [json.loads(row)["step"] for row in again] == [0, 3, 6]
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert [row["step"] for row in record["monitor"]] == [0, 3, 6]
+
+
+def test_monitors_of_several_seeds_are_averaged(tmp_path, capsys):
+    words = ["train", *_FAST, "--monitor", "noise", "--monitor-examples", "60", "--seeds", "2"]
+    status, out, errors = run(capsys, *words, "--out", tmp_path)
+    assert (status, errors) == (0, [])
+    assert "noise scale, monitor" in out
+    assert (tmp_path / "monitor_compare.png").exists()
+
+
 def test_checkpoint_brings_its_options(trained, capsys):
     words = ["spectrum", "--checkpoint", trained / "checkpoint.npz", *_FEW]
     status, out, errors = run(capsys, *words, "--width", "4", "--matrix", "gauss_newton")

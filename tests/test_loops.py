@@ -1,3 +1,4 @@
+import functools
 import signal
 import warnings
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import regjax
-from regjax import _jaxprs, _loops
+from regjax import _loops, _platforms
 
 
 def add_dense(operands, carry, i):
@@ -48,11 +49,9 @@ def test_scan_is_the_loop_by_hand(case, length, traced, unroll):
 
 def test_few_turns_are_unrolled_and_more_are_a_loop():
     body, operands, carry = DENSE
-    few = lambda length: jax.make_jaxpr(
-        lambda c: _loops.scan(body, c, length, operands=operands, unroll=True)
-    )(carry)
-    assert "scan" not in primitives(few(8).jaxpr)
-    assert "scan" in primitives(few(9).jaxpr)
+    few = lambda length: lambda c: _loops.scan(body, c, length, operands=operands, unroll=True)
+    assert not has_loop(few(8), carry)
+    assert has_loop(few(9), carry)
 
 
 @pytest.mark.parametrize("num_rows", [3, 17])
@@ -67,22 +66,26 @@ def test_rows_are_mapped_in_one_call_but_for_convolutions(num_rows):
         expected = np.stack([turn(row)[0] for row in rows])
         np.testing.assert_allclose(image, expected, rtol=1e-6)
         np.testing.assert_array_equal(first, rows[:, 0])
-        jaxpr = jax.make_jaxpr(lambda rows, turn=turn: _loops.map(turn, rows))(rows)
+        program = lowered(lambda rows, turn=turn: _loops.map(turn, rows), rows)
         follow = body is add_convolved and num_rows <= 16
-        convolutions = str(jaxpr).count("conv_general_dilated[")
+        convolutions = program.count("stablehlo.convolution")
         assert convolutions == (num_rows if follow else int(body is add_convolved))
 
 
-def primitives(jaxpr):
-    return {equation.primitive.name for equation in _jaxprs.equations(jaxpr)}
+def lowered(function, *arguments, platform="cpu"):
+    """The program of a function as it is lowered for a platform, which need not be here."""
+    exported = jax.export.export(jax.jit(function), platforms=[platform])
+    return exported(*arguments).mlir_module()
+
+
+def has_loop(function, *arguments, platform="cpu"):
+    return "stablehlo.while" in lowered(function, *arguments, platform=platform)
 
 
 def test_convolutions_never_enter_a_compiled_region_on_cpu(monkeypatch):
     body, operands, carry = CONVOLVED
-    unrolled = jax.make_jaxpr(lambda c: _loops.scan(body, c, 8, operands=operands))(carry)
-    assert "scan" not in primitives(unrolled.jaxpr)
-    scanned = jax.make_jaxpr(lambda c: _loops.scan(DENSE[0], c, 8, operands=DENSE[1]))(carry)
-    assert "scan" in primitives(scanned.jaxpr)
+    assert not has_loop(lambda c: _loops.scan(body, c, 8, operands=operands), carry)
+    assert has_loop(lambda c: _loops.scan(DENSE[0], c, 8, operands=DENSE[1]), carry)
     # On the host the body is compiled once and called, without a region around it.
     monkeypatch.setattr(_loops, "_compiled_scan", None)
     turns = []
@@ -92,21 +95,112 @@ def test_convolutions_never_enter_a_compiled_region_on_cpu(monkeypatch):
     assert [int(i) for i in turns] == list(range(9))
 
 
-def test_accelerators_scan_convolutions(monkeypatch):
+def until_five(state, max_steps=8):
+    return _loops.while_loop(
+        lambda operands, state: add_convolved(operands, state, jnp.int32(0)),
+        state,
+        operands=CONVOLVED[1],
+        done=lambda state: jnp.max(state) > 5,
+        max_steps=max_steps,
+        result=lambda state: state,
+    )
+
+
+def scan_of(case, length, **options):
+    body, operands, _ = case
+    if options.pop("captures", False):
+        return lambda carry: _loops.scan(lambda _, c, i: body(operands, c, i), carry, length)
+    return lambda carry: _loops.scan(body, carry, length, operands=operands, **options)
+
+
+CHOICES = {
+    "scan of convolutions": scan_of(CONVOLVED, 3),
+    "short scan of products": scan_of(DENSE, 3, unroll=True),
+    "captured convolutions": scan_of(CONVOLVED, 8, captures=True),
+    "captured products": scan_of(DENSE, 4, captures=True),
+    "while": until_five,
+    "slope": jax.grad(lambda carry: scan_of(CONVOLVED, 3)(carry).sum()),
+    "mapped": jax.vmap(scan_of(CONVOLVED, 3), in_axes=1, out_axes=1),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_platform_is_that_of_the_lowering(name, monkeypatch):
+    """Whatever the default backend says: from a CPU a program is lowered for others."""
+    carry = jnp.arange(8.0).reshape(4, 2) if name == "mapped" else jnp.arange(4.0)
+    for default in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda default=default: default)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loops = [has_loop(CHOICES[name], carry, platform=p) for p in ("cpu", "cuda", "tpu")]
+        assert loops == [False, True, True]
+
+
+def test_arrays_on_a_cpu_take_its_path_whatever_the_default(monkeypatch):
+    """As on a machine with a GPU, where arrays have been put on the CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     body, operands, carry = CONVOLVED
-    jaxpr = jax.make_jaxpr(lambda c: _loops.scan(body, c, 3, operands=operands))(carry)
-    assert "scan" in primitives(jaxpr.jaxpr)
+    monkeypatch.setattr(_loops, "_compiled_scan", None)
+    expected = by_hand(body, operands, carry, 3)
+    np.testing.assert_allclose(_loops.scan(body, carry, 3, operands=operands), expected, rtol=1e-6)
+    # Neither do those of a derivative outside of any jit, of which nothing is lowered.
+    rows = jnp.arange(12.0).reshape(3, 4)
+    turn = lambda row: body(operands, row, jnp.int32(0))
+    seen = []
+
+    def total(rows):
+        return jnp.sum(_loops.map(lambda row: seen.append(0) or turn(row), rows))
+
+    jax.grad(total)(rows)
+    assert len(seen) == 1 + len(rows)  # traced once to see what is in it
 
 
-def test_long_traced_convolutions_warn_once():
+def test_accelerators_take_rows_of_convolutions_at_once():
+    rows = jnp.arange(12.0).reshape(3, 4)
+    turn = lambda row: add_convolved(CONVOLVED[1], row, jnp.int32(0))
+    program = lowered(lambda rows: _loops.map(turn, rows), rows, platform="cuda")
+    assert program.count("stablehlo.convolution") == 1
+
+
+def test_both_branches_live_under_shard_map():
+    """Inside of somebody's own map a carry may differ from device to device after a turn."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    for case in (DENSE, CONVOLVED):
+        body, operands, carry = case
+
+        def turns(own, body=body, operands=operands):
+            add = lambda _, total, i: body(operands, own, i) + total
+            return _loops.scan(add, jnp.zeros(4), 3)
+
+        mapped = jax.shard_map(turns, mesh=mesh, in_specs=spec, out_specs=spec)
+        turn = functools.partial(body, operands, carry)
+        expected = turn(jnp.int32(0)) + turn(jnp.int32(1)) + turn(jnp.int32(2))
+        np.testing.assert_allclose(jax.jit(mapped)(carry), expected, rtol=1e-6)
+
+
+def test_long_traced_convolutions_warn_once_and_on_the_cpu_alone():
     body, operands, carry = CONVOLVED
-    _loops._warn_slow.cache_clear()
-    with pytest.warns(UserWarning, match="12 to 50 times slower on CPU.*without jit"):
-        jax.make_jaxpr(lambda c: _loops.scan(body, c, 9, operands=operands))(carry)
+    long = lambda c: _loops.scan(body, c, 9, operands=operands)
+    _platforms._told.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        jax.make_jaxpr(lambda c: _loops.scan(body, c, 9, operands=operands))(carry)
+        assert has_loop(long, carry, platform="tpu")
+    with pytest.warns(UserWarning, match="12 to 50 times slower on CPU.*without jit"):
+        lowered(long, carry)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowered(long, carry)
+
+
+def test_a_branch_of_convolutions_warns_once():
+    body, operands, carry = CONVOLVED
+    change = lambda state: body(operands, state, jnp.int32(0))
+    branch = lambda c: _loops.cond(c.sum() > 0, change, c, holds_products=True)
+    _platforms._told.clear()
+    with pytest.warns(UserWarning, match=r"A branch.*slower on CPU.*let the host decide"):
+        found = jax.jit(branch)(carry)
+    np.testing.assert_allclose(found, change(carry), rtol=1e-6)
 
 
 def count_up(operands, state):
@@ -133,25 +227,8 @@ def test_while_loop_stops_at_done_or_at_the_limit(max_steps, expected, traced):
 
 
 def test_traced_convolution_steps_unroll_and_stop():
-    def step(operands, state):
-        return add_convolved(operands, state, jnp.int32(0))
-
-    def solve(state, max_steps):
-        return _loops.while_loop(
-            step,
-            state,
-            operands=CONVOLVED[1],
-            done=lambda state: jnp.max(state) > 5,
-            max_steps=max_steps,
-            result=lambda state: state,
-        )
-
     start = jnp.arange(4.0)
-    jaxpr = jax.make_jaxpr(lambda state: solve(state, 8))(start)
-    assert "while" not in primitives(jaxpr.jaxpr)
-    np.testing.assert_allclose(
-        jax.jit(solve, static_argnums=1)(start, 8), solve(start, 8), rtol=1e-6
-    )
+    np.testing.assert_allclose(jax.jit(until_five)(start), until_five(start), rtol=1e-6)
 
 
 def test_first_ctrl_c_waits_for_the_step_and_the_handler_comes_back():

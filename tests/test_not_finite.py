@@ -11,6 +11,7 @@ CALLS = {**calls.PRUNING, **calls.DIAGNOSTICS}
 # What has only shapes to read.
 SHAPES = {"full_masks", "random_scores", "unit_gates", "parameter_masks", "count_cost",
           "find_structure"}  # fmt: skip
+SHAPES_OF = {("preconditioner", 1)}
 # Solvers are slow to compile; their NaN is that of `curvature`.
 SLOW = {"lambda_max_between", "sharpness_reduction_flow", "dropout_noise_alignment"}
 
@@ -26,7 +27,12 @@ def unknown(tree):
 def cases():
     for name in sorted(CALLS.keys() - SHAPES - SLOW):
         for place, value in [*enumerate(CALLS[name].args), *CALLS[name].keywords.items()]:
-            if not callable(value) and any(map(is_floating, jax.tree.leaves(value))):
+            only_shapes = (name, place) in SHAPES_OF
+            if (
+                not only_shapes
+                and not callable(value)
+                and any(map(is_floating, jax.tree.leaves(value)))
+            ):
                 yield name, place
 
 

@@ -188,7 +188,7 @@ READERS = {
     "effective rate": lambda mask: regjax.diagnostics.effective_learning_rate(
         WITH_INT8, mask=mask, learning_rate=0.1
     ),
-    "edge": lambda mask: regjax.diagnostics.edge_of_stability(
+    "edge": lambda mask: regjax.diagnostics.spherical_edge_of_stability(
         float_loss, WITH_INT8, WITH_INT8, *oracles.problem().batch,
         mask=mask, key=jax.random.key(0), learning_rate=0.1,
     ).sharpness,

@@ -51,7 +51,7 @@ def test_updates_of_low_precision_move_the_weights_as_the_same_numbers_do(name):
     tx = row.make()
     low, _ = tx.update(updates, tx.init(params), params, grad_fn=gradient)
     high, _ = tx.update(wide, tx.init(params), params, grad_fn=gradient)
-    if row.is_last:
+    if row.is_last and "wider" not in row.skipped:
         assert low["kernel"].dtype == jnp.float32
     for one, other in zip(jax.tree.leaves(low), jax.tree.leaves(high), strict=True):
         # A gradient has the dtype of the one that it replaces.

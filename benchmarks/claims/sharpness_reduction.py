@@ -121,8 +121,8 @@ def _descend(params: Any, x: jax.Array, y: jax.Array, decay: Any, num_steps: Any
 @jax.jit
 def _edge(
     params: Any, other_params: Any, x: jax.Array, y: jax.Array, key: jax.Array, decay: Any
-) -> diagnostics.EdgeResult:
-    return diagnostics.edge_of_stability(
+) -> diagnostics.SphericalEdgeResult:
+    return diagnostics.spherical_edge_of_stability(
         _loss, params, other_params, x, y,
         key=key, learning_rate=_RATE, weight_decay=decay, mask=_MASK,
     )  # fmt: skip

@@ -32,6 +32,8 @@ def cases(preset: str) -> dict[str, Callable[[], Case]]:
         f"steps_{name}_{batch}": functools.partial(_steps, name, batch, has_bars)
         for name, batch in sizes
     }
+    for name, batch in sizes:
+        found[f"average_{name}_{batch}"] = functools.partial(_average, name, batch, has_bars)
     for learners, batch in ((16, 90),) if has_bars else ((4, 8),):
         found[f"gossip_{learners}x{batch}"] = functools.partial(_gossip, learners, batch, has_bars)
     for name, count in _refresh_sizes(preset):
@@ -120,6 +122,50 @@ def _steps(name: str, batch_size: int, has_bars: bool) -> Case:
         sizes={"parameters": size, "batch": batch_size, "dtype": "float32"},
         facts=facts,
         bars=_bars(name) if has_bars else {},
+    )
+
+
+def _average(name: str, batch_size: int, has_bars: bool) -> Case:
+    """A step with averaged weights over the same step without."""
+    problem = _problems.trained(name, 512)
+    loss_fn, params = problem.loss_fn, problem.params
+    x, y = problem.x[:batch_size], problem.y[:batch_size]
+    descent = optax.sgd(_RATE, momentum=_MOMENTUM)
+    averages = {
+        "uniform": transforms.average_params(),
+        "decay of 0.999": transforms.average_params(decay=0.999),
+        "latest 5": transforms.average_params(num_latest=5),
+    }
+    chains = {"plain": optax.chain(descent)} | {
+        label: optax.chain(descent, average) for label, average in averages.items()
+    }
+    # From the second step on there is something to add to.
+    steps = {label: _step(tx, 1) for label, tx in chains.items()}
+    first = {
+        label: steps[label](loss_fn, params, tx.init(params), x, y) for label, tx in chains.items()
+    }
+    expected = ravel_pytree(steps["plain"](loss_fn, *first["plain"], x, y)[0])[0]
+
+    def error(label: str, answer: Any) -> float:
+        """Of the weights, and of the mean of the two steps, 0.999 of one and 1 of the other."""
+        after = ravel_pytree(answer[0])[0]
+        wrong = _relative(after, expected)
+        if label == "plain":
+            return wrong
+        before = ravel_pytree(first[label][0])[0]
+        weight = 0.999 if label.startswith("decay") else 1.0
+        mean = (weight * before + after) / (weight + 1)
+        found = ravel_pytree(transforms.averaged_params(answer[1]))[0]
+        return max(wrong, _relative(found, mean))
+
+    return Case(
+        candidates={
+            label: functools.partial(steps[label], loss_fn, *first[label], x, y) for label in chains
+        },
+        error=error,
+        tolerance=1e-5,
+        sizes={"parameters": expected.size, "batch": batch_size, "dtype": "float32"},
+        bars={"uniform": 1.05} if has_bars and name == "resnet" else {},
     )
 
 

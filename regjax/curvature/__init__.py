@@ -1,6 +1,10 @@
 """Curvature of the loss: operators, solvers on them, and what is read off their results."""
 
 from regjax._space import Space as Space
+from regjax.curvature._block_structure import DensityDistancesResult as DensityDistancesResult
+from regjax.curvature._block_structure import OffDiagonalResult as OffDiagonalResult
+from regjax.curvature._block_structure import density_distances as density_distances
+from regjax.curvature._block_structure import off_diagonal_share as off_diagonal_share
 from regjax.curvature._counts import CountResult as CountResult
 from regjax.curvature._counts import eigenvalue_count as eigenvalue_count
 from regjax.curvature._curves import DensityCurveResult as DensityCurveResult
@@ -27,16 +31,25 @@ from regjax.curvature._functions import apply_function as apply_function
 from regjax.curvature._functions import apply_function_solver as apply_function_solver
 from regjax.curvature._inverse import inverse as inverse
 from regjax.curvature._inverse import inverse_diagonal as inverse_diagonal
+from regjax.curvature._kernel_alignment import kernel_alignment as kernel_alignment
+from regjax.curvature._kernel_alignment import target_alignment as target_alignment
 from regjax.curvature._lanczos import LanczosResult as LanczosResult
 from regjax.curvature._lanczos import lanczos as lanczos
 from regjax.curvature._lanczos import lanczos_solver as lanczos_solver
+from regjax.curvature._linearized import LinearizedModel as LinearizedModel
+from regjax.curvature._linearized import linearized_model as linearized_model
 from regjax.curvature._measure import DensityResult as DensityResult
 from regjax.curvature._measure import SpectralSumResult as SpectralSumResult
 from regjax.curvature._measure import effective_dimension as effective_dimension
 from regjax.curvature._measure import log_determinant as log_determinant
 from regjax.curvature._measure import schatten_norm as schatten_norm
 from regjax.curvature._measure import spectral_sum as spectral_sum
+from regjax.curvature._norms import RowNormsResult as RowNormsResult
+from regjax.curvature._norms import squared_frobenius_norm as squared_frobenius_norm
+from regjax.curvature._norms import squared_row_norms as squared_row_norms
+from regjax.curvature._norms import squared_row_norms_solver as squared_row_norms_solver
 from regjax.curvature._operators._blocks import by_block as by_block
+from regjax.curvature._operators._covariance import gradient_covariance as gradient_covariance
 from regjax.curvature._operators._curvature import CurvatureOperator as CurvatureOperator
 from regjax.curvature._operators._dropout import dropout_covariance as dropout_covariance
 from regjax.curvature._operators._dropout import (
@@ -48,6 +61,8 @@ from regjax.curvature._operators._gauss_newton import gauss_newton as gauss_newt
 from regjax.curvature._operators._hessian import from_gradient as from_gradient
 from regjax.curvature._operators._hessian import hessian as hessian
 from regjax.curvature._operators._hessian import hvp as hvp
+from regjax.curvature._operators._jacobian import JacobianOperator as JacobianOperator
+from regjax.curvature._operators._jacobian import jacobian as jacobian
 from regjax.curvature._operators._matvec import from_matvec as from_matvec
 from regjax.curvature._operators._operator import Operator as Operator
 from regjax.curvature._operators._operator import identity as identity
@@ -66,3 +81,4 @@ from regjax.curvature._ritz import ritz_pairs as ritz_pairs
 from regjax.curvature._solve import SolveResult as SolveResult
 from regjax.curvature._solve import solve as solve
 from regjax.curvature._solve import solve_solver as solve_solver
+from regjax.curvature._tangent_kernel import neural_tangent_kernel as neural_tangent_kernel

@@ -163,7 +163,7 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
     size = krylov.basis.space.size
     small, bounds, outside = standing.small[:k], pairs.bounds[:k], pairs.outside[:k]
     all_converged = jnp.all(small)
-    spans_everything = krylov.filled >= size
+    spans_everything = _basis.spans_all(krylov.basis)
     is_broken = ~jnp.isfinite(krylov.beta)
 
     if state.searches:
@@ -263,7 +263,7 @@ def restart(state: EigenState) -> EigenState:
     blur = jnp.hypot(krylov.blur, unit * jnp.sqrt(num_kept.astype(unit.dtype)))
     krylov = krylov._replace(
         basis=_basis.recombine(krylov.basis, weights, num_kept),
-        newest=jnp.zeros_like(krylov.newest),
+        newest=krylov.basis.space.constrain(jnp.zeros_like(krylov.newest)),
         projected=jnp.diag(values),
         coupling=krylov.coupling @ weights,
         lost=krylov.lost @ weights,

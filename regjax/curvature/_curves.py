@@ -13,7 +13,7 @@ from regjax.curvature._measure import DensityResult
 
 _SCALES = ("linear", "symlog")
 # Share of the range of the axis below which no kernel is narrower unless asked for.
-_LEAST_WIDTH = 0.01
+LEAST_WIDTH = 0.01
 # Standard deviations by which the grid goes beyond what it shows.
 _MARGIN = 3
 # How many times as wide the kernel may be at a node as the nearer neighbour is far.
@@ -90,8 +90,8 @@ def density_curve(
     """
     _checks.integer("num_points", num_points, minimum=2)
     measure = Measure.of(density)
-    threshold = _threshold(measure, axis_scale, linear_threshold)
-    axis = _Axis(measure, threshold)
+    threshold = axis_threshold(measure, axis_scale, linear_threshold)
+    axis = Axis(measure, threshold)
     if kernel_width is not None:
         _checks.positive("kernel_width", kernel_width)
     if grid is None:
@@ -117,7 +117,7 @@ def density_curve(
         return DensityCurveResult(*(jnp.asarray(array, density.alphas.dtype) for array in numbers))
 
 
-class _Axis:
+class Axis:
     """The transformed axis t, and how wide the kernel is on it."""
 
     def __init__(self, measure: Measure, threshold: float | None):
@@ -132,7 +132,7 @@ class _Axis:
             self.spacings.append(_spacing(np.unique(self.transform(heavy))))
         all_places = self.transform(np.concatenate(support))
         self.ends = np.array([np.min(all_places), np.max(all_places)])
-        self.least_width = _LEAST_WIDTH * float(np.ptp(self.ends)) or _LEAST_WIDTH
+        self.least_width = LEAST_WIDTH * float(np.ptp(self.ends)) or LEAST_WIDTH
 
     def transform(self, values: np.ndarray) -> np.ndarray:
         return values if self.threshold is None else np.arcsinh(values / self.threshold)
@@ -167,7 +167,7 @@ def _spacing(nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _curves(
-    measure: Measure, axis: _Axis, places: np.ndarray, widths: np.ndarray
+    measure: Measure, axis: Axis, places: np.ndarray, widths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Estimate, lower and upper end of the band, (num_points,), per unit of t."""
     kernels = lambda values, bounds: _kernels(axis, places, widths, values, bounds)
@@ -209,7 +209,7 @@ def _count_interval(count: np.ndarray, num_probes: int) -> tuple[np.ndarray, np.
 
 
 def _kernels(
-    axis: _Axis, places: np.ndarray, widths: np.ndarray, values: np.ndarray, bounds: Any
+    axis: Axis, places: np.ndarray, widths: np.ndarray, values: np.ndarray, bounds: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The kernel at each value's distance, (num_points, values), and its ends in the bounds."""
     distance = np.abs(places[:, None] - axis.transform(values))
@@ -225,7 +225,7 @@ def _kernels(
     return height(distance), height(distance + moved), height(np.maximum(distance - moved, 0))
 
 
-def _threshold(measure: Measure, axis_scale: str, given: float | None) -> float | None:
+def axis_threshold(measure: Measure, axis_scale: str, given: float | None) -> float | None:
     """None on a linear scale, else the eigenvalue below which the scale is nearly linear."""
     if _checks.choice("axis_scale", axis_scale, _SCALES) == "linear":
         return None

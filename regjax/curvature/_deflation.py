@@ -59,6 +59,5 @@ def taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
 
 def outside(rows: _basis.Basis, vectors: jax.Array) -> jax.Array:
     """The `vectors` less their part in the rows; twice is enough."""
-    for _ in range(2):
-        vectors = jax.vmap(lambda vector: _basis.outside(rows, vector)[0])(vectors)
-    return vectors
+    once = jax.vmap(lambda vector: _basis.outside(rows, vector)[0])
+    return jax.lax.fori_loop(0, 2, lambda _, vectors: once(vectors), vectors)

@@ -23,8 +23,8 @@ from regjax.curvature._engine._accumulation import small_dtype
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._lanczos import Krylov, absorb, charged, empty, expand
-from regjax.curvature._measure import DensityResult, sampled_sum, share_error
+from regjax.curvature._lanczos import Krylov, absorb, charged, empty, expand, renewed
+from regjax.curvature._measure import DensityResult, dimension_left, sampled_sum, share_error
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._quadrature import gauss_rule, open_share
@@ -232,11 +232,14 @@ def _begin(
 def _update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityState:
     """One more row for each probe under way, and what it knows of its measure when that is all."""
     state = _absorb(state, images)
-    filled, most = state.probes.filled[0], state.alphas.shape[1]
+    state = state._replace(probes=renewed(state.probes))
+    # What the host decides needs no program.
+    known: Any = np.asarray if _loops.is_concrete(state) else lambda array: array
+    filled, most = known(state.probes.filled)[0], state.alphas.shape[1]
     if chosen:
-        looks = jnp.asarray([count for count in _LOOKS if count < most], jnp.int32)
-        state = _loops.cond(jnp.any(filled == looks), _look, state)
-    return _loops.cond(state.resolved | (filled == most), _collect, state)
+        looks = np.asarray([count for count in _LOOKS if count < most], np.int32)
+        state = _loops.cond((filled == looks).any(), _look, state)
+    return _loops.cond(known(state.resolved) | (filled == most), _collect, state)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -258,7 +261,7 @@ def _look(state: DensityState) -> DensityState:
     count = state.deflation.rows.filled
     taken = jnp.max(jnp.abs(state.deflation.values), initial=0)
     num_probes = state.num_steps.size
-    dimension = jnp.asarray(state.deflation.rows.space.size - count, state.alphas.dtype)
+    dimension = dimension_left(state.deflation.rows.space.size, count, state.alphas.dtype)
 
     def is_resolved(krylov: Krylov) -> jax.Array:
         measure = *recurrence(krylov), krylov.filled
@@ -318,7 +321,7 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
     finished = jnp.arange(state.alphas.shape[0], dtype=jnp.int32) < state.num_finished
     nodes, weights = jax.vmap(gauss_rule)(state.alphas, state.betas, state.num_steps)
     nodes = jnp.where(finished[:, None], nodes, 0)
-    rest = (size - count).astype(dtype) / size
+    rest = dimension_left(size, count, dtype) / float(size)
     # Nothing is known before the first probe, not even that a weight is zero.
     absent = jnp.where(state.num_finished > 0, jnp.zeros((), dtype), jnp.nan)
     share = rest / jnp.maximum(state.num_finished, 1).astype(dtype)
@@ -343,7 +346,7 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
         trace=jnp.zeros((), dtype),
         trace_standard_error=jnp.zeros((), dtype),
         num_matvecs=state.num_matvecs,
-        size=jnp.int32(size),
+        size=jnp.asarray(size, jnp.int32 if size < 2**31 else dtype),
     )
     mean, error, dimension = sampled_sum(result, lambda values: values)
     total = jnp.sum(result.eigenvalues) + dimension * mean

@@ -20,7 +20,7 @@ from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
-from regjax.curvature import _search
+from regjax.curvature import _search, _start
 from regjax.curvature._assessment import (
     EigenState,
     assess,
@@ -34,7 +34,7 @@ from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._lanczos import absorb, charged, empty
+from regjax.curvature._lanczos import absorb, charged, empty, renewed
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 
@@ -85,6 +85,7 @@ def top_eigenpairs(
     max_basis: int | None = None,
     max_matvecs: int | None = None,
     search: bool = True,
+    start: Tree = None,
     accumulation: str | None = None,
     callback: Callback | None = None,
     checkpoint: Checkpoint | None = None,
@@ -117,6 +118,10 @@ def top_eigenpairs(
       search: whether to look for missed copies of multiple eigenvalues after convergence, at half
         as many products more: it ends when one that would change the list by more than the
         tolerance is there with a probability below 0.01.
+      start: where to begin in place of a random vector: an earlier `EigenResult`, or a tree of
+        vectors with a leading axis of any length. Eigenvectors of a matrix not far from this one
+        spare products, k vectors that are those of this one all but k and the search; any others
+        cost products and nothing else. Without a search a random vector goes with them.
       accumulation: how inner products of vectors (n,) are summed, as for `lanczos`; with "float64"
         values and residual norms are float64, the vectors are not.
       callback: called as callback(products, max_matvecs, progress) after each product when the host
@@ -142,7 +147,7 @@ def top_eigenpairs(
     """
     solver = top_eigenpairs_solver(
         held(operator), k, key=key, tol=tol, which=which, max_basis=max_basis,
-        max_matvecs=max_matvecs, search=search, accumulation=accumulation,
+        max_matvecs=max_matvecs, search=search, start=start, accumulation=accumulation,
     )  # fmt: skip
     found = run(solver, callback=callback, checkpoint=checkpoint)
     vectors, residual_norms = without_rule(operator, (found.vectors, found.residual_norms))
@@ -175,6 +180,7 @@ def top_eigenpairs_solver(
     max_basis: int | None = None,
     max_matvecs: int | None = None,
     search: bool = True,
+    start: Tree = None,
     accumulation: str | None = None,
 ) -> Solver[Tree, EigenResult]:
     """Makes the solver of `top_eigenpairs`, whose arguments these are, to drive by hand."""
@@ -183,48 +189,22 @@ def top_eigenpairs_solver(
     _checks.non_negative("tol", tol)
     _checks.choice("which", which, _ENDS)
     _checks.key("key", key)
+    start_rows = None if start is None else _start.rows_of(start, space)
     # Two rows beyond the kept ones: one for the residual's direction, one to make progress.
     num_rows = min(space.size, max(48, 2 * k + 20)) if max_basis is None else max_basis
     _checks.integer("max_basis", num_rows, minimum=min(k + 2, space.size), maximum=space.size)
     limit = 20 * num_rows if max_matvecs is None else max_matvecs
-
-    def init() -> EigenState:
-        fresh_key, start_key = jax.random.split(key)
-        krylov = empty(space, space.normal(start_key), num_rows, fresh_key, accumulation)
-        rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
-        state = EigenState(
-            krylov=krylov,
-            search=_search.begin(
-                jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, num_searches=0
-            ),
-            tol=jnp.asarray(tol, dtype),
-            num_matvecs=jnp.int32(0),
-            num_restarts=jnp.int32(0),
-            weights=jnp.zeros((rows, rows), dtype),
-            values=jnp.zeros(rows, dtype),
-            bounds=jnp.full(rows, unbounded(dtype), dtype),
-            largest=jnp.zeros((), dtype),
-            threshold=jnp.zeros((), dtype),
-            small=jnp.zeros(rows, bool),
-            mass=jnp.zeros(rows, dtype),
-            wants_restart=jnp.bool_(False),
-            wants_search=jnp.bool_(False),
-            done=jnp.bool_(False),
-            k=k,
-            which=which,
-            num_rows=num_rows,
-            searches=search,
-        )
-        return space.replicate(state)
 
     return Solver(
         name="top_eigenpairs",
         operator=operator,
         arguments={
             "k": k, "key": key, "tol": tol, "which": which, "max_basis": num_rows,
-            "search": search, "accumulation": accumulation,
+            "search": search, "start": start_rows, "accumulation": accumulation,
         },
-        init=init,
+        init=lambda: space.replicate(
+            _begin(key, tol, start_rows, space, k, which, num_rows, accumulation, search)
+        ),
         vectors=lambda state: state.krylov.direction,
         update=_update,
         done=lambda state: state.done,
@@ -235,20 +215,65 @@ def top_eigenpairs_solver(
     )  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+def _begin(
+    key: PRNGKey,
+    tol: ArrayLike,
+    start_rows: jax.Array | None,
+    space: Space,
+    k: int,
+    which: str,
+    num_rows: int,
+    accumulation: str | None,
+    searches: bool,
+) -> EigenState:
+    """The state before the first product."""
+    fresh_key, start_key = jax.random.split(key)
+    first = space.normal(start_key)
+    if start_rows is not None:
+        # Nothing but a random part, or a search, sees what the given vectors do not.
+        first = _start.sum_of(start_rows, space, None if searches else first)
+    krylov = empty(space, first, num_rows, fresh_key, accumulation)
+    rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
+    return EigenState(
+        krylov=krylov,
+        search=_search.begin(
+            jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, num_searches=0
+        ),
+        tol=jnp.asarray(tol, dtype),
+        num_matvecs=jnp.int32(0),
+        num_restarts=jnp.int32(0),
+        weights=jnp.zeros((rows, rows), dtype),
+        values=jnp.zeros(rows, dtype),
+        bounds=jnp.full(rows, unbounded(dtype), dtype),
+        largest=jnp.zeros((), dtype),
+        threshold=jnp.zeros((), dtype),
+        small=jnp.zeros(rows, bool),
+        mass=jnp.zeros(rows, dtype),
+        wants_restart=jnp.bool_(False),
+        wants_search=jnp.bool_(False),
+        done=jnp.bool_(False),
+        k=k,
+        which=which,
+        num_rows=num_rows,
+        searches=searches,
+    )
+
+
 def _charge(state: EigenState, image: jax.Array, error: jax.Array) -> EigenState:
     return dataclasses.replace(state, krylov=charged(state.krylov, image, error))
 
 
 def _is_complete(state: EigenState) -> jax.Array:
     """Whether the list is right, as far as it was looked for: never without a search."""
-    size = state.krylov.basis.space.size
-    was_searched = jnp.bool_(state.searches) | (state.krylov.filled >= size)
+    was_searched = jnp.bool_(state.searches) | _basis.spans_all(state.krylov.basis)
     return jnp.all(state.small[: state.k]) & state.done & was_searched
 
 
 def _update(state: EigenState, image: jax.Array) -> EigenState:
     """One more row, the assessment, and what it asks for."""
     state = _advance(state, image)
+    state = dataclasses.replace(state, krylov=renewed(state.krylov))
     state = _loops.cond(state.wants_restart, restart, state)
     return _loops.cond(state.wants_search, begin_search, state)
 

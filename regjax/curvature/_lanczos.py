@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from regjax import _checks, _numerics
+from regjax import _checks, _loops, _numerics
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._space import Space
@@ -208,17 +209,29 @@ def empty(
     generation: Any = 0,
 ) -> Krylov:
     """A basis without rows whose first one will be `direction`, made of unit norm."""
+    return space.replicate(_empty(space, direction, num_rows, key, accumulation, generation))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 4))
+def _empty(
+    space: Space,
+    direction: jax.Array,
+    num_rows: int,
+    key: PRNGKey,
+    accumulation: str | None,
+    generation: Any,
+) -> Krylov:
     direction = _numerics.divide(direction, jnp.max(jnp.abs(direction)))
     small = small_dtype(direction.dtype, accumulation)
     basis = _basis.zeros(space, num_rows, accumulation, generation)
     rows = basis.num_rows
-    krylov = Krylov(
+    return Krylov(
         basis=basis,
         projected=jnp.zeros((rows, rows), small),
         coupling=jnp.zeros(rows, small),
         lost=jnp.zeros((rows, rows), small),
         blur=jnp.zeros((), small),
-        newest=jnp.zeros_like(direction),
+        newest=space.constrain(jnp.zeros_like(direction)),
         direction=unit(direction, space.norm(direction)),
         scale=jnp.zeros((), direction.dtype),
         beta=jnp.zeros((), small),
@@ -226,7 +239,6 @@ def empty(
         # The steps donate their state: it must not hold the caller's own key.
         key=jax.random.fold_in(key, 0),
     )
-    return space.replicate(krylov)
 
 
 @jax.jit
@@ -244,7 +256,10 @@ def _scale(krylov: Krylov, image: jax.Array) -> jax.Array:
 
 @precisely
 def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
-    """The basis with `direction` as a new row, given `image` = A direction."""
+    """The basis with `direction` as a new row, given `image` = A direction.
+
+    After a breakdown `renewed` has to follow: the next direction is rounding.
+    """
     last, row = krylov.filled, krylov.direction
     scale = _scale(krylov, image)
     image = image * jnp.where(scale > 0, scale, 1)
@@ -254,49 +269,103 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     before, here = dot(krylov.newest, image), dot(row, image)
     image = image - before.astype(row.dtype) * krylov.newest - here.astype(row.dtype) * row
     basis = _basis.append(krylov.basis, row)
-    residual, coefficients = _basis.outside(basis, image)
-    beta = jnp.sqrt(dot(residual, residual))
-    spoilt = beta < jnp.linalg.norm(coefficients)  # the norm dropped by more than 1/sqrt(2)
-    coefficients = coefficients.at[last].add(here)
+    coefficients = jnp.zeros_like(krylov.coupling).at[last].set(here)
     coefficients = coefficients.at[last - 1].add(jnp.where(last > 0, before, 0))
-    largest = jnp.maximum(jnp.max(jnp.abs(krylov.projected)), jnp.max(jnp.abs(coefficients)))
-    rounding = _BREAKDOWN * float(jnp.finfo(image.dtype).eps) * largest
-
-    def again(_: Any) -> tuple[jax.Array, ...]:
-        twice, second = _basis.outside(basis, residual)
-        beta = jnp.sqrt(dot(twice, twice))
-        broke_down = beta <= rounding
-        direction, key = lax.cond(
-            broke_down,
-            lambda _: _fresh(basis, krylov.key),
-            lambda _: (unit(twice, beta), krylov.key),
-            None,
-        )
-        return direction, coefficients + second, beta, broke_down, key
-
-    def at_once(_: Any) -> tuple[jax.Array, ...]:
-        return unit(residual, beta), coefficients, beta, jnp.bool_(False), krylov.key
-
-    # One branch for all that is rare; what a branch hands through, it copies.
-    direction, coefficients, beta, broke_down, key = lax.cond(
-        spoilt | (beta <= rounding), again, at_once, None
+    residual, coefficients, beta, broke_down = _orthogonalized(
+        basis, image, coefficients, jnp.max(jnp.abs(krylov.projected))
     )
-    return Krylov(
+    return krylov._replace(
         basis=basis,
         projected=krylov.projected.at[:, last].set(coefficients).at[last, :].set(coefficients),
         coupling=jnp.zeros_like(krylov.coupling).at[last].set(jnp.where(broke_down, 0, beta)),
-        lost=krylov.lost,
         blur=jnp.hypot(krylov.blur, jnp.where(broke_down, beta, 0)),
         newest=row,
-        direction=direction,
+        direction=unit(residual, beta),
         scale=scale,
         beta=jnp.where(broke_down, 0, beta),
         broke_down=broke_down,
-        key=key,
     )
 
 
-expand = jax.jit(absorb, donate_argnums=0)
+class _Turn(NamedTuple):
+    """Where the orthogonalization is; `again`: whether one more pass is due."""
+
+    passes: jax.Array
+    vector: jax.Array
+    coefficients: jax.Array
+    beta: jax.Array
+    rounding: jax.Array
+    again: jax.Array
+
+
+def _orthogonalized(
+    basis: _basis.Basis, vector: jax.Array, coefficients: jax.Array, largest: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The part outside of the rows after one pass, or two, its norm, and whether it is rounding.
+
+    Args:
+      basis: the rows.
+      vector: of which the part is.
+      coefficients: (rows,), to which those of the passes are added; they come second.
+      largest: (), of the numbers of the matrix so far.
+    """
+    eps = _BREAKDOWN * float(jnp.finfo(vector.dtype).eps)
+
+    def turn(at: _Turn) -> _Turn:
+        residual, part = _basis.outside(basis, at.vector)
+        coefficients = at.coefficients + part
+        beta = jnp.sqrt(_basis.inner(basis, residual, residual))
+        found = eps * jnp.maximum(largest, jnp.max(jnp.abs(coefficients)))
+        is_first = at.passes == 0
+        rounding = jnp.where(is_first, found, at.rounding)
+        spoilt = beta < jnp.linalg.norm(part)  # the norm dropped by more than 1/sqrt(2)
+        again = is_first & (spoilt | (beta <= rounding))
+        return _Turn(at.passes + 1, residual, coefficients, beta, rounding, again)
+
+    zero = jnp.zeros((), coefficients.dtype)
+    first = _Turn(jnp.int32(0), vector, coefficients, zero, zero, jnp.bool_(True))
+    # One program for both passes: most of the time of a short run is spent compiling them.
+    last = lax.while_loop(lambda at: at.again, turn, first)
+    broke_down = (last.passes > 1) & (last.beta <= last.rounding)
+    return last.vector, last.coefficients, last.beta, broke_down
+
+
+def renewed(krylov: Krylov) -> Krylov:
+    """The same with a random direction if the last step broke down; of several, each by itself."""
+    if _loops.is_concrete(krylov.broke_down):
+        return _renew(krylov) if np.any(krylov.broke_down) else krylov
+    # What a branch hands through, it copies.
+    direction, key = lax.cond(
+        jnp.any(krylov.broke_down),
+        lambda _: _next_direction(krylov),
+        lambda _: (krylov.direction, krylov.key),
+        None,
+    )
+    return krylov._replace(direction=direction, key=key)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+@precisely
+def _renew(krylov: Krylov) -> Krylov:
+    direction, key = _next_direction(krylov)
+    return krylov._replace(direction=direction, key=key)
+
+
+def _next_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
+    if krylov.broke_down.ndim:
+        return jax.vmap(_next_direction)(krylov)
+    direction, key = _fresh(krylov.basis, krylov.key)
+    broke_down = krylov.broke_down
+    direction = jnp.where(broke_down, direction, krylov.direction)
+    return direction, jnp.where(broke_down, key, krylov.key)
+
+
+def expand(krylov: Krylov, image: jax.Array) -> Krylov:
+    """`absorb`, and a random direction after a breakdown; the state is used up."""
+    return renewed(_absorb(krylov, image))
+
+
+_absorb = jax.jit(absorb, donate_argnums=0)
 
 
 def redirect(krylov: Krylov) -> Krylov:
@@ -318,9 +387,10 @@ def _fresh(basis: _basis.Basis, key: PRNGKey) -> tuple[jax.Array, PRNGKey]:
     key, subkey = jax.random.split(key)
     space = basis.space
     noise = space.normal(subkey)
-    for _ in range(2):
-        noise, _ = _basis.outside(basis, noise / space.norm(noise))
-    noise = jnp.where(basis.filled >= space.size, jnp.zeros_like(noise), noise)
+    noise = lax.fori_loop(
+        0, 2, lambda _, noise: _basis.outside(basis, noise / space.norm(noise))[0], noise
+    )
+    noise = jnp.where(_basis.spans_all(basis), jnp.zeros_like(noise), noise)
     return unit(noise, space.norm(noise)), key
 
 

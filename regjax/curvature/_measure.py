@@ -1,7 +1,7 @@
 """A spectrum as a discrete measure, and sums over it with their standard errors."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class DensityResult(NamedTuple):
       trace: (), sum of the eigenvalues.
       trace_standard_error: (), of `trace`, over the draw of the probes.
       num_matvecs: (), int32, products used.
-      size: (), int32, n.
+      size: (), n: int32, or from 2^31 on of the type of `weights`.
     """
 
     nodes: jax.Array
@@ -65,6 +65,11 @@ class SpectralSumResult(NamedTuple):
     value: jax.Array
     standard_error: jax.Array
     quadrature_error: jax.Array
+
+
+def dimension_left(size: int, count: jax.Array, dtype: Any) -> jax.Array:
+    """Dimension of the complement of `count` vectors among `size`, which may be above 2^31."""
+    return jnp.asarray(float(size), dtype) - count.astype(dtype)
 
 
 @precisely
@@ -102,7 +107,8 @@ def sampled_sum(
     weights = density.weights
     # Where no step was made the function need not be finite.
     sampled = _where(weights != 0, function(density.nodes))
-    dimension = (density.size - density.num_eigenvalues).astype(sampled.dtype)
+    dtype = sampled.dtype
+    dimension = density.size.astype(dtype) - density.num_eigenvalues.astype(dtype)
     mass = jnp.sum(weights)
     shares = weights / jnp.where(mass == 0, 1, mass)
     mean = jnp.tensordot(shares, sampled, axes=2)

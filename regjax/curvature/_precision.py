@@ -35,11 +35,15 @@ def precision() -> contextlib.AbstractContextManager[Any]:
 
 
 def precisely(function: Callable[_Arguments, _Value]) -> Callable[_Arguments, _Value]:
-    """`function`, traced with full float32 products."""
+    """`function`, traced with full float32 products whatever the caller says.
+
+    For what a method makes of the products: a caller who lets the model multiply in bfloat16 has
+    said nothing of the coefficients of the recurrence.
+    """
 
     @functools.wraps(function)
     def traced(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Value:
-        with precision():
+        with jax.default_matmul_precision("highest"):
             return function(*arguments, **options)
 
     return traced

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _numerics
+from regjax.curvature._engine import _basis
 from regjax.curvature._lanczos import Krylov, LanczosResult
 from regjax.curvature._precision import precisely, rounding
 
@@ -98,7 +99,7 @@ def residual_parts(krylov: Krylov, vectors: jax.Array) -> tuple[jax.Array, jax.A
     """
     dropped = jnp.sum(jnp.abs(krylov.lost @ vectors), 0)
     # A basis of the whole space has all directions, those that were dropped as well.
-    dropped = jnp.where(krylov.filled < krylov.basis.space.size, dropped, 0)
+    dropped = jnp.where(_basis.spans_all(krylov.basis), 0, dropped)
     return jnp.abs(krylov.coupling @ vectors), dropped + krylov.blur
 
 

@@ -1,5 +1,9 @@
 """Numbers that say what training has come to, and change nothing."""
 
+from regjax.diagnostics._alignment import AlignmentResult as AlignmentResult
+from regjax.diagnostics._alignment import GradientShareResult as GradientShareResult
+from regjax.diagnostics._alignment import gradient_share as gradient_share
+from regjax.diagnostics._alignment import operator_alignment as operator_alignment
 from regjax.diagnostics._batch_norm import BatchNormResult as BatchNormResult
 from regjax.diagnostics._batch_norm import batch_norm_regularization as batch_norm_regularization
 from regjax.diagnostics._boundary_jitter import JitterResult as JitterResult
@@ -10,6 +14,10 @@ from regjax.diagnostics._boundary_jitter import least_squares_offset as least_sq
 from regjax.diagnostics._boundary_jitter import margin_jitter as margin_jitter
 from regjax.diagnostics._condensation import CondensationResult as CondensationResult
 from regjax.diagnostics._condensation import condensation as condensation
+from regjax.diagnostics._critical_sharpness import (
+    CriticalSharpnessResult as CriticalSharpnessResult,
+)
+from regjax.diagnostics._critical_sharpness import critical_sharpness as critical_sharpness
 from regjax.diagnostics._decentralized import LandscapeNoiseResult as LandscapeNoiseResult
 from regjax.diagnostics._decentralized import (
     landscape_dependent_noise as landscape_dependent_noise,
@@ -17,6 +25,12 @@ from regjax.diagnostics._decentralized import (
 from regjax.diagnostics._decision_margin import decision_margin as decision_margin
 from regjax.diagnostics._dropout_noise import DropoutNoiseResult as DropoutNoiseResult
 from regjax.diagnostics._dropout_noise import dropout_noise_alignment as dropout_noise_alignment
+from regjax.diagnostics._edge_of_stability import EdgeResult as EdgeResult
+from regjax.diagnostics._edge_of_stability import edge_of_stability as edge_of_stability
+from regjax.diagnostics._edge_of_stability import stability_threshold as stability_threshold
+from regjax.diagnostics._gradient_noise import NoiseScaleResult as NoiseScaleResult
+from regjax.diagnostics._gradient_noise import gradient_noise as gradient_noise
+from regjax.diagnostics._gradient_noise import noise_scale as noise_scale
 from regjax.diagnostics._influence import InfluenceResult as InfluenceResult
 from regjax.diagnostics._influence import influence as influence
 from regjax.diagnostics._interval_flatness import FlatnessResult as FlatnessResult
@@ -34,6 +48,11 @@ from regjax.diagnostics._low_dimensional import frozen_component as frozen_compo
 from regjax.diagnostics._low_dimensional import subspace_from_data as subspace_from_data
 from regjax.diagnostics._low_dimensional import transversal_complexity as transversal_complexity
 from regjax.diagnostics._low_dimensional import transversal_variation as transversal_variation
+from regjax.diagnostics._monitor import Monitor as Monitor
+from regjax.diagnostics._monitor_file import read_monitor as read_monitor
+from regjax.diagnostics._monitor_measures import MonitorPoint as MonitorPoint
+from regjax.diagnostics._preconditioner import PreconditionerResult as PreconditionerResult
+from regjax.diagnostics._preconditioner import preconditioner as preconditioner
 from regjax.diagnostics._scale_invariance import ScaleInvarianceResult as ScaleInvarianceResult
 from regjax.diagnostics._scale_invariance import scale_invariant_mask as scale_invariant_mask
 from regjax.diagnostics._sharpness import SharpnessBetweenResult as SharpnessBetweenResult
@@ -48,10 +67,12 @@ from regjax.diagnostics._sparse_recovery import RecoveryBaselinesResult as Recov
 from regjax.diagnostics._sparse_recovery import SparseRecoveryResult as SparseRecoveryResult
 from regjax.diagnostics._sparse_recovery import recovery_baselines as recovery_baselines
 from regjax.diagnostics._sparse_recovery import sparse_recovery as sparse_recovery
-from regjax.diagnostics._spherical_sharpness import EdgeResult as EdgeResult
-from regjax.diagnostics._spherical_sharpness import edge_of_stability as edge_of_stability
+from regjax.diagnostics._spherical_sharpness import SphericalEdgeResult as SphericalEdgeResult
 from regjax.diagnostics._spherical_sharpness import (
     effective_learning_rate as effective_learning_rate,
+)
+from regjax.diagnostics._spherical_sharpness import (
+    spherical_edge_of_stability as spherical_edge_of_stability,
 )
 from regjax.diagnostics._spherical_sharpness import spherical_sharpness as spherical_sharpness
 from regjax.diagnostics._spline_partition import BoundaryDensityResult as BoundaryDensityResult

@@ -20,7 +20,7 @@ from regjax._base import LossFn, Mask, Params, PRNGKey, Tree, Wrapper, as_partia
 from regjax.diagnostics._sharpness import SharpnessResult, largest_eigenvalue
 
 
-class EdgeResult(NamedTuple):
+class SphericalEdgeResult(NamedTuple):
     """Where training stands to the edge of stability.
 
     Attributes:
@@ -134,7 +134,7 @@ def effective_learning_rate(
 
 
 @checked
-def edge_of_stability(
+def spherical_edge_of_stability(
     loss_fn: LossFn,
     params: Params,
     other_params: Params,
@@ -146,7 +146,7 @@ def edge_of_stability(
     max_matvecs: int = 50,
     tol: ArrayLike = 1e-3,
     chunk_size: int | None = None,
-) -> EdgeResult:
+) -> SphericalEdgeResult:
     """Multiplies effective learning rate and spherical sharpness, between two iterates of descent.
 
     At the edge of stability the direction jumps from one side of the valley to the other at each
@@ -167,7 +167,7 @@ def edge_of_stability(
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
-      An `EdgeResult`.
+      A `SphericalEdgeResult`.
 
     Raises:
       ValueError: `other_params` is another tree, or as in `effective_learning_rate` and
@@ -187,7 +187,7 @@ def edge_of_stability(
         key=key, mask=mask, max_matvecs=max_matvecs, tol=tol, chunk_size=chunk_size,
     )  # fmt: skip
     value, residual_norm, converged = sharpness
-    return EdgeResult(rate * value, rate, value, residual_norm, converged)
+    return SphericalEdgeResult(rate * value, rate, value, residual_norm, converged)
 
 
 @functools.partial(

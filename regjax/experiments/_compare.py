@@ -127,6 +127,9 @@ def run_compare(settings: TrainSettings, progress: Progress) -> dict[str, list[R
         # A picture of half of them would pass for all; one of all seeds would show none.
         if draw is not None:
             draw(folder / figure, first_seeds(records))
+        watched = {n: one for n, one in first_seeds(records).items() if "monitor" in one}
+        if watched:
+            _figure.draw_monitor(folder / "monitor_compare.png", watched)
     return records
 
 

@@ -22,6 +22,10 @@ def _trains(settings: Any) -> bool:
     return getattr(settings, "checkpoint", None) is None
 
 
+def _monitors(settings: Any) -> bool:
+    return settings.monitor is not None
+
+
 # When an option has an effect, and else what it needs.
 _NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data_dir": (
@@ -29,6 +33,9 @@ _NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "other --data than digits or a file",
     ),
     "momentum": (lambda settings: settings.optimizer == "sgd", "--optimizer sgd"),
+    "monitor": (_trains, _TRAINING),
+    "monitor_every": (_monitors, "--monitor"),
+    "monitor_examples": (_monitors, "--monitor"),
     "checkpoint_seconds": (_trains, _TRAINING),
     "device_bytes": (_trains, _TRAINING),
     "resume": (_trains, _TRAINING),

@@ -53,6 +53,13 @@ def draw_landscapes(path: Path, records: dict[str, _record.Record]) -> None:
     _save(path.with_name(name), figure)
 
 
+def draw_monitor(path: Path, records: dict[str, _record.Record]) -> None:
+    """Draws what the monitors of several records saw; a single one needs no name."""
+    width = _WIDTHS[next(iter(records.values()))["settings"].get("figure_width", "page")]
+    runs = {_label(name): record["monitor"] for name, record in records.items()}
+    _save(path, plots.monitor_figure(runs, figure_width=width))
+
+
 def beside(name: str) -> list[str]:
     """Returns the names of the further figures that may stand beside a comparison's."""
     stem, _, kind = name.rpartition(".")

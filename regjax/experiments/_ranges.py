@@ -63,6 +63,8 @@ RANGES = {
     # A key holds 32 bits of a seed: two that differ by 2^32 would give the same numbers.
     "seed": Range(0, 2**32 - 1),
     "seeds": Range(1, 1000),
+    "monitor_every": _COUNT,
+    "monitor_examples": _COUNT,
     "device_bytes": Range(1, 2**62),
     "checkpoint_seconds": _NOT_NEGATIVE,
     "chunk_size": _COUNT,

@@ -112,6 +112,16 @@ def _width(index: int) -> Callable[[Record], float | None]:
     return value
 
 
+def _last_seen(name: str, flag: str | None = None) -> Callable[[Record], float | None]:
+    """What a monitor saw last, where that is to be relied on."""
+
+    def value(record: Record) -> float | None:
+        last = record["monitor"][-1]
+        return last[name] if flag is None or last[flag] else None
+
+    return value
+
+
 QUANTITIES: dict[str, Callable[[Record], float | None]] = {
     "train loss": _of_data("train_loss"),
     "test loss": _of_data("test_loss"),
@@ -130,4 +140,7 @@ QUANTITIES: dict[str, Callable[[Record], float | None]] = {
     "width of {loss < e x minimum}, direction 1": _width(0),
     "width of {loss < e x minimum}, direction 2": _width(1),
     **OF_PROBE,
+    "largest eigenvalue, monitor": _last_seen("sharpness", "sharpness_converged"),
+    "noise scale, monitor": _last_seen("gradient_noise_scale", "noise_resolved"),
+    "gradient in top eigenspace, monitor": _last_seen("gradient_share"),
 }

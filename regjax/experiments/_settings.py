@@ -98,6 +98,16 @@ class TrainSettings:
     checkpoint_seconds: float = 5.0
     """Minimum seconds between checkpoints; 0 saves every epoch. The last is always saved."""
 
+    monitor: str | None = None
+    """Measure while it trains, print and draw it: loss, sharpness, preconditioned, critical, trace,
+    noise, gradient_share, or several with commas between."""
+
+    monitor_every: int = 1
+    """Epochs from one measurement to the next."""
+
+    monitor_examples: int = 512
+    """Training examples that are measured on, the first ones."""
+
     compare: tuple[str, ...] = ()
     """Settings to run side by side: each is a comma-separated list of OPTION=VALUE, or of words
     that stand for one, such as sgd sam,rho=0.1 batch,seed=1."""
@@ -202,15 +212,8 @@ class LandscapeSettings(AnalysisSettings):
 
 # Options that say where and how a run works, and not what comes out.
 INCIDENTAL = (
-    "data_dir",
-    "device_bytes",
-    "checkpoint_seconds",
-    "resume",
-    "overwrite",
-    "out",
-    "checkpoint",
-    "figure",
-    "figure_width",
+    *("monitor", "monitor_every", "monitor_examples", "data_dir", "device_bytes"),
+    *("checkpoint_seconds", "resume", "overwrite", "out", "checkpoint", "figure", "figure_width"),
 )
 # Options of several networks side by side.
 COMPARISON = ("compare", "seeds")

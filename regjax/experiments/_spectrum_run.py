@@ -16,6 +16,7 @@ from regjax.experiments._data import DataError, Dataset, load
 from regjax.experiments._folder import CHECKPOINT, all_options, check_data, claimed
 from regjax.experiments._geometry import measure_geometry
 from regjax.experiments._inputs import measure_scaling
+from regjax.experiments._monitoring import monitor_files, watched
 from regjax.experiments._network import Evaluation, build_model, evaluate
 from regjax.experiments._options import option
 from regjax.experiments._preflight import check_fit
@@ -139,7 +140,7 @@ def trained(
 
     Calls look(epochs, subject) before the first epoch of training and after each one.
     """
-    start = time.monotonic()
+    start, watch = time.monotonic(), None
     dataset = _load(settings)
     scaling = measure_scaling(dataset, settings.dtype)
     subject_of = lambda model: Subject(model, dataset, scaling)
@@ -156,11 +157,12 @@ def trained(
         check_data(settings, path, dataset.sha256)
         report = functools.partial(progress, "training")
         see = None if look is None else lambda epochs, model: look(epochs, subject_of(model))
-        result = train(settings, dataset, path=path, callback=report, look=see)
+        watch = watched(settings, dataset, scaling, folder)
+        result = train(settings, dataset, path=path, callback=report, look=see, watch=watch)
     subject = subject_of(result.model)
     seen = evaluate(result.model, dataset.train_inputs, dataset.train_targets, scaling)
     unseen = evaluate(result.model, dataset.test_inputs, dataset.test_targets, scaling)
-    return subject, {
+    record = {
         "settings": all_options(settings),
         "versions": _record.versions(),
         "device": jax.devices()[0].device_kind,
@@ -175,6 +177,10 @@ def trained(
         },
         "generalization": _generalization(seen, unseen),
     }
+    if watch is not None:
+        record["monitor"] = watch.rows
+        _figure.draw_monitor(folder / monitor_files(settings)[1], {"": record})
+    return subject, record
 
 
 def _generalization(seen: Evaluation, unseen: Evaluation) -> Record:

@@ -37,6 +37,9 @@ from regjax.experiments._validation import as_options, validate
 Look = Callable[[int, Model], None]
 """Called as look(epochs, model) with the network as it is after so many epochs."""
 
+Watch = Callable[[int, Model, Tree], None]
+"""Called as watch(steps, model, optimizer_state) after the epochs of so many steps."""
+
 
 class TrainingError(ValueError):
     """Training that cannot go on, in one line."""
@@ -75,6 +78,7 @@ def train(
     path: Path,
     callback: Callable[[int, int], None] | None = None,
     look: Look | None = None,
+    watch: Watch | None = None,
 ) -> TrainingResult:
     """Trains the network that the options describe.
 
@@ -88,6 +92,7 @@ def train(
       callback: called as callback(steps, total) after each block of batches.
       look: called as look(epochs, model) before the first epoch and after each one, with the
         parameters as the optimiser has them; a resumed run begins with the epoch that it is at.
+      watch: called as watch(steps, model, optimizer_state) at the same times.
 
     Returns:
       A `TrainingResult`.
@@ -109,7 +114,7 @@ def train(
     path = Path(path)
     _files.check_replaceable(path)
     with _files.locked(path.parent, name=f".{path.name}.lock"):
-        return _train(settings, dataset, path, callback, look)
+        return _train(settings, dataset, path, callback, look, watch)
 
 
 def _train(
@@ -118,6 +123,7 @@ def _train(
     path: Path,
     callback: Callable[[int, int], None] | None,
     look: Look | None,
+    watch: Watch | None,
 ) -> TrainingResult:
     model, start = build_model(settings, dataset), time.monotonic()
     if settings.resume:
@@ -140,6 +146,9 @@ def _train(
     def show() -> None:
         if look is not None:
             look(len(losses), current())
+        if watch is not None:
+            num_steps = len(losses) * epochs.num_batches
+            watch(num_steps, current(), state.weights.optimizer_state)
 
     try:
         marks[len(losses)] = weights_sha256(current())

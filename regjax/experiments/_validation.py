@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 
+from regjax import _platforms
 from regjax.experiments._architectures import ARCHITECTURES
 from regjax.experiments._initializations import INITIALIZATIONS
+from regjax.experiments._monitoring import check_measures
 from regjax.experiments._normalization import NORMALIZATIONS
 from regjax.experiments._optimizer import optimizer
 from regjax.experiments._options import UsageError, choices, did_you_mean, kind, option
@@ -106,6 +108,7 @@ def _validate_sizes(settings: TrainSettings) -> None:
         raise UsageError(
             f"--depth must be at least {least} with --model {settings.model}, got {settings.depth}."
         )
+    check_measures(settings)
     if not settings.data:
         raise UsageError("--data must name a data set or a file, got ''.")
     if isinstance(settings, SpectrumSettings):
@@ -123,7 +126,7 @@ def _validate_mesh(settings: SpectrumSettings) -> None:
         )
     number, there_are = num_devices(settings), len(jax.local_devices())
     if number > there_are:
-        on_cpu = jax.default_backend() == "cpu"
+        on_cpu = _platforms.default_platform() == _platforms.CPU
         remedy = f"; JAX_NUM_CPU_DEVICES={number} in the environment divides a CPU" * on_cpu
         raise UsageError(
             f"--mesh must have at most as many devices as there are, {there_are}, "

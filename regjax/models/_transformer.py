@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.sharding import Sharding
 
 from regjax import _checks, _tree
 
@@ -19,8 +21,8 @@ class GPT(nnx.Module):
         post-norm   norm(x + attention(x)),  then norm(x + perceptron(x));  none behind the stack
 
     The perceptron is four times as wide, with GELU; norms are layer norms. The head is the token
-    embedding. Sub-trees of the parameters: "tokens", "positions", "block_0", ..., and with pre-norm
-    "norm".
+    embedding. Sub-trees of the parameters: "tokens", "positions", "block_0", ... or with `scan`
+    "blocks", and with pre-norm "norm".
 
     Args:
       num_tokens: size of the vocabulary.
@@ -31,6 +33,11 @@ class GPT(nnx.Module):
       post_norm: the order of the first transformers, which is the harder one to train.
       remat: keep a block's inputs alone for the backward pass and recompute the rest: less memory,
         about a forward pass more time.
+      scan: whether the blocks' arrays are stacked along a leading axis and the blocks are one loop:
+        a program as long as one block, however many there are.
+      feature_sharding: where features and logits, (batch, length, ...), lie on a mesh, such as
+        `NamedSharding(mesh, PartitionSpec("data"))`. With divided parameters the compiler needs it:
+        of what it finds best, all features on each device may be a part. None leaves it to it.
       rngs: stream "params" (or the default one) of the initial parameters, float32.
 
     Raises:
@@ -52,6 +59,8 @@ class GPT(nnx.Module):
         num_heads: int = 4,
         post_norm: bool = False,
         remat: bool = False,
+        scan: bool = False,
+        feature_sharding: Sharding | None = None,
         rngs: nnx.Rngs,
     ):
         _checks.integer("num_tokens", num_tokens)
@@ -62,11 +71,12 @@ class GPT(nnx.Module):
         init = nnx.initializers.normal(_EMBEDDING_SCALE)
         self.tokens = nnx.Embed(num_tokens, width, embedding_init=init, rngs=rngs)
         self.positions = nnx.Embed(context, width, embedding_init=init, rngs=rngs)
-        for i in range(depth):
-            block = _Block(width, num_heads, post_norm=post_norm, rngs=rngs)
-            setattr(self, f"block_{i}", block)
+        blocks = [_Block(width, num_heads, post_norm=post_norm, rngs=rngs) for _ in range(depth)]
+        names = ["blocks"] if scan else [f"block_{i}" for i in range(depth)]
+        for name, block in zip(names, [_stacked(blocks)] if scan else blocks, strict=True):
+            setattr(self, name, block)
         self.norm = None if post_norm else nnx.LayerNorm(width, rngs=rngs)
-        self.remat = remat
+        self.remat, self.scan, self.feature_sharding = remat, scan, feature_sharding
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Computes logits (batch, length, num_tokens) of the next of int tokens (batch, length)."""
@@ -82,13 +92,32 @@ class GPT(nnx.Module):
         # in float32 at least, or gradients of bfloat16 tokens would add up in bfloat16.
         tokens, positions = self.tokens.embedding[...], self.positions.embedding[...]
         features = _tree.wide(tokens)[inputs] + _tree.wide(positions)[None, :length]
-        features = features.astype(tokens.dtype)
-        for i in range(self.depth):
-            block = getattr(self, f"block_{i}")
-            features = _recomputed(block, features) if self.remat else block(features)
+        features = self._placed(features.astype(tokens.dtype))
+        if self.scan:
+            features = self._through_stack(features)
+        else:
+            for i in range(self.depth):
+                block = getattr(self, f"block_{i}")
+                features = _recomputed(block, features) if self.remat else block(features)
+                features = self._placed(features)
         if self.norm is not None:
             features = self.norm(features)
-        return features @ tokens.T
+        return self._placed(features @ tokens.T)
+
+    def _through_stack(self, features: jax.Array) -> jax.Array:
+        graph, weights = nnx.split(self.blocks)
+
+        def through_one(features: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+            return self._placed(nnx.merge(graph, weights)(features)), None
+
+        # Weights that a loop goes over, not ones that it looks up: their gradients are a stack too.
+        body = jax.checkpoint(through_one) if self.remat else through_one
+        return lax.scan(body, features, weights)[0]
+
+    def _placed(self, features: jax.Array) -> jax.Array:
+        if self.feature_sharding is None:
+            return features
+        return lax.with_sharding_constraint(features, self.feature_sharding)
 
 
 class _Block(nnx.Module):
@@ -124,6 +153,13 @@ class _Block(nnx.Module):
 
     def _perceptron(self, features: jax.Array) -> jax.Array:
         return self.narrow(jax.nn.gelu(self.widen(features)))
+
+
+def _stacked(blocks: list[_Block]) -> _Block:
+    """One module whose arrays are those of all blocks, along a leading axis."""
+    graph = nnx.graphdef(blocks[0])
+    states = [nnx.state(block) for block in blocks]
+    return nnx.merge(graph, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
 
 
 def _recomputed(block: _Block, features: jax.Array) -> jax.Array:

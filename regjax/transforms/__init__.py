@@ -1,6 +1,10 @@
 """Optax transformations that change where or how a gradient is taken."""
 
 from regjax.transforms._apply_gradients import apply_gradients as apply_gradients
+from regjax.transforms._average_params import LatestAverageState as LatestAverageState
+from regjax.transforms._average_params import RunningAverageState as RunningAverageState
+from regjax.transforms._average_params import average_params as average_params
+from regjax.transforms._average_params import averaged_params as averaged_params
 from regjax.transforms._decentralized import consensus_model as consensus_model
 from regjax.transforms._decentralized import gossip_average as gossip_average
 from regjax.transforms._decentralized import mean_params as mean_params

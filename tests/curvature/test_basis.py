@@ -8,6 +8,8 @@ import pytest
 from regjax._space import Space
 from regjax.curvature._engine import _basis
 
+pytestmark = pytest.mark.usefixtures("in_blocks")
+
 SIZE = 70
 SPACE = Space.of(jnp.zeros(SIZE))
 

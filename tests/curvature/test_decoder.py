@@ -15,6 +15,7 @@ def printed():
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", decoder_runs.NAMES)
 def test_every_way_gives_the_spectrum_of_the_whole_batch(printed, name):
     found = re.search(rf"^{re.escape(name)}: (\S+)$", printed, re.M)

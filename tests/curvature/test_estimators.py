@@ -137,7 +137,7 @@ def test_compiled_loop_and_steps_give_the_plain_result(method):
     compiled = jax.jit(run)(operator(), jax.random.key(0))
     solver = curvature.trace_solver(operator(), key=jax.random.key(0), num_matvecs=9, method=method)
     state = solver.init()
-    for _ in range(9):
+    for _ in range(solver.max_steps):  # an accelerator takes several probes in a step
         state = solver.step(state)
     assert float(compiled.value) == pytest.approx(float(plain.value), rel=1e-5)
     assert float(solver.result(state).value) == float(plain.value)
@@ -158,6 +158,6 @@ def test_exact_spectrum(dtype):
 def test_error_texts():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"`method` must be one of hutchinson, hutch\+\+"):
-        curvature.trace(operator(), key=key, num_matvecs=3, method="xtrace")
+        curvature.trace(operator(), key=key, num_matvecs=3, method="hutch")
     with pytest.raises(ValueError, match="`num_matvecs` must be at least 3, got 2"):
         curvature.diagonal(operator(), key=key, num_matvecs=2, method="hutch++")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from regjax import curvature
+from regjax import _platforms, curvature
 from regjax.curvature._engine import _memory
 from regjax.curvature._operators import _stream
 
@@ -83,7 +83,7 @@ def test_a_product_in_chunks_takes_less():
 
 
 def test_several_products_at_once_take_more(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(_platforms, "platform_of", lambda *trees: "gpu")
     one = estimate(
         curvature.spectral_density_solver, diagonal(), num_steps=8, num_probes=1, deflate=0
     )

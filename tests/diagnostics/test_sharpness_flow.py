@@ -206,7 +206,7 @@ def test_descent_follows_the_flow(rate):
     for time in (1.0, 2.4):
         t = round(time / rate)
         here, there = {"w": w[t]}, {"w": w[t + 1]}
-        edge = diagnostics.edge_of_stability(
+        edge = diagnostics.spherical_edge_of_stability(
             loss_fn, here, there, BED.x, BED.y,
             key=KEY, learning_rate=RATE, weight_decay=rate / RATE, max_matvecs=20,
         )  # fmt: skip
@@ -250,7 +250,7 @@ def test_edge_is_taken_between_the_directions():
     batch = random.normal(size=(4, 5)), np.ones(4)
     one, two = np.linalg.qr(random.normal(size=(10, 2)))[0].T
     options = {"key": KEY, "mask": MASK, "max_matvecs": 20, "tol": 1e-9}
-    edge = diagnostics.edge_of_stability(
+    edge = diagnostics.spherical_edge_of_stability(
         products, tree(1.0, 2 * one), tree(2.0, 6 * two), *batch,
         learning_rate=0.4, weight_decay=0.5, **options,
     )  # fmt: skip
@@ -276,6 +276,6 @@ def test_bad_inputs():
     with pytest.raises(
         ValueError, match=r"`other_params\['w'\]` must have shape \(20,\), got \(3,\)"
     ):
-        diagnostics.edge_of_stability(
+        diagnostics.spherical_edge_of_stability(
             loss_fn, params, {"w": np.ones(3)}, *batch, key=KEY, learning_rate=1
         )

@@ -114,7 +114,7 @@ def loss_of(model):
     return regjax.model_loss(model, oracles.cross_entropy)
 
 
-@pytest.mark.optimized
+@pytest.mark.slow
 def test_curvature_of_the_whole_and_of_blocks_is_the_dense_one(default_promotion):
     # flax's layer norm promotes float32 and float64.
     with jax.enable_x64(True):
@@ -145,6 +145,50 @@ def test_recomputing_changes_no_product():
         products(loss_of(model), perturbed(model.params)) for model in (make(), make(remat=True))
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_a_stack_of_blocks_is_the_blocks_one_after_the_other(post_norm, remat):
+    """Loss, gradient and Hessian product, of the same weights stacked."""
+    one_by_one = make(depth=3, post_norm=post_norm, remat=remat)
+    stacked = make(depth=3, post_norm=post_norm, remat=remat, scan=True)
+
+    def stack(params):
+        blocks = [params[f"block_{i}"] for i in range(3)]
+        rest = {name: part for name, part in params.items() if not name.startswith("block_")}
+        return {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks), **rest}
+
+    jax.tree.map(np.testing.assert_array_equal, stacked.params, stack(one_by_one.params))
+    targets = jnp.roll(TOKENS, -1, 1)
+
+    @jax.jit
+    def found(loss, params, vector):
+        image = curvature.hvp(loss, params, vector, TOKENS, targets)
+        return *jax.value_and_grad(loss)(params, TOKENS, targets), image
+
+    params = perturbed(one_by_one.params)
+    vector = perturbed(jax.tree.map(jnp.zeros_like, params))
+    expected = found(loss_of(one_by_one), params, vector)
+    loss, gradient, image = found(loss_of(stacked), stack(params), stack(vector))
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+    for ours, theirs in ((gradient, expected[1]), (image, expected[2])):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
+            ours, stack(theirs),
+        )  # fmt: skip
+
+
+def test_the_layout_of_stacked_blocks_is_known():
+    layout = regjax.guess_layout(make(depth=3, scan=True).params)
+    kernel = layout["blocks"]["widen"]["kernel"]
+    assert (kernel.stack, kernel.inputs, kernel.outputs) == ((0,), (1,), (2,))
+    assert layout["blocks"]["attention_norm"]["scale"].stack == (0,)
+    assert layout["tokens"]["embedding"].stack == ()
+    # Where the lengths say nothing the modules do.
+    even = make(width=8, depth=8, scan=True)
+    found = jax.tree.leaves(even.layout["blocks"], is_leaf=lambda n: isinstance(n, regjax.Layout))
+    assert {entry.stack for entry in found} == {(0,)}
 
 
 def test_bad_sizes_and_inputs():

@@ -8,6 +8,7 @@ little more than the cost of reading the rows.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from regjax import _checks
+from regjax import _checks, _platforms
 from regjax._arguments import ACCUMULATIONS
 from regjax._base import Tree
 from regjax._space import Space
@@ -66,20 +67,28 @@ def inner_products(
 
 def _plain(dtype: jnp.dtype, rows: jax.Array, vector: jax.Array) -> jax.Array:
     multiply = lambda one, other: one.astype(dtype) * other.astype(dtype)
-    if _has_lanes(vector):
+
+    def in_lanes(rows: jax.Array, vector: jax.Array) -> jax.Array:
         return jnp.sum(_over_slabs(jnp.add, multiply, rows, vector), 1)
-    return rows @ vector if dtype == rows.dtype else jnp.sum(multiply(rows, vector[None]), 1)
+
+    def at_once(rows: jax.Array, vector: jax.Array) -> jax.Array:
+        if dtype == rows.dtype:
+            return jnp.matmul(rows, vector, precision=lax.Precision.HIGHEST)
+        return jnp.sum(multiply(rows, vector[None]), 1)
+
+    return _in_lanes_on_cpu(in_lanes, at_once, rows, vector)
 
 
 def _compensated(rows: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The inner products, and what rounding took from them."""
     multiply = lambda one, other: (one * other, jnp.zeros_like(one))
-    if _has_lanes(vector):
-        sums = _over_slabs(_add, multiply, rows, vector)
-    else:
-        sums = multiply(rows, vector[None])
     zero = jnp.zeros((), rows.dtype)
-    return lax.reduce(sums, (zero, zero), _add, (1,))
+    total = lambda sums: lax.reduce(sums, (zero, zero), _add, (1,))
+    return _in_lanes_on_cpu(
+        lambda rows, vector: total(_over_slabs(_add, multiply, rows, vector)),
+        lambda rows, vector: total(multiply(rows, vector[None])),
+        rows, vector,
+    )  # fmt: skip
 
 
 def _add(one: Tree, other: Tree) -> tuple[jax.Array, jax.Array]:
@@ -90,9 +99,16 @@ def _add(one: Tree, other: Tree) -> tuple[jax.Array, jax.Array]:
     return total, one[1] + other[1] + error
 
 
-def _has_lanes(vector: jax.Array) -> bool:
+def _in_lanes_on_cpu(
+    in_lanes: Callable[..., Tree],
+    at_once: Callable[..., Tree],
+    rows: jax.Array,
+    vector: jax.Array,
+) -> Any:
+    if vector.size < 2 * _LANES:
+        return at_once(rows, vector)
     # Elsewhere a matrix product sums as a tree.
-    return jax.default_backend() == "cpu" and vector.size >= 2 * _LANES
+    return _platforms.depending(in_lanes, at_once, rows, vector)
 
 
 def _over_slabs(

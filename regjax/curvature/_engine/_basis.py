@@ -17,13 +17,17 @@ from jax import lax
 from regjax._space import Space
 from regjax.curvature._engine._accumulation import inner_products, small_dtype
 
-# Rows of a block, unless there would be too many blocks: each makes the program longer.
+# Rows of a block but the last one, unless there would be too many blocks: each makes the program
+# longer.
 _BLOCK_ROWS = 16
 _MOST_BLOCKS = 8
+# So few scalars lie in the cache, where all rows are read as fast as some: one block.
+_SMALL = 2**19
 # Products with a block are fastest if its rows are a multiple of this.
 _ROUND_ROWS = 8
-# Column width in which the rows are recombined in place, in scalars.
-_RECOMBINED_WIDTH = 2**14
+# Column width in which the rows are recombined in place, in scalars: two slabs of all rows take no
+# more than two vectors, unless the width would be the least.
+_RECOMBINED_WIDTH, _LEAST_WIDTH = 2**14, 2**7
 
 
 @functools.partial(
@@ -36,7 +40,7 @@ class Basis:
     """Rows in order; those not yet filled are zero.
 
     Attributes:
-      blocks: arrays (rows of a block, length), all of the same shape.
+      blocks: arrays (rows of a block, length); the last may have fewer rows than the others.
       filled: (), int32, number of filled rows.
       generation: (), int32, changes when filled rows do.
       space: of which the rows are vectors.
@@ -58,10 +62,12 @@ class Basis:
 def zeros(
     space: Space, num_rows: int, accumulation: str | None = None, generation: Any = 0
 ) -> Basis:
-    """At least `num_rows` empty rows."""
-    rows = max(_BLOCK_ROWS, -(-num_rows // _MOST_BLOCKS))
+    """`num_rows` empty rows."""
+    is_small = num_rows * space.length <= _SMALL
+    rows = max(_BLOCK_ROWS, num_rows if is_small else -(-num_rows // _MOST_BLOCKS))
     rows = -(-rows // _ROUND_ROWS) * _ROUND_ROWS
-    blocks = tuple(space.zeros(rows) for _ in range(-(-num_rows // rows)))
+    sizes = [min(rows, num_rows - start) for start in range(0, num_rows, rows)]
+    blocks = tuple(space.zeros(size) for size in sizes)
     return Basis(blocks, jnp.int32(0), jnp.asarray(generation, jnp.int32), space, accumulation)
 
 
@@ -96,6 +102,11 @@ def outside(basis: Basis, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         vector, part = lax.cond(start < basis.filled, remove, leave, block, vector)
         coefficients.append(part)
     return vector, jnp.concatenate([*coefficients, jnp.zeros(0, dtype)])
+
+
+def spans_all(basis: Basis) -> jax.Array:
+    """(), bool, whether the filled rows span the whole space, which may have more than 2^31."""
+    return basis.filled >= min(basis.space.size, basis.num_rows + 1)
 
 
 def inner(basis: Basis, one: jax.Array, other: jax.Array) -> jax.Array:
@@ -134,7 +145,8 @@ def _recombined(
     cuts: list[int], blocks: tuple[jax.Array, ...], weights: jax.Array
 ) -> tuple[jax.Array, ...]:
     size = blocks[0].shape[1]
-    width = min(size, _RECOMBINED_WIDTH)
+    num_rows = sum(block.shape[0] for block in blocks)
+    width = min(size, _RECOMBINED_WIDTH, max(size // num_rows, _LEAST_WIDTH))
 
     def recombine_slab(slab: jax.Array, blocks: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # The last slab reaches back; its overlap must not be recombined twice.
@@ -162,7 +174,6 @@ def combined(basis: Basis, weights: jax.Array, filled: jax.Array) -> Basis:
     """A basis of the rows of weights' Q, weights (rows, k), of which `filled` are not zero."""
     num_rows = weights.shape[1]
     empty = zeros(basis.space, num_rows, basis.accumulation)
-    weights = jnp.pad(weights, ((0, 0), (0, empty.num_rows - num_rows)))
     blocks = tuple(
         combine(basis, weights[:, start : start + block.shape[0]])
         for start, block in _placed(empty)

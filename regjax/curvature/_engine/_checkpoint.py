@@ -4,28 +4,27 @@ A folder holds a chain of files. Each is the whole state but for rows of bases t
 since: for these it names the files before it. Rows are most of a state, and between two files a
 basis grows by a few of them; only when it is compressed is it written anew. A file appears under
 its name when all of it is on the disk, every byte is under a CRC, and the files of the last two
-states are kept. So there is a whole state at any moment, and one to fall back on.
+states are kept. So there is a whole state at any moment, and one to fall back on. Of several
+processes each has a folder of its own in it, with its own shards, and they go on from the newest
+state of which all have theirs; one may be a state ahead of another, so they keep three.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import secrets
 import warnings
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from regjax import _checks, _files
 from regjax._base import Tree
-from regjax.curvature._engine import _identity
-from regjax.curvature._engine._basis import Basis
+from regjax.curvature._engine import _identity, _leaves, _own
 from regjax.curvature._engine._saved import (
     PATTERN,
     Part,
@@ -51,7 +50,9 @@ class Checkpoint:
     be read, are an error, and stay.
 
     The answer is that of an undisturbed run, bit for bit, on the same device with the same
-    versions. For one process that drives the solver from Python, outside of `jax.jit`.
+    versions. For solvers that are driven from Python, outside of `jax.jit`. On several devices
+    each process writes its own shards, and a run goes on with as many processes, on the same mesh,
+    of parameters that are divided alike.
 
     Attributes:
       folder: made where it is not there; of one run at a time, which deletes those of its own files
@@ -91,30 +92,27 @@ class Chain:
       begin: the run before its first step.
 
     Raises:
-      ValueError: several processes drive the solver.
+      OtherProblem: the folder is of a run with another number of processes.
       CheckpointError: the folder cannot be made, or another run uses it.
     """
 
     def __init__(self, checkpoint: Checkpoint, begin: Position):
-        if jax.process_count() > 1:
-            raise ValueError(
-                "`checkpoint` must be None with several processes: it is written by one."
-            )
         self.every = _checks.integer("every", checkpoint.every)
-        self.folder = Path(checkpoint.folder)
+        self.whole_folder = Path(checkpoint.folder)
+        self.folder = self.whole_folder / _own_folder()
         self.begin = begin
         self.facts: dict[str, Any] = {}
-        self.shapes = _shapes(begin.state)
+        self.stages = [(begin.solver, _leaves.shapes(begin.state))]
         self.count = 0
         self.witness: list[float] = []
         self.parts: dict[str, Part] = {}
-        self.needed: set[str] = set()
+        self.needed: list[set[str]] = []
         self.ours: set[str] = set()
         self.pending: concurrent.futures.Future[None] | None = None
 
     def __enter__(self) -> "Chain":
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_files.locked(self.folder, name=_LOCK))
+            _own.together(lambda: self._enter(stack))
             self.facts = _identity.facts(self.begin.solver)
             self.writer = concurrent.futures.ThreadPoolExecutor(1)
             stack.callback(self.writer.shutdown)
@@ -130,7 +128,23 @@ class Chain:
         Files that are damaged, or refer to one that is, are gone back from. All else that is wrong
         with a file is raised: it was not understood, and what follows would delete it.
         """
-        paths, position = sorted(self.folder.glob(PATTERN), reverse=True), self.begin
+        paths = sorted(self.folder.glob(PATTERN), reverse=True)
+        if jax.process_count() > 1 and max(_own.everywhere(len(paths))):
+            # What they have to compute together, whatever each of them finds.
+            self._witness()
+            while self._follow_stage():
+                pass
+        position = _own.together(functools.partial(self._newest, paths))
+        while min(counts := _own.everywhere(position.steps)) < max(counts):
+            behind = [path for path in paths if int(path.name.split(".")[0]) > min(counts)]
+            self.ours |= {path.name for path in behind}
+            paths = [path for path in paths if path not in behind]
+            position = _own.together(functools.partial(self._newest, paths))
+        return position
+
+    def _newest(self, paths: list[Path]) -> Position:
+        """The last whole position of this process among some files."""
+        position, self.count, self.parts, self.needed = self.begin, 0, {}, []
         for i, path in enumerate(paths):
             try:
                 position = self._restore(path, self._read(path))
@@ -139,9 +153,29 @@ class Chain:
                 warnings.warn(f"{error} Going back to the state before it.", stacklevel=4)
                 continue
             older = {path.name for path in paths[i + 1 :] if self._is_ours(path)}
-            self.ours |= {*self.needed, *older}
+            self.ours |= {*self.needed[0], *older}
             break
         return position
+
+    def _enter(self, stack: contextlib.ExitStack) -> None:
+        _check_processes(self.whole_folder)
+        stack.enter_context(_files.locked(self.folder, name=_LOCK))
+
+    def _witness(self) -> None:
+        if not self.witness:
+            solver = self.begin.solver
+            vectors = solver.vectors(self.begin.state)
+            self.look(vectors, multiply(solver.operator, vectors))
+
+    def _follow_stage(self) -> bool:
+        """Makes the solver after the last known one, if there is one."""
+        solver, _ = self.stages[-1]
+        if solver.then is None:
+            return False
+        # Of the state only the structure counts, and where the arrays lie.
+        solver, state = solver.then(solver.init())
+        self.stages.append((solver, _leaves.shapes(state)))
+        return True
 
     def look(self, vectors: jax.Array, images: jax.Array) -> None:
         """Remembers the first product, by which the problem is known."""
@@ -170,10 +204,7 @@ class Chain:
         metadata = _files.read_metadata(path)
         _identity.check_facts(path, facts_of(path, metadata), self.facts)
         saved = saved_of(path, metadata)
-        if not self.witness:
-            solver = self.begin.solver
-            vectors = solver.vectors(self.begin.state)
-            self.look(vectors, multiply(solver.operator, vectors))
+        self._witness()
         space = self.begin.solver.operator.space
         _identity.check_product(path, saved.product, self.witness, space)
         return saved
@@ -193,8 +224,8 @@ class Chain:
         name = f"{self.count:08d}.{secrets.token_hex(4)}{PATTERN[1:]}"
         self.wait()
         rows, parts = {}, {}
-        named = _named(state)
-        for prefix, basis in _bases(state).items():
+        named = _leaves.named(state)
+        for prefix, basis in _leaves.bases(state).items():
             # Of several bases at once the rows are filled together.
             stop, generation = int(basis.filled.ravel()[0]), int(basis.generation.ravel()[0])
             part = self.parts.get(prefix)
@@ -202,20 +233,23 @@ class Chain:
             start = pieces[-1].stop if pieces else 0
             if start < stop:
                 pieces = (*pieces, Piece(name, start, stop))
-                rows[prefix] = _cut(_blocks(named, prefix), start, stop)
+                rows[prefix] = _leaves.cut(_leaves.blocks(named, prefix), start, stop)
             parts[prefix] = Part(generation, pieces)
         saved = Saved(self.witness, self.count, stage, parts)
         # The next step takes the state's memory: copies go to the thread that writes.
-        rest = _copies(_rest(named, parts))
-        keep, self.needed = self.needed, {name, *saved.files()}
+        rest = _leaves.copies(_leaves.rest(named, parts))
+        num_kept = 2 if jax.process_count() == 1 else 3
+        self.needed = [{name, *saved.files()}, *self.needed][:num_kept]
         self.parts = parts
+        keep = set().union(*self.needed)
         self.pending = self.writer.submit(self._write, name, rest, rows, saved, keep)
 
     def _write(self, name: str, rest: Tree, rows: Tree, saved: Saved, keep: set[str]) -> None:
+        rest, rows = jax.tree.map(_own.pieces, (rest, rows))
         metadata = metadata_of(self.facts, saved)
         _files.save(self.folder / name, {"rest": rest, "rows": rows}, metadata=metadata)
         self.ours.add(name)
-        for old in self.ours - {name, *saved.files(), *keep}:
+        for old in self.ours - keep:
             (self.folder / old).unlink(missing_ok=True)
             self.ours.discard(old)
         # Begun by a run that was killed: this one has the folder for itself.
@@ -223,29 +257,27 @@ class Chain:
             path.unlink(missing_ok=True)
 
     def _restore(self, path: Path, saved: Saved) -> Position:
-        solver, shapes, first = self.begin.solver, self.shapes, 0
-        for _ in range(saved.stage):
-            if solver.then is None:
+        while len(self.stages) <= saved.stage:
+            if not self._follow_stage():
                 raise wrong(path, "stage", saved.stage)
-            # Of the state only the structure counts, and where the arrays lie.
-            first, (solver, state) = first + solver.max_steps, solver.then(solver.init())
-            shapes = _shapes(state)
-        named, parts = _named(shapes), saved.parts
-        if set(parts) != set(_bases(shapes)):
+        first = sum(solver.max_steps for solver, _ in self.stages[: saved.stage])
+        solver, shapes = self.stages[saved.stage]
+        named, parts = _leaves.named(shapes), saved.parts
+        if set(parts) != set(_leaves.bases(shapes)):
             raise wrong(path, "parts", sorted(parts))
         for prefix, part in parts.items():
-            if part.filled > _num_rows(_blocks(named, prefix)):
+            if part.filled > _leaves.num_rows(_leaves.blocks(named, prefix)):
                 raise wrong(path, "parts", part.filled)
         files = {path.name, *saved.files()}
         loaded = {name: self._load(path, name, named) for name in files}
         leaves: dict[str, Tree] = dict(loaded[path.name]["rest"])
         for prefix, part in parts.items():
-            pieces = [_piece(path, loaded, piece, prefix) for piece in part.pieces]
+            pieces = [_leaves.piece(path, loaded, piece, prefix) for piece in part.pieces]
             rows = itertools.chain.from_iterable(pieces)
-            leaves |= _assemble(_blocks(named, prefix), rows)
-        placed = [_place(leaves[name], shape) for name, shape in named.items()]
+            leaves |= _leaves.assemble(_leaves.blocks(named, prefix), rows)
+        placed = [_own.joined(leaves[name], shape) for name, shape in named.items()]
         self.count, self.witness = saved.count, saved.product
-        self.parts, self.needed = parts, files
+        self.parts, self.needed = parts, [files]
         state = jax.tree.unflatten(jax.tree.structure(shapes), placed)
         return Position(solver, state, saved.stage, first, self.count)
 
@@ -258,88 +290,31 @@ class Chain:
         parts = saved_of(other, metadata).parts
         rows = {}
         for prefix, part in parts.items():
-            blocks = _blocks(named, prefix)
-            if part.filled > _num_rows(blocks):
+            blocks = _leaves.blocks(named, prefix)
+            if part.filled > _leaves.num_rows(blocks):
                 raise wrong(other, "parts", prefix)
             for piece in part.pieces:
                 if piece.file == name:
-                    first = next(iter(blocks.values()))
-                    shape = (*first.shape[:-2], first.shape[-1])
-                    rows[prefix] = [np.empty(shape, first.dtype)] * (piece.stop - piece.start)
-        return _files.load(other, {"rest": _rest(named, parts), "rows": rows})
+                    row = _leaves.empty_row(blocks)
+                    rows[prefix] = [row] * (piece.stop - piece.start)
+        rest = jax.tree.map(_own.shapes, _leaves.rest(named, parts))
+        return _files.load(other, {"rest": rest, "rows": rows})
 
 
-def _shapes(state: Tree) -> Tree:
-    def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-    return jax.tree.map(shape, state)
+def _own_folder() -> str:
+    count = jax.process_count()
+    return "" if count == 1 else f"process-{jax.process_index()}-of-{count}"
 
 
-def _named(tree: Tree) -> dict[str, Tree]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-def _bases(state: Tree) -> dict[str, Basis]:
-    """The bases in a state by the paths of their rows."""
-    is_basis = lambda node: isinstance(node, Basis)
-    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_basis)
-    return {f"{jax.tree_util.keystr(path)}.blocks": n for path, n in nodes if is_basis(n)}
-
-
-def _blocks(named: dict[str, Tree], prefix: str) -> dict[str, Tree]:
-    """The arrays (..., rows, n) of a basis, in the order of their rows."""
-    return {name: leaf for name, leaf in named.items() if name.startswith(prefix)}
-
-
-def _rest(named: dict[str, Tree], prefixes: Iterable[str]) -> dict[str, Tree]:
-    return {name: leaf for name, leaf in named.items() if not name.startswith(tuple(prefixes))}
-
-
-def _num_rows(blocks: dict[str, Tree]) -> int:
-    return sum(block.shape[-2] for block in blocks.values())
-
-
-def _piece(path: Path, loaded: dict[str, Tree], piece: Piece, prefix: str) -> list[np.ndarray]:
-    rows = loaded[piece.file]["rows"].get(prefix, [])
-    if len(rows) != piece.stop - piece.start:
-        raise wrong(path, "parts", list(piece))
-    return rows
-
-
-def _cut(blocks: dict[str, Tree], start: int, stop: int) -> list[jax.Array]:
-    """Copies of rows; one at a time is one program, however many there are."""
-    rows = []
-    for block in blocks.values():
-        size = block.shape[-2]
-        rows += [_row(block, jnp.int32(i)) for i in range(max(start, 0), min(stop, size))]
-        start, stop = start - size, stop - size
-    return rows
-
-
-def _assemble(blocks: dict[str, Tree], rows: Iterator[np.ndarray]) -> dict[str, np.ndarray]:
-    """The blocks from their filled rows; the others are zero."""
-    arrays = {name: np.zeros(shape.shape, shape.dtype) for name, shape in blocks.items()}
-    for array in arrays.values():
-        # The basis comes to an end before its room does.
-        for i, row in zip(range(array.shape[-2]), rows, strict=False):
-            array[..., i, :] = row
-    return arrays
-
-
-def _place(leaf: Tree, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """On the devices where the leaf was; a copy, which the solver may overwrite."""
-    leaf = leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
-    is_spread = shape.sharding is not None and len(shape.sharding.device_set) > 1
-    return jax.device_put(leaf, shape.sharding) if is_spread else leaf
-
-
-@jax.jit
-def _row(block: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(block, i, axis=-2, keepdims=False)
-
-
-@jax.jit
-def _copies(leaves: dict[str, Tree]) -> dict[str, Tree]:
-    return jax.tree.map(jnp.copy, leaves)
+def _check_processes(folder: Path) -> None:
+    """Raises OtherProblem if there is a state of another number of processes."""
+    counts = [1 for _ in folder.glob(PATTERN)]
+    counts += [
+        int(path.parent.name.split("-")[-1]) for path in folder.glob(f"process-*-of-*/{PATTERN}")
+    ]
+    for count in counts:
+        if count != jax.process_count():
+            raise _identity.OtherProblem(
+                "`checkpoint` must be of the same problem: `number of processes` must be "
+                f"{jax.process_count()}, got {count} in {folder}."
+            )

@@ -35,9 +35,23 @@ def facts(solver: Solver[Any, Any]) -> dict[str, Any]:
         "number of parameters": solver.operator.size,
         "dtype": str(solver.operator.dtype),
     }
+    found |= _where(solver.operator.space)
     for name, value in solver.arguments.items():
         found[name] = _told(value)
     return found | {name: _told(value) for name, value in solver.operator.facts().items()}
+
+
+def _where(space: Space) -> dict[str, Any]:
+    """Where the vectors lie, as JSON gives it back."""
+    if space.mesh is None:
+        return {"mesh": {}, "shardings of the parameters": [], "places of the process": []}
+    owners = [device.process_index for device in space.mesh.devices.flat]
+    ours = [place for place, owner in enumerate(owners) if owner == jax.process_index()]
+    return {
+        "mesh": dict(space.mesh.shape),
+        "shardings of the parameters": [str(spec) for spec in space.specs],
+        "places of the process": ours,
+    }
 
 
 def _told(value: Any) -> Any:

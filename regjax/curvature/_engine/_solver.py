@@ -25,12 +25,14 @@ class Solver(Generic[State, Result]):
     """An iterative method on an operator; drive it yourself, or let `run` do it.
 
         state = solver.init()
-        while not solver.done(state):
+        for _ in range(solver.max_steps):
+            if solver.done(state):
+                break
             state = solver.step(state)
         result = solver.result(state)
 
-    A method ends as well after `max_steps` steps. All functions can be traced by `jax.jit`; a state
-    is a tree of arrays and, called from Python, used up by the step.
+    All functions can be traced by `jax.jit`; a state is a tree of arrays and, called from Python,
+    used up by the step.
 
     Some methods have two parts: when one is done, `solver, state = solver.then(state)` goes on.
 

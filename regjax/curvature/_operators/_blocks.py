@@ -1,9 +1,13 @@
 """One layer's curvature: the principal submatrix of a group of parameters."""
 
+import jax
+
 from regjax import _checks, _slices
 from regjax._arguments import checked
 from regjax._axes import Layouts
+from regjax._base import Params
 from regjax._slices import Where
+from regjax._space import Space
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._operators._slices import Sliced
 
@@ -35,13 +39,28 @@ def by_block(operator: Operator, *, depth: int = 1, layout: Layouts = None) -> d
     Raises:
       ValueError: `depth` is below one, or `layout` names axes that a leaf has not.
     """
+    places = places_of(operator.space, depth, layout)
+    return {name: _block(operator, where) for name, where in places.items()}
+
+
+def places_of(space: Space, depth: int, layout: Layouts) -> dict[str, dict[int, Where]]:
+    """Block -> number of a leaf -> what of it is in the block, () for all."""
     _checks.integer("depth", depth)
-    like = operator.space.like()
-    known = None if layout is not None else [False] * len(operator.space.shapes)
+    known = None if layout is not None else [False] * len(space.shapes)
     blocks: dict[str, dict[int, Where]] = {}
-    for part in _slices.parts(like, layout, depth, known):
+    for part in _slices.parts(space.like(), layout, depth, known):
         blocks.setdefault("/".join(part.path[:depth]), {})[part.leaf] = part.where
-    return {name: _block(operator, places) for name, places in blocks.items()}
+    return blocks
+
+
+def taken(trees: Params, places: dict[int, Where]) -> Params:
+    """The part of a block in trees with one axis in front; None elsewhere."""
+    leaves, treedef = jax.tree.flatten(trees)
+    parts = [
+        _slices.take(leaf, places[i], leading=1) if i in places else None
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(treedef, parts)
 
 
 def _block(operator: Operator, places: dict[int, Where]) -> Operator:

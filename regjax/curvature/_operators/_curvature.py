@@ -23,12 +23,13 @@ from regjax._base import (
     Tree,
     couples_examples,
 )
+from regjax._meshes import on_one_mesh
 from regjax._programs import Program
 from regjax._sharding import Placement, find
 from regjax._space import Space
 from regjax._subsets import of_leaves
 from regjax.curvature._operators._operator import Operator
-from regjax.curvature._operators._traced import TracedOperator
+from regjax.curvature._operators._traced import TracedOperator, image
 from regjax.curvature._precision import precision
 
 # Residuals above this many bytes are recomputed in each product instead of kept: 8 KB an example
@@ -101,7 +102,7 @@ class CurvatureOperator(TracedOperator):
 
     @property
     def space(self) -> Space:
-        return Space.of(self.params, None if self.placement is None else self.placement.mesh)
+        return Space.at(self.params, self.placement)
 
     @property
     def eps(self) -> float:
@@ -126,21 +127,24 @@ class CurvatureOperator(TracedOperator):
     def product(self, vector: jax.Array) -> jax.Array:
         if self.chunk_size is None:
             return super().product(vector)
-        # A part goes over its own examples on its own device, which needs all of the vector.
-        whole = dataclasses.replace(self, batch=(), chunk_size=None, placement=None)
-        operands = (whole, self.space.gather(vector))
-        image = _chunks.mean(_of_chunk, operands, self.batch, self.chunk_size, self.placement)
-        return self.space.shard(image)
+        return _vector_of(self.space, self._over_chunks(_tree_of(self.space, vector)))
 
     def block_product(self, rows: jax.Array) -> jax.Array:
         if self.chunk_size is not None and _loops.is_concrete(self, rows):
             return jnp.stack([self.product(vector) for vector in rows])
         return super().block_product(rows)
 
+    @on_one_mesh
     def matvec(self, vector: Params) -> Params:
         if self.chunk_size is None:
             return super().matvec(vector)
-        return Operator.matvec(self, vector)
+        self._check_vector(vector)
+        return _typed(self.space, self._over_chunks(vector))
+
+    def _over_chunks(self, tree: Params) -> Params:
+        """A v of a tree, of which each device has what it has of the parameters."""
+        one = dataclasses.replace(self, batch=(), chunk_size=None, placement=None)
+        return _chunks.mean(_of_chunk, (one, tree), self.batch, self.chunk_size, self.placement)
 
     def facts(self) -> dict[str, Tree]:
         return {
@@ -184,12 +188,10 @@ class Form(NamedTuple):
 
 
 def parts_of(
-    function: Callable[..., Tree], batch: Batch, chunk_size: int | None
+    function: Callable[..., Tree], params: Params, batch: Batch, chunk_size: int | None
 ) -> tuple[tuple[Batch, ...], int | None]:
     """Shapes of the batch and of all that it is split into, on its devices, and whether it is."""
-    placement = find(batch)
-    num_parts = 1 if placement is None else placement.num_parts
-    return _chunks.parts_of(function, batch, chunk_size, num_parts=num_parts)
+    return _chunks.parts_of(function, batch, chunk_size, find(batch, params))
 
 
 def trace(function: Callable[..., Tree], *signatures: Batch) -> Program:
@@ -243,7 +245,9 @@ def assemble(
         batch, num_parts = placement.shard(batch), placement.num_parts
     if chunk_size is not None:
         chunk_size = min(chunk_size, _checks.num_examples(batch) // num_parts)
-    elif linearization.linearize is not None:
+    elif linearization.linearize is not None and (placement is None or placement.takes_parts):
+        # Made apart from the products, what is kept would lie where they send it elsewhere: of
+        # parameters divided with the examples twice as many bytes as the gradient sends twice.
         residuals = jax.tree.leaves(_linear_map.eval_shape(linearization, function, params, batch))
         num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals)
         if num_bytes <= CACHE_BYTES * num_parts:
@@ -263,6 +267,24 @@ def _linear_map(
         return linearization.linearize(function, params, *batch)
 
 
-def _of_chunk(operands: tuple[CurvatureOperator, jax.Array], *batch: Tree) -> jax.Array:
-    operator, vector = operands
-    return dataclasses.replace(operator, batch=batch).product(vector)
+def _of_chunk(operands: tuple[CurvatureOperator, Params], *batch: Tree) -> Params:
+    operator, tree = operands
+    found = image(dataclasses.replace(operator, batch=batch), tree)
+    # Chunks are added up as wide as vectors are.
+    return jax.tree.map(lambda leaf: leaf.astype(operator.dtype), found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tree_of(space: Space, vector: jax.Array) -> Params:
+    return space.unravel(vector)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _typed(space: Space, tree: Params) -> Params:
+    typed = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, space.like())
+    return space.place(typed)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _vector_of(space: Space, tree: Params) -> jax.Array:
+    return space.ravel(tree)

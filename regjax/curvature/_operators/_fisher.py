@@ -1,25 +1,23 @@
 """The Fisher information matrix of a model's own predictions."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks
 from regjax._arguments import checked
-from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree, as_partial
+from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree
 from regjax._differentiation import widened
 from regjax._losses import Factors
-from regjax._separable import ensure_separable
 from regjax._subsets import part_of
 from regjax.curvature._operators._curvature import CurvatureOperator, Form, build, parts_of
 from regjax.curvature._operators._likelihoods import LIKELIHOODS, check_outputs, check_weights
 from regjax.curvature._operators._sandwich import (
+    ensure_own_outputs,
     positive,
     sandwich,
     traced_model,
@@ -110,17 +108,12 @@ def fisher_form(
     if num_samples is not None:
         _checks.integer("num_samples", num_samples)
         _checks.key("key", key)
-    parts, size = parts_of(model_fn, batch, chunk_size)
+    parts, size = parts_of(model_fn, params, batch, chunk_size)
     model = traced_model(model_fn, params, parts)
     outputs = model.outputs(params, batch[0])
     check_outputs(likelihood, outputs, _checks.num_examples(batch))
     if size is not None:
-        curved = Partial(_curved, as_partial(model_fn))
-        shares = np.cos(np.arange(_checks.num_examples(batch), dtype=np.float32))
-        ensure_separable(
-            curved, params, (batch[0], shares), size=size, name="model_fn",
-            functions=(model_fn,), programs=(model,),
-        )  # fmt: skip
+        ensure_own_outputs(model_fn, model, params, batch[0], size)
     example = params, batch[0]
     covariance = Partial(exact if num_samples is None else sampled)
     if len(batch) == 1:
@@ -168,17 +161,3 @@ def _mean_weights(
     params: Params, inputs: Tree, weights: jax.Array, *keys: jax.Array
 ) -> tuple[jax.Array, ...]:
     return (jnp.sum(weights) / weights.shape[0],)
-
-
-def _curved(model_fn: Partial, params: Params, inputs: Tree, shares: jax.Array) -> jax.Array:
-    """A mean over the examples that shows what an output has of the others.
-
-    Curved, and with another factor for each example, since the means and the squares of
-    standardised values are the same in every batch.
-    """
-    outputs = model_fn(params, inputs)
-    size = math.prod(outputs.shape[1:])
-    rows = jax.nn.softplus(outputs).reshape(len(shares), size)
-    return jnp.mean(
-        (rows @ jnp.cos(jnp.arange(size, dtype=rows.dtype))) * shares.astype(rows.dtype)
-    )

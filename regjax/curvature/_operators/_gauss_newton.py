@@ -196,6 +196,24 @@ def empirical_fisher_form(
     differences: bool = False,
 ) -> Form:
     """How the matrix follows from (inputs, targets), or (inputs, targets, weights)."""
+    return form_of_gradients(
+        _observed, _observed_weighted, model_fn, output_loss_fn, params, batch,
+        chunk_size=chunk_size, differences=differences,
+    )  # fmt: skip
+
+
+def form_of_gradients(
+    plain: Callable[..., Tree],
+    weighted: Callable[..., Tree],
+    model_fn: ModelFn,
+    output_loss_fn: OutputLossFn,
+    params: Params,
+    batch: Batch,
+    *,
+    chunk_size: int | None,
+    differences: bool,
+) -> Form:
+    """J' A J, A made of the examples' gradients at the outputs, of a plain or a weighted loss."""
     reduced, example = _reduced(output_loss_fn, batch), (params, batch[0])
     model, loss = _programs_of(model_fn, reduced, params, batch, chunk_size)
     outputs = model.outputs(params, batch[0])
@@ -208,12 +226,12 @@ def empirical_fisher_form(
     if chunk_size is None:
         ensure_own_losses(output_loss_fn, reduced, model, loss, params, batch)
     if not _is_weighted(loss):
-        return sandwich(Partial(_observed, loss), model, None, example, differences=differences)
+        return sandwich(Partial(plain, loss), model, None, example, differences=differences)
     one = jax.eval_shape(
         lambda tree: jax.tree.map(lambda leaf: leaf[:1], tree), (outputs, *batch[1:])
     )
     own = trace(reduced, one)
-    curvature = Partial(_observed_weighted, mean_loss(loss), own)
+    curvature = Partial(weighted, mean_loss(loss), own)
     weights = Partial(_weights, model, loss)
     return sandwich(curvature, model, weights, example, differences=differences)
 
@@ -256,7 +274,7 @@ def _programs_of(
     chunk_size: int | None,
 ) -> tuple[Program, Program]:
     """The programs of a model and of the loss of its outputs; tested if data are to be split."""
-    parts, size = parts_of(model_fn, batch, chunk_size)
+    parts, size = parts_of(model_fn, params, batch, chunk_size)
     model = traced_model(model_fn, params, parts)
     signatures = [(model.outputs(params, part[0]), *part[1:]) for part in parts]
     loss = trace(output_loss_fn, *signatures)

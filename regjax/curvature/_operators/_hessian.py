@@ -131,7 +131,7 @@ def hessian_form(
     loss_fn: LossFn, params: Params, *batch: Tree, chunk_size: int | None, differences: bool = False
 ) -> Form:
     """How the Hessian follows from the loss; tests a loss that is to be split."""
-    parts, size = parts_of(loss_fn, batch, chunk_size)
+    parts, size = parts_of(loss_fn, params, batch, chunk_size)
     program = trace(loss_fn, *((params, *part) for part in parts))
     check_scalar(program.outputs(params, *batch))
     if size is not None:

@@ -11,7 +11,7 @@ from regjax import _checks, _jaxprs, _loops, _numerics, _programs
 from regjax._arguments import checked
 from regjax._base import MatVec, Params, Tree
 from regjax._programs import Program
-from regjax._sharding import find
+from regjax._sharding import Placement, find
 from regjax._space import Space
 from regjax.curvature._operators._operator import Operator, Submatrix
 from regjax.curvature._operators._traced import TracedOperator
@@ -25,7 +25,7 @@ _DIFFERENCE, _UNITS = 3e-3, 16
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["linear_map", "example"],
-    meta_fields=["mesh", "origin", "is_positive"],
+    meta_fields=["placement", "is_positive"],
 )
 @dataclasses.dataclass(frozen=True)
 class MatvecOperator(TracedOperator):
@@ -34,24 +34,22 @@ class MatvecOperator(TracedOperator):
     Attributes:
       linear_map: v -> A v on trees.
       example: a tree like a vector, of which only structure, shapes and dtypes count.
-      mesh: the devices over which vectors are divided; None: one.
-      origin: the mesh with explicit axes that the arrays come from; None: they are as given.
+      placement: where its arrays lie if they are on several devices; else None.
       is_positive: whether it is positive semi-definite by construction.
     """
 
     linear_map: Program
     example: Params
-    mesh: Mesh | None
-    origin: Mesh | None = dataclasses.field(default=None, compare=False)
+    placement: Placement | None
     is_positive: bool = False
 
     @property
     def home(self) -> Mesh | None:
-        return self.origin
+        return None if self.placement is None else self.placement.home
 
     @property
     def space(self) -> Space:
-        return Space.of(self.example, self.mesh)
+        return Space.at(self.example, self.placement)
 
     def apply(self, tree: Params) -> Params:
         return self.linear_map(tree)
@@ -97,11 +95,9 @@ def matvec_operator(matvec: MatVec, like: Params, *, is_positive: bool = False) 
     _checks.same_tree("matvec(vector)", image, like)
     _checks.real_tree("matvec(vector)", image)
     placement = find((), like, linear_map)
-    mesh = None
     if placement is not None:
-        (linear_map, like), mesh = placement.replicate((linear_map, like)), placement.mesh
-    home = None if placement is None else placement.home
-    operator = MatvecOperator(linear_map, like, mesh, home, is_positive)
+        linear_map, like = placement.replicate((linear_map, like))
+    operator = MatvecOperator(linear_map, like, placement, is_positive)
     _check_symmetric(operator)
     return operator
 

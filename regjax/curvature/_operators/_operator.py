@@ -7,12 +7,13 @@ what lies on a mesh stays there.
 import abc
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from regjax import _checks, _selection, _tree
@@ -241,6 +242,10 @@ class Projected(Composed):
         """P of a tree whose leaves have so many axes in front."""
 
     @abc.abstractmethod
+    def taken_specs(self, specs: tuple[PartitionSpec, ...]) -> tuple[PartitionSpec, ...]:
+        """How the leaves of P of a tree are divided, from how those of the tree are."""
+
+    @abc.abstractmethod
     def placed(self, tree: Params, zeros: Params) -> Params:
         """P' of a tree with one axis in front: put among zeros."""
 
@@ -251,7 +256,9 @@ class Projected(Composed):
     @property
     def space(self) -> Space:
         whole = self.operator.space
-        return Space.of(jax.eval_shape(self.taken, whole.like()), whole.mesh)
+        return Space.of(
+            jax.eval_shape(self.taken, whole.like()), whole.mesh, self.taken_specs(whole.specs)
+        )
 
     def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
         if vectors.ndim == 1:
@@ -277,6 +284,10 @@ class Submatrix(Projected):
 
     def taken(self, tree: Params, *, leading: int = 0) -> Params:
         return subtree(tree, self.inside)
+
+    def taken_specs(self, specs: tuple[PartitionSpec, ...]) -> tuple[PartitionSpec, ...]:
+        # On one device there are none.
+        return tuple(itertools.compress(specs, self.inside))
 
     def placed(self, tree: Params, zeros: Params) -> Params:
         return _tree.merge(tree, subtree(zeros, [not here for here in self.inside]))
@@ -314,7 +325,7 @@ class Identity(Operator):
         return 0
 
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
-        return Identity(subspace(self.space, inside))
+        return Identity(self.space.subspace(inside))
 
 
 def identity(space: Space) -> Operator:
@@ -334,8 +345,3 @@ def identity(space: Space) -> Operator:
 def subtree(tree: Params, inside: Sequence[bool]) -> Params:
     """`tree` with None for the leaves that are not inside."""
     return _tree.partition(tree, inside)[0]
-
-
-def subspace(space: Space, inside: Sequence[bool]) -> Space:
-    """The space of the subtrees."""
-    return Space.of(subtree(space.like(), inside), space.mesh)

@@ -1,17 +1,20 @@
 """A symmetric matrix that is known by its products, and what follows from products alone."""
 
 import abc
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from scipy.sparse.linalg import LinearOperator
 
-from regjax import _checks, _loops
+from regjax import _checks, _loops, _platforms
 from regjax._base import Params, Tree
 from regjax._meshes import on_one_mesh
 from regjax._space import Space
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 # A dense float32 matrix of this order takes 4 GiB.
 _MAX_DENSE = 2**15
@@ -54,14 +57,12 @@ class Products(abc.ABC):
 
     def block_product(self, rows: jax.Array) -> jax.Array:
         """A V' for rows V (k, length) of vectors of the space, as rows."""
-        if self.takes_blocks:
-            return jax.vmap(self.product)(rows)
-        return _loops.scan(_set_row, jnp.zeros_like(rows), rows.shape[0], operands=(self, rows))
+        return _platforms.depending(_one_by_one, _at_once, self, rows)
 
     @property
     def takes_blocks(self) -> bool:
         """Whether several vectors cost less together than one after the other."""
-        return jax.default_backend() != "cpu"
+        return not _platforms.is_on_cpu(self)
 
     @property
     def size(self) -> int:
@@ -131,11 +132,13 @@ class Products(abc.ABC):
         matrix = self.space.gather(self.block_product(unit))
         return (matrix + matrix.T) / 2
 
-    def to_scipy(self) -> LinearOperator:
+    def to_scipy(self) -> "LinearOperator":
         """Makes a `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors (n,) of it.
 
         The order is that of `jax.tree.leaves`; matrices (n, k) hold vectors in their columns.
         """
+        from scipy.sparse.linalg import LinearOperator  # a tenth of a second, which few need
+
         space = self.space
 
         def matmat(columns: np.ndarray) -> np.ndarray:
@@ -151,6 +154,14 @@ class Products(abc.ABC):
         return LinearOperator(
             self.shape, matvec, matvec, matmat, np.dtype(self.dtype), rmatmat=matmat
         )
+
+
+def _at_once(operator: Products, rows: jax.Array) -> jax.Array:
+    return jax.vmap(operator.product)(rows)
+
+
+def _one_by_one(operator: Products, rows: jax.Array) -> jax.Array:
+    return _loops.scan(_set_row, jnp.zeros_like(rows), rows.shape[0], operands=(operator, rows))
 
 
 def _set_row(operands: tuple[Products, jax.Array], rows: jax.Array, i: jax.Array) -> jax.Array:

@@ -6,11 +6,14 @@ pass (u = J v), a small product at the outputs (a = A u) and one reverse-mode pa
 Outputs are a tree of arrays. Its integer leaves have no derivative: they are apart, as `others`.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
@@ -109,6 +112,47 @@ def ensure_own_losses(
     )  # fmt: skip
 
 
+def ensure_own_outputs(
+    model_fn: ModelFn, model: Program, params: Params, inputs: Tree, size: int
+) -> None:
+    """Tests that each example has outputs of its own, of data that are about to be split.
+
+    Args:
+      model_fn: the user's.
+      model: its program.
+      params: the parameters.
+      inputs: all of them.
+      size: number of examples of a chunk.
+
+    Raises:
+      ValueError: it has none.
+    """
+    curved = Partial(_curved, as_partial(model_fn))
+    shares = np.cos(np.arange(_checks.num_examples(inputs), dtype=np.float32))
+    ensure_separable(
+        curved, params, (inputs, shares), size=size, name="model_fn",
+        functions=(model_fn,), programs=(model,),
+    )  # fmt: skip
+
+
+def _curved(model_fn: Partial, params: Params, inputs: Tree, shares: jax.Array) -> jax.Array:
+    """A mean over the examples that shows what an output has of the others.
+
+    Curved, and with another factor for each example, since the means and the squares of
+    standardised values are the same in every batch.
+    """
+    floats, _ = split(model_fn(params, inputs))
+
+    def mean(leaf: jax.Array) -> jax.Array:
+        size = math.prod(leaf.shape[1:])
+        rows = jax.nn.softplus(leaf).reshape(len(shares), size)
+        each = rows @ jnp.cos(jnp.arange(size, dtype=rows.dtype))
+        return jnp.mean(each * shares.astype(rows.dtype))
+
+    means = [_tree.wide(mean(leaf)) for leaf in jax.tree.leaves(floats)]
+    return functools.reduce(jnp.add, means)
+
+
 def _shifted(loss_fn: Callable[..., Tree], shift: Tree, outputs: Tree, *rest: Tree) -> Tree:
     floats, others = split(outputs)
     moved = jax.tree.map(lambda leaf, by: leaf + by[None], floats, shift)
@@ -148,7 +192,7 @@ def sandwich(
       TypeError: the model cannot be differentiated.
     """
     mode = choose(
-        _there_and_back, jaxpr_of(model), (model, *example),
+        there_and_back, jaxpr_of(model), (model, *example),
         name="model_fn", differences=differences,
     )  # fmt: skip
     multiply, linearize = static(_multiply, mode), static(_linearize, mode)
@@ -160,7 +204,7 @@ def sandwich(
     return Form(linearization, model, weights)
 
 
-def _there_and_back(mode: Mode, model_fn: ModelFn, params: Params, inputs: Tree) -> Tree:
+def there_and_back(mode: Mode, model_fn: ModelFn, params: Params, inputs: Tree) -> Tree:
     """J' J v, for a vector like the parameters."""
     function = lambda params: split(model_fn(params, inputs))
     _, _, jacobian = linearized(mode, function, params, 1.0)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+from jax.sharding import PartitionSpec
 
 from regjax import _slices
 from regjax._base import Params, Tree
@@ -31,6 +32,10 @@ class Sliced(Projected):
         take = functools.partial(_slices.take, leading=leading)
         return jax.tree.unflatten(treedef, map(take, leaves, self.places))
 
+    def taken_specs(self, specs: tuple[PartitionSpec, ...]) -> tuple[PartitionSpec, ...]:
+        # What is looked up along an axis that is divided is on each of its devices.
+        return tuple(map(_without, specs, self.places))
+
     def placed(self, tree: Params, zeros: Params) -> Params:
         leaves, treedef = jax.tree.flatten(zeros)
         put = functools.partial(_slices.put, leading=1)
@@ -44,3 +49,8 @@ class Sliced(Projected):
         return Sliced(
             self.operator.submatrix(inside), tuple(where for where, here in pairs if here)
         )
+
+
+def _without(spec: PartitionSpec, where: Where) -> PartitionSpec:
+    looked_up = {axis for axis, _ in where}
+    return PartitionSpec(*(names for axis, names in enumerate(spec) if axis not in looked_up))

@@ -25,6 +25,12 @@ from regjax._losses import Factors
 from regjax._sharding import Placement
 from regjax._space import Space
 from regjax._subsets import of_leaves, part_of
+from regjax.curvature._operators import _gauss_newton
+from regjax.curvature._operators._covariance import (
+    centered,
+    gradient_covariance,
+    mean_gradient_form,
+)
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
     Form,
@@ -33,23 +39,19 @@ from regjax.curvature._operators._curvature import (
     program,
 )
 from regjax.curvature._operators._fisher import draw_keys, fisher, fisher_form
-from regjax.curvature._operators._gauss_newton import (
-    empirical_fisher,
-    empirical_fisher_form,
-    gauss_newton,
-    gauss_newton_form,
-)
 from regjax.curvature._operators._hessian import hessian, hessian_form
-from regjax.curvature._operators._operator import Operator, subtree
+from regjax.curvature._operators._operator import Operator
 from regjax.curvature._operators._sandwich import batch_with_weights
 from regjax.curvature._operators._source import Source
 
 # How each matrix follows from a batch, and what stands before the source among the arguments.
+_OF_OUTPUTS = ("model_fn", "output_loss_fn", "params")
 _FORMS: dict[Any, tuple[Callable[..., Form], tuple[str, ...]]] = {
     hessian: (hessian_form, ("loss_fn", "params")),
-    gauss_newton: (gauss_newton_form, ("model_fn", "output_loss_fn", "params")),
-    empirical_fisher: (empirical_fisher_form, ("model_fn", "output_loss_fn", "params")),
+    _gauss_newton.gauss_newton: (_gauss_newton.gauss_newton_form, _OF_OUTPUTS),
+    _gauss_newton.empirical_fisher: (_gauss_newton.empirical_fisher_form, _OF_OUTPUTS),
     fisher: (fisher_form, ("model_fn", "params")),
+    gradient_covariance: (mean_gradient_form, _OF_OUTPUTS),
 }
 
 
@@ -120,9 +122,8 @@ class StreamedOperator(Operator):
 
     @property
     def space(self) -> Space:
-        mesh = None if self.placement is None else self.placement.mesh
-        inside = self.inside
-        return Space.of(self.params if inside is None else subtree(self.params, inside), mesh)
+        space = Space.at(self.params, self.placement)
+        return space if self.inside is None else space.subspace(self.inside)
 
     @property
     def coarser(self) -> "StreamedOperator | None":
@@ -144,7 +145,8 @@ class StreamedOperator(Operator):
         return self.unit
 
     def product(self, vector: jax.Array) -> jax.Array:
-        return self._mean(vector, lambda batch: self._fused(batch, vector))
+        # Of the matrix of a batch nothing is kept.
+        return self._mean(vector, lambda batch: self._of_batch(batch).product(vector))
 
     def block_product(self, rows: jax.Array) -> jax.Array:
         # One linearisation of a batch serves all vectors.
@@ -162,13 +164,10 @@ class StreamedOperator(Operator):
         linearization, function, params = bare._parts(one)
         ours = CurvatureOperator(linearization, function, params, (), None, None, None)
         return {
-            "params": self.params,
-            "inside": repr(self.inside),
-            "function": function,
-            "linearization": linearization,
-            "program": program(ours, one),
+            "params": self.params, "inside": repr(self.inside), "function": function,
+            "linearization": linearization, "program": program(ours, one),
             "source": self.source.digest(),
-        }
+        }  # fmt: skip
 
     def product_bytes(self, count: int) -> int:
         """Bytes on a device of `count` products at once, of batches as large as the first one."""
@@ -204,13 +203,10 @@ class StreamedOperator(Operator):
             return linearization, function, self.params
         return linearization, *of_leaves(function, self.params, self.inside)
 
-    def _fused(self, batch: Batch, vector: jax.Array) -> jax.Array:
-        """The product with the matrix of a batch, of which nothing is kept."""
-        return self._of_batch(batch).product(vector)
-
     def _of_batch(self, batch: Batch) -> CurvatureOperator:
-        linearization, function, params = self._parts(batch)
-        return CurvatureOperator(linearization, function, params, batch, None, None, self.placement)
+        ours = self.placement
+        placement = ours and dataclasses.replace(ours, specs=self.space.specs)
+        return CurvatureOperator(*self._parts(batch), batch, None, None, placement)
 
     def _with_draws(self, shapes: Batch) -> Batch:
         return jax.eval_shape(lambda batch: self.source.drawn(0, batch), shapes)
@@ -272,7 +268,7 @@ def stream(
     at once, `num_probes` times `num_steps` vectors.
 
     Args:
-      operator_fn: `hessian`, `gauss_newton`, `empirical_fisher` or `fisher`.
+      operator_fn: `hessian`, `gauss_newton`, `empirical_fisher`, `gradient_covariance` or `fisher`.
       *arguments: those of `operator_fn`, with the source in place of the batch. The source is
         an object of which each `iter` begins a new pass (a list, a data loader), or a function
         without arguments that returns a new iterator. It gives tuples of arrays with a leading
@@ -293,7 +289,7 @@ def stream(
       between two products. Reads the first batch to check it.
 
     Raises:
-      ValueError: `operator_fn` is none of the four, the source is empty, or a loss or a model
+      ValueError: `operator_fn` is none of the five, the source is empty, or a loss or a model
         couples the examples of a batch; later, by a product: it is made inside of `jax.jit`, or
         a pass has another number of examples than the first one.
       TypeError: the source gives its batches once, something else than tuples, or the arguments
@@ -301,7 +297,7 @@ def stream(
       RuntimeError: by a product: the source raised, with the number of the batch.
     """
     form_fn, functions, params, source = _split(operator_fn, arguments, options)
-    options = dict(options)
+    given, options = options, dict(options)
     functions[0], params = part_of(functions[0], params, options.pop("wrt", None))
     params = widened(params) if options.get("differences") else params
     passes = Source(source, _checks.integer("prefetch", prefetch))
@@ -318,7 +314,11 @@ def stream(
         make(*jax.tree.map(lambda leaf: leaf[np.zeros(8, int)], first))
     programs.known[_programs.types(first)] = form
     one = assemble(form.linearization, form.function, params, passes.drawn(0, first), 1)
-    return StreamedOperator(one.params, one.placement, passes, one.eps, programs)
+    streamed = StreamedOperator(one.params, one.placement, passes, one.eps, programs)
+    if operator_fn is not gradient_covariance:
+        return streamed
+    about_zero = stream(_gauss_newton.empirical_fisher, *arguments, prefetch=prefetch, **given)
+    return centered(about_zero, streamed)
 
 
 def _split(

@@ -31,7 +31,7 @@ class TracedOperator(Operator):
     @property
     def eps(self) -> float:
         own = float(jnp.finfo(self.dtype).eps)
-        return max(own, narrowest_eps(_image, self, self.space.like()))
+        return max(own, narrowest_eps(image, self, self.space.like()))
 
     def product_bytes(self, count: int) -> int:
         zeros = self.space.shapes_of(jax.eval_shape(lambda: self.space.zeros(count)))
@@ -40,24 +40,26 @@ class TracedOperator(Operator):
         return _programs.num_bytes(one if count == 1 else several, self, zeros)
 
 
-def _image(operator: TracedOperator, tree: Params) -> Params:
+def image(operator: TracedOperator, tree: Params) -> Params:
+    """A v of a tree, in full precision, checked."""
     example = operator.space.like()
     tree = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, example)
     with precision():
-        image = operator.apply(tree)
-    _checks.same_tree("matvec(vector)", image, example)
-    return image
+        found = operator.apply(tree)
+    _checks.same_tree("matvec(vector)", found, example)
+    return found
 
 
 @_programs.bounded
 @jax.jit
 def _product(operator: TracedOperator, vector: jax.Array) -> jax.Array:
-    return operator.space.ravel(_image(operator, operator.space.unravel(vector)), vector.dtype)
+    return operator.space.ravel(image(operator, operator.space.unravel(vector)), vector.dtype)
 
 
 @_programs.bounded
 @jax.jit
 def _like_vectors(operator: TracedOperator, tree: Params) -> Params:
     example = operator.space.like()
-    image = _image(operator, tree)
-    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), image, example)
+    found = image(operator, tree)
+    typed = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found, example)
+    return operator.space.place(typed)

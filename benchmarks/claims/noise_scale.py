@@ -1,0 +1,139 @@
+"""The gradient noise scale grows while the loss falls."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks import _claims
+from benchmarks._claims import Record, Settings, Verdict
+from benchmarks.claims import _figures, _networks
+from regjax import diagnostics
+
+_LOSSES = (2.0, 1.0, 0.5, 0.25, 0.1, 0.05)
+_BATCH, _LIMIT = 30, 20_000
+_NOISE_BATCH = 5
+_TX = optax.sgd(0.05)
+# Of many examples, so that the gradient of all stands out of its noise for longer.
+_DATA = {
+    "digits": (lambda: _networks.digits(1200), 5),
+    "fashion_mnist": (_networks.fashion_mnist, 3),
+}
+
+
+def _settings(preset: str) -> Sequence[Settings]:
+    if preset == "smoke":
+        return [{"data": "digits", "width": 16, "seed": seed, "last": 1.0} for seed in (0, 1)]
+    return [
+        {"data": data, "width": 128, "seed": seed, "last": _LOSSES[-1]}
+        for data, (_, num_seeds) in _DATA.items()
+        for seed in range(num_seeds)
+    ]
+
+
+def _run(settings: Settings) -> dict[str, float]:
+    split, seed, width = _DATA[settings["data"]][0](), settings["seed"], settings["width"]
+    sizes = (split.x.shape[1], width, width, 10)
+    params = _networks.he_network(sizes, jax.random.key(seed))
+    numbers = {}
+    for i, level in enumerate(_levels(settings)):
+        trained = _networks.train(
+            params, _TX, split,
+            batch_size=_BATCH, num_steps=_LIMIT, seed=1000 * seed + i, stop_below=level,
+        )  # fmt: skip
+        params = trained.params
+        found = diagnostics.gradient_noise(
+            _networks.loss_fn, params, split.x, split.y, batch_size=_NOISE_BATCH
+        )
+        for name in ("gradient_noise_scale", "squared_gradient_norm", "noise_trace"):
+            numbers[f"{name}_{level:g}"] = float(getattr(found, name))
+        error = found.gradient_noise_scale_standard_error
+        numbers[f"error_{level:g}"] = float(error)
+        numbers[f"resolved_{level:g}"] = float(found.resolved)
+        numbers[f"loss_{level:g}"] = trained.loss
+    return numbers
+
+
+def _levels(settings: Settings) -> list[float]:
+    return [level for level in _LOSSES if level >= settings["last"]]
+
+
+def _judge(records: Sequence[Record]) -> list[Verdict]:
+    verdicts = []
+    for data, own in _claims.groups(records, "data").items():
+        levels = _levels(own[0])
+        steps, rises, grown = 0, 0, []
+        for record in own:
+            scales = _seen(record, levels)
+            steps += len(scales) - 1
+            rises += sum(b > a for a, b in itertools.pairwise(scales.values()))
+            ends = [next(iter(scales)), next(reversed(scales))]
+            grown.append(scales[ends[1]] / scales[ends[0]])
+        first, last = (
+            _claims.mean_and_error(_claims.numbers(own, f"noise_trace_{level:g}"))[0]
+            for level in (levels[0], levels[-1])
+        )
+        hidden = sum(len(levels) - len(_seen(record, levels)) for record in own)
+        growth, error = _claims.mean_and_error(np.log(grown))
+        verdicts.append(
+            Verdict(
+                f"{_claims.word(growth > 2 * error)} ({data}): the noise scale grows as the loss "
+                "falls",
+                f"{np.exp(growth):.1f} times from the first to the last loss (mean of logarithms "
+                f"over seeds, a standard error of {100 * error:.0f} %; {min(grown):.1f} to "
+                f"{max(grown):.1f}), not steadily: in {rises} of {steps} cases from one loss to "
+                f"the next; tr Sigma goes from {first:.3g} to {last:.3g}; in {hidden} cases the "
+                "gradient did not stand out of its noise, which are left out",
+            )
+        )
+    return verdicts
+
+
+def _seen(record: Record, levels: Sequence[float]) -> dict[float, float]:
+    """The noise scales at the losses at which the gradient stood out of its noise."""
+    return {
+        level: record[f"gradient_noise_scale_{level:g}"]
+        for level in levels
+        if record[f"resolved_{level:g}"]
+    }
+
+
+def _draw(records: Sequence[Record], figure: Any) -> None:
+    panels = figure.subplots(1, 2)
+    for color, (data, own) in zip(
+        _figures.COLORS, _claims.groups(records, "data").items(), strict=False
+    ):
+        levels = _levels(own[0])
+        for i, record in enumerate(own):
+            losses = np.asarray([record[f"loss_{level:g}"] for level in levels])
+            scales = np.asarray([record[f"gradient_noise_scale_{level:g}"] for level in levels])
+            errors = np.asarray([record[f"error_{level:g}"] for level in levels])
+            seen = np.asarray([record[f"resolved_{level:g}"] for level in levels]) > 0
+            panels[0].errorbar(
+                losses[seen], scales[seen], yerr=errors[seen], color=color, marker="o",
+                markersize=3, linewidth=1, label=data if i == 0 else None,
+            )  # fmt: skip
+            traces = [record[f"noise_trace_{level:g}"] for level in levels]
+            panels[1].plot(losses, traces, color=color, linewidth=1, marker="o", markersize=3)
+    for axes in panels:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.invert_xaxis()
+    panels[0].legend(fontsize=7, frameon=False)
+    _figures.label(panels[0], x="training loss", y="noise scale (examples)")
+    _figures.label(panels[1], x="training loss", y="trace of the gradients' covariance")
+
+
+CLAIM = _claims.Claim(
+    name="noise_scale",
+    paper="McCandlish, Kaplan, Amodei (2018), arXiv:1812.06162",
+    statement="the gradient noise scale grows over the training of a network, as the loss falls",
+    printed="nothing is quoted: other data and other networks",
+    settings=_settings,
+    run=_run,
+    judge=_judge,
+    draw=_draw,
+)

@@ -1,0 +1,150 @@
+"""One case in a process of its own: `python -m benchmarks.reach._case CASE`, CASE as JSON.
+
+A compiler keeps memory and settings of what it did before, and one that takes too long can only be
+killed. The last line of the output is the record.
+"""
+
+import datetime
+import json
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from benchmarks import _timing
+from benchmarks.reach import _account, _chips, _measure, _models, _programs
+from regjax import curvature
+
+
+class Case(NamedTuple):
+    """A program of a model on so many chips.
+
+    Attributes:
+      model: one of `_models.SIZES`.
+      chip: one of `_chips.CHIPS`; None: whatever is here, for which no rates are known.
+      num_chips: how many.
+      program: one of `_programs.PROGRAMS`.
+      precision: of the model's matrix products.
+      runs: whether it is run on the devices of this machine as well.
+    """
+
+    model: str
+    chip: str | None
+    num_chips: int
+    program: str
+    precision: str = "default"
+    runs: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in the records."""
+        suffix = "" if self.precision == "default" else f", {self.precision}"
+        place = f"{self.chip or 'this machine'} x {self.num_chips}"
+        return f"{self.model} / {place} / {self.program}{suffix}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every record of it says."""
+        facts = {**self._asdict(), "case": self.name, "chips": self.num_chips}
+        del facts["num_chips"], facts["runs"]
+        return facts
+
+
+def run(case: Case) -> dict[str, Any]:
+    """The record of a case, which JSON can write."""
+    chip = None if case.chip is None else _chips.CHIPS[case.chip]
+    mesh, compiler = _place(case, chip)
+    problem = _models.problem_on(mesh, _models.SIZES[case.model])
+    record = {
+        **case.facts, "parameters": problem.num_params, "batch": list(problem.x.shape),
+        "compiler": compiler,
+    }  # fmt: skip
+    with jax.default_matmul_precision(case.precision):
+        program = _programs.program_of(case.program, problem, mesh)
+        start = time.perf_counter()
+        jitted = jax.jit(program.function, donate_argnums=program.donated)
+        lowered = jitted.lower(*program.arguments)
+        traced = time.perf_counter()
+        record["seconds_to_trace"] = round(traced - start, 1)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return record | failed(str(error), time.perf_counter() - traced)
+        record["seconds_to_compile"] = round(time.perf_counter() - traced, 1)
+        record |= {"compiled": True, **account_of(compiled, chip, case)}
+        if program.solver is not None and not case.runs:
+            record["memory_estimate"] = _estimate(program, problem)
+        if case.runs and record["fits"]:
+            record["measured"] = _measure.measured(program, compiled)
+    return record
+
+
+def _place(case: Case, chip: _chips.Chip | None) -> tuple[Mesh, str]:
+    """The devices, and what compiles for them."""
+    if case.runs or chip is None:
+        return _chips.mesh_here(), f"jax {jax.__version__}"
+    return _chips.mesh_of(chip, case.num_chips), _chips.compiler(chip)
+
+
+def _estimate(program: _programs.Program, problem: _models.Problem) -> dict[str, int]:
+    """What the library says before it runs; the start of a solver is traced, not allocated."""
+    found: list[curvature.MemoryResult] = []
+
+    def look(start: Any) -> None:
+        found.append(curvature.memory_estimate(program.solver(start)))
+
+    jax.eval_shape(look, problem.params)
+    return found[0]._asdict()
+
+
+def failed(message: str, seconds: float) -> dict[str, Any]:
+    """What is recorded of a program that a compiler refuses."""
+    return {
+        "compiled": False,
+        "reason": message.splitlines()[0][:300],
+        "seconds_to_compile": round(seconds, 1),
+    }
+
+
+def account_of(compiled: Any, chip: _chips.Chip | None, case: Case) -> dict[str, Any]:
+    """Memory, work and messages of a chip, and the seconds that the published rates allow."""
+    memory = compiled.memory_analysis()
+    found = _account.account(compiled.as_text(), case.num_chips)
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+    facts = {
+        "bytes": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "results": results,
+            "total": total,
+        },
+        "fits": chip is None or bool(total <= chip.memory),
+        "operations": found.operations,
+        "bytes_moved": found.num_bytes,
+        "bytes_sent": found.sent,
+        "collectives": [each._asdict() for each in found.collectives],
+        "largest_collective": found.largest,
+    }
+    if chip is None:
+        return facts
+    seconds = {
+        "operations": found.operations / chip.rate(case.precision),
+        "memory": found.num_bytes / chip.bandwidth,
+        "network": found.sent / chip.sent_per_second(case.num_chips),
+    }
+    return facts | {"roofline_seconds": {**seconds, "largest": max(seconds.values())}}
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the record."""
+    record = run(Case(*json.loads(arguments[0])))
+    record["versions"] = _timing.versions()
+    record["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,240 @@
+"""The preconditioner of an adaptive optimiser, read from its state."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from regjax import _checks, _numerics, _tree
+from regjax._arguments import checked
+from regjax._base import Params, Tree
+from regjax.diagnostics._optimizers import Hyperparams, Root, numbers_of, optimizer_of
+
+# What makes other steps of them.
+_OTHERS = ("EmaState", "LookaheadState")
+# A second moment is at the floor where its root is below so many epsilons.
+_FLOOR = 10
+
+
+class PreconditionerResult(NamedTuple):
+    """The diagonal preconditioner P of an optimiser, as its last update had it.
+
+    Attributes:
+      inverse_root: tree like the parameters, in float32 at least: P^(-1/2), zero where the
+        optimiser has no second moments. `hessian.scaled(inverse_root)` is the preconditioned
+        matrix.
+      at_floor: tree of bools: where the root of the second moment is below 10 epsilon, so that
+        epsilon has a say.
+      covers_all: (), bool: the optimiser has second moments of all leaves. Those of no other are
+        held, as frozen ones are.
+    """
+
+    inverse_root: Params
+    at_floor: Params
+    covers_all: jax.Array
+
+
+@checked
+def preconditioner(
+    optimizer_state: Tree,
+    params: Params,
+    *,
+    optimizer: str,
+    hyperparams: Hyperparams | None = None,
+) -> PreconditionerResult:
+    """Finds the preconditioner P of an adaptive optimiser in its state.
+
+    An update is minus the learning rate times P^(-1) g, or P^(-1) times the mean of gradients. For
+    Adam after t updates, with second moments v,
+
+        P = (1 - b1^t) (sqrt(v / (1 - b2^t) + eps_root) + eps)
+
+    The first factor corrects the mean. Others have their own place for epsilon, as in optax.
+
+    The state may lie anywhere: in `chain`, `masked`, `partition`, `inject_hyperparams`,
+    `MultiSteps` and `apply_if_finite`. It does not tell the optimiser (Adam, Yogi and Adamax have
+    the same), nor its numbers unless `inject_hyperparams` keeps them: both are the caller's to say,
+    and a wrong word gives a wrong answer. What keeps no state, such as a trust ratio, is not seen.
+
+    Args:
+      optimizer_state: of optax.
+      params: tree of parameters that the optimiser moves.
+      optimizer: its function in optax, such as "adam"; one of `stability_threshold`, with second
+        moments.
+      hyperparams: the numbers that it was made with, by optax's names; those that are not here nor
+        in the state have optax's defaults.
+
+    Returns:
+      A `PreconditionerResult`. Moments from mini-batches beside a Hessian of all examples are of
+      another size: they hold the noise of the gradient too.
+
+    Raises:
+      ValueError: the optimiser is not known or has no second moments, the state holds none of it,
+        more than one for a leaf or one of other parameters, or has seen no update; or as in
+        `stability_threshold`.
+      TypeError: as in `stability_threshold`.
+
+    References:
+      J. Cohen et al. (2022), arXiv:2207.14484, preconditioned sharpness. P follows from optax's
+      update rule.
+    """
+    known = optimizer_of(optimizer)
+    root = known.root
+    if root is None:
+        raise ValueError(f"`optimizer` must have second moments, got {optimizer!r}.")
+    leaves, treedef = jax.tree.flatten(params)
+    check_chain(optimizer_state, optimizer, hyperparams)
+    roots: list[Root | None] = [None] * len(leaves)
+    for state, found in _states(optimizer_state, known.states, {}, optimizer):
+        numbers = numbers_of(optimizer, found, hyperparams)
+        _check_count(state)
+        for i, moments in enumerate(_moments(state, params)):
+            if moments is None:
+                continue
+            if roots[i] is not None:
+                path, _ = jax.tree_util.tree_leaves_with_path(params)[i]
+                raise ValueError(
+                    "`optimizer_state` must hold one second moment for each leaf, got two for "
+                    f"`params{jax.tree_util.keystr(path)}`."
+                )
+            roots[i] = root(state, moments, numbers)
+    if not any(roots):
+        raise ValueError(
+            f"`optimizer_state` must hold second moments of {optimizer} "
+            f"({' or '.join(known.states)}), got "
+            f"{', '.join(_types(optimizer_state)) or type(optimizer_state).__name__}."
+        )
+    inverse_roots = [_inverse_root(leaf, root) for leaf, root in zip(leaves, roots, strict=True)]
+    floors = [
+        jnp.zeros(jnp.shape(leaf), bool) if root is None else root.deviation < _FLOOR * root.floor
+        for leaf, root in zip(leaves, roots, strict=True)
+    ]
+    return PreconditionerResult(
+        jax.tree.unflatten(treedef, inverse_roots),
+        jax.tree.unflatten(treedef, floors),
+        jnp.bool_(all(root is not None for root in roots)),
+    )
+
+
+def _inverse_root(leaf: jax.Array, root: Root | None) -> jax.Array:
+    if root is None:
+        return jnp.zeros(jnp.shape(leaf), _tree.wide_dtype(leaf))
+    return _numerics.divide(1, jnp.sqrt(root.divisor), otherwise=jnp.inf)
+
+
+def check_chain(optimizer_state: Tree, optimizer: str, hyperparams: Hyperparams | None) -> None:
+    """Checks that the state is that of the optimiser, as far as its types tell.
+
+    Raises:
+      ValueError: something in it makes other steps, or has a momentum that is not told.
+    """
+    names, own = _types(optimizer_state), optimizer_of(optimizer).states
+    for name in names:
+        scales = name.startswith("ScaleBy") and name not in (*own, "ScaleByScheduleState")
+        if own and not set(own) & set(names):
+            continue  # which is what is missing
+        if scales or name in _OTHERS:
+            raise ValueError(
+                f"`optimizer_state` must be that of {optimizer}, whose threshold is known, got "
+                f"{name} in it."
+            )
+    numbers = numbers_of(optimizer, stated_numbers(optimizer_state, optimizer), hyperparams)
+    is_told, is_there = numbers.get("momentum") is not None, "TraceState" in names
+    if is_there and not is_told:
+        raise ValueError(
+            f"`optimizer_state` must have no momentum unless `hyperparams` of {optimizer} say "
+            "so, got TraceState in it."
+        )
+    if is_told and not is_there:
+        raise ValueError(
+            f"`optimizer_state` must have the momentum {numbers['momentum']}, got no TraceState "
+            "in it."
+        )
+
+
+def stated_numbers(optimizer_state: Tree, optimizer: str) -> Hyperparams:
+    """The numbers that `inject_hyperparams` keeps for the optimiser, those of its first state."""
+    names = optimizer_of(optimizer).states
+    holders = (
+        _states(optimizer_state, names, {}, optimizer) if names else _injected(optimizer_state)
+    )
+    return next((found for _, found in holders), {})
+
+
+def _states(
+    tree: Tree, names: tuple[str, ...], found: Hyperparams, optimizer: str
+) -> Iterator[tuple[Any, Hyperparams]]:
+    """Each state of a type of these names, with what the `inject_hyperparams` around it keep."""
+    nodes = jax.tree.leaves(
+        tree, is_leaf=lambda node: type(node).__name__ in names or _is_injected(node)
+    )
+    for node in nodes:
+        if type(node).__name__ in names:
+            yield node, found
+        elif _is_injected(node):
+            yield from _states(node.inner_state, names, {**found, **node.hyperparams}, optimizer)
+
+
+def _injected(tree: Tree) -> Iterator[tuple[Any, Hyperparams]]:
+    for node in jax.tree.leaves(tree, is_leaf=_is_injected):
+        if _is_injected(node):
+            yield node, node.hyperparams
+
+
+def _is_injected(node: object) -> bool:
+    return isinstance(getattr(node, "hyperparams", None), Mapping) and hasattr(node, "inner_state")
+
+
+def _check_count(state: Any) -> None:
+    count = _checks.on_host(state.count) if "count" in state._fields else None
+    if count is not None and count < 1:
+        raise ValueError(
+            f"`optimizer_state` must have seen an update, got {count}: the second moments are zero."
+        )
+
+
+def _moments(state: Any, params: Params) -> list[Mapping[str, jax.Array] | None]:
+    """For each leaf of the parameters its moments by their name in the state; None: left out."""
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)
+    columns = {}
+    for name in ("mu", "nu", "nu_max", "sum_of_squares"):
+        tree = getattr(state, name, None)
+        if tree is not None:
+            columns[name] = _checks.prefix_leaves(
+                "optimizer_state", tree, params, is_leaf=is_masked
+            )
+    rows: list[Mapping[str, jax.Array] | None] = []
+    for path_and_leaf, *entries in zip(
+        jax.tree_util.tree_leaves_with_path(params), *columns.values(), strict=True
+    ):
+        path, leaf = path_and_leaf
+        if any(map(is_masked, entries)):
+            rows.append(None)
+            continue
+        for entry in entries:
+            if jnp.shape(entry) != jnp.shape(leaf):
+                raise ValueError(
+                    f"`optimizer_state` must be of `params{jax.tree_util.keystr(path)}` of shape "
+                    f"{jnp.shape(leaf)}, got second moments of shape {jnp.shape(entry)}."
+                )
+        rows.append(dict(zip(columns, map(_tree.wide, entries), strict=True)))
+    return rows
+
+
+def _types(tree: Tree) -> list[str]:
+    """The names of the types of the states within, from the outside inwards."""
+    names: list[str] = []
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop(0)
+        if hasattr(node, "_fields") and type(node).__name__ not in names:
+            names.append(type(node).__name__)
+        waiting.extend(part for part in _below(node) if not jax.tree_util.all_leaves([part]))
+    return names
+
+
+def _below(node: Tree) -> list[Tree]:
+    """The nodes directly below."""
+    return jax.tree.leaves(node, is_leaf=lambda part: part is not node)

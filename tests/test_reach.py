@@ -1,0 +1,193 @@
+"""Programs for chips that are not here: what is read off their text, and the smallest of them."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import reach
+from benchmarks.reach import _account, _chips, _models, _programs, _tables
+from benchmarks.reach._case import Case
+
+# One matrix product in a loop of seven turns, with a message of which three steps are written
+# down, a stack that is read a row a turn, and branches of which one is for what is rare.
+TEXT = """
+HloModule example
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%row (stack: f32[7,8,4], i: s32[]) -> f32[8,4] {
+  %stack = f32[7,8,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,8,4]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,8,4}
+  ROOT %flat = f32[8,4]{1,0} bitcast(%slice)
+}
+
+%step (part: f32[2,4], whole: f32[8,4]) -> f32[8,4] {
+  %part = f32[2,4]{1,0} parameter(0)
+  %whole = f32[8,4]{1,0} parameter(1)
+  ROOT %gathered = f32[8,4]{1,0} all-gather(%part), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%body (state: (s32[], f32[8,8], f32[7,8,4])) -> (s32[], f32[8,8], f32[7,8,4]) {
+  %state = (s32[], f32[8,8]{1,0}, f32[7,8,4]{2,1,0}) parameter(0)
+  %count = s32[] get-tuple-element(%state), index=0
+  %square = f32[8,8]{1,0} get-tuple-element(%state), index=1
+  %stack.1 = f32[7,8,4]{2,1,0} get-tuple-element(%state), index=2
+  %taken = f32[8,4]{1,0} fusion(%stack.1, %count), kind=kLoop, calls=%row
+  %first = f32[8,4]{1,0} fusion(%taken, %taken), kind=kCustom, calls=%step
+  %second = f32[8,4]{1,0} fusion(%taken, %first), kind=kCustom, calls=%step.clone
+  %product = f32[8,4]{1,0:T(8,128)S(1)} dot(%square, %second), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %reduced = f32[8,4]{1,0} all-reduce(%product), channel_id=4, replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %next = (s32[], f32[8,8]{1,0}, f32[7,8,4]{2,1,0}) tuple(%count, %square, %stack.1)
+}
+
+%step.clone (part.1: f32[2,4], whole.1: f32[8,4]) -> f32[8,4] {
+  %part.1 = f32[2,4]{1,0} parameter(0)
+  %whole.1 = f32[8,4]{1,0} parameter(1)
+  ROOT %gathered.1 = f32[8,4]{1,0} all-gather(%part.1), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%condition (state.2: (s32[], f32[8,8], f32[7,8,4])) -> pred[] {
+  %state.2 = (s32[], f32[8,8]{1,0}, f32[7,8,4]{2,1,0}) parameter(0)
+  %count.2 = s32[] get-tuple-element(%state.2), index=0
+  %bound = s32[] constant(7)
+  ROOT %less = pred[] compare(%count.2, %bound), direction=LT
+}
+
+ENTRY %main (square.3: f32[8,8], stack.3: f32[7,8,4]) -> f32[8,8] {
+  %square.3 = f32[8,8]{1,0} parameter(0)
+  %stack.3 = f32[7,8,4]{2,1,0} parameter(1)
+  %start = s32[] constant(0)
+  %state.3 = (s32[], f32[8,8]{1,0}, f32[7,8,4]{2,1,0}) tuple(%start, %square.3, %stack.3)
+  %loop = (s32[], f32[8,8]{1,0}, /*index=2*/f32[7,8,4]{2,1,0}) while(%state.3), condition=%condition, body=%body
+  ROOT %result = f32[8,8]{1,0} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_a_message_once():
+    found = _account.account(TEXT, 4)
+    assert found.operations == 7 * 2 * 8 * 4 * 8
+    gathered, reduced = found.collectives
+    assert gathered == _account.Collective("all-gather", 7, 7 * 128, 4, 7 * 128)
+    assert reduced == _account.Collective("all-reduce", 7, 7 * 128, 2, 7 * 128)
+    assert found.largest == 128
+    assert found.sent == 7 * 128 * 3 / 4 + 2 * 7 * 128 / 2
+    # A row of the stack in and out; the message's own buffers; the square, what was gathered and,
+    # from the chip's own memory, nothing; what is reduced and its sum.
+    assert found.num_bytes <= 7 * (2 * 128 + 4 * 128 + (256 + 128) + 128)
+    assert found.num_bytes >= 7 * (2 * 128 + (256 + 128) + 128)
+
+
+def test_the_operations_are_those_of_the_formula():
+    """Of a compiled program of this machine, in and out of a loop, and of convolutions."""
+
+    def run(matrix, image, kernel):
+        turn = lambda carry, _: (jnp.tanh(carry @ matrix), None)
+        looped = jax.lax.scan(turn, jnp.ones((16, 16)), None, length=5)[0]
+        convolved = jax.lax.conv_general_dilated(image, kernel, (2, 2), ((0, 0), (0, 0)))
+        return looped, convolved
+
+    arguments = jnp.ones((16, 16)), jnp.ones((2, 3, 9, 9)), jnp.ones((5, 3, 3, 3))
+    text = jax.jit(run).lower(*arguments).compile().as_text()
+    assert _account.account(text, 1).operations == 5 * 2 * 16**3 + 2 * 2 * 5 * 4 * 4 * 3 * 9
+
+
+def test_products_that_are_written_as_convolutions_with_padding():
+    """As TPU's compiler has a batch of products: twelve, of which each meets one of the others."""
+    line = _account._instruction(
+        "c",
+        "f32[12,64,64]{2,1,0} convolution(%a, %b), window={size=12 stride=11 lhs_dilate=12}, "
+        "dim_labels=0bf_0oi->0bf",
+        False,
+    )
+    found = _account._of_convolution(line, (12, 64, 8), (12, 64, 8))
+    assert found == 2 * 12 * 64 * 64 * 8
+
+
+def test_parameters_are_divided_and_nothing_is_allocated():
+    mesh = _chips.mesh_here()
+    problem = _models.problem_on(mesh, _models.SIZES["GPT 124M"])
+    assert 1.24e8 < problem.num_params < 1.25e8
+    leaves = jax.tree.leaves((problem.params, problem.x, problem.y))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    kernel = problem.params["blocks"]["widen"]["kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, _chips.AXIS)
+
+
+def test_a_solver_of_shapes_is_traced_as_one_of_arrays():
+    mesh = _chips.mesh_here()
+    problem = _models.problem_on(mesh, dataclasses.replace(_models.SIZES["tiny"], per_chip=2))
+    for name in ("Lanczos step", "density step", "SAM step", "Gauss-Newton product"):
+        program = _programs.program_of(name, problem, mesh, num_steps=8)
+        outputs = jax.eval_shape(program.function, *program.arguments)
+        like = program.arguments[program.donated[0]] if program.donated else problem.params
+        shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+        assert shapes(outputs) == shapes(like)
+
+
+def record(program, chips=4, **changes):
+    case = Case("GPT 124M", "v5e", chips, program)
+    return {
+        **case.facts, "parameters": 7, "compiled": True, "seconds_to_compile": 12.0,
+        "bytes": {"total": 2e9}, "fits": True, "operations": 3e12, "bytes_moved": 4e9,
+        "bytes_sent": 5e8, "largest_collective": 1, "collectives": [],
+        "roofline_seconds": {"operations": 0.1, "memory": 0.2, "network": 0.3, "largest": 0.3},
+        **changes,
+    }  # fmt: skip
+
+
+def test_ratios_are_to_the_gradient_of_the_same_model_on_the_same_chips(tmp_path):
+    records = [
+        record("gradient"), record("Hessian product", operations=6e12),
+        record("Hessian product", chips=16), record("SAM step", compiled=False, reason="x"),
+    ]  # fmt: skip
+    found = _tables.with_ratios(records)
+    assert found[1]["over_gradient"] == {"operations": 2, "bytes_moved": 1, "bytes_sent": 1}
+    assert found[2]["over_gradient"] == found[3]["over_gradient"] == {}
+    (tmp_path / "reach.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    reach.conclude(tmp_path)
+    table = (tmp_path / "reach.md").read_text()
+    assert "| GPT 124M | 4 v5e | Hessian product | 12 s | 2.00 | 6 | 2.00 |" in table
+    assert "Compiled, not run" in table
+    assert (tmp_path / "reach.png").stat().st_size > 10_000
+
+
+def test_a_case_that_takes_too_long_is_stopped_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(_chips, "missing", lambda chip: None)
+    found = reach.record_of(Case("tiny", "v5e", 4, "gradient"), 0.2)
+    assert not found["compiled"]
+    assert found["reason"] == "not compiled in 0 s"
+    monkeypatch.setattr(_chips, "missing", lambda chip: "libtpu")
+    assert command.main(["reach", "--only", "gradient"]) == 1
+    assert "libtpu is not installed" in capsys.readouterr().out
+
+
+def test_convolutions_for_a_gpu_need_its_library(monkeypatch):
+    monkeypatch.setattr(_chips, "missing", lambda chip: None)
+    found = reach.record_of(Case("ResNet 11M", "H100", 8, "gradient"), 60)
+    assert "cuDNN" in found["reason"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, of the extra `reach`, is not here"
+)
+def test_the_smallest_case_compiles_for_four_chips():
+    case = Case("tiny", "v5e", 4, "Hessian product")
+    found = reach.record_of(case, 600)
+    assert found["compiled"], found["reason"]
+    # A batch of four, one on each chip; the count of the trace, by the formula.
+    assert found["operations"] == pytest.approx(1.34e9, rel=0.01)
+    assert found["fits"]
+    # Each chip gathers what it multiplies with, and never a whole vector at once.
+    assert found["largest_collective"] < 4 * found["parameters"] / 4
