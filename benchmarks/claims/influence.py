@@ -172,6 +172,9 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
         axes.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color="0.6", linewidth=0.8)
         axes.set_xscale("symlog", linthresh=1e-5)
         axes.set_yscale("symlog", linthresh=1e-5)
+        ticks = [-1e-2, -1e-4, 0, 1e-4, 1e-2]
+        axes.set_xticks(ticks)
+        axes.set_yticks(ticks)
         axes.set_title(model, fontsize=8)
         axes.legend(frameon=False, fontsize=6)
         _figures.label(axes, x="change of a test loss, foreseen", y="after retraining")
