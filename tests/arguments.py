@@ -217,6 +217,7 @@ EXAMPLES = {
     "num_groups": lambda: 2,
     "num_matvecs": lambda: 6,
     "num_params": lambda: 24,
+    "num_probes": lambda: 2,
     "num_removed": lambda: 1,
     "num_rounds": lambda: 3,
     "num_samples": lambda: 2,

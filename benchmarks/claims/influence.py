@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 import scipy.stats
+from jax.flatten_util import ravel_pytree
 
 from benchmarks import _claims
 from benchmarks._claims import Record, Settings, Verdict
@@ -116,7 +117,7 @@ def _loss(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 def _objective(vector: jax.Array, like: Any, weights: jax.Array, *batch: jax.Array) -> jax.Array:
     """The penalised loss of the examples that count, over the number of all."""
-    params = jax.flatten_util.ravel_pytree(like)[1](vector)
+    params = ravel_pytree(like)[1](vector)
     penalty = _DECAY / 2 * jnp.sum(vector**2)
     return jnp.sum(weights * _losses(params, *batch)) / len(weights) + penalty
 
@@ -126,7 +127,7 @@ _value_and_grad = jax.jit(jax.value_and_grad(_objective))
 
 def _fitted(start: Any, train: tuple[jax.Array, jax.Array], weights: np.ndarray) -> Any:
     """The minimum that descent reaches from some weights, up to a gradient of 1e-8."""
-    vector, unravel = jax.flatten_util.ravel_pytree(start)
+    vector, unravel = ravel_pytree(start)
     arguments = start, jnp.asarray(weights), *train
 
     def function(vector: np.ndarray) -> tuple[float, np.ndarray]:
@@ -171,6 +172,9 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
         axes.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color="0.6", linewidth=0.8)
         axes.set_xscale("symlog", linthresh=1e-5)
         axes.set_yscale("symlog", linthresh=1e-5)
+        ticks = [-1e-2, -1e-4, 0, 1e-4, 1e-2]
+        axes.set_xticks(ticks)
+        axes.set_yticks(ticks)
         axes.set_title(model, fontsize=8)
         axes.legend(frameon=False, fontsize=6)
         _figures.label(axes, x="change of a test loss, foreseen", y="after retraining")

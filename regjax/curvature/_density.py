@@ -323,19 +323,15 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
     absent = jnp.where(state.num_finished > 0, jnp.zeros((), dtype), jnp.nan)
     share = rest / jnp.maximum(state.num_finished, 1).astype(dtype)
     inside = jnp.arange(deflation.values.size, dtype=jnp.int32) < count
+    values, num_rows = [nodes.ravel(), deflation.values], jnp.max(state.num_steps) + count
+    unknown = rounding(jnp.concatenate(values), eps=eps, dtype=dtype, num_rows=num_rows)
     result = DensityResult(
         nodes=nodes,
         weights=jnp.where(finished[:, None], weights * share, absent),
         alphas=state.alphas,
         betas=state.betas,
         num_steps=state.num_steps,
-        node_error_bound=rounding(
-            jnp.concatenate([nodes.ravel(), deflation.values]),
-            eps=eps,
-            dtype=dtype,
-            num_rows=jnp.max(state.num_steps) + count,
-        )
-        + state.product_error,
+        node_error_bound=unknown + state.product_error,
         eigenvalues=deflation.values,
         eigenvalue_weights=jnp.where(inside, jnp.asarray(1 / size, dtype), 0),
         residual_norms=deflation.residual_norms,

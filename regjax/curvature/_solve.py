@@ -98,9 +98,10 @@ def solve(
       tol: relative tolerance, positive: the residual norm over that of b.
       max_matvecs: limit of the number of products. Default: 10 n + 20, at most 1000.
       lower_bound: the least that an eigenvalue of A can be, if the caller knows: 0 for the
-        Gauss-Newton matrix of a loss that is convex in the outputs. None: what holds by
-        construction, 0 for `fisher`, `empirical_fisher` and `dropout_covariance`, with whatever the
-        algebra of operators makes of it; nothing for others.
+        Gauss-Newton matrix of a loss that is convex in the outputs, as cross-entropy and squared
+        error are. None: what holds by construction, 0 for `fisher`, `empirical_fisher` and
+        `dropout_covariance`, with whatever the algebra of operators makes of it; nothing for
+        others.
       callback: called as callback(products, max_matvecs, progress) after each product when the host
         drives; `progress.result` is the `SolveResult` so far.
       checkpoint: where the state is kept every few products, and found again by the same call after

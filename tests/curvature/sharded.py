@@ -331,9 +331,8 @@ def check_solves():
     def found(operator, *batch):
         norm = operator.space.norm(operator.space.ravel(params))
         one = jax.tree.map(lambda leaf: leaf[None] / norm, params)
-        pairs = curvature.EigenResult(
-            jnp.full(1, 2.0), one, *[None] * 2, jnp.full(1, True), *[None] * 2
-        )
+        known = {"values": jnp.full(1, 2.0), "vectors": one, "converged": jnp.full(1, True)}
+        pairs = curvature.EigenResult(**dict.fromkeys(curvature.EigenResult._fields) | known)
         preconditioner = curvature.low_rank_preconditioner(operator, pairs, damping=0.1)
         influence = diagnostics.influence(
             loss_fn, params, batch, tuple(array[:2] for array in problem()[1:]), damping=0.1,

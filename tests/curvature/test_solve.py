@@ -233,6 +233,17 @@ def test_bfloat16_parameters_have_the_residual_of_what_is_returned():
     assert float(found.residual_norm) == pytest.approx(np.linalg.norm(true), rel=0.5)
 
 
+def test_several_right_sides_are_each_as_alone():
+    operator = operator_of(symmetric(np.linspace(1, 2, 8)))
+    targets = jnp.asarray(np.random.default_rng(2).normal(size=(3, 8)), jnp.float32)
+    block = curvature.solve(operator, targets.at[1].set(0))
+    assert block.residual_norm.shape == block.converged.shape == (3,)
+    assert not np.any(np.asarray(block.solution[1]))
+    for i in (0, 2):
+        alone = curvature.solve(operator, targets[i])
+        np.testing.assert_allclose(block.solution[i], alone.solution, rtol=0, atol=1e-6)
+
+
 def test_edges():
     operator, zeros = operator_of(symmetric(np.linspace(1, 2, 8))), jnp.zeros(8)
     for method in METHODS:

@@ -46,6 +46,7 @@ from regjax.curvature._operators._curvature import (
 from regjax.curvature._operators._likelihoods import check_outputs
 from regjax.curvature._operators._sandwich import (
     ensure_own_losses,
+    outer,
     positive,
     sandwich,
     split,
@@ -316,7 +317,7 @@ def _observed(loss_fn: Program, floats: Tree, others: Tree, *rest: Tree) -> Tree
     # The gradient of a mean over N examples is 1/N times each example's own.
     scores = jax.grad(lambda floats: loss_fn(_tree.merge(floats, others), *data))(floats)
     scores = jax.tree.map(lambda leaf: leaf * num_examples, scores)
-    return _outer(scores, tangent, 1 / num_examples)
+    return outer(scores, tangent, 1 / num_examples)
 
 
 @positive
@@ -334,16 +335,4 @@ def _observed_weighted(
     (factor,) = loss_fn.factors.of(1)
     # Of w_i times the example's own gradient, once divided by w_i.
     share = _numerics.divide(factor / num_examples, weights)
-    return _outer(jax.grad(total)(floats), tangent, share)
-
-
-def _outer(scores: Tree, tangent: Tree, share: ArrayLike) -> Tree:
-    """Share times s_i <s_i, u_i>, for each example i; share () or (examples,)."""
-
-    def rows(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(leaf.shape[0], -1)
-
-    products = jax.tree.map(lambda s, u: jnp.sum(rows(s) * rows(u), axis=1), scores, tangent)
-    inner = functools.reduce(jnp.add, jax.tree.leaves(products)) * share
-    scaled = lambda s: (rows(s) * inner[:, None].astype(s.dtype)).reshape(s.shape)
-    return jax.tree.map(scaled, scores)
+    return outer(jax.grad(total)(floats), tangent, share)

@@ -80,6 +80,18 @@ def weighted_sum(weights: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.where(weights > 0, weights.astype(values.dtype) * values, jnp.zeros_like(values))
 
 
+def outer(scores: Tree, tangent: Tree, share: ArrayLike) -> Tree:
+    """Share times s_i <s_i, u_i>, for each example i; share () or (examples,)."""
+
+    def rows(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(leaf.shape[0], -1)
+
+    products = jax.tree.map(lambda s, u: jnp.sum(rows(s) * rows(u), axis=1), scores, tangent)
+    inner = functools.reduce(jnp.add, jax.tree.leaves(products)) * share
+    scaled = lambda s: (rows(s) * inner[:, None].astype(s.dtype)).reshape(s.shape)
+    return jax.tree.map(scaled, scores)
+
+
 def ensure_own_losses(
     output_loss_fn: OutputLossFn,
     reduced: Callable[..., Tree],
