@@ -69,6 +69,10 @@ def test_selections_and_errors():
     assert error == pytest.approx(np.sqrt(2) / np.sqrt(2))
 
 
+# Each seed of influence trains a network anew without each of forty examples.
+FEWER_SEEDS = {"influence": {"digits": 3}}
+
+
 def test_every_claim_says_what_it_is_and_has_enough_seeds():
     for name, claim in _claims.find_claims().items():
         assert name == claim.name
