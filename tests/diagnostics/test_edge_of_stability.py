@@ -311,6 +311,9 @@ REFUSED = {
     "momentum": (optax.sgd(RATE, 0.9), "sgd", "must have no momentum unless"),
     "adam": (ADAM, "sgd", "must be that of sgd, .* got ScaleByAdamState in it"),
     "fresh": (ADAM, "adam", "must have seen an update, got 0"),
+    "free": (optax.contrib.schedule_free(ADAM, RATE), "adam", ".* got ScheduleFreeState in it"),
+    "mechanic": (optax.contrib.mechanize(ADAM), "adam", ".* got MechanicState in it"),
+    "free descent": (optax.contrib.schedule_free_sgd(RATE), "sgd", ".* got ScheduleFreeState"),
 }
 
 
