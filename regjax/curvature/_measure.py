@@ -97,7 +97,9 @@ def spectral_sum(
     mean, error, dimension = sampled_sum(density, function)
     nodes, weights = _with_fewer_steps(density)
     fewer = jnp.tensordot(weights, _where(weights > 0, function(nodes)), axes=2)
-    return SpectralSumResult(exact + dimension * mean, error, dimension * jnp.abs(mean - fewer))
+    # Where all is taken out the nodes are of nothing, and the function need not be finite there.
+    left_open = jnp.where(dimension > 0, dimension * jnp.abs(mean - fewer), 0)
+    return SpectralSumResult(exact + dimension * mean, error, left_open)
 
 
 def sampled_sum(

@@ -15,6 +15,9 @@ from regjax._space import Space
 from regjax.curvature._conjugate_gradients import Step, dot, preconditioned
 from regjax.curvature._operators._operator import Operator
 
+# Units of rounding of |r|^2 that count as none.
+_LEAST = 16
+
 
 class Recurrence(NamedTuple):
     """What MINRES keeps beside the solution; P = I without a preconditioner.
@@ -106,13 +109,18 @@ def follow(
         relative=old.relative,
     )
     size = jnp.abs(alpha) + beta + old.beta
+    eps = float(jnp.finfo(gamma.dtype).eps)
+    # |A r| / |r| of the residual so far: where its square is rounding and this step gains no more,
+    # the residual is what no solution reaches, and what follows is long and of rounding alone.
+    gradient = jnp.hypot(diagonal, following.delta)
+    is_least = (gradient**2 <= _LEAST * eps * size**2) & (cosine**2 <= _LEAST * eps)
     return Step(
         solution=solution + cosine * old.rest * along,
         recurrence=following,
         residual_norm=jnp.abs(rest) * old.relative,
         curvature=_numerics.divide(alpha, dot(space, old.direction, old.direction)),
         # A space that is exhausted and on which the matrix is singular has no solution.
-        is_taken=(gamma > float(jnp.finfo(gamma.dtype).eps) * size) & jnp.isfinite(energy),
+        is_taken=(gamma > eps * size) & ~is_least & jnp.isfinite(energy),
         goes_on=beta > 0,
     )
 

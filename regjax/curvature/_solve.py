@@ -35,7 +35,8 @@ class SolveResult(NamedTuple):
     Attributes:
       solution: x, a tree like the parameters.
       residual_norm: (), |b - (A + damping I) x|, from a product with this x and no recurrence. Of a
-        run that was cut short (Ctrl-C, a callback) the recurrence's, which may be too small.
+        run that was cut short (Ctrl-C, a callback) the recurrence's, which may be too small. NaN for
+        a solution too large or too small for its type.
       error_bound: (), of the distance |x - x*| to the exact solution: the residual norm, and what
         rounding may hide of it, over the least that an eigenvalue of A + damping I can be. Infinite
         where nothing positive is known of that (see `lower_bound` in `solve`), where negative
@@ -91,7 +92,9 @@ def solve(
         curvature of the mean loss. A damping for the sum over N examples is N times too large here;
         that of a prior of precision c is c / N.
       method: "cg": conjugate gradients, for positive definite A + damping I, which stop at negative
-        curvature and say so. "minres": for any symmetric matrix; two vectors more in memory.
+        curvature and say so. "minres": for any symmetric matrix; three vectors more in memory. Of a
+        singular system that has no solution it finds one of the least residual, which has not
+        converged.
       preconditioner: an operator of the same space near the inverse of A + damping I up to a
         factor, positive definite, as from `jacobi_preconditioner` and `low_rank_preconditioner`.
         None: none.

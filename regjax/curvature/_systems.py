@@ -38,6 +38,7 @@ class SystemsState(NamedTuple):
         first directions there; 0 before. preconditioning: (k,), the same of P.
       norms: (k,), of the residuals: true ones where `verified`, else as the recurrences have them.
       goals: (k,), norms that are small enough. last: (k,), the true norms at the last check.
+      kept: (k, length), for MINRES the solutions of the last check, zero at first; else None.
       curvatures: (k,), p'Ap / p'p of the last directions. bent: (k,), bool, whether one of them
         was not positive where it must be.
       sizes: (k,), the largest |A p| / |p| of any product.
@@ -57,6 +58,7 @@ class SystemsState(NamedTuple):
     norms: jax.Array
     goals: jax.Array
     last: jax.Array
+    kept: jax.Array | None
     curvatures: jax.Array
     bent: jax.Array
     sizes: jax.Array
@@ -128,6 +130,7 @@ def begin(
         norms=norms,
         goals=tol * norms,
         last=norms.copy(),
+        kept=jnp.zeros_like(targets) if method == "minres" else None,
         curvatures=nothing,
         bent=no,
         sizes=nothing.copy(),
@@ -159,6 +162,12 @@ def _start(
 
 def _scaled(preconditioner: Operator | None, power: jax.Array) -> Operator | None:
     return None if preconditioner is None else power * preconditioner
+
+
+def _are_in_range(state: SystemsState, held: jax.Array) -> jax.Array:
+    """(k,), bool, whether the largest entries of the solutions can be told in their units."""
+    here, there = (jnp.max(jnp.abs(rows), 1) for rows in (state.solutions, held))
+    return jnp.isfinite(there) & ((there >= float(jnp.finfo(held.dtype).tiny)) | (here == 0))
 
 
 @functools.partial(jax.jit, static_argnames="space")
@@ -244,6 +253,11 @@ def verify(
     images = state.scales[:, None] * (images + state.damping * solutions)
     residuals = state.targets - images
     norms = jax.vmap(space.norm)(residuals) + state.scales * state.errors
+    if state.kept is not None:
+        # Of MINRES no step makes the residual larger: what did was rounding, as on singular ones.
+        is_worse = ~(norms <= state.last)
+        solutions = _where(is_worse, state.kept, solutions)
+        norms = jnp.where(is_worse, state.last, norms)
     num_matvecs = state.num_matvecs + 1
     is_vain = state.stopped | ~(norms <= state.last / 2) | (num_matvecs >= max_matvecs)
     finished = state.finished | (norms <= state.goals) | is_vain
@@ -254,6 +268,7 @@ def verify(
         recurrences=_where(finished, state.recurrences, fresh),
         norms=norms,
         last=norms.copy(),
+        kept=None if state.kept is None else solutions.copy(),
         finished=finished,
         checking=num_matvecs + 1 >= max_matvecs,
         verified=jnp.bool_(True),
@@ -283,13 +298,15 @@ def solutions(state: SystemsState, least: jax.Array, space: Space, eps: float) -
     bounds = _numerics.divide(
         state.norms + unknown, smallest, where=smallest > 0, otherwise=jnp.inf
     )
-    known = state.verified & ~state.bent
+    held = _unscaled(state)
+    in_range = _are_in_range(state, held)
+    known = state.verified & ~state.bent & in_range
     is_finite = jnp.isfinite(state.norms)
     return Solutions(
-        solutions=jnp.where(is_finite[:, None], _unscaled(state), jnp.nan),
-        residual_norms=state.norms / state.powers,
+        solutions=jnp.where(is_finite[:, None], held, jnp.nan),
+        residual_norms=jnp.where(in_range, state.norms / state.powers, jnp.nan),
         error_bounds=jnp.where(known, bounds, jnp.inf) / state.powers,
-        converged=state.verified & (state.norms <= state.goals),
+        converged=state.verified & (state.norms <= state.goals) & in_range,
         bent=state.bent,
         curvatures=state.curvatures / jnp.where(state.scales > 0, state.scales, 1),
         directions=jnp.where(state.bent[:, None], units, 0),

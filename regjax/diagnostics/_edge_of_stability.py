@@ -28,7 +28,8 @@ class EdgeResult(NamedTuple):
       threshold: (), as in `stability_threshold`.
       sharpness: (), the largest eigenvalue of P^(-1/2) H P^(-1/2), or of H where there is no P.
       residual_norm: (), of the sharpness.
-      converged: (), bool, of the sharpness.
+      converged: (), bool, of the sharpness: *some* eigenvalue is there.
+      complete: (), bool: converged, and a search found no larger eigenvalue.
       floor_mass: (), share of the squared norm of the eigenvector on parameters whose second moment
         is at the floor (`PreconditionerResult.at_floor`): where it is large, epsilon decides. 0
         without P.
@@ -43,6 +44,7 @@ class EdgeResult(NamedTuple):
     sharpness: jax.Array
     residual_norm: jax.Array
     converged: jax.Array
+    complete: jax.Array
     floor_mass: jax.Array
     covers_all: jax.Array
     vectors: Params
@@ -106,7 +108,8 @@ def edge_of_stability(
     learning_rate: ArrayLike | None = None,
     hyperparams: Hyperparams | None = None,
     start: Tree = None,
-    max_matvecs: int = 50,
+    search: bool = True,
+    max_matvecs: int = 100,
     tol: ArrayLike = 1e-3,
     chunk_size: int | None = None,
 ) -> EdgeResult:
@@ -127,6 +130,8 @@ def edge_of_stability(
       hyperparams: as in `stability_threshold`.
       start: an earlier `EdgeResult`, or a tree of vectors like its `vectors`, from which the
         eigenvector is found sooner; see `curvature.top_eigenpairs`.
+      search: whether to look for a larger eigenvalue after convergence. Without it one that has
+        overtaken that of `start` can be passed over: `complete` is False.
       max_matvecs: limit of the number of Hessian products.
       tol: relative tolerance, as in `curvature.top_eigenpairs`.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
@@ -164,9 +169,8 @@ def edge_of_stability(
             optimizer_state, params, optimizer=optimizer, hyperparams=hyperparams
         )
         operator = operator.scaled(inverse_root)
-    # As for any largest eigenvalue: a second copy would change the vector, not the value.
     top = curvature.top_eigenpairs(
-        operator, 1, key=key, tol=tol, max_matvecs=max_matvecs, search=False,
+        operator, 1, key=key, tol=tol, max_matvecs=max_matvecs, search=search,
         start=start.vectors if isinstance(start, EdgeResult) else start,
     )  # fmt: skip
     return EdgeResult(
@@ -175,6 +179,7 @@ def edge_of_stability(
         sharpness=top.values[0],
         residual_norm=top.residual_norms[0],
         converged=top.converged[0],
+        complete=top.complete,
         floor_mass=_share(top.vectors, floors),
         covers_all=covers_all,
         vectors=top.vectors,

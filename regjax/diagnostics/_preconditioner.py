@@ -12,8 +12,9 @@ from regjax._arguments import checked
 from regjax._base import Params, Tree
 from regjax.diagnostics._optimizers import Hyperparams, Root, numbers_of, optimizer_of
 
-# What makes other steps of them.
+# What makes other steps of them, as all do that `optax.contrib` keeps a state for.
 _OTHERS = ("EmaState", "LookaheadState")
+_CONTRIB = "optax.contrib"
 # A second moment is at the floor where its root is below so many epsilons.
 _FLOOR = 10
 
@@ -101,10 +102,11 @@ def preconditioner(
                 )
             roots[i] = root(state, moments, numbers)
     if not any(roots):
+        names = [known.__name__ for known in _types(optimizer_state)]
         raise ValueError(
             f"`optimizer_state` must hold second moments of {optimizer} "
             f"({' or '.join(known.states)}), got "
-            f"{', '.join(_types(optimizer_state)) or type(optimizer_state).__name__}."
+            f"{', '.join(names) or type(optimizer_state).__name__}."
         )
     inverse_roots = [_inverse_root(leaf, root) for leaf, root in zip(leaves, roots, strict=True)]
     floors = [
@@ -130,12 +132,13 @@ def check_chain(optimizer_state: Tree, optimizer: str, hyperparams: Hyperparams 
     Raises:
       ValueError: something in it makes other steps, or has a momentum that is not told.
     """
-    names, own = _types(optimizer_state), optimizer_of(optimizer).states
-    for name in names:
+    types, own = _types(optimizer_state), optimizer_of(optimizer).states
+    names = [known.__name__ for known in types]
+    for known, name in zip(types, names, strict=True):
         scales = name.startswith("ScaleBy") and name not in (*own, "ScaleByScheduleState")
         if own and not set(own) & set(names):
             continue  # which is what is missing
-        if scales or name in _OTHERS:
+        if scales or name in _OTHERS or known.__module__.startswith(_CONTRIB):
             raise ValueError(
                 f"`optimizer_state` must be that of {optimizer}, whose threshold is known, got "
                 f"{name} in it."
@@ -223,16 +226,16 @@ def _moments(state: Any, params: Params) -> list[Mapping[str, jax.Array] | None]
     return rows
 
 
-def _types(tree: Tree) -> list[str]:
-    """The names of the types of the states within, from the outside inwards."""
-    names: list[str] = []
+def _types(tree: Tree) -> list[type]:
+    """The types of the states within, from the outside inwards."""
+    types: list[type] = []
     waiting = [tree]
     while waiting:
         node = waiting.pop(0)
-        if hasattr(node, "_fields") and type(node).__name__ not in names:
-            names.append(type(node).__name__)
+        if hasattr(node, "_fields") and type(node) not in types:
+            types.append(type(node))
         waiting.extend(part for part in _below(node) if not jax.tree_util.all_leaves([part]))
-    return names
+    return types
 
 
 def _below(node: Tree) -> list[Tree]:

@@ -126,3 +126,12 @@ def test_determinants_and_norms_of_a_dense_spectrum():
     # Without damping a zero eigenvalue decides.
     zero = density_of(np.append(values, 0), num_steps=4, num_probes=1, deflate=0)
     assert not np.isnan(curvature.log_determinant(zero, damping=0.1).value)
+
+
+def test_where_all_is_taken_out_quadrature_leaves_nothing_open():
+    matrix = jnp.diag(jnp.arange(1.0, 7.0))
+    operator = curvature.from_matvec(lambda vector: matrix @ vector, jnp.zeros(6))
+    density = curvature.spectral_density(operator, key=jax.random.key(0), num_steps=6)
+    found = curvature.log_determinant(density)
+    assert float(found.value) == pytest.approx(np.log(720), rel=1e-5)
+    assert float(found.quadrature_error) < 1e-5

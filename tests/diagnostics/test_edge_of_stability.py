@@ -287,6 +287,22 @@ def test_descent_needs_no_state_and_its_sharpness_is_plain():
     )
 
 
+def test_an_eigenvalue_that_has_overtaken_that_of_the_start_is_found_or_the_flag_tells():
+    values = jnp.concatenate([jnp.asarray([3.76, 3.39]), 3 * jnp.linspace(0, 1, 400) ** 2])
+    bowl = lambda w, scale: jnp.mean(scale) * jnp.sum(values * w**2) / 2
+    measure = lambda **options: diagnostics.edge_of_stability(
+        bowl, jnp.ones(402), jnp.ones(1), key=jax.random.key(1), optimizer="sgd",
+        learning_rate=0.5, tol=1e-2, start=jnp.eye(402)[1:2], **options,
+    )  # fmt: skip
+    edge = measure()
+    assert float(edge.sharpness) == pytest.approx(3.76, rel=1e-3)
+    assert bool(edge.complete)
+    short = measure(search=False)
+    assert float(short.sharpness) == pytest.approx(3.39, rel=1e-2)
+    assert bool(short.converged)
+    assert not bool(short.complete)
+
+
 REFUSED = {
     "lion": (optax.lion(RATE), "adam", "must hold second moments of adam .* got ScaleByLionState"),
     "two": (optax.chain(optax.scale_by_adam(), ADAM), "adam", "must hold one second moment"),
@@ -295,6 +311,9 @@ REFUSED = {
     "momentum": (optax.sgd(RATE, 0.9), "sgd", "must have no momentum unless"),
     "adam": (ADAM, "sgd", "must be that of sgd, .* got ScaleByAdamState in it"),
     "fresh": (ADAM, "adam", "must have seen an update, got 0"),
+    "free": (optax.contrib.schedule_free(ADAM, RATE), "adam", ".* got ScheduleFreeState in it"),
+    "mechanic": (optax.contrib.mechanize(ADAM), "adam", ".* got MechanicState in it"),
+    "free descent": (optax.contrib.schedule_free_sgd(RATE), "sgd", ".* got ScheduleFreeState"),
 }
 
 
