@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax import _checks, _jaxprs, _loops, _numerics, _programs, _tree
+from regjax import _checks, _jaxprs, _loops, _numerics, _programs, _sharding, _tree
 from regjax._arguments import checked
 from regjax._base import (
     Batch,
@@ -112,6 +112,8 @@ def ensure_separable(
         return
     # Those at the beginning may be of one class, the last ones padded.
     places = np.arange(count) * (length - 1) // (count - 1)
+    if placement := _sharding.find(batch, params):
+        params, batch = placement.replicate(params), placement.shard(batch)
     some = jax.tree.map(lambda leaf: leaf[places], batch)
     _Check(loss_fn, params, some, name).compare(_TOLERANCE)
     _passed[what] = None

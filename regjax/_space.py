@@ -104,7 +104,7 @@ class Space:
         _checks.real_tree("tree", tree)
         dtype = self.dtype if dtype is None else dtype
         if self.mesh is not None:
-            return vectors(self._shares, jax.tree.leaves(tree), dtype)
+            return vectors(self._shares, jax.tree.leaves(self.put(tree)), dtype)
         vector, start = jnp.zeros(self.size, dtype), 0
         # Updates in place: XLA on CPU takes four times as long for a concatenation.
         for leaf in jax.tree.leaves(tree):
@@ -124,7 +124,7 @@ class Space:
         if self.mesh is None:
             return jax.vmap(self.ravel)(trees)
         _checks.real_tree("trees", trees)
-        return vectors(self._shares, jax.tree.leaves(trees), self.dtype)
+        return vectors(self._shares, jax.tree.leaves(self.put(trees, 1)), self.dtype)
 
     def unravel_rows(self, rows: jax.Array) -> Params:
         """The inverse of `ravel_rows`."""
@@ -154,7 +154,7 @@ class Space:
 
     def shard(self, rows: jax.Array) -> jax.Array:
         """From whole vectors (..., size), their leaves in order, to vectors as they lie."""
-        return rows if self.mesh is None else _sharded(self, rows)
+        return rows if self.mesh is None else _sharded(self, self.replicate(rows))
 
     def gather(self, rows: jax.Array) -> jax.Array:
         """From vectors as they lie to whole ones (..., size), on each device."""
@@ -163,6 +163,13 @@ class Space:
     def crop(self, rows: jax.Array) -> jax.Array:
         """Vectors (..., size), wherever the compiler leaves them; for results with many rows."""
         return rows if self.mesh is None else _gathered(self, rows, to_each=False)
+
+    def put(self, tree: Params, num_leading: int = 0) -> Params:
+        """`tree` with what is not on the mesh yet divided as vectors are, after so many axes."""
+        if self.mesh is None:
+            return tree
+        specs = jax.tree.unflatten(self.treedef, self._shares.leaf_specs(num_leading))
+        return jax.tree.map(lambda leaf, spec: _sharding.place(leaf, self.mesh, spec), tree, specs)
 
     def place(self, tree: Params) -> Params:
         """A tree of this space, which the compiler is to leave divided as vectors are."""

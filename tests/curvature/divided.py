@@ -168,6 +168,27 @@ def check_algebra():
     same_product(alone, together)
 
 
+def check_places():
+    """What somebody put on one device goes where the rest lies."""
+    alone, together = pair("fsdp")
+    vector = sharded.vector_of(alone)
+    tree = alone.space.unravel(vector)
+    expected = sharded.product(alone, vector)
+    at_home = functools.partial(jax.device_put, device=jax.devices()[0])
+    close(sharded.flat(together, together.matvec(at_home(tree))), expected)
+    close(together.space.gather(together.space.shard(at_home(vector))), vector)
+    rows = jax.tree.map(lambda leaf: leaf[None], at_home(tree))
+    close(together.space.gather(together.space.ravel_rows(rows)), vector[None])
+    _, batch = spread("fsdp", *problem()[:1], problem()[1:])
+    # Tested for examples that the loss couples: another program than any test before it.
+    loss = lambda *arguments: 2 * loss_fn(*arguments)
+    operator = curvature.hessian(loss, at_home(alone.params), *batch, chunk_size=2)
+    close(sharded.flat(operator, operator.matvec(at_home(tree))), 2 * expected)
+    jacobian = curvature.jacobian(model_fn, at_home(alone.params), batch[0])
+    images = curvature.jacobian(model_fn, alone.params, problem()[1]).matvec(tree)
+    close(jacobian.matvec(at_home(tree)), images)
+
+
 def check_draws():
     """Those of one device, each device its own columns; what fills up is zero and stays so."""
     mesh = mesh_of((4, 2), ("data", "model"))
@@ -342,7 +363,7 @@ def check_checkpoints():
 
 
 OPTIMIZED = ("bars",)
-QUICK = ("products", "algebra", "draws", "solvers", "checkpoints")
+QUICK = ("products", "algebra", "places", "draws", "solvers", "checkpoints")
 
 
 def check_processes():

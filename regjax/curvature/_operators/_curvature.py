@@ -139,7 +139,7 @@ class CurvatureOperator(TracedOperator):
         if self.chunk_size is None:
             return super().matvec(vector)
         self._check_vector(vector)
-        return _typed(self.space, self._over_chunks(vector))
+        return _typed(self.space, self._over_chunks(self.space.put(vector)))
 
     def _over_chunks(self, tree: Params) -> Params:
         """A v of a tree, of which each device has what it has of the parameters."""

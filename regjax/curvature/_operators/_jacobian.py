@@ -102,6 +102,7 @@ class JacobianOperator:
           TypeError: it is complex.
         """
         vector = _as("vector", vector, self.space.like())
+        vector = Space.at(self.params, self.placement).put(vector)
         operands = (dataclasses.replace(self, inputs=None), vector)
         return _chunks.each(_forward, operands, (self.inputs,), self.chunk_size)
 

@@ -26,7 +26,7 @@ class TracedOperator(Operator):
     def matvec(self, vector: Params) -> Params:
         self._check_vector(vector)
         # On a mesh a tree goes in and out as it is: the sum over the examples is the only message.
-        return _like_vectors(self, vector)
+        return _like_vectors(self, self.space.put(vector))
 
     @property
     def eps(self) -> float:
