@@ -35,8 +35,8 @@ class SolveResult(NamedTuple):
     Attributes:
       solution: x, a tree like the parameters.
       residual_norm: (), |b - (A + damping I) x|, from a product with this x and no recurrence. Of a
-        run that was cut short (Ctrl-C, a callback) the recurrence's, which may be too small. NaN for
-        a solution too large or too small for its type.
+        run that was cut short (Ctrl-C, a callback) the recurrence's, which may be too small. NaN
+        for a solution too large or too small for its type.
       error_bound: (), of the distance |x - x*| to the exact solution: the residual norm, and what
         rounding may hide of it, over the least that an eigenvalue of A + damping I can be. Infinite
         where nothing positive is known of that (see `lower_bound` in `solve`), where negative

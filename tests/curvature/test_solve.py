@@ -318,8 +318,14 @@ def test_minres_ends_at_the_least_residual_of_a_system_without_a_solution(values
 
 def test_minres_never_returns_what_is_worse_than_nothing():
     matrix, target = symmetric(np.geomspace(1e-6, 1, 12)), vector_of(12)
-    found = curvature.solve(operator_of(matrix), jnp.asarray(target, jnp.float32), method="minres")
-    assert float(found.residual_norm) <= np.linalg.norm(target) * (1 + 1e-6)
+    operator, length = operator_of(matrix), np.linalg.norm(target)
+    for damping in (0.0, 1e-7):
+        found = curvature.solve(
+            operator, jnp.asarray(target, jnp.float32), damping=damping, method="minres"
+        )
+        image = (matrix + damping * np.eye(12)) @ np.asarray(found.solution, np.float64)
+        assert np.linalg.norm(target - image) <= 1.01 * length
+        assert float(found.residual_norm) <= 1.01 * length
 
 
 @pytest.mark.parametrize("method", METHODS)
