@@ -66,6 +66,8 @@ def settled(
                 _home.reset(token)
     if not is_traced(jnp.zeros(())):
         return function(*args, **kwargs)  # a derivative outside of jax.jit: as JAX has it
+    if not explicit and not is_explicit(context):
+        return function(*args, **kwargs)  # an operator in jax.jit: its arrays are on automatic axes
     abstract = jax.typeof(explicit[0]).sharding.mesh if explicit else context
     with jax.sharding.use_abstract_mesh(abstract):
         typed = functools.partial(_typed, abstract)

@@ -166,10 +166,11 @@ class Space:
 
     def put(self, tree: Params, num_leading: int = 0) -> Params:
         """`tree` with what is not on the mesh yet divided as vectors are, after so many axes."""
-        if self.mesh is None:
+        mesh = self.mesh
+        if mesh is None:
             return tree
         specs = jax.tree.unflatten(self.treedef, self._shares.leaf_specs(num_leading))
-        return jax.tree.map(lambda leaf, spec: _sharding.place(leaf, self.mesh, spec), tree, specs)
+        return jax.tree.map(lambda leaf, spec: _sharding.place(leaf, mesh, spec), tree, specs)
 
     def place(self, tree: Params) -> Params:
         """A tree of this space, which the compiler is to leave divided as vectors are."""

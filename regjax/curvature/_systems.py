@@ -120,7 +120,7 @@ def begin(
         preconditioning = _near_one(jax.vmap(preconditioner.product)(targets))
     begin = functools.partial(_start, space, method, preconditioner)
     nothing, no = jnp.zeros_like(norms), jnp.zeros(norms.shape, bool)
-    return SystemsState(
+    state = SystemsState(
         targets=targets,
         solutions=jnp.zeros_like(targets),
         recurrences=jax.vmap(begin)(targets, preconditioning),
@@ -142,6 +142,9 @@ def begin(
         num_matvecs=jnp.int32(0),
         damping=damping,
     )
+    # The compiler would leave zeros whole on each device.
+    is_vector = lambda leaf: leaf.shape[-1:] == (space.length,)
+    return jax.tree.map(lambda leaf: space.constrain(leaf) if is_vector(leaf) else leaf, state)
 
 
 def _near_one(rows: jax.Array) -> jax.Array:

@@ -187,6 +187,21 @@ def check_places():
     jacobian = curvature.jacobian(model_fn, at_home(alone.params), batch[0])
     images = curvature.jacobian(model_fn, alone.params, problem()[1]).matvec(tree)
     close(jacobian.matvec(at_home(tree)), images)
+    # Results and states lie as the parameters do, also what begins as zeros.
+    images = jax.device_put(images, batch[0].sharding)
+    lies_as(
+        curvature.jacobian(model_fn, together.params, batch[0]).rmatvec(images), together.params
+    )
+    state = curvature.solve_solver(together, tree, method="minres").init()
+    shape = (1, together.space.length)
+    (places,) = {leaf.sharding.spec for leaf in jax.tree.leaves(state) if leaf.shape == shape}
+    assert places == P(None, ("data",)), places
+    # An operator of explicit axes in somebody's program.
+    explicit = mesh_of(kind=jax.sharding.AxisType.Explicit)
+    batch = [jax.device_put(np.asarray(leaf), NamedSharding(explicit, P("data"))) for leaf in batch]
+    operator = curvature.hessian(loss_fn, alone.params, *batch)
+    product = jax.jit(lambda operator, tree: operator.matvec(tree))
+    close(sharded.flat(operator, product(operator, tree)), expected)
 
 
 def check_draws():

@@ -122,7 +122,8 @@ class JacobianOperator:
             batch = self.placement.shard(batch)
         mean = _chunks.mean(_backward, whole, batch, self.chunk_size, self.placement)
         total = jax.tree.map(lambda leaf: self.num_examples * leaf, mean)
-        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), total, self.space.like())
+        typed = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), total, self.space.like())
+        return Space.at(self.params, self.placement).place(typed)
 
     def gram(self) -> Operator:
         """Makes J J' as an `Operator` on trees like the outputs, which needs no dense matrix.
