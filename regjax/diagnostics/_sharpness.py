@@ -33,8 +33,8 @@ class SharpnessBetweenResult(NamedTuple):
     Attributes:
       value: (), the largest of `values`.
       residual_norm: (), at that point.
-      converged: (), bool: all points have converged to an eigenvalue. No larger one is searched for:
-        from a random start it is hidden only if the start has hardly any part of it.
+      converged: (), bool: all points have converged to an eigenvalue. A larger one is not searched
+        for: it is hidden only from a random start with hardly any part of it.
       values: (S,), at evenly spaced points, both ends included.
       residual_norms: (S,).
     """
