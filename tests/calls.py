@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import regjax
-from regjax import diagnostics, pruning
+from regjax import curvature, diagnostics, pruning
 from tests.pruning import networks
 
 RANDOM = np.random.default_rng(5)
@@ -205,10 +205,26 @@ DIAGNOSTICS = {
         diagnostics.sharpness_reduction_flow, loss, PARAMS, X, Y, key=KEY, intrinsic_rate=0.01,
         num_steps=5, chunk_size=4,
     ),
+    "gradient_noise": call(diagnostics.gradient_noise, loss, PARAMS, X, Y, batch_size=2),
+    "noise_scale": call(
+        diagnostics.noise_scale, jnp.asarray([3.0, 2.0]), jnp.asarray([1.0, 1.5]),
+        small_batch_size=2, large_batch_size=8,
+    ),
+    "gradient_share": call(
+        diagnostics.gradient_share, PARAMS, jax.tree.map(lambda leaf: leaf[None], OTHER)
+    ),
+    "operator_alignment": lambda: diagnostics.operator_alignment(
+        *(curvature.hessian(loss, params, X, Y) for params in (PARAMS, OTHER)), key=KEY,
+        num_probes=4,
+    ),
+    "influence": call(
+        diagnostics.influence, loss, PARAMS, (X, Y), (X[:2], Y[:2]), damping=1.0, method="minres"
+    ),
 }  # fmt: skip
-# Their tests are with the Ritz values.
-ELSEWHERE = {"edge_of_stability", "effective_learning_rate", "spherical_edge_of_stability",
-             "spherical_sharpness", "spherical_sharpness_by_group"}  # fmt: skip
+# Their tests are with the Ritz values, or of a file.
+ELSEWHERE = {"edge_of_stability", "effective_learning_rate", "read_monitor",
+             "spherical_edge_of_stability", "spherical_sharpness",
+             "spherical_sharpness_by_group"}  # fmt: skip
 
 
 def public(room):

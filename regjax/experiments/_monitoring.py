@@ -16,6 +16,8 @@ from regjax.experiments._settings import TrainSettings, learning_rate, momentum
 
 # Folded into the key of the seed for the random starts and probes.
 _MONITOR = 3
+# Without a transformation, which would change what is stable.
+_PLAIN = TrainSettings.transformation
 
 
 class Watch:
@@ -36,7 +38,7 @@ class Watch:
         batch = inputs, jnp.asarray(dataset.train_targets[:count], jnp.int32)
         if not settings.resume:
             path.unlink(missing_ok=True)
-        names, is_plain = measures(settings), settings.transformation == "plain"
+        names, is_plain = measures(settings), settings.transformation == _PLAIN
         num_batches = len(dataset.train_targets) // settings.batch_size
         self._monitor = diagnostics.Monitor(
             _unbound, batch,
@@ -108,10 +110,10 @@ def check_measures(settings: TrainSettings) -> None:
         raise UsageError(
             f"--monitor preconditioned needs --optimizer adam, got {settings.optimizer}."
         )
-    if "preconditioned" in words and settings.transformation != "plain":
+    if "preconditioned" in words and settings.transformation != _PLAIN:
         raise UsageError(
-            "--monitor preconditioned needs --transformation plain, whose threshold is known, got "
-            f"{settings.transformation}."
+            f"--monitor preconditioned needs --transformation {_PLAIN}, whose threshold is known, "
+            f"got {settings.transformation}."
         )
     if len(set(words)) < len(words):
         raise UsageError(f"--monitor must name each measure once, got {settings.monitor}.")

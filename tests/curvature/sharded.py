@@ -355,8 +355,8 @@ def check_inside_jit():
     close(values(together, key()), values(alone, key()))
     text = values.lower(together, key()).compile().as_text()
     space = together.space
-    assert f"f32[16,{space.length // 8}]" in text
-    assert not {f"f32[16,{space.length}]", f"f32[16,{space.size}]"} & set(text.split("{"))
+    assert f"f32[12,{space.length // 8}]" in text
+    assert not {f"f32[12,{space.length}]", f"f32[12,{space.size}]"} & set(text.split("{"))
 
 
 def check_from_matvec():

@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 
 import regjax
 from benchmarks.claims._printed import paper_nesterov_rule
-from regjax import _loops, curvature, models, schedules, transforms
+from regjax import _platforms, curvature, models, schedules, transforms
 from regjax.curvature._operators import _traced
 from regjax.transforms import _spectral_controller
 from tests import oracles
@@ -293,7 +293,7 @@ def test_convolutions_inside_jit_on_cpu_warn_and_the_host_does_not():
     grad_fn = jax.grad(lambda params: jnp.mean(jnp.tanh(convolve(params, images)) ** 2))
     tx = make(num_steps=2)
     update = lambda state: tx.update(kernel, state, kernel, curvature_grad_fn=grad_fn)[1]
-    _loops._warn_slow_branch.cache_clear()
+    _platforms._told.clear()
     with pytest.warns(
         UserWarning, match="branch with convolutions inside jit.*let the host decide"
     ):

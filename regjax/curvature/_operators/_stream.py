@@ -25,12 +25,7 @@ from regjax._losses import Factors
 from regjax._sharding import Placement
 from regjax._space import Space
 from regjax._subsets import of_leaves, part_of
-from regjax.curvature._operators import _gauss_newton
-from regjax.curvature._operators._covariance import (
-    centered,
-    gradient_covariance,
-    mean_gradient_form,
-)
+from regjax.curvature._operators import _covariance, _gauss_newton
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
     Form,
@@ -51,7 +46,7 @@ _FORMS: dict[Any, tuple[Callable[..., Form], tuple[str, ...]]] = {
     _gauss_newton.gauss_newton: (_gauss_newton.gauss_newton_form, _OF_OUTPUTS),
     _gauss_newton.empirical_fisher: (_gauss_newton.empirical_fisher_form, _OF_OUTPUTS),
     fisher: (fisher_form, ("model_fn", "params")),
-    gradient_covariance: (mean_gradient_form, _OF_OUTPUTS),
+    _covariance.gradient_covariance: (_covariance.mean_gradient_form, _OF_OUTPUTS),
 }
 
 
@@ -145,8 +140,7 @@ class StreamedOperator(Operator):
         return self.unit
 
     def product(self, vector: jax.Array) -> jax.Array:
-        # Of the matrix of a batch nothing is kept.
-        return self._mean(vector, lambda batch: self._of_batch(batch).product(vector))
+        return self._mean(vector, lambda batch: self._fused(batch, vector))
 
     def block_product(self, rows: jax.Array) -> jax.Array:
         # One linearisation of a batch serves all vectors.
@@ -202,6 +196,10 @@ class StreamedOperator(Operator):
         if self.inside is None:
             return linearization, function, self.params
         return linearization, *of_leaves(function, self.params, self.inside)
+
+    def _fused(self, batch: Batch, vector: jax.Array) -> jax.Array:
+        """The product with the matrix of a batch, of which nothing is kept."""
+        return self._of_batch(batch).product(vector)
 
     def _of_batch(self, batch: Batch) -> CurvatureOperator:
         ours = self.placement
@@ -315,10 +313,10 @@ def stream(
     programs.known[_programs.types(first)] = form
     one = assemble(form.linearization, form.function, params, passes.drawn(0, first), 1)
     streamed = StreamedOperator(one.params, one.placement, passes, one.eps, programs)
-    if operator_fn is not gradient_covariance:
+    if operator_fn is not _covariance.gradient_covariance:
         return streamed
     about_zero = stream(_gauss_newton.empirical_fisher, *arguments, prefetch=prefetch, **given)
-    return centered(about_zero, streamed)
+    return _covariance.centered(about_zero, streamed)
 
 
 def _split(
