@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import regjax
-from regjax import curvature, diagnostics, pruning
+from regjax import diagnostics, pruning
 from tests.pruning import networks
 
 RANDOM = np.random.default_rng(5)
@@ -213,16 +213,12 @@ DIAGNOSTICS = {
     "gradient_share": call(
         diagnostics.gradient_share, PARAMS, jax.tree.map(lambda leaf: leaf[None], OTHER)
     ),
-    "operator_alignment": lambda: diagnostics.operator_alignment(
-        *(curvature.hessian(loss, params, X, Y) for params in (PARAMS, OTHER)), key=KEY,
-        num_probes=4,
-    ),
     "influence": call(
         diagnostics.influence, loss, PARAMS, (X, Y), (X[:2], Y[:2]), damping=1.0, method="minres"
     ),
 }  # fmt: skip
-# Their tests are with the Ritz values, or of a file.
-ELSEWHERE = {"edge_of_stability", "effective_learning_rate", "read_monitor",
+# Their tests are with the Ritz values, of operators, or of a file.
+ELSEWHERE = {"edge_of_stability", "effective_learning_rate", "operator_alignment", "read_monitor",
              "spherical_edge_of_stability", "spherical_sharpness",
              "spherical_sharpness_by_group"}  # fmt: skip
 
