@@ -8,14 +8,16 @@ import pathlib
 import pkgutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import jax
 import tqdm
 import tyro
 
 from benchmarks import _claims, _timing, reach, speed
+
+_Found = TypeVar("_Found")
 
 _RESULTS = pathlib.Path(__file__).parent / "results"
 _README = pathlib.Path(__file__).parent / "README.md"
@@ -80,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_reach(command: Reach) -> int:
     """Compiles the cases one after the other; returns 1 if none of them compiled."""
     found = {case.name: case for case in reach.cases(command.preset, measure=command.measure)}
-    chosen = {name: case for name, case in found.items() if (command.only or "") in name}
+    chosen = _chosen(found, command.only)
     if not chosen:
-        return _fail(f"`--only` must be part of one of {list(found)}, got {command.only!r}.")
+        return 2
     out = command.out
     if out is None and command.preset != "smoke":
         out = _RESULTS
@@ -105,9 +107,9 @@ def run_claims(command: Claims) -> int:
     if command.preset == "gpu" and jax.default_backend() == "cpu":
         return _fail("`--preset` must be smoke or cpu without an accelerator, got gpu.")
     found = _claims.find_claims()
-    chosen = {name: claim for name, claim in found.items() if (command.only or "") in name}
+    chosen = _chosen(found, command.only)
     if not chosen:
-        return _fail(f"`--only` must be part of one of {sorted(found)}, got {command.only!r}.")
+        return 2
     if command.preset == "smoke" and command.out is None:
         with tempfile.TemporaryDirectory() as folder:
             return run_claims(dataclasses.replace(command, out=pathlib.Path(folder)))
@@ -139,10 +141,9 @@ def run_speed(command: Speed) -> int:
         _timing.use_cores(_NUM_CORES)
     if command.preset == "gpu" and jax.default_backend() == "cpu":
         return _fail("`--preset` must be smoke or cpu without an accelerator, got gpu.")
-    cases = find_cases(command.preset)
-    chosen = {name: case for name, case in cases.items() if (command.only or "") in name}
+    chosen = _chosen(find_cases(command.preset), command.only)
     if not chosen:
-        return _fail(f"`--only` must be part of one of {sorted(cases)}, got {command.only!r}.")
+        return 2
     out = command.out
     if out is None and command.preset != "smoke":
         out = _RESULTS
@@ -185,6 +186,14 @@ def _measure(name: str, case: _timing.Case, preset: str) -> _timing.Result:
     if preset == "smoke":
         return _timing.measure(name, case, budget=0.0, min_rounds=2)
     return _timing.measure(name, case)
+
+
+def _chosen(found: Mapping[str, _Found], only: str | None) -> dict[str, _Found]:
+    """What has `only` in its name; if that is nothing, it says so."""
+    chosen = {name: value for name, value in found.items() if (only or "") in name}
+    if not chosen:
+        _fail(f"`--only` must be part of one of {sorted(found)}, got {only!r}.")
+    return chosen
 
 
 def _fail(message: str) -> int:

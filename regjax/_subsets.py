@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from regjax import _checks, _selection
 from regjax._arguments import checked
 from regjax._base import Mask, Params, Tree, Wrapper, as_partial
+from regjax._differentiation import widened
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,10 +126,12 @@ def subset(
 
 
 def part_of(
-    function: Callable[..., Tree], params: Params, wrt: Mask
+    function: Callable[..., Tree], params: Params, wrt: Mask, *, differences: bool = False
 ) -> tuple[Callable[..., Tree], Params]:
-    """Returns the same where something is chosen, else what was given."""
-    return (function, params) if wrt is None else subset(function, params, wrt=wrt)
+    """Returns the same where something is chosen, else what was given; wide for differences."""
+    if wrt is not None:
+        function, params = subset(function, params, wrt=wrt)
+    return function, widened(params) if differences else params
 
 
 def gradient_of_part(

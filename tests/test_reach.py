@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import reach
-from benchmarks.reach import _account, _chips, _models, _programs, _tables
+from benchmarks.reach import _account, _chips, _models, _programs, _tables, _text
 from benchmarks.reach._case import Case
 
 # One matrix product in a loop of seven turns, with a message of which three steps are written
@@ -105,7 +105,7 @@ def test_the_operations_are_those_of_the_formula():
 
 def test_products_that_are_written_as_convolutions_with_padding():
     """As TPU's compiler has a batch of products: twelve, of which each meets one of the others."""
-    line = _account._instruction(
+    line = _text._instruction(
         "c",
         "f32[12,64,64]{2,1,0} convolution(%a, %b), window={size=12 stride=11 lhs_dilate=12}, "
         "dim_labels=0bf_0oi->0bf",

@@ -1,7 +1,7 @@
 """Training of a small tanh perceptron on squared errors, mostly full-batch, with looks at it."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import _claims
 from benchmarks._claims import Record, Settings
 from benchmarks.claims import _figures, _networks
 from regjax import diagnostics
@@ -93,6 +94,18 @@ def late(record: Record, name: str) -> np.ndarray:
     """The numbers of the last third."""
     numbers = series(record, name)
     return numbers[-(len(numbers) // 3) :]
+
+
+def panels(records: Sequence[Record], figure: Any, *, y: str) -> Iterator[tuple[Any, Any]]:
+    """Axes for each data set, with its records; what is drawn has a line at 1 and a legend."""
+    datasets = _claims.groups(records, "data")
+    row = np.atleast_1d(figure.subplots(1, len(datasets), sharey=True))
+    for axes, (data, own) in zip(row, datasets.items(), strict=True):
+        yield axes, own
+        axes.axhline(1, color="gray", linewidth=0.5)
+        _figures.label(axes, x=f"step ({data})")
+        axes.legend(frameon=False, fontsize=6)
+    _figures.label(row[0], y=y)
 
 
 def draw_series(

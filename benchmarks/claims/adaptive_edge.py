@@ -66,18 +66,12 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
 
 
 def _draw(records: Sequence[Record], figure: Any) -> None:
-    datasets = _claims.groups(records, "data")
-    panels = np.atleast_1d(figure.subplots(1, len(datasets), sharey=True))
-    for axes, (data, everything) in zip(panels, datasets.items(), strict=True):
+    for axes, own in _full_batch.panels(records, figure, y="sharpness over the threshold"):
         colors = iter(_figures.COLORS)
-        for b1, own in _claims.groups(everything, "b1").items():
-            for rate, line in _claims.groups(own, "rate").items():
+        for b1, lines in _claims.groups(own, "b1").items():
+            for rate, line in _claims.groups(lines, "rate").items():
                 label = f"b1 = {b1:g}, rate {rate:g}"
                 _full_batch.draw_series(axes, line, "ratio", color=next(colors), label=label)
-        axes.axhline(1, color="gray", linewidth=0.5)
-        _figures.label(axes, x=f"step ({data})")
-        axes.legend(frameon=False, fontsize=6)
-    _figures.label(panels[0], y="sharpness over the threshold")
 
 
 CLAIM = _claims.Claim(

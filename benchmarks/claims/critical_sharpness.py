@@ -85,9 +85,7 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
 
 
 def _draw(records: Sequence[Record], figure: Any) -> None:
-    datasets = _claims.groups(records, "data")
-    panels = np.atleast_1d(figure.subplots(1, len(datasets), sharey=True))
-    for axes, (data, everything) in zip(panels, datasets.items(), strict=True):
+    for axes, everything in _full_batch.panels(records, figure, y="times half the rate"):
         for color, (batch, own) in zip(
             _figures.COLORS, _claims.groups(everything, "batch").items(), strict=False
         ):
@@ -96,11 +94,7 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
                 _full_batch.draw_series(
                     axes, own, name, color=color, label=f"{what}, {label}", line=line
                 )
-        axes.axhline(1, color="gray", linewidth=0.5)
         axes.set_yscale("log")
-        _figures.label(axes, x=f"step ({data})")
-        axes.legend(frameon=False, fontsize=6)
-    _figures.label(panels[0], y="times half the rate")
 
 
 CLAIM = _claims.Claim(

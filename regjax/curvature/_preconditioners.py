@@ -13,7 +13,7 @@ from regjax._base import Params, Tree
 from regjax._space import Space
 from regjax.curvature._eigen import EigenResult
 from regjax.curvature._engine._accumulation import inner_products
-from regjax.curvature._operators._operator import Multiple, Operator, Submatrix, identity
+from regjax.curvature._operators._operator import Multiple, OnTrees, Operator, Submatrix, identity
 
 # An entry of a diagonal counts as at least this share of the mean of the positive ones: estimates
 # may be zero or negative, and the inverse of one near zero would rule over all others.
@@ -112,33 +112,23 @@ def _low_rank(
     smallest = jnp.min(jnp.where(taken, values, jnp.inf)) if rest is None else rest
     factors = _numerics.divide(smallest, values, where=taken, otherwise=1) - 1
     rows = space.ravel_rows(pairs.vectors)
-    return LowRank(jnp.where(taken[:, None], rows, 0), factors, space)
+    return LowRank(space, jnp.where(taken[:, None], rows, 0), factors)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["rows", "factors"], meta_fields=["trees"]
 )
 @dataclasses.dataclass(frozen=True)
-class LowRank(Operator):
+class LowRank(OnTrees):
     """I + sum_i factor_i v_i v_i'.
 
     Attributes:
       rows: (k, length), orthonormal vectors v_i of the space.
       factors: (k,).
-      trees: the space.
     """
 
     rows: jax.Array
     factors: jax.Array
-    trees: Space
-
-    @property
-    def space(self) -> Space:
-        return self.trees
-
-    @property
-    def eps(self) -> float:
-        return float(jnp.finfo(self.dtype).eps)
 
     def product(self, vector: jax.Array) -> jax.Array:
         along = self.factors * inner_products(self.space, self.rows, vector)

@@ -164,19 +164,10 @@ def averaged_params(state: Tree, params: Params | None = None) -> Params:
         _check_whole(average)
         return average
     leaves, treedef = jax.tree.flatten(params)
-    structure: Any = treedef
-    try:
-        averages = structure.flatten_up_to(average)
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"`params` must have the tree structure {jax.tree.structure(average)} of the average "
-            f"in `state`, got {treedef}."
-        ) from None
-    masked = [isinstance(leaf, optax.MaskedNode) for leaf in averages]
-    pairs = list(zip(averages, leaves, masked, strict=True))
-    _checks.same_tree("params", *([pair[i] for pair in pairs if not pair[2]] for i in (1, 0)))
-    merged = [leaf if out else one.astype(jnp.result_type(leaf)) for one, leaf, out in pairs]
-    return jax.tree.unflatten(treedef, merged)
+    averages, places = _gradients.carried(params, average, "the average")
+    for i in places:
+        leaves[i] = averages[i].astype(jnp.result_type(leaves[i]))
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _copy(leaf: Any, dtype: jnp.dtype | None = None) -> jax.Array:

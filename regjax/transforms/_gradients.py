@@ -36,6 +36,28 @@ def check_whole_params(updates: Params, params: Params | None) -> Params:
     return params
 
 
+def carried(params: Params, tree: Tree, what: str) -> tuple[list[Tree], list[int]]:
+    """Lists what a state carries for each leaf of `params`, and the places that no mask left out.
+
+    Args:
+      params: tree of parameters, or of updates like them.
+      tree: like `params`, with `optax.MaskedNode` for leaves that the state knows nothing of.
+      what: is in the state, for the error.
+    """
+    structure: Any = jax.tree.structure(params)
+    try:
+        found = structure.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"`params` must have the tree structure {jax.tree.structure(tree)} of {what} in "
+            f"`state`, got {structure}."
+        ) from None
+    places = [i for i, node in enumerate(found) if not isinstance(node, optax.MaskedNode)]
+    leaves = jax.tree.leaves(params)
+    _checks.same_tree("params", [leaves[i] for i in places], [found[i] for i in places])
+    return found, places
+
+
 def checked_grad_fn(
     grad_fn: GradFn | None, extra: Mapping[str, Any], *, num_shards: int = 1
 ) -> GradFn:

@@ -1,6 +1,6 @@
 """Gaussian noise in the weights before the gradient, and its mirror image in the update."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +196,7 @@ def anticorrelated_noise(
         weights = [None] * len(leaves)
         if params is not None:
             weights = jax.tree.leaves(_gradients.check_params(updates, params))
-        carried, places = _carried(updates, state.noise)
+        carried, places = _gradients.carried(updates, state.noise, "the noise")
         drawn = _gaussian.normal_like(noise_key, [carried[i] for i in places])
         for i, noise in zip(places, drawn, strict=True):
             fresh = jnp.asarray(sigma, noise.dtype) * noise
@@ -231,27 +231,11 @@ def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
         )
     _checks.floating_tree("params", params)
     leaves, treedef = jax.tree.flatten(params)
-    carried, places = _carried(params, state.noise)
+    carried, places = _gradients.carried(params, state.noise, "the noise")
     for i in places:
         clean = _tree.wide(leaves[i]) - carried[i]
         leaves[i] = clean.astype(jnp.result_type(leaves[i]))
     return jax.tree.unflatten(treedef, leaves)
-
-
-def _carried(params: Params, noise: Tree) -> tuple[list[Tree], list[int]]:
-    """Lists the noise of each leaf of `params`, and the places of leaves that carry some."""
-    structure: Any = jax.tree.structure(params)
-    try:
-        carried = structure.flatten_up_to(noise)
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"`params` must have the tree structure {jax.tree.structure(noise)} of the noise in "
-            f"`state`, got {structure}."
-        ) from None
-    places = [i for i, xi in enumerate(carried) if not isinstance(xi, optax.MaskedNode)]
-    leaves = jax.tree.leaves(params)
-    _checks.same_tree("params", [leaves[i] for i in places], [carried[i] for i in places])
-    return carried, places
 
 
 def _exchange(

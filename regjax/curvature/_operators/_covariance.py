@@ -11,12 +11,10 @@ from jax.typing import ArrayLike
 from regjax import _tree
 from regjax._arguments import checked
 from regjax._base import Mask, ModelFn, OutputLossFn, Params, Tree
-from regjax._differentiation import widened
-from regjax._subsets import part_of
-from regjax.curvature._operators._curvature import Form, build
+from regjax.curvature._operators._curvature import Form
 from regjax.curvature._operators._gauss_newton import empirical_fisher_form, form_of_gradients
 from regjax.curvature._operators._operator import Composed, Multiply, Operator, subtree
-from regjax.curvature._operators._sandwich import with_weights
+from regjax.curvature._operators._sandwich import of_forms
 
 
 @checked
@@ -66,14 +64,10 @@ def gradient_covariance(
     References:
       S. McCandlish, J. Kaplan, D. Amodei (2018), arXiv:1812.06162, where it is called Sigma.
     """
-    batch = with_weights((inputs, targets), weights)
-    model_fn, params = part_of(model_fn, params, wrt)
-    params = widened(params) if differences else params
-    options: Any = {"chunk_size": chunk_size, "differences": differences}
-    second, first = (
-        build(form(model_fn, output_loss_fn, params, *batch, **options), params, batch, chunk_size)
-        for form in (empirical_fisher_form, mean_gradient_form)
-    )
+    second, first = of_forms(
+        (empirical_fisher_form, mean_gradient_form), model_fn, output_loss_fn, params,
+        (inputs, targets), weights, chunk_size=chunk_size, wrt=wrt, differences=differences,
+    )  # fmt: skip
     return centered(second, first)
 
 

@@ -11,7 +11,6 @@ from jax.typing import ArrayLike
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree
-from regjax._differentiation import widened
 from regjax._losses import Factors
 from regjax._subsets import part_of
 from regjax.curvature._operators._curvature import CurvatureOperator, Form, build, parts_of
@@ -78,8 +77,7 @@ def fisher(
       J. Martens (2020), New insights and perspectives on the natural gradient method,
       arXiv:1412.1193, sections 5 and 9.
     """
-    model_fn, params = part_of(model_fn, params, wrt)
-    params = widened(params) if differences else params
+    model_fn, params = part_of(model_fn, params, wrt, differences=differences)
     batch = with_weights((inputs,), weights)
     form = fisher_form(
         model_fn, params, *batch,

@@ -30,29 +30,26 @@ from regjax._differentiation import (
     jacobian_product,
     jaxpr_of,
     static,
-    widened,
 )
 from regjax._losses import MeanLoss, mean_loss, mean_weights
 from regjax._programs import Program
 from regjax._separable import ensure_separable
-from regjax._subsets import part_of
 from regjax.curvature._operators._curvature import (
     CurvatureOperator,
     Form,
-    build,
     parts_of,
     trace,
 )
 from regjax.curvature._operators._likelihoods import check_outputs
 from regjax.curvature._operators._sandwich import (
     ensure_own_losses,
+    of_forms,
     outer,
     positive,
     sandwich,
     split,
     traced_model,
     weighted_sum,
-    with_weights,
 )
 
 
@@ -102,13 +99,11 @@ def gauss_newton(
       N. Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient
       descent, Neural Computation 14(7).
     """
-    batch = with_weights((inputs, targets), weights)
-    model_fn, params = part_of(model_fn, params, wrt)
-    params = widened(params) if differences else params
-    form = gauss_newton_form(
-        model_fn, output_loss_fn, params, *batch, chunk_size=chunk_size, differences=differences
-    )
-    return build(form, params, batch, chunk_size)
+    (operator,) = of_forms(
+        (gauss_newton_form,), model_fn, output_loss_fn, params, (inputs, targets), weights,
+        chunk_size=chunk_size, wrt=wrt, differences=differences,
+    )  # fmt: skip
+    return operator
 
 
 @checked
@@ -157,13 +152,11 @@ def empirical_fisher(
       F. Kunstner, L. Balles, P. Hennig (2019), Limitations of the empirical Fisher approximation,
       arXiv:1905.12558, eq. 3.
     """
-    batch = with_weights((inputs, targets), weights)
-    model_fn, params = part_of(model_fn, params, wrt)
-    params = widened(params) if differences else params
-    form = empirical_fisher_form(
-        model_fn, output_loss_fn, params, *batch, chunk_size=chunk_size, differences=differences
-    )
-    return build(form, params, batch, chunk_size)
+    (operator,) = of_forms(
+        (empirical_fisher_form,), model_fn, output_loss_fn, params, (inputs, targets), weights,
+        chunk_size=chunk_size, wrt=wrt, differences=differences,
+    )  # fmt: skip
+    return operator
 
 
 def gauss_newton_form(

@@ -256,9 +256,8 @@ class Projected(Composed):
     @property
     def space(self) -> Space:
         whole = self.operator.space
-        return Space.of(
-            jax.eval_shape(self.taken, whole.like()), whole.mesh, self.taken_specs(whole.specs)
-        )
+        specs = self.taken_specs(whole.specs)
+        return Space.of(jax.eval_shape(self.taken, whole.like()), whole.mesh, specs)
 
     def compose(self, multiply: Multiply, vectors: jax.Array) -> jax.Array:
         if vectors.ndim == 1:
@@ -286,8 +285,7 @@ class Submatrix(Projected):
         return subtree(tree, self.inside)
 
     def taken_specs(self, specs: tuple[PartitionSpec, ...]) -> tuple[PartitionSpec, ...]:
-        # On one device there are none.
-        return tuple(itertools.compress(specs, self.inside))
+        return tuple(itertools.compress(specs, self.inside))  # on one device there are none
 
     def placed(self, tree: Params, zeros: Params) -> Params:
         return _tree.merge(tree, subtree(zeros, [not here for here in self.inside]))
@@ -297,10 +295,9 @@ class Submatrix(Projected):
         return Submatrix(self.operator, tuple(here and next(ours) for here in self.inside))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["trees"])
 @dataclasses.dataclass(frozen=True)
-class Identity(Operator):
-    """v -> v, on the trees of a space."""
+class OnTrees(Operator):
+    """An operator of arrays alone: `trees` is its space, and a product rounds as its vectors do."""
 
     trees: Space
 
@@ -311,6 +308,12 @@ class Identity(Operator):
     @property
     def eps(self) -> float:
         return float(jnp.finfo(self.dtype).eps)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["trees"])
+@dataclasses.dataclass(frozen=True)
+class Identity(OnTrees):
+    """v -> v, on the trees of a space."""
 
     def product(self, vector: jax.Array) -> jax.Array:
         return vector

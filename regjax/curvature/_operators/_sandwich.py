@@ -8,7 +8,7 @@ Outputs are a tree of arrays. Its integer leaves have no derivative: they are ap
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _loops, _tree
-from regjax._base import Batch, ModelFn, OutputLossFn, Params, Tree, applied, as_partial
+from regjax._base import Batch, Mask, ModelFn, OutputLossFn, Params, Tree, applied, as_partial
 from regjax._differentiation import (
     DIFFERENCES,
     Mode,
@@ -31,7 +31,14 @@ from regjax._differentiation import (
 )
 from regjax._programs import Program
 from regjax._separable import ensure_separable, has_numbers
-from regjax.curvature._operators._curvature import Form, Linearization, trace
+from regjax._subsets import part_of
+from regjax.curvature._operators._curvature import (
+    CurvatureOperator,
+    Form,
+    Linearization,
+    build,
+    trace,
+)
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -40,6 +47,28 @@ def traced_model(model_fn: ModelFn, params: Params, parts: tuple[Batch, ...]) ->
     """The program of a model for the inputs of batches of some shapes."""
     _checks.floating_tree("params", params)
     return trace(model_fn, *((params, part[0]) for part in parts))
+
+
+def of_forms(
+    forms: Sequence[Callable[..., Form]],
+    model_fn: ModelFn,
+    output_loss_fn: OutputLossFn,
+    params: Params,
+    data: Batch,
+    weights: ArrayLike | None,
+    *,
+    chunk_size: int | None,
+    wrt: Mask,
+    differences: bool,
+) -> list[CurvatureOperator]:
+    """The matrices that the forms make of a model and a loss of its outputs, on the same data."""
+    batch = with_weights(data, weights)
+    model_fn, params = part_of(model_fn, params, wrt, differences=differences)
+    options: Any = {"chunk_size": chunk_size, "differences": differences}
+    return [
+        build(form(model_fn, output_loss_fn, params, *batch, **options), params, batch, chunk_size)
+        for form in forms
+    ]
 
 
 def with_weights(batch: Batch, weights: ArrayLike | None) -> Batch:

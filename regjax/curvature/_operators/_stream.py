@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from regjax import _checks, _loops, _losses, _programs
 from regjax._arguments import checked
 from regjax._base import Batch, Params, Tree, couples_examples
-from regjax._differentiation import widened
 from regjax._losses import Factors
 from regjax._sharding import Placement
 from regjax._space import Space
@@ -296,8 +295,8 @@ def stream(
     """
     form_fn, functions, params, source = _split(operator_fn, arguments, options)
     given, options = options, dict(options)
-    functions[0], params = part_of(functions[0], params, options.pop("wrt", None))
-    params = widened(params) if options.get("differences") else params
+    wrt, differences = options.pop("wrt", None), options.get("differences", False)
+    functions[0], params = part_of(functions[0], params, wrt, differences=differences)
     passes = Source(source, _checks.integer("prefetch", prefetch))
     if operator_fn is not hessian:
         passes.check = functools.partial(batch_with_weights, 1 if operator_fn is fisher else 2)
