@@ -9,11 +9,11 @@ from regjax.experiments._table import table, wrapped
 _MONITOR_ROWS = 5  # intervals between those that are printed
 _OF_MONITOR: dict[str, tuple[str, str | None, str | None]] = {
     "loss": ("loss", None, None),
-    "sharpness": ("largest eigenvalue", None, "sharpness_converged"),
+    "sharpness": ("largest eigenvalue", "sharpness_error_bound", "sharpness_converged"),
     "stability_threshold": ("  stable up to", None, None),
     "preconditioned_sharpness": (
         "preconditioned eigenvalue",
-        None,
+        "preconditioned_sharpness_error_bound",
         "preconditioned_sharpness_converged",
     ),
     "preconditioned_threshold": ("  stable up to", None, None),
@@ -39,7 +39,8 @@ def monitor_text(record: Record) -> str:
         cells.append([label, *(_seen(rows[i], name, error, flag) for i in places)])
     header = (
         f"Measured on {record['settings']['monitor_examples']:,} training examples at most; "
-        "~ stands before what is not to be relied on"
+        "± bounds the distance of an eigenvalue to a true one, elsewhere it is one standard "
+        "error; ~ stands before what is not to be relied on"
     )
     return f"{wrapped(header)}\n\n{table(cells)}"
 
@@ -50,4 +51,6 @@ def _seen(row: Record, name: str, error: str | None, flag: str | None) -> str:
     if value is None or not math.isfinite(value):
         return "not known"
     text = f"{value:.3g}" if error is None else with_error(value, row[error])
+    if f"{name}_lower_bound" in row:
+        text += f" [{row[f'{name}_lower_bound']:.3g}, {row[f'{name}_upper_bound']:.3g}]"
     return f"~{text}" if flag is not None and not row[flag] else text

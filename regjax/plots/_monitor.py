@@ -106,6 +106,10 @@ def draw_monitor(
         reference = _column(known, quantity.reference)
         if np.isfinite(reference).any():
             axes.plot(steps, reference, color=color, linewidth=0.8, linestyle="--")
+            last = np.flatnonzero(np.isfinite(reference))[-1]
+            if not axes.texts:  # once for all runs
+                axes.text(steps[last], reference[last], "stable below", ha="right", va="top",
+                          fontsize=TICK_SIZE)  # fmt: skip
     return axes
 
 
