@@ -77,15 +77,20 @@ class Share:
 
     def places(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """Where the columns are in the flat tree (width,), and whether they are, or fill up."""
-        number = functools.partial(jnp.asarray, dtype=dtype)
+        # Divisions of 64 bits take XLA for TPU longer to compile than all else in a step.
+        axes = self._axes()
+        largest = max([self.width * self.num_copies, *(size for size, _, _ in axes)])
+        kind = jnp.uint32 if largest < 2**32 else dtype
+        number = functools.partial(jnp.asarray, dtype=kind)
         index = lambda names: number(lax.axis_index(names) if names else 0)
-        rest = jnp.arange(self.width, dtype=dtype) + index(self.copies) * number(self.width)
+        rest = jnp.arange(self.width, dtype=kind) + index(self.copies) * number(self.width)
         is_there = rest < number(self.size)
-        found, stride = number(self.first), 1
-        for size, names, parts in reversed(self._axes()):
+        found, stride = jnp.asarray(self.first, dtype), 1
+        for size, names, parts in reversed(axes):
             own = size // parts
-            here = rest % number(own) + index(names) * number(own)
-            rest, found, stride = rest // number(own), found + here * number(stride), stride * size
+            here = (rest % number(own) + index(names) * number(own)).astype(dtype)
+            rest, found = rest // number(own), found + here * jnp.asarray(stride, dtype)
+            stride *= size
         return jnp.broadcast_to(found, rest.shape), is_there
 
     def _axes(self) -> list[tuple[int, Names, int]]:
