@@ -11,6 +11,8 @@ import pathlib
 import pydoc
 import re
 
+import jax
+import numpy as np
 import pytest
 
 FACES = (
@@ -29,6 +31,7 @@ import regjax
 from flax import linen, nnx
 from regjax import curvature, diagnostics, experiments, initializers, models, normalization
 from regjax import plots, pruning, regularizers, schedules, transforms
+np.set_printoptions(precision=3, suppress=True)
 """
 # Results, states and errors are made by a function whose example shows them.
 MADE_BY_US = ("Result", "State", "Error", "Interrupted", "MonitorPoint")
@@ -73,8 +76,9 @@ def _is_ours(name, value):
 def failures_of(test):
     """What the examples of `test` print that they should not, as doctest reports it."""
     said = []
-    exec(SESSION, test.globs)
-    doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), np.printoptions():
+        exec(SESSION, test.globs)
+        doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append)
     return "".join(said)
 
 
