@@ -86,3 +86,5 @@ from regjax.curvature._solve import SolveResult as SolveResult
 from regjax.curvature._solve import solve as solve
 from regjax.curvature._solve import solve_solver as solve_solver
 from regjax.curvature._tangent_kernel import neural_tangent_kernel as neural_tangent_kernel
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists
