@@ -23,7 +23,7 @@ The examples in the docstrings assume these lines:
     import jax, jax.numpy as jnp, numpy as np, optax, regjax
     from flax import linen, nnx
     from regjax import curvature, transforms  # and likewise the other subpackages
-    np.set_printoptions(precision=4, suppress=True)
+    np.set_printoptions(precision=3, suppress=True)
 """
 
 import importlib as _importlib

@@ -1,8 +1,7 @@
 """Every public function, and every class that a user makes, has an example that is true.
 
-The examples are Python's own doctests in a section `Example:`. They assume what `SESSION` imports,
-and NumPy's printing with four decimals, as the docstring of `regjax` says. Names that have no
-example yet stand in without_example.txt.
+The examples are Python's own doctests in a section `Example:`. They assume the lines of `SESSION`,
+as the docstring of `regjax` says. Names that have no example yet stand in without_example.txt.
 """
 
 import doctest
@@ -31,6 +30,7 @@ import regjax
 from flax import linen, nnx
 from regjax import curvature, diagnostics, experiments, initializers, models, normalization
 from regjax import plots, pruning, regularizers, schedules, transforms
+np.set_printoptions(precision=3, suppress=True)
 """
 # Results, states and errors are made by a function whose example shows them.
 MADE_BY_US = ("Result", "State", "Error", "Interrupted", "MonitorPoint")
@@ -75,8 +75,8 @@ def _is_ours(name, value):
 def failures_of(test):
     """What the examples of `test` print that they should not, as doctest reports it."""
     said = []
-    exec(SESSION, test.globs)
-    with np.printoptions(precision=4, suppress=True):
+    with np.printoptions():
+        exec(SESSION, test.globs)
         doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append)
     return "".join(said)
 

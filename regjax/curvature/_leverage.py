@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _tree
 from regjax._arguments import checked
 from regjax._base import Mask, ModelFn, OutputLossFn, Params, Tree, as_partial
+from regjax._printing import legible
 from regjax.curvature._inverse_forms import inverse_forms, least_eigenvalue
 from regjax.curvature._operators._gauss_newton import gauss_newton
 from regjax.curvature._operators._jacobian import JacobianOperator, example_rows, jacobian
@@ -36,6 +37,7 @@ from regjax.curvature._precision import precisely
 _ROUNDING = 4
 
 
+@legible
 class OutputCovarianceResult(NamedTuple):
     """Covariances of the C outputs of M examples.
 
@@ -54,6 +56,7 @@ class OutputCovarianceResult(NamedTuple):
     num_matvecs: jax.Array
 
 
+@legible
 class LeverageResult(NamedTuple):
     """Leverages of M training examples.
 
