@@ -1,6 +1,6 @@
 """Every public function, and every class that a user makes, has an example that is true.
 
-The examples are Python's own doctests in a section `Example:`. They assume what `SESSION` imports,
+The examples are Python's own doctests in a section `Example:`. They assume the lines of `SESSION`,
 as the docstring of `regjax` says. Names that have no example yet stand in without_example.txt.
 """
 
@@ -11,7 +11,6 @@ import pathlib
 import pydoc
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -76,7 +75,7 @@ def _is_ours(name, value):
 def failures_of(test):
     """What the examples of `test` print that they should not, as doctest reports it."""
     said = []
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), np.printoptions():
+    with np.printoptions():
         exec(SESSION, test.globs)
         doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append)
     return "".join(said)
@@ -88,6 +87,7 @@ def sections_of(text):
     return titles if ">>>" in (text or "") else []
 
 
+@pytest.mark.usefixtures("default_promotion")  # what a user has
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_are_there_and_true(name):
     value = NAMES[name]
@@ -95,7 +95,8 @@ def test_examples_are_there_and_true(name):
     assert bool(tests) != (name in WITHOUT), "without_example.txt"
     for test in tests:
         assert [title.strip() for title in sections_of(test.docstring)] == ["Example:"]
-        assert failures_of(test) == ""
+        said = failures_of(test)
+        assert not said, said
 
 
 def test_the_list_of_names_without_an_example_is_sorted_and_has_no_strangers():
