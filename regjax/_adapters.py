@@ -33,7 +33,7 @@ _MODES = ("evaluation", "train", "train_per_chunk")
 
 @legible
 class Model(NamedTuple):
-    """Holds a model as a pure function on plain trees. Adapters make it, or you do.
+    """A model as a pure function on plain trees, from an adapter or made by hand.
 
     Example:
       >>> def apply(params, state, inputs, *, train, key=None):

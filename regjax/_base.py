@@ -76,7 +76,7 @@ An exception ends the run; it reaches the caller with the result so far as its `
 
 
 class WeightedMean(NamedTuple):
-    """Holds a weighted mean before the division: what a loss returns in place of sum / weight.
+    """A weighted mean before the division: what a loss may return in place of sum / weight.
 
     Where data are split, the mean over all of them is the sum of the sums over the sum of the
     weights; the quotients of the parts would not be enough. A loss may also return a tuple of

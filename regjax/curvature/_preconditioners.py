@@ -13,7 +13,8 @@ from regjax._base import Params, Tree
 from regjax._space import Space
 from regjax.curvature._eigen import EigenResult
 from regjax.curvature._engine._accumulation import inner_products
-from regjax.curvature._operators._operator import Multiple, OnTrees, Operator, Submatrix, identity
+from regjax.curvature._operators._identity import OnTrees, identity
+from regjax.curvature._operators._operator import Multiple, Operator, Submatrix
 
 # An entry of a diagonal counts as at least this share of the mean of the positive ones: estimates
 # may be zero or negative, and the inverse of one near zero would rule over all others.
