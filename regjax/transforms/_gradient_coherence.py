@@ -44,12 +44,16 @@ def coherent_regularization(
 
         r = strength penalty_gradient(w);   on = gate(g, r);   updates = g + r where on, else g
 
-    Beyond some strength the penalty of a deep network wins before the loss has anything to say, and
-    the loss gradient vanishes for good. A gate keeps the penalty out until the gradients agree.
-    Stands before momentum and preconditioning: the penalty is part of the objective. `strength=0`
-    and a closed gate pass the gradient through bit for bit.
+    Here g is the gradient of the loss at the weights w, and r is that of the penalty. A gate is a
+    rule that decides at each step, for the whole network at once, whether the penalty counts.
 
-    The coherence statistic of the paper is not known to us: `cosine_gate` is our reading.
+    A strong penalty can shrink the weights of a deep network before the loss has any influence;
+    then the gradient of the loss vanishes for good. A gate keeps the penalty out until the two
+    gradients agree (`cosine_gate`), for a number of steps (`delayed_gate`), or while the gradient of
+    the loss is the smaller one (`ratio_gate`).
+
+    Place it before momentum and preconditioning, because the penalty is part of the objective.
+    With `strength=0` or a closed gate the gradient passes through bit for bit.
 
     Example:
       >>> tx = transforms.coherent_regularization(0.1, gate=transforms.cosine_gate(0.5))
@@ -61,11 +65,12 @@ def coherent_regularization(
       [ 0.  -0.9] False
 
     Args:
-      strength: lambda of lambda |w|_1 or (lambda / 2) |w|^2, in units of the loss per parameter (or
-        per parameter squared), or a schedule of the update count.
-      gate: `always_gate`, `delayed_gate`, `cosine_gate`, `ratio_gate`, or one of your own.
-      penalty_gradient: leaf -> leaf; None is `l2_gradient`.
-      mask: leaves that are penalised; better not biases and norm parameters.
+      strength: lambda in (lambda / 2) |w|^2 or lambda |w|_1, or a schedule of the update count. In
+        units of the loss per squared parameter, or per parameter.
+      gate: `always_gate()`, `delayed_gate(...)`, `cosine_gate(...)`, `ratio_gate(...)`, or a `Gate`
+        of your own.
+      penalty_gradient: function leaf -> leaf; None: `l2_gradient`.
+      mask: leaves that are penalised. Leave out biases and the parameters of normalizations.
 
     Returns:
       A transformation whose `update` needs `params`.
@@ -74,9 +79,8 @@ def coherent_regularization(
       ValueError: `strength` is negative, or `params` is missing in `update`.
 
     References:
-      D. H. Park et al. (2018), arXiv:1811.08056, and D. H. Park, C. M. Ho, Y. Chang (2018),
-      Achieving strong regularization for deep neural networks, of which only the abstracts were
-      read.
+      D. H. Park et al. (2018), arXiv:1811.08056; D. H. Park, C. M. Ho, Y. Chang (2018), Achieving
+      strong regularization for deep neural networks. `cosine_gate` is our reading of coherence.
     """
     _schedules.check_size("strength", strength)
     if not isinstance(gate, Gate):
@@ -131,7 +135,7 @@ def _checked(penalty: Params, weights: jax.Array) -> Params:
 
 
 def l2_gradient(weights: jax.Array) -> jax.Array:
-    """Returns the gradient of |w|^2 / 2.
+    """Computes the gradient of |w|^2 / 2.
 
     Example:
       >>> print(transforms.l2_gradient(jnp.array([-2.0, 0.0, 3.0])))
@@ -147,9 +151,9 @@ def l2_gradient(weights: jax.Array) -> jax.Array:
 
 
 def l1_gradient(weights: jax.Array) -> jax.Array:
-    """Returns the subgradient of |w|_1.
+    """Computes a subgradient of |w|_1.
 
-    Descent along it never reaches zero; `soft_threshold` does.
+    Descent along it never reaches zero exactly; `soft_threshold` does.
 
     Example:
       >>> print(transforms.l1_gradient(jnp.array([-2.0, 0.0, 3.0])))
@@ -179,9 +183,13 @@ class SoftThresholdState(NamedTuple):
 def soft_threshold(
     threshold: ScalarOrSchedule, *, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Takes the proximal step of an L1 penalty, which gives exact zeros; last in the chain.
+    """Takes the proximal step of an L1 penalty, which gives exact zeros.
 
         updates = sign(q) max(|q| - threshold, 0) - w,   q = w + updates
+
+    Place it last in the chain. It does not see the gradient of the loss, so that no gate can decide
+    on it; a schedule can delay it.
+
 
     Example:
       >>> learning_rate, strength = 0.1, 0.5
@@ -194,11 +202,11 @@ def soft_threshold(
 
     Args:
       threshold: learning rate times strength, in units of the parameters, or a schedule of the
-        update count. It cannot see the loss gradient: always on, or delayed by the schedule.
+        update count.
       mask: leaves that are thresholded.
 
     Returns:
-      A transformation whose `update` needs `params`. `threshold=0` passes updates through.
+      A transformation whose `update` needs `params`. With `threshold=0` updates pass through.
 
     Raises:
       ValueError: `threshold` is negative, or `params` is missing in `update`.

@@ -16,7 +16,9 @@ Leaves = list[jax.Array]
 
 
 class Gate(NamedTuple):
-    """A rule that decides at each step whether the penalty is on, for the whole network at once.
+    """A rule that decides at each step whether a penalty is on, for the whole network at once.
+
+    For `coherent_regularization`; see `delayed_gate`, `cosine_gate` and `ratio_gate`.
 
     Example:
       >>> def decide(grads, added, state, count):
@@ -33,9 +35,10 @@ class Gate(NamedTuple):
       1.0
 
     Attributes:
-      init: () -> state of the gate, a tree of arrays.
-      decide: (loss gradients, penalty gradients, state, count) -> (on, state). The gradients are
-        lists of the masked leaves; on is a bool array ().
+      init: function () -> state of the gate, a tree of arrays.
+      decide: function (loss gradients, penalty gradients, state, count) -> (on, state). The
+        gradients are lists of the masked leaves, count is the number of updates so far, and on is
+        a bool array ().
     """
 
     init: Callable[[], Tree]
@@ -43,7 +46,7 @@ class Gate(NamedTuple):
 
 
 def always_gate() -> Gate:
-    """Makes a gate that is open from the first step: an ordinary penalty.
+    """Makes a gate that is always open, which gives an ordinary penalty.
 
     Example:
       >>> tx = transforms.coherent_regularization(0.1, gate=transforms.always_gate())
@@ -73,7 +76,7 @@ def delayed_gate(delay: int) -> Gate:
       [1.2 0.6]
 
     Args:
-      delay: number of steps; five epochs is a start.
+      delay: number of steps. Five epochs is a good start.
 
     Returns:
       A `Gate` without state.
@@ -87,10 +90,13 @@ def delayed_gate(delay: int) -> Gate:
 
 @checked
 def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
-    """Makes a gate that is open while the cosine between g and g + r exceeds `threshold`.
+    """Makes a gate that is open while the gradients of loss and penalty agree.
 
-    Norms go over all masked leaves together. At a stationary point of the penalised loss g = -r, so
-    the cosine falls off where training ends, and the gate would close: give `hold`.
+        <g, g + r> / (|g| |g + r|) > threshold
+
+    Here g is the gradient of the loss and r that of the penalty, over all masked leaves together.
+    Where training ends, g = -r, so that the cosine falls and the gate would close again: pass
+    `hold`.
 
     Example:
       >>> gate = transforms.cosine_gate(0.5)
@@ -100,9 +106,10 @@ def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
       True
 
     Args:
-      threshold: between 0 and 1. 0.5 is our choice; 0.8 protects more and regularises less.
-      hold: after so many consecutive open steps the gate stays open for good; None is never. One
-        epoch of steps does well.
+      threshold: between 0 and 1. The default is our choice; 0.8 protects the loss more and
+        regularises less.
+      hold: after this many open steps in a row the gate stays open for good. One epoch works well.
+        None: never.
 
     Returns:
       A `Gate`.
@@ -127,7 +134,10 @@ def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
 def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
     """Makes a gate that is open while the gradient of the loss is the larger one.
 
-        |g| > threshold |r|,   norms over all masked leaves together
+        |g| > threshold |r|
+
+    Here g is the gradient of the loss and r that of the penalty, over all masked leaves together.
+
 
     Example:
       >>> gate = transforms.ratio_gate(2.0)
@@ -138,7 +148,7 @@ def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
 
     Args:
       threshold: at least 0.
-      hold: as in `cosine_gate`.
+      hold: after this many open steps in a row the gate stays open for good. None: never.
 
     Returns:
       A `Gate`.
