@@ -49,8 +49,8 @@ def coherent_regularization(
 
     A strong penalty can shrink the weights of a deep network before the loss has any influence;
     then the gradient of the loss vanishes for good. A gate keeps the penalty out until the two
-    gradients agree (`cosine_gate`), for a number of steps (`delayed_gate`), or while the gradient of
-    the loss is the smaller one (`ratio_gate`).
+    gradients agree (`cosine_gate`), for a number of steps (`delayed_gate`), or while the gradient
+    of the loss is the smaller one (`ratio_gate`).
 
     Place it before momentum and preconditioning, because the penalty is part of the objective.
     With `strength=0` or a closed gate the gradient passes through bit for bit.
