@@ -13,6 +13,7 @@ import re
 
 import numpy as np
 import pytest
+from flax import nnx
 
 FACES = (
     "regjax", "regjax.curvature", "regjax.diagnostics", "regjax.experiments",
@@ -127,3 +128,16 @@ def test_help_lists_the_public_functions(face):
     listed = set(re.findall(r"^    (?:class )?(\w+)", pydoc.plain(pydoc.render_doc(module)), re.M))
     public = {name for name in module.__all__ if callable(getattr(module, name))}
     assert public - listed == set()
+
+
+def test_help_shows_the_arguments_of_classes():
+    """The metaclass of nnx would show (*args, **kwargs)."""
+    kinds = [kind for kind in NAMES.values() if inspect.isclass(kind)]
+    kinds = [kind for kind in kinds if not issubclass(kind, nnx.Variable)]
+    without = [
+        kind.__name__
+        for kind in kinds
+        if any(p.kind == p.VAR_POSITIONAL for p in inspect.signature(kind).parameters.values())
+    ]
+    assert len(kinds) > 40
+    assert without == []
