@@ -43,7 +43,9 @@ def spectrum_files(settings: AnalysisSettings) -> tuple[str, str]:
 
 
 def run_train(settings: TrainSettings, progress: Progress) -> Record:
-    """Trains, evaluates, and leaves `checkpoint.npz` and `training.json` behind.
+    """Trains and evaluates a network, like `python -m regjax train`.
+
+    It writes `checkpoint.npz` and `training.json` into the folder `settings.out`.
 
     Example:
       >>> import pathlib, tempfile
@@ -58,11 +60,12 @@ def run_train(settings: TrainSettings, progress: Progress) -> Record:
       2 650
 
     Args:
-      settings: the options.
-      progress: called after each block of batches.
+      settings: a `TrainSettings`, whose fields are the options of the command.
+      progress: called as progress(stage, done, total) after each block of batches.
 
     Returns:
-      What `training.json` holds: settings, versions, data, training and generalization.
+      The content of `training.json`: a dict with "settings", "versions", "data", "training" (losses
+      and time) and "generalization" (loss and accuracy on training and test examples).
 
     Raises:
       UsageError: an option cannot be followed.
@@ -78,10 +81,11 @@ def run_train(settings: TrainSettings, progress: Progress) -> Record:
 
 
 def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
-    """Trains or reads a checkpoint, then analyses the curvature.
+    """Trains a network or reads a checkpoint, and analyses its curvature.
 
-    `spectrum.json` is written after each stage, so that an interruption loses one stage at most;
-    `spectrum.png` at the end.
+    This is `python -m regjax spectrum`. It writes `spectrum.json` into the folder `settings.out`
+    after each stage, so that an interruption loses one stage at most, and `spectrum.png` at the
+    end.
 
     Example:
       >>> import pathlib, tempfile
@@ -97,12 +101,13 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
       [True]
 
     Args:
-      settings: the options.
-      progress: called after each block of batches and each product.
+      settings: a `SpectrumSettings`, whose fields are the options of the command.
+      progress: called as progress(stage, done, total) after each block of batches and each matrix
+        product.
 
     Returns:
-      What `spectrum.json` holds: as `run_train`, and `blocks`, {"network": ..., layer: ...}, each
-      with its eigenvalues and its density; with `report` also `geometry`.
+      The content of `spectrum.json`: a dict with the entries that `run_train` returns, and
+      "blocks", {"network": ..., layer: ...}, each with its eigenvalues and its density.
 
     Raises:
       UsageError: an option cannot be followed.
