@@ -132,11 +132,10 @@ def density_distances(
     distance of about their error, which only more probes bring down.
 
     Example:
-      >>> loss_fn = lambda w, scale: 0.5 * jnp.mean(scale) * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
-      >>> densities = {}
-      >>> for name, scale in {"a": 1.0, "b": 1.0, "c": 100.0}.items():
-      ...     hessian = curvature.hessian(loss_fn, jnp.zeros(8), jnp.array([scale]))
-      ...     densities[name] = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian, key = curvature.hessian(loss_fn, jnp.zeros(8)), jax.random.key(0)
+      >>> matrices = {"a": hessian, "b": hessian, "c": 100 * hessian}
+      >>> densities = {name: curvature.spectral_density(m, key=key) for name, m in matrices.items()}
       >>> print(curvature.density_distances(densities).value[0])
       [0. 0. 1.]
 
