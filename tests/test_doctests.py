@@ -36,6 +36,7 @@ np.set_printoptions(precision=3, suppress=True)
 """
 # Results, states and errors are made by a function whose example shows them.
 MADE_BY_US = ("Result", "State", "Error", "Interrupted", "MonitorPoint")
+FRAMEWORKS = {f"regjax.from_{name}": name for name in ("equinox", "haiku", "keras")}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PAGE = pathlib.Path(__file__).parent / "without_example.txt"
 WITHOUT = PAGE.read_text().split() if PAGE.exists() else []
@@ -95,6 +96,8 @@ def test_examples_are_there_and_true(name):
     value = NAMES[name]
     tests = examples_of(name, value)
     assert bool(tests) != (name in WITHOUT), "without_example.txt"
+    if name in FRAMEWORKS:
+        pytest.importorskip(FRAMEWORKS[name])
     for test in tests:
         assert sections_of(test.docstring) == ["Example:"]
         said = failures_of(test)
@@ -130,6 +133,9 @@ def test_help_lists_the_public_functions(face):
     listed = set(re.findall(r"^    (?:class )?(\w+)", pydoc.plain(pydoc.render_doc(module)), re.M))
     public = {name for name in module.__all__ if callable(getattr(module, name))}
     assert public - listed == set()
+    # Under DATA it says nothing of what is compiled.
+    values = [getattr(module, name) for name in public]
+    assert [v for v in values if not (inspect.isfunction(v) or inspect.isclass(v))] == []
 
 
 def test_the_largest_room_says_what_is_in_it():

@@ -54,8 +54,8 @@ class SmallPairs(NamedTuple):
     valid: jax.Array
 
 
-@jax.jit
 @precisely
+@jax.jit
 def ritz_pairs(result: LanczosResult) -> RitzResult:
     """Computes the eigenpairs of the tridiagonal matrix of a Lanczos run.
 
