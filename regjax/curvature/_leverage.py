@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _tree
 from regjax._arguments import checked
 from regjax._base import Mask, ModelFn, OutputLossFn, Params, Tree, as_partial
+from regjax._printing import legible
 from regjax.curvature._inverse_forms import inverse_forms, least_eigenvalue
 from regjax.curvature._operators._gauss_newton import gauss_newton
 from regjax.curvature._operators._jacobian import JacobianOperator, example_rows, jacobian
@@ -36,6 +37,7 @@ from regjax.curvature._precision import precisely
 _ROUNDING = 4
 
 
+@legible
 class OutputCovarianceResult(NamedTuple):
     """Covariances of the C outputs of M examples.
 
@@ -54,6 +56,7 @@ class OutputCovarianceResult(NamedTuple):
     num_matvecs: jax.Array
 
 
+@legible
 class LeverageResult(NamedTuple):
     """Leverages of M training examples.
 
@@ -115,6 +118,18 @@ def output_covariance(
     Raises:
       ValueError: `damping` is not positive, the model couples its examples, `operator` is of
         another space, or as in `solve`.
+
+    Example:
+      >>> model = lambda slope, x: x @ slope  # of two points, at 1 and at 3
+      >>> half_square = lambda y, t: jnp.mean((y - t) ** 2) / 2
+      >>> data = jnp.asarray([[1.0], [3.0]]), jnp.zeros((2, 1))
+      >>> slope = jnp.ones((1, 1))
+      >>> matrix = curvature.gauss_newton(model, half_square, slope, *data)  # (1 + 9) / 2
+      >>> found = curvature.output_covariance(
+      ...     model, slope, jnp.asarray([[2.0]]), matrix, damping=1.0, num_examples=2,
+      ...     lower_bound=0.0)
+      >>> print(round(float(found.value[0, 0, 0]), 4))  # 2^2 / (5 + 1) / 2
+      0.3333
 
     References:
       D. MacKay (1992), A practical Bayesian framework for backpropagation networks, Neural
@@ -190,6 +205,14 @@ def leverage(
       ValueError: `damping` is not positive, `examples` are not among the N, the loss is seen not to
         be convex in the outputs, the model or the loss couples its examples, `operator` is of
         another space, or as in `solve`.
+
+    Example:
+      >>> model = lambda slope, x: x @ slope  # of two points, at 1 and at 3
+      >>> half_square = lambda y, t: jnp.mean((y - t) ** 2) / 2
+      >>> data = jnp.asarray([[1.0], [3.0]]), jnp.zeros((2, 1))
+      >>> found = curvature.leverage(model, half_square, jnp.ones((1, 1)), *data, damping=1.0)
+      >>> print((12 * found.value).round(3))  # 1^2 / (5 + 1) / 2 and 3^2 / (5 + 1) / 2
+      [1. 9.]
 
     References:
       R. D. Cook, S. Weisberg (1982), Residuals and influence in regression. For other losses this
