@@ -65,11 +65,11 @@ from regjax.curvature._operators._gauss_newton import gauss_newton as gauss_newt
 from regjax.curvature._operators._hessian import from_gradient as from_gradient
 from regjax.curvature._operators._hessian import hessian as hessian
 from regjax.curvature._operators._hessian import hvp as hvp
+from regjax.curvature._operators._identity import identity as identity
 from regjax.curvature._operators._jacobian import JacobianOperator as JacobianOperator
 from regjax.curvature._operators._jacobian import jacobian as jacobian
 from regjax.curvature._operators._matvec import from_matvec as from_matvec
 from regjax.curvature._operators._operator import Operator as Operator
-from regjax.curvature._operators._operator import identity as identity
 from regjax.curvature._operators._stream import stream as stream
 from regjax.curvature._preconditioners import jacobi_preconditioner as jacobi_preconditioner
 from regjax.curvature._preconditioners import low_rank_preconditioner as low_rank_preconditioner

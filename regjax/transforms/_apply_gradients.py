@@ -20,6 +20,15 @@ def apply_gradients(state: _State, grads: Params, **options: Any) -> _State:
     to the method, and any other one to `tx.update`. What else the method of a subclass does, it
     does.
 
+    Example:
+      >>> from flax.training.train_state import TrainState
+      >>> params = {"w": jnp.array([3.0, 4.0])}  # of the loss |w|^2 / 2
+      >>> tx = optax.chain(transforms.sam(1.0), optax.sgd(0.1))
+      >>> state = TrainState.create(apply_fn=None, params=params, tx=tx)
+      >>> state = transforms.apply_gradients(state, params, grad_fn=lambda params, i: params)
+      >>> print(state.params["w"])
+      [2.64 3.52]
+
     Args:
       state: a `flax.training.train_state.TrainState`, of a subclass perhaps.
       grads: the gradient.

@@ -76,7 +76,14 @@ def average_params(
     hardly move is off by a tenth of a percent after 1e5 steps.
 
     Example:
-      tx = optax.chain(optax.sgd(0.1), average_params(begin=1000, every=100))
+      >>> tx = optax.chain(optax.sgd(1.0), transforms.average_params())
+      >>> params = jnp.array(4.0)
+      >>> state = tx.init(params)
+      >>> for grads in (jnp.array(1.0), jnp.array(2.0)):  # the weights become 3, then 1
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params, transforms.averaged_params(state))
+      1.0 2.0
 
     Args:
       decay: weight of the average so far, from 0 (the newest weights alone) to 1 (all alike).
@@ -134,6 +141,16 @@ def averaged_params(state: Tree, params: Params | None = None) -> Params:
     """Reads the average of the weights from the state of an optimiser with `average_params`.
 
     Until the first weights count, the average is the newest weights themselves.
+
+    Example:
+      >>> tx = optax.chain(optax.sgd(1.0), transforms.average_params(num_latest=2))
+      >>> params = jnp.array(4.0)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):  # the weights become 3, 2, 1
+      ...     updates, state = tx.update(jnp.array(1.0), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(transforms.averaged_params(state))
+      1.5
 
     Args:
       state: of `average_params`, or of whatever it is part of: chains, `optax.masked`,

@@ -54,6 +54,15 @@ def gossip_average(
     blocks of neighbours. For one learner a device, without `jax.vmap`, name the mesh's axis alone.
     On a mesh no member of the chain may call this one in a branch that only some devices take.
 
+    Example:
+      >>> params = jnp.array([0.0, 3.0, 6.0, 9.0])  # one weight of each of four learners
+      >>> grads = jnp.array([0.0, 0.0, 0.0, 10.0])
+      >>> tx = optax.chain(optax.sgd(0.1), transforms.gossip_average(transforms.ring_mixing()))
+      >>> step = jax.vmap(tx.update, axis_name="learner")
+      >>> updates, state = step(grads, jax.vmap(tx.init)(params), params)
+      >>> print(params + updates)
+      [4. 3. 6. 4.]
+
     Args:
       mixing: `ring_mixing()`, `random_pair_mixing(key=...)`, `exponential_mixing()`,
         `full_mixing()`, `dense_mixing(matrix)`, or any (params, count, axis_name) -> params.
@@ -111,6 +120,11 @@ def _added(update: jax.Array, mixed: jax.Array, param: jax.Array) -> jax.Array:
 def mean_params(params: Params) -> Params:
     """Computes the mean over the learners, at which decentralised runs are evaluated.
 
+    Example:
+      >>> params = {"w": jnp.array([[1.0, 2.0], [3.0, 6.0]])}  # two learners with two weights each
+      >>> print(transforms.mean_params(params)["w"])
+      [2. 4.]
+
     Args:
       params: stacked tree, leaves (n, ...) with a leading axis of learners.
 
@@ -134,6 +148,13 @@ def consensus_model(
 
     The learners' running statistics belong to their own weights, and the mean of the statistics to
     no weights at all.
+
+    Example:
+      >>> model = regjax.from_callable(lambda params, x: params * x, jnp.array(0.0))
+      >>> params = jnp.array([1.0, 2.0, 6.0])  # of three learners
+      >>> model = transforms.consensus_model(model, params, [jnp.ones(4)])
+      >>> print(model.params)
+      3.0
 
     Args:
       model: of one learner; its parameters are replaced, and its batch statistics.

@@ -58,6 +58,17 @@ def entropy_sgd(
     of the outer gradient; the paper is reported (not checked) to weigh it with 0.75 and to multiply
     by gamma. Deviation: the code's noise is sqrt(2) times as large as `noise_scale` says here.
 
+    Example:
+      >>> grad_fn = lambda params, i: params  # of the loss w^2 / 2
+      >>> tx = transforms.entropy_sgd(
+      ...     1.0, key=jax.random.key(0), learning_rate=0.5, noise_scale=0.0, momentum=0.0,
+      ...     averaging=1.0,
+      ... )
+      >>> params = jnp.array(2.0)
+      >>> updates, state = tx.update(params, tx.init(params), params, grad_fn=grad_fn)
+      >>> print(params - updates)  # the minimum of w^2 / 2 + (w - 2)^2 / 2
+      1.0
+
     Args:
       gamma: stiffness of the well, in units of the loss over the parameter squared, or a schedule
         of the outer count (`schedules.scoping_schedule`).

@@ -34,6 +34,16 @@ def assume_joined(grad_fn: _Function) -> _Function:
     that `grad_fn` is the mean over all. Mostly the other order is meant, in which each micro-batch
     climbs by itself: `optax.chain(sam(0.05), optax.MultiSteps(optax.sgd(0.1), 4))`.
 
+    Example:
+      >>> tx = optax.MultiSteps(optax.chain(transforms.sam(1.0), optax.sgd(0.1)), 2)
+      >>> params = jnp.array([3.0, 4.0])
+      >>> state = tx.init(params)
+      >>> grad_fn = transforms.assume_joined(lambda params, i: params)  # of all micro-batches
+      >>> for grads in (params - 1.0, params + 1.0):
+      ...     updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+      >>> print(updates)
+      [-0.36 -0.48]
+
     Args:
       grad_fn: (params, i) -> the mean gradient over all micro-batches; or a `value_fn`.
 

@@ -20,6 +20,20 @@ Leaves = list[jax.Array]
 class Gate(NamedTuple):
     """A rule that decides at each step whether the penalty is on, for the whole network at once.
 
+    Example:
+      >>> def decide(grads, added, state, count):
+      ...     return count % 2 == 1, state
+      >>> gate = transforms.Gate(init=lambda: (), decide=decide)  # open in every other step
+      >>> tx = transforms.coherent_regularization(0.1, gate=gate)
+      >>> params = jnp.array(2.0)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     updates, state = tx.update(jnp.array(1.0), state, params)
+      ...     print(updates)
+      1.0
+      1.2
+      1.0
+
     Attributes:
       init: () -> state of the gate, a tree of arrays.
       decide: (loss gradients, penalty gradients, state, count) -> (on, state). The gradients are
@@ -65,6 +79,15 @@ def coherent_regularization(
     and a closed gate pass the gradient through bit for bit.
 
     The coherence statistic of the paper is not known to us: `cosine_gate` is our reading.
+
+    Example:
+      >>> tx = transforms.coherent_regularization(0.1, gate=transforms.cosine_gate(0.5))
+      >>> params = jnp.array([0.0, 10.0])  # the gradient of the penalty is [0, 1]
+      >>> for grads in (jnp.array([1.0, 0.0]), jnp.array([0.0, -0.9])):
+      ...     updates, state = tx.update(grads, tx.init(params), params)
+      ...     print(updates, state.on)  # the second gradient points against the penalty's
+      [1. 1.] True
+      [ 0.  -0.9] False
 
     Args:
       strength: lambda of lambda |w|_1 or (lambda / 2) |w|^2, in units of the loss per parameter (or
@@ -139,6 +162,10 @@ def _checked(penalty: Params, weights: jax.Array) -> Params:
 def l2_gradient(weights: jax.Array) -> jax.Array:
     """Returns the gradient of |w|^2 / 2.
 
+    Example:
+      >>> print(transforms.l2_gradient(jnp.array([-2.0, 0.0, 3.0])))
+      [-2.  0.  3.]
+
     Args:
       weights: a leaf.
 
@@ -153,6 +180,10 @@ def l1_gradient(weights: jax.Array) -> jax.Array:
 
     Descent along it never reaches zero; `soft_threshold` does.
 
+    Example:
+      >>> print(transforms.l1_gradient(jnp.array([-2.0, 0.0, 3.0])))
+      [-1.  0.  1.]
+
     Args:
       weights: a leaf.
 
@@ -165,6 +196,13 @@ def l1_gradient(weights: jax.Array) -> jax.Array:
 def always_gate() -> Gate:
     """Makes a gate that is open from the first step: an ordinary penalty.
 
+    Example:
+      >>> tx = transforms.coherent_regularization(0.1, gate=transforms.always_gate())
+      >>> params = jnp.array([2.0, -4.0])
+      >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> print(updates)
+      [1.2 0.6]
+
     Returns:
       A `Gate` without state.
     """
@@ -174,6 +212,16 @@ def always_gate() -> Gate:
 @checked
 def delayed_gate(delay: int) -> Gate:
     """Makes a gate that opens for good at step `delay`, counted from 0.
+
+    Example:
+      >>> tx = transforms.coherent_regularization(0.1, gate=transforms.delayed_gate(1))
+      >>> params = jnp.array([2.0, -4.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(jnp.ones(2), state, params)
+      ...     print(updates)
+      [1. 1.]
+      [1.2 0.6]
 
     Args:
       delay: number of steps; five epochs is a start.
@@ -194,6 +242,13 @@ def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
 
     Norms go over all masked leaves together. At a stationary point of the penalised loss g = -r, so
     the cosine falls off where training ends, and the gate would close: give `hold`.
+
+    Example:
+      >>> gate = transforms.cosine_gate(0.5)
+      >>> grads, added = [jnp.array([1.0, 0.0])], [jnp.array([0.0, 1.0])]  # a cosine of 0.71
+      >>> on, state = gate.decide(grads, added, gate.init(), 0)
+      >>> print(on)
+      True
 
     Args:
       threshold: between 0 and 1. 0.5 is our choice; 0.8 protects more and regularises less.
@@ -224,6 +279,13 @@ def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
     """Makes a gate that is open while the gradient of the loss is the larger one.
 
         |g| > threshold |r|,   norms over all masked leaves together
+
+    Example:
+      >>> gate = transforms.ratio_gate(2.0)
+      >>> grads, added = [jnp.array([3.0, 0.0])], [jnp.array([0.0, 1.0])]
+      >>> on, state = gate.decide(grads, added, gate.init(), 0)
+      >>> print(on)
+      True
 
     Args:
       threshold: at least 0.
@@ -280,6 +342,15 @@ def soft_threshold(
     """Takes the proximal step of an L1 penalty, which gives exact zeros; last in the chain.
 
         updates = sign(q) max(|q| - threshold, 0) - w,   q = w + updates
+
+    Example:
+      >>> learning_rate, strength = 0.1, 0.5
+      >>> threshold = transforms.soft_threshold(learning_rate * strength)
+      >>> tx = optax.chain(optax.sgd(learning_rate), threshold)
+      >>> params = jnp.array([0.02, -1.0])
+      >>> updates, state = tx.update(jnp.zeros(2), tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates))
+      [ 0.   -0.95]
 
     Args:
       threshold: learning rate times strength, in units of the parameters, or a schedule of the

@@ -37,6 +37,13 @@ def mean_gradient(
     climbs once with the gradient of the whole batch, or in each part by itself (m-sharpness). With
     `axis_name` every device gets the same gradient, so that its parameters stay alike.
 
+    Example:
+      >>> loss_fn = lambda params, x: jnp.mean((params - x) ** 2)
+      >>> loss_and_grad = transforms.mean_gradient(jax.value_and_grad(loss_fn), num_shards=2)
+      >>> loss, grads = loss_and_grad(jnp.array(0.0), jnp.array([0.0, 2.0, 4.0, 6.0]))
+      >>> print(loss, grads)
+      14.0 -6.0
+
     Args:
       value_and_grad_fn: (params, *batch) -> (loss, gradient) or ((loss, aux), gradient).
       num_shards: number of parts. Trees in `*batch` are divided along the leading axis, which all
@@ -103,6 +110,16 @@ def gradient_function(
     counts of random numbers) is copied here, and changed in copies: made before the clean pass,
     both have the same dropout masks. Under `jax.pmap` or `jax.shard_map`, and for micro-batches,
     give it `mean_gradient(loss_and_grad, ...)`, or each device goes its own way.
+
+    Example:
+      >>> loss_and_grad = jax.value_and_grad(lambda params, x: jnp.mean((params - x) ** 2))
+      >>> params, x = jnp.array(1.0), jnp.array([0.0, 2.0, 4.0, 6.0])
+      >>> grad_fn = transforms.gradient_function(loss_and_grad, params, x)
+      >>> loss, grads = loss_and_grad(params, x)
+      >>> tx = optax.chain(transforms.sam(0.5), optax.sgd(0.1))
+      >>> updates, state = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+      >>> print(grads, updates)  # the gradient at 1, and -0.1 times the one at 0.5
+      -4.0 0.5
 
     Args:
       value_and_grad_fn: (params, *batch) -> (loss, gradient) or ((loss, aux), gradient).

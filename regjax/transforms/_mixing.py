@@ -36,6 +36,11 @@ def ring_mixing() -> Mixing:
     W is symmetric with eigenvalues (1 + 2 cos(2 pi k / n)) / 3. Of two learners each is the other's
     only neighbour: (w + other) / 2. A single one keeps its weights.
 
+    Example:
+      >>> mix = jax.vmap(lambda w: transforms.ring_mixing()(w, 0, "learner"), axis_name="learner")
+      >>> print(mix(jnp.array([0.0, 3.0, 6.0, 9.0])))
+      [4. 3. 6. 5.]
+
     Returns:
       A `Mixing`.
     """
@@ -60,6 +65,13 @@ def random_pair_mixing(*, key: PRNGKey) -> Mixing:
     The pairing of step t is drawn from `fold_in(key, t)`, alike on all learners, out of the n - 1
     rounds of a tournament in which each meets each once. In expectation a step leaves the share
     (n / 2 - 1) / (n - 1) of the squared distance to the mean. A single learner keeps its weights.
+
+    Example:
+      >>> mixing = transforms.random_pair_mixing(key=jax.random.key(0))
+      >>> mix = jax.vmap(lambda w: mixing(w, jnp.int32(0), "learner"), axis_name="learner")
+      >>> weights = mix(jnp.array([0.0, 3.0, 6.0, 9.0]))
+      >>> print(len(set(weights.tolist())), weights.mean())  # two pairs, the mean as before
+      2 4.5
 
     Args:
       key: typed key, the same on all learners and processes.
@@ -105,6 +117,15 @@ def exponential_mixing() -> Mixing:
     P is a permutation, so W is doubly stochastic for any n; it is not symmetric. Where n is a power
     of two, log2 n steps in a row give everybody the mean; for other n they only come near to it.
 
+    Example:
+      >>> mixing = transforms.exponential_mixing()
+      >>> weights = jnp.array([0.0, 3.0, 6.0, 9.0])
+      >>> for step in range(2):
+      ...     mix = jax.vmap(lambda w: mixing(w, jnp.int32(step), "learner"), axis_name="learner")
+      ...     weights = mix(weights)
+      >>> print(weights)
+      [4.5 4.5 4.5 4.5]
+
     Returns:
       A `Mixing`.
 
@@ -131,6 +152,11 @@ def full_mixing() -> Mixing:
     This is not synchronous SGD: gradients are taken before the mixing, at weights that differ by
     the last updates. It is where all learners have the same batches.
 
+    Example:
+      >>> mix = jax.vmap(lambda w: transforms.full_mixing()(w, 0, "learner"), axis_name="learner")
+      >>> print(mix(jnp.array([0.0, 3.0, 6.0, 9.0])))
+      [4.5 4.5 4.5 4.5]
+
     Returns:
       A `Mixing`.
     """
@@ -153,6 +179,12 @@ def dense_mixing(matrix: ArrayLike) -> Mixing:
 
     Every learner is sent the weights of all others, and holds them for the moment. For topologies
     without a mixing of their own, and as the reference for those that have one.
+
+    Example:
+      >>> mixing = transforms.dense_mixing([[0.75, 0.25], [0.25, 0.75]])
+      >>> mix = jax.vmap(lambda w: mixing(w, 0, "learner"), axis_name="learner")
+      >>> print(mix(jnp.array([0.0, 4.0])))
+      [1. 3.]
 
     Args:
       matrix: (n, n), W, known when the program is built; rows and columns sum to one.

@@ -52,6 +52,14 @@ def perturbed_gradient(
     since small noise is lost in weights of bfloat16. `noisy_gradient` is the same for trainers that
     hand no `grad_fn` on.
 
+    Example:
+      >>> tx = transforms.perturbed_gradient(0.1, key=jax.random.key(0))
+      >>> params = jnp.zeros(10_000)
+      >>> grad_fn = lambda params, i: params  # of the loss |params|^2 / 2
+      >>> updates, state = tx.update(params, tx.init(params), params, grad_fn=grad_fn)
+      >>> print(f"{updates.std():.2f}")  # the gradient at noise of this size
+      0.10
+
     Args:
       std: standard deviation sigma, in units of the parameters, or a schedule of the update
         count. Used: 0.03 (ResNet-18, CIFAR-10).
@@ -149,6 +157,15 @@ def anticorrelated_noise(
     Weights that are given to `update` may be rounded as they like: what the sum with the update
     rounds off goes into xi, and z is followed in float32 also where w is in bfloat16.
 
+    Example:
+      >>> noise = transforms.anticorrelated_noise(0.1, key=jax.random.key(0))
+      >>> tx = optax.chain(optax.sgd(0.1), noise)
+      >>> params = jnp.array([1.0, 2.0])
+      >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)  # descent plus noise
+      >>> print(transforms.denoise_params(params, state[-1]))
+      [0.9 1.9]
+
     Args:
       std: standard deviation of xi, in units of the parameters, or a schedule of the update
         count.
@@ -212,6 +229,13 @@ def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
     """Takes from the weights the noise that `anticorrelated_noise` keeps on them.
 
         z = w - xi
+
+    Example:
+      >>> tx = transforms.anticorrelated_noise(0.1, key=jax.random.key(0))
+      >>> params = jnp.array([1.0, 2.0])
+      >>> updates, state = tx.update(jnp.zeros(2), tx.init(params), params)
+      >>> print(transforms.denoise_params(params + updates, state))
+      [1. 2.]
 
     Args:
       params: tree of the weights w.

@@ -39,6 +39,13 @@ def noisy_gradient(
     pass, as in `sharpness_aware_gradient`, of which all else holds here too: micro-batches of one
     step have the same noise, and so have several devices.
 
+    Example:
+      >>> loss_and_grad = jax.value_and_grad(lambda params: 0.5 * jnp.sum(params**2))
+      >>> loss_and_grad = transforms.noisy_gradient(loss_and_grad, 0.1, key=jax.random.key(0))
+      >>> loss, grads = loss_and_grad(jnp.zeros(10_000), num_updates=0)
+      >>> print(loss, f"{grads.std():.2f}")  # the clean loss, the gradient at noise of this size
+      0.0 0.10
+
     Args:
       value_and_grad_fn: (params, *batch) -> (loss, gradient) or ((loss, aux), gradient).
       std: standard deviation as in `perturbed_gradient`, or a schedule of `num_updates`.

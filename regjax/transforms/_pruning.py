@@ -39,6 +39,14 @@ def hold_masks(
     the new ones from this step on. A weight unmasked again starts from 0, with the momentum that
     it has gathered.
 
+    Example:
+      >>> masks = jnp.array([True, False])
+      >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), transforms.hold_masks(masks))
+      >>> params = jnp.array([1.0, 2.0])
+      >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates))
+      [0.9 0. ]
+
     Args:
       masks: tree like the parameters of bool arrays, True for weights that are trained, such as
         `pruning.parameter_masks` gives; or a function params -> such a tree, called at `init`.

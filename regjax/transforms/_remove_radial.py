@@ -43,6 +43,14 @@ def remove_radial(
 
     Deviation: the official code adds 1e-8 to the norms; here a zero group is left alone.
 
+    Example:
+      >>> tx = transforms.remove_radial(optax.scale_by_adam())
+      >>> params = jnp.array([[3.0], [4.0]])  # one filter of two weights
+      >>> grads = jnp.array([[-0.8], [0.6]])  # orthogonal to it, of which Adam alone makes [-1, 1]
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> print(updates.ravel(), f"{abs(jnp.vdot(params, updates)):.1f}")
+      [-1.12  0.84] 0.0
+
     Args:
       tx: makes the update of the gradient, before the learning rate where there is weight decay.
       mask: leaves that may be projected and are decayed; None for all.

@@ -51,6 +51,15 @@ def sam(
     climb as a copy in float32, which is what `grad_fn` is given then; a model that casts it back
     loses the step. `sharpness_aware_gradient` is the same for trainers that hand no `grad_fn` on.
 
+    Example:
+      >>> tx = optax.chain(transforms.sam(1.0), optax.sgd(0.1))
+      >>> grad_fn = lambda params, i: jax.grad(lambda w: 0.5 * jnp.sum(w**2))(params)
+      >>> params = jnp.array([3.0, 4.0])
+      >>> grads, state = grad_fn(params, 0), tx.init(params)
+      >>> updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+      >>> print(updates)  # -0.1 times the gradient at the top, [3.6, 4.8]
+      [-0.36 -0.48]
+
     Args:
       rho: radius, Euclidean, in units of the parameters (relative to them on adaptive leaves), or
         a schedule of the update count. Used: 0.05 (CIFAR-10), 0.1 (CIFAR-100); adaptive 0.5, 1.
@@ -129,6 +138,15 @@ def gsam(
 
     Stepping against -r raises the clean loss towards the perturbed one, which closes the gap
     between them without changing the perturbed loss to first order. `alpha=0` is `sam`.
+
+    Example:
+      >>> tx = optax.chain(transforms.gsam(1.0, alpha=0.5), optax.sgd(0.1))
+      >>> params = jnp.array([2.0, 1.0])
+      >>> grad_fn = lambda params, i: params * jnp.array([1.0, 4.0])  # curvatures 1 and 4
+      >>> grads = grad_fn(params, 0)
+      >>> updates, state = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+      >>> print(updates)
+      [-0.213 -0.768]
 
     Args:
       rho: as in `sam`. The paper's radius follows the learning rate: a schedule.

@@ -44,6 +44,13 @@ def sharpness_aware_gradient(
     comes out, by `mean_gradient(sharpness_aware_gradient(...), ...)`. For one ascent of the whole
     batch average what goes in, by `sharpness_aware_gradient(mean_gradient(...), rho)`.
 
+    Example:
+      >>> loss_and_grad = jax.value_and_grad(lambda params: 0.5 * jnp.sum(params**2))
+      >>> loss_and_grad = transforms.sharpness_aware_gradient(loss_and_grad, 1.0)
+      >>> loss, grads = loss_and_grad(jnp.array([3.0, 4.0]))
+      >>> print(loss, grads)  # the loss at the weights, the gradient at the top
+      12.5 [3.6 4.8]
+
     Args:
       value_and_grad_fn: (params, *batch) -> (loss, gradient) or ((loss, aux), gradient).
       rho: radius as in `sam`; of a schedule the value at `num_updates`, the number of updates so

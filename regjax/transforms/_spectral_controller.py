@@ -80,6 +80,16 @@ def spectral_controller(
     convolutions inside `jit` it is slow. There pass `every=None` and have the host call
     `refresh_spectral_controller` between the steps.
 
+    Example:
+      >>> tx = transforms.spectral_controller(
+      ...     key=jax.random.key(0), initial_learning_rate=0.01, every=10, num_steps=8
+      ... )
+      >>> grad_fn = lambda params, i: params * jnp.linspace(1.0, 9.0, 8)  # curvatures 1 to 9
+      >>> params = jnp.ones(8)
+      >>> updates, state = tx.update(params, tx.init(params), params, grad_fn=grad_fn)
+      >>> print(f"{state.learning_rate:.3f} {state.momentum:.3f}")  # 1 / 9 and (3 - 1) / (3 + 1)
+      0.111 0.500
+
     Args:
       key: typed key of the Lanczos starts.
       initial_learning_rate: until a refresh finds a positive finite L; the momentum is 0 till then.
@@ -185,6 +195,17 @@ def refresh_spectral_controller(
 
     What `spectral_controller` does every so many steps, for a host that decides when; in a chain
     the state is the last one of the tuple. At the cost of `num_steps` Hessian products.
+
+    Example:
+      >>> tx = transforms.spectral_controller(
+      ...     key=jax.random.key(0), initial_learning_rate=0.01, every=None
+      ... )
+      >>> grad_fn = lambda params: params * jnp.linspace(1.0, 9.0, 8)  # curvatures 1 to 9
+      >>> params = jnp.ones(8)
+      >>> state = tx.init(params)
+      >>> state = transforms.refresh_spectral_controller(state, grad_fn, params, num_steps=8)
+      >>> print(f"{state.largest:.2f} {state.smallest:.2f} {state.learning_rate:.3f}")
+      9.00 1.00 0.111
 
     Args:
       state: of `spectral_controller`.

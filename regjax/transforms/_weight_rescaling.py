@@ -46,6 +46,15 @@ def rescale_weights(
     after a single large rescale use `rescale_velocity`, and multiply running batch statistics by
     the factor (mean) and its square (variance).
 
+    Example:
+      >>> tx = transforms.rescale_weights(mask={"kernel": True, "bias": False})
+      >>> params = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.array([2.0])}
+      >>> updates = jax.tree.map(jnp.zeros_like, params)
+      >>> updates, state = tx.update(updates, tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params["kernel"].ravel(), params["bias"])
+      [0.6 0.8] [2.]
+
     Args:
       mask: leaves to rescale; only scale-invariant ones are legitimate
         (`diagnostics.scale_invariant_mask` finds them).
@@ -123,6 +132,10 @@ def rescale_velocity(
 
     The gradient scales by 1 / factor, so the same trajectory needs this buffer and the learning
     rate times factor squared.
+
+    Example:
+      >>> print(transforms.rescale_velocity(jnp.array([[1.0], [2.0]]), factor=0.5).ravel())
+      [2. 4.]
 
     Args:
       velocity: tree of momentum buffers.

@@ -18,6 +18,17 @@ def only_extra(
     `only_extra(optax.scale_by_backtracking_linesearch(15), "value", "grad", "value_fn")`; and for
     those that would read too much: `only_extra(sam(0.05), "grad_fn")` beside a `value_fn`.
 
+    Example:
+      >>> def update(updates, state, params=None, *, value):  # takes `value` and nothing else
+      ...     return value * updates, state
+      >>> strict = optax.GradientTransformationExtraArgs(lambda params: (), update)
+      >>> tx = optax.chain(transforms.sam(1.0), transforms.only_extra(strict, "value"))
+      >>> params = jnp.array([3.0, 4.0])
+      >>> extra = {"grad_fn": lambda params, i: params, "value": 10.0}
+      >>> updates, state = tx.update(params, tx.init(params), params, **extra)
+      >>> print(updates)
+      [36. 48.]
+
     Args:
       tx: a transformation.
       *names: of the extra arguments that it knows.
@@ -60,6 +71,16 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransforma
     `optax.apply_if_finite` looks at the gradient that comes in, which a transformation that takes
     another gradient does not use; and it wraps `tx` in a branch, in which XLA on CPU runs
     convolutions an order of magnitude slower. Here `tx` always runs, and its results are selected.
+
+    Example:
+      >>> tx = transforms.skip_nonfinite(optax.sgd(0.1))
+      >>> params = jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> for grads in (jnp.array([1.0, jnp.nan]), jnp.array([1.0, 1.0])):
+      ...     updates, state = tx.update(grads, state, params)
+      ...     print(updates, state.num_skipped)
+      [0. 0.] 1
+      [-0.1 -0.1] 1
 
     Args:
       tx: a transformation, or a whole chain.
