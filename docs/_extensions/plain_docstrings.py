@@ -14,11 +14,14 @@ import pathlib
 import re
 from collections.abc import Iterator
 
+from docutils import nodes
 from public_names import address_of
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.inspect import stringify_signature
 
 CODE = re.compile(r"(``.+?``|`[^`]+`)", re.DOTALL)
+PRIVATE = re.compile(r"\b(\w+\.)*_\w+\.")
 MARKUP = re.compile(r"([*|\\])|(?<=\w)(_)(?!\w)")
 
 
@@ -32,7 +35,9 @@ def rst_of(lines: list[str], room: str) -> list[str]:
             pieces[1::2] = [_code(piece, room) for piece in pieces[1::2]]
             result += "".join(pieces).split("\n")
         elif kind == "formula":
-            result += ["::", "", *block, ""]
+            indent = " " * _indent(block[0])
+            result += [f"{indent[:-2]}.. code-block:: none", f"{indent[:-2]}   :class: formula", ""]
+            result += [f"  {line}" for line in block] + [""]
         else:
             result += block
     return result
@@ -79,6 +84,11 @@ def _indent(line: str) -> int:
 
 
 @functools.cache
+def _source(path: str) -> str:
+    return pathlib.Path(path).read_text()
+
+
+@functools.cache
 def _definitions(path: str) -> dict[str, ast.AST]:
     """The functions and classes of a file by qualified name."""
     found: dict[str, ast.AST] = {}
@@ -89,57 +99,113 @@ def _definitions(path: str) -> dict[str, ast.AST]:
                 found[prefix + child.name] = child
                 visit(child, f"{prefix}{child.name}.")
 
-    visit(ast.parse(pathlib.Path(path).read_text()), "")
+    visit(ast.parse(_source(path)), "")
     return found
 
 
-def _annotations(value: object) -> dict[str, str]:
-    """The annotations of a function's arguments, or of a dataclass's fields, as they are written."""
+class _Source(str):
+    """A default value, shown as it is written."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _written(value: object) -> tuple[dict[str, str], dict[str, _Source]]:
+    """Annotations and defaults of a function's arguments or a dataclass's fields, as written."""
     value = inspect.unwrap(value)
-    node = _definitions(inspect.getsourcefile(value)).get(value.__qualname__)
+    path = inspect.getsourcefile(value)
+    node = _definitions(path).get(value.__qualname__)
     if isinstance(node, ast.ClassDef):
-        return {s.target.id: ast.unparse(s.annotation) for s in node.body if isinstance(s, ast.AnnAssign)}
-    if node is None:
-        return {}
-    arguments = node.args
-    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-    found = {arg.arg: ast.unparse(arg.annotation) for arg in every if arg and arg.annotation}
-    return found | ({"return": ast.unparse(node.returns)} if node.returns else {})
+        fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+        types = {field.target.id: field.annotation for field in fields}
+        given = {field.target.id: field.value for field in fields}
+    elif node is None:
+        return {}, {}
+    else:
+        every = node.args
+        positional = [*every.posonlyargs, *every.args]
+        arguments = [*positional, *every.kwonlyargs, every.vararg, every.kwarg]
+        types = {arg.arg: arg.annotation for arg in arguments if arg} | {"return": node.returns}
+        last = zip(reversed(positional), reversed(every.defaults), strict=False)
+        pairs = [*last, *zip(every.kwonlyargs, every.kw_defaults, strict=True)]
+        given = {arg.arg: default for arg, default in pairs}
+    text = lambda node: " ".join(ast.get_source_segment(_source(path), node).split())
+    return (
+        {name: PRIVATE.sub("", text(node)).strip("\"'") for name, node in types.items() if node},
+        {name: _default(text(node)) for name, node in given.items() if node},
+    )
+
+
+def _default(text: str) -> _Source:
+    return _Source("..." if re.search(r"(^|\.)_|field\(|<|\w\(", text) else text)
 
 
 def _signature(app, what, name, value, options, signature, returns):
-    """Replaces what Python has made of the annotations by what the source says."""
+    """Replaces what Python has made of types and defaults by what the source says."""
+    types: dict[str, str] = {}
+    defaults: dict[str, _Source] = {}
     if what == "class":
         if hasattr(value, "_fields"):
             return "", None  # made by functions; the docstring has the fields
-        annotations = {}
-        for base in reversed(value.__mro__):
-            if base.__module__.startswith("regjax"):
-                own = base.__init__ if "__init__" in vars(base) and not dataclasses.is_dataclass(base) else base
-                annotations |= _annotations(own)
+        layer = getattr(value, "layer_type", object)  # an nnx face has the options of its layer
+        for base in (*reversed(layer.__mro__), *reversed(value.__mro__)):
+            if base.__module__.split(".")[0] in ("regjax", "flax"):
+                has_own = "__init__" in vars(base) and not dataclasses.is_dataclass(base)
+                found = _written(base.__init__ if has_own else base)
+                types, defaults = types | found[0], defaults | found[1]
+        types.pop("return", None)
     elif what in ("function", "method"):
-        annotations = _annotations(value)
+        types, defaults = _written(value)
     else:
         return None
     try:
         found = inspect.signature(value)
     except (TypeError, ValueError):
         return None
-    parameters = list(found.parameters.values())
-    if what == "method" and parameters and parameters[0].name in ("self", "cls"):
-        parameters = parameters[1:]
-    parameters = [p.replace(annotation=annotations.get(p.name, p.annotation)) for p in parameters]
-    found = found.replace(parameters=parameters, return_annotation=annotations.get("return", found.empty))
+    parameters = [
+        p.replace(
+            annotation=types.get(p.name, p.annotation),
+            default=p.default if p.default is p.empty else defaults.get(p.name) or _default(repr(p.default)),
+        )
+        for p in found.parameters.values()
+        if not (what == "method" and p.name in ("self", "cls")) and "Sentinel" not in repr(p.default)
+    ]
+    found = found.replace(parameters=parameters, return_annotation=types.get("return", found.empty))
     text = stringify_signature(found, unqualified_typehints=True)
     arguments, arrow, result = text.rpartition(" -> ")
     return (arguments, result) if arrow else (text, None)
 
 
 def _docstring(app, what, name, value, options, lines):
+    if what == "class":
+        lines[:] = _with_types(lines, _written(value)[0])
     lines[:] = rst_of(lines, app.env.ref_context.get("py:module", "regjax"))
+
+
+def _with_types(lines: list[str], types: dict[str, str]) -> list[str]:
+    """Adds the types to the fields under `Attributes:`, as napoleon reads them."""
+    start = lines.index("Attributes:") + 1 if "Attributes:" in lines else len(lines)
+    stop = next((i for i in range(start, len(lines)) if lines[i] and lines[i][0] != " "), len(lines))
+    typed = lambda match: f"{match[1]} ({types[match[1]]}):" if match[1] in types else match[0]
+    fields = [re.sub(r"(?<=^  )(\w+):", typed, line) for line in lines[start:stop]]
+    return [*lines[:start], *fields, *lines[stop:]]
+
+
+def _without_private_modules(app: Sphinx, doctree: nodes.document) -> None:
+    """Types of properties and of aliases, which autodoc writes in full."""
+    for reference in doctree.findall(addnodes.pending_xref):
+        if reference.get("refdomain") == "py":
+            reference["reftarget"] = PRIVATE.sub("", reference["reftarget"])
+    for signature in doctree.findall(addnodes.desc_signature):
+        for text in list(signature.findall(nodes.Text)):
+            if PRIVATE.search(text):
+                text.parent.replace(text, nodes.Text(PRIVATE.sub("", text)))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", _docstring, priority=400)  # napoleon comes at 500
     app.connect("autodoc-process-signature", _signature)
+    app.connect("doctree-read", _without_private_modules)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
