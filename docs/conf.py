@@ -1,4 +1,4 @@
-"""The site: `python -m sphinx -W -b html docs OUT`, with the extra `docs` installed; no network needed."""
+"""The site: `python -m sphinx -W -b html docs OUT`. Needs the extra `docs`, and no network."""
 
 import logging
 import os

@@ -1,9 +1,9 @@
 """Docstrings and signatures as they stand in the source, for autodoc.
 
-Docstrings here are plain text with `code` in single backticks and indented formulas, which reads well
-in `help()`. For Sphinx they become reStructuredText: code that is a public name becomes a link, an
-indented paragraph a literal block, and |x| or *batch stay what they are. Signatures take their types
-from the source, where they are `LossFn` and not what that stands for.
+Docstrings here are plain text with `code` in single backticks and indented formulas, which read
+well in `help()`. For Sphinx they become reStructuredText: code that is a public name becomes a
+link, an indented paragraph a literal block, and |x| or *batch stay what they are. Signatures take
+their types from the source, where they are `LossFn` and not what that stands for.
 """
 
 import ast
@@ -55,21 +55,18 @@ def _blocks(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
     text: list[str] = []
     index = 0
     while index < len(lines):
-        line, before = lines[index], lines[index - 1].strip() if index else "text"
-        indent = len(line) - len(line.lstrip())
-        last = next((old for old in reversed(lines[:index]) if old.strip()), "")
+        line, indent = lines[index], _indent(lines[index])
+        last = next(filter(_is_full, reversed(lines[:index])), "")
+        begins = index > 0 and _is_full(line) and not _is_full(lines[index - 1])
         is_doctest = line.lstrip().startswith(">>>")
-        is_code = is_doctest or (bool(line.strip()) and last.endswith("::") and not before)
-        is_formula = bool(line.strip()) and not before and indent > len(last) - len(last.lstrip())
-        if not (is_code or is_formula):
+        is_code = is_doctest or (begins and last.endswith("::"))
+        if not is_code and not (begins and indent > _indent(last)):
             text.append(line)
             index += 1
             continue
-        stop = index
-        while stop < len(lines) and (
-            lines[stop].strip() if is_doctest else not lines[stop].strip() or _indent(lines[stop]) >= indent
-        ):
-            stop += 1
+        rest = range(index, len(lines))
+        ends = (i for i in rest if _ends(lines[i], indent, is_doctest=is_doctest))
+        stop = next(ends, len(lines))
         if text:
             yield "text", text
             text = []
@@ -79,8 +76,16 @@ def _blocks(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
         yield "text", text
 
 
+def _ends(line: str, indent: int, *, is_doctest: bool) -> bool:
+    return not _is_full(line) if is_doctest else _is_full(line) and _indent(line) < indent
+
+
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
+
+
+def _is_full(line: str) -> bool:
+    return bool(line.strip())
 
 
 @functools.cache
@@ -142,6 +147,12 @@ def _default(text: str) -> _Source:
     return _Source("..." if re.search(r"(^|\.)_|field\(|<|\w\(", text) else text)
 
 
+def _shown(parameter: inspect.Parameter, defaults: dict[str, _Source]) -> object:
+    if parameter.default is parameter.empty:
+        return parameter.empty
+    return defaults.get(parameter.name) or _default(repr(parameter.default))
+
+
 def _signature(app, what, name, value, options, signature, returns):
     """Replaces what Python has made of types and defaults by what the source says."""
     types: dict[str, str] = {}
@@ -165,14 +176,13 @@ def _signature(app, what, name, value, options, signature, returns):
     except (TypeError, ValueError):
         return None
     parameters = [
-        p.replace(
-            annotation=types.get(p.name, p.annotation),
-            default=p.default if p.default is p.empty else defaults.get(p.name) or _default(repr(p.default)),
-        )
+        p.replace(annotation=types.get(p.name, p.annotation), default=_shown(p, defaults))
         for p in found.parameters.values()
-        if not (what == "method" and p.name in ("self", "cls")) and "Sentinel" not in repr(p.default)
+        if not (what == "method" and p.name in ("self", "cls"))
+        and "Sentinel" not in repr(p.default)
     ]
-    found = found.replace(parameters=parameters, return_annotation=types.get("return", found.empty))
+    result = types.get("return", found.empty)
+    found = found.replace(parameters=parameters, return_annotation=result)
     text = stringify_signature(found, unqualified_typehints=True)
     arguments, arrow, result = text.rpartition(" -> ")
     return (arguments, result) if arrow else (text, None)
@@ -187,7 +197,9 @@ def _docstring(app, what, name, value, options, lines):
 def _with_types(lines: list[str], types: dict[str, str]) -> list[str]:
     """Adds the types to the fields under `Attributes:`, as napoleon reads them."""
     start = lines.index("Attributes:") + 1 if "Attributes:" in lines else len(lines)
-    stop = next((i for i in range(start, len(lines)) if lines[i] and lines[i][0] != " "), len(lines))
+    stop = next(
+        (i for i in range(start, len(lines)) if lines[i] and lines[i][0] != " "), len(lines)
+    )
     typed = lambda match: f"{match[1]} ({types[match[1]]}):" if match[1] in types else match[0]
     fields = [re.sub(r"(?<=^  )(\w+):", typed, line) for line in lines[start:stop]]
     return [*lines[:start], *fields, *lines[stop:]]
@@ -205,6 +217,7 @@ def _without_private_modules(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    """Registers this extension."""
     app.connect("autodoc-process-docstring", _docstring, priority=400)  # napoleon comes at 500
     app.connect("autodoc-process-signature", _signature)
     app.connect("doctree-read", _without_private_modules)
