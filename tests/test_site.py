@@ -20,6 +20,7 @@ from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
 from tests.test_vocabulary import FACES
 
 pytestmark = pytest.mark.slow  # the same on every Python
