@@ -1,8 +1,10 @@
 """What a run leaves behind, as JSON: options, versions, data and numbers."""
 
+import datetime
 import json
 import math
 import platform
+import time
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -71,6 +73,12 @@ def versions() -> Record:
     packages = {"jax": jax, "flax": flax, "optax": optax, "numpy": np, "regjax": regjax}
     found = {name: package.__version__ for name, package in packages.items()}
     return {"python": platform.python_version(), **found}
+
+
+def finished(start: float) -> Record:
+    """Returns the date, and the seconds since `start` on the monotonic clock."""
+    now = datetime.datetime.now(datetime.UTC)
+    return {"date": now.isoformat(timespec="seconds"), "seconds": time.monotonic() - start}
 
 
 def describe(dataset: Dataset) -> Record:
