@@ -100,9 +100,7 @@ def _run(words: list[str], bar: Bar) -> int:
         ) from None
     bar.close()
     page = out_dir(settings) / PAGE
-    _show(
-        f"{text(contents)}\n\nResults are in {out_dir(settings)}; {page} shows them in a browser."
-    )
+    _show(f"{text(contents)}\n\nResults are in {page.parent}. For a browser: {page}")
     return _DONE if learned else _NOT_LEARNED
 
 

@@ -6,6 +6,8 @@ from regjax.experiments._record import Record
 
 # More digits than a reader compares, and than another seed leaves.
 _MOST_DIGITS = 5
+# Of the error: what is rounding, such as a sum of nothing.
+_NOTHING = 1e-4
 
 
 def with_error(value: float | None, error: float | None) -> str:
@@ -17,6 +19,8 @@ def with_error(value: float | None, error: float | None) -> str:
         return "not known"
     if not (math.isfinite(value) and math.isfinite(error)):
         return f"{value:.{_MOST_DIGITS}g} ± {error:.2g}"
+    if abs(value) < _NOTHING * error:
+        value = 0.0
     digits = _MOST_DIGITS
     if value and error:
         digits = math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 2

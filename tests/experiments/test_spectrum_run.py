@@ -328,6 +328,7 @@ def test_word_of_two_options_is_refused(tmp_path, monkeypatch):
         (11.0, 0.0, "11 ± 0"),
         (0.0, 0.5, "0 ± 0.5"),
         (0.002, 0.5, "0.002 ± 0.5"),
+        (8e-23, 0.79, "0 ± 0.79"),
         (None, None, "not known"),
     ],
 )
