@@ -43,7 +43,7 @@ from regjax.experiments._words import COMMANDS, check_command, given_options, pa
 
 # Exit statuses, as `--help` lists them.
 _DONE, _NOT_LEARNED, _REFUSED, _FAULT, _INTERRUPTED = 0, 1, 2, 70, 130
-_PACKAGES = ("tyro", "tqdm", "matplotlib")
+_PACKAGES = ("tyro", "tqdm", "matplotlib", "jinja2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,6 +28,11 @@ DRAWN_LEGEND = (
     "The Fisher matrix is that of {number} drawn label(s) per example: every ± and bracket is "
     "about that matrix, and leaves out how far it is from the exact one (without --num-samples)."
 )
+GEOMETRY_LEGEND = (
+    "Geometric complexity is the mean squared norm of the Jacobian of the outputs with respect to "
+    "the inputs. Margins are distances of inputs from the decision boundary of their class, in the "
+    "units of the normalized inputs. Compare both at the same scaling of the inputs only."
+)
 LANDSCAPE_LEGEND = (
     "Directions are random and filter-normalized; width 1 equals the norm of the filters (or "
     "layers). A probe goes 1/2 to 4 learning rates along the gradient."

@@ -22,6 +22,12 @@ Record: TypeAlias = dict[str, Any]
 
 # A surface of 1000 x 1000 points and a thousand epochs of probes have a tenth of it.
 _MAX_BYTES = 2**28
+_TITLES = {
+    "hessian": "Hessian",
+    "gauss_newton": "Gauss-Newton matrix",
+    "fisher": "Fisher matrix",
+    "empirical_fisher": "empirical Fisher matrix",
+}
 
 
 def write(path: Path, record: Record) -> None:
@@ -96,7 +102,7 @@ def describe(dataset: Dataset) -> Record:
 
 def title(matrix: str) -> str:
     """Returns the name of a matrix among the options as one reads it."""
-    return matrix.replace("_", " ").title()
+    return _TITLES[matrix]
 
 
 def plain(value: Any) -> Any:

@@ -122,7 +122,7 @@ def _geometry(record: Record) -> Contents:
         f"{sharpness['num_examples']}, {sharpness['mode']} mode, {which}"
     )
     rows = [[name, text(record)] for name, text in _GEOMETRY.items()]
-    return [header, Table(rows)]
+    return [header, Table(rows), _meanings.GEOMETRY_LEGEND]
 
 
 def _epochs(record: Record) -> str:

@@ -83,7 +83,7 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
 
     Returns:
       What `spectrum.json` holds: as `run_train`, and `blocks`, {"network": ..., layer: ...}, each
-      with its eigenvalues and its density; with `report` also `geometry`.
+      with its eigenvalues and its density; with the option `geometry` also that.
 
     Raises:
       UsageError: an option cannot be followed.
@@ -115,7 +115,7 @@ def _spectrum(settings: SpectrumSettings, progress: Progress, folder: Path) -> R
             save=save,
             progress=functools.partial(_of_block, progress, name),
         )
-    if settings.report:
+    if settings.geometry:
         record["geometry"] = measure_geometry(subject, settings)
         save()
     _figure.draw_spectrum(figure, record)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("small_data")
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_the_report_holds_what_the_functions_say(norm, tmp_path, default_promotion):
-    settings = make_settings(tmp_path, report=True, normalization=norm, num_steps=3)
+    settings = make_settings(tmp_path, geometry=True, normalization=norm, num_steps=3)
     record = run_spectrum(settings, silent)
     model, inputs, targets = problem_of(settings)
     outputs, geometry = regjax.model_function(model), record["geometry"]

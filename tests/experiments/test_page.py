@@ -215,7 +215,7 @@ def test_every_row_has_a_meaning():
         TrainSettings(),
         TrainSettings(learning_rate=0.5, weight_decay=1e-30, data="my file's.npz", momentum=0.0),
         TrainSettings(transformation="sam", monitor="loss,sharpness"),
-        SpectrumSettings(compare=("sgd", "sam,rho=0.1"), seeds=3, report=True, mesh="data=2"),
+        SpectrumSettings(compare=("sgd", "sam,rho=0.1"), seeds=3, geometry=True, mesh="data=2"),
         LandscapeSettings(init="gradinit", data_dir="-odd folder"),
         TrainSettings(
             transformation="perturbed_gradient",

@@ -120,7 +120,12 @@ def test_layers_are_principal_submatrices(tmp_path):
         np.testing.assert_allclose(
             blocks[name]["eigenvalues"]["values"], exact[:3], atol=1e-5 * exact[0]
         )
-    assert list(blocks) == ["network", "head", "layer_0"]
+    assert list(blocks) == ["network", "layer_0", "head"]
+
+
+def test_layers_stand_in_the_order_of_the_network():
+    names = ["stem", *(f"block_{i}" for i in range(12)), "head"]
+    assert sorted(sorted(names), key=_analysis._place) == names
 
 
 def test_record_is_on_disk_with_all_that_identifies_it(tmp_path):
