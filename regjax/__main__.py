@@ -143,7 +143,9 @@ def _from_checkpoint(command: str, words: list[str], settings: TrainSettings) ->
         stored, _, _ = read_run(path)
     except MissingError:
         if not settings.resume:
-            raise
+            raise UsageError(
+                f"--checkpoint needs the checkpoint of a training run, and there is none at {path}."
+            ) from None
         raise UsageError(
             f"--resume needs a checkpoint, and there is none at {path}: give --out, or all options "
             "of the run to go on with."

@@ -82,7 +82,10 @@ def command_help(command: str, settings: _settings.TrainSettings) -> str:
         f"{PROGRAM} {command} [OPTIONS]", inspect.getdoc(type(settings)) or "", _EXAMPLES[command]
     )
     for title, names in _grouped(settings).items():
-        group = parser.add_argument_group(title)
+        method = title.removeprefix("method ")
+        about = inspect.getdoc(getattr(settings, method)) or "" if method != title else ""
+        about = textwrap.fill(" ".join(about.split()), _width() - 2)
+        group = parser.add_argument_group(title, about or None)
         for name in names:
             _add_option(group, name, settings)
     _add_general(parser)
@@ -125,7 +128,7 @@ def _add_option(group: Any, name: str, settings: _settings.TrainSettings) -> Non
         metavar = None
         if value:
             flags = [option(f"{outer}.no_{inner}" if inner else f"no_{outer}")]
-            text = f"Off: {text[0].lower()}{text[1:]}"
+            text = f"Turn off: {text[0].lower()}{text[1:]}"
     elif isinstance(value, tuple):
         metavar = "ITEM"
     elif value is not None:

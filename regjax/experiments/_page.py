@@ -3,45 +3,29 @@
 It says nothing that the records and figures beside it do not: a later run may write it anew.
 """
 
-import base64
 import functools
 import itertools
 import shlex
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from regjax._files import CheckpointError
-from regjax.experiments import _contents, _figure, _meanings, _record
+from regjax.experiments import _contents, _meanings, _record
 from regjax.experiments._folder import PAGE, PAGE_MARK, all_options
 from regjax.experiments._options import option
+from regjax.experiments._pictures import Drawing, drawings_of, images
 from regjax.experiments._record import Record
 from regjax.experiments._settings import INCIDENTAL, TrainSettings
 from regjax.experiments._table import Contents, Table
 from regjax.experiments._words import command_line
 
-_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 # The records of single runs that a folder may hold, in the order of the page.
 _RECORDS = {
     "training.json": "Training",
     "spectrum.json": "Spectrum",
     "landscape.json": "Loss surface",
 }
-
-
-class Drawing(NamedTuple):
-    """Figures in files, which a page shows.
-
-    Attributes:
-      path: of the first figure; a second one stands beside it.
-      shows: names of their captions.
-      draw: (path) -> None, draws them in the format of the path.
-    """
-
-    path: Path
-    shows: tuple[str, ...]
-    draw: Callable[[Path], None]
 
 
 class Row(NamedTuple):
@@ -67,14 +51,17 @@ def write_page(folder: Path, name: str, record: Record) -> None:
       name: file name of the record.
       record: what came out.
     """
-    others = {other: _read(folder / other) for other in _RECORDS if other != name}
-    found = {other: one for other, one in others.items() if _is_alike(one, record)} | {name: record}
+    found = {name: record}
+    for other in _RECORDS.keys() - {name}:
+        one = _read(folder / other)
+        if one is not None and _is_alike(one, record):
+            found[other] = one
     records = {title: found[name] for name, title in _RECORDS.items() if name in found}
     parts = [
         {
             "title": title,
             "summary": _contents.summary(one),
-            "images": _images(_drawings(folder, one)),
+            "images": images(drawings_of(folder, one)),
             "contents": _contents.run_contents(one, with_training=number == 0),
             "command": one["command"],
             "options": one["settings"],
@@ -106,7 +93,7 @@ def write_compared_page(
     part = {
         "title": f"Comparison of {', '.join(records)}",
         "summary": _contents.compared_summary(records),
-        "images": _images(drawings),
+        "images": images(drawings),
         "contents": _contents.compared_contents(records),
         "command": command_line(settings),
         "options": all_options(settings),
@@ -190,38 +177,6 @@ def _facts(records: Sequence[Record], finished: Record) -> dict[str, str]:
     }
 
 
-def _drawings(folder: Path, record: Record) -> list[Drawing]:
-    """Returns the figures of a record, as the run has drawn them."""
-    draws: dict[str, tuple[str, Callable[[Path, Record], None]]] = {
-        "spectrum": ("blocks", _figure.draw_spectrum),
-        "surface": ("surface", _figure.draw_surface),
-        "probes": ("surface", _figure.draw_probes),
-        "monitor": ("monitor", lambda path, one: _figure.draw_monitor(path, {"": one})),
-    }
-    kind = record["settings"].get("figure", "png")
-    return [
-        Drawing(folder / f"{name}.{kind}", (name,), lambda path, draw=draw: draw(path, record))
-        for name, (needs, draw) in draws.items()
-        if needs in record
-    ]
-
-
-def _images(drawings: Sequence[Drawing]) -> list[dict[str, str]]:
-    """Returns captions and data URIs of figures; those of another format are drawn again."""
-    images = []
-    for path, shows, draw in drawings:
-        with tempfile.TemporaryDirectory() as scratch:
-            if path.suffix not in _TYPES or not path.exists():
-                path = Path(scratch) / "figure.png"
-                draw(path)
-            paths = [path, *(path.with_name(name) for name in _figure.beside(path.name))]
-            for one, name in zip(paths, shows, strict=False):
-                content = base64.b64encode(one.read_bytes()).decode()
-                uri = f"data:{_TYPES[one.suffix]};base64,{content}"
-                images.append({"uri": uri, "caption": _meanings.CAPTIONS[name]})
-    return images
-
-
 def _read(path: Path) -> Record | None:
     """Reads the record of another run; None if there is none, or none that can be read."""
     try:
@@ -239,11 +194,9 @@ def _with_nan(value: Any) -> Any:
     return value
 
 
-def _is_alike(other: Record | None, record: Record) -> bool:
+def _is_alike(other: Record, record: Record) -> bool:
     """Tells whether another record is whole, of this version, and of the same network."""
-    if other is None or "finished" not in other:
-        return False
-    return _network(other) == _network(_record.plain(record))
+    return "finished" in other and _network(other) == _network(_record.plain(record))
 
 
 def _network(record: Record) -> tuple[Any, ...]:
