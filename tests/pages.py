@@ -10,6 +10,7 @@ import io
 import pathlib
 import re
 import sys
+import tempfile
 import textwrap
 
 _BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
@@ -50,7 +51,8 @@ def _is_close(ours, theirs):
     if re.fullmatch(r"[-+]?\d+", theirs):
         return ours == theirs
     shown = decimal.Decimal(theirs)
-    return abs(decimal.Decimal(ours) - shown) <= decimal.Decimal((0, (1,), shown.as_tuple().exponent))
+    place = decimal.Decimal((0, (1,), shown.as_tuple().exponent))
+    return abs(decimal.Decimal(ours) - shown) <= place
 
 
 def check(text, name):
@@ -61,7 +63,8 @@ def check(text, name):
         printed, error = run(code, where, namespace)
         if error is not None and f"{type(error).__name__}: " not in shown:
             raise error
-        assert differences(printed, shown) == [], where
+        if different := differences(printed, shown):
+            raise AssertionError(f"{where}, printed and shown: {different}")
 
 
 def with_outputs(text, name):
@@ -82,5 +85,6 @@ def with_outputs(text, name):
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        page = pathlib.Path(argument)
-        page.write_text(with_outputs(page.read_text(), argument))
+        page = pathlib.Path(argument).absolute()
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            page.write_text(with_outputs(page.read_text(), argument))
