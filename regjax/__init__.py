@@ -17,8 +17,8 @@ A function lives in the room that is named for what it returns:
 A room is imported when it is first used.
 """
 
-import importlib
-from types import ModuleType
+import importlib as _importlib
+from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING
 
 from regjax import typing as typing
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 del TYPE_CHECKING  # no name of ours
 
 __version__ = "0.1.0"
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists
 
 _ROOMS = (
     *("curvature", "transforms", "schedules", "regularizers", "normalization", "initializers"),
@@ -63,9 +64,9 @@ _ROOMS = (
 )
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> _ModuleType:
     if name in _ROOMS:
-        return importlib.import_module(f"regjax.{name}")
+        return _importlib.import_module(f"regjax.{name}")
     raise AttributeError(f"module 'regjax' has no attribute {name!r}")
 
 

@@ -25,11 +25,13 @@ from regjax import _checks, _layouts
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Loss, ModelFn, OutputLossFn, Params, PRNGKey, State, Tree, Wrapper
+from regjax._printing import legible
 from regjax._runners import Apply, ApplyFn, CallableRunner, Run, Static
 
 _MODES = ("evaluation", "train", "train_per_chunk")
 
 
+@legible
 class Model(NamedTuple):
     """A model as plain trees, from an adapter or made by hand of any other code.
 

@@ -36,6 +36,10 @@ from regjax.curvature._kernel_alignment import target_alignment as target_alignm
 from regjax.curvature._lanczos import LanczosResult as LanczosResult
 from regjax.curvature._lanczos import lanczos as lanczos
 from regjax.curvature._lanczos import lanczos_solver as lanczos_solver
+from regjax.curvature._leverage import LeverageResult as LeverageResult
+from regjax.curvature._leverage import OutputCovarianceResult as OutputCovarianceResult
+from regjax.curvature._leverage import leverage as leverage
+from regjax.curvature._leverage import output_covariance as output_covariance
 from regjax.curvature._linearized import LinearizedModel as LinearizedModel
 from regjax.curvature._linearized import linearized_model as linearized_model
 from regjax.curvature._measure import DensityResult as DensityResult
@@ -82,3 +86,5 @@ from regjax.curvature._solve import SolveResult as SolveResult
 from regjax.curvature._solve import solve as solve
 from regjax.curvature._solve import solve_solver as solve_solver
 from regjax.curvature._tangent_kernel import neural_tangent_kernel as neural_tangent_kernel
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

@@ -11,6 +11,7 @@ from regjax import _checks, _numerics
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import PRNGKey
+from regjax._printing import legible
 from regjax.curvature._counts import Measure
 from regjax.curvature._curves import LEAST_WIDTH, Axis, axis_threshold, density_curve
 from regjax.curvature._measure import DensityResult
@@ -21,6 +22,7 @@ from regjax.curvature._operators._operator import Operator
 _MARGIN = 4
 
 
+@legible
 class OffDiagonalResult(NamedTuple):
     """What of a matrix is outside of its diagonal blocks.
 
@@ -35,6 +37,7 @@ class OffDiagonalResult(NamedTuple):
     num_matvecs: jax.Array
 
 
+@legible
 class DensityDistancesResult(NamedTuple):
     """Jensen-Shannon distances of B densities, seen through one kernel on one grid.
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from regjax import _loops
+from regjax._printing import legible
 from regjax.curvature._measure import DensityResult
 from regjax.curvature._quadrature import Probe, known, mass_up_to
 
@@ -15,6 +16,7 @@ from regjax.curvature._quadrature import Probe, known, mass_up_to
 _NEAR = 4
 
 
+@legible
 class CountResult(NamedTuple):
     """A number of eigenvalues; n times the distribution function where `low` is -infinity.
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from regjax import _checks
 from regjax._arguments import checked
+from regjax._printing import legible
 from regjax.curvature._counts import Measure
 from regjax.curvature._measure import DensityResult
 
@@ -22,6 +23,7 @@ _GROWTH = 3
 _BAND = 2.0
 
 
+@legible
 class DensityCurveResult(NamedTuple):
     """A spectral density on a grid, with a band.
 

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature import _search, _start
 from regjax.curvature._assessment import (
@@ -41,6 +42,7 @@ from regjax.curvature._precision import precisely, rounding
 _ENDS = ("LA", "SA", "LM", "BE")
 
 
+@legible
 class EigenResult(NamedTuple):
     """The k wanted eigenpairs, in the order of `which`.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax._printing import legible
 from regjax.curvature._derivatives import Slopes, attach, held, without_rule
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
@@ -30,6 +31,7 @@ _OF_TRACE = _SHARED | {"xtrace": (leave_one_out_solver, 4), "xnystrace": (nystro
 _OF_DIAGONAL = _SHARED | {"xdiag": (leave_one_out_solver, 4), "xnysdiag": (nystrom_solver, 2)}
 
 
+@legible
 class TraceResult(NamedTuple):
     """An estimate of the trace.
 
@@ -44,6 +46,7 @@ class TraceResult(NamedTuple):
     num_matvecs: jax.Array
 
 
+@legible
 class DiagonalResult(NamedTuple):
     """An estimate of the diagonal.
 

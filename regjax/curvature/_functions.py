@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from regjax import _checks, _numerics
 from regjax._arguments import checked
 from regjax._base import Callback, Params, Tree
+from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
@@ -31,6 +32,7 @@ _STEPS = 40
 Function = Callable[[jax.Array], jax.Array]
 
 
+@legible
 class FunctionResult(NamedTuple):
     """An approximation of f(A) b.
 

@@ -33,7 +33,7 @@ _KEPT = 8
     data_fields=["operator", "damping", "preconditioner"],
     meta_fields=["method", "tol", "max_matvecs"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Inverse(Operator):
     """(A + damping I)^-1, a solved system a product; NaN where that has not converged.
 

@@ -16,6 +16,7 @@ from jax import lax
 from regjax import _checks, _loops, _numerics
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._accumulation import small_dtype
@@ -70,6 +71,7 @@ class Krylov(NamedTuple):
         return numbers / jnp.where(self.scale > 0, self.scale, 1).astype(numbers.dtype)
 
 
+@legible
 class LanczosResult(NamedTuple):
     """A Q' = Q' T + residual e', T tridiagonal, e the last unit vector; m is the step limit.
 

@@ -9,10 +9,12 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics
 from regjax._arguments import checked
+from regjax._printing import legible
 from regjax.curvature._precision import precisely
 from regjax.curvature._quadrature import gauss_rule
 
 
+@legible
 class DensityResult(NamedTuple):
     """A discrete measure of mass 1 on the eigenvalues; P probes, m steps, n the order.
 
@@ -52,6 +54,7 @@ class DensityResult(NamedTuple):
     size: jax.Array
 
 
+@legible
 class SpectralSumResult(NamedTuple):
     """A sum over the eigenvalues.
 

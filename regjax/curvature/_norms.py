@@ -7,6 +7,7 @@ import jax
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax._printing import legible
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._estimators import TraceResult, entries, of_products
@@ -18,6 +19,7 @@ from regjax.curvature._operators._operator import Operator
 _FEWEST = 4
 
 
+@legible
 class RowNormsResult(NamedTuple):
     """An estimate of the squared norms of all rows.
 

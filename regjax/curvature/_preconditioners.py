@@ -118,7 +118,7 @@ def _low_rank(
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["rows", "factors"], meta_fields=["trees"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LowRank(OnTrees):
     """I + sum_i factor_i v_i v_i'.
 

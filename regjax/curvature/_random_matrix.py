@@ -20,6 +20,7 @@ from jax.tree_util import Partial
 from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree, couples_examples
+from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature._operators._hessian import differentiate_gradient
 from regjax.curvature._precision import precision
@@ -31,6 +32,7 @@ Law: TypeAlias = Callable[..., "BatchExtremesResult"]
 """(largest, smallest, noise_power, inverse_batch) -> `BatchExtremesResult`."""
 
 
+@legible
 class NoisePowerResult(NamedTuple):
     """How much the Hessians of single examples differ along a direction.
 
@@ -44,6 +46,7 @@ class NoisePowerResult(NamedTuple):
     standard_error: jax.Array
 
 
+@legible
 class BatchExtremesResult(NamedTuple):
     """The ends of the spectrum of a batch's curvature, in units of the Hessian.
 

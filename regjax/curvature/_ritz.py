@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _numerics
+from regjax._printing import legible
 from regjax.curvature._engine import _basis
 from regjax.curvature._lanczos import Krylov, LanczosResult
 from regjax.curvature._precision import precisely, rounding
 
 
+@legible
 class RitzResult(NamedTuple):
     """What m Lanczos steps know of the spectrum: the eigenpairs of T.
 

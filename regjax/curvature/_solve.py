@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, Tree
+from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature import _systems
 from regjax.curvature._engine._checkpoint import Checkpoint
@@ -27,6 +28,7 @@ _TIMES, _FEWEST, _MOST = 10, 20, 1000
 Result = TypeVar("Result")
 
 
+@legible
 class SolveResult(NamedTuple):
     """An approximate solution x of (A + damping I) x = b.
 

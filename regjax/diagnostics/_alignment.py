@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, PRNGKey
+from regjax._printing import legible
 from regjax.curvature import Operator
 
 
+@legible
 class AlignmentResult(NamedTuple):
     """The cosine of two symmetric matrices A and B of order n, with its standard errors.
 
@@ -31,6 +33,7 @@ class AlignmentResult(NamedTuple):
     product_trace_standard_error: jax.Array
 
 
+@legible
 class GradientShareResult(NamedTuple):
     """How much of a gradient lies in a subspace of k dimensions.
 

@@ -8,8 +8,10 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
+from regjax._printing import legible
 
 
+@legible
 class BatchNormResult(NamedTuple):
     """A batch-normalized layer as a plain layer with a penalty; k units.
 

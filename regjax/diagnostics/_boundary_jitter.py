@@ -11,10 +11,12 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, Tree
+from regjax._printing import legible
 from regjax.diagnostics._decision_margin import check_classifier, margins
 from regjax.diagnostics._spline_partition import check_preactivations, signed_distances
 
 
+@legible
 class JitterResult(NamedTuple):
     """How far the boundaries of units move; trees like the pre-activations, (units...).
 
@@ -34,6 +36,7 @@ class JitterResult(NamedTuple):
     relative_std: Tree
 
 
+@legible
 class MarginJitterResult(NamedTuple):
     """How far the decision boundaries move; NaN or infinite where a margin is infinite.
 
@@ -48,6 +51,7 @@ class MarginJitterResult(NamedTuple):
     std_standard_error: jax.Array
 
 
+@legible
 class LeastSquaresResult(NamedTuple):
     """The best hyperplane of each unit.
 

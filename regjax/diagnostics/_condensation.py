@@ -9,8 +9,10 @@ from jax.typing import ArrayLike
 from regjax import _checks, _layouts, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._axes import Layout
+from regjax._printing import legible
 
 
+@legible
 class CondensationResult(NamedTuple):
     """The directions of a layer's m neurons.
 

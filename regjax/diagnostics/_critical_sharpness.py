@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _programs, _tree
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree
+from regjax._printing import legible
 from regjax.diagnostics._surface import Path
 
 # Differences of so many units of rounding of the loss are noise.
@@ -18,6 +19,7 @@ _NOISE = 8
 _MOST_STRETCH = 32.0
 
 
+@legible
 class CriticalSharpnessResult(NamedTuple):
     """The critical sharpness, with its bracket.
 

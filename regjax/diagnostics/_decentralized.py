@@ -11,8 +11,10 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _numerics, _tree, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree
+from regjax._printing import legible
 
 
+@legible
 class LandscapeNoiseResult(NamedTuple):
     """The step of the mean weights, split along the full gradient g at them.
 

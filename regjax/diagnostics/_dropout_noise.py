@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from regjax import _checks, _chunks, _numerics, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, PRNGKey, Tree
+from regjax._printing import legible
 
 
+@legible
 class DropoutNoiseResult(NamedTuple):
     """Covariance Sigma of dropout's gradient over K masks, and the Hessian H of n parameters.
 

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _numerics, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, PRNGKey, Tree
+from regjax._printing import legible
 from regjax.diagnostics._optimizers import (
     Hyperparams,
     numbers_of,
@@ -18,6 +19,7 @@ from regjax.diagnostics._optimizers import (
 from regjax.diagnostics._preconditioner import check_chain, preconditioner, stated_numbers
 
 
+@legible
 class EdgeResult(NamedTuple):
     """The largest eigenvalue of the preconditioned Hessian beside the largest stable one.
 

@@ -10,9 +10,11 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree, couples_examples
+from regjax._printing import legible
 from regjax.curvature import Operator
 
 
+@legible
 class NoiseScaleResult(NamedTuple):
     """The gradient G of all data, the covariance Sigma of a single example's, and their ratio.
 

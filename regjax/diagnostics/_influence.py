@@ -21,9 +21,11 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, curvature
 from regjax._arguments import checked
 from regjax._base import Batch, Callback, LossFn, Mask, Params, Tree, couples_examples
+from regjax._printing import legible
 from regjax._subsets import part_of
 
 
+@legible
 class InfluenceResult(NamedTuple):
     """Influences of N training examples on T test examples.
 

@@ -11,9 +11,11 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _numerics
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree
+from regjax._printing import legible
 from regjax.diagnostics._surface import Path, walk
 
 
+@legible
 class FlatnessResult(NamedTuple):
     """The interval around a minimum in which the loss stays below a level.
 

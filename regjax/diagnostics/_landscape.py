@@ -12,10 +12,12 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Params, Tree
+from regjax._printing import legible
 
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
 
+@legible
 class LineProbeResult(NamedTuple):
     """The loss and its gradient along the negative gradient; S learning rates.
 
@@ -36,6 +38,7 @@ class LineProbeResult(NamedTuple):
     gradient_norm: jax.Array
 
 
+@legible
 class CovariateShiftResult(NamedTuple):
     """How the gradient of each layer changes when the layers before it move.
 

@@ -17,11 +17,13 @@ from regjax import _checks, _chunks, _jacobian, _layouts, _numerics, _tree
 from regjax._arguments import checked
 from regjax._axes import Layout
 from regjax._base import ModelFn, Params, PRNGKey
+from regjax._printing import legible
 
 # Of B'B - I: far above the float32 rounding of an SVD, far below a column that has no unit norm.
 _ORTHONORMAL = 1e-4
 
 
+@legible
 class SubspaceResult(NamedTuple):
     """A subspace that holds the data.
 
@@ -35,6 +37,7 @@ class SubspaceResult(NamedTuple):
     singular_values: jax.Array
 
 
+@legible
 class TransversalVariationResult(NamedTuple):
     """How much the outputs change off the data.
 
@@ -47,6 +50,7 @@ class TransversalVariationResult(NamedTuple):
     standard_error: jax.Array
 
 
+@legible
 class FrozenResult(NamedTuple):
     """What became of the transversal part of a first kernel.
 

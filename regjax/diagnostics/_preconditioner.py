@@ -10,6 +10,7 @@ import optax
 from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, Tree
+from regjax._printing import legible
 from regjax.diagnostics._optimizers import Hyperparams, Root, numbers_of, optimizer_of
 
 # What makes other steps of them, as all do that `optax.contrib` keeps a state for.
@@ -19,6 +20,7 @@ _CONTRIB = "optax.contrib"
 _FLOOR = 10
 
 
+@legible
 class PreconditionerResult(NamedTuple):
     """The diagonal preconditioner P of an optimiser, as its last update had it.
 

@@ -12,11 +12,13 @@ from regjax import _checks, _layouts, _numerics
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree, as_partial
+from regjax._printing import legible
 
 # A gradient this small beside the largest one of any leaf is rounding (a bias before a batch norm).
 _INSENSITIVE = 1e-5
 
 
+@legible
 class ScaleInvarianceResult(NamedTuple):
     """What was found of each leaf; trees like the parameters.
 

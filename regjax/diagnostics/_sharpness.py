@@ -9,8 +9,10 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _tree, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, PRNGKey, Tree
+from regjax._printing import legible
 
 
+@legible
 class SharpnessResult(NamedTuple):
     """The largest Hessian eigenvalue.
 
@@ -27,6 +29,7 @@ class SharpnessResult(NamedTuple):
     converged: jax.Array
 
 
+@legible
 class SharpnessBetweenResult(NamedTuple):
     """The largest Hessian eigenvalue on a segment; S points.
 

@@ -11,9 +11,11 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _numerics, _tree, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Mask, Params, PRNGKey, Tree
+from regjax._printing import legible
 from regjax.diagnostics._spherical_sharpness import displaced
 
 
+@legible
 class FlowResult(NamedTuple):
     """The predicted motion of the direction at the edge of stability; lambda_1 is the sharpness.
 

@@ -8,8 +8,10 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics
 from regjax._arguments import checked
+from regjax._printing import legible
 
 
+@legible
 class SparseRecoveryResult(NamedTuple):
     """A diagonal linear network beside true weights w*.
 
@@ -30,6 +32,7 @@ class SparseRecoveryResult(NamedTuple):
     is_positive: jax.Array
 
 
+@legible
 class RecoveryBaselinesResult(NamedTuple):
     """What other estimates make of the same data.
 

@@ -17,9 +17,11 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _selection, _tree, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Mask, Params, PRNGKey, Tree, Wrapper, as_partial
+from regjax._printing import legible
 from regjax.diagnostics._sharpness import SharpnessResult, largest_eigenvalue
 
 
+@legible
 class SphericalEdgeResult(NamedTuple):
     """Where training stands to the edge of stability.
 

@@ -15,10 +15,12 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _jacobian, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, Tree
+from regjax._printing import legible
 
 _WORD = 32  # units to a word of the sign pattern
 
 
+@legible
 class BoundaryDensityResult(NamedTuple):
     """How many boundaries pass near the examples.
 
@@ -36,6 +38,7 @@ class BoundaryDensityResult(NamedTuple):
     counts: jax.Array
 
 
+@legible
 class RegionCountResult(NamedTuple):
     """How many pieces a sample of points hit.
 

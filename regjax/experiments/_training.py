@@ -13,6 +13,7 @@ import numpy as np
 from regjax import _files
 from regjax._adapters import Model
 from regjax._base import Tree
+from regjax._printing import legible
 from regjax.experiments._checkpoint import read_marks as read_marks
 from regjax.experiments._checkpoint import read_run as read_run
 from regjax.experiments._data import Dataset
@@ -57,6 +58,7 @@ class TrainingState(NamedTuple):
     key: jax.Array
 
 
+@legible
 class TrainingResult(NamedTuple):
     """A trained network.
 

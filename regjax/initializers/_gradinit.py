@@ -16,12 +16,14 @@ from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Batch, LossFn, Params, Tree
 from regjax._losses import Whole, whole
+from regjax._printing import legible
 from regjax.initializers._scales import Scales
 
 _B1, _EPSILON = 0.9, 1e-8  # of Adam, as in the official code
 _MIN_SCALE = 0.01
 
 
+@legible
 class GradInitResult(NamedTuple):
     """The scaled parameters and how they were found.
 

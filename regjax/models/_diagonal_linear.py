@@ -16,8 +16,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from regjax import _checks
+from regjax._printing import legible
 
 
+@legible
 class EarlyStoppingResult(NamedTuple):
     """Between which steps of descent to stop, to leading order.
 

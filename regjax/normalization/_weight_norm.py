@@ -12,9 +12,11 @@ from regjax import _checks, _layouts, _numerics, _selection, _tree
 from regjax._arguments import checked
 from regjax._axes import Axes, Layout, Layouts
 from regjax._base import Mask, Params, Tree
+from regjax._printing import legible
 from regjax.normalization import _statistics
 
 
+@legible
 class SplitWeightResult(NamedTuple):
     """A kernel as direction and length.
 

@@ -14,3 +14,5 @@ from regjax.plots._monitor import monitor_figure as monitor_figure
 from regjax.plots._spectrum import SpectrumPanel as SpectrumPanel
 from regjax.plots._spectrum import draw_spectrum as draw_spectrum
 from regjax.plots._spectrum import spectrum_figure as spectrum_figure
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

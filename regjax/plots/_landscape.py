@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from regjax import _checks
+from regjax._printing import legible
 from regjax.plots._style import COLORS, TICK_SIZE, Color, label_axes, new_figure
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _WIDE, _LEAST_PANEL, _LARGEST_PANEL = 5.0, 1.6, 3.3
 _COLORMAP = "viridis"
 
 
+@legible
 class SurfacePanel(NamedTuple):
     """What `surface_figure` shows of one setting.
 
@@ -37,6 +39,7 @@ class SurfacePanel(NamedTuple):
     losses: ArrayLike
 
 
+@legible
 class ProbePanel(NamedTuple):
     """What `probe_figure` shows of one setting.
 

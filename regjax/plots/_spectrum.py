@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from regjax import _checks
+from regjax._printing import legible
 from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, Color, label_axes, new_figure
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ _TICKS = "eigenvalues"
 _CURVE = "density"  # by this mark a second call on the same axes finds the first
 
 
+@legible
 class SpectrumPanel(NamedTuple):
     """What `spectrum_figure` shows of one setting.
 

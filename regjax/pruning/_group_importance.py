@@ -11,11 +11,13 @@ from regjax import _checks, _layouts, _selection
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Mask, Params, Tree
+from regjax._printing import legible
 from regjax._space import Space
 
 _REDUCTIONS = ("square_of_sum", "sum_of_squares", "sum_of_absolute")
 
 
+@legible
 class FilterGroupsResult(NamedTuple):
     """The filters of the kernels as groups of weights.
 

@@ -20,8 +20,10 @@ from jax.tree_util import Partial
 from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import LossFn, Tree, couples_examples
+from regjax._printing import legible
 
 
+@legible
 class RedundancyResult(NamedTuple):
     """What is redundant in one group of C units; arrays.
 

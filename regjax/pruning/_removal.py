@@ -11,11 +11,13 @@ from regjax import _checks, _tree
 from regjax._adapters import Model, model_function
 from regjax._arguments import checked
 from regjax._base import ModelFn, Params, Tree
+from regjax._printing import legible
 from regjax.pruning._gates import Units, check_units
 from regjax.pruning._smaller import Parts, SmallerApply
 from regjax.pruning._structure import Structure
 
 
+@legible
 class CostResult(NamedTuple):
     """What a forward pass costs.
 

@@ -17,6 +17,7 @@ from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Tree, terms
 from regjax._losses import MeanLoss, check_parts, factors_of, mean_loss, mean_weights, with_factors
+from regjax._printing import legible
 from regjax._programs import Program
 from regjax.pruning._oracle import gate_hessian_diagonal
 
@@ -24,6 +25,7 @@ _Moments: TypeAlias = tuple[Tree, Tree]
 """Mean and sum of squared deviations, trees like the gates."""
 
 
+@legible
 class TaylorScoresResult(NamedTuple):
     """Importance of the units from a data set; trees like the gates.
 

@@ -12,9 +12,11 @@ from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, PRNGKey
 from regjax._losses import whole
+from regjax._printing import legible
 from regjax.regularizers._gradient_norm import squared_gradient_norm
 
 
+@legible
 class DropoutGradientPenaltyResult(NamedTuple):
     """The penalty of a finite learning rate, from some masks.
 

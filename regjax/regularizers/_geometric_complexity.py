@@ -10,10 +10,12 @@ from jax.typing import DTypeLike
 from regjax import _checks, _chunks, _jacobian, _tree
 from regjax._arguments import checked
 from regjax._base import ModelFn, Params, PRNGKey
+from regjax._printing import legible
 
 _SIDES = ("outputs", "inputs")
 
 
+@legible
 class GeometricComplexityResult(NamedTuple):
     """Geometric complexity from random projections.
 

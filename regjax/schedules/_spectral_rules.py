@@ -9,8 +9,10 @@ from jax.typing import ArrayLike
 
 from regjax import _checks
 from regjax._arguments import checked
+from regjax._printing import legible
 
 
+@legible
 class SpectralRatesResult(NamedTuple):
     """What an optimiser with momentum is set to.
 

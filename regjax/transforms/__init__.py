@@ -49,3 +49,5 @@ from regjax.transforms._weight_rescaling import rescale_velocity as rescale_velo
 from regjax.transforms._weight_rescaling import rescale_weights as rescale_weights
 from regjax.transforms._wrappers import only_extra as only_extra
 from regjax.transforms._wrappers import skip_nonfinite as skip_nonfinite
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import jax
 
 from regjax import _programs
+from regjax._printing import legible
 from regjax.curvature._engine._solver import Solver
 
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 
 
+@legible
 class MemoryResult(NamedTuple):
     """Bytes on each device that a solver needs; Python integers.
 

@@ -96,7 +96,7 @@ def centered(second: Operator, first: Operator) -> Operator:
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["center", "operator"], meta_fields=[]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Centered(Composed):
     """A - m m', of second moments A about zero those about m; `center` is a vector of the space."""
 

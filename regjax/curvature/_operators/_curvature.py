@@ -77,7 +77,7 @@ def _doubled(function: Any) -> Any:
     data_fields=["linearization", "function", "params", "batch", "linear_map"],
     meta_fields=["chunk_size", "placement"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CurvatureOperator(TracedOperator):
     """A matrix that follows from a function at its parameters and data on the device.
 

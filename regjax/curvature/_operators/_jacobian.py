@@ -41,7 +41,7 @@ _MAX_BYTES = 2**32
     data_fields=["function", "params", "inputs"],
     meta_fields=["linearization", "chunk_size", "placement"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class JacobianOperator:
     """The Jacobian J (N C, n) of a model's outputs: C of each of N examples, n parameters.
 
@@ -62,6 +62,9 @@ class JacobianOperator:
     linearization: Mode
     chunk_size: int | None
     placement: Placement | None
+
+    def __repr__(self) -> str:
+        return f"JacobianOperator(shape={self.shape})"
 
     @property
     def home(self) -> Mesh | None:
@@ -166,7 +169,7 @@ class JacobianOperator:
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["jacobian"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GramOperator(TracedOperator):
     """J J' on trees like the outputs."""
 

@@ -27,7 +27,7 @@ _DIFFERENCE, _UNITS = 3e-3, 16
     data_fields=["linear_map", "example"],
     meta_fields=["placement", "is_positive"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MatvecOperator(TracedOperator):
     """A matrix of which the product is given.
 

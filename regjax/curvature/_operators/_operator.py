@@ -108,7 +108,7 @@ def _factor(factor: ArrayLike, dtype: Any) -> jax.Array:
 Multiply = Callable[[Operator, jax.Array], jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Composed(Operator):
     """Made of other operators of one space, the first of which stands for it."""
 
@@ -163,7 +163,7 @@ class Composed(Operator):
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["one", "other"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sum(Composed):
     """A + B."""
 
@@ -184,7 +184,7 @@ class Sum(Composed):
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["factor", "operator"], meta_fields=[]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Multiple(Composed):
     """c A."""
 
@@ -208,7 +208,7 @@ class Multiple(Composed):
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["diagonal", "operator"], meta_fields=[]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Congruent(Composed):
     """D A D, D diagonal; `diagonal` is a vector of the space."""
 
@@ -231,7 +231,7 @@ class Congruent(Composed):
         return self.operator.submatrix(inside).scaled(part)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Projected(Composed):
     """P A P': what is looked up in the trees of an operator A, with a whole product of it."""
 
@@ -274,7 +274,7 @@ class Projected(Composed):
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["operator"], meta_fields=["inside"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Submatrix(Projected):
     """The same for some leaves of an operator that cannot do with less than a whole product."""
 
@@ -295,7 +295,7 @@ class Submatrix(Projected):
         return Submatrix(self.operator, tuple(here and next(ours) for here in self.inside))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class OnTrees(Operator):
     """An operator of arrays alone: `trees` is its space, and a product rounds as its vectors do."""
 
@@ -311,7 +311,7 @@ class OnTrees(Operator):
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["trees"])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Identity(OnTrees):
     """v -> v, on the trees of a space."""
 

@@ -92,7 +92,7 @@ class _Programs:
     data_fields=["params"],
     meta_fields=["placement", "source", "unit", "programs", "inside", "doubles_steps"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class StreamedOperator(Operator):
     """An operator whose data come from a source; only the host can make its products.
 
