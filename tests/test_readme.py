@@ -16,6 +16,7 @@ import pytest
 
 from regjax.__main__ import main
 from tests import pages
+from tests.test_architecture import ROOMS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -174,3 +175,27 @@ def test_extras_and_files_of_the_commands_exist():
 @pytest.mark.parametrize("name", PAGES)
 def test_links_to_files_and_headings_resolve(name):
     assert broken_links(name, PAGES[name]) == []
+
+
+# What one reads from a function, or is refused by, is described where it comes from.
+RETURNED = re.compile(r"(Result|State|Error|_solver|Panel|Settings)$|^Interrupted$")
+
+
+def listed_names():
+    """{room: names} of the tables of docs/methods.md."""
+    sections = PAGES["docs/methods.md"].split("\n## ")[1:]
+    return {
+        section.split(":")[0]: re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+        for section in sections
+    }
+
+
+@pytest.mark.parametrize("room", listed_names())
+def test_all_public_names_are_listed(room):
+    module = importlib.import_module("regjax" if room == "regjax" else f"regjax.{room}")
+    public = [name for name in module.__all__ if callable(getattr(module, name))]
+    assert sorted(listed_names()[room]) == sorted(n for n in public if not RETURNED.search(n))
+
+
+def test_every_room_is_listed():
+    assert set(listed_names()) == {"regjax", *ROOMS}
