@@ -28,7 +28,6 @@ PAGES = {
 WITH_CODE = [
     name for name, text in PAGES.items() if "```python" in text and name != "docs/frameworks.md"
 ]
-GUIDES = [name for name in PAGES if name.startswith("docs/guides/")]
 
 
 def blocks(text, *languages):
@@ -136,6 +135,27 @@ def test_outputs_are_written_into_a_page():
 def test_python_blocks_run_and_print_what_is_shown(name, tmp_path, monkeypatch, default_promotion):
     monkeypatch.chdir(tmp_path)
     pages.check(PAGES[name], name)
+
+
+def test_the_network_of_the_guides_is_one():
+    """Of what the pages fold away there is one text, so that all numbers are of one problem."""
+    folded = [
+        re.findall(r"<details>.*?</details>", text, re.DOTALL)
+        for name, text in PAGES.items()
+        if name.startswith("docs/guides/")
+    ]
+    assert len({block for found in folded for block in found}) == 1
+    assert max(map(len, folded)) == 1
+
+
+def test_the_printed_table_has_the_rows_of_the_command():
+    """The words of each row are in the code of the command; numbers are those of one run."""
+    (table,) = [block for block in blocks(README, "text") if "accuracy" in block]
+    code = "".join(path.read_text() for path in (ROOT / "regjax/experiments").glob("*.py"))
+    rows = [re.match(r" +([a-z]+(?: [a-z]+)*)", line) for line in table.splitlines()]
+    words = [row[1] for row in rows if row]
+    assert {"eigenvalue", "eigenvalues above", "trace"} <= set(words)
+    assert [word for word in words if word not in code] == []
 
 
 def test_the_test_command_is_one_line_that_does_everything():
