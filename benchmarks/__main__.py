@@ -68,6 +68,8 @@ class Reach:
     """Compile what is in the records already as well."""
     measure: bool = False
     """Run the programs of the devices of this machine instead, beside what was compiled."""
+    redraw: bool = False
+    """Write table and figure of what is recorded again; compile nothing."""
     out: pathlib.Path | None = None
     """Folder of reach.jsonl, the table and the figure. Default: benchmarks/results, or nowhere."""
 
@@ -84,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_reach(command: Reach) -> int:
     """Compiles the cases one after the other; returns 1 if none of them compiled."""
+    if command.redraw:
+        reach.conclude(_RESULTS if command.out is None else command.out)
+        return 0
     found = {case.name: case for case in reach.cases(command.preset, measure=command.measure)}
     chosen = _chosen(found, command.only)
     if not chosen:

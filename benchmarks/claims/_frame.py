@@ -69,7 +69,7 @@ def save(
     _draw_marks(figure, rows, lines, 0.18 * len(title) + 0.1)
     figure.text(_MARGIN / WIDTH, 0.05 / height, "\n".join(small), fontsize=_SMALL, va="bottom",
                 color="0.3", linespacing=1.3)  # fmt: skip
-    _write(figure, path)
+    write(figure, path)
 
 
 def _wrap(figure: Any, text: str, width: float, **font: Any) -> list[str]:
@@ -142,8 +142,8 @@ def _draw_marks(
             line += 1
 
 
-def _write(figure: Any, path: pathlib.Path) -> None:
-    """A palette takes a third of the bytes of true colours."""
+def write(figure: Any, path: pathlib.Path) -> None:
+    """Writes a PNG with a palette, which takes a third of the bytes of true colours."""
     from PIL import Image
 
     buffer = io.BytesIO()

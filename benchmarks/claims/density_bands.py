@@ -169,7 +169,7 @@ def _draw(records: Sequence[Record], figure: Any) -> str:
     _figures.logarithmic(right)
     right.set_xticks([-1e-2, 0, 1e-2, 1])
     right.minorticks_off()
-    right.set_title(f"an example, {name}", fontsize=8)
+    right.set_title(f"an example: Hessian, {name}", fontsize=8)
     _figures.label(right, x="eigenvalue of the Hessian", y="density")
     return _figures.DOTS.replace("seed", "draw of the probes")
 

@@ -281,7 +281,7 @@ def _draw(records: Sequence[Record], figure: Any) -> str:
         "angle": "turn per step (radians)",
         "accuracy": "test accuracy",
     }
-    for axes, own, name in _figures.panels(figure, shown, labels):
+    for axes, own, name in _figures.panels(figure, shown, labels, height=2):
         methods = [words.get(method, method) for method in _claims.groups(own, "method")]
         _figures.dots(axes, own, "method", name, methods)
         axes.tick_params(axis="x", labelsize=7, rotation=50)
