@@ -114,7 +114,7 @@ def level(
     axes.annotate(
         text, (left, value), xycoords=("axes fraction", "data"), fontsize=7, color="0.25",
         xytext=(0, 2 if above else -2), textcoords="offset points",
-        va="bottom" if above else "top",
+        va="bottom" if above else "top", ha="right" if left > 0.5 else "left",
     )  # fmt: skip
 
 

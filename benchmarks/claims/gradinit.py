@@ -146,7 +146,7 @@ def _draw(records: Sequence[Record], figure: Any) -> str:
         _figures.label(axes, x="initial scale / He's scale")
         if name == "norm":
             _figures.logarithmic(axes)
-            _figures.level(axes, _BOUND, "bound", left=0.85)
+            _figures.level(axes, _BOUND, "bound", left=0.98)
         else:
             axes.set_ylim(0, 0.85)
     return f"{_figures.BARS} A flat line does not depend on the initial scale."

@@ -303,7 +303,7 @@ def _draw(records: Sequence[Record], figure: Any) -> str:
         _figures.dots(axes, shown, "part", name, parts)
         axes.tick_params(axis="x", labelsize=7, rotation=60)
         if name == "pearson":
-            _figures.level(axes, _PEARSON, "claimed", left=0.6)
+            _figures.level(axes, _PEARSON, "claimed", left=0.98)
             axes.set_ylim(top=1.2)
         else:
             _figures.level(axes, 0, "", left=0)

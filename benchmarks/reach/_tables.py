@@ -159,7 +159,7 @@ def figure(records: Iterable[Record], path: pathlib.Path) -> None:
             if row == 0:
                 for chip in chips:
                     memory = _chips.CHIPS[chip].memory / 1e9
-                    _figures.level(axes, memory, f"one {chip} has", left=0.66)
+                    _figures.level(axes, memory, f"memory of one {chip}", left=0.98)
                 axes.set_title(model, fontsize=8)
             axes.set(xscale="log", yscale="log")
             axes.set_xlim(0.6, 420)
