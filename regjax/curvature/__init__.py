@@ -36,6 +36,10 @@ from regjax.curvature._kernel_alignment import target_alignment as target_alignm
 from regjax.curvature._lanczos import LanczosResult as LanczosResult
 from regjax.curvature._lanczos import lanczos as lanczos
 from regjax.curvature._lanczos import lanczos_solver as lanczos_solver
+from regjax.curvature._leverage import LeverageResult as LeverageResult
+from regjax.curvature._leverage import OutputCovarianceResult as OutputCovarianceResult
+from regjax.curvature._leverage import leverage as leverage
+from regjax.curvature._leverage import output_covariance as output_covariance
 from regjax.curvature._linearized import LinearizedModel as LinearizedModel
 from regjax.curvature._linearized import linearized_model as linearized_model
 from regjax.curvature._measure import DensityResult as DensityResult
@@ -61,11 +65,11 @@ from regjax.curvature._operators._gauss_newton import gauss_newton as gauss_newt
 from regjax.curvature._operators._hessian import from_gradient as from_gradient
 from regjax.curvature._operators._hessian import hessian as hessian
 from regjax.curvature._operators._hessian import hvp as hvp
+from regjax.curvature._operators._identity import identity as identity
 from regjax.curvature._operators._jacobian import JacobianOperator as JacobianOperator
 from regjax.curvature._operators._jacobian import jacobian as jacobian
 from regjax.curvature._operators._matvec import from_matvec as from_matvec
 from regjax.curvature._operators._operator import Operator as Operator
-from regjax.curvature._operators._operator import identity as identity
 from regjax.curvature._operators._stream import stream as stream
 from regjax.curvature._preconditioners import jacobi_preconditioner as jacobi_preconditioner
 from regjax.curvature._preconditioners import low_rank_preconditioner as low_rank_preconditioner
@@ -82,3 +86,5 @@ from regjax.curvature._solve import SolveResult as SolveResult
 from regjax.curvature._solve import solve as solve
 from regjax.curvature._solve import solve_solver as solve_solver
 from regjax.curvature._tangent_kernel import neural_tangent_kernel as neural_tangent_kernel
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

@@ -83,3 +83,5 @@ from regjax.diagnostics._spline_partition import region_count as region_count
 from regjax.diagnostics._surface import filter_normalized_direction as filter_normalized_direction
 from regjax.diagnostics._surface import interpolate as interpolate
 from regjax.diagnostics._surface import loss_surface as loss_surface
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, PRNGKey
+from regjax._printing import legible
 from regjax.curvature import Operator
 
 
+@legible
 class AlignmentResult(NamedTuple):
     """The cosine of two symmetric matrices A and B of order n, with its standard errors.
 
@@ -31,6 +33,7 @@ class AlignmentResult(NamedTuple):
     product_trace_standard_error: jax.Array
 
 
+@legible
 class GradientShareResult(NamedTuple):
     """How much of a gradient lies in a subspace of k dimensions.
 
@@ -57,6 +60,14 @@ def operator_alignment(
     have the means tr(A B), |A|_F^2 and |B|_F^2. Errors come from leaving one probe out at a time,
     so that what the three have in common cancels. Two positive matrices with nothing in common
     have a positive alignment, `null_alignment`.
+
+    Example:
+      >>> like = jnp.zeros(2)
+      >>> one = curvature.from_matvec(lambda v: jnp.array([1.0, 2.0]) * v, like)
+      >>> other = curvature.from_matvec(lambda v: jnp.array([2.0, 1.0]) * v, like)
+      >>> result = diagnostics.operator_alignment(one, other, key=jax.random.key(0))
+      >>> print(f"{result.alignment:.2f} {result.null_alignment:.2f}")  # 4 / 5 and 9 / (2 * 5)
+      0.80 0.90
 
     Args:
       operator: A.
@@ -96,6 +107,11 @@ def gradient_share(grads: Params, vectors: Params) -> GradientShareResult:
     """Computes the share of a gradient in a subspace, such as that of leading eigenvectors.
 
         share = |V g|^2 / |g|^2,   V of orthonormal rows
+
+    Example:
+      >>> grads, vectors = jnp.array([3.0, 4.0]), jnp.array([[1.0, 0.0]])
+      >>> print(diagnostics.gradient_share(grads, vectors))
+      GradientShareResult(share=0.36, shares=[0.36], null_share=0.5)
 
     Args:
       grads: the gradient g, a tree of n numbers.

@@ -9,8 +9,10 @@ from jax.typing import ArrayLike
 from regjax import _checks, _layouts, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._axes import Layout
+from regjax._printing import legible
 
 
+@legible
 class CondensationResult(NamedTuple):
     """The directions of a layer's m neurons.
 
@@ -45,6 +47,12 @@ def condensation(
     such number is hard to find in general: ours is greedy in the order of decreasing norm (a neuron
     that no earlier one covers stands for itself and all parallel to it), so that it is a bound from
     above, and the same for every order of the neurons.
+
+    Example:
+      >>> kernel = jnp.array([[1.0, 2.0, 0.0], [0.0, 0.1, 1.0]])  # two of three are parallel
+      >>> result = diagnostics.condensation(kernel)
+      >>> print(result.effective_number, f"{result.effective_ratio:.2f}")
+      2 0.67
 
     Args:
       kernel: (inputs, m) of a dense layer, or a convolution's; or as `layout` says. Its outputs are

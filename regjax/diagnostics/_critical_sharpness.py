@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _programs, _tree
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree
+from regjax._printing import legible
 from regjax.diagnostics._surface import Path
 
 # Differences of so many units of rounding of the loss are noise.
@@ -18,6 +19,7 @@ _NOISE = 8
 _MOST_STRETCH = 32.0
 
 
+@legible
 class CriticalSharpnessResult(NamedTuple):
     """The critical sharpness, with its bracket.
 
@@ -102,6 +104,14 @@ def critical_sharpness(
     the other end, guided by the slope of the chord, which is a line in eta for a quadratic loss;
     then both ends are drawn to where that line is zero. A crossing that is followed by another one
     within a single stretch can be passed over.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.array([4.0, 1.0]) * w**2)
+      >>> params = jnp.array([1.0, 0.0])
+      >>> updates = -0.1 * jax.grad(loss_fn)(params)
+      >>> result = diagnostics.critical_sharpness(loss_fn, params, updates, learning_rate=0.1)
+      >>> print(f"{result.value:.2f} {result.critical_learning_rate:.2f}", result.resolved)
+      4.00 0.50 True
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.

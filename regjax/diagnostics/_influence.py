@@ -21,9 +21,11 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, curvature
 from regjax._arguments import checked
 from regjax._base import Batch, Callback, LossFn, Mask, Params, Tree, couples_examples
+from regjax._printing import legible
 from regjax._subsets import part_of
 
 
+@legible
 class InfluenceResult(NamedTuple):
     """Influences of N training examples on T test examples.
 
@@ -71,6 +73,14 @@ def influence(
     lowers its own loss much), and a positive one on the test examples that it harms. For a linear
     model and half the squared error, A + damping I of the training loss, leaving out example i
     moves the parameters by exactly 1 / (1 - h_i) times what the influence says, h_i its leverage.
+
+    Example:
+      >>> loss_fn = lambda w, y: 0.5 * jnp.mean((w - y) ** 2)
+      >>> train, test = (jnp.array([0.0, 0.0, 3.0]),), (jnp.array([0.0]),)
+      >>> params = jnp.array(1.0)  # the mean of the training examples
+      >>> result = diagnostics.influence(loss_fn, params, train, test, damping=0.0)
+      >>> print(result.value)  # the third example does harm
+      [[-1. -1.  2.]]
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over independent examples, or a

@@ -11,9 +11,11 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _numerics
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree
+from regjax._printing import legible
 from regjax.diagnostics._surface import Path, walk
 
 
+@legible
 class FlatnessResult(NamedTuple):
     """The interval around a minimum in which the loss stays below a level.
 
@@ -49,6 +51,15 @@ def interval_flatness(
     The nearest l < 0 < r with L(w + l p) = L(w + r p) = factor * L(w), p the unit vector of the
     direction; the flatness is r - l. Each side is searched outwards, doubling the distance, and
     then bisected: crossings within one doubling that come in pairs can be passed over.
+
+    Example:
+      >>> loss_fn = lambda w: 1.0 + jnp.sum(w**2)
+      >>> params, direction = jnp.zeros(2), jnp.array([0.0, 1.0])
+      >>> result = diagnostics.interval_flatness(
+      ...     loss_fn, params, direction, max_distance=10.0, factor=2.0
+      ... )
+      >>> print(f"{result.left:.3f} {result.right:.3f} {result.interval_width:.3f}")
+      -1.000 1.000 2.000
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.

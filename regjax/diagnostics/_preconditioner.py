@@ -10,6 +10,7 @@ import optax
 from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, Tree
+from regjax._printing import legible
 from regjax.diagnostics._optimizers import Hyperparams, Root, numbers_of, optimizer_of
 
 # What makes other steps of them, as all do that `optax.contrib` keeps a state for.
@@ -19,6 +20,7 @@ _CONTRIB = "optax.contrib"
 _FLOOR = 10
 
 
+@legible
 class PreconditionerResult(NamedTuple):
     """The diagonal preconditioner P of an optimiser, as its last update had it.
 
@@ -58,6 +60,13 @@ def preconditioner(
     `MultiSteps` and `apply_if_finite`. It does not tell the optimiser (Adam, Yogi and Adamax have
     the same), nor its numbers unless `inject_hyperparams` keeps them: both are the caller's to say,
     and a wrong word gives a wrong answer. What keeps no state, such as a trust ratio, is not seen.
+
+    Example:
+      >>> tx, params = optax.adam(0.1), jnp.array([1.0, 1.0])
+      >>> updates, state = tx.update(jnp.array([1.0, 2.0]), tx.init(params), params)
+      >>> result = diagnostics.preconditioner(state, params, optimizer="adam")
+      >>> print(1.0 / result.inverse_root**2)  # (1 - 0.9) |g|, after one update
+      [0.1 0.2]
 
     Args:
       optimizer_state: of optax.

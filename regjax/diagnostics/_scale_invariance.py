@@ -12,11 +12,13 @@ from regjax import _checks, _layouts, _numerics
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree, as_partial
+from regjax._printing import legible
 
 # A gradient this small beside the largest one of any leaf is rounding (a bias before a batch norm).
 _INSENSITIVE = 1e-5
 
 
+@legible
 class ScaleInvarianceResult(NamedTuple):
     """What was found of each leaf; trees like the parameters.
 
@@ -53,6 +55,17 @@ def scale_invariant_mask(
     every group of weights (not of the loss, whose gradient may vanish), if the outputs stay when
     each group is multiplied by a factor of its own between 1/2 and 2, and if they do depend on
     every group. Costs two gradients and one forward pass for each leaf.
+
+    Example:
+      >>> def model_fn(params, x):
+      ...     hidden = x @ params["in"]
+      ...     return hidden / jnp.linalg.norm(hidden, axis=0) @ params["out"]
+      >>> params = {"in": jnp.array([[1.0], [2.0]]), "out": jnp.array([[3.0]])}
+      >>> result = diagnostics.scale_invariant_mask(
+      ...     model_fn, params, jnp.eye(2), key=jax.random.key(0)
+      ... )
+      >>> print(result.mask)
+      {'in': True, 'out': False}
 
     Args:
       model_fn: (params, inputs) -> outputs in train mode, as

@@ -9,8 +9,10 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _tree, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, PRNGKey, Tree
+from regjax._printing import legible
 
 
+@legible
 class SharpnessResult(NamedTuple):
     """The largest Hessian eigenvalue.
 
@@ -27,6 +29,7 @@ class SharpnessResult(NamedTuple):
     converged: jax.Array
 
 
+@legible
 class SharpnessBetweenResult(NamedTuple):
     """The largest Hessian eigenvalue on a segment; S points.
 
@@ -63,6 +66,15 @@ def lambda_max_between(
     At a single iterate of a network with batch norm the eigenvalue says little of what the step
     crosses. At a single point of other networks, `curvature.top_eigenpairs` of a
     `curvature.hessian`.
+
+    Example:
+      >>> loss_fn = lambda w: jnp.sum(w**4) / 12.0  # of curvature w^2
+      >>> params, other_params = jnp.array([1.0, 0.5]), jnp.array([2.0, 0.5])
+      >>> result = diagnostics.lambda_max_between(
+      ...     loss_fn, params, other_params, key=jax.random.key(0), num_points=3
+      ... )
+      >>> print(result.values, result.value)
+      [1.   2.25 4.  ] 4.0
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.

@@ -8,8 +8,10 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics
 from regjax._arguments import checked
+from regjax._printing import legible
 
 
+@legible
 class SparseRecoveryResult(NamedTuple):
     """A diagonal linear network beside true weights w*.
 
@@ -30,6 +32,7 @@ class SparseRecoveryResult(NamedTuple):
     is_positive: jax.Array
 
 
+@legible
 class RecoveryBaselinesResult(NamedTuple):
     """What other estimates make of the same data.
 
@@ -51,6 +54,13 @@ def sparse_recovery(
     u: jax.Array, v: jax.Array | None, *, depth: int, true_weights: jax.Array
 ) -> SparseRecoveryResult:
     """Measures how far w = u^N - v^N is from the true weights, on their support and off it.
+
+    Example:
+      >>> u, v = jnp.array([2.0, 0.1, 0.2]), jnp.array([0.1, 0.1, 0.1])
+      >>> true_weights = jnp.array([4.0, 0.0, 0.0])
+      >>> result = diagnostics.sparse_recovery(u, v, depth=2, true_weights=true_weights)
+      >>> print(f"{result.largest_error:.2f} {result.largest_off_support:.2f}", result.share_found)
+      0.01 0.03 1.0
 
     Args:
       u: (p,), of `models.DiagonalLinear`.
@@ -101,6 +111,13 @@ def recovery_baselines(
     """Computes the errors of least squares on the true support and of the solution of least norm.
 
     Both by singular values, so that they are defined for any shape of the data.
+
+    Example:
+      >>> inputs, targets = jnp.array([[1.0, 1.0]]), jnp.array([2.0])
+      >>> true_weights = jnp.array([2.0, 0.0])
+      >>> result = diagnostics.recovery_baselines(inputs, targets, true_weights=true_weights)
+      >>> print(f"{result.least_norm_squared_error:.2f}")  # the solution of least norm is [1, 1]
+      2.00
 
     Args:
       inputs: (n, p), X.

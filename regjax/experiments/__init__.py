@@ -16,3 +16,5 @@ from regjax.experiments._trained_model import scaled_inputs as scaled_inputs
 from regjax.experiments._training import TrainingError as TrainingError
 from regjax.experiments._training import TrainingResult as TrainingResult
 from regjax.experiments._training import train as train
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

@@ -13,6 +13,7 @@ import numpy as np
 from regjax import _files
 from regjax._adapters import Model
 from regjax._base import Tree
+from regjax._printing import legible
 from regjax.experiments._checkpoint import read_marks as read_marks
 from regjax.experiments._checkpoint import read_run as read_run
 from regjax.experiments._data import Dataset
@@ -57,6 +58,7 @@ class TrainingState(NamedTuple):
     key: jax.Array
 
 
+@legible
 class TrainingResult(NamedTuple):
     """A trained network.
 
@@ -83,6 +85,16 @@ def train(
     """Trains the network that the options describe.
 
     However this function ends, by an error or Ctrl-C too, the last good epoch is in the checkpoint.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> dataset = experiments.load("digits", num_train=256, num_test=64)
+      >>> settings = experiments.TrainSettings(epochs=2, depth=0)  # a linear classifier
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "checkpoint.npz"
+      ...     result = experiments.train(settings, dataset, path=path)
+      >>> print(result.losses[1] < result.losses[0])
+      True
 
     Args:
       settings: the options; with `resume` the run goes on from `path`, to the same bits as one

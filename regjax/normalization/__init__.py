@@ -18,3 +18,5 @@ from regjax.normalization._weight_norm import join_weights as join_weights
 from regjax.normalization._weight_norm import split_weights as split_weights
 from regjax.normalization._weight_norm import standardize_weight as standardize_weight
 from regjax.normalization._weight_norm import weight_normalize as weight_normalize
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

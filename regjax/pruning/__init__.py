@@ -42,3 +42,5 @@ from regjax.pruning._taylor import TaylorScoresResult as TaylorScoresResult
 from regjax.pruning._taylor import taylor_importance as taylor_importance
 from regjax.pruning._taylor import taylor_scores as taylor_scores
 from regjax.pruning._taylor import taylor_scores_second_order as taylor_scores_second_order
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

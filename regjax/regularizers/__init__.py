@@ -18,3 +18,5 @@ from regjax.regularizers._geometric_complexity import (
 )
 from regjax.regularizers._gradient_norm import gradient_norm_penalty as gradient_norm_penalty
 from regjax.regularizers._spectral_norm import spectral_norm_penalty as spectral_norm_penalty
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

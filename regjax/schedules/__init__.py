@@ -9,3 +9,5 @@ from regjax.schedules._scoping import scoping_schedule as scoping_schedule
 from regjax.schedules._spectral_rules import SpectralRatesResult as SpectralRatesResult
 from regjax.schedules._spectral_rules import nesterov_rule as nesterov_rule
 from regjax.schedules._spectral_rules import polyak_rule as polyak_rule
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

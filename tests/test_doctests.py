@@ -1,0 +1,129 @@
+"""Every public function, and every class that a user makes, has an example that is true.
+
+The examples are Python's own doctests in a section `Example:`. They assume the lines of `SESSION`,
+as the docstring of `regjax` says. Names that have no example yet stand in without_example.txt.
+"""
+
+import doctest
+import importlib
+import inspect
+import pathlib
+import pydoc
+import re
+
+import numpy as np
+import pytest
+
+FACES = (
+    "regjax", "regjax.curvature", "regjax.diagnostics", "regjax.experiments",
+    "regjax.initializers", "regjax.models", "regjax.models.linen", "regjax.normalization",
+    "regjax.normalization.linen", "regjax.normalization.nnx", "regjax.plots", "regjax.pruning",
+    "regjax.regularizers", "regjax.regularizers.linen", "regjax.regularizers.nnx",
+    "regjax.schedules", "regjax.transforms",
+)  # fmt: skip
+SESSION = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import regjax
+from flax import linen, nnx
+from regjax import curvature, diagnostics, experiments, initializers, models, normalization
+from regjax import plots, pruning, regularizers, schedules, transforms
+np.set_printoptions(precision=3, suppress=True)
+"""
+# Results, states and errors are made by a function whose example shows them.
+MADE_BY_US = ("Result", "State", "Error", "Interrupted", "MonitorPoint")
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+PAGE = pathlib.Path(__file__).parent / "without_example.txt"
+WITHOUT = PAGE.read_text().split() if PAGE.exists() else []
+
+
+def public_names():
+    """Dotted name -> the function, or the class that a user makes."""
+    found, seen = {}, set()
+    for face in FACES:
+        module = importlib.import_module(face)
+        ours = getattr(module, "__all__", None)
+        for name, value in vars(module).items():
+            here = name in ours if ours else getattr(value, "__module__", "") == face
+            if name.startswith("_") or not here or not callable(value) or id(value) in seen:
+                continue
+            if not (inspect.isclass(value) and value.__name__.endswith(MADE_BY_US)):
+                seen.add(id(value))
+                found[f"{face}.{name}"] = value
+    return found
+
+
+NAMES = public_names()
+
+
+def examples_of(name, value):
+    """The doctests of `value`, and of its methods where it is a class."""
+    methods = vars(value).items() if inspect.isclass(value) else ()
+    ours = [(f"{name}.{method}", f) for method, f in methods if _is_ours(method, f)]
+    finder = doctest.DocTestFinder(recurse=False)
+    found = [finder.find(f, where, module=False, globs={}) for where, f in [(name, value), *ours]]
+    return [test for tests in found for test in tests if test.examples]
+
+
+def _is_ours(name, value):
+    """Whether a public attribute of a class is a method, and not flax's."""
+    return inspect.isfunction(value) and not name.startswith("_") and "regjax" in value.__module__
+
+
+def failures_of(test):
+    """What the examples of `test` print that they should not, as doctest reports it."""
+    said = []
+    with np.printoptions():
+        exec(SESSION, test.globs)
+        doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append)
+    return "".join(said)
+
+
+def sections_of(text):
+    """The titles under which the examples of a docstring stand."""
+    titles = [line for line in (text or "").splitlines() if line.strip().startswith("Example")]
+    return titles if ">>>" in (text or "") else []
+
+
+@pytest.mark.usefixtures("default_promotion")  # what a user has
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_are_there_and_true(name):
+    value = NAMES[name]
+    tests = examples_of(name, value)
+    assert bool(tests) != (name in WITHOUT), "without_example.txt"
+    for test in tests:
+        assert [title.strip() for title in sections_of(test.docstring)] == ["Example:"]
+        said = failures_of(test)
+        assert not said, said
+
+
+def test_the_list_of_names_without_an_example_is_sorted_and_has_no_strangers():
+    assert sorted(set(WITHOUT)) == WITHOUT
+    assert set(WITHOUT) <= set(NAMES)
+
+
+def test_a_wrong_and_a_missing_example_are_found():
+    def half(x):
+        """Halves.
+
+        Example:
+          >>> half = jnp.float32(3.0) / 2
+          >>> print(half)
+          1.6
+        """
+        return x / 2
+
+    (test,) = examples_of("half", half)
+    assert "1.6\nGot:\n    1.5" in failures_of(test)
+    assert examples_of("public_names", public_names) == []
+    assert sections_of(half.__doc__) == ["        Example:"]
+
+
+@pytest.mark.parametrize("face", [face for face in FACES if face.count(".") < 2])
+def test_help_lists_the_public_functions(face):
+    module = importlib.import_module(face)
+    listed = set(re.findall(r"^    (?:class )?(\w+)", pydoc.plain(pydoc.render_doc(module)), re.M))
+    public = {name for name in module.__all__ if callable(getattr(module, name))}
+    assert public - listed == set()
