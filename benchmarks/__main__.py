@@ -15,12 +15,11 @@ import jax
 import tqdm
 import tyro
 
-from benchmarks import _claims, _timing, reach, speed
+from benchmarks import _claims, _papers, _timing, reach, speed
 
 _Found = TypeVar("_Found")
 
 _RESULTS = pathlib.Path(__file__).parent / "results"
-_README = pathlib.Path(__file__).parent / "README.md"
 # The bars of the project were measured with two; a wider machine must not change who wins.
 _NUM_CORES = 2
 
@@ -46,6 +45,8 @@ class Claims:
     the paper's own size where it needs an accelerator (batch_entropy: 500 layers)."""
     only: str | None = None
     """Run only the claims with this in their name."""
+    summary: bool = False
+    """Write the tables of verdicts in benchmarks/README.md and docs/papers again; run nothing."""
     out: pathlib.Path | None = None
     """Folder of claims.json, the figures and the runs. Default: benchmarks/results, or its gpu."""
 
@@ -103,7 +104,10 @@ def run_reach(command: Reach) -> int:
 
 
 def run_claims(command: Claims) -> int:
-    """Runs the claims and writes their verdicts, into this folder's README too by default."""
+    """Runs the claims and writes their verdicts, by default into the tables for readers too."""
+    if command.summary:
+        _papers.write()
+        return 0
     if command.preset == "gpu" and jax.default_backend() == "cpu":
         return _fail("`--preset` must be smoke or cpu without an accelerator, got gpu.")
     found = _claims.find_claims()
@@ -126,7 +130,7 @@ def run_claims(command: Claims) -> int:
         for verdict in entry["verdicts"]:
             print(f"{name}: {verdict['verdict']}\n  {verdict['evidence']}", flush=True)
     if out == _RESULTS:
-        _claims.update_readme(_README, json.loads((out / "claims.json").read_text()))
+        _papers.write()
     return 0
 
 
