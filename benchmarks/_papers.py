@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
 MATRIX, INDEX, PAGES = "benchmarks/README.md", "docs/papers/index.md", "docs/papers"
 
-MARKS = {"reproduced": "✓", "not reproduced": "✗", "not testable": "–", "reported": "·"}
+MARKS = {"reproduced": "✓", "not reproduced": "✗", "not testable": "\N{EN DASH}", "reported": "·"}
 DATA = {"digits": "digits", "fashion_mnist": "Fashion-MNIST"}
 _OTHER_DATA = {
     "valley": "a valley in 21 dimensions",
@@ -146,7 +146,11 @@ def symbols(found: Sequence[Verdict]) -> str:
     counts = Counter(verdict.word for verdict in found)
     if len(found) == 1:
         return MARKS[found[0].word]
-    return " ".join(f"{mark}{counts[word]}" for word, mark in MARKS.items() if counts[word])
+    # A line may not break between a mark and its count.
+    joined = (
+        f"{mark}\N{WORD JOINER}{counts[word]}" for word, mark in MARKS.items() if counts[word]
+    )
+    return " ".join(joined)
 
 
 def evidence(entry: Mapping[str, Any]) -> str:
