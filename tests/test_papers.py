@@ -82,6 +82,62 @@ def test_verdicts_are_taken_apart():
         _papers.verdicts({"verdicts": [{"verdict": "confirmed (digits)", "evidence": ""}]})
 
 
+HEADLINES = {
+    "ten largest eigenvalues over the bare": [("curvature/top10_mlp", "regjax")],
+    "Hessian product over gradient: perceptron": [
+        ("curvature/product_mlp", "recomputed"),
+        ("curvature/product_resnet", "recomputed"),
+    ],
+    "Lanczos step": [("curvature/lanczos", "step beyond its product")],
+    "trace error": [("curvature/density", "trace error deflated / plain")],
+    "eigenpairs with checkpoints": [("checkpoint/top10_mlp", "every 10 products")],
+    "data from disk": [
+        ("scaling/stream_mlp_16384", "streamed"),
+        ("scaling/stream_resnet_512", "streamed"),
+    ],
+    "SAM step": [
+        ("transforms/steps_mlp_32", "sam"),
+        ("transforms/steps_mlp_128", "sam"),
+        ("transforms/steps_resnet_128", "sam"),
+        ("transforms/steps_resnet_32", "sam"),
+    ],
+    "`coherent_regularization`": [
+        ("transforms/steps_mlp_32", "coherent_regularization"),
+        ("transforms/steps_mlp_128", "coherent_regularization"),
+        ("transforms/steps_resnet_32", "coherent_regularization"),
+    ],
+    "BatchNorm over": [
+        ("normalization/batch_64x28x28x32", "BatchNorm"),
+        ("normalization/batch_128x8x8x128", "BatchNorm"),
+    ],
+    "refresh": [("transforms/refresh_mlp_1024", "refresh")],
+}
+"""Row of the headline table -> the recorded ratios or facts that it shows, in its order."""
+
+
+@pytest.mark.parametrize("row", HEADLINES)
+def test_the_headline_speeds_are_the_recorded_ones(row):
+    lines = (_papers.ROOT / _papers.RESULTS / "speed_cpu.jsonl").read_text().splitlines()
+    records = {record["case"]: record for record in map(json.loads, lines)}
+    (line,) = re.findall(
+        rf"^\| {re.escape(row)}.*$", (_papers.ROOT / _papers.MATRIX).read_text(), re.MULTILINE
+    )
+    _, _, measured, bars, verdict, _ = (cell.strip() for cell in line.split("|"))
+    met = []
+    shown = []
+    for case, name in HEADLINES[row]:
+        record = records[case]
+        value = (
+            record["facts"][name] if name in record["facts"] else record["ratios"][name]["median"]
+        )
+        digits = max(len(found.split(".")[1]) for found in re.findall(r"\d\.\d+", measured))
+        shown.append(f"{value:.{digits}f}")
+        met.append(value <= record["bars"][name])
+        assert f"{record['bars'][name]:.2f}" in bars
+    assert re.findall(r"\d\.\d+", measured) == shown
+    assert verdict == ("met" if all(met) else "missed, met" if any(met) else "missed")
+
+
 def test_the_groups_hold_every_page_once():
     grouped = [name for names in _papers.GROUPS.values() for name in names]
     assert sorted(grouped) == sorted(PAGES)
@@ -113,7 +169,7 @@ def test_a_snippet_calls_what_there_is(name):
     (snippet,) = SNIPPET.findall(PAGES[name])
     known = _assigned(ast.parse(preamble)) | {"print", "len", "tuple"}
     tree = ast.parse(snippet)
-    assert len(snippet.splitlines()) <= 12
+    assert len(tree.body) <= 7, "a snippet is a few lines"
     used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     assert used <= known | _assigned(tree), used - known - _assigned(tree)
     for node in ast.walk(tree):
