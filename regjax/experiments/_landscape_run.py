@@ -17,6 +17,7 @@ from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, check_examples, training_examples
 from regjax.experiments._folder import CHECKPOINT, all_options, claimed
 from regjax.experiments._inputs import cross_entropy
+from regjax.experiments._page import write_page
 from regjax.experiments._probes import Probes
 from regjax.experiments._record import Record
 from regjax.experiments._settings import AnalysisSettings, LandscapeSettings
@@ -35,7 +36,8 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
     This is `python -m regjax landscape`. A probe measures how loss and gradient change along the
     gradient step (`diagnostics.line_probe`). A fresh run is probed before its first epoch and after
     each one, a checkpoint once. The function writes `landscape.json` into the folder `settings.out`
-    after training and after each row of the surface, and `surface.png` and `probes.png` at the end.
+    after training and after each row of the surface, and `surface.png`, `probes.png` and
+    `report.html` at the end.
 
     Example:
       >>> import pathlib, tempfile
@@ -71,6 +73,7 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
 
 
 def _landscape(settings: LandscapeSettings, progress: Progress, folder: Path) -> Record:
+    start = time.monotonic()
     path, surface, figure = (folder / name for name in landscape_files(settings))
     probes = Probes(path, folder / CHECKPOINT, settings)
 
@@ -88,6 +91,9 @@ def _landscape(settings: LandscapeSettings, progress: Progress, folder: Path) ->
     _surface(subject, settings, record, save, progress)
     _figure.draw_surface(surface, record)
     _figure.draw_probes(figure, record)
+    record["finished"] = _record.finished(start)
+    save()
+    write_page(folder, path.name, record)
     return record
 
 

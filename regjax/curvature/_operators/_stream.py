@@ -272,13 +272,13 @@ def stream(
     Args:
       operator_fn: `hessian`, `gauss_newton`, `empirical_fisher`, `gradient_covariance` or `fisher`.
       *arguments: those of `operator_fn`, with the source in place of the batch. The source is an
-        object of which each `iter` begins a new pass (a list, a data loader), or a function without
-        arguments that returns a new iterator. It gives tuples of arrays with a leading axis of
+        iterable that begins a new pass at each `iter` (a list, a data loader), or a function
+        without arguments that returns an iterator. It gives tuples of arrays with a leading axis of
         examples, as `operator_fn` takes them ((inputs,) for `fisher`), or dicts where the loss
-        takes one; in every pass the same examples. Batches may have any size and count by it, those
-        of a `WeightedMean` by their weights; each size is compiled once. What is not on the device
-        is copied, so that the source may use its arrays again; JAX arrays stay where they are, so
-        that it may divide its batches over a mesh.
+        takes one, and the same examples in every pass. Batches may have any size and count by it,
+        those of a `WeightedMean` by their weights; each size is compiled once. Arrays that are not
+        on the device are copied, so that the source may use them again; JAX arrays stay where they
+        are, so that the source may divide its batches over a mesh.
       prefetch: number of batches that are read and put on the device while one is computed; at most
         one more is in device memory.
       **options: the keyword options of `operator_fn`, but `chunk_size`: the batches are the chunks.
@@ -286,8 +286,7 @@ def stream(
 
     Returns:
       An `Operator` of shape (n, n), equal up to rounding to that of all examples in one batch. The
-      mean is accumulated in the type of the flat vectors, float32 at least. Nothing is kept between
-      two products. Reads the first batch to check it.
+      mean is accumulated in the type of the flat vectors, float32 at least.
 
     Raises:
       ValueError: `operator_fn` is none of the five, the source is empty, or a loss or a model
