@@ -103,11 +103,11 @@ def run_compare(settings: TrainSettings, progress: Progress) -> dict[str, list[R
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     settings = experiments.TrainSettings(
       ...         epochs=2, depth=0, num_train=256, num_test=64, out=pathlib.Path(folder),
-      ...         compare=("learning_rate=0.1", "learning_rate=0.01"),
+      ...         compare=("seed=0", "seed=1"),
       ...     )
       ...     records = experiments.run_compare(settings, lambda stage, done, total: None)
       >>> print(list(records), [len(seeds) for seeds in records.values()])
-      ['learning_rate=0.1', 'learning_rate=0.01'] [1, 1]
+      ['seed=0', 'seed=1'] [1, 1]
 
     Args:
       settings: a `TrainSettings`, `SpectrumSettings` or `LandscapeSettings` with the common

@@ -16,8 +16,9 @@ class ConvNet(Module):
 
     Example:
       >>> module = models.ConvNet((8, 8, 1), 10, width=4, normalization="batch", rngs=nnx.Rngs(0))
-      >>> print(module(jnp.ones((5, 8, 8, 1))).shape)
-      (5, 10)
+      >>> model = regjax.from_nnx(module)  # for everything else in regjax
+      >>> print(list(model.params), sum(leaf.size for leaf in jax.tree.leaves(model.params)))
+      ['head', 'layer_0', 'layer_1'] 366
 
     Args:
       input_shape: (height, width, channels) of one example.

@@ -17,9 +17,10 @@ class ResNet(Module):
     "block_0", ..., "head".
 
     Example:
-      >>> module = models.ResNet((8, 8, 1), 10, widths=(4, 8), rngs=nnx.Rngs(0))
-      >>> print(module(jnp.ones((5, 8, 8, 1))).shape)
-      (5, 10)
+      >>> module = models.ResNet((8, 8, 1), 10, widths=(4, 4), rngs=nnx.Rngs(0))
+      >>> model = regjax.from_nnx(module)  # for everything else in regjax
+      >>> print(list(model.params), sum(leaf.size for leaf in jax.tree.leaves(model.params)))
+      ['block_0', 'block_1', 'head', 'stem'] 662
 
     Args:
       input_shape: (height, width, channels) of one example.

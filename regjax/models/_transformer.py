@@ -28,8 +28,7 @@ class GPT(Module):
 
     Example:
       >>> module = models.GPT(10, context=4, width=4, depth=1, num_heads=1, rngs=nnx.Rngs(0))
-      >>> tokens = jnp.array([[1, 2, 3], [1, 2, 9]])
-      >>> logits = module(tokens)
+      >>> logits = nnx.jit(models.GPT.__call__)(module, jnp.array([[1, 2, 3], [1, 2, 9]]))
       >>> print(logits.shape, jnp.array_equal(logits[0, :2], logits[1, :2]))  # it looks back alone
       (2, 3, 10) True
 

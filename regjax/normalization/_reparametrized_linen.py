@@ -150,7 +150,7 @@ class WeightNormConv(_WeightNorm, linen.Conv):
 
     Example:
       >>> layer = normalization.linen.WeightNormConv(4, (3, 3))
-      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
+      >>> variables = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 8, 8, 2)))
       >>> print(variables["params"]["kernel"].shape, variables["params"]["scale"].shape)
       (3, 3, 2, 4) (4,)
     """
