@@ -8,7 +8,15 @@ from numpy.typing import ArrayLike
 
 from regjax import _checks
 from regjax._printing import legible
-from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, Color, label_axes, new_figure
+from regjax.plots._style import (
+    COLORS,
+    LABEL_SIZE,
+    TICK_SIZE,
+    Color,
+    check_panels,
+    label_axes,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,12 +163,14 @@ def spectrum_figure(
       A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
+      TypeError: `panels` holds something else than panels.
       ImportError: matplotlib is missing.
       ValueError: `panels` is empty, their curves are of different scales, shapes differ, no density
         is positive, or an option is out of its range.
     """
-    if not panels:
-        raise ValueError("`panels` must have at least one SpectrumPanel, got none.")
+    check_panels(panels, SpectrumPanel)
+    for panel in panels:
+        _curve_arrays(panel.curve)
     _checks.positive("figure_width", figure_width)
     threshold = _threshold([panel.curve for panel in panels])
     has_eigenvalues = any(panel.eigenvalues is not None for panel in panels)

@@ -1,5 +1,6 @@
 """Colours and sizes of all figures, readable in a column of 3.3 inches."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -12,6 +13,21 @@ LABEL_SIZE, TICK_SIZE = 8, 7  # points
 
 Color: TypeAlias = str | tuple[float, ...]
 """A colour of matplotlib: a name or its channels."""
+
+
+def check_panels(panels: Sequence[object], kind: type) -> None:
+    """Checks that there are panels, and that they are of the kind that a figure draws.
+
+    Raises:
+      ValueError: there is none.
+      TypeError: one is something else.
+    """
+    if not panels:
+        raise ValueError(f"`panels` must have at least one {kind.__name__}, got none.")
+    for panel in panels:
+        if not isinstance(panel, kind):
+            name = type(panel).__name__
+            raise TypeError(f"`panels` must be a list of {kind.__name__}, got a {name} in it.")
 
 
 def new_figure(width: float, height: float) -> "Figure":
