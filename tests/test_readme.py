@@ -2,7 +2,8 @@
 
 Their commands and options exist, and their links lead somewhere. The mark `<!-- test-command -->`
 in the README stands before the block of one shell line that sets up and runs the tests, which CI
-reads. `docs/frameworks.md` has a test of its own, which gives its blocks what they need.
+reads. `docs/frameworks.md` has a test of its own, which gives its blocks what they need, and so
+have the papers' pages (tests/test_papers.py).
 """
 
 import importlib
@@ -26,7 +27,9 @@ PAGES = {
     for path in [*ROOT.glob("*.md"), ROOT / "benchmarks/README.md", *(ROOT / "docs").rglob("*.md")]
 }
 WITH_CODE = [
-    name for name, text in PAGES.items() if "```python" in text and name != "docs/frameworks.md"
+    name
+    for name, text in PAGES.items()
+    if "```python" in text and not name.startswith(("docs/frameworks.md", "docs/papers/"))
 ]
 
 
