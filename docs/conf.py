@@ -25,9 +25,11 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx_design",
+    "gallery",
     "mathml",
     "plain_docstrings",
     "public_names",
+    "signatures",
     "repository_links",
 ]
 exclude_patterns = ["_extensions", "**/.ipynb_checkpoints"]
@@ -68,5 +70,5 @@ autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
-napoleon_attr_annotations = False  # plain_docstrings.py has them as written
+napoleon_attr_annotations = False  # plain_docstrings.py has them, as written
 napoleon_use_ivar = True  # fields of results in one table, as arguments are
