@@ -1,6 +1,5 @@
 """The site: `python -m sphinx -W -b html docs OUT`. Needs the extra `docs`, and no network."""
 
-import logging
 import os
 import pathlib
 import sys
@@ -14,10 +13,10 @@ PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 import regjax  # noqa: E402
 
 project = "regjax"
-author = "the regjax authors"
+author = PROJECT["authors"][0]["name"]
 version = release = regjax.__version__
 html_title = f"regjax {release}"
-repository = PROJECT.get("urls", {}).get("Repository", "")
+repository = PROJECT["urls"]["Repository"]
 
 extensions = [
     "myst_nb",
@@ -33,14 +32,6 @@ extensions = [
     "repository_links",
 ]
 exclude_patterns = ["_extensions", "**/.ipynb_checkpoints"]
-if not (TOP / "CHANGELOG.md").exists():
-    exclude_patterns.append("changelog.md")
-# A page of the contents that another branch still writes.
-suppress_warnings = ["toc.empty_glob"]
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(
-    lambda record: "toctree glob pattern" not in record.getMessage()
-)
-
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline"]
 myst_heading_anchors = 3
 
@@ -56,7 +47,7 @@ html_css_files = ["custom.css"]
 html_copy_source = False
 html_theme_options = {
     "repository_url": repository,
-    "use_repository_button": bool(repository),
+    "use_repository_button": True,
     "use_download_button": False,
     "use_fullscreen_button": False,
     "navbar_persistent": [],
