@@ -62,7 +62,9 @@ def _blocks(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
             continue
         stop = index
         while stop < len(lines) and (
-            lines[stop].strip() if is_doctest else not lines[stop].strip() or _indent(lines[stop]) >= indent
+            lines[stop].strip()
+            if is_doctest
+            else not lines[stop].strip() or _indent(lines[stop]) >= indent
         ):
             stop += 1
         if text:
@@ -98,11 +100,21 @@ def _annotations(value: object) -> dict[str, str]:
     value = inspect.unwrap(value)
     node = _definitions(inspect.getsourcefile(value)).get(value.__qualname__)
     if isinstance(node, ast.ClassDef):
-        return {s.target.id: ast.unparse(s.annotation) for s in node.body if isinstance(s, ast.AnnAssign)}
+        return {
+            s.target.id: ast.unparse(s.annotation)
+            for s in node.body
+            if isinstance(s, ast.AnnAssign)
+        }
     if node is None:
         return {}
     arguments = node.args
-    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    every = [
+        *arguments.posonlyargs,
+        *arguments.args,
+        *arguments.kwonlyargs,
+        arguments.vararg,
+        arguments.kwarg,
+    ]
     found = {arg.arg: ast.unparse(arg.annotation) for arg in every if arg and arg.annotation}
     return found | ({"return": ast.unparse(node.returns)} if node.returns else {})
 
@@ -115,7 +127,11 @@ def _signature(app, what, name, value, options, signature, returns):
         annotations = {}
         for base in reversed(value.__mro__):
             if base.__module__.startswith("regjax"):
-                own = base.__init__ if "__init__" in vars(base) and not dataclasses.is_dataclass(base) else base
+                own = (
+                    base.__init__
+                    if "__init__" in vars(base) and not dataclasses.is_dataclass(base)
+                    else base
+                )
                 annotations |= _annotations(own)
     elif what in ("function", "method"):
         annotations = _annotations(value)
@@ -129,7 +145,9 @@ def _signature(app, what, name, value, options, signature, returns):
     if what == "method" and parameters and parameters[0].name in ("self", "cls"):
         parameters = parameters[1:]
     parameters = [p.replace(annotation=annotations.get(p.name, p.annotation)) for p in parameters]
-    found = found.replace(parameters=parameters, return_annotation=annotations.get("return", found.empty))
+    found = found.replace(
+        parameters=parameters, return_annotation=annotations.get("return", found.empty)
+    )
     text = stringify_signature(found, unqualified_typehints=True)
     arguments, arrow, result = text.rpartition(" -> ")
     return (arguments, result) if arrow else (text, None)

@@ -67,7 +67,11 @@ def addresses() -> dict[str, dict[str, str]]:
 def address_of(text: str, room: str) -> str | None:
     """The full name of a public name as it is written in a room: `hessian`, `curvature.hessian`."""
     where, _, name = text.rpartition(".")
-    rooms = [room, "regjax", "regjax.typing"] if not where else [where, f"regjax.{where}", f"{room}.{where}"]
+    rooms = (
+        [room, "regjax", "regjax.typing"]
+        if not where
+        else [where, f"regjax.{where}", f"{room}.{where}"]
+    )
     return next((addresses()[r][name] for r in rooms if name in addresses().get(r, {})), None)
 
 
@@ -85,7 +89,13 @@ class Names(SphinxDirective):
         lines += [f"   {name}" for name in names]
         for name in names:
             value = getattr(importlib.import_module(room), name)
-            kind = "class" if inspect.isclass(value) else "function" if inspect.isroutine(value) else "data"
+            kind = (
+                "class"
+                if inspect.isclass(value)
+                else "function"
+                if inspect.isroutine(value)
+                else "data"
+            )
             lines += ["", f".. auto{kind}:: {name}"]
             if kind == "class":
                 lines += ["   :members:", ""]
@@ -101,13 +111,17 @@ def _check(app: Sphinx, env: object) -> None:
                 logging.getLogger(__name__).warning("%s.%s has no entry in docs/api", room, name)
 
 
-def _skip_member(app: Sphinx, what: str, name: str, value: object, skip: bool, options: object) -> bool | None:
+def _skip_member(
+    app: Sphinx, what: str, name: str, value: object, skip: bool, options: object
+) -> bool | None:
     """Leaves out the fields of named tuples, which the docstring describes, and classes held by others."""
     is_field = type(value).__name__ in ("_tuplegetter", "member_descriptor")
     return True if is_field or inspect.isclass(value) else None
 
 
-def _resolve(app: Sphinx, env: object, node: nodes.Element, content: nodes.Node) -> nodes.Node | None:
+def _resolve(
+    app: Sphinx, env: object, node: nodes.Element, content: nodes.Node
+) -> nodes.Node | None:
     """Finds the types of signatures, which are written without their room."""
     target = address_of(node.get("reftarget", ""), node.get("py:module") or "regjax")
     if node.get("refdomain") != "py" or target is None or target == node["reftarget"]:

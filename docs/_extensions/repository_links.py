@@ -30,7 +30,14 @@ class RepositoryLinks(SphinxTransform):
         anchor = anchor or link.get("reftargetid") or ""
         path = pathlib.Path(docs, self.env.docname).parent.joinpath(target).resolve()
         if link.get("refdomain") == "doc":  # the suffix is cut off
-            path = next((p for p in (path.with_name(path.name + s) for s in (".md", ".ipynb")) if p.exists()), path)
+            path = next(
+                (
+                    p
+                    for p in (path.with_name(path.name + s) for s in (".md", ".ipynb"))
+                    if p.exists()
+                ),
+                path,
+            )
         if not target or not path.exists() or path.is_relative_to(docs):
             return
         inside = path.relative_to(docs.parent)
