@@ -98,6 +98,17 @@ def compared_settings(settings: Compared) -> dict[str, Compared]:
 def run_compare(settings: TrainSettings, progress: Progress) -> dict[str, list[Record]]:
     """Runs all items of `compare` with all seeds; leaves their records and figures of all behind.
 
+    Example:
+      >>> import pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     settings = experiments.TrainSettings(
+      ...         epochs=2, depth=0, num_train=256, num_test=64, out=pathlib.Path(folder),
+      ...         compare=("learning_rate=0.1", "learning_rate=0.01"),
+      ...     )
+      ...     records = experiments.run_compare(settings, lambda stage, done, total: None)
+      >>> print(list(records), [len(seeds) for seeds in records.values()])
+      ['learning_rate=0.1', 'learning_rate=0.01'] [1, 1]
+
     Args:
       settings: the common options, `compare` and `seeds`.
       progress: called after each block of batches and each product.

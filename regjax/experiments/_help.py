@@ -65,9 +65,14 @@ def root_help(commands: dict[str, type[_settings.TrainSettings]]) -> str:
     parser = _parser(f"{PROGRAM} COMMAND [OPTIONS]", what, examples)
     group = parser.add_argument_group("commands")
     for name, kind in commands.items():
-        group.add_argument(name, help=_escaped(inspect.getdoc(kind) or ""))
+        group.add_argument(name, help=_escaped(_what_for(kind)))
     _add_general(parser)
     return parser.format_help() + f"\n{PROGRAM} COMMAND --help lists the options of a command.\n"
+
+
+def _what_for(kind: type) -> str:
+    """Returns the first paragraph of a docstring, which is for the command line too."""
+    return (inspect.getdoc(kind) or "").partition("\n\n")[0]
 
 
 def command_help(command: str, settings: _settings.TrainSettings) -> str:
@@ -78,9 +83,8 @@ def command_help(command: str, settings: _settings.TrainSettings) -> str:
       settings: the options given beside `--help`: of the methods' own options only those of the
         chosen methods are listed; the values are shown as the defaults.
     """
-    parser = _parser(
-        f"{PROGRAM} {command} [OPTIONS]", inspect.getdoc(type(settings)) or "", _EXAMPLES[command]
-    )
+    usage = f"{PROGRAM} {command} [OPTIONS]"
+    parser = _parser(usage, _what_for(type(settings)), _EXAMPLES[command])
     for title, names in _grouped(settings).items():
         method = title.removeprefix("method ")
         about = inspect.getdoc(getattr(settings, method)) or "" if method != title else ""

@@ -37,6 +37,19 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
     `landscape.json` is written after training and after each row of the surface; `surface.png`,
     `probes.png` and `report.html` at the end.
 
+    Example:
+      >>> import pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     settings = experiments.LandscapeSettings(
+      ...         epochs=2, depth=0, num_train=256, num_test=64, points=3, probe_points=2,
+      ...         out=pathlib.Path(folder),
+      ...     )
+      ...     record = experiments.run_landscape(settings, lambda stage, done, total: None)
+      ...     print((settings.out / "surface.png").exists())
+      True
+      >>> print(np.shape(record["surface"]["losses"]))
+      (3, 3)
+
     Args:
       settings: the options.
       progress: called after each block of batches and each row.

@@ -1,8 +1,6 @@
 """The options of a run."""
 
 import dataclasses
-import functools
-import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,11 +13,13 @@ from regjax.experiments import (
 )
 from regjax.experiments._architectures import ARCHITECTURES
 from regjax.experiments._initializations import INITIALIZATIONS
+from regjax.experiments._option_values import option_types as option_types
+from regjax.experiments._option_values import replace as replace
+from regjax.experiments._option_values import value_of as value_of
 from regjax.experiments._options import UsageError, option
 from regjax.experiments._transformations import TRANSFORMATIONS
 
 Class = TypeVar("Class", bound=type)
-Settings = TypeVar("Settings", bound="TrainSettings")
 
 
 def _with_options(cls: Class) -> Class:
@@ -34,7 +34,13 @@ def _with_options(cls: Class) -> Class:
 @dataclasses.dataclass(frozen=True)
 @_with_options
 class TrainSettings:
-    """Train a network on images and write a checkpoint."""
+    """Train a network on images and write a checkpoint.
+
+    Example:
+      >>> settings = experiments.TrainSettings(width=64, transformation="sam")
+      >>> print(settings.epochs, settings.sam)
+      30 Sam(rho=0.05, adaptive=False, eta=0.01, num_shards=1)
+    """
 
     data: str = "digits"
     """digits, fashion_mnist, mnist, an image classification set of tensorflow-datasets, or a file
@@ -152,7 +158,13 @@ class AnalysisSettings(TrainSettings):
 
 @dataclasses.dataclass(frozen=True)
 class SpectrumSettings(AnalysisSettings):
-    """Train a network on images, then print and draw its curvature spectrum with error bounds."""
+    """Train a network on images, then print and draw its curvature spectrum with error bounds.
+
+    Example:
+      >>> settings = experiments.SpectrumSettings(matrix="gauss_newton", num_eigenvalues=5)
+      >>> print(settings.matrix, settings.num_eigenvalues, settings.num_probes)
+      gauss_newton 5 2
+    """
 
     matrix: Literal["hessian", "gauss_newton", "fisher", "empirical_fisher"] = "hessian"
     """Curvature matrix of the mean training loss."""
@@ -191,7 +203,13 @@ class SpectrumSettings(AnalysisSettings):
 
 @dataclasses.dataclass(frozen=True)
 class LandscapeSettings(AnalysisSettings):
-    """Train a network on images, then draw its loss surface, and loss and gradient along steps."""
+    """Train a network on images, then draw its loss surface, and loss and gradient along steps.
+
+    Example:
+      >>> settings = experiments.LandscapeSettings(points=21, directions="layer")
+      >>> print(settings.points, settings.span)
+      21 1.0
+    """
 
     points: int = 51
     """Points along each of the two random directions; odd, so that the network is one of them."""
@@ -275,18 +293,6 @@ def is_comparison(settings: TrainSettings) -> bool:
     return bool(settings.compare) or settings.seeds > 1
 
 
-def option_types(settings_type: type) -> dict[str, Any]:
-    """Returns the type of each option by name; "sam.rho" is `rho` of the field `sam`."""
-    types: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(settings_type).items():
-        if dataclasses.is_dataclass(hint):
-            own = typing.get_type_hints(hint)
-            types |= {f"{name}.{f.name}": own[f.name] for f in dataclasses.fields(hint)}
-        else:
-            types[name] = hint
-    return types
-
-
 def checkpoint_path(path: Path) -> Path:
     """Returns the checkpoint that a folder or a file name stands for."""
     return path / "checkpoint.npz" if path.is_dir() else path
@@ -318,20 +324,6 @@ def training_options(settings: TrainSettings) -> dict[str, Any]:
 def methods(settings: TrainSettings) -> list[str]:
     """Returns the chosen methods that have options of their own."""
     return [name for name in (settings.transformation, settings.init) if hasattr(settings, name)]
-
-
-def value_of(settings: TrainSettings, name: str) -> Any:
-    """Returns the value of an option; "sam.rho" is `rho` of the field `sam`."""
-    return functools.reduce(getattr, name.split("."), settings)
-
-
-def replace(settings: Settings, changes: dict[str, Any]) -> Settings:
-    """Returns `settings` with other values; "sam.rho" is `rho` of the field `sam`."""
-    for name, value in changes.items():
-        outer, _, inner = name.partition(".")
-        new = dataclasses.replace(getattr(settings, outer), **{inner: value}) if inner else value
-        settings = dataclasses.replace(settings, **{outer: new})
-    return settings
 
 
 def check_same_training(

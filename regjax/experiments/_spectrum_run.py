@@ -47,6 +47,18 @@ def spectrum_files(settings: AnalysisSettings) -> tuple[str, str]:
 def run_train(settings: TrainSettings, progress: Progress) -> Record:
     """Trains, evaluates, and leaves `checkpoint.npz`, `training.json` and `report.html` behind.
 
+    Example:
+      >>> import pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     settings = experiments.TrainSettings(
+      ...         epochs=2, depth=0, num_train=256, num_test=64, out=pathlib.Path(folder)
+      ...     )
+      ...     record = experiments.run_train(settings, lambda stage, done, total: None)
+      ...     print((settings.out / "checkpoint.npz").exists())
+      True
+      >>> print(len(record["training"]["losses"]), record["num_parameters"])
+      2 650
+
     Args:
       settings: the options.
       progress: called after each block of batches.
@@ -76,6 +88,19 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
 
     `spectrum.json` is written after each stage, so that an interruption loses one stage at most;
     `spectrum.png` and `report.html` at the end.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     settings = experiments.SpectrumSettings(
+      ...         epochs=2, depth=0, num_train=256, num_test=64, num_eigenvalues=1, tol=0.1,
+      ...         num_steps=4, out=pathlib.Path(folder),
+      ...     )
+      ...     record = experiments.run_spectrum(settings, lambda stage, done, total: None)
+      ...     print((settings.out / "spectrum.png").exists())
+      True
+      >>> print(record["blocks"]["network"]["eigenvalues"]["converged"])
+      [True]
 
     Args:
       settings: the options.
