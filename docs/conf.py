@@ -1,4 +1,4 @@
-"""The site: `python -m sphinx -W -b html docs OUT`, with the extra `docs` installed; no network needed."""
+"""The site: `python -m sphinx -W -b html docs OUT`. Needs the extra `docs`, and no network."""
 
 import logging
 import os
@@ -57,13 +57,16 @@ html_theme_options = {
     "use_repository_button": bool(repository),
     "use_download_button": False,
     "use_fullscreen_button": False,
-    "show_toc_level": 2,
+    "navbar_persistent": [],
 }
 html_math_renderer = "mathml"
 
 default_role = "py:obj"
-python_use_unqualified_type_names = True
+smartquotes = False
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False  # plain_docstrings.py has them as written
 napoleon_use_ivar = True  # fields of results in one table, as arguments are

@@ -102,9 +102,18 @@ def from_haiku(
 ) -> Model:
     """Turns a Haiku function and its parameters into a `Model`.
 
-        network = haiku.transform_with_state(lambda x, is_training: ...)
-        params, state = network.init(key, x, is_training=True)
-        model = regjax.from_haiku(network, params, state)
+    A function with a state comes from `haiku.transform_with_state`, whose `init` gives `params` and
+    `state`; both are passed.
+
+    Example:
+      >>> import haiku
+      >>> network = haiku.without_apply_rng(haiku.transform(lambda x: haiku.Linear(1)(x)))
+      >>> inputs = jnp.ones((5, 2))
+      >>> model = regjax.from_haiku(network, network.init(jax.random.key(0), inputs))
+      >>> print(jax.tree.map(jnp.shape, model.params))
+      {'linear': {'b': (1,), 'w': (2, 1)}}
+      >>> print(regjax.model_function(model)(model.params, inputs).shape)
+      (5, 1)
 
     Args:
       transformed: from `haiku.transform` or `haiku.transform_with_state`; the same one again

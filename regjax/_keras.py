@@ -82,11 +82,17 @@ class KerasRunner:
 def from_keras(module: Callable[..., Tree], *, call: Call | None = None, wrt: Mask = None) -> Model:
     """Turns a Keras model into a `Model` of nested dicts, by the paths of its variables.
 
-        model = regjax.from_keras(module)
-        loss_fn = regjax.model_loss(model, output_loss_fn, mode="train", key=key)
+    The penalties of the layers are not part of the outputs; with `call=lambda module, x, *,
+    training: (module(x, training=training), module.losses)` they are.
 
-    Penalties of the layers are no part of the outputs: with
-    `call=lambda module, x, *, training: (module(x, training=training), module.losses)` they are.
+    Example:
+      >>> import keras
+      >>> module = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="dense")])
+      >>> model = regjax.from_keras(module)
+      >>> print(jax.tree.map(jnp.shape, model.params))
+      {'dense': {'bias': (1,), 'kernel': (2, 1)}}
+      >>> print(regjax.model_function(model)(model.params, jnp.ones((5, 2))).shape)
+      (5, 1)
 
     Args:
       module: a `keras.Model` or another layer, built, on the backend JAX. It is not changed, and

@@ -148,13 +148,21 @@ def from_linen(
 ) -> Model:
     """Turns a linen module and its variables into a `Model`.
 
-    A model of several inputs, of which some are options, and with a sown loss beside its outputs:
+    A module with several inputs, and with a sown loss beside its outputs, takes a `call`:
 
         def call(module, inputs, *, train):
             logits = module(inputs["ids"], mask=inputs["mask"], deterministic=not train)
             return logits, module.variables["losses"]
 
         model = regjax.from_linen(module, variables, call=call, rngs=("dropout", "noise"))
+
+    Example:
+      >>> module, inputs = linen.Dense(1), jnp.ones((5, 2))
+      >>> model = regjax.from_linen(module, module.init(jax.random.key(0), inputs))
+      >>> print(jax.tree.map(jnp.shape, model.params))
+      {'bias': (1,), 'kernel': (2, 1)}
+      >>> print(regjax.model_function(model)(model.params, inputs).shape)
+      (5, 1)
 
     Args:
       module: a linen module.

@@ -124,12 +124,18 @@ def from_nnx(
 ) -> Model:
     """Turns an nnx module into a `Model` of plain dicts.
 
-    Only the pairs of LoRA, in a model of several inputs:
+    `nnx.update(module, params)` puts parameters back into the module. A model of several inputs, of
+    which only the LoRA pairs are parameters:
 
         call = lambda module, inputs: module(inputs["ids"], mask=inputs["mask"])
         model = regjax.from_nnx(module, call=call, wrt=nnx.LoRAParam)
 
-    `nnx.update(module, params)` puts parameters back into the module.
+    Example:
+      >>> model = regjax.from_nnx(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
+      >>> print(jax.tree.map(jnp.shape, model.params))
+      {'bias': (1,), 'kernel': (2, 1)}
+      >>> print(regjax.model_function(model)(model.params, jnp.ones((5, 2))).shape)
+      (5, 1)
 
     Args:
       module: an nnx module; `module.train()` and `module.eval()` set its mode. It is not changed.

@@ -1,6 +1,6 @@
 """Every public function, and every class that a user makes, has an example that is true.
 
-The examples are Python's own doctests in a section `Example:`. They assume what `SESSION` imports,
+The examples are Python's own doctests in a section `Example:`. They assume the lines of `SESSION`,
 as the docstring of `regjax` says. Names that have no example yet stand in without_example.txt.
 """
 
@@ -11,7 +11,10 @@ import pathlib
 import pydoc
 import re
 
+import numpy as np
 import pytest
+
+from regjax import curvature
 
 FACES = (
     "regjax", "regjax.curvature", "regjax.diagnostics", "regjax.experiments",
@@ -29,6 +32,7 @@ import regjax
 from flax import linen, nnx
 from regjax import curvature, diagnostics, experiments, initializers, models, normalization
 from regjax import plots, pruning, regularizers, schedules, transforms
+np.set_printoptions(precision=3, suppress=True)
 """
 # Results, states and errors are made by a function whose example shows them.
 MADE_BY_US = ("Result", "State", "Error", "Interrupted", "MonitorPoint")
@@ -73,8 +77,9 @@ def _is_ours(name, value):
 def failures_of(test):
     """What the examples of `test` print that they should not, as doctest reports it."""
     said = []
-    exec(SESSION, test.globs)
-    doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append)
+    with np.printoptions():
+        exec(SESSION, test.globs)
+        doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append)
     return "".join(said)
 
 
@@ -84,6 +89,7 @@ def sections_of(text):
     return titles if ">>>" in (text or "") else []
 
 
+@pytest.mark.usefixtures("default_promotion")  # what a user has
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_are_there_and_true(name):
     value = NAMES[name]
@@ -91,7 +97,8 @@ def test_examples_are_there_and_true(name):
     assert bool(tests) != (name in WITHOUT), "without_example.txt"
     for test in tests:
         assert [title.strip() for title in sections_of(test.docstring)] == ["Example:"]
-        assert failures_of(test) == ""
+        said = failures_of(test)
+        assert not said, said
 
 
 def test_the_list_of_names_without_an_example_is_sorted_and_has_no_strangers():
@@ -122,3 +129,11 @@ def test_help_lists_the_public_functions(face):
     listed = set(re.findall(r"^    (?:class )?(\w+)", pydoc.plain(pydoc.render_doc(module)), re.M))
     public = {name for name in module.__all__ if callable(getattr(module, name))}
     assert public - listed == set()
+
+
+def test_the_largest_room_says_what_is_in_it():
+    public = {name for name in curvature.__all__ if name.islower()}
+    solvers = {name for name in public if name.endswith("_solver")}
+    assert public - solvers - set(re.findall(r"\w+", curvature.__doc__)) == set()
+    table = re.findall(r"^    (.*)$", curvature.__doc__, re.M)
+    assert set(" ".join(table).split()) - public == set()

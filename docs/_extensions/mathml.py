@@ -27,5 +27,6 @@ def _visit(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> 
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    """Registers this extension."""
     app.add_html_math_renderer("mathml", (_visit, None), (_visit, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -18,6 +18,7 @@ from types import ModuleType
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
@@ -31,13 +32,14 @@ ROOMS = (
 
 
 def public_names(room: str) -> list[str]:
-    """The names that a user may take from a room: defined there or imported with `as`; no modules."""
+    """The names that a user may take from a room, modules left out."""
     module = importlib.import_module(room)
     names = getattr(module, "__all__", None) or list(_exported(module))
     return [name for name in names if _is_documented(module, getattr(module, name))]
 
 
 def _exported(module: ModuleType) -> Iterator[str]:
+    """What is defined in a module or imported with `as`, which is how mypy reads it."""
     for node in ast.parse(inspect.getsource(module)).body:
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
@@ -67,8 +69,11 @@ def addresses() -> dict[str, dict[str, str]]:
 def address_of(text: str, room: str) -> str | None:
     """The full name of a public name as it is written in a room: `hessian`, `curvature.hessian`."""
     where, _, name = text.rpartition(".")
-    rooms = [room, "regjax", "regjax.typing"] if not where else [where, f"regjax.{where}", f"{room}.{where}"]
-    return next((addresses()[r][name] for r in rooms if name in addresses().get(r, {})), None)
+    rooms = [where, f"regjax.{where}", f"{room}.{where}"]
+    if not where:
+        rooms = [room, "regjax", "regjax.typing"]
+    found = (addresses().get(place, {}).get(name) for place in rooms)
+    return next(filter(None, found), None)
 
 
 class Names(SphinxDirective):
@@ -85,29 +90,33 @@ class Names(SphinxDirective):
         lines += [f"   {name}" for name in names]
         for name in names:
             value = getattr(importlib.import_module(room), name)
-            kind = "class" if inspect.isclass(value) else "function" if inspect.isroutine(value) else "data"
-            lines += ["", f".. auto{kind}:: {name}"]
-            if kind == "class":
-                lines += ["   :members:", ""]
+            is_class, is_function = inspect.isclass(value), inspect.isroutine(value)
+            kind = "class" if is_class else "function" if is_function else "data"
+            lines += ["", f".. auto{kind}:: {name}", *["   :members:", ""] * is_class]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=False)
 
 
-def _check(app: Sphinx, env: object) -> None:
-    """Warns for each public name without an entry."""
-    documented = {name for name, *_ in app.env.get_domain("py").get_objects()}
-    for room in ROOMS:
-        for name in public_names(room):
-            if f"{room}.{name}" not in documented:
-                logging.getLogger(__name__).warning("%s.%s has no entry in docs/api", room, name)
+def without_entry(documented: set[str]) -> list[str]:
+    """The public names that are not among the documented ones."""
+    every = [name for names in addresses().values() for name in names.values()]
+    return [name for name in every if name not in documented]
 
 
-def _skip_member(app: Sphinx, what: str, name: str, value: object, skip: bool, options: object) -> bool | None:
-    """Leaves out the fields of named tuples, which the docstring describes, and classes held by others."""
+def _check(app: Sphinx, env: BuildEnvironment) -> None:
+    documented = {name for name, *_ in env.get_domain("py").get_objects()}
+    for name in without_entry(documented):
+        logging.getLogger(__name__).warning("%s has no entry in docs/api", name)
+
+
+def _skip_member(app, what, name, value, skip, options):
+    """Leaves out the fields of named tuples, which the docstring has, and classes that are held."""
     is_field = type(value).__name__ in ("_tuplegetter", "member_descriptor")
     return True if is_field or inspect.isclass(value) else None
 
 
-def _resolve(app: Sphinx, env: object, node: nodes.Element, content: nodes.Node) -> nodes.Node | None:
+def _resolve(
+    app: Sphinx, env: BuildEnvironment, node: nodes.Element, content: nodes.Node
+) -> nodes.Node | None:
     """Finds the types of signatures, which are written without their room."""
     target = address_of(node.get("reftarget", ""), node.get("py:module") or "regjax")
     if node.get("refdomain") != "py" or target is None or target == node["reftarget"]:
@@ -117,6 +126,7 @@ def _resolve(app: Sphinx, env: object, node: nodes.Element, content: nodes.Node)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    """Registers this extension."""
     app.add_directive("names", Names)
     app.connect("autodoc-skip-member", _skip_member)
     app.connect("missing-reference", _resolve)

@@ -30,7 +30,8 @@ class RepositoryLinks(SphinxTransform):
         anchor = anchor or link.get("reftargetid") or ""
         path = pathlib.Path(docs, self.env.docname).parent.joinpath(target).resolve()
         if link.get("refdomain") == "doc":  # the suffix is cut off
-            path = next((p for p in (path.with_name(path.name + s) for s in (".md", ".ipynb")) if p.exists()), path)
+            candidates = [path.with_name(path.name + suffix) for suffix in (".md", ".ipynb")]
+            path = next((file for file in candidates if file.exists()), path)
         if not target or not path.exists() or path.is_relative_to(docs):
             return
         inside = path.relative_to(docs.parent)
@@ -48,5 +49,6 @@ class RepositoryLinks(SphinxTransform):
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    """Registers this extension."""
     app.add_transform(RepositoryLinks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -94,7 +94,18 @@ def output_covariance(
 
         J (A + damping I)^-1 J' / N
 
-    The model is linearised at `params`, and the noise of the targets is not part of it.
+    J is the Jacobian of an example's outputs. The model is linearised at `params`, and the noise of
+    the targets is not part of it.
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> x, x_new = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[1.0, 1.0]])
+      >>> loss_fn = lambda outputs, y: 0.5 * jnp.mean((outputs - y) ** 2)
+      >>> matrix = curvature.gauss_newton(model_fn, loss_fn, jnp.zeros(2), x, jnp.zeros(2))
+      >>> options = {"damping": 0.5, "num_examples": 2}
+      >>> result = curvature.output_covariance(model_fn, jnp.zeros(2), x_new, matrix, **options)
+      >>> print(f"{result.value[0, 0, 0]:.3f}")  # (1 / (0.5 + 0.5) + 1 / (2 + 0.5)) / 2
+      0.700
 
     Args:
       model_fn: (params, inputs) -> outputs, C numbers for each example (see `jacobian`).
@@ -104,10 +115,10 @@ def output_covariance(
       operator: A, the curvature of the mean training loss, such as `gauss_newton`.
       damping: positive, in the units of A: the precision of the prior over N.
       num_examples: N, the number of training examples, whose mean loss A belongs to.
-      lower_bound: the least that an eigenvalue of A can be, as in `solve`: 0 for the
-        Gauss-Newton matrix of a loss that is convex in the outputs. None: what is known by
-        construction, which may be nothing, and then the bounds are infinite.
-      preconditioner: as in `solve`.
+      lower_bound: the least that an eigenvalue of A can be (see `solve`): 0 for the Gauss-Newton
+        matrix of a loss that is convex in the outputs. None: what is known by construction, which
+        may be nothing, and then the bounds are infinite.
+      preconditioner: an operator near the inverse of A + damping I, up to a factor (see `solve`).
       tol: relative tolerance of the systems' residuals; the error of a variance is of its square.
       max_matvecs: limit of the number of products of each system.
       wrt: which leaves of the parameters are uncertain (see `hessian`); None: all.
@@ -117,7 +128,7 @@ def output_covariance(
 
     Raises:
       ValueError: `damping` is not positive, the model couples its examples, `operator` is of
-        another space, or as in `solve`.
+        another space, or another argument is out of its range.
 
     Example:
       >>> model = lambda slope, x: x @ slope  # of two points, at 1 and at 3
@@ -168,15 +179,23 @@ def leverage(
     chunk_size: int | None = None,
     wrt: Mask = None,
 ) -> LeverageResult:
-    """Computes the leverages of training examples: how much of its own outputs each determines.
+    """Computes the leverages of training examples: how much each determines its own outputs.
 
         h_i = tr S_i J_i (A + damping I)^-1 J_i' / N
 
     A is the Gauss-Newton matrix, S_i the loss Hessian at the outputs and J_i the Jacobian of
-    example i. For a linear model and half the squared error this is the diagonal of the hat matrix
-    of ridge regression, by which `diagnostics.influence` is exact: leaving out example i moves the
-    parameters by 1 / (1 - h_i) times what its influence says. Of an example whose h_i is near C
-    the model learns its outputs from that example alone.
+    example i. For a linear model and half the squared error h_i is the diagonal of the hat matrix
+    of ridge regression, and with it `diagnostics.influence` is exact: leaving out example i moves
+    the parameters by 1 / (1 - h_i) times what its influence says. If h_i is near C, the model
+    learns the outputs of example i from that example alone.
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> loss_fn = lambda outputs, y: 0.5 * jnp.mean((outputs - y) ** 2)
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])  # of the Gauss-Newton matrix diag(0.5, 2)
+      >>> args = (model_fn, loss_fn, jnp.zeros(2), x, jnp.zeros(2))
+      >>> print(curvature.leverage(*args, damping=0.5).value)  # 1 / 1 / 2 and 4 / 2.5 / 2
+      [0.5 0.8]
 
     Args:
       model_fn: (params, inputs) -> outputs, C numbers for each example (see `jacobian`).
@@ -189,9 +208,9 @@ def leverage(
       examples: (M,), integers, the places of those whose leverages are computed; None: all. M C
         vectors like the parameters and as many of the solver are in memory.
       operator: A. None: `gauss_newton` of these data.
-      lower_bound: of the eigenvalues of `operator`, as in `output_covariance`. Without `operator`
-        it is 0 by what `output_loss_fn` must be.
-      preconditioner: as in `solve`.
+      lower_bound: the least that an eigenvalue of `operator` can be (see `solve`). Without
+        `operator` it is 0 by what `output_loss_fn` must be.
+      preconditioner: an operator near the inverse of A + damping I, up to a factor (see `solve`).
       tol: relative tolerance of the systems' residuals; the error of a leverage is of its square.
       max_matvecs: limit of the number of products of each system.
       chunk_size: number of training examples per pass in a product; None: all at once.
@@ -204,7 +223,7 @@ def leverage(
       TypeError: `examples` are no integers.
       ValueError: `damping` is not positive, `examples` are not among the N, the loss is seen not to
         be convex in the outputs, the model or the loss couples its examples, `operator` is of
-        another space, or as in `solve`.
+        another space, or another argument is out of its range.
 
     Example:
       >>> model = lambda slope, x: x @ slope  # of two points, at 1 and at 3

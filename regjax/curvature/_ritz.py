@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from regjax import _numerics
 from regjax._printing import legible
 from regjax.curvature._engine import _basis
-from regjax.curvature._lanczos import Krylov, LanczosResult
+from regjax.curvature._krylov import Krylov
+from regjax.curvature._lanczos import LanczosResult
 from regjax.curvature._precision import precisely, rounding
 
 
@@ -57,6 +58,16 @@ class SmallPairs(NamedTuple):
 @precisely
 def ritz_pairs(result: LanczosResult) -> RitzResult:
     """Computes the eigenpairs of the tridiagonal matrix of a Lanczos run.
+
+    They are estimates of eigenvalues of the matrix (Ritz values), each with a residual norm within
+    which an eigenvalue lies.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> ritz = curvature.ritz_pairs(curvature.lanczos(hessian, jnp.ones(8), 2))
+      >>> print(ritz.values, ritz.residual_norms)
+      [2.209 6.791] [1.414 1.414]
 
     Args:
       result: from `lanczos`.

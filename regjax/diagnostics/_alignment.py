@@ -61,6 +61,14 @@ def operator_alignment(
     so that what the three have in common cancels. Two positive matrices with nothing in common
     have a positive alignment, `null_alignment`.
 
+    Example:
+      >>> like = jnp.zeros(2)
+      >>> one = curvature.from_matvec(lambda v: jnp.array([1.0, 2.0]) * v, like)
+      >>> other = curvature.from_matvec(lambda v: jnp.array([2.0, 1.0]) * v, like)
+      >>> result = diagnostics.operator_alignment(one, other, key=jax.random.key(0))
+      >>> print(f"{result.alignment:.2f} {result.null_alignment:.2f}")  # 4 / 5 and 9 / (2 * 5)
+      0.80 0.90
+
     Args:
       operator: A.
       other_operator: B, of the same parameters.
@@ -99,6 +107,11 @@ def gradient_share(grads: Params, vectors: Params) -> GradientShareResult:
     """Computes the share of a gradient in a subspace, such as that of leading eigenvectors.
 
         share = |V g|^2 / |g|^2,   V of orthonormal rows
+
+    Example:
+      >>> grads, vectors = jnp.array([3.0, 4.0]), jnp.array([[1.0, 0.0]])
+      >>> print(diagnostics.gradient_share(grads, vectors))
+      GradientShareResult(share=0.36, shares=[0.36], null_share=0.5)
 
     Args:
       grads: the gradient g, a tree of n numbers.

@@ -59,6 +59,14 @@ def batch_norm_regularization(
     lambda is positive if the scale is below the one that the loss alone would choose, and zero if
     scale and bias are trained to their optimum.
 
+    Example:
+      >>> kernel, grad = jnp.array([[1.0], [0.0]]), jnp.array([[-4.0], [0.0]])  # of one unit
+      >>> result = diagnostics.batch_norm_regularization(
+      ...     kernel, 2.0, 0.0, jnp.zeros(2), jnp.eye(2), grad
+      ... )
+      >>> print(result.equivalent_kernel.ravel(), result.multiplier, result.relative_residual)
+      [2. 0.] [1.] [0.]
+
     Args:
       kernel: (d, k), w.
       scale: (k,) or number, gamma of the batch norm.

@@ -89,6 +89,14 @@ def boundary_jitter(
 
     Computes every distance twice, for the mean and for the spread about it.
 
+    Example:
+      >>> preactivations_fn = lambda w, x, batch: (x - batch.mean(0)) * w  # a centred layer
+      >>> batches = jnp.array([[[0.0], [2.0]], [[2.0], [4.0]]])  # of means 1 and 3
+      >>> inputs = jnp.array([[0.0], [5.0]])
+      >>> result = diagnostics.boundary_jitter(preactivations_fn, jnp.array([2.0]), inputs, batches)
+      >>> print(result.std)
+      [1.414]
+
     Args:
       batch_preactivations_fn: (params, inputs, batch) -> tree of arrays (N, units...), what goes
         into the activations at `inputs` with the statistics of `batch` in all layers; each row a
@@ -154,6 +162,16 @@ def margin_jitter(
 
     The spread over the batches of `decision_margin`, input by input.
 
+    Example:
+      >>> def batch_model_fn(w, x, batch):
+      ...     centred = (x - batch.mean(0)) * w
+      ...     return jnp.concatenate([centred, -centred], axis=1)  # logits of two classes
+      >>> batches = jnp.array([[[0.0], [2.0]], [[2.0], [4.0]]])  # of means 1 and 3
+      >>> params, inputs, targets = jnp.array([2.0]), jnp.array([[0.0], [5.0]]), jnp.array([1, 0])
+      >>> result = diagnostics.margin_jitter(batch_model_fn, params, inputs, targets, batches)
+      >>> print(result.mean, result.std)
+      [2. 3.] [1.414 1.414]
+
     Args:
       batch_model_fn: (params, inputs, batch) -> logits (N, classes) at `inputs` with the
         statistics of `batch`, as in `boundary_jitter`.
@@ -200,6 +218,11 @@ def least_squares_offset(kernel: jax.Array, inputs: jax.Array) -> LeastSquaresRe
     and the minimum is var(<w, z>) / ||w||^2, biased: batch norm without bias puts the boundary
     there, and its output is the signed distance in units of the root of this minimum. A bias beta
     at scale gamma moves it by (sigma / ||w||) (beta / gamma).
+
+    Example:
+      >>> kernel, inputs = jnp.array([[2.0], [0.0]]), jnp.array([[1.0, 7.0], [3.0, -5.0]])
+      >>> print(diagnostics.least_squares_offset(kernel, inputs))
+      LeastSquaresResult(offset=[4], mean_squared_distance=[1])
 
     Args:
       kernel: (d, k), the units' weights w as columns.

@@ -48,6 +48,12 @@ def condensation(
     that no earlier one covers stands for itself and all parallel to it), so that it is a bound from
     above, and the same for every order of the neurons.
 
+    Example:
+      >>> kernel = jnp.array([[1.0, 2.0, 0.0], [0.0, 0.1, 1.0]])  # two of three are parallel
+      >>> result = diagnostics.condensation(kernel)
+      >>> print(result.effective_number, f"{result.effective_ratio:.2f}")
+      2 0.67
+
     Args:
       kernel: (inputs, m) of a dense layer, or a convolution's; or as `layout` says. Its outputs are
         the neurons, m of them.

@@ -105,6 +105,14 @@ def critical_sharpness(
     then both ends are drawn to where that line is zero. A crossing that is followed by another one
     within a single stretch can be passed over.
 
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.array([4.0, 1.0]) * w**2)
+      >>> params = jnp.array([1.0, 0.0])
+      >>> updates = -0.1 * jax.grad(loss_fn)(params)
+      >>> result = diagnostics.critical_sharpness(loss_fn, params, updates, learning_rate=0.1)
+      >>> print(f"{result.value:.2f} {result.critical_learning_rate:.2f}", result.resolved)
+      4.00 0.50 True
+
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: tree of parameters, w.

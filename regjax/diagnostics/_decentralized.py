@@ -55,6 +55,16 @@ def landscape_dependent_noise(
     Costs a gradient and n Hessian products on the batch; inside of `jax.jit` the products cost
     nothing where `curvature_trace` is not used.
 
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(w**2)
+      >>> params = jnp.array([[1.0], [3.0]])  # two learners, whose mean is 2
+      >>> mean_grads = jax.vmap(jax.grad(loss_fn))(params).mean(0)
+      >>> result = diagnostics.landscape_dependent_noise(
+      ...     loss_fn, params, mean_grads, learning_rate=0.1
+      ... )
+      >>> print(f"{result.effective_learning_rate:.2f} {result.dispersion:.2f}")
+      0.10 1.00
+
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: stacked tree, leaves (n, ...), the weights w_j of the n learners before the step.

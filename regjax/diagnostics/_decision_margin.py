@@ -31,6 +31,13 @@ def decision_margin(
     linear piece around x. Two logits with the same gradient have no boundary between them: it is
     infinitely far, on the side of their difference. Costs a reverse pass for each class.
 
+    Example:
+      >>> model_fn = lambda params, x: x @ params
+      >>> params = jnp.array([[1.0, -1.0], [0.0, 0.0]])  # two classes, the boundary is x_0 = 0
+      >>> inputs, targets = jnp.array([[3.0, 5.0], [3.0, 5.0]]), jnp.array([0, 1])
+      >>> print(diagnostics.decision_margin(model_fn, params, inputs, targets))
+      [ 3. -3.]
+
     Args:
       model_fn: (params, inputs) -> logits (N, classes), each row a function of its own example
         alone, such as `regjax.model_function(model)`.

@@ -75,6 +75,11 @@ def stability_threshold(
     momentum it adds d to the eigenvalues. Coupled decay is part of the loss. Momentum is as in
     optax: the sum of gradients for `sgd` and `rmsprop`, without dampening, their mean for Adam.
 
+    Example:
+      >>> threshold = diagnostics.stability_threshold(optimizer="adam", learning_rate=0.01)
+      >>> print(f"{threshold:.0f}")  # 38 / 0.01
+      3800
+
     Args:
       optimizer: its function in optax: "sgd", "rmsprop", "adagrad", "adam", "adamw", "nadam",
         "nadamw", "amsgrad", "adabelief", "yogi", "adamax" or "adamaxw".
@@ -119,6 +124,14 @@ def edge_of_stability(
 
     The optimiser is linearised with its second moments held. In training they follow, so that the
     ratio hovers about 1 at the edge; it says nothing of directions of negative curvature.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.array([9.0, 1.0]) * w**2)
+      >>> result = diagnostics.edge_of_stability(
+      ...     loss_fn, jnp.ones(2), key=jax.random.key(0), optimizer="sgd", learning_rate=0.2
+      ... )
+      >>> print(f"{result.sharpness:.2f} {result.threshold:.2f} {result.stability_ratio:.2f}")
+      9.00 10.00 0.90
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples. For coupled weight decay

@@ -57,6 +57,12 @@ def noise_scale(
     their means over all pairs, never a mean of ratios. The norms come for free where gradients are
     averaged: over devices, or over the micro-batches of a step.
 
+    Example:
+      >>> squared_norms = jnp.array([8.0, 8.0]), jnp.array([5.0, 5.0])  # 4 + 8 / 2 and 4 + 8 / 8
+      >>> result = diagnostics.noise_scale(*squared_norms, small_batch_size=2, large_batch_size=8)
+      >>> print(result.squared_gradient_norm, result.noise_trace, result.gradient_noise_scale)
+      4.0 8.0 2.0
+
     Args:
       small_squared_norms: |G_b|^2, (pairs,), or (pairs, m) of several small batches in each pair.
       large_squared_norms: |G_B|^2, (pairs,), each at the weights of the small ones.
@@ -118,6 +124,13 @@ def gradient_noise(
     With a metric H, norms are g'H g: the ratio is then tr(H Sigma) / G'H G, the batch size at which
     a step of the best length is spent on noise as much as on the gradient, where the loss is
     curved as H.
+
+    Example:
+      >>> loss_fn = lambda w, x: 0.5 * jnp.mean((w - x) ** 2)
+      >>> x = jnp.array([1.0, 3.0, 1.0, 3.0])  # of variance 4 / 3
+      >>> result = diagnostics.gradient_noise(loss_fn, jnp.array(0.0), x, batch_size=1)
+      >>> print(f"{result.noise_trace:.3f} {result.gradient_noise_scale:.3f}")
+      1.333 0.364
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over independent examples.

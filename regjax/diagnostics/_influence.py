@@ -74,6 +74,14 @@ def influence(
     model and half the squared error, A + damping I of the training loss, leaving out example i
     moves the parameters by exactly 1 / (1 - h_i) times what the influence says, h_i its leverage.
 
+    Example:
+      >>> loss_fn = lambda w, y: 0.5 * jnp.mean((w - y) ** 2)
+      >>> train, test = (jnp.array([0.0, 0.0, 3.0]),), (jnp.array([0.0]),)
+      >>> params = jnp.array(1.0)  # the mean of the training examples
+      >>> result = diagnostics.influence(loss_fn, params, train, test, damping=0.0)
+      >>> print(result.value)  # the third example does harm
+      [[-1. -1.  2.]]
+
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over independent examples, or a
         `regjax.WeightedMean`; an example's own loss is what it adds to the mean of its data, N

@@ -52,6 +52,15 @@ def interval_flatness(
     direction; the flatness is r - l. Each side is searched outwards, doubling the distance, and
     then bisected: crossings within one doubling that come in pairs can be passed over.
 
+    Example:
+      >>> loss_fn = lambda w: 1.0 + jnp.sum(w**2)
+      >>> params, direction = jnp.zeros(2), jnp.array([0.0, 1.0])
+      >>> result = diagnostics.interval_flatness(
+      ...     loss_fn, params, direction, max_distance=10.0, factor=2.0
+      ... )
+      >>> print(f"{result.left:.3f} {result.right:.3f} {result.interval_width:.3f}")
+      -1.000 1.000 2.000
+
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: tree of parameters, w, at a minimum or near one.

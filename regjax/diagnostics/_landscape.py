@@ -69,6 +69,13 @@ def line_probe(
 
     Costs S + 1 gradients.
 
+    Example:
+      >>> loss_fn = lambda w: 2.0 * w**2  # of curvature 4
+      >>> rates = jnp.array([0.25, 0.5])
+      >>> result = diagnostics.line_probe(loss_fn, jnp.array(1.0), learning_rates=rates)
+      >>> print(result.losses, result.smoothness)
+      [0. 2.] [4. 4.]
+
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples; in train mode for the
         landscape that training sees. Statistics that it would write are discarded.
@@ -122,6 +129,16 @@ def internal_covariate_shift(
         G = grad_i L(W_1, ..., W_k),   G' = grad_i L(W'_1, ..., W'_{i-1}, W_i, ..., W_k)
 
     Costs k gradients.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * (w["first"] * w["second"]) ** 2
+      >>> params = {"first": jnp.array(1.0), "second": jnp.array(2.0)}
+      >>> other_params = {"first": jnp.array(2.0), "second": jnp.array(2.0)}
+      >>> result = diagnostics.internal_covariate_shift(
+      ...     loss_fn, params, other_params, layers=("first", "second")
+      ... )
+      >>> print(result.distances)  # the gradient of the second layer is 1^2 * 2, then 2^2 * 2
+      [0. 6.]
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode.

@@ -74,6 +74,11 @@ def subspace_from_data(
     constant that is added to all data adds a direction, and subtracting their mean may take one
     away. From fewer examples than dimensions it is the span of the sample at most.
 
+    Example:
+      >>> result = diagnostics.subspace_from_data(jnp.array([[3.0, 0.0], [4.0, 0.0]]))
+      >>> print(abs(result.basis.ravel()), result.singular_values)
+      [1. 0.] [5. 0.]
+
     Args:
       inputs: (N, ...), real floating point, of size d each.
       tol: k is the number of singular values above this times the largest one. The default is
@@ -130,6 +135,13 @@ def transversal_complexity(
     The part of `regularizers.geometric_complexity` that data in the subspace say nothing about; all
     of it with a basis (d, 0).
 
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> w, inputs = jnp.array([[3.0], [4.0]]), jnp.array([[1.0, 0.0], [2.0, 0.0]])
+      >>> basis = diagnostics.subspace_from_data(inputs).basis  # the first axis
+      >>> print(diagnostics.transversal_complexity(model_fn, w, inputs, basis))
+      16.0
+
     Args:
       model_fn: (params, inputs) -> outputs (N, ...), each a function of its own example alone,
         such as `regjax.model_function(model)`.
@@ -172,6 +184,16 @@ def transversal_variation(
 
         mean over x and y of ||f(x + y) - f(x)||,   y uniform on the sphere of `radius` in the
         complement of the subspace
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> w, inputs = jnp.array([[3.0], [4.0]]), jnp.array([[1.0, 0.0], [2.0, 0.0]])
+      >>> basis = diagnostics.subspace_from_data(inputs).basis  # the first axis
+      >>> result = diagnostics.transversal_variation(
+      ...     model_fn, w, inputs, basis, key=jax.random.key(0), radius=0.5, num_samples=10
+      ... )
+      >>> print(f"{result.value:.3f}")  # 4 * 0.5
+      2.000
 
     Args:
       model_fn: (params, inputs) -> outputs (N, ...), as in `transversal_complexity`.
@@ -219,6 +241,12 @@ def frozen_component(
     transversal part stays under gradient descent with or without momentum, whatever follows. Weight
     decay lambda at rate eta, without momentum, makes the norm's ratio (1 - eta lambda)^t after t
     steps. Adam divides entry by entry and leaves the subspace, unless coordinate axes span it.
+
+    Example:
+      >>> initial_kernel, kernel = jnp.array([[2.0], [1.0]]), jnp.array([[5.0], [0.5]])
+      >>> basis = jnp.array([[1.0], [0.0]])
+      >>> print(diagnostics.frozen_component(kernel, initial_kernel, basis))
+      FrozenResult(change=0.5, norm_ratio=0.5)
 
     Args:
       kernel: (d, m) after training; a convolution's (height, width, c, m), with a basis of

@@ -56,6 +56,18 @@ class Monitor:
     Eigenvectors are where the next search begins. The first row compiles, and measures twice to
     know what a row costs: neither is held against the share.
 
+    Example:
+      >>> loss_fn = lambda w, x: jnp.mean(jnp.sum(x * w**4, axis=1))
+      >>> batch, w = (jnp.array([[1.0, 0.1], [1.0, 0.1]]),), jnp.array([1.0, 1.0])
+      >>> monitor = diagnostics.Monitor(
+      ...     loss_fn, batch, every=2, key=jax.random.key(0), share=None
+      ... )
+      >>> for step in range(4):
+      ...     row = monitor(step, w)
+      ...     w = w - 0.05 * jax.grad(loss_fn)(w, *batch)
+      >>> print([(row["step"], round(row["sharpness"], 2)) for row in monitor.rows])
+      [(0, 12.0), (2, 5.84)]
+
     Attributes:
       rows: the rows so far, dicts of floats, each with the number of its step.
       known: the names of the measures.

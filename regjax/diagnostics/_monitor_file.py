@@ -17,6 +17,19 @@ def read_monitor(path: Path | str) -> list[Row]:
     A last line without its end is that of a process that was killed while it wrote, and is left
     out. Numbers that are not finite come back as NaN.
 
+    Example:
+      >>> import pathlib, tempfile
+      >>> loss_fn, batch = lambda w, x: jnp.mean(x * w**2), (jnp.array([1.0, 3.0]),)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "monitor.jsonl"
+      ...     monitor = diagnostics.Monitor(
+      ...         loss_fn, batch, every=1, key=jax.random.key(0), measures=("loss",), path=path
+      ...     )
+      ...     row = monitor(0, jnp.array(2.0))
+      ...     rows = diagnostics.read_monitor(path)
+      >>> print(rows[0]["loss"], rows[0]["gradient_norm"])
+      8.0 8.0
+
     Args:
       path: the file.
 

@@ -61,6 +61,13 @@ def preconditioner(
     the same), nor its numbers unless `inject_hyperparams` keeps them: both are the caller's to say,
     and a wrong word gives a wrong answer. What keeps no state, such as a trust ratio, is not seen.
 
+    Example:
+      >>> tx, params = optax.adam(0.1), jnp.array([1.0, 1.0])
+      >>> updates, state = tx.update(jnp.array([1.0, 2.0]), tx.init(params), params)
+      >>> result = diagnostics.preconditioner(state, params, optimizer="adam")
+      >>> print(1.0 / result.inverse_root**2)  # (1 - 0.9) |g|, after one update
+      [0.1 0.2]
+
     Args:
       optimizer_state: of optax.
       params: tree of parameters that the optimiser moves.

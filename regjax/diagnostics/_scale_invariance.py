@@ -56,6 +56,17 @@ def scale_invariant_mask(
     each group is multiplied by a factor of its own between 1/2 and 2, and if they do depend on
     every group. Costs two gradients and one forward pass for each leaf.
 
+    Example:
+      >>> def model_fn(params, x):
+      ...     hidden = x @ params["in"]
+      ...     return hidden / jnp.linalg.norm(hidden, axis=0) @ params["out"]
+      >>> params = {"in": jnp.array([[1.0], [2.0]]), "out": jnp.array([[3.0]])}
+      >>> result = diagnostics.scale_invariant_mask(
+      ...     model_fn, params, jnp.eye(2), key=jax.random.key(0)
+      ... )
+      >>> print(result.mask)
+      {'in': True, 'out': False}
+
     Args:
       model_fn: (params, inputs) -> outputs in train mode, as
         `regjax.model_function(model, mode="train")` gives it: with stored statistics no weight is

@@ -67,6 +67,15 @@ def lambda_max_between(
     crosses. At a single point of other networks, `curvature.top_eigenpairs` of a
     `curvature.hessian`.
 
+    Example:
+      >>> loss_fn = lambda w: jnp.sum(w**4) / 12.0  # of curvature w^2
+      >>> params, other_params = jnp.array([1.0, 0.5]), jnp.array([2.0, 0.5])
+      >>> result = diagnostics.lambda_max_between(
+      ...     loss_fn, params, other_params, key=jax.random.key(0), num_points=3
+      ... )
+      >>> print(result.values, result.value)
+      [1.   2.25 4.  ] 4.0
+
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: tree of parameters at one end.

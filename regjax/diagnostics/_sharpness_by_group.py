@@ -35,6 +35,15 @@ def spherical_sharpness_by_group(
     Arguments, errors and reference as in `spherical_sharpness`, which is the largest eigenvalue of
     one matrix that holds these blocks only if the norms of the leaves are equal.
 
+    Example:
+      >>> def loss_fn(params):
+      ...     a, b = (w / jnp.linalg.norm(w) for w in (params["a"], params["b"]))
+      ...     return 0.5 * (3.0 * a[1] ** 2 + 7.0 * b[1] ** 2)
+      >>> params = {"a": jnp.array([2.0, 0.0]), "b": jnp.array([5.0, 0.0])}
+      >>> results = diagnostics.spherical_sharpness_by_group(loss_fn, params, key=jax.random.key(0))
+      >>> print({name: round(float(result.value), 2) for name, result in results.items()})
+      {'a': 3.0, 'b': 7.0}
+
     Args:
       loss_fn: (params, *batch) -> scalar.
       params: tree of parameters.

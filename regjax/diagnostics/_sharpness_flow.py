@@ -79,6 +79,17 @@ def sharpness_reduction_flow(
     joint norm of all masked leaves, and parameters at a minimum (or near one: the midpoint of two
     steps). Costs 2 `num_steps` Hessian products and one third derivative.
 
+    Example:
+      >>> def loss_fn(w):  # its minima are a circle, where the sharpness is 1 + y
+      ...     x, y, z = w / jnp.linalg.norm(w)
+      ...     return 0.5 * (1.0 + y) * z**2
+      >>> result = diagnostics.sharpness_reduction_flow(
+      ...     loss_fn, jnp.array([1.0, 0.0, 0.0]), key=jax.random.key(0), intrinsic_rate=0.01,
+      ...     num_steps=3,
+      ... )
+      >>> print(f"{result.velocity[1]:.3f} {result.amplitude:.3f}")  # -2 / 5 and sqrt(0.02 / 5)
+      -0.400 0.063
+
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.
       params: tree of parameters.

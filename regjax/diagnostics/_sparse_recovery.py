@@ -55,6 +55,13 @@ def sparse_recovery(
 ) -> SparseRecoveryResult:
     """Measures how far w = u^N - v^N is from the true weights, on their support and off it.
 
+    Example:
+      >>> u, v = jnp.array([2.0, 0.1, 0.2]), jnp.array([0.1, 0.1, 0.1])
+      >>> true_weights = jnp.array([4.0, 0.0, 0.0])
+      >>> result = diagnostics.sparse_recovery(u, v, depth=2, true_weights=true_weights)
+      >>> print(f"{result.largest_error:.2f} {result.largest_off_support:.2f}", result.share_found)
+      0.01 0.03 1.0
+
     Args:
       u: (p,), of `models.DiagonalLinear`.
       v: (p,), or None for u^N alone.
@@ -104,6 +111,13 @@ def recovery_baselines(
     """Computes the errors of least squares on the true support and of the solution of least norm.
 
     Both by singular values, so that they are defined for any shape of the data.
+
+    Example:
+      >>> inputs, targets = jnp.array([[1.0, 1.0]]), jnp.array([2.0])
+      >>> true_weights = jnp.array([2.0, 0.0])
+      >>> result = diagnostics.recovery_baselines(inputs, targets, true_weights=true_weights)
+      >>> print(f"{result.least_norm_squared_error:.2f}")  # the solution of least norm is [1, 1]
+      2.00
 
     Args:
       inputs: (n, p), X.

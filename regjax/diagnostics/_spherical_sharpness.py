@@ -60,6 +60,16 @@ def spherical_sharpness(
 
     H is the Hessian in the masked leaves w, all of them together; the others are held constant.
 
+    Example:
+      >>> def loss_fn(w):
+      ...     direction = w / jnp.linalg.norm(w)
+      ...     return direction[1] ** 2
+      >>> for w in (jnp.array([1.0, 0.0]), jnp.array([10.0, 0.0])):  # the same at any length
+      ...     result = diagnostics.spherical_sharpness(loss_fn, w, key=jax.random.key(0))
+      ...     print(f"{result.value:.2f}")
+      2.00
+      2.00
+
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.
       params: tree of parameters.
@@ -109,6 +119,11 @@ def effective_learning_rate(
 
     does, up to the length of the result. Plain descent is meant: no momentum, no preconditioner.
 
+    Example:
+      >>> params = jnp.array([6.0, 8.0])  # of norm 10
+      >>> print(f"{diagnostics.effective_learning_rate(params, learning_rate=0.5):.3f}")
+      0.005
+
     Args:
       params: tree of parameters.
       learning_rate: eta, positive.
@@ -154,6 +169,17 @@ def spherical_edge_of_stability(
     At the edge of stability the direction jumps from one side of the valley to the other at each
     step, and the sharpness of the iterates with it, so that it is taken at the midpoint of the two
     directions, w / ||w|| and w' / ||w'||; the other leaves are at the midpoint of their values.
+
+    Example:
+      >>> def loss_fn(w):
+      ...     direction = w / jnp.linalg.norm(w)
+      ...     return direction[1] ** 2
+      >>> params, other_params = jnp.array([2.0, 0.1]), jnp.array([2.0, -0.1])  # two iterates
+      >>> result = diagnostics.spherical_edge_of_stability(
+      ...     loss_fn, params, other_params, key=jax.random.key(0), learning_rate=4.0
+      ... )
+      >>> print(f"{result.sharpness:.2f} {result.edge_ratio:.2f}")
+      2.00 2.00
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.

@@ -75,6 +75,12 @@ def boundary_distances(
     Costs, for each layer, as many forward passes as an input has coordinates or reverse passes as
     the layer has units, whichever are fewer; memory is coordinates times units, for each example.
 
+    Example:
+      >>> preactivations_fn = lambda w, x: x @ w
+      >>> w, inputs = jnp.array([[3.0], [4.0]]), jnp.array([[1.0, 1.0], [0.0, 0.0]])
+      >>> print(diagnostics.boundary_distances(preactivations_fn, w, inputs).ravel())  # 7 / 5 and 0
+      [1.4 0. ]
+
     Args:
       preactivations_fn: (params, inputs) -> tree of arrays (N, units...), such as a list with one
         array a layer: what goes into the activations, after any normalization. Each row must be a
@@ -117,6 +123,13 @@ def boundary_density(
 
     A unit without a boundary is at infinity: never near, and one of the units of its layer. Compare
     a network on data and away from data, at the same radius, or networks at the same data.
+
+    Example:
+      >>> preactivations_fn = lambda w, x: x @ w
+      >>> w, inputs = jnp.array([[3.0], [4.0]]), jnp.array([[1.0, 1.0], [0.0, 0.0]])
+      >>> result = diagnostics.boundary_density(preactivations_fn, w, inputs, radius=1.0)
+      >>> print(result.shares, result.counts)
+      0.5 [0 1]
 
     Args:
       preactivations_fn: (params, inputs) -> tree of arrays (N, units...), as in
@@ -170,6 +183,15 @@ def region_count(
 
     A piece is a pattern of the signs of all pre-activations; a ReLU network's are convex, so that
     each is one pattern. The count grows with the number of samples: compare at the same one only.
+
+    Example:
+      >>> preactivations_fn = lambda w, x: x @ w  # two units, whose boundaries are the axes
+      >>> result = diagnostics.region_count(
+      ...     preactivations_fn, jnp.eye(2), jnp.zeros(2), key=jax.random.key(0), radius=1.0,
+      ...     num_samples=100,
+      ... )
+      >>> print(result.num_regions, result.unseen_share)
+      4 0.0
 
     Args:
       preactivations_fn: (params, inputs) -> tree of arrays (N, units...), as in

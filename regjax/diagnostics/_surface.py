@@ -32,6 +32,12 @@ def filter_normalized_direction(
     Of L stacked layers, layer i has the draw that it would have alone with the key
     `jax.random.split(key, L)[i]`, as under `jax.vmap`.
 
+    Example:
+      >>> params = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.array([1.0])}
+      >>> direction = diagnostics.filter_normalized_direction(params, key=jax.random.key(0))
+      >>> print(f"{jnp.linalg.norm(direction['kernel']):.3f}", direction["bias"])
+      5.000 [0.]
+
     Args:
       params: tree of parameters.
       key: typed key of the draw.
@@ -76,6 +82,12 @@ def interpolate(
 
         L((1 - t) params + t other_params)
 
+    Example:
+      >>> loss_fn = lambda w: w**2
+      >>> start, end = jnp.array(0.0), jnp.array(2.0)
+      >>> print(diagnostics.interpolate(loss_fn, start, end, positions=[0.0, 0.5, 1.0, 1.5]))
+      [0. 1. 4. 9.]
+
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: tree of parameters.
@@ -113,6 +125,15 @@ def loss_surface(
         L(params + a direction + b other_direction)
 
     Costs one forward pass a point, in the memory of one more copy of the parameters.
+
+    Example:
+      >>> loss_fn = lambda w: w[0] ** 2 + 10.0 * w[1] ** 2
+      >>> one, other = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+      >>> positions = jnp.array([-1.0, 0.0, 2.0])
+      >>> print(diagnostics.loss_surface(loss_fn, jnp.zeros(2), one, other, positions=positions))
+      [[11.  1. 41.]
+       [10.  0. 40.]
+       [14.  4. 44.]]
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.

@@ -42,6 +42,11 @@ def load(
       `data_dir`, else in the folder that REGJAX_DATA names, else where tensorflow-datasets
       looks by itself.
 
+    Example:
+      >>> dataset = experiments.load("digits", num_train=256, num_test=64)
+      >>> print(dataset.train_inputs.shape, dataset.train_inputs.dtype, dataset.num_classes)
+      (256, 8, 8, 1) uint8 10
+
     Args:
       name: of the data set.
       data_dir: folder of its files (not used by digits and own arrays).

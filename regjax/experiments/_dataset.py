@@ -16,6 +16,11 @@ class DataError(ValueError):
 class Dataset(NamedTuple):
     """Images and their classes, on the host.
 
+    Example:
+      >>> dataset = experiments.load("digits", num_train=256, num_test=64)
+      >>> print(dataset.name, dataset.test_inputs.shape, dataset.test_targets[:5])
+      digits (64, 8, 8, 1) [4 0 7 8 7]
+
     Attributes:
       name: as given to `load`.
       train_inputs: (num_train, height, width, channels), uint8, or floating point of own arrays.

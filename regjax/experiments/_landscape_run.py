@@ -17,6 +17,7 @@ from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, check_examples, training_examples
 from regjax.experiments._folder import CHECKPOINT, all_options, claimed
 from regjax.experiments._inputs import cross_entropy
+from regjax.experiments._page import write_page
 from regjax.experiments._probes import Probes
 from regjax.experiments._record import Record
 from regjax.experiments._settings import AnalysisSettings, LandscapeSettings
@@ -33,8 +34,21 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
     """Trains or reads a checkpoint, probes the steps of training, and computes the loss surface.
 
     A fresh run is probed before its first epoch and after each one, a checkpoint as it is.
-    `landscape.json` is written after training and after each row of the surface; `surface.png` and
-    `probes.png` at the end.
+    `landscape.json` is written after training and after each row of the surface; `surface.png`,
+    `probes.png` and `report.html` at the end.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     settings = experiments.LandscapeSettings(
+      ...         epochs=2, depth=0, num_train=256, num_test=64, points=3, probe_points=2,
+      ...         out=pathlib.Path(folder),
+      ...     )
+      ...     record = experiments.run_landscape(settings, lambda stage, done, total: None)
+      ...     print((settings.out / "surface.png").exists())
+      True
+      >>> print(np.shape(record["surface"]["losses"]))
+      (3, 3)
 
     Args:
       settings: the options.
@@ -56,6 +70,7 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
 
 
 def _landscape(settings: LandscapeSettings, progress: Progress, folder: Path) -> Record:
+    start = time.monotonic()
     path, surface, figure = (folder / name for name in landscape_files(settings))
     probes = Probes(path, folder / CHECKPOINT, settings)
 
@@ -73,6 +88,9 @@ def _landscape(settings: LandscapeSettings, progress: Progress, folder: Path) ->
     _surface(subject, settings, record, save, progress)
     _figure.draw_surface(surface, record)
     _figure.draw_probes(figure, record)
+    record["finished"] = _record.finished(start)
+    save()
+    write_page(folder, path.name, record)
     return record
 
 

@@ -30,6 +30,18 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         loss_fn = regjax.model_loss(model, cross_entropy)
         curvature.hessian(loss_fn, model.params, inputs, dataset.train_targets)
 
+    Example:
+      >>> import pathlib, tempfile
+      >>> dataset = experiments.load("digits", num_train=256, num_test=64)
+      >>> settings = experiments.TrainSettings(epochs=2, depth=0)  # a linear classifier
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "checkpoint.npz"
+      ...     result = experiments.train(settings, dataset, path=path)
+      ...     model = experiments.load_model(folder)
+      >>> inputs, test_inputs = experiments.scaled_inputs(dataset)
+      >>> print(regjax.model_function(model)(model.params, test_inputs).shape)
+      (64, 10)
+
     Args:
       path: the checkpoint, or the folder that holds `checkpoint.npz`.
 
@@ -61,6 +73,12 @@ def scaled_inputs(
     """Scales the images of a data set as training does: mean 0 and deviation 1 of each channel.
 
     Mean and deviation are those of the training images.
+
+    Example:
+      >>> dataset = experiments.load("digits", num_train=256, num_test=64)
+      >>> inputs, test_inputs = experiments.scaled_inputs(dataset)
+      >>> print(inputs.shape, f"{abs(inputs.mean()):.3f} {inputs.std():.3f}")
+      (256, 8, 8, 1) 0.000 1.000
 
     Args:
       dataset: as from `load`.

@@ -86,6 +86,16 @@ def train(
 
     However this function ends, by an error or Ctrl-C too, the last good epoch is in the checkpoint.
 
+    Example:
+      >>> import pathlib, tempfile
+      >>> dataset = experiments.load("digits", num_train=256, num_test=64)
+      >>> settings = experiments.TrainSettings(epochs=2, depth=0)  # a linear classifier
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "checkpoint.npz"
+      ...     result = experiments.train(settings, dataset, path=path)
+      >>> print(result.losses[1] < result.losses[0])
+      True
+
     Args:
       settings: the options; with `resume` the run goes on from `path`, to the same bits as one
         that was not interrupted. Without it the file is replaced.

@@ -41,6 +41,15 @@ def data_dependent(
     unit whose outputs do not vary on the batch keeps its kernel. The model runs in train mode,
     dropout off; the first run of a shared layer counts. Outputs may have any size.
 
+    Example:
+      >>> module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> model = regjax.from_nnx(module)
+      >>> inputs = jax.random.normal(jax.random.key(0), (100, 3)) + 5.0
+      >>> params = initializers.data_dependent(model, model.params, model.state, inputs, std=0.5)
+      >>> outputs = regjax.model_function(model)(params, inputs)
+      >>> print(abs(outputs.mean(0)), outputs.std(0))
+      [0. 0.] [0.5 0.5]
+
     Args:
       model: from `from_nnx` or `from_linen`, of Dense, Linear, Conv and ConvTranspose layers, plain
         or weight-normalized, in any arrangement.

@@ -83,6 +83,18 @@ def gradinit(
     changes nothing. Costs three gradients an iteration: both cases are one derivative of the
     gradient, taken at another place. Make the optimiser's state afterwards.
 
+    Example:
+      >>> loss_fn = lambda w, x: jnp.mean((w["a"] * w["b"] * x - 1.0) ** 2)
+      >>> params = {"a": jnp.array(9.0), "b": jnp.array(1.0)}
+      >>> batches = (jnp.ones((60, 3, 1)),)  # 60 iterations, three half batches of one example
+      >>> result = initializers.gradinit(
+      ...     loss_fn, params, batches, gradient_norm_bound=1.0, learning_rate=0.05
+      ... )
+      >>> print(f"{result.gradient_norms[0]:.0f} {result.gradient_norms[-1]:.0f}")
+      145 1
+      >>> print(f"{result.scales['a']:.1f} {result.scales['b']:.1f}")
+      0.4 0.4
+
     Args:
       loss_fn: (params, *batch) -> mean loss in train mode, such as
         `model_loss(model, output_loss_fn, mode="train")`; running statistics are not written.

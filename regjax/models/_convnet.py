@@ -13,6 +13,11 @@ class ConvNet(nnx.Module):
     The head sees all remaining positions. The convolutions have biases only without normalization,
     whose bias does the same. Sub-trees of the parameters: "layer_0", ..., "head".
 
+    Example:
+      >>> module = models.ConvNet((8, 8, 1), 10, width=4, normalization="batch", rngs=nnx.Rngs(0))
+      >>> print(module(jnp.ones((5, 8, 8, 1))).shape)
+      (5, 10)
+
     Args:
       input_shape: (height, width, channels) of one example.
       num_classes: number of outputs.

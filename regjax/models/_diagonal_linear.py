@@ -38,6 +38,12 @@ class DiagonalLinear(nnx.Module):
     Parameters `u` and, if `signed`, `v`, both alpha = `init_scale` everywhere: then w begins at 0,
     without v at alpha^N. Networks of different depths are comparable at equal alpha^N.
 
+    Example:
+      >>> module = models.DiagonalLinear(3, depth=2, init_scale=0.1)
+      >>> module.u[...] = jnp.array([2.0, 0.1, 0.1])
+      >>> print(module(jnp.eye(3)))  # 2^2 - 0.1^2, and 0
+      [3.99 0.   0.  ]
+
     Args:
       num_inputs: p, number of features.
       depth: N, at least 2.
@@ -80,6 +86,11 @@ def diagonal_weights(u: jax.Array, v: jax.Array | None, *, depth: int) -> jax.Ar
 
         w = u^N - v^N
 
+    Example:
+      >>> u, v = jnp.array([2.0, 1.0]), jnp.array([1.0, 3.0])
+      >>> print(models.diagonal_weights(u, v, depth=2))
+      [ 3. -8.]
+
     Args:
       u: (p,).
       v: (p,), or None for u^N alone.
@@ -101,6 +112,11 @@ def conserved_quantity(u: jax.Array, v: jax.Array, *, depth: int) -> jax.Array:
         u v for N = 2,   u^(2 - N) + v^(2 - N) beyond
 
     From u = v = alpha that is alpha^2, or 2 alpha^(2 - N). Momentum does not keep it.
+
+    Example:
+      >>> u, v = jnp.array([2.0, 0.5]), jnp.array([0.5, 2.0])
+      >>> print(models.conserved_quantity(u, v, depth=2))
+      [1. 1.]
 
     Args:
       u: (p,), positive.
@@ -131,6 +147,11 @@ def diagonal_flow(
 
     beyond. The residual is r = (2 / n) X'(X w - y); after t steps of descent S is the rate times
     the sum of r over them.
+
+    Example:
+      >>> residual = jnp.array([-0.5, 0.5])  # summed over time
+      >>> print(models.diagonal_flow(residual, depth=2, init_scale=0.5))  # -+ sinh(2) / 2
+      [ 1.813 -1.813]
 
     Args:
       integrated_residual: (p,), S.
@@ -178,6 +199,13 @@ def early_stopping_window(
         last  = (alpha^(2 - N) - alpha^((2 - N) / 2)) / (2 N (N - 2) e eta)
 
     Both grow as alpha^(2 - N), and so does their difference: deeper networks have longer windows.
+
+    Example:
+      >>> window = models.early_stopping_window(
+      ...     depth=2, init_scale=1e-4, learning_rate=0.1, smallest_signal=1.0, noise_level=0.1
+      ... )
+      >>> print(f"{window.first:.1f} {window.last:.1f}")
+      22.2 115.1
 
     Args:
       depth: N, at least 2.

@@ -15,6 +15,14 @@ class MLP(nnx.Module):
     The hidden layers have biases only without normalization, whose bias does the same. Sub-trees
     of the parameters: "layer_0", ..., "head".
 
+    Example:
+      >>> module = models.MLP((8, 8, 1), 10, width=32, depth=2, rngs=nnx.Rngs(0))
+      >>> print(module(jnp.ones((5, 8, 8, 1))).shape)
+      (5, 10)
+      >>> model = regjax.from_nnx(module)  # for everything else in regjax
+      >>> print(sum(leaf.size for leaf in jax.tree.leaves(model.params)))
+      3466
+
     Args:
       input_shape: (height, width, channels) of one example.
       num_classes: number of outputs.

@@ -14,6 +14,11 @@ class ResNet(nnx.Module):
     A stem convolution, one block for each entry of `widths`, the mean over positions, a linear
     head. No convolution has a bias. Sub-trees of the parameters: "stem", "block_0", ..., "head".
 
+    Example:
+      >>> module = models.ResNet((8, 8, 1), 10, widths=(4, 8), rngs=nnx.Rngs(0))
+      >>> print(module(jnp.ones((5, 8, 8, 1))).shape)
+      (5, 10)
+
     Args:
       input_shape: (height, width, channels) of one example.
       num_classes: number of outputs.

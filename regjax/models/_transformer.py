@@ -24,6 +24,13 @@ class GPT(nnx.Module):
     embedding. Sub-trees of the parameters: "tokens", "positions", "block_0", ... or with `scan`
     "blocks", and with pre-norm "norm".
 
+    Example:
+      >>> module = models.GPT(10, context=4, width=4, depth=1, num_heads=1, rngs=nnx.Rngs(0))
+      >>> tokens = jnp.array([[1, 2, 3], [1, 2, 9]])
+      >>> logits = module(tokens)
+      >>> print(logits.shape, jnp.array_equal(logits[0, :2], logits[1, :2]))  # it looks back alone
+      (2, 3, 10) True
+
     Args:
       num_tokens: size of the vocabulary.
       context: largest number of tokens in a sequence.

@@ -37,6 +37,13 @@ class BatchNorm(Layer):
     flax's), that the variance does not cancel where the mean is large, and that devices count by
     how many values the mask leaves them.
 
+    Example:
+      >>> layer = normalization.BatchNorm(momentum=0.9)
+      >>> params, state = layer.init_params((1,)), layer.init_state((1,))
+      >>> outputs, state = layer.apply(params, state, jnp.array([[1.0], [3.0]]), train=True)
+      >>> print(outputs.ravel(), state["mean"], state["var"])  # 0.9 * 1 + 0.1 * 2
+      [-1.  1.] [0.2] [1.1]
+
     Attributes:
       momentum: weight of the old running average, flax's default (torch's 0.1 is 0.9 here).
       epsilon: added to the variance, in units of the inputs squared.
@@ -101,6 +108,14 @@ class GhostBatchNorm(BatchNorm):
 
     Devices of `axis_name` share the running averages only, as if their groups were one batch's. A
     group of which a mask leaves nothing gives the bias.
+
+    Example:
+      >>> layer = normalization.GhostBatchNorm(ghost_size=2)
+      >>> params, state = layer.init_params((1,)), layer.init_state((1,))
+      >>> inputs = jnp.array([[1.0], [3.0], [10.0], [50.0]])  # two groups of two examples
+      >>> outputs, state = layer.apply(params, state, inputs, train=True)
+      >>> print(outputs.ravel())
+      [-1.  1. -1.  1.]
 
     Attributes:
       ghost_size: examples of a group; it divides the batch on each device.
@@ -182,6 +197,15 @@ class NoisyBatchNorm(BatchNorm):
         mu ~ U(-mean_range, mean_range),  sigma ~ U(1, scale_range)      for each channel and step
         m ~ U(mu - mean_jitter, mu + mean_jitter),  s ~ N(sigma, scale_jitter^2)      for each value
 
+    Example:
+      >>> layer = normalization.NoisyBatchNorm(mean_range=0.0, scale_range=1.0, scale_jitter=0.0)
+      >>> params, state = layer.init_params((1,)), layer.init_state((1,))
+      >>> inputs = jnp.linspace(-1.0, 1.0, 1000)[:, None]
+      >>> noisy, _ = layer.apply(params, state, inputs, train=True, key=jax.random.key(0))
+      >>> clean, _ = normalization.BatchNorm().apply(params, state, inputs, train=True)
+      >>> print(f"{jnp.abs(noisy - clean).max():.2f}")  # mean_jitter is 0.1
+      0.10
+
     Attributes:
       mean_range: bound of |mu|, 0.5 in the paper.
       scale_range: upper end of sigma, 1.25 in the paper.
@@ -227,6 +251,13 @@ class MeanOnlyBatchNorm(Layer):
     """Subtracts the mean alone: batch norm without the variance, for weight-normalized layers.
 
         outputs = x - mean + bias
+
+    Example:
+      >>> layer = normalization.MeanOnlyBatchNorm(momentum=0.9)
+      >>> params, state = layer.init_params((1,)), layer.init_state((1,))
+      >>> outputs, state = layer.apply(params, state, jnp.array([[1.0], [3.0]]), train=True)
+      >>> print(outputs.ravel(), state["mean"])
+      [-1.  1.] [0.2]
 
     Attributes:
       momentum: weight of the old running mean, 0.9 in the official code.

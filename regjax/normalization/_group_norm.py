@@ -40,6 +40,15 @@ class GroupNormPlus(Layer):
     flax's `GroupNorm` is G alone, with its epsilon in the root; its `axis_name` is one over which
     an example is spread, ours one over which the batch is.
 
+    Example:
+      >>> layer = normalization.GroupNormPlus(num_groups=1, degrees_of_freedom=0)
+      >>> params, state = layer.init_params((2,)), layer.init_state((2,))
+      >>> inputs = jnp.array([[1.0, 3.0], [30.0, 10.0]])  # two examples, one group of two channels
+      >>> outputs, state = layer.apply(params, state, inputs, train=True)
+      >>> print(outputs)
+      [[-1.  1.]
+       [ 1. -1.]]
+
     Attributes:
       num_groups: groups of channels, 32 in the code; a group of one value is refused.
       group_size: channels of a group, with `num_groups=None`.

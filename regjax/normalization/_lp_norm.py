@@ -26,6 +26,13 @@ class LpNorm(Layer):
         outputs = (x - mean) / (norm + epsilon) * scale + bias
         norm = E[|x|], sqrt(E[x^2]) or max |x| of the un-centred inputs, over the batch
 
+    Example:
+      >>> layer = normalization.LpNorm(order=1)
+      >>> params, state = layer.init_params((1,)), layer.init_state((1,))
+      >>> outputs, state = layer.apply(params, state, jnp.array([[1.0], [3.0]]), train=True)
+      >>> print(outputs.ravel())  # the mean of the inputs is 2, and that of their magnitudes too
+      [-0.5  0.5]
+
     Attributes:
       order: 1, 2 or math.inf.
       momentum: weight of the old running averages of mean and norm.

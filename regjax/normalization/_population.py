@@ -19,6 +19,14 @@ def exact_population_statistics(
 
         mean = E[mean_B],   variance = m / (m - 1) E[variance_B]
 
+    Example:
+      >>> batch_means, batch_variances = jnp.array([[1.0], [3.0]]), jnp.array([[2.0], [4.0]])
+      >>> mean, variance = normalization.exact_population_statistics(
+      ...     batch_means, batch_variances, num_values=4
+      ... )
+      >>> print(mean, variance)
+      [2.] [4.]
+
     Args:
       batch_means: (batches, channels).
       batch_variances: (batches, channels), biased, as batch norm computes them.
@@ -61,6 +69,14 @@ def fold_batch_norm(
 
         kernel' = kernel * f,   bias' = (bias - mean) * f + norm_bias
         f = norm_scale / sqrt(variance + epsilon)
+
+    Example:
+      >>> kernel, mean, variance = jnp.array([[1.0], [2.0]]), jnp.array([1.0]), jnp.array([4.0])
+      >>> kernel, bias = normalization.fold_batch_norm(
+      ...     kernel, None, 3.0, 0.5, mean, variance, epsilon=0.0
+      ... )
+      >>> print(kernel.ravel(), bias)  # the kernel times 3 / sqrt(4), and 0.5 - 3 / sqrt(4)
+      [1.5 3. ] [-1.]
 
     Args:
       kernel: (inputs, channels), dense or convolution, or as `layout` says.
@@ -107,6 +123,12 @@ def rescale_statistics(
 
     They are in units of the pre-activation: without this, a rescaled network in evaluation mode is
     another network. A bias in front of the normalization has to be multiplied by `factor` too.
+
+    Example:
+      >>> mean, variance = jnp.array([1.0]), jnp.array([2.0])
+      >>> mean, variance = normalization.rescale_statistics(mean, variance, factor=3.0)
+      >>> print(mean, variance)  # for three times the kernel
+      [3.] [18.]
 
     Args:
       mean: (channels,), running mean.

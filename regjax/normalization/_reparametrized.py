@@ -76,6 +76,13 @@ class WeightNorm(Reparametrized):
     `initializers.data_dependent` sets it. Unlike `flax.nnx.WeightNorm`, it trains g and never
     writes v. The paper draws v from N(0, 0.05^2).
 
+    Example:
+      >>> layer = normalization.nnx.WeightNorm(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
+      >>> layer.scale[...] = jnp.array([10.0])  # the length of the kernel
+      >>> inputs = jnp.eye(2)
+      >>> print(f"{jnp.linalg.norm(layer(inputs)):.3f}")
+      10.000
+
     Args:
       layer: nnx.Linear, nnx.Conv or any other module; its running statistics and keys tick.
       feature_axes: of a kernel, those that the norm leaves: a norm and a scale for each of their
@@ -152,6 +159,13 @@ class WeightNorm(Reparametrized):
 
 class WeightStandardized(Reparametrized):
     """A layer with standardized kernel, `regjax.normalization.standardize_weight`.
+
+    Example:
+      >>> layer = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
+      >>> layer = normalization.nnx.WeightStandardized(layer)
+      >>> kernel = layer(jnp.eye(3))  # the one that it uses
+      >>> print(f"{abs(kernel.mean()):.3f} {kernel.std(ddof=1):.2f}")
+      0.000 1.00
 
     Args:
       layer: as in `WeightNorm`.

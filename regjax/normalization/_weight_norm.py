@@ -40,6 +40,11 @@ def weight_normalize(v: jax.Array, g: jax.Array, *, layout: Layout | None = None
 
     At any size of v. A zero column of v gives zero and has gradient zero.
 
+    Example:
+      >>> v, g = jnp.array([[3.0], [4.0]]), jnp.array([10.0])
+      >>> print(normalization.weight_normalize(v, g).ravel())
+      [6. 8.]
+
     Args:
       v: direction, (inputs, channels) or as `layout` says.
       g: length, (channels,); (layers, channels) of a stack, in the order of the axes of `v`.
@@ -85,6 +90,12 @@ def split_weights(params: Params, *, mask: Mask, layout: Layouts = None) -> Tree
 
     `join_weights` is the inverse: `loss_fn(join_weights(params), *batch)`, with the same `layout`.
 
+    Example:
+      >>> params = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.zeros(1)}
+      >>> split = normalization.split_weights(params, mask={"kernel": True, "bias": False})
+      >>> print(split["kernel"].v.ravel(), split["kernel"].g)
+      [3. 4.] [5.]
+
     Args:
       params: tree of parameters.
       mask: which kernels.
@@ -121,6 +132,14 @@ def split_weights(params: Params, *, mask: Mask, layout: Layouts = None) -> Tree
 @checked
 def join_weights(params: Tree, *, layout: Layouts = None) -> Params:
     """Joins the split kernels of a tree from `split_weights`.
+
+    Example:
+      >>> mask = {"kernel": True, "bias": False}
+      >>> params = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.zeros(1)}
+      >>> split = normalization.split_weights(params, mask=mask)
+      >>> split["kernel"] = split["kernel"]._replace(g=jnp.array([10.0]))  # twice the length
+      >>> print(normalization.join_weights(split)["kernel"].ravel())
+      [6. 8.]
 
     Args:
       params: tree of parameters with `SplitWeightResult`s.
@@ -161,6 +180,11 @@ def standardize_weight(
     epsilon_added_to="variance"`: (k - mean) / sqrt(var + epsilon). Weights whose deviation is not
     far above `epsilon` keep a part of their size; with `epsilon=0` no factor of a kernel changes
     anything, at any size. A constant filter gives zero.
+
+    Example:
+      >>> kernel = jnp.array([[1.0], [2.0], [3.0]])
+      >>> print(normalization.standardize_weight(kernel).ravel())
+      [-1.  0.  1.]
 
     Args:
       kernel: (inputs, channels) or as `layout` says.

@@ -21,11 +21,24 @@ from regjax.normalization._reparametrized import Reparametrized as Reparametrize
 from regjax.normalization._reparametrized import WeightNorm as WeightNorm
 from regjax.normalization._reparametrized import WeightStandardized as WeightStandardized
 
+__all__ = [
+    *("Normalization", "BatchNorm", "GhostBatchNorm", "NoisyBatchNorm", "MeanOnlyBatchNorm"),
+    *("LpNorm", "GroupNormPlus", "BatchNormGroupNorm", "ParallelGroupBatchNorm"),
+    *("WeightNorm", "WeightStandardized"),
+]
+
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class Normalization(nnx.Module):
     """A layer of `regjax.normalization` with its arrays.
+
+    Example:
+      >>> class L1Norm(normalization.nnx.Normalization):
+      ...     layer_type = normalization.LpNorm
+      >>> layer = L1Norm(1, order=1)
+      >>> print(layer(jnp.array([[1.0], [3.0]])).ravel())
+      [-0.5  0.5]
 
     Args:
       num_features: number of channels, or a tuple of numbers for several axes of them.
@@ -152,48 +165,106 @@ class Normalization(nnx.Module):
 
 
 class BatchNorm(Normalization):
-    """Batch norm; options of `regjax.normalization.BatchNorm`."""
+    """Batch norm; options of `regjax.normalization.BatchNorm`.
+
+    Example:
+      >>> layer = normalization.nnx.BatchNorm(1, momentum=0.9)
+      >>> outputs = layer(jnp.array([[1.0], [3.0]]))
+      >>> print(outputs.ravel(), layer.mean[...], layer.var[...])
+      [-1.  1.] [0.2] [1.1]
+      >>> layer.eval()
+      >>> print(layer(jnp.array([[0.2]])).ravel())
+      [0.]
+    """
 
     layer_type = _batch_norm.BatchNorm
 
 
 class GhostBatchNorm(Normalization):
-    """Batch norm of small groups; options of `regjax.normalization.GhostBatchNorm`."""
+    """Batch norm of small groups; options of `regjax.normalization.GhostBatchNorm`.
+
+    Example:
+      >>> layer = normalization.nnx.GhostBatchNorm(1, ghost_size=2)
+      >>> print(layer(jnp.array([[1.0], [3.0], [10.0], [50.0]])).ravel())
+      [-1.  1. -1.  1.]
+    """
 
     layer_type = _batch_norm.GhostBatchNorm
 
 
 class NoisyBatchNorm(Normalization):
-    """Batch norm with noise; options of `regjax.normalization.NoisyBatchNorm`."""
+    """Batch norm with noise; options of `regjax.normalization.NoisyBatchNorm`.
+
+    Example:
+      >>> layer = normalization.nnx.NoisyBatchNorm(1, scale_jitter=0.5, rngs=nnx.Rngs(0))
+      >>> inputs = jnp.array([[1.0], [3.0]])
+      >>> print(jnp.array_equal(layer(inputs), layer(inputs)))  # each call draws its own noise
+      False
+    """
 
     layer_type = _batch_norm.NoisyBatchNorm
 
 
 class MeanOnlyBatchNorm(Normalization):
-    """Batch norm of the mean; options of `regjax.normalization.MeanOnlyBatchNorm`."""
+    """Batch norm of the mean; options of `regjax.normalization.MeanOnlyBatchNorm`.
+
+    Example:
+      >>> layer = normalization.nnx.MeanOnlyBatchNorm(1)
+      >>> print(layer(jnp.array([[1.0], [3.0]])).ravel())
+      [-1.  1.]
+    """
 
     layer_type = _batch_norm.MeanOnlyBatchNorm
 
 
 class LpNorm(Normalization):
-    """Another norm; options of `regjax.normalization.LpNorm`."""
+    """Another norm; options of `regjax.normalization.LpNorm`.
+
+    Example:
+      >>> layer = normalization.nnx.LpNorm(1, order=1)
+      >>> print(layer(jnp.array([[1.0], [3.0]])).ravel())
+      [-0.5  0.5]
+    """
 
     layer_type = _lp_norm.LpNorm
 
 
 class GroupNormPlus(Normalization):
-    """GroupNorm+; options of `regjax.normalization.GroupNormPlus`."""
+    """GroupNorm+; options of `regjax.normalization.GroupNormPlus`.
+
+    Example:
+      >>> layer = normalization.nnx.GroupNormPlus(
+      ...     2, num_groups=1, batch_axes=None, track_running=True
+      ... )
+      >>> outputs = layer(jnp.array([[1.0, 3.0], [30.0, 10.0]]))
+      >>> print(f"{jax.nn.sigmoid(layer.mix_logit[...]):.3f}")  # the share of group normalization
+      0.731
+    """
 
     layer_type = _group_norm.GroupNormPlus
 
 
 class BatchNormGroupNorm(Normalization):
-    """GroupNorm+, batch first; options of `regjax.normalization.GroupNormPlus`."""
+    """GroupNorm+, batch first; options of `regjax.normalization.GroupNormPlus`.
+
+    Example:
+      >>> layer = normalization.nnx.BatchNormGroupNorm(2, num_groups=1, degrees_of_freedom=0)
+      >>> print(layer(jnp.array([[1.0, 3.0], [5.0, 1.0]])))
+      [[-1.  1.]
+       [ 1. -1.]]
+    """
 
     layer_type = _group_norm.BatchNormGroupNorm
 
 
 class ParallelGroupBatchNorm(Normalization):
-    """GroupNorm+, parallel; options of `regjax.normalization.GroupNormPlus`."""
+    """GroupNorm+, parallel; options of `regjax.normalization.GroupNormPlus`.
+
+    Example:
+      >>> layer = normalization.nnx.ParallelGroupBatchNorm(2, num_groups=1, degrees_of_freedom=0)
+      >>> print(layer(jnp.array([[1.0, 3.0], [30.0, 10.0]])))
+      [[-1.     0.462]
+       [ 1.    -0.462]]
+    """
 
     layer_type = _group_norm.ParallelGroupBatchNorm

@@ -25,6 +25,19 @@ def draw_distances(
 ) -> "Axes":
     """Draws the distances of all pairs of densities as a map of colours, from 0 to 1.
 
+    Example:
+      >>> loss_fn = lambda w, scale: 0.5 * jnp.mean(scale) * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> densities = {}
+      >>> for name, scale in {"first": 1.0, "last": 100.0}.items():
+      ...     hessian = curvature.hessian(loss_fn, jnp.zeros(8), jnp.array([scale]))
+      ...     densities[name] = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> result = curvature.density_distances(densities)
+      >>> import matplotlib.figure
+      >>> axes = matplotlib.figure.Figure().subplots()
+      >>> axes = plots.draw_distances(result, list(densities), axes=axes)
+      >>> print([label.get_text() for label in axes.get_yticklabels()])
+      ['first', 'last']
+
     Args:
       result: from `curvature.density_distances`.
       labels: names of the densities, in their order.
@@ -62,8 +75,19 @@ def distance_figure(
 ) -> "Figure":
     """Draws the densities on their common grid, and the distances of all pairs beside them.
 
-    The scale of the eigenvalues is symmetric-log where that of the grid is: where its points are
-    not evenly spaced.
+    The scale of the eigenvalues is symmetric-log where that of the grid is, that is where its
+    points are not evenly spaced.
+
+    Example:
+      >>> loss_fn = lambda w, scale: 0.5 * jnp.mean(scale) * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> densities = {}
+      >>> for name, scale in {"first": 1.0, "last": 100.0}.items():
+      ...     hessian = curvature.hessian(loss_fn, jnp.zeros(8), jnp.array([scale]))
+      ...     densities[name] = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> result = curvature.density_distances(densities)
+      >>> figure = plots.distance_figure(result, list(densities))
+      >>> print([axes.get_xlabel() for axes in figure.axes])
+      ['eigenvalue of a block', '', '']
 
     Args:
       result: from `curvature.density_distances`.
@@ -71,7 +95,7 @@ def distance_figure(
       figure_width: in inches.
 
     Returns:
-      A figure that pyplot does not know; `figure.savefig(path)` writes it.
+      A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
       ImportError: matplotlib is missing.

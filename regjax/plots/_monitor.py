@@ -66,13 +66,22 @@ def draw_monitor(
 ) -> "Axes":
     """Draws one number of a monitor's rows over the steps.
 
-    A band is one error to either side; what is flagged is an open circle; steps that were skipped,
-    and numbers that are not finite, are left out. What a number is compared with, such as the
-    threshold of the optimiser, is a dashed line.
+    A band is one error to either side, and a flagged number is an open circle. Steps that were
+    skipped, and numbers that are not finite, are left out. What a number is compared with, such as
+    the threshold of the optimiser, is a dashed line.
+
+    Example:
+      >>> import matplotlib.figure
+      >>> rows = [{"step": 0, "sharpness": 1.5}, {"step": 10, "sharpness": 2.5}]
+      >>> axes = matplotlib.figure.Figure().subplots()
+      >>> axes = plots.draw_monitor(rows, "sharpness", axes=axes)
+      >>> print(axes.lines[0].get_xydata())
+      [[ 0.   1.5]
+       [10.   2.5]]
 
     Args:
-      rows: of a `diagnostics.Monitor`, or of `diagnostics.read_monitor`.
-      name: of a number, such as "sharpness".
+      rows: of a `diagnostics.Monitor`, or from `diagnostics.read_monitor`.
+      name: name of a number in the rows, such as "sharpness".
       axes: what to draw on.
       color: any colour of matplotlib; None takes the next of a palette for colour-blind readers.
       label: its name in a legend.
@@ -120,12 +129,18 @@ def monitor_figure(
 
     Below a width of 5 inches the panels stand in a column, else in rows of three.
 
+    Example:
+      >>> rows = [{"step": 0, "sharpness": 1.5}, {"step": 10, "sharpness": 2.5}]
+      >>> figure = plots.monitor_figure({"sgd": rows})
+      >>> print([axes.get_xlabel() for axes in figure.axes])
+      ['step']
+
     Args:
-      runs: rows of a monitor by the name of the run; six are told apart by colour alone.
+      runs: rows of a monitor by the name of the run; colours repeat after six.
       figure_width: in inches: 6.8 is a page.
 
     Returns:
-      A figure that pyplot does not know.
+      A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
       ValueError: there is no run, or none has a number that is known.

@@ -27,9 +27,17 @@ _CURVE = "density"  # by this mark a second call on the same axes finds the firs
 class SpectrumPanel(NamedTuple):
     """What `spectrum_figure` shows of one setting.
 
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> panel = plots.SpectrumPanel("sgd", curvature.density_curve(density), density.eigenvalues)
+      >>> print(panel.label, panel.curve.density.shape)
+      sgd (512,)
+
     Attributes:
       label: name of the setting.
-      curve: its spectral density.
+      curve: its spectral density, from `curvature.density_curve`.
       eigenvalues: (k,), in the order in which they are numbered, or None.
       residual_norms: (k,), error bounds of the eigenvalues, or None.
     """
@@ -57,6 +65,16 @@ def draw_spectrum(
     sides. Densities that are zero leave a gap, and the axis ends below the lowest bump of the
     curve: farther down are only tails of the Gaussian that draws it. A second call on the same axes
     adds a second curve.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> import matplotlib.figure
+      >>> axes = matplotlib.figure.Figure().subplots()
+      >>> axes = plots.draw_spectrum(curvature.density_curve(density), axes=axes)
+      >>> print(axes.get_xlabel())
+      eigenvalue of the Hessian
 
     Args:
       curve: from `curvature.density_curve`.
@@ -116,21 +134,30 @@ def spectrum_figure(
     """Draws the spectra of several settings one below the other, on axes of the same limits.
 
     A last panel has the eigenvalues of all settings against their index, with their residual norms
-    as error bars; slightly apart, so that equal ones can be told. It stands below the densities,
-    or on their right in a figure at least 5 inches wide, and is left out without eigenvalues.
+    as error bars; slightly apart, so that equal ones can be told. It stands below the densities, or
+    on their right in a figure at least 5 inches wide, and is left out without eigenvalues.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> panel = plots.SpectrumPanel("sgd", curvature.density_curve(density), density.eigenvalues)
+      >>> figure = plots.spectrum_figure([panel])
+      >>> print([axes.get_xlabel() for axes in figure.axes])
+      ['eigenvalue of the Hessian', 'index']
 
     Args:
-      panels: one `SpectrumPanel` for each setting; six are told apart by colour alone.
+      panels: one `SpectrumPanel` for each setting; colours repeat after six.
       matrix_name: name of the matrix on the axes.
       figure_width: in inches: 3.3 is a column, 6.8 a page.
 
     Returns:
-      A figure that pyplot does not know; `figure.savefig(path)` writes it.
+      A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
       ImportError: matplotlib is missing.
-      ValueError: `panels` is empty, their curves are of different scales, or an argument of
-        `draw_spectrum` is wrong.
+      ValueError: `panels` is empty, their curves are of different scales, shapes differ, no density
+        is positive, or an option is out of its range.
     """
     if not panels:
         raise ValueError("`panels` must have at least one SpectrumPanel, got none.")

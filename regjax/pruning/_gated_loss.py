@@ -48,6 +48,15 @@ def gated_loss(structure: Structure, loss_fn: LossFn, params: Params) -> LossFn:
     The gates multiply parameters (`apply_gates`), so that the model stays as it is; the optimiser
     never sees them.
 
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.array([[1.0], [2.0], [0.0]])}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> gate_loss = pruning.gated_loss(structure, lambda p, x: model_fn(p, x).mean(), params)
+      >>> gates = pruning.unit_gates(structure, params)
+      >>> print(*jax.grad(gate_loss)(gates, jnp.ones((2, 1))).values())
+      [1. 2. 0.]
+
     Args:
       structure: from `find_structure`.
       loss_fn: (params, *batch) -> scalar, the mean over the examples, such as

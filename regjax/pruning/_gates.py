@@ -24,6 +24,13 @@ Units: TypeAlias = dict[str, jax.Array]
 def unit_gates(structure: Structure, params: Params) -> Units:
     """Makes gates that change nothing: ones.
 
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> print(*pruning.unit_gates(structure, params).values())
+      [1. 1. 1.]
+
     Args:
       structure: from `find_structure`.
       params: parameters like those it was found with.
@@ -46,6 +53,14 @@ def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
 
     The slices of the consumers are multiplied by their unit's gate, so that
     `loss_fn(apply_gates(structure, params, gates), *batch)` is a loss of the gates.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> gates = {name: jnp.array([1.0, 0.0, 0.5]) for name in structure.groups}
+      >>> print(pruning.apply_gates(structure, params, gates)["out"].ravel())
+      [1.  0.  0.5]
 
     Args:
       structure: from `find_structure`.
@@ -80,6 +95,14 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
     Where all between a normalization and the consumers is homogeneous, as ReLU and pooling are, it
     is gamma dgamma + beta dbeta of its scale and bias, the gate of the paper.
 
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.array([[1.0], [2.0], [0.0]])}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> grads = jax.grad(lambda params: model_fn(params, jnp.ones((2, 1))).mean())(params)
+      >>> print(*pruning.gate_gradients(structure, params, grads).values())
+      [1. 2. 0.]
+
     Args:
       structure: from `find_structure`.
       params: parameters like those it was found with.
@@ -113,6 +136,15 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
 @checked
 def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> Tree:
     """Marks the weights that remain when units are removed, as `transforms.hold_masks` takes it.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> unit_masks = {name: jnp.array([True, False, True]) for name in structure.groups}
+      >>> masks = pruning.parameter_masks(structure, params, unit_masks)
+      >>> print(masks["in"].ravel(), masks["out"].ravel())
+      [ True False  True] [ True False  True]
 
     Args:
       structure: from `find_structure`.

@@ -39,6 +39,12 @@ def filter_groups(
 
     In the order of the leaves; of stacked layers one after the other.
 
+    Example:
+      >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+      >>> groups = pruning.filter_groups(params)
+      >>> print(groups.num_groups, groups.groups["kernel"].ravel())  # a filter is a column
+      3 [0 1 2]
+
     Args:
       params: tree of parameters.
       mask: tree of Python bools like it, the kernels that count; None: all.
@@ -89,6 +95,16 @@ def group_importance(
     the loss when the whole group is removed, the criterion of the paper, the second that of its
     code on weights: they rank differently. For the filters in front of a batch norm in train mode
     the sum is 0, as their scale does not change the loss; what is left of the first is rounding.
+
+    Example:
+      >>> params = {"kernel": jnp.array([[1.0, 2.0], [1.0, 0.0]])}
+      >>> grads = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 5.0]])}
+      >>> filters = pruning.filter_groups(params)  # the columns
+      >>> scores = pruning.group_importance(
+      ...     params, grads, groups=filters.groups, num_groups=filters.num_groups
+      ... )
+      >>> print(scores)  # (3 - 2)^2 and (2 * 1)^2
+      [1. 4.]
 
     Args:
       params: tree of weights w.

@@ -31,6 +31,13 @@ def hierarchical_plan(
     budget and the floor are ours. One round of several: remove the units with the lowest scores
     (`mask_planned`), train on, measure again.
 
+    Example:
+      >>> a = jnp.diag(jnp.array([3.0, 2.0, 0.0]))  # gradients of three examples at three units
+      >>> b = jnp.diag(jnp.array([3.0, 0.0, 0.0]))
+      >>> results = {"a": pruning.gradient_redundancy(a), "b": pruning.gradient_redundancy(b)}
+      >>> print(pruning.hierarchical_plan(results, {"a": 1.0, "b": 10.0}, budget=15.0))
+      {'a': 1, 'b': 1}
+
     Args:
       results: of each group, from `gradient_redundancy`, concrete (outside of `jit`).
       costs: what one unit of each group costs, in any unit (FLOPs, parameters), above 0; taken as
@@ -77,6 +84,13 @@ def hierarchical_plan(
 
 def mask_planned(plan: Mapping[str, int], scores: Units, masks: Units) -> Units:
     """Removes from each group the planned number of units with its lowest scores.
+
+    Example:
+      >>> scores = {"a": jnp.array([0.3, 0.1, 0.2]), "b": jnp.array([0.5, 0.4])}
+      >>> masks = pruning.full_masks(scores)
+      >>> masks = pruning.mask_planned({"a": 2, "b": 0}, scores, masks)
+      >>> print(masks["a"], masks["b"])
+      [ True False False] [ True  True]
 
     Args:
       plan: number of units to remove from each group, as `hierarchical_plan` gives it.

@@ -19,6 +19,10 @@ from regjax._base import Tree
 def full_masks(scores: Tree) -> Tree:
     """Makes masks that keep everything.
 
+    Example:
+      >>> print(pruning.full_masks({"a": jnp.array([0.3, 0.1])})["a"])
+      [ True  True]
+
     Args:
       scores: tree of arrays: scores, gates or parameters.
 
@@ -34,6 +38,10 @@ def full_masks(scores: Tree) -> Tree:
 
 def gates_from_masks(masks: Tree, *, dtype: DTypeLike = jnp.float32) -> Tree:
     """Makes gates of 1 for what is kept and 0 for what is removed.
+
+    Example:
+      >>> print(pruning.gates_from_masks({"a": jnp.array([True, False])})["a"])
+      [1. 0.]
 
     Args:
       masks: tree of bool arrays.
@@ -63,6 +71,12 @@ def mask_lowest(
     Ties go in the order of `jax.tree.leaves`, first come first removed. In each leaf at least
     `min_units` stay, those with its highest scores; of an array of stacked layers, in each layer.
     What is removed already does not count again.
+
+    Example:
+      >>> scores = {"a": jnp.array([0.3, 0.1, 0.2]), "b": jnp.array([0.05, 0.04])}
+      >>> masks = pruning.mask_lowest(scores, pruning.full_masks(scores), 2)
+      >>> print(masks["a"], masks["b"])  # "b" keeps one unit
+      [ True False  True] [ True False]
 
     Args:
       scores: tree of scores, a leaf for each group of units, or for each array of weights.

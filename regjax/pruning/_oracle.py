@@ -29,6 +29,12 @@ def oracle_importance(
 
     By one forward pass for each gate, where Taylor importance takes one gradient for all.
 
+    Example:
+      >>> weights = jnp.array([1.0, 2.0, 0.0])  # with which three units go into the output
+      >>> gate_loss = lambda gates, x: jnp.mean((x * jnp.sum(weights * gates)) ** 2)
+      >>> print(pruning.oracle_importance(gate_loss, jnp.ones(3), jnp.ones((2, 1))))
+      [25. 64.  0.]
+
     Args:
       gate_loss: (gates, *batch) -> scalar, the mean over the examples, as `gated_loss` makes it.
       gates: tree of gates, 1 for units that are there and 0 for removed ones, which score 0.

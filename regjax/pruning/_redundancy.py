@@ -63,6 +63,13 @@ def gradient_matrix(
     With convolutions each example has a gradient of the whole kernel behind its gate: choose a
     `chunk_size`.
 
+    Example:
+      >>> gate_loss = lambda gates, x: jnp.mean(jnp.sum(x * gates, axis=1))  # two units
+      >>> examples = jnp.array([[1.0, 2.0], [3.0, 6.0]])
+      >>> print(pruning.gradient_matrix(gate_loss, jnp.ones(2), examples))
+      [[1. 2.]
+       [3. 6.]]
+
     Args:
       gate_loss: (gates, *batch) -> scalar, the mean over independent examples, in evaluation mode;
         it is called with one example at a time.
@@ -97,6 +104,12 @@ def gradient_redundancy(
     vanishing_threshold: float = 1e-6,
 ) -> RedundancyResult:
     """Computes the rank of a group's per-example gradients, and what it leaves redundant.
+
+    Example:
+      >>> matrix = jnp.array([[1.0, 2.0], [3.0, 6.0], [0.0, 0.0]])  # three examples, two units
+      >>> result = pruning.gradient_redundancy(matrix)
+      >>> print(result.rank, result.rate, result.singular_values)
+      1 0.5 [7.071 0.   ]
 
     Args:
       matrix: (N, C), per-example gradients, as `gradient_matrix` gives them for each group.
@@ -150,6 +163,11 @@ def redundancy_saliency(result: RedundancyResult) -> jax.Array:
 
         s_c = sum_{i <= rank} sigma_i^2 V_ci^2
 
+    Example:
+      >>> result = pruning.gradient_redundancy(jnp.array([[1.0, 2.0], [3.0, 6.0], [0.0, 0.0]]))
+      >>> print(pruning.redundancy_saliency(result))  # 1 + 9 and 4 + 36
+      [10. 40.]
+
     Args:
       result: of a group, from `gradient_redundancy`.
 
@@ -178,6 +196,10 @@ def redundancy_saliency(result: RedundancyResult) -> jax.Array:
 def numerical_rank(singular_values: jax.Array, *, tol: float = 1e-2) -> jax.Array:
     """Counts the singular values above `tol` times the largest.
 
+    Example:
+      >>> print(pruning.numerical_rank(jnp.array([10.0, 1.0, 0.01])))
+      2
+
     Args:
       singular_values: (C,), in any order.
       tol: relative to the largest one.
@@ -199,6 +221,10 @@ def numerical_rank(singular_values: jax.Array, *, tol: float = 1e-2) -> jax.Arra
 @checked
 def energy_rank(singular_values: jax.Array, *, share: float = 0.99) -> jax.Array:
     """Finds the least r for which the r largest hold this share of the sum of squares.
+
+    Example:
+      >>> print(pruning.energy_rank(jnp.array([3.0, 2.0, 0.1]), share=0.9))  # 9 of 13 is too little
+      2
 
     Args:
       singular_values: (C,), in any order.
@@ -225,6 +251,10 @@ def stable_rank(singular_values: jax.Array) -> jax.Array:
 
         sum_i sigma_i^2 / sigma_1^2
 
+    Example:
+      >>> print(pruning.stable_rank(jnp.array([2.0, 2.0, 1.0])))  # (4 + 4 + 1) / 4
+      2.25
+
     Args:
       singular_values: (C,), in any order.
 
@@ -244,6 +274,10 @@ def effective_rank(singular_values: jax.Array) -> jax.Array:
     """Computes the exponential of the entropy of the singular values over their sum.
 
         exp(-sum_i p_i log p_i),   p_i = sigma_i / sum_j sigma_j
+
+    Example:
+      >>> print(f"{pruning.effective_rank(jnp.array([2.0, 2.0, 0.0])):.3f}")
+      2.000
 
     Args:
       singular_values: (C,), in any order.

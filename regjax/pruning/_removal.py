@@ -42,6 +42,16 @@ def remove_units(structure: Structure, model: Model, unit_masks: Units) -> Model
     written its sizes down (heads, groups, `features`), and constants that depend on the number of
     units stay what they were, as they do where units are masked.
 
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model = regjax.from_callable(lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"], params)
+      >>> model_fn = regjax.model_function(model)
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> unit_masks = {name: jnp.array([True, False, True]) for name in structure.groups}
+      >>> smaller = pruning.remove_units(structure, model, unit_masks)
+      >>> print(smaller.params["in"].shape, smaller.params["out"].shape)
+      (1, 2) (2, 1)
+
     Args:
       structure: from `find_structure` of this model.
       model: from one of the adapters.
@@ -77,6 +87,12 @@ def count_cost(model_fn: ModelFn, params: Params, inputs: Tree) -> CostResult:
 
     A multiplication and an addition are two operations. The count is that of XLA's cost analysis of
     the program as it is compiled for this backend, optimisations included; nothing is run.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: x @ params["in"] @ params["out"]
+      >>> print(pruning.count_cost(model_fn, params, jnp.ones((2, 1))).num_params)
+      6
 
     Args:
       model_fn: (params, inputs) -> outputs, as from `regjax.model_function`.

@@ -16,6 +16,11 @@ def linear_removal(
 
         min(total, num_each * floor((step - begin) / every))
 
+    Example:
+      >>> options = {"every": 10, "num_each": 5, "total": 12}
+      >>> print([int(pruning.linear_removal(step, **options)) for step in (5, 10, 25, 99)])
+      [0, 5, 10, 12]
+
     Args:
       step: number of steps done, a Python integer or an integer array ().
       every: number of steps between two rounds.
@@ -60,6 +65,11 @@ def cubic_removal(
     at t = begin, begin + every, ..., begin + num_rounds every; in between the value stays, behind
     the last it is `final`, before the first nothing is removed.
 
+    Example:
+      >>> options = {"num_units": 100, "final": 0.8, "every": 10, "num_rounds": 4}
+      >>> print([int(pruning.cubic_removal(step, **options)) for step in (0, 10, 20, 30, 40)])
+      [0, 46, 70, 79, 80]
+
     Args:
       step: number of steps done, a Python integer or an integer array ().
       num_units: of what the sparsity is a share: all units, or all weights.
@@ -95,6 +105,10 @@ def cubic_removal(
 def num_missing(masks: Tree, num_removed: int | jax.Array) -> jax.Array:
     """Counts what is still to go, for `mask_lowest`, until so many are removed.
 
+    Example:
+      >>> print(pruning.num_missing({"a": jnp.array([True, False, True])}, 2))  # one of two is gone
+      1
+
     Args:
       masks: tree of bool arrays, False for what is removed.
       num_removed: number that a schedule asks for, an integer or an integer array ().
@@ -116,6 +130,11 @@ def average_scores(previous: Tree | None, scores: Tree, *, decay: float = 0.9) -
     """Averages scores over rounds, the older ones with less and less weight.
 
         decay previous + (1 - decay) scores
+
+    Example:
+      >>> scores = pruning.average_scores(None, {"a": jnp.array([1.0, 2.0])})
+      >>> print(pruning.average_scores(scores, {"a": jnp.array([2.0, 2.0])}, decay=0.9)["a"])
+      [1.1 2. ]
 
     Args:
       previous: average so far, a tree like `scores`; None in the first round.

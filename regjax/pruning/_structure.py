@@ -17,6 +17,15 @@ from regjax.pruning._rules import propagate
 class Slice(NamedTuple):
     """Where the units of a group lie along one axis of one array.
 
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> (group,) = structure.groups.values()
+      >>> (producer,) = group.producers
+      >>> print(producer.path, producer.axis, producer.units)
+      in 1 [0 1 2]
+
     Attributes:
       path: readable name of the array.
       leaf: its index in `jax.tree.leaves` of the parameters; of the state, for statistics.
@@ -33,6 +42,14 @@ class Slice(NamedTuple):
 
 class Group(NamedTuple):
     """Units (channels) of one or several layers that exist or are removed together.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> (group,) = structure.groups.values()
+      >>> print(group.num_units, group.producers[0].path, group.consumers[0].path)
+      3 in out
 
     Attributes:
       num_units: how many.
@@ -55,6 +72,13 @@ class Group(NamedTuple):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
     """What can be pruned in a model: a pytree without leaves, so that it passes through `jax.jit`.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 2))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> print(list(structure.groups), list(structure.fixed))
+      ['in'] ['out']
 
     Attributes:
       groups: by the name of the first producer, in the order of the forward pass.
@@ -95,6 +119,15 @@ def find_structure(model_fn: ModelFn, params: Params, inputs: Tree) -> Structure
     through a primitive without a rule. Every unit of a group can be removed, alone and with others.
     Of layers that are stacked in one array and scanned over a unit is that of all layers together:
     what remains is an array too.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 2))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> print({name: group.num_units for name, group in structure.groups.items()})
+      {'in': 3}
+      >>> print(structure.fixed)
+      {'out': 'feeds the outputs'}
 
     Args:
       model_fn: (params, inputs) -> outputs, as from `regjax.model_function` in evaluation mode,

@@ -44,6 +44,10 @@ def taylor_importance(gate_grads: Tree) -> Tree:
     Average it over batches: the mean of the squares, not the square of the mean gradient. With B
     examples a batch the two differ by the variance of the examples' gradients over B.
 
+    Example:
+      >>> print(pruning.taylor_importance({"a": jnp.array([-3.0, 0.1])})["a"])
+      [9.   0.01]
+
     Args:
       gate_grads: tree of gradients of the loss with respect to the gates.
 
@@ -102,6 +106,13 @@ def taylor_scores(
     Batches count alike, those of a weighted mean by their weights. One gradient with respect to the
     gates for each batch; memory is that of one batch. A removed unit, whose gate is 0, scores 0.
 
+    Example:
+      >>> weights = jnp.array([1.0, 2.0, 0.0])  # with which three units go into the output
+      >>> gate_loss = lambda gates, x: jnp.mean(x * jnp.sum(weights * gates))
+      >>> batch = jnp.array([1.0, 1.0, 3.0, 3.0])  # two batches of two examples
+      >>> print(pruning.taylor_scores(gate_loss, jnp.ones(3), batch, batch_size=2).scores)
+      [ 5. 20.  0.]
+
     Args:
       gate_loss: (gates, *batch) -> scalar, the mean over the examples, as `gated_loss` makes it;
         the batch may couple its examples.
@@ -138,6 +149,13 @@ def taylor_scores_second_order(
         E_B[(z g_B - z^2 H_B / 2)^2]
 
     The diagonal is exact: as many Hessian products for each batch as there are gates.
+
+    Example:
+      >>> weights = jnp.array([1.0, 2.0, 0.0])
+      >>> gate_loss = lambda gates, x: jnp.mean(x * jnp.sum(weights * gates**2))
+      >>> gates, batch = jnp.ones(3), jnp.array([1.0, 1.0, 3.0, 3.0])  # two batches of two examples
+      >>> print(pruning.taylor_scores_second_order(gate_loss, gates, batch, batch_size=2).scores)
+      [ 5. 20.  0.]
 
     Args:
       gate_loss: as in `taylor_scores`, twice differentiable almost everywhere.

@@ -31,6 +31,11 @@ def batch_entropy(
     with no variance at all has gradient 0; below a variance of 1e-38 float32 has no value but a
     gradient.
 
+    Example:
+      >>> activations = jnp.array([[0.0, 5.0], [2.0, 5.0]])  # the second unit is constant
+      >>> print(f"{regularizers.batch_entropy(activations):.3f}")  # log(1 + 2 pi e) / 2, then / 2
+      0.724
+
     Args:
       activations: (N, ...), real floating point; every entry of an example is a unit.
       degrees_of_freedom: subtracted from the number of examples in the variance.
@@ -95,6 +100,14 @@ def layerwise_batch_entropy(
     for us, in perceptrons of 10 to 50 layers: targets 0.5, `strength` 0.1, `min_target_entropy`
     0.2; the authors' code has 2.0, 0.1 and 0.2 for 500 layers.
 
+    Example:
+      >>> task_loss, entropies = jnp.array(2.0), jnp.array([0.5, 0.9])  # of two layers
+      >>> penalty = regularizers.layerwise_batch_entropy(
+      ...     task_loss, entropies, jnp.array([0.5, 0.5]), strength=0.1, min_target_entropy=0.2
+      ... )
+      >>> print(f"{penalty:.3f}")  # 2 * 0.1 * (0 + 0.4^2) / 2
+      0.016
+
     Args:
       task_loss: (), mean loss over the batch.
       entropies: (num_layers,), in nats: `batch_entropy` of each layer's activations.
@@ -150,6 +163,20 @@ def tapped_entropies(params: Params, state: State) -> tuple[jax.Array, jax.Array
         loss = output_loss_fn(outputs, targets)
         penalty = layerwise_batch_entropy(loss, *tapped_entropies(params, new_state), ...)
         return loss + penalty, new_state
+
+    Example:
+      >>> class Network(nnx.Module):
+      ...     def __init__(self):
+      ...         self.layer = nnx.Linear(1, 4, rngs=nnx.Rngs(0))
+      ...         self.tap = regularizers.nnx.BatchEntropyTap(0.5)
+      ...     def __call__(self, inputs):
+      ...         return self.tap(self.layer(inputs))
+      >>> model = regjax.from_nnx(Network())
+      >>> inputs = jnp.linspace(-1.0, 1.0, 8)[:, None]
+      >>> _, state = model.apply(model.params, model.state, inputs, train=True)
+      >>> entropies, targets = regularizers.nnx.tapped_entropies(model.params, state)
+      >>> print(entropies.shape, targets)
+      (1,) [0.5]
 
     Args:
       params: nested dicts with the targets of `BatchEntropyTap` modules, such as those of a

@@ -47,6 +47,12 @@ def dropout_penalty(
     takes twice the penalty. The output bias b is not dropped. With dropout in other layers too, and
     with cross-entropy, the identity does not hold and R1 is a heuristic.
 
+    Example:
+      >>> features = jnp.array([[1.0, 2.0]])  # one example with two units
+      >>> kernel = jnp.array([[3.0], [1.0]])
+      >>> print(regularizers.dropout_penalty(features, kernel, keep_probability=0.5))
+      6.5
+
     Args:
       features: (n, m), outputs of the last hidden layer, where the masks would act; differentiable.
       kernel: (m, k) of the last layer; differentiable.
@@ -98,6 +104,16 @@ def dropout_gradient_penalty(
     + R2; R1 (`dropout_penalty`) is what survives small rates. The derivative with respect to the
     parameters costs one Hessian product a mask (`gradient_norm_penalty`). For any loss and dropout
     in any layer. The masks follow one another, so that memory is that of one.
+
+    Example:
+      >>> def dropout_loss_fn(w, key):
+      ...     return 0.5 * jnp.sum((2.0 * jax.random.bernoulli(key, 0.5, w.shape) * w) ** 2)
+      >>> result = regularizers.dropout_gradient_penalty(
+      ...     dropout_loss_fn, jnp.ones(10_000), key=jax.random.key(0), learning_rate=0.001,
+      ...     num_samples=4,
+      ... )
+      >>> print(f"{result.value:.1f}")  # 0.001 / 4 * 10000 * (4^2 / 2)
+      20.0
 
     Args:
       dropout_loss_fn: (params, key) -> scalar, the mean loss under the mask of `key`. Data are

@@ -41,6 +41,12 @@ def geometric_complexity(
     As a penalty: `loss + strength * geometric_complexity(model_fn, params, inputs)`. Rescaling the
     inputs by 1 / s multiplies it by s^2: a number means something with the scaling of the inputs.
 
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> w = jnp.array([[3.0], [4.0]])
+      >>> print(regularizers.geometric_complexity(model_fn, w, jnp.ones((5, 2))))  # |w|^2
+      25.0
+
     Args:
       model_fn: (params, inputs) -> outputs (N, ...): the network before its softmax, each output a
         function of its own example alone, such as `regjax.model_function(model)`.
@@ -81,6 +87,15 @@ def geometric_complexity_estimate(
     For v ~ N(0, I), drawn for each example, ||J' v||^2 (`side` "outputs", a reverse pass) and
     ||J v||^2 ("inputs", a forward pass, whose gradient is one of reverse over forward mode and
     cheaper with convolutions) have the mean ||J||_F^2.
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> w = jnp.array([[3.0], [4.0]])  # of a complexity of 25
+      >>> result = regularizers.geometric_complexity_estimate(
+      ...     model_fn, w, jnp.ones((100, 2)), key=jax.random.key(1), num_probes=100
+      ... )
+      >>> print(f"{result.value:.1f} +- {result.standard_error:.1f}")
+      25.1 +- 0.4
 
     Args:
       model_fn: (params, inputs) -> outputs (N, ...), as in `geometric_complexity`.

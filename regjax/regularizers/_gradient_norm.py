@@ -25,6 +25,13 @@ def gradient_norm_penalty(
     product of forward over reverse mode, where plain automatic differentiation takes reverse over
     reverse mode: on CPU 2.4 times as long with convolutions.
 
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 3.0]) * w**2)
+      >>> penalty = lambda w: regularizers.gradient_norm_penalty(loss_fn, w)
+      >>> value, grads = jax.value_and_grad(penalty)(jnp.array([2.0, 1.0]))
+      >>> print(value, grads)  # 2^2 + 3^2, and twice the Hessian times the gradient
+      13.0 [ 4. 18.]
+
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples. It may couple them. Data and
         state are arguments: a loss that closes over what is differentiated is an error of JAX.

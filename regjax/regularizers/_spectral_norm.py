@@ -32,6 +32,11 @@ def spectral_norm_penalty(
 
     As a penalty: `loss + strength * spectral_norm_penalty(params)`.
 
+    Example:
+      >>> params = {"kernel": jnp.array([[3.0, 0.0], [0.0, 1.0]]), "bias": jnp.ones(2)}
+      >>> print(regularizers.spectral_norm_penalty(params))  # 3^2 / 2
+      4.5
+
     Args:
       params: tree of real floating-point arrays.
       num_iterations: power iterations from a random start. The value is a lower bound then, and

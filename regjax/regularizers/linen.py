@@ -9,6 +9,8 @@ from regjax import _tree
 from regjax.regularizers import _batch_entropy
 from regjax.regularizers._batch_entropy import tapped_entropies as tapped_entropies
 
+__all__ = ["BatchEntropyTap", "tapped_entropies"]
+
 
 class BatchEntropyTap(linen.Module):
     """Stands behind a layer, gives its activations on and keeps their batch entropy.
@@ -18,6 +20,14 @@ class BatchEntropyTap(linen.Module):
     needs no such collection. The target is the parameter "target_entropy".
     `tapped_entropies` collects both from all taps of a model; one tap for
     each layer.
+
+    Example:
+      >>> tap = regularizers.linen.BatchEntropyTap(0.5)
+      >>> activations = jnp.array([[0.0], [2.0]])
+      >>> variables = tap.init(jax.random.key(0), activations)
+      >>> _, new = tap.apply(variables, activations, mutable=["batch_entropy"])
+      >>> print(f"{new['batch_entropy']['batch_entropy']:.3f}")
+      1.447
 
     Attributes:
       initial_target_entropy: target entropy to begin with, in nats.

@@ -9,9 +9,19 @@ from regjax import _tree
 from regjax.regularizers import _batch_entropy
 from regjax.regularizers._batch_entropy import tapped_entropies as tapped_entropies
 
+__all__ = ["BatchEntropy", "BatchEntropyTap", "tapped_entropies"]
+
 
 class BatchEntropy(nnx.Variable):
-    """The batch entropy of a layer in the last training batch."""
+    """The batch entropy of a layer in the last training batch.
+
+    Example:
+      >>> tap = regularizers.nnx.BatchEntropyTap()
+      >>> activations = tap(jnp.array([[0.0], [2.0]]))
+      >>> entropies = nnx.state(tap, regularizers.nnx.BatchEntropy)
+      >>> print([f"{entropy:.3f}" for entropy in jax.tree.leaves(entropies)])
+      ['1.447']
+    """
 
 
 class BatchEntropyTap(nnx.Module):
@@ -21,6 +31,12 @@ class BatchEntropyTap(nnx.Module):
     the variable `batch_entropy`; in evaluation it computes nothing. The target is the parameter
     `target_entropy`. `tapped_entropies` collects both from all taps of a
     model; one tap for each layer.
+
+    Example:
+      >>> tap = regularizers.nnx.BatchEntropyTap(0.5)
+      >>> activations = tap(jnp.array([[0.0], [2.0]]))  # as they are
+      >>> print(f"{tap.batch_entropy[...]:.3f} {tap.target_entropy[...]}")
+      1.447 0.5
 
     Args:
       initial_target_entropy: target entropy to begin with, in nats.

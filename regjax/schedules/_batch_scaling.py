@@ -22,6 +22,11 @@ def batch_size_scaling(
     square root (`power=0.5`) for Adam and other methods with little damping, which the edge of the
     noise limits. A damping near 1 invalidates the latter.
 
+    Example:
+      >>> learning_rate = schedules.batch_size_scaling(0.1, 64, power=1.0)
+      >>> print(learning_rate(jnp.array([32.0, 64.0, 256.0])))
+      [0.05 0.1  0.4 ]
+
     Args:
       reference_learning_rate: the learning rate at `reference_batch_size`.
       reference_batch_size: number of examples in its batch.
@@ -58,6 +63,11 @@ def saturating_batch_size_scaling(
 
     The rate 2 / l' of SGD on a batch whose largest eigenvalue is l' = l + p / (b l)
     (`curvature.additive_outlier`): linear in b far below the crossover p / l^2, constant above.
+
+    Example:
+      >>> learning_rate = schedules.saturating_batch_size_scaling(0.1, 64, crossover=64)
+      >>> print(learning_rate(jnp.array([16.0, 64.0, jnp.inf])))
+      [0.04 0.1  0.2 ]
 
     Args:
       reference_learning_rate: the learning rate at `reference_batch_size`.

@@ -20,6 +20,13 @@ def matched_learning_rate(
     sqrt(2 eta lambda) a step; weights that are rescaled to unit norm turn by arctan(rate |g|).
     To leading order in the angle.
 
+    Example:
+      >>> rate = schedules.matched_learning_rate(
+      ...     learning_rate=0.1, weight_decay=5e-4, gradient_norm=0.1
+      ... )
+      >>> print(f"{rate:.3f}")  # sqrt(2 * 0.1 * 5e-4) / 0.1
+      0.100
+
     Args:
       learning_rate: eta, of the run with decay.
       weight_decay: lambda, of the run with decay.

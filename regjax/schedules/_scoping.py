@@ -23,6 +23,11 @@ def scoping_schedule(gamma0: float, growth: float) -> Callable[[ArrayLike], jax.
     Right to some roundings of float32 at any count: powers of 1.001, rounded, are off by 2e-4 after
     5000 updates. Infinity where the power of the growth leaves the range of float32.
 
+    Example:
+      >>> gamma = schedules.scoping_schedule(0.1, 1e-3)
+      >>> print(gamma(jnp.array([0, 1000, 2000])))
+      [0.1   0.272 0.738]
+
     Args:
       gamma0: value at count 0, at least 0.
       growth: relative growth for each outer update, at least 0. 1e-3 in the official code.

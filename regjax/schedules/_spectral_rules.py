@@ -31,6 +31,10 @@ def nesterov_rule(largest: ArrayLike, smallest: ArrayLike) -> SpectralRatesResul
 
         learning rate = 1 / L,   momentum = (sqrt L - sqrt m) / (sqrt L + sqrt m)
 
+    Example:
+      >>> print(schedules.nesterov_rule(9.0, 1.0))  # 1 / 9 and (3 - 1) / (3 + 1)
+      SpectralRatesResult(learning_rate=0.11111, momentum=0.5)
+
     Args:
       largest: L, largest curvature.
       smallest: m, smallest curvature, above 0.
@@ -59,6 +63,10 @@ def polyak_rule(largest: ArrayLike, smallest: ArrayLike) -> SpectralRatesResult:
 
     For `spectral_controller(nesterov=False)`: optimal on a quadratic, where the distance to the
     minimum shrinks by the square root of the momentum a step.
+
+    Example:
+      >>> print(schedules.polyak_rule(9.0, 1.0))  # (2 / (3 + 1))^2 and ((3 - 1) / (3 + 1))^2
+      SpectralRatesResult(learning_rate=0.25, momentum=0.25)
 
     Args:
       largest: L, largest curvature.

@@ -10,14 +10,9 @@ from regjax.transforms._decentralized import gossip_average as gossip_average
 from regjax.transforms._decentralized import mean_params as mean_params
 from regjax.transforms._entropy_sgd import entropy_sgd as entropy_sgd
 from regjax.transforms._given import assume_joined as assume_joined
-from regjax.transforms._gradient_coherence import Gate as Gate
-from regjax.transforms._gradient_coherence import always_gate as always_gate
 from regjax.transforms._gradient_coherence import coherent_regularization as coherent_regularization
-from regjax.transforms._gradient_coherence import cosine_gate as cosine_gate
-from regjax.transforms._gradient_coherence import delayed_gate as delayed_gate
 from regjax.transforms._gradient_coherence import l1_gradient as l1_gradient
 from regjax.transforms._gradient_coherence import l2_gradient as l2_gradient
-from regjax.transforms._gradient_coherence import ratio_gate as ratio_gate
 from regjax.transforms._gradient_coherence import soft_threshold as soft_threshold
 from regjax.transforms._mean_gradient import gradient_function as gradient_function
 from regjax.transforms._mean_gradient import mean_gradient as mean_gradient
@@ -31,6 +26,11 @@ from regjax.transforms._noise import anticorrelated_noise as anticorrelated_nois
 from regjax.transforms._noise import denoise_params as denoise_params
 from regjax.transforms._noise import perturbed_gradient as perturbed_gradient
 from regjax.transforms._noisy_gradient import noisy_gradient as noisy_gradient
+from regjax.transforms._penalty_gates import Gate as Gate
+from regjax.transforms._penalty_gates import always_gate as always_gate
+from regjax.transforms._penalty_gates import cosine_gate as cosine_gate
+from regjax.transforms._penalty_gates import delayed_gate as delayed_gate
+from regjax.transforms._penalty_gates import ratio_gate as ratio_gate
 from regjax.transforms._pruning import hold_masks as hold_masks
 from regjax.transforms._remove_radial import remove_radial as remove_radial
 from regjax.transforms._sam import gsam as gsam

@@ -40,11 +40,17 @@ class MemoryResult(NamedTuple):
 def memory_estimate(solver: Solver[Any, Any]) -> MemoryResult:
     """Adds up the memory that a solver needs on each device, without running it.
 
-    For example `memory_estimate(top_eigenpairs_solver(operator, 10, key=key, max_basis=64))`.
-    Arrays count by their shapes; a product, a step and the result are compiled, not run, and count
-    by the compiler's own account. Of a source the batches are taken to be as large as the first.
-    What libraries need for themselves and what fragments of freed memory cost is not in it: leave
-    a tenth.
+    Arrays count by their shapes. A product, a step and the result are compiled, not run, and count
+    by the compiler's own account. Of a source of batches all are taken to be as large as the first.
+    Not included are what libraries need for themselves and what fragments of freed memory cost:
+    leave 10 % free.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> solver = curvature.lanczos_solver(hessian, jnp.ones(8), 8)
+      >>> print(curvature.memory_estimate(solver).operator_bytes)  # parameters and the arange
+      64
 
     Args:
       solver: from a function such as `top_eigenpairs_solver`.
