@@ -15,12 +15,11 @@ import jax
 import tqdm
 import tyro
 
-from benchmarks import _claims, _timing, reach, speed
+from benchmarks import _claims, _papers, _timing, reach, speed
 
 _Found = TypeVar("_Found")
 
 _RESULTS = pathlib.Path(__file__).parent / "results"
-_README = pathlib.Path(__file__).parent / "README.md"
 # The bars of the project were measured with two; a wider machine must not change who wins.
 _NUM_CORES = 2
 
@@ -49,6 +48,8 @@ class Claims:
     redraw: bool = False
     """Judge and draw again what is recorded, without a run: a minute for all, seconds with --only.
     The preset is then cpu unless it is gpu."""
+    summary: bool = False
+    """Write the tables of verdicts in benchmarks/README.md and docs/papers again; run nothing."""
     out: pathlib.Path | None = None
     """Folder of claims.json, the figures and the runs. Default: benchmarks/results, or its gpu."""
 
@@ -111,7 +112,10 @@ def run_reach(command: Reach) -> int:
 
 
 def run_claims(command: Claims) -> int:
-    """Runs the claims and writes their verdicts, into this folder's README too by default."""
+    """Runs the claims and writes their verdicts, by default into the tables for readers too."""
+    if command.summary:
+        _papers.write()
+        return 0
     if command.preset == "gpu" and jax.default_backend() == "cpu":
         return _fail("`--preset` must be smoke or cpu without an accelerator, got gpu.")
     if command.redraw and command.preset == "smoke":
@@ -142,7 +146,7 @@ def run_claims(command: Claims) -> int:
         for verdict in entry["verdicts"]:
             print(f"{name}: {verdict['verdict']}\n  {verdict['evidence']}", flush=True)
     if out == _RESULTS:
-        _claims.update_readme(_README, json.loads((out / "claims.json").read_text()))
+        _papers.write()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Claims: runs that are kept, verdicts that are drawn from all of them, a table and figures.
+"""Claims: runs that are kept, verdicts that are drawn from all of them, and figures.
 
 A claim module has `CLAIM`, a `Claim`. Every run is one line of claims_runs.jsonl as soon as it is
 done, so that an interrupted command goes on where it stopped.
@@ -16,7 +16,6 @@ import numpy as np
 
 Settings = Mapping[str, Any]
 Record = dict[str, Any]
-TABLE_START, TABLE_END = "<!-- claims -->", "<!-- end of claims -->"
 
 
 class Verdict(NamedTuple):
@@ -123,26 +122,6 @@ def draw(
     figure = Figure(figsize=(_frame.WIDTH, 2.2), dpi=200, layout="constrained")
     note = claim.draw(records, figure)
     _frame.save(figure, path, claim=claim.statement, verdicts=verdicts, note=note)
-
-
-def table(entries: Mapping[str, Record]) -> str:
-    """All verdicts as a table in Markdown."""
-    lines = ["| claim | verdict | evidence |", "|---|---|---|"]
-    for name, entry in entries.items():
-        first = f"[{name}](results/claim_{name}.png), {entry['paper']}: {entry['statement']}"
-        for verdict in entry["verdicts"]:
-            # A bar would end the cell.
-            cells = (text.replace("|", r"\|") for text in (first, *verdict.values()))
-            lines.append(f"| {' | '.join(cells)} |")
-            first = ""
-    return "\n".join(lines)
-
-
-def update_readme(path: pathlib.Path, entries: Mapping[str, Record]) -> None:
-    """Puts the table between its marks."""
-    text = path.read_text()
-    start, end = text.index(TABLE_START) + len(TABLE_START), text.index(TABLE_END)
-    path.write_text(f"{text[:start]}\n{table(entries)}\n{text[end:]}")
 
 
 def select(records: Sequence[Record], **values: Any) -> list[Record]:

@@ -1,4 +1,4 @@
-"""The frame of the claims: runs are kept, nothing runs twice, verdicts reach the table."""
+"""The frame of the claims: runs are kept, nothing runs twice, verdicts are recorded."""
 
 import json
 import pathlib
@@ -54,21 +54,14 @@ def test_runs_are_kept_and_go_on_where_they_stopped(tmp_path):
     assert calls[4:] == [0, 1, 2, 3]
 
 
-def test_the_verdict_reaches_the_table_and_the_readme(tmp_path):
+def test_the_verdict_is_recorded_and_drawn(tmp_path):
     claim = make_claim([])
     records = _claims.collect(claim, "cpu", tmp_path / "runs.jsonl", lambda *done: None)
     entry = _claims.conclude(claim, "cpu", records, tmp_path)
     assert entry["verdicts"] == [{"verdict": "reproduced", "evidence": "4 runs"}]
     assert (tmp_path / "claim_made_up.png").stat().st_size > 1000
     entries = json.loads((tmp_path / "claims.json").read_text())
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{_claims.TABLE_START}\nold\n{_claims.TABLE_END}\nafter\n")
-    _claims.update_readme(readme, entries)
-    text = readme.read_text()
-    assert "old" not in text
-    assert text.startswith("before")
-    assert text.endswith("after\n")
-    assert "Nobody 1900: more is more | reproduced | 4 runs |" in text
+    assert entries["made_up"] == entry
 
 
 def test_redraw_writes_the_figure_of_recorded_runs_and_runs_nothing(tmp_path, monkeypatch, capsys):

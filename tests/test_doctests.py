@@ -14,6 +14,8 @@ import re
 import numpy as np
 import pytest
 
+from regjax import curvature
+
 FACES = (
     "regjax", "regjax.curvature", "regjax.diagnostics", "regjax.experiments",
     "regjax.initializers", "regjax.models", "regjax.models.linen", "regjax.normalization",
@@ -127,3 +129,11 @@ def test_help_lists_the_public_functions(face):
     listed = set(re.findall(r"^    (?:class )?(\w+)", pydoc.plain(pydoc.render_doc(module)), re.M))
     public = {name for name in module.__all__ if callable(getattr(module, name))}
     assert public - listed == set()
+
+
+def test_the_largest_room_says_what_is_in_it():
+    public = {name for name in curvature.__all__ if name.islower()}
+    solvers = {name for name in public if name.endswith("_solver")}
+    assert public - solvers - set(re.findall(r"\w+", curvature.__doc__)) == set()
+    table = re.findall(r"^    (.*)$", curvature.__doc__, re.M)
+    assert set(" ".join(table).split()) - public == set()

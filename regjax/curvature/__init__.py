@@ -1,4 +1,45 @@
-"""Curvature of the loss: operators, solvers on them, and what is read off their results."""
+"""Curvature of the loss: matrices that are known by their products, and what is computed of them.
+
+Matrices, from a loss or a model with its parameters and data:
+
+    hessian  gauss_newton  fisher  empirical_fisher  gradient_covariance  dropout_covariance
+    dropout_covariance_factor  from_gradient  from_matvec  jacobian  hvp
+
+Matrices from other matrices or from batches:
+
+    by_block  stream  identity  inverse  jacobi_preconditioner  low_rank_preconditioner
+
+Their spectrum, eigenvalues with error bounds and densities with bands:
+
+    top_eigenpairs  spectral_density  density_curve  eigenvalue_count  lanczos  ritz_pairs
+    exact_spectrum  density_distances
+
+Sums over the eigenvalues of a spectral density:
+
+    spectral_sum  effective_dimension  log_determinant  schatten_norm
+
+Estimates from random products, with standard errors:
+
+    trace  diagonal  inverse_diagonal  squared_row_norms  squared_frobenius_norm
+    off_diagonal_share
+
+Linear systems and functions of a matrix:
+
+    solve  apply_function
+
+Kernels, linearised models and what they leave uncertain:
+
+    neural_tangent_kernel  kernel_alignment  target_alignment  linearized_model
+    output_covariance  leverage
+
+What a mini-batch makes of the largest eigenvalues:
+
+    hessian_noise_power  batch_extreme_eigenvalues  wigner_outlier  additive_outlier
+    marchenko_pastur_outlier
+
+Long runs: `memory_estimate` and `run` take a `Solver`, which `top_eigenpairs_solver` and its like
+make for each method; `Checkpoint` says where a method saves its state.
+"""
 
 from regjax._space import Space as Space
 from regjax.curvature._block_structure import DensityDistancesResult as DensityDistancesResult

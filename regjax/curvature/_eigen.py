@@ -47,24 +47,25 @@ class EigenResult(NamedTuple):
     """The k wanted eigenpairs, in the order of `which`.
 
     Attributes:
-      values: (k,), Ritz values.
-      vectors: tree like the parameters with a leading axis k, orthonormal up to the rounding of
-        the parameters' type.
-      residual_norms: (k,), ||A v - value v||: some eigenvalue lies within it of the value. Says
-        nothing about the value's rank in the spectrum. With what rounding may add, from m rows in
-        the basis: of the largest |Ritz value| 8 units of rounding of the narrowest type in a
-        product (6 % in bfloat16), and 2.5 sqrt(m) of the rows' own; and with the error of products
-        that are differences (`differences` of `hessian`). A is the matrix as the products
-        have it: see `top_eigenpairs`.
+      values: (k,), the estimated eigenvalues (Ritz values).
+      vectors: tree like the parameters with a leading axis k, orthonormal up to the rounding of the
+        parameters' type.
+      residual_norms: (k,), ||A v - value v||: some eigenvalue lies within it of the value. It does
+        not tell which one. It includes what rounding may add, relative to the largest |Ritz value|:
+        8 units of rounding of the narrowest type in a product (6 % in bfloat16) and, with m rows in
+        the basis, 2.5 sqrt(m) of the rows' own; and the error of products that are differences
+        (`differences` of `hessian`). A is the matrix as the products have it (see
+        `top_eigenpairs`).
       num_matvecs: (), int32, products used, the search for missed copies included.
       converged: (k,), bool: the residual norm is at most `tol` times the largest |Ritz value|, or
         twice what rounding adds, were products exact to the vectors' type.
-      complete: (), bool: all have converged, and the search ended without finding an eigenvalue
-        that was passed over. Never without a search, unless the basis spans the whole space.
-      miss_probability: (), bound on the probability, over all random starts of the run, that an
-        eigenvector orthogonal to what a search began with was passed over whose eigenvalue would
-        change the list by more than the tolerance. At most 0.01 if complete, 0.02 from both ends;
-        1 without a search.
+      complete: (), bool: all pairs have converged, and the search ended without finding an
+        eigenvalue that was passed over. Never true without a search, unless the basis spans the
+        whole space.
+      miss_probability: (), a bound on the probability, over all random starts of the run, that an
+        eigenvector was passed over whose eigenvalue would change the list by more than the
+        tolerance. (It counts eigenvectors orthogonal to what a search began with.) At most 0.01 if
+        complete, 0.02 from both ends; 1 without a search.
     """
 
     values: jax.Array

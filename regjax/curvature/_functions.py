@@ -39,10 +39,10 @@ class FunctionResult(NamedTuple):
 
     Attributes:
       value: f(A) b, a tree like the parameters.
-      error_estimate: (), the norm of what the later half of the steps has changed: about the
-        error of the run without them, so that the error of `value` is smaller as long as steps
-        still help. No bound: a function may vary where no step has been yet. 0 where the Krylov
-        space was exhausted, which leaves rounding alone.
+      error_estimate: (), the norm of the change that the later half of the steps has made. That is
+        about the error of the run without them, so that the error of `value` is smaller as long as
+        steps still help. It is no bound: a function may vary where no step has been yet. 0 where
+        the Krylov space was exhausted, which leaves rounding alone.
       num_matvecs: (), int32, products used.
     """
 

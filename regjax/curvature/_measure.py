@@ -61,8 +61,8 @@ class SpectralSumResult(NamedTuple):
     Attributes:
       value: (...), sum over i of f(lambda_i).
       standard_error: (...), over the draw of the probes.
-      quadrature_error: (...), what the later half of the Lanczos steps has changed: about what
-        quadrature without them leaves open. An estimate; 0 for polynomials of degree below m.
+      quadrature_error: (...), the change that the later half of the Lanczos steps has made: about
+        what quadrature without them leaves open. An estimate; 0 for polynomials of degree below m.
     """
 
     value: jax.Array

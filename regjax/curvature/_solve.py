@@ -32,23 +32,23 @@ Result = TypeVar("Result")
 class SolveResult(NamedTuple):
     """An approximate solution x of (A + damping I) x = b.
 
-    Of k right sides at once all but `num_matvecs` have a leading axis k.
+    For k right sides at once all fields but `num_matvecs` have a leading axis k.
 
     Attributes:
       solution: x, a tree like the parameters.
-      residual_norm: (), |b - (A + damping I) x|, from a product with this x and no recurrence. Of a
-        run that was cut short (Ctrl-C, a callback) the recurrence's, which may be too small. NaN
-        for a solution too large or too small for its type.
+      residual_norm: (), |b - (A + damping I) x|, from a product with this very x. Of a run that was
+        cut short (Ctrl-C, a callback) it is the recurrence's, which may be too small. NaN for a
+        solution too large or too small for its type.
       error_bound: (), of the distance |x - x*| to the exact solution: the residual norm, and what
         rounding may hide of it, over the least that an eigenvalue of A + damping I can be. Infinite
-        where nothing positive is known of that (see `lower_bound` in `solve`), where negative
-        curvature was met, and of a run that was cut short.
+        where nothing positive is known of that eigenvalue (see `lower_bound` in `solve`), where
+        negative curvature was met, and of a run that was cut short.
       num_matvecs: (), int32, products used; of several right sides those of each.
       converged: (), bool, whether the residual norm is at most `tol` times that of b.
-      negative_curvature: (), bool, whether conjugate gradients met a direction p with
-        p'(A + damping I) p <= 0 and stopped: the matrix is not positive definite, and x is what
-        was found before. Take a damping above `-curvature`, `method="minres"`, or a matrix without
-        negative eigenvalues (`gauss_newton` or `fisher` in place of `hessian`).
+      negative_curvature: (), bool, whether conjugate gradients met a direction p with p'(A +
+        damping I) p <= 0 and stopped: the matrix is not positive definite, and x is what was found
+        before. Take a damping above `-curvature`, `method="minres"`, or a matrix without negative
+        eigenvalues (`gauss_newton` or `fisher` in place of `hessian`).
       direction: such a p, of unit norm, a tree like the parameters; zeros without one.
       curvature: (), p'(A + damping I) p of the last direction of unit norm.
     """

@@ -68,7 +68,8 @@ def neural_tangent_kernel(
     Raises:
       MemoryError: more than `max_bytes` are needed; says how many, before anything is allocated.
       ValueError: `output_axes` is unknown, or the model couples the examples (see `jacobian`).
-      TypeError: as in `jacobian`.
+      TypeError: an output is complex, or none is floating point, or the model cannot be
+        differentiated.
 
     References:
       A. Jacot, F. Gabriel, C. Hongler (2018), arXiv:1806.07572. R. Novak, J. Sohl-Dickstein,

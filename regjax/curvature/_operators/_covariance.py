@@ -68,7 +68,7 @@ def gradient_covariance(
 
     Raises:
       ValueError: the output loss is not a scalar or adds up weighted means, the outputs have not
-        the examples in front, or as in `gauss_newton`.
+        the examples in front, or as in `hessian`.
 
     References:
       S. McCandlish, J. Kaplan, D. Amodei (2018), arXiv:1812.06162, where it is called Sigma.

@@ -164,7 +164,7 @@ def empirical_fisher(
 
     Raises:
       ValueError: the output loss is not a scalar or adds up weighted means, the outputs have not
-        the examples in front, or as in `gauss_newton`.
+        the examples in front, or as in `hessian`.
 
     References:
       F. Kunstner, L. Balles, P. Hennig (2019), Limitations of the empirical Fisher approximation,
