@@ -94,7 +94,7 @@ def test_parts_of_a_claim_are_read_from_its_verdicts():
     assert _frame.parts([{"verdict": verdict} for verdict in verdicts]) == {
         "relu: it is fast": {"digits": "reproduced", "fashion_mnist": "not reproduced"},
         "500 layers": {"": "not testable at this size"},
-        "perceptron": {"": "reproduced"},
+        "perceptron": {"digits": "reproduced"},
         "a bound (N >= 3)": {"digits": "reported"},
     }
     with pytest.raises(ValueError, match="must begin with one of"):
