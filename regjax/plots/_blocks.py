@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regjax import _checks
-from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, label_axes, new_figure
+from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, label_axes, new_figure, set_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,12 +107,13 @@ def distance_figure(
     steps = np.diff(grid)
     if steps.max() > 2 * steps.min():
         left.set_xscale("symlog", linthresh=float(10 ** np.ceil(np.log10(steps.min() * 10))))
+        left.xaxis.get_major_locator().set_params(numticks=5)
     for i, (label, curve) in enumerate(zip(labels, curves, strict=True)):
         color, dash = COLORS[i % len(COLORS)], ("-", "--", ":")[i // len(COLORS) % 3]
         shown = np.where(curve > 0, curve, np.nan)
         left.plot(grid, shown, color=color, linestyle=dash, linewidth=1, label=label)
-    left.set_yscale("log")
+    set_log(left)
     left.set_ylim(10.0**-_DECADES * curves.max(), 3 * curves.max())
     label_axes(left, "eigenvalue of a block", "density")
-    left.legend(frameon=False, fontsize=TICK_SIZE - 1, labelspacing=0.2)
+    left.legend(frameon=False, fontsize=TICK_SIZE, labelspacing=0.2)
     return figure
