@@ -13,6 +13,7 @@ import re
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from regjax import curvature
 
@@ -144,3 +145,16 @@ def test_the_largest_room_says_what_is_in_it():
     assert public - solvers - set(re.findall(r"\w+", curvature.__doc__)) == set()
     table = re.findall(r"^    (.*)$", curvature.__doc__, re.M)
     assert set(" ".join(table).split()) - public == set()
+
+
+def test_help_shows_the_arguments_of_classes():
+    """The metaclass of nnx would show (*args, **kwargs)."""
+    kinds = [kind for kind in NAMES.values() if inspect.isclass(kind)]
+    kinds = [kind for kind in kinds if not issubclass(kind, nnx.Variable)]
+    without = [
+        kind.__name__
+        for kind in kinds
+        if any(p.kind == p.VAR_POSITIONAL for p in inspect.signature(kind).parameters.values())
+    ]
+    assert len(kinds) > 40
+    assert without == []
