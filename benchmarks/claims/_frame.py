@@ -6,41 +6,24 @@ all panels and a line that says what points and bars are.
 
 import io
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import _papers
 from benchmarks.claims import _figures
 
 WIDTH = 6.8  # inches, of a page
 _MARGIN, _LINE = 0.08, 0.15  # inches; a line is one of small print
 _TITLE = {"fontsize": 9.5, "fontweight": "bold"}
 _SMALL = 7.5
-_MARKS = {
-    "reproduced": ("✓", _figures.COLORS[0]),
-    "not reproduced": ("✗", _figures.COLORS[1]),
-    "not testable at this size": ("\N{EN DASH}", "0.45"),
-    "reported": ("·", "0.45"),
-}
-# Verdict, its reason, (where), part. The longer verdicts come first.
-_VERDICT = re.compile(
-    rf"({'|'.join(sorted(_MARKS, key=len, reverse=True))})([^:(]*?)(?: \(([^)]*)\))?(?:: (.*))?"
-)
+_COLORS = {"reproduced": _figures.COLORS[0], "not reproduced": _figures.COLORS[1]}
 
 
 def parts(verdicts: Sequence[Mapping[str, str]]) -> dict[str, dict[str, str]]:
     """The parts of a claim with their verdict on each data set ("" where there is none)."""
     found: dict[str, dict[str, str]] = {}
-    for verdict in verdicts:
-        match = _VERDICT.fullmatch(verdict["verdict"])
-        if match is None:
-            raise ValueError(f"A verdict must begin with one of {list(_MARKS)}, got {verdict}.")
-        word, _, place, part = match.groups()
-        data, *details = (place or "").split(", ")
-        if data not in _figures.NAMES:
-            data, details = "", [data, *details] if data else []
-        text = ": ".join(filter(None, (", ".join(details), part))) or "as claimed"
-        found.setdefault(text, {})[data] = word
+    for verdict in _papers.verdicts({"verdicts": verdicts}):
+        found.setdefault(verdict.part or "as claimed", {})[verdict.data] = verdict.word
     return found
 
 
@@ -131,12 +114,12 @@ def _draw_marks(
     for data, x in lefts.items():
         put(x, 0, _figures.NAMES.get(data, ""), "0.3")
     used = {word for row in rows.values() for word in row.values()}
-    key = ",  ".join(f"{mark} {word}" for word, (mark, _) in _MARKS.items() if word in used)
+    key = ",  ".join(f"{mark} {word}" for word, mark in _papers.MARKS.items() if word in used)
     put(left, 0, key, "0.3")
     line = 1
     for text, row in rows.items():
         for data, word in row.items():
-            put(lefts[data] + 0.02, line, *_MARKS[word])
+            put(lefts[data] + 0.02, line, _papers.MARKS[word], _COLORS.get(word, "0.45"))
         for one in lines[text]:
             put(left, line, one)
             line += 1
