@@ -93,12 +93,16 @@ def test_parts_of_a_claim_have_a_mark_for_each_data_set():
         "reproduced (digits, relu): it is fast",
         "not reproduced, only at p = 0.5 (fashion_mnist, relu): it is fast",
         "not testable at this size: 500 layers",
-        "reported (digits)",
+        "reproduced (perceptron)",
+        "reported (digits): a bound (N >= 3)",
+        "reproduced (fashion_mnist)",
     ]
     assert _frame.parts([{"verdict": verdict, "evidence": ""} for verdict in verdicts]) == {
         "relu: it is fast": {"digits": "reproduced", "fashion_mnist": "not reproduced"},
-        "500 layers": {"": "not testable"},
-        "as claimed": {"digits": "reported"},
+        "500 layers": {"": "not testable at this size"},
+        "perceptron": {"digits": "reproduced"},
+        "a bound (N >= 3)": {"digits": "reported"},
+        "as claimed": {"fashion_mnist": "reproduced"},
     }
 
 

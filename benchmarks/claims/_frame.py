@@ -16,7 +16,12 @@ WIDTH = 6.8  # inches, of a page
 _MARGIN, _LINE = 0.08, 0.15  # inches; a line is one of small print
 _TITLE = {"fontsize": 9.5, "fontweight": "bold"}
 _SMALL = 7.5
-_COLORS = {"reproduced": _figures.COLORS[0], "not reproduced": _figures.COLORS[1]}
+_MARKS = {
+    word: (mark, color)
+    for (word, mark), color in zip(
+        _papers.MARKS.items(), (*_figures.COLORS[:2], "0.45", "0.45"), strict=True
+    )
+}
 
 
 def parts(verdicts: Sequence[Mapping[str, str]]) -> dict[str, dict[str, str]]:
@@ -114,12 +119,12 @@ def _draw_marks(
     for data, x in lefts.items():
         put(x, 0, _figures.NAMES.get(data, ""), "0.3")
     used = {word for row in rows.values() for word in row.values()}
-    key = ",  ".join(f"{mark} {word}" for word, mark in _papers.MARKS.items() if word in used)
+    key = ",  ".join(f"{mark} {word}" for word, (mark, _) in _MARKS.items() if word in used)
     put(left, 0, key, "0.3")
     line = 1
     for text, row in rows.items():
         for data, word in row.items():
-            put(lefts[data] + 0.02, line, _papers.MARKS[word], _COLORS.get(word, "0.45"))
+            put(lefts[data] + 0.02, line, *_MARKS[word])
         for one in lines[text]:
             put(left, line, one)
             line += 1

@@ -26,11 +26,10 @@ def draw_distances(
     """Draws the distances of all pairs of densities as a map of colours, from 0 to 1.
 
     Example:
-      >>> loss_fn = lambda w, scale: 0.5 * jnp.mean(scale) * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
-      >>> densities = {}
-      >>> for name, scale in {"first": 1.0, "last": 100.0}.items():
-      ...     hessian = curvature.hessian(loss_fn, jnp.zeros(8), jnp.array([scale]))
-      ...     densities[name] = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian, key = curvature.hessian(loss_fn, jnp.zeros(8)), jax.random.key(0)
+      >>> matrices = {"first": hessian, "last": 100 * hessian}
+      >>> densities = {name: curvature.spectral_density(m, key=key) for name, m in matrices.items()}
       >>> result = curvature.density_distances(densities)
       >>> import matplotlib.figure
       >>> axes = matplotlib.figure.Figure().subplots()
@@ -79,11 +78,10 @@ def distance_figure(
     points are not evenly spaced.
 
     Example:
-      >>> loss_fn = lambda w, scale: 0.5 * jnp.mean(scale) * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
-      >>> densities = {}
-      >>> for name, scale in {"first": 1.0, "last": 100.0}.items():
-      ...     hessian = curvature.hessian(loss_fn, jnp.zeros(8), jnp.array([scale]))
-      ...     densities[name] = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian, key = curvature.hessian(loss_fn, jnp.zeros(8)), jax.random.key(0)
+      >>> matrices = {"first": hessian, "last": 100 * hessian}
+      >>> densities = {name: curvature.spectral_density(m, key=key) for name, m in matrices.items()}
       >>> result = curvature.density_distances(densities)
       >>> figure = plots.distance_figure(result, list(densities))
       >>> print([axes.get_xlabel() for axes in figure.axes])

@@ -8,7 +8,15 @@ from numpy.typing import ArrayLike
 
 from regjax import _checks
 from regjax._printing import legible
-from regjax.plots._style import COLORS, TICK_SIZE, Color, label_axes, new_figure, set_log
+from regjax.plots._style import (
+    COLORS,
+    TICK_SIZE,
+    Color,
+    check_panels,
+    label_axes,
+    new_figure,
+    set_log,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,14 +124,14 @@ def probe_figure(
       A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
+      TypeError: `panels` holds something else than panels.
       ValueError: there is no panel, or shapes do not fit.
       ImportError: matplotlib is missing.
 
     References:
       S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, figure 4.
     """
-    if not panels:
-        raise ValueError("`panels` must hold at least one setting, got none.")
+    check_panels(panels, ProbePanel)
     _checks.positive("figure_width", figure_width)
     is_row = figure_width >= _WIDE
     figure = new_figure(figure_width, (0.36 if is_row else 1.5) * figure_width)

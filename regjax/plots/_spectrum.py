@@ -13,6 +13,7 @@ from regjax.plots._style import (
     LABEL_SIZE,
     TICK_SIZE,
     Color,
+    check_panels,
     label_axes,
     new_figure,
     set_log,
@@ -163,12 +164,14 @@ def spectrum_figure(
       A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
+      TypeError: `panels` holds something else than panels.
       ImportError: matplotlib is missing.
       ValueError: `panels` is empty, their curves are of different scales, shapes differ, no density
         is positive, or an option is out of its range.
     """
-    if not panels:
-        raise ValueError("`panels` must have at least one SpectrumPanel, got none.")
+    check_panels(panels, SpectrumPanel)
+    for panel in panels:
+        _curve_arrays(panel.curve)
     _checks.positive("figure_width", figure_width)
     threshold = _threshold([panel.curve for panel in panels])
     has_eigenvalues = any(panel.eigenvalues is not None for panel in panels)

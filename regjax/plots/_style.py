@@ -17,6 +17,21 @@ Color: TypeAlias = str | tuple[float, ...]
 """A colour of matplotlib: a name or its channels."""
 
 
+def check_panels(panels: Sequence[object], kind: type) -> None:
+    """Checks that there are panels, and that they are of the kind that a figure draws.
+
+    Raises:
+      ValueError: there is none.
+      TypeError: one is something else.
+    """
+    if not panels:
+        raise ValueError(f"`panels` must have at least one {kind.__name__}, got none.")
+    for panel in panels:
+        if not isinstance(panel, kind):
+            name = type(panel).__name__
+            raise TypeError(f"`panels` must be a list of {kind.__name__}, got a {name} in it.")
+
+
 def new_figure(width: float, height: float) -> "Figure":
     """Makes an empty figure of so many inches that pyplot does not know."""
     try:

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from regjax import _checks
 from regjax._printing import legible
-from regjax.plots._style import TICK_SIZE, label_axes, new_figure
+from regjax.plots._style import TICK_SIZE, check_panels, label_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -185,12 +185,12 @@ def surface_figure(panels: Sequence[SurfacePanel], *, figure_width: float = 3.3)
       A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
+      TypeError: `panels` holds something else than panels.
       ValueError: there is no panel, shapes do not fit, positions do not ascend, or fewer than two
         losses are finite.
       ImportError: matplotlib is missing.
     """
-    if not panels:
-        raise ValueError("`panels` must hold at least one surface, got none.")
+    check_panels(panels, SurfacePanel)
     _checks.positive("figure_width", figure_width)
     surfaces = [_surface_arrays(panel.positions, panel.losses) for panel in panels]
     levels = _levels([losses for _, losses in surfaces])

@@ -121,7 +121,7 @@ def test_bad_input():
         plots.draw_surface(POSITIONS, np.full_like(LOSSES, np.nan), axes=axes)
     with pytest.raises(ValueError, match="`axes` must be three-dimensional"):
         plots.draw_surface_3d(POSITIONS, LOSSES, axes=axes)
-    with pytest.raises(ValueError, match="`panels` must hold at least one surface"):
+    with pytest.raises(ValueError, match="`panels` must have at least one SurfacePanel"):
         plots.surface_figure([])
     wrong = plots.ProbePanel("a", [0, 1], LOSSES, LOSSES, LOSSES)
     with pytest.raises(ValueError, match="`losses` must have shape"):

@@ -144,6 +144,8 @@ def test_panels_have_limits_that_hold_all_of_them():
 def test_error_texts():
     with pytest.raises(ValueError, match="`panels` must have at least one SpectrumPanel, got none"):
         plots.spectrum_figure([])
+    with pytest.raises(TypeError, match="`panels` must be a list of SpectrumPanel, got a Density"):
+        plots.spectrum_figure([curve()])
     with pytest.raises(ValueError, match="`figure_width` must be positive, got -1"):
         plots.spectrum_figure([plots.SpectrumPanel("a", curve())], figure_width=-1)
     mixed = [plots.SpectrumPanel("a", curve()), plots.SpectrumPanel("b", curve(threshold=1.0))]
