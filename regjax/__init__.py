@@ -14,9 +14,10 @@ Functions are grouped by what they return; each group is a subpackage, loaded on
     plots            a matplotlib figure
     experiments      data, a training run, a command
 
-This level has the adapters, which turn a model of Flax, Equinox, Haiku or Keras into a pure
-function (`from_nnx`, `from_linen`, `from_equinox`, `from_haiku`, `from_keras`), and what says how
-the examples of a loss are averaged and what the axes of parameters mean.
+This level has the adapters (`from_nnx`, `from_linen`, `from_equinox`, `from_haiku`, `from_keras`),
+which turn a model into a pure function, and a few declarations: how a loss averages over its
+examples (`WeightedMean`, `assume_separable`), which parameters count (`subset`), and what the axes
+of parameters mean (`Layout`).
 
 The examples in the docstrings assume these lines:
 

@@ -119,12 +119,12 @@ def from_haiku(
       transformed: from `haiku.transform` or `haiku.transform_with_state`; the same one again
         compiles nothing again.
       params: from its `init`: dicts by module and name.
-      state: likewise, with `transform_with_state`.
+      state: from the same `init`, with `transform_with_state`.
       call: (apply, inputs, **options) -> outputs, for functions of several inputs, with `apply` the
         function itself: `lambda apply, x, *, train: apply(x["ids"], x["mask"], is_training=train)`;
-        None: the function of the inputs. It is told of training by whichever of the keywords
+        None: the function of the inputs. It learns the mode from those of the keywords
         `train`, `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
-        `use_running_average`, `inference` and `is_eval` it takes.
+        `use_running_average`, `inference` and `is_eval` that it takes.
       wrt: which leaves are the parameters: a tree of bools like `params` or an upper part of it, or
         a function (path, leaf) -> bool, a path as ("mlp/~/linear_0", "w"); None: all. The others
         travel in the state, as integers and bools always do.
@@ -138,7 +138,7 @@ def from_haiku(
       TypeError: `transformed` is not from Haiku, `params` or `state` are no mapping, or a parameter
         is complex.
       ValueError: there is no parameter, or `wrt` chooses nothing. In a train mode later: the
-        function draws and gets no key, or cannot have heard of training.
+        function draws and gets no key, or takes no keyword that tells it the mode.
     """
     haiku = _calls.optional("haiku", "from_haiku")
     if not isinstance(transformed, (haiku.Transformed, haiku.TransformedWithState)):

@@ -82,8 +82,9 @@ class KerasRunner:
 def from_keras(module: Callable[..., Tree], *, call: Call | None = None, wrt: Mask = None) -> Model:
     """Turns a Keras model into a `Model` of nested dicts, by the paths of its variables.
 
-    The penalties of the layers are not part of the outputs; with `call=lambda module, x, *,
-    training: (module(x, training=training), module.losses)` they are.
+    The penalties of the layers are not part of the outputs. With this `call` they are:
+
+        call = lambda module, x, *, training: (module(x, training=training), module.losses)
 
     Example:
       >>> import keras
@@ -98,16 +99,16 @@ def from_keras(module: Callable[..., Tree], *, call: Call | None = None, wrt: Ma
       module: a `keras.Model` or another layer, built, on the backend JAX. It is not changed, and
         its variables are read now: parameters of a model that trains on are passed by the caller.
       call: (module, inputs, **options) -> outputs; None: `module(inputs, training=...)`. `inputs`
-        and outputs are any trees of arrays whose leading axis is the examples. It is told of
-        training by whichever of the keywords `train`, `training`, `is_training`, `is_train`,
-        `enable_dropout`, `deterministic`, `use_running_average`, `inference` and `is_eval` it
+        and outputs are any trees of arrays whose leading axis is the examples. It learns the
+        mode from those of the keywords `train`, `training`, `is_training`, `is_train`,
+        `enable_dropout`, `deterministic`, `use_running_average`, `inference` and `is_eval` that it
         takes.
       wrt: which of the trainable variables are the parameters: a tree of bools like them or an
         upper part of it, or a function (path, leaf) -> bool, a path as ("dense", "kernel"); None:
         all. The others travel in the state, as integers and bools always do.
 
     Returns:
-      A `Model`: `params["dense"]["kernel"]` is the variable whose path in Keras is
+      A `Model`, of which `params["dense"]["kernel"]` is the variable whose path in Keras is
       "<name of the model>/dense/kernel". The state holds the variables that are not trainable and
       the generators; in train mode a `key` replaces what these hold.
 

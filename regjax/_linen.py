@@ -170,10 +170,10 @@ def from_linen(
         that `sow` filled hold results and are left out of the state.
       call: (module, inputs, **options) -> outputs, a function or a method of the module's class;
         None: the module's `__call__`. `inputs` and outputs are any trees of arrays whose leading
-        axis is the examples. It is told of training by whichever of the keywords `train`,
+        axis is the examples. It learns the mode from those of the keywords `train`,
         `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
-        `use_running_average`, `inference` and `is_eval` it takes; where it takes none, by such a
-        field of the module.
+        `use_running_average`, `inference` and `is_eval` that it takes; where it takes none, from
+        such a field of the module.
       rngs: names of the streams of random numbers that the key is split for; None: "dropout", which
         gets the key itself.
       wrt: which leaves of "params" are the parameters: a tree of bools like it or an upper part of
@@ -187,7 +187,7 @@ def from_linen(
       TypeError: `module` is not a linen module, `variables` are no mapping, or a parameter is
         complex.
       ValueError: `variables` hold no "params", or `wrt` chooses nothing. In a train mode later: the
-        module has batch norm or dropout that cannot have heard of it, or draws from a stream that
+        module has batch norm or dropout and no way to learn the mode, or draws from a stream that
         it was not given.
     """
     if not isinstance(module, linen.Module):

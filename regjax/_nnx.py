@@ -141,11 +141,10 @@ def from_nnx(
       module: an nnx module; `module.train()` and `module.eval()` set its mode. It is not changed.
       call: (module, inputs, **options) -> outputs, a function or a method of the module's class;
         None: the module's `__call__`. `inputs` and outputs are any trees of arrays whose leading
-        axis is the examples. It is told of training by whichever of the keywords `train`,
-        `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
-        `use_running_average`, `inference` and `is_eval` it takes, besides the flags of the layers;
-        with a key in train mode it gets streams of random numbers as `rngs`, an `nnx.Rngs`, if it
-        takes that.
+        axis is the examples. It learns the mode from the flags of the layers and from those of the
+        keywords `train`, `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
+        `use_running_average`, `inference` and `is_eval` that it takes. With a key in train mode it
+        gets streams of random numbers as `rngs`, an `nnx.Rngs`, if it takes that.
       rngs: names of the streams that the key is split for, in the module and in the `rngs` of the
         call; None: all those of the module, and one at the call, which stands for any name.
       wrt: which variables are the parameters: a type such as `nnx.LoRAParam` or several; a function

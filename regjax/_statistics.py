@@ -47,7 +47,7 @@ def updated_statistics(
       key: typed key for dropout, or None.
 
     Returns:
-      The new state: the running statistics have taken one step towards those of the batch.
+      The new state, whose running statistics have taken one step towards those of the batch.
 
     Raises:
       ValueError: `params` or `state` are not like the model's.
@@ -94,7 +94,7 @@ def population_statistics(
       batches: inputs of each batch, leading axis the examples; any iterable.
       state: the state before, whose leaves stay as they are where they are no such averages; None:
         the model's own.
-      key: typed key of dropout, or None.
+      key: typed key for dropout, or None.
       weight_fn: inputs of a batch -> number of values behind its statistics, where masks leave some
         out; one without values counts nothing. None: the number of examples.
 

@@ -13,6 +13,7 @@ import re
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from regjax import curvature
 
@@ -36,6 +37,7 @@ np.set_printoptions(precision=3, suppress=True)
 """
 # Results, states and errors are made by a function whose example shows them.
 MADE_BY_US = ("Result", "State", "Error", "Interrupted", "MonitorPoint")
+FRAMEWORKS = {f"regjax.from_{name}": name for name in ("equinox", "haiku", "keras")}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PAGE = pathlib.Path(__file__).parent / "without_example.txt"
 WITHOUT = PAGE.read_text().split() if PAGE.exists() else []
@@ -85,8 +87,8 @@ def failures_of(test):
 
 def sections_of(text):
     """The titles under which the examples of a docstring stand."""
-    titles = [line for line in (text or "").splitlines() if line.strip().startswith("Example")]
-    return titles if ">>>" in (text or "") else []
+    titles = [line.strip() for line in (text or "").splitlines()]
+    return [title for title in titles if title.startswith("Example") and ">>>" in text]
 
 
 @pytest.mark.usefixtures("default_promotion")  # what a user has
@@ -95,8 +97,10 @@ def test_examples_are_there_and_true(name):
     value = NAMES[name]
     tests = examples_of(name, value)
     assert bool(tests) != (name in WITHOUT), "without_example.txt"
+    if name in FRAMEWORKS:
+        pytest.importorskip(FRAMEWORKS[name])
     for test in tests:
-        assert [title.strip() for title in sections_of(test.docstring)] == ["Example:"]
+        assert sections_of(test.docstring) == ["Example:"]
         said = failures_of(test)
         assert not said, said
 
@@ -120,7 +124,8 @@ def test_a_wrong_and_a_missing_example_are_found():
     (test,) = examples_of("half", half)
     assert "1.6\nGot:\n    1.5" in failures_of(test)
     assert examples_of("public_names", public_names) == []
-    assert sections_of(half.__doc__) == ["        Example:"]
+    assert sections_of(half.__doc__) == ["Example:"]
+    assert sections_of(half.__doc__.replace("Example:", "Examples:")) == ["Examples:"]
 
 
 @pytest.mark.parametrize("face", [face for face in FACES if face.count(".") < 2])
@@ -129,6 +134,9 @@ def test_help_lists_the_public_functions(face):
     listed = set(re.findall(r"^    (?:class )?(\w+)", pydoc.plain(pydoc.render_doc(module)), re.M))
     public = {name for name in module.__all__ if callable(getattr(module, name))}
     assert public - listed == set()
+    # Under DATA it says nothing of what is compiled.
+    values = [getattr(module, name) for name in public]
+    assert [v for v in values if not (inspect.isfunction(v) or inspect.isclass(v))] == []
 
 
 def test_the_largest_room_says_what_is_in_it():
@@ -137,3 +145,16 @@ def test_the_largest_room_says_what_is_in_it():
     assert public - solvers - set(re.findall(r"\w+", curvature.__doc__)) == set()
     table = re.findall(r"^    (.*)$", curvature.__doc__, re.M)
     assert set(" ".join(table).split()) - public == set()
+
+
+def test_help_shows_the_arguments_of_classes():
+    """The metaclass of nnx would show (*args, **kwargs)."""
+    kinds = [kind for kind in NAMES.values() if inspect.isclass(kind)]
+    kinds = [kind for kind in kinds if not issubclass(kind, nnx.Variable)]
+    without = [
+        kind.__name__
+        for kind in kinds
+        if any(p.kind == p.VAR_POSITIONAL for p in inspect.signature(kind).parameters.values())
+    ]
+    assert len(kinds) > 40
+    assert without == []

@@ -24,11 +24,11 @@ _MARGIN = 4
 
 @legible
 class OffDiagonalResult(NamedTuple):
-    """What of a matrix is outside of its diagonal blocks.
+    """How much of a matrix is outside of its diagonal blocks.
 
     Attributes:
       value: (), the mean of ||(H - blocks) v|| / ||H v|| over normal vectors v; 0 where ||H v|| is.
-      standard_error: (), over the draw of the vectors; NaN with a single one.
+      standard_error: (), from the random draw of the vectors; NaN with a single one.
       num_matvecs: (), int32, products with the whole matrix; as many are made with each block.
     """
 
@@ -43,8 +43,8 @@ class DensityDistancesResult(NamedTuple):
 
     Attributes:
       value: (B, B), between 0 and 1, 0 on the diagonal.
-      standard_error: (B, B), over the draw of the probes, by leaving out one probe at a time; NaN
-        beside a density of a single probe.
+      standard_error: (B, B), from the random draw of the probes, by leaving out one probe at a
+        time; NaN beside a density of a single probe.
       mean: (), over the pairs of different densities; 0 of a single one.
       grid: (num_points,), eigenvalues, ascending.
       density: (B, num_points), mass per unit of the eigenvalue.
@@ -85,7 +85,7 @@ def off_diagonal_share(
       layout: which axes of the leaves stack layers (see `by_block`).
 
     Returns:
-      An `OffDiagonalResult`: 0 for a matrix of blocks alone. It may be above 1, where couplings and
+      An `OffDiagonalResult`, 0 for a matrix of blocks alone. It may be above 1, where couplings and
       blocks cancel.
 
     Raises:
@@ -132,11 +132,10 @@ def density_distances(
     distance of about their error, which only more probes bring down.
 
     Example:
-      >>> loss_fn = lambda w, scale: 0.5 * jnp.mean(scale) * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
-      >>> densities = {}
-      >>> for name, scale in {"a": 1.0, "b": 1.0, "c": 100.0}.items():
-      ...     hessian = curvature.hessian(loss_fn, jnp.zeros(8), jnp.array([scale]))
-      ...     densities[name] = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian, key = curvature.hessian(loss_fn, jnp.zeros(8)), jax.random.key(0)
+      >>> matrices = {"a": hessian, "b": hessian, "c": 100 * hessian}
+      >>> densities = {name: curvature.spectral_density(m, key=key) for name, m in matrices.items()}
       >>> print(curvature.density_distances(densities).value[0])
       [0. 0. 1.]
 

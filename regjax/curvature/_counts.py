@@ -22,7 +22,7 @@ class CountResult(NamedTuple):
 
     Attributes:
       value: (...), the estimate.
-      standard_error: (...), over the draw of the probes.
+      standard_error: (...), from the random draw of the probes.
       lower_bound: (...), the least that the probes allow: rigorous for those that were drawn, so
         that the exact number is beyond the bounds only by as much as the draw is off.
       upper_bound: (...), the most.

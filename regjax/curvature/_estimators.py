@@ -37,7 +37,7 @@ class TraceResult(NamedTuple):
 
     Attributes:
       value: (), the sum of the eigenvalues.
-      standard_error: (), over the draw of the probes; NaN with a single one.
+      standard_error: (), from the random draw of the probes; NaN with a single one.
       num_matvecs: (), int32, products used.
     """
 

@@ -28,8 +28,8 @@ class LanczosResult(NamedTuple):
       num_steps: (), int32, number of steps done: below m only after a breakdown without `key`.
       residual: (n,), the part of the last A q outside of the basis.
       eps: (), unit of rounding of the narrowest type in a product.
-      product_error: (), what the errors of all products, as differences of gradients have them, add
-        to the norm of a residual; else what a breakdown dropped, which is rounding.
+      product_error: (), what the errors of all products add to the norm of a residual where they
+        are differences of gradients; otherwise what a breakdown dropped, which is rounding.
     """
 
     alphas: jax.Array

@@ -16,11 +16,13 @@ from regjax.curvature._quadrature import gauss_rule
 
 @legible
 class DensityResult(NamedTuple):
-    """A discrete measure of mass 1 on the eigenvalues; P probes, m steps, n the order.
+    """A spectral density: a discrete measure of mass 1 on the eigenvalues.
+
+    With P probes and m Lanczos steps for each, of a matrix of order n.
 
     Attributes:
-      nodes: (P, m), nodes of Gauss quadrature in the complement, in the units of the matrix; a
-        probe that made fewer steps repeats its last one.
+      nodes: (P, m), nodes of Gauss quadrature in the complement of the eigenvectors taken out, in
+        the units of the matrix; a probe that made fewer steps repeats its last one.
       weights: (P, m), their mass, 0 for repeats; sums to (n - num_eigenvalues) / n.
       alphas: (P, m), diagonal of the Lanczos matrix T of each probe, 0 beyond its `num_steps`.
       betas: (P, m), off-diagonal of T; the last one leads to the step that was not made. With
@@ -33,7 +35,7 @@ class DensityResult(NamedTuple):
       residual_norms: (r,), ||A v - value v|| of the pairs taken out, 0 beyond.
       num_eigenvalues: (), int32, number of eigenvalues taken out.
       trace: (), sum of the eigenvalues.
-      trace_standard_error: (), of `trace`, over the draw of the probes.
+      trace_standard_error: (), of `trace`, from the random draw of the probes.
       num_matvecs: (), int32, products used.
       size: (), n: int32, or from 2^31 on of the type of `weights`.
     """
@@ -60,7 +62,7 @@ class SpectralSumResult(NamedTuple):
 
     Attributes:
       value: (...), sum over i of f(lambda_i).
-      standard_error: (...), over the draw of the probes.
+      standard_error: (...), from the random draw of the probes.
       quadrature_error: (...), the change that the later half of the Lanczos steps has made: about
         what quadrature without them leaves open. An estimate; 0 for polynomials of degree below m.
     """
@@ -101,7 +103,7 @@ def spectral_sum(
 
     Returns:
       A `SpectralSumResult` of arrays of `shape`. Its `quadrature_error` is about what the m Lanczos
-      steps do not resolve of `function`: nothing for polynomials of degree below 2 m.
+      steps do not resolve of `function`, nothing for polynomials of degree below 2 m.
     """
     inside = density.eigenvalue_weights > 0
     values = function(jnp.where(inside, density.eigenvalues, 0.0))

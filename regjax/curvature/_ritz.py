@@ -26,11 +26,11 @@ class RitzResult(NamedTuple):
       values: (m,), Ritz values, ascending; for steps that were not done copies of the smallest, at
         the front, of weight 0.
       residual_norms: (m,), of the Ritz pairs: an eigenvalue of the matrix as the products have it
-        lies within it. With what rounding may do: 8 units of the narrowest type in a product, of
-        the largest |Ritz value|, and 2.5 sqrt(m) of the rows' own, and the error of products that
-        are differences; copies as above.
+        lies within it. It includes what rounding may add, relative to the largest |Ritz value|: 8
+        units of the narrowest type in a product and 2.5 sqrt(m) of the rows' own; and the error of
+        products that are differences. Copies for steps that were not done, as in `values`.
       weights: (m,), the squared component of the start along each Ritz vector, which is its weight
-        in Gauss quadrature; sum 1, 0 as above.
+        in Gauss quadrature; sum 1; 0 for steps that were not done.
       vectors: (m, m), columns: the Ritz vectors in the basis, `basis.T @ vectors` in full.
     """
 
@@ -54,8 +54,8 @@ class SmallPairs(NamedTuple):
     valid: jax.Array
 
 
-@jax.jit
 @precisely
+@jax.jit
 def ritz_pairs(result: LanczosResult) -> RitzResult:
     """Computes the eigenpairs of the tridiagonal matrix of a Lanczos run.
 

@@ -10,7 +10,7 @@ from regjax.models import _diagonal_linear
 
 
 class DiagonalLinear(linen.Module):
-    """As `regjax.models.DiagonalLinear`; the number of features is that of the inputs.
+    """Is `regjax.models.DiagonalLinear` for linen; the inputs tell the number of features.
 
     Example:
       >>> module = models.linen.DiagonalLinear(depth=2, init_scale=0.1)

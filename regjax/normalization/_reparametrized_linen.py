@@ -13,12 +13,13 @@ from regjax.normalization import _arguments, _weight_norm
 
 
 class WeightNorm(linen.Module):
-    """A module with the kernels g v / |v|, v its own and g parameters beside it.
+    """Runs a module with weight-normalized kernels.
 
         kernel = scale * v / sqrt(|v|^2 + epsilon)
 
-    The parameters have the names of `flax.linen.WeightNorm`, "Dense_0/kernel/scale". g starts at
-    |v|, so that wrapping changes no function, where flax's starts at one.
+    Here v is the module's own kernel, and `scale` is a new parameter, g in the paper. The
+    parameters have the names of `flax.linen.WeightNorm`, such as "Dense_0/kernel/scale". g starts
+    at |v|, so that wrapping a module does not change what it computes; flax's starts at one.
 
     Example:
       >>> layer = normalization.linen.WeightNorm(linen.Dense(1))
@@ -30,13 +31,14 @@ class WeightNorm(linen.Module):
     Attributes:
       layer_instance: the module.
       epsilon: at least 0, in units of the kernel squared.
-      dtype: of the kernels that are made; None: that of v and g together.
-      param_dtype: of g; None: that of v.
+      dtype: type of the normalized kernels; None: the common one of v and g.
+      param_dtype: type of g; None: that of v.
       use_scale: whether there is a g; else it is one.
-      scale_init: makes g, (key, shape, dtype) -> array; None: |v|.
-      feature_axes: of a kernel, those that the norm leaves: a norm and a scale for each of their
-        indices; None: one for the whole kernel.
-      variable_filter: parts of the paths of the parameters that are normalized; None: all.
+      scale_init: function (key, shape, dtype) -> initial g; None: |v|.
+      feature_axes: axes of a kernel with a norm and a scale for each of their indices; None: one
+        norm and one scale for the whole kernel.
+      variable_filter: words that the path of a parameter must contain one of to be normalized;
+        None: all parameters are.
 
     References:
       T. Salimans, D. Kingma (2016), arXiv:1602.07868.
@@ -118,10 +120,13 @@ class _WeightNorm(linen.Module):
 
 
 class WeightNormDense(_WeightNorm, linen.Dense):
-    """flax's Dense with the kernel g v / |v|, v the parameter `kernel` and g `scale`.
+    """Is flax's Dense with a weight-normalized kernel.
 
-    g starts at |v|: the layer is that of `kernel_init`, until `initializers.data_dependent` sets
-    it. The paper draws v from N(0, 0.05^2).
+        kernel used = scale * v / sqrt(|v|^2 + epsilon)
+
+    The parameters are `kernel`, which is v, and `scale`, which starts at |v|, so that the layer
+    starts as `kernel_init` makes it. `initializers.data_dependent` finds a better start. The paper
+    draws v from N(0, 0.05^2).
 
     Example:
       >>> layer = normalization.linen.WeightNormDense(1)
@@ -131,9 +136,9 @@ class WeightNormDense(_WeightNorm, linen.Dense):
       10.000
 
     Attributes:
-      use_scale: as in `WeightNorm`.
-      scale_init: as there.
-      epsilon: as there.
+      use_scale: whether there is a scale; else it is one.
+      scale_init: function (key, shape, dtype) -> initial scale; None: |v|.
+      epsilon: at least 0, in units of the kernel squared.
 
     References:
       T. Salimans, D. Kingma (2016), arXiv:1602.07868.
@@ -141,7 +146,7 @@ class WeightNormDense(_WeightNorm, linen.Dense):
 
 
 class WeightNormConv(_WeightNorm, linen.Conv):
-    """flax's Conv with the kernel g v / |v|, as `WeightNormDense`.
+    """Is flax's Conv with a weight-normalized kernel, like `WeightNormDense`.
 
     Example:
       >>> layer = normalization.linen.WeightNormConv(4, (3, 3))
@@ -174,7 +179,7 @@ class _WeightStandardized(linen.Module):
 
 
 class WeightStandardizedDense(_WeightStandardized, linen.Dense):
-    """flax's Dense with a standardized kernel, `regjax.normalization.standardize_weight`.
+    """Is flax's Dense with a standardized kernel (`regjax.normalization.standardize_weight`).
 
     Example:
       >>> layer = normalization.linen.WeightStandardizedDense(1, use_bias=False)
@@ -183,14 +188,14 @@ class WeightStandardizedDense(_WeightStandardized, linen.Dense):
       0.000 1.00
 
     Attributes:
-      epsilon: as there.
-      degrees_of_freedom: as there.
-      epsilon_added_to: as there.
+      epsilon: at least 0, in units of the kernel, or of its square with "variance".
+      degrees_of_freedom: subtracted from the number of weights in the variance.
+      epsilon_added_to: "deviation" or "variance", what `epsilon` is added to.
     """
 
 
 class WeightStandardizedConv(_WeightStandardized, linen.Conv):
-    """flax's Conv with a standardized kernel, as `WeightStandardizedDense`.
+    """Is flax's Conv with a standardized kernel, like `WeightStandardizedDense`.
 
     Example:
       >>> layer = normalization.linen.WeightStandardizedConv(4, (3, 3), use_bias=False)

@@ -38,7 +38,9 @@ __all__ = [
 
 
 class Normalization(linen.Module):
-    """A layer of `regjax.normalization` with its arrays.
+    """Holds the arrays of a layer of `regjax.normalization`; the base class of all here.
+
+    Make a module of a layer of your own with `layer_type` and the fields of the layer:
 
     Example:
       >>> class L1Norm(normalization.linen.Normalization):
@@ -52,17 +54,17 @@ class Normalization(linen.Module):
       [-0.5  0.5]
 
     Attributes:
-      use_running_average: whether the mode is evaluation, here or in the call.
-      axis: of the channels; of several, each index has its scale and bias.
-      dtype: of the outputs; None: that of the inputs and the parameters together.
-      param_dtype: of the parameters.
+      use_running_average: whether the mode is evaluation; say it here or in the call.
+      axis: axis of the channels. With several axes, each of their indices has its scale and bias.
+      dtype: type of the outputs; None: the common one of the inputs and the parameters.
+      param_dtype: type of the parameters.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
-      bias_init: makes the bias, (key, shape, dtype) -> array, with partitions perhaps.
-      scale_init: makes the scale.
-      axis_name: of the mapped axis over which the batch is spread; `init` needs no such axis.
+      bias_init: function (key, shape, dtype) -> initial bias, with partitions if you like.
+      scale_init: function (key, shape, dtype) -> initial scale.
+      axis_name: name of the mapped axis over which the batch is spread; `init` needs no such axis.
       axis_index_groups: groups of indices of that axis, which share statistics; None: all do.
-      force_float32_reductions: whether statistics are float32 at least.
+      force_float32_reductions: whether statistics are in float32 at least.
       rng_collection: stream of the random numbers, for layers that draw some in training.
     """
 
@@ -138,7 +140,9 @@ class Normalization(linen.Module):
 
 
 class BatchNorm(Normalization):
-    """Batch norm; fields as in `regjax.normalization.BatchNorm`.
+    """Normalizes by mean and variance of the batch.
+
+    The fields are those of `regjax.normalization.BatchNorm`.
 
     Example:
       >>> layer = normalization.linen.BatchNorm(momentum=0.9, use_running_average=False)
@@ -157,7 +161,9 @@ class BatchNorm(Normalization):
 
 
 class GhostBatchNorm(BatchNorm):
-    """Batch norm of small groups; fields as in `regjax.normalization.GhostBatchNorm`.
+    """Applies batch norm to small groups of examples.
+
+    The fields are those of `regjax.normalization.GhostBatchNorm`.
 
     Example:
       >>> layer = normalization.linen.GhostBatchNorm(ghost_size=2, use_running_average=False)
@@ -173,7 +179,9 @@ class GhostBatchNorm(BatchNorm):
 
 
 class NoisyBatchNorm(BatchNorm):
-    """Batch norm with noise; fields as in `regjax.normalization.NoisyBatchNorm`.
+    """Adds noise to the outputs of batch norm.
+
+    The fields are those of `regjax.normalization.NoisyBatchNorm`.
 
     Example:
       >>> layer = normalization.linen.NoisyBatchNorm(use_running_average=False)
@@ -195,7 +203,9 @@ class NoisyBatchNorm(BatchNorm):
 
 
 class MeanOnlyBatchNorm(Normalization):
-    """Batch norm of the mean; fields as in `regjax.normalization.MeanOnlyBatchNorm`.
+    """Subtracts the mean over the batch alone.
+
+    The fields are those of `regjax.normalization.MeanOnlyBatchNorm`.
 
     Example:
       >>> layer = normalization.linen.MeanOnlyBatchNorm(use_running_average=False)
@@ -211,7 +221,9 @@ class MeanOnlyBatchNorm(Normalization):
 
 
 class LpNorm(Normalization):
-    """Another norm; fields as in `regjax.normalization.LpNorm`.
+    """Normalizes by another norm than the deviation.
+
+    The fields are those of `regjax.normalization.LpNorm`.
 
     Example:
       >>> layer = normalization.linen.LpNorm(order=1, use_running_average=False)
@@ -228,7 +240,9 @@ class LpNorm(Normalization):
 
 
 class GroupNormPlus(Normalization):
-    """GroupNorm+; fields as in `regjax.normalization.GroupNormPlus`.
+    """Mixes group norm with a batch norm of it.
+
+    The fields are those of `regjax.normalization.GroupNormPlus`.
 
     Example:
       >>> layer = normalization.linen.GroupNormPlus(
@@ -254,7 +268,9 @@ class GroupNormPlus(Normalization):
 
 
 class BatchNormGroupNorm(GroupNormPlus):
-    """GroupNorm+, batch first; fields as in `regjax.normalization.GroupNormPlus`.
+    """Mixes batch norm with a group norm of it.
+
+    The fields are those of `regjax.normalization.GroupNormPlus`.
 
     Example:
       >>> layer = normalization.linen.BatchNormGroupNorm(
@@ -271,7 +287,9 @@ class BatchNormGroupNorm(GroupNormPlus):
 
 
 class ParallelGroupBatchNorm(GroupNormPlus):
-    """GroupNorm+, parallel; fields as in `regjax.normalization.GroupNormPlus`.
+    """Mixes group norm and batch norm.
+
+    The fields are those of `regjax.normalization.GroupNormPlus`.
 
     Example:
       >>> layer = normalization.linen.ParallelGroupBatchNorm(

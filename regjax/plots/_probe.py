@@ -8,7 +8,15 @@ from numpy.typing import ArrayLike
 
 from regjax import _checks
 from regjax._printing import legible
-from regjax.plots._style import COLORS, TICK_SIZE, Color, label_axes, new_figure
+from regjax.plots._style import (
+    COLORS,
+    TICK_SIZE,
+    Color,
+    check_panels,
+    label_axes,
+    new_figure,
+    set_log,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,14 +124,14 @@ def probe_figure(
       A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
+      TypeError: `panels` holds something else than panels.
       ValueError: there is no panel, or shapes do not fit.
       ImportError: matplotlib is missing.
 
     References:
       S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, figure 4.
     """
-    if not panels:
-        raise ValueError("`panels` must hold at least one setting, got none.")
+    check_panels(panels, ProbePanel)
     _checks.positive("figure_width", figure_width)
     is_row = figure_width >= _WIDE
     figure = new_figure(figure_width, (0.36 if is_row else 1.5) * figure_width)
@@ -140,8 +148,8 @@ def probe_figure(
             label=panel.label, marker="o" if len(times) == 1 else None, markersize=3,
         )  # fmt: skip
     for axes, text in (
-        (loss, "loss along the step"),
-        (distance, "change of the gradient\n(Euclidean norm)"),
+        (loss, "loss along the step\n(median and range)"),
+        (distance, "change of the gradient\n(norm, median and range)"),
         (smoothness, "effective smoothness\n(change of gradient / step)"),
     ):
         _set_log(axes)
@@ -159,7 +167,7 @@ def probe_figure(
 
 def _set_log(axes: "Axes") -> None:
     if axes.dataLim.y0 > 0 and np.isfinite(axes.dataLim.y1):
-        axes.set_yscale("log")
+        set_log(axes)
 
 
 def _probe_arrays(panel: ProbePanel) -> tuple[np.ndarray, list[np.ndarray]]:

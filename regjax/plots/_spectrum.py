@@ -8,7 +8,16 @@ from numpy.typing import ArrayLike
 
 from regjax import _checks
 from regjax._printing import legible
-from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, Color, label_axes, new_figure
+from regjax.plots._style import (
+    COLORS,
+    LABEL_SIZE,
+    TICK_SIZE,
+    Color,
+    check_panels,
+    label_axes,
+    new_figure,
+    set_log,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +28,7 @@ if TYPE_CHECKING:
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Bumps this far below the peak are rounding: less than one eigenvalue in a network of 1e12.
 _LEAST_BUMP = 1e-12
-_TICKS = "eigenvalues"
+_BAND, _TICKS = "error band", "eigenvalues"
 _CURVE = "density"  # by this mark a second call on the same axes finds the first
 
 
@@ -101,9 +110,9 @@ def draw_spectrum(
         floor, top = min(floor, axes.get_ylim()[0]), max(top, axes.get_ylim()[1])
 
     _set_scale(axes.set_xscale, threshold)
-    axes.set_yscale("log")
+    set_log(axes)
     band = (np.maximum(end, 0.1 * floor) for end in (low, high))
-    axes.fill_between(grid, *band, color=color, alpha=0.3, linewidth=0)
+    axes.fill_between(grid, *band, color=color, alpha=0.3, linewidth=0, label=_named(axes, _BAND))
     positive = np.where(density > 0, density, np.nan)
     axes.plot(grid, positive, color=color, linewidth=1.0, label=label, gid=_CURVE)
     if values.size:
@@ -111,7 +120,7 @@ def draw_spectrum(
         transform = axes.get_xaxis_transform()  # the height as a share of the axes
         axes.errorbar(
             values, height, xerr=bounds, fmt="|", transform=transform, color=color,
-            markersize=5, markeredgewidth=0.8, elinewidth=1.0, label=_named_ticks(axes),
+            markersize=5, markeredgewidth=0.8, elinewidth=1.0, label=_named(axes, _TICKS),
         )  # fmt: skip
     axes.set_ylim(floor, top)
     label_axes(axes, f"eigenvalue of the {matrix_name}", "density")
@@ -120,9 +129,9 @@ def draw_spectrum(
     return axes
 
 
-def _named_ticks(axes: "Axes") -> str | None:
-    """The name of the ticks for the legend, once on each axes."""
-    return None if _TICKS in axes.get_legend_handles_labels()[1] else _TICKS
+def _named(axes: "Axes", name: str) -> str | None:
+    """Returns a name for the legend, once on each axes."""
+    return None if name in axes.get_legend_handles_labels()[1] else name
 
 
 def spectrum_figure(
@@ -155,12 +164,14 @@ def spectrum_figure(
       A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
+      TypeError: `panels` holds something else than panels.
       ImportError: matplotlib is missing.
       ValueError: `panels` is empty, their curves are of different scales, shapes differ, no density
         is positive, or an option is out of its range.
     """
-    if not panels:
-        raise ValueError("`panels` must have at least one SpectrumPanel, got none.")
+    check_panels(panels, SpectrumPanel)
+    for panel in panels:
+        _curve_arrays(panel.curve)
     _checks.positive("figure_width", figure_width)
     threshold = _threshold([panel.curve for panel in panels])
     has_eigenvalues = any(panel.eigenvalues is not None for panel in panels)
@@ -215,7 +226,8 @@ def _eigenvalues_by_index(
     if np.max(magnitudes) > 100 * np.min(magnitudes):
         _set_scale(axes.set_yscale, threshold)
     axes.locator_params(axis="x", integer=True)
-    label_axes(axes, "index", "eigenvalue")
+    beside = " (settings side by side)" if len(panels) > 1 else ""
+    label_axes(axes, f"index{beside}", "eigenvalue")
     if len(panels) > 1:
         # Largest first, so that this corner is empty.
         axes.legend(frameon=False, fontsize=TICK_SIZE, labelspacing=0.2, loc="upper right")

@@ -22,7 +22,7 @@ Units: TypeAlias = dict[str, jax.Array]
 
 @checked
 def unit_gates(structure: Structure, params: Params) -> Units:
-    """Makes gates that change nothing: ones.
+    """Makes gates of one, which change nothing.
 
     Example:
       >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
@@ -32,7 +32,7 @@ def unit_gates(structure: Structure, params: Params) -> Units:
       [1. 1. 1.]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: parameters like those it was found with.
 
     Returns:
@@ -40,7 +40,7 @@ def unit_gates(structure: Structure, params: Params) -> Units:
 
     Raises:
       ValueError: `params` are another tree.
-      TypeError: a parameter is not real floating point, or `structure` not a `Structure`.
+      TypeError: a parameter is not real floating point, or `structure` is not a `Structure`.
     """
     check_structure(structure, params)
     dtype = _tree.vector_dtype(params)
@@ -49,9 +49,9 @@ def unit_gates(structure: Structure, params: Params) -> Units:
 
 @checked
 def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
-    """Returns the parameters with which the model computes what it does with gates at its units.
+    """Multiplies the weights that read each unit by the unit's gate.
 
-    The slices of the consumers are multiplied by their unit's gate, so that
+    With the new parameters the model computes what it would with gates at its units, so that
     `loss_fn(apply_gates(structure, params, gates), *batch)` is a loss of the gates.
 
     Example:
@@ -63,16 +63,17 @@ def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
       [1.  0.  0.5]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: parameters like those it was found with.
       gates: floating point array (num_units,) for each group; 0 removes a unit.
 
     Returns:
-      A tree like `params`, same dtypes.
+      A tree like `params`, with the same dtypes.
 
     Raises:
       ValueError: `params` or `gates` are another tree.
-      TypeError: a parameter or a gate is not real floating point, or `structure` not a `Structure`.
+      TypeError: a parameter or a gate is not real floating point, or `structure` is not a
+        `Structure`.
     """
     check_structure(structure, params)
     _checks.floating_leaves("gates", check_units("gates", structure, gates))
@@ -86,14 +87,13 @@ def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
 
 @checked
 def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units:
-    """Computes the derivative of the loss by every gate, from its gradient by the parameters.
-
-    Summed over the weights w that a unit goes into,
+    """Computes the derivative of the loss with respect to each gate from the parameters' gradient.
 
         d loss / dz = sum w dw    at z = 1
 
-    Where all between a normalization and the consumers is homogeneous, as ReLU and pooling are, it
-    is gamma dgamma + beta dbeta of its scale and bias, the gate of the paper.
+    The sum goes over the weights w that read the unit, with the loss's gradient dw. If only
+    homogeneous functions such as ReLU and pooling stand between a normalization and these weights,
+    this is gamma dgamma + beta dbeta of its scale and bias, the gate of the paper.
 
     Example:
       >>> params = {"in": jnp.ones((1, 3)), "out": jnp.array([[1.0], [2.0], [0.0]])}
@@ -104,7 +104,7 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
       [1. 2. 0.]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: parameters like those it was found with.
       grads: gradient of the loss, a tree like `params`.
 
@@ -113,7 +113,7 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
 
     Raises:
       ValueError: `params` or `grads` are another tree.
-      TypeError: a leaf is not real floating point, or `structure` not a `Structure`.
+      TypeError: a leaf is not real floating point, or `structure` is not a `Structure`.
 
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771.
@@ -135,7 +135,7 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
 
 @checked
 def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> Tree:
-    """Marks the weights that remain when units are removed, as `transforms.hold_masks` takes it.
+    """Marks the weights that remain when units are removed, for `transforms.hold_masks`.
 
     Example:
       >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
@@ -147,7 +147,7 @@ def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> 
       [ True False  True] [ True False  True]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: parameters like those it was found with.
       unit_masks: bool array (num_units,) for each group, False for units to be removed.
 

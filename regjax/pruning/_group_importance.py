@@ -35,9 +35,9 @@ class FilterGroupsResult(NamedTuple):
 def filter_groups(
     params: Params, *, mask: Mask = None, layout: Layouts = None
 ) -> FilterGroupsResult:
-    """Numbers the filters of all kernels, the weights of each unit of each layer, from 0.
+    """Numbers the filters of all kernels: the weights of each unit of each layer.
 
-    In the order of the leaves; of stacked layers one after the other.
+    The numbers start at 0 and follow the order of the leaves. Stacked layers follow one another.
 
     Example:
       >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
@@ -47,7 +47,7 @@ def filter_groups(
 
     Args:
       params: tree of parameters.
-      mask: tree of Python bools like it, the kernels that count; None: all.
+      mask: which kernels count; None: all.
       layout: which axes of the leaves are inputs, units and layers (`regjax.Layout`); None: a
         guess, which for plain kernels is that the units are last.
 
@@ -91,10 +91,11 @@ def group_importance(
         "sum_of_squares"    sum_s (g_s w_s)^2
         "sum_of_absolute"   sum_s |g_s w_s|
 
-    over the weights w_s of a group and the loss's gradients g_s there. The first is the change of
-    the loss when the whole group is removed, the criterion of the paper, the second that of its
-    code on weights: they rank differently. For the filters in front of a batch norm in train mode
-    the sum is 0, as their scale does not change the loss; what is left of the first is rounding.
+    The sums go over the weights w_s of a group, with the loss's gradients g_s. The first is the
+    squared change of the loss to first order when the whole group is removed, the criterion of the
+    paper. The second is that of the paper's code on weights, which ranks differently. For filters
+    before a batch norm in train mode the first is rounding alone, because their scale does not
+    change the loss.
 
     Example:
       >>> params = {"kernel": jnp.array([[1.0, 2.0], [1.0, 0.0]])}
@@ -110,7 +111,7 @@ def group_importance(
       params: tree of weights w.
       grads: tree like `params`, the gradients g of one batch's loss.
       groups: tree like `params` of int32 arrays that broadcast to its leaves: the number of each
-        weight's group, -1 for none, such as `filter_groups` makes: each filter one.
+        weight's group, or -1 for none. `filter_groups` makes each filter a group.
       num_groups: number of groups.
       reduction: how the products g w of a group become one number.
 

@@ -15,7 +15,7 @@ from regjax.pruning._structure import Group, Slice, Structure, check_structure
 
 @checked
 def incoming_norm(structure: Structure, params: Params) -> Units:
-    """Computes the norm of the weights that make each unit, biases left out.
+    """Computes the norm of the weights that compute each unit, without biases.
 
     Example:
       >>> params = {"in": jnp.array([[3.0, 0.0], [4.0, 1.0]]), "out": jnp.ones((2, 1))}
@@ -25,11 +25,11 @@ def incoming_norm(structure: Structure, params: Params) -> Units:
       [5. 1.]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: tree of parameters.
 
     Returns:
-      {group: (num_units,)}; over all producers of a group together.
+      {group: (num_units,)}, over all kernels that compute a unit together.
 
     Raises:
       ValueError: `params` are another tree.
@@ -50,11 +50,11 @@ def outgoing_norm(structure: Structure, params: Params) -> Units:
       [5. 1.]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: tree of parameters.
 
     Returns:
-      {group: (num_units,)}; over all consumers of a group together.
+      {group: (num_units,)}, over all kernels that read a unit together.
 
     Raises:
       ValueError: `params` are another tree.
@@ -65,7 +65,7 @@ def outgoing_norm(structure: Structure, params: Params) -> Units:
 
 @checked
 def scale_magnitude(structure: Structure, params: Params) -> Units:
-    """Takes the size of each unit's scale in the normalization behind it.
+    """Returns the size of each unit's scale in the normalization after it.
 
         |gamma|
 
@@ -79,11 +79,11 @@ def scale_magnitude(structure: Structure, params: Params) -> Units:
       [2.  0.1]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: tree of parameters.
 
     Returns:
-      {group: (num_units,)}; the norm over all scales of a unit where it has several.
+      {group: (num_units,)}; if a unit has several scales, their norm.
 
     Raises:
       ValueError: a group has no scale, or `params` are another tree.
@@ -98,7 +98,7 @@ def scale_magnitude(structure: Structure, params: Params) -> Units:
 
 @checked
 def weight_magnitude(params: Params) -> Params:
-    """Takes the size |w| of each single weight, for unstructured pruning with `mask_lowest`.
+    """Returns the size |w| of each single weight, for unstructured pruning with `mask_lowest`.
 
     Example:
       >>> print(pruning.weight_magnitude({"kernel": jnp.array([[-2.0, 0.5]])})["kernel"])
@@ -118,7 +118,7 @@ def weight_magnitude(params: Params) -> Params:
 
 @checked
 def random_scores(gates: Tree, *, key: PRNGKey) -> Tree:
-    """Draws scores by chance, uniform in [0, 1).
+    """Draws random scores, uniform in [0, 1), which other scores have to beat.
 
     Example:
       >>> scores = pruning.random_scores({"a": jnp.ones(3)}, key=jax.random.key(0))

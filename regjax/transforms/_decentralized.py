@@ -49,7 +49,6 @@ def gossip_average(
     leading axis and make the states with `jax.vmap(tx.init)`. The same trees work on one device and
     on a mesh, which may span processes:
 
-
         jax.vmap(step, axis_name="learner")                               # axis_name="learner"
         jax.shard_map(jax.vmap(step, axis_name="block"), mesh=mesh, in_specs=spec,
                       out_specs=spec, check_vma=False)              # axis_name=("device", "block")

@@ -190,7 +190,6 @@ def soft_threshold(
     Place it last in the chain. It does not see the gradient of the loss, so that no gate can decide
     on it; a schedule can delay it.
 
-
     Example:
       >>> learning_rate, strength = 0.1, 0.5
       >>> threshold = transforms.soft_threshold(learning_rate * strength)

@@ -32,7 +32,6 @@ def mean_gradient(
     save memory, and the devices of a mapped axis. Together with `sharpness_aware_gradient` the
     order matters:
 
-
         sharpness_aware_gradient(mean_gradient(f, num_shards=4, axis_name="batch"), rho)
         mean_gradient(sharpness_aware_gradient(f, rho), num_shards=4, axis_name="batch")
 

@@ -32,7 +32,6 @@ def noisy_gradient(
     Here sigma eps is Gaussian noise. Use this function instead of `value_and_grad_fn` in a training
     step, and leave the optimiser as it is:
 
-
         loss_and_grad = noisy_gradient(jax.value_and_grad(loss_fn), 0.03, key=key)
         loss, grads = loss_and_grad(params, inputs, targets, num_updates=step)
 

@@ -138,7 +138,6 @@ def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
 
     Here g is the gradient of the loss and r that of the penalty, over all masked leaves together.
 
-
     Example:
       >>> gate = transforms.ratio_gate(2.0)
       >>> grads, added = [jnp.array([3.0, 0.0])], [jnp.array([0.0, 1.0])]

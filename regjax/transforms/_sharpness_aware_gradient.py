@@ -28,7 +28,6 @@ def sharpness_aware_gradient(
 
     Use it instead of `value_and_grad_fn` in a training step, and leave the optimiser as it is:
 
-
         loss_and_grad = sharpness_aware_gradient(jax.value_and_grad(loss_fn), 0.05)
         loss, grads = loss_and_grad(params, inputs, targets)
 

@@ -22,7 +22,7 @@ class MemoryResult(NamedTuple):
         what is kept of a linearisation.
       state_bytes: the solver's state: the rows of its bases and a few vectors.
       product_bytes: temporaries and result of one product (of all that are made at once); of a
-        source its batches as well.
+        stream its batches as well.
       update_bytes: temporaries of what the method makes of the product, and the product itself.
       result_bytes: temporaries and arrays of what is made beside the state: eigenvectors, or the
         probes of a density.
