@@ -16,7 +16,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
 MATRIX, INDEX, PAGES = "benchmarks/README.md", "docs/papers/index.md", "docs/papers"
 
-MARKS = {"reproduced": "✓", "not reproduced": "✗", "not testable": "\N{EN DASH}", "reported": "·"}
+MARKS = {
+    "reproduced": "✓",
+    "not reproduced": "✗",
+    "not testable at this size": "\N{EN DASH}",
+    "reported": "·",
+}
 DATA = {"digits": "digits", "fashion_mnist": "Fashion-MNIST"}
 _OTHER_DATA = {
     "valley": "a valley in 21 dimensions",
@@ -54,7 +59,8 @@ GROUPS = {
 """Group -> its pages, in the order in which the tables show them."""
 
 _VERDICT = re.compile(
-    r"(not reproduced|reproduced|not testable|reported)([^(:]*?)(?: \(([^)]*)\))?(?:: (.*))?"
+    r"(not reproduced|reproduced|not testable at this size|reported)([^(:]*?)"
+    r"(?: \(([^)]*)\))?(?:: (.*))?"
 )
 _CLAIM = re.compile(r"<!-- claim: (\w+) -->\n(.*?)<!-- end of claim -->", re.DOTALL)
 
@@ -109,7 +115,7 @@ def verdicts(entry: Mapping[str, Any]) -> list[Verdict]:
         if data not in DATA and data not in _OTHER_DATA:
             data, setting = "", [data, *setting] if data else []
         text = ": ".join(filter(None, (", ".join(setting), part)))
-        found.append(Verdict(word, word + rest, data, text, recorded["evidence"]))
+        found.append(Verdict(word, word + rest, data, text, recorded.get("evidence", "")))
     return found
 
 

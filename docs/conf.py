@@ -1,6 +1,5 @@
 """The site: `python -m sphinx -W -b html docs OUT`. Needs the extra `docs`, and no network."""
 
-import logging
 import os
 import pathlib
 import sys
@@ -14,10 +13,10 @@ PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 import regjax  # noqa: E402
 
 project = "regjax"
-author = "the regjax authors"
+author = PROJECT["authors"][0]["name"]
 version = release = regjax.__version__
 html_title = f"regjax {release}"
-repository = PROJECT.get("urls", {}).get("Repository", "")
+repository = PROJECT["urls"]["Repository"]
 
 extensions = [
     "myst_nb",
@@ -25,20 +24,14 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx_design",
+    "gallery",
     "mathml",
     "plain_docstrings",
     "public_names",
+    "signatures",
     "repository_links",
 ]
 exclude_patterns = ["_extensions", "**/.ipynb_checkpoints"]
-if not (TOP / "CHANGELOG.md").exists():
-    exclude_patterns.append("changelog.md")
-# A page of the contents that another branch still writes.
-suppress_warnings = ["toc.empty_glob"]
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(
-    lambda record: "toctree glob pattern" not in record.getMessage()
-)
-
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline"]
 myst_heading_anchors = 3
 
@@ -54,7 +47,7 @@ html_css_files = ["custom.css"]
 html_copy_source = False
 html_theme_options = {
     "repository_url": repository,
-    "use_repository_button": bool(repository),
+    "use_repository_button": True,
     "use_download_button": False,
     "use_fullscreen_button": False,
     "navbar_persistent": [],
@@ -68,5 +61,5 @@ autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
-napoleon_attr_annotations = False  # plain_docstrings.py has them as written
+napoleon_attr_annotations = False  # plain_docstrings.py has them, as written
 napoleon_use_ivar = True  # fields of results in one table, as arguments are

@@ -100,7 +100,10 @@ def _run(words: list[str], bar: Bar) -> int:
         ) from None
     bar.close()
     page = out_dir(settings) / PAGE
-    _show(f"{text(contents)}\n\nResults are in {page.parent}. For a browser: {page}")
+    _show(
+        f"{text(contents)}\n\nResults are in {page.parent}.\n"
+        f"{page} shows them in a browser and says what each number means."
+    )
     return _DONE if learned else _NOT_LEARNED
 
 

@@ -1,8 +1,10 @@
 """The skeleton of docs/guides/new_transformation.md runs, and keeps the contract."""
 
+import doctest
 import inspect
 import pathlib
 import re
+import types
 
 import jax.numpy as jnp
 import optax
@@ -43,6 +45,9 @@ def test_the_skeleton_keeps_the_contract(check, skeleton, monkeypatch, default_p
 
 def test_the_skeleton_is_documented_as_the_others(skeleton):
     assert missing_sections(skeleton[NAME]) == []
+    names = {**skeleton, "transforms": types.SimpleNamespace(**skeleton)}
+    (example,) = doctest.DocTestFinder().find(skeleton[NAME], NAME, module=False, globs=names)
+    assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example) == (0, 4)
 
 
 def test_a_class_is_all_that_the_command_line_needs(skeleton):

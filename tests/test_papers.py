@@ -71,7 +71,7 @@ def test_every_verdict_is_counted_once():
 def test_verdicts_are_taken_apart():
     text = "not testable at this size, it stopped (digits, rate 0.1): |g| falls (twice)"
     (found,) = _papers.verdicts({"verdicts": [{"verdict": text, "evidence": "1 < 2"}]})
-    assert found.word == "not testable"
+    assert found.word == "not testable at this size"
     assert found.words == "not testable at this size, it stopped"
     assert (found.data, found.part) == ("digits", "rate 0.1: |g| falls (twice)")
     assert _papers.symbols([found]) == "\N{EN DASH}"

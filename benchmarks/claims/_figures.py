@@ -5,15 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import _claims
+from benchmarks import _claims, _papers
 from benchmarks._claims import Record
+from regjax.plots import _style
 
 # Of Okabe and Ito, told apart by the colour-blind, the darker ones first.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^v<p>"
 NAMES = {
-    "digits": "digits", "fashion_mnist": "Fashion-MNIST", "moons": "two moons",
-    "linear": "linear net", "valley": "valley", "one_dimensional": "1-d regression",
+    **_papers.DATA,
+    "moons": "two moons", "linear": "linear net", "valley": "valley",
+    "one_dimensional": "1-d regression",
 }  # fmt: skip
 BARS = "Points: means over the seeds; bars: their standard deviation."
 DOTS = "Each dot is one seed; the black bars are means."
@@ -131,30 +133,9 @@ def ticks(axes: Any, axis: str, values: Sequence[float]) -> None:
 
 
 def logarithmic(axes: Any, which: str = "y") -> None:
-    """Logarithmic axes with few ticks: plain numbers over a few decades, powers of ten over more.
-
-    To be called when all is drawn.
-    """
+    """Logarithmic axes with the library's ticks."""
     for name in which:
-        axes.set(**{f"{name}scale": "log"})
-        low, high = sorted(getattr(axes, f"get_{name}lim")())
-        decades = np.log10(high / low)
-        steps = (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.5 else (1,)
-        skip = max(1, int(np.ceil(decades / 5)))
-        exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-        found = [s * 10.0**e for e in exponents if e % skip == 0 for s in steps]
-        found = [value for value in found if low <= value <= high]
-        axis = getattr(axes, f"{name}axis")
-        plain = min(found) > 0.9e-3 and max(found) < 1.1e4
-        axis.set_ticks(found, [f"{value:.6g}" if plain else power(value) for value in found])
-        axis.set_ticks([], minor=True)
-
-
-def power(value: float) -> str:
-    """A number as a power of ten, in matplotlib's notation."""
-    exponent = int(np.floor(np.log10(value) + 1e-9))
-    factor = round(value / 10.0**exponent)
-    return (rf"{factor}$\times$" if factor != 1 else "") + f"$10^{{{exponent}}}$"
+        _style.set_log(axes, name)
 
 
 def label(axes: Any, *, x: str | None = None, y: str | None = None) -> None:

@@ -6,10 +6,10 @@ all panels and a line that says what points and bars are.
 
 import io
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import _papers
 from benchmarks.claims import _figures
 
 WIDTH = 6.8  # inches, of a page
@@ -17,30 +17,18 @@ _MARGIN, _LINE = 0.08, 0.15  # inches; a line is one of small print
 _TITLE = {"fontsize": 9.5, "fontweight": "bold"}
 _SMALL = 7.5
 _MARKS = {
-    "reproduced": ("✓", _figures.COLORS[0]),
-    "not reproduced": ("✗", _figures.COLORS[1]),
-    "not testable at this size": ("\N{EN DASH}", "0.45"),
-    "reported": ("·", "0.45"),
+    word: (mark, color)
+    for (word, mark), color in zip(
+        _papers.MARKS.items(), (*_figures.COLORS[:2], "0.45", "0.45"), strict=True
+    )
 }
-# Verdict, its reason, (where), part. The longer verdicts come first.
-_VERDICT = re.compile(
-    rf"({'|'.join(sorted(_MARKS, key=len, reverse=True))})([^:(]*?)(?: \(([^)]*)\))?(?:: (.*))?"
-)
 
 
 def parts(verdicts: Sequence[Mapping[str, str]]) -> dict[str, dict[str, str]]:
     """The parts of a claim with their verdict on each data set ("" where there is none)."""
     found: dict[str, dict[str, str]] = {}
-    for verdict in verdicts:
-        match = _VERDICT.fullmatch(verdict["verdict"])
-        if match is None:
-            raise ValueError(f"A verdict must begin with one of {list(_MARKS)}, got {verdict}.")
-        word, _, place, part = match.groups()
-        data, *details = (place or "").split(", ")
-        if data not in _figures.NAMES:
-            data, details = "", [data, *details] if data else []
-        text = ": ".join(filter(None, (", ".join(details), part))) or "as claimed"
-        found.setdefault(text, {})[data] = word
+    for verdict in _papers.verdicts({"verdicts": verdicts}):
+        found.setdefault(verdict.part or "as claimed", {})[verdict.data] = verdict.word
     return found
 
 

@@ -356,7 +356,7 @@ def _draw_windows(axes: Any, records: Sequence[Record]) -> None:
     scales = sorted(_claims.groups(records, "scale"), reverse=True)
     depths = sorted({record["depth"] for record in records})
     for i, (color, scale) in enumerate(zip(_figures.COLORS, scales, strict=False)):
-        text = rf"start $\alpha^N$ = {_figures.power(scale)}"
+        text = rf"start $\alpha^N = 10^{{{round(np.log10(scale))}}}$"
         for depth, part in _by_depth(_claims.select(records, scale=scale)):
             first, last = (np.median(_claims.numbers(part, name)) for name in ("first", "last"))
             at = depths.index(depth) + _figures.side(i, len(scales))

@@ -13,12 +13,15 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from types import ModuleType
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
@@ -125,9 +128,29 @@ def _resolve(
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
 
 
+class LinkedCode(SphinxTransform):
+    """Links code on Markdown pages that is a public name with its room: `curvature.hessian`."""
+
+    default_priority = 210
+
+    def apply(self, **kwargs: object) -> None:
+        """Wraps each such piece of code, unless it stands in a link already."""
+        for code in list(self.document.findall(nodes.literal)):
+            text = code.astext().removesuffix("()")
+            target = address_of(text, "regjax") if re.fullmatch(r"\w+(\.\w+)+", text) else None
+            is_linked = isinstance(code.parent, nodes.reference | addnodes.pending_xref)
+            if target and not is_linked and not code.get("classes"):
+                link = addnodes.pending_xref(
+                    "", code.deepcopy(), refdomain="py", reftype="obj", reftarget=target,
+                    refdoc=self.env.docname, refexplicit=True,
+                )  # fmt: skip
+                code.replace_self(link)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Registers this extension."""
     app.add_directive("names", Names)
+    app.add_transform(LinkedCode)
     app.connect("autodoc-skip-member", _skip_member)
     app.connect("missing-reference", _resolve)
     app.connect("env-check-consistency", _check)

@@ -39,10 +39,7 @@ class RepositoryLinks(SphinxTransform):
             link["reftarget"] = str(inside.with_suffix(""))
             link["refdomain"] = "doc"
             return
-        address = self.config.html_theme_options.get("repository_url")
-        if not address:
-            link.replace_self(link.children)
-            return
+        address = self.config.html_theme_options["repository_url"]
         view = "tree" if path.is_dir() else "blob"
         address = f"{address}/{view}/main/{inside}{'#' * bool(anchor)}{anchor}"
         link.replace_self(nodes.reference("", "", *link.children, refuri=address))

@@ -99,8 +99,7 @@ class TrainSettings:
     """Floating-point type of the parameters, of training and of the curvature."""
 
     device_bytes: int = 2**30
-    """Training images that take more bytes than this stay in the host's memory, and are streamed
-    to the device."""
+    """Training images that take more bytes than this are streamed from the host's memory."""
 
     checkpoint_seconds: float = 5.0
     """Minimum seconds between checkpoints; 0 saves every epoch. The last is always saved."""
@@ -130,12 +129,10 @@ class TrainSettings:
     """Replace what another run has left in --out."""
 
     out: Path | None = None
-    """Folder of the results: report.html, figures, a record in JSON, checkpoint.npz. Default: one
-    under runs/, or the folder of --checkpoint."""
+    """Folder of the results, such as report.html. Default: one under runs/, or of --checkpoint."""
 
     cache_dir: str | None = None
-    """Folder in which compiled programs are kept, so that the next run starts faster; off keeps
-    none. Default: ~/.cache/regjax, or the folder that JAX is set to."""
+    """Folder that keeps compiled programs for later runs; off: none. Default: ~/.cache/regjax."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regjax import _checks
-from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, label_axes, new_figure
+from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, label_axes, new_figure, set_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,10 +26,11 @@ def draw_distances(
     """Draws the distances of all pairs of densities as a map of colours, from 0 to 1.
 
     Example:
-      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
-      >>> hessian, key = curvature.hessian(loss_fn, jnp.zeros(8)), jax.random.key(0)
-      >>> matrices = {"first": hessian, "last": 100 * hessian}
-      >>> densities = {name: curvature.spectral_density(m, key=key) for name, m in matrices.items()}
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> far = density._replace(eigenvalues=100 * density.eigenvalues)  # 100, ..., 800
+      >>> densities = {"first": density, "last": far}
       >>> result = curvature.density_distances(densities)
       >>> import matplotlib.figure
       >>> axes = matplotlib.figure.Figure().subplots()
@@ -78,10 +79,11 @@ def distance_figure(
     points are not evenly spaced.
 
     Example:
-      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
-      >>> hessian, key = curvature.hessian(loss_fn, jnp.zeros(8)), jax.random.key(0)
-      >>> matrices = {"first": hessian, "last": 100 * hessian}
-      >>> densities = {name: curvature.spectral_density(m, key=key) for name, m in matrices.items()}
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> far = density._replace(eigenvalues=100 * density.eigenvalues)  # 100, ..., 800
+      >>> densities = {"first": density, "last": far}
       >>> result = curvature.density_distances(densities)
       >>> figure = plots.distance_figure(result, list(densities))
       >>> print([axes.get_xlabel() for axes in figure.axes])
@@ -107,12 +109,13 @@ def distance_figure(
     steps = np.diff(grid)
     if steps.max() > 2 * steps.min():
         left.set_xscale("symlog", linthresh=float(10 ** np.ceil(np.log10(steps.min() * 10))))
+        left.xaxis.get_major_locator().set_params(numticks=5)
     for i, (label, curve) in enumerate(zip(labels, curves, strict=True)):
         color, dash = COLORS[i % len(COLORS)], ("-", "--", ":")[i // len(COLORS) % 3]
         shown = np.where(curve > 0, curve, np.nan)
         left.plot(grid, shown, color=color, linestyle=dash, linewidth=1, label=label)
-    left.set_yscale("log")
+    set_log(left)
     left.set_ylim(10.0**-_DECADES * curves.max(), 3 * curves.max())
     label_axes(left, "eigenvalue of a block", "density")
-    left.legend(frameon=False, fontsize=TICK_SIZE - 1, labelspacing=0.2)
+    left.legend(frameon=False, fontsize=TICK_SIZE, labelspacing=0.2)
     return figure

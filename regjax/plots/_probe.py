@@ -8,7 +8,15 @@ from numpy.typing import ArrayLike
 
 from regjax import _checks
 from regjax._printing import legible
-from regjax.plots._style import COLORS, TICK_SIZE, Color, check_panels, label_axes, new_figure
+from regjax.plots._style import (
+    COLORS,
+    TICK_SIZE,
+    Color,
+    check_panels,
+    label_axes,
+    new_figure,
+    set_log,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,8 +148,8 @@ def probe_figure(
             label=panel.label, marker="o" if len(times) == 1 else None, markersize=3,
         )  # fmt: skip
     for axes, text in (
-        (loss, "loss along the step"),
-        (distance, "change of the gradient\n(Euclidean norm)"),
+        (loss, "loss along the step\n(median and range)"),
+        (distance, "change of the gradient\n(norm, median and range)"),
         (smoothness, "effective smoothness\n(change of gradient / step)"),
     ):
         _set_log(axes)
@@ -159,7 +167,7 @@ def probe_figure(
 
 def _set_log(axes: "Axes") -> None:
     if axes.dataLim.y0 > 0 and np.isfinite(axes.dataLim.y1):
-        axes.set_yscale("log")
+        set_log(axes)
 
 
 def _probe_arrays(panel: ProbePanel) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -16,6 +16,7 @@ from regjax.plots._style import (
     check_panels,
     label_axes,
     new_figure,
+    set_log,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Bumps this far below the peak are rounding: less than one eigenvalue in a network of 1e12.
 _LEAST_BUMP = 1e-12
-_TICKS = "eigenvalues"
+_BAND, _TICKS = "error band", "eigenvalues"
 _CURVE = "density"  # by this mark a second call on the same axes finds the first
 
 
@@ -109,9 +110,9 @@ def draw_spectrum(
         floor, top = min(floor, axes.get_ylim()[0]), max(top, axes.get_ylim()[1])
 
     _set_scale(axes.set_xscale, threshold)
-    axes.set_yscale("log")
+    set_log(axes)
     band = (np.maximum(end, 0.1 * floor) for end in (low, high))
-    axes.fill_between(grid, *band, color=color, alpha=0.3, linewidth=0)
+    axes.fill_between(grid, *band, color=color, alpha=0.3, linewidth=0, label=_named(axes, _BAND))
     positive = np.where(density > 0, density, np.nan)
     axes.plot(grid, positive, color=color, linewidth=1.0, label=label, gid=_CURVE)
     if values.size:
@@ -119,7 +120,7 @@ def draw_spectrum(
         transform = axes.get_xaxis_transform()  # the height as a share of the axes
         axes.errorbar(
             values, height, xerr=bounds, fmt="|", transform=transform, color=color,
-            markersize=5, markeredgewidth=0.8, elinewidth=1.0, label=_named_ticks(axes),
+            markersize=5, markeredgewidth=0.8, elinewidth=1.0, label=_named(axes, _TICKS),
         )  # fmt: skip
     axes.set_ylim(floor, top)
     label_axes(axes, f"eigenvalue of the {matrix_name}", "density")
@@ -128,9 +129,9 @@ def draw_spectrum(
     return axes
 
 
-def _named_ticks(axes: "Axes") -> str | None:
-    """The name of the ticks for the legend, once on each axes."""
-    return None if _TICKS in axes.get_legend_handles_labels()[1] else _TICKS
+def _named(axes: "Axes", name: str) -> str | None:
+    """Returns a name for the legend, once on each axes."""
+    return None if name in axes.get_legend_handles_labels()[1] else name
 
 
 def spectrum_figure(
@@ -225,7 +226,8 @@ def _eigenvalues_by_index(
     if np.max(magnitudes) > 100 * np.min(magnitudes):
         _set_scale(axes.set_yscale, threshold)
     axes.locator_params(axis="x", integer=True)
-    label_axes(axes, "index", "eigenvalue")
+    beside = " (settings side by side)" if len(panels) > 1 else ""
+    label_axes(axes, f"index{beside}", "eigenvalue")
     if len(panels) > 1:
         # Largest first, so that this corner is empty.
         axes.legend(frameon=False, fontsize=TICK_SIZE, labelspacing=0.2, loc="upper right")

@@ -86,7 +86,11 @@ def draw_surface(
         positions, positions, finite.T, levels=levels, cmap=_COLORMAP, norm=_color_scale(levels),
         linewidths=0.8,
     )  # fmt: skip
-    axes.clabel(lines, levels[::2], fontsize=TICK_SIZE - 1.5, fmt=_short, colors="0.2")
+    numbers = axes.clabel(lines, levels[::2], fontsize=TICK_SIZE, fmt=_short, colors="0.2")
+    for number in numbers:  # near an edge it would be cut off
+        place = np.asarray(number.get_position())
+        if np.min([place - positions[0], positions[-1] - place]) < 0.1 * np.ptp(positions):
+            number.remove()
     axes.plot(0, 0, "+", color="black", markersize=5, markeredgewidth=0.8)
     axes.set_aspect("equal")
     label_axes(axes, "direction 1", "direction 2")
@@ -151,7 +155,7 @@ def draw_surface_3d(
     axes.xaxis.labelpad = axes.yaxis.labelpad = -8
     axes.xaxis.label.set_size(TICK_SIZE - 0.5)
     axes.yaxis.label.set_size(TICK_SIZE - 0.5)
-    axes.tick_params(pad=-3, labelsize=TICK_SIZE - 1.5)
+    axes.tick_params(pad=-3, labelsize=TICK_SIZE - 0.5)
     axes.locator_params(nbins=4)
     # From high above, or the wall in front hides the minimum.
     axes.view_init(elev=52, azim=-60)
@@ -203,6 +207,7 @@ def surface_figure(panels: Sequence[SurfacePanel], *, figure_width: float = 3.3)
         below = place + 1 if is_row else place + num_columns
         solid = figure.add_subplot(*shape, below, projection="3d")
         draw_surface_3d(positions, losses, axes=solid, levels=levels)
+    figure.supxlabel("numbers: loss; cross: the weights", fontsize=TICK_SIZE)
     return figure
 
 
