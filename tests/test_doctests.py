@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from regjax import curvature
-
 FACES = (
     "regjax", "regjax.curvature", "regjax.diagnostics", "regjax.experiments",
     "regjax.initializers", "regjax.models", "regjax.models.linen", "regjax.normalization",
@@ -139,11 +137,15 @@ def test_help_lists_the_public_functions(face):
     assert [v for v in values if not (inspect.isfunction(v) or inspect.isclass(v))] == []
 
 
-def test_the_largest_room_says_what_is_in_it():
-    public = {name for name in curvature.__all__ if name.islower()}
+@pytest.mark.parametrize(
+    "room", ["curvature", "diagnostics", "normalization", "pruning", "transforms"]
+)
+def test_a_large_room_says_what_is_in_it(room):
+    module = importlib.import_module(f"regjax.{room}")
+    public = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))}
     solvers = {name for name in public if name.endswith("_solver")}
-    assert public - solvers - set(re.findall(r"\w+", curvature.__doc__)) == set()
-    table = re.findall(r"^    (.*)$", curvature.__doc__, re.M)
+    assert public - solvers - set(re.findall(r"\w+", module.__doc__)) == set()
+    table = re.findall(r"^    (.*)$", module.__doc__, re.M)
     assert set(" ".join(table).split()) - public == set()
 
 

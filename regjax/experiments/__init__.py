@@ -1,4 +1,4 @@
-"""Data, training runs, and the runs of the command line."""
+"""Data sets, training runs, and the runs of the command line, for use from Python."""
 
 from regjax.experiments._compare import run_compare as run_compare
 from regjax.experiments._data import DataError as DataError

@@ -1,4 +1,4 @@
-"""Small standard networks for images and text, and one with known dynamics, as flax nnx modules."""
+"""Small standard networks for images and text, and diagonal linear networks, as nnx modules."""
 
 from regjax.models import linen as linen
 from regjax.models._convnet import ConvNet as ConvNet

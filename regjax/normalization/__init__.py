@@ -1,4 +1,11 @@
-"""Normalization: layers as pure functions, with flax faces in `linen` and `nnx`, and statistics."""
+"""Normalization layers as pure functions, modules of Flax in `linen` and `nnx`, and statistics.
+
+A layer such as `BatchNorm` holds no arrays; `normalization.nnx.BatchNorm` and
+`normalization.linen.BatchNorm` do. Functions on kernels and on batch statistics:
+
+    weight_normalize  split_weights  join_weights  standardize_weight
+    exact_population_statistics  fold_batch_norm  rescale_statistics
+"""
 
 from regjax.normalization import linen as linen
 from regjax.normalization import nnx as nnx

@@ -73,7 +73,8 @@ def split_weight(w: jax.Array, *, layout: Layout | None = None) -> SplitWeightRe
 
     Args:
       w: kernel, (inputs, channels) or as `layout` says.
-      layout: as in `weight_normalize`.
+      layout: which axes of `w` are inputs, which are channels, and which stack layers; None: the
+        channels are last.
 
     Returns:
       A `SplitWeightResult`.

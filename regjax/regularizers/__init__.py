@@ -1,4 +1,4 @@
-"""Scalars to add to a loss."""
+"""Penalties to add to a loss: pure functions that return a scalar, or a result with its error."""
 
 from regjax.regularizers import linen as linen
 from regjax.regularizers import nnx as nnx

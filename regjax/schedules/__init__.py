@@ -1,4 +1,4 @@
-"""Schedules and learning-rate rules."""
+"""Schedules of numbers in the course of training, and rules for learning rates."""
 
 from regjax.schedules._batch_scaling import batch_size_scaling as batch_size_scaling
 from regjax.schedules._batch_scaling import (

@@ -1,4 +1,39 @@
-"""Optax transformations that change where or how a gradient is taken."""
+"""Optax transformations that change where or how a gradient is taken.
+
+Sharpness-aware minimisation, and gradients of several batches or parts:
+
+    sam  gsam  sharpness_aware_gradient  gradient_function  mean_gradient  assume_joined
+
+Flat minima by walks and averages:
+
+    entropy_sgd  average_params  averaged_params
+
+Noise in the weights:
+
+    perturbed_gradient  noisy_gradient  anticorrelated_noise  denoise_params
+
+Penalties, with gates that decide when they count:
+
+    coherent_regularization  always_gate  delayed_gate  cosine_gate  ratio_gate  l1_gradient
+    l2_gradient  soft_threshold
+
+Weights whose scale does not change the loss:
+
+    rescale_weights  rescale_velocity  remove_radial
+
+Learning rates from curvature:
+
+    spectral_controller  refresh_spectral_controller
+
+Several learners:
+
+    gossip_average  consensus_model  mean_params  full_mixing  ring_mixing  exponential_mixing
+    random_pair_mixing  dense_mixing
+
+Pruned weights, and wrappers:
+
+    hold_masks  apply_gradients  only_extra  skip_nonfinite
+"""
 
 from regjax.transforms._apply_gradients import apply_gradients as apply_gradients
 from regjax.transforms._average_params import LatestAverageState as LatestAverageState
