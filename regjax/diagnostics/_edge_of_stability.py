@@ -155,7 +155,7 @@ def edge_of_stability(
       search: whether to look for a larger eigenvalue after convergence. Without it an eigenvalue
         that has overtaken that of `start` can be missed, and `complete` is False.
       max_matvecs: limit of the number of Hessian products.
-      tol: the search ends when the residual norm is at most `tol` times the eigenvalue.
+      tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:

@@ -110,7 +110,7 @@ class Monitor:
           share: largest share of the time that the monitor may take, relative to the steps between
             two rows, from 0 to 1; None: no limit.
           num_eigenvalues: number of leading eigenpairs.
-          tol: a search ends when the residual norm is at most `tol` times the eigenvalue.
+          tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
           search: whether to look for larger eigenvalues that were missed, which takes half as many
             products again. Without it a row may hold another eigenvalue than the largest.
           batch_size: batch size for "noise", a divisor of the number of examples; None: the one

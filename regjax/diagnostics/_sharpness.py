@@ -83,7 +83,7 @@ def lambda_max_between(
       key: typed key of the random starts.
       num_points: number of evenly spaced points, both ends included; at least 2. The paper takes 8.
       max_matvecs: limit of the number of Hessian products at each point.
-      tol: the search ends when the residual norm is at most `tol` times the eigenvalue.
+      tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:

@@ -52,7 +52,7 @@ def spherical_sharpness_by_group(
       mask: the leaves whose scales do not change the loss, each for itself; None: all.
       tangent: whether to take the Hessian on the sphere. At a minimum it makes no difference.
       max_matvecs: limit of the number of Hessian products for each leaf.
-      tol: the search ends when the residual norm is at most `tol` times the eigenvalue.
+      tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
       layout: which axes of the leaves stack layers (`regjax.Layout`); None: a guess.
 

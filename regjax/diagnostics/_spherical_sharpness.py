@@ -82,7 +82,7 @@ def spherical_sharpness(
       tangent: whether to take P H P with P = I - w w' / ||w||^2, the Hessian on the sphere. At a
         minimum it makes no difference; elsewhere H(w) w = -grad L(w).
       max_matvecs: limit of the number of Hessian products.
-      tol: the search ends when the residual norm is at most `tol` times the eigenvalue.
+      tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
@@ -195,7 +195,7 @@ def spherical_edge_of_stability(
       weight_decay: lambda in (lambda / 2) ||w||^2, at least 0.
       mask: the scale-invariant leaves w; None: all.
       max_matvecs: limit of the number of Hessian products.
-      tol: the search ends when the residual norm is at most `tol` times the eigenvalue.
+      tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
