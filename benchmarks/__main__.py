@@ -46,7 +46,7 @@ class Claims:
     only: str | None = None
     """Run only the claims with this in their name."""
     redraw: bool = False
-    """Judge and draw again what is recorded, without a run: a minute for all, seconds with --only.
+    """Judge and draw again what is recorded, without a run: minutes for all, seconds with --only.
     The preset is then cpu unless it is gpu."""
     summary: bool = False
     """Write the tables of verdicts in benchmarks/README.md and docs/papers again; run nothing."""
@@ -134,9 +134,12 @@ def run_claims(command: Claims) -> int:
     runs = out / "claims_runs.jsonl"
     for name, claim in chosen.items():
         if command.redraw:
-            records = _claims.kept(claim, command.preset, runs)
-            if not records:
-                return _fail(f"{runs} has no runs of {name}; leave out --redraw to make them.")
+            records, wanted = _claims.kept(claim, command.preset, runs)
+            if len(records) < wanted:
+                return _fail(
+                    f"{runs} has {len(records)} of the {wanted} runs of {name}; without --redraw "
+                    "the others are run."
+                )
         else:
             with tqdm.tqdm(desc=name) as bar:
                 records = _claims.collect(

@@ -80,11 +80,11 @@ def collect(
     return records
 
 
-def kept(claim: Claim, preset: str, path: pathlib.Path) -> list[Record]:
-    """The records of a preset as far as `path` holds them; nothing is run."""
+def kept(claim: Claim, preset: str, path: pathlib.Path) -> tuple[list[Record], int]:
+    """The records of a preset as far as `path` holds them, and how many there should be."""
     known = _read(path)
     keys = [_key(claim, preset, settings) for settings in claim.settings(preset)]
-    return [known[key] for key in keys if key in known]
+    return [known[key] for key in keys if key in known], len(keys)
 
 
 def conclude(claim: Claim, preset: str, records: Sequence[Record], folder: pathlib.Path) -> Record:

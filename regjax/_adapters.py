@@ -191,7 +191,7 @@ def model_function(
         needs. The mask covers the whole batch, so the examples are coupled. None without dropout.
 
     Returns:
-      A `ModelFunction`: a pytree, to be passed through `jax.jit` as an argument.
+      A `ModelFunction`, a pytree, to be passed through `jax.jit` as an argument.
 
     Raises:
       ValueError: `mode` is unknown.
@@ -233,7 +233,7 @@ def model_loss(
       key: typed key for dropout in train mode (see `model_function`); None without dropout.
 
     Returns:
-      A `ModelLoss`: a pytree, to be passed through `jax.jit` as an argument.
+      A `ModelLoss`, a pytree, to be passed through `jax.jit` as an argument.
 
     Raises:
       ValueError: `mode` is unknown.

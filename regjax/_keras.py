@@ -108,7 +108,7 @@ def from_keras(module: Callable[..., Tree], *, call: Call | None = None, wrt: Ma
         all. The others travel in the state, as integers and bools always do.
 
     Returns:
-      A `Model`: `params["dense"]["kernel"]` is the variable whose path in Keras is
+      A `Model`, of which `params["dense"]["kernel"]` is the variable whose path in Keras is
       "<name of the model>/dense/kernel". The state holds the variables that are not trainable and
       the generators; in train mode a `key` replaces what these hold.
 

@@ -47,7 +47,7 @@ def updated_statistics(
       key: typed key for dropout, or None.
 
     Returns:
-      The new state: the running statistics have taken one step towards those of the batch.
+      The new state, whose running statistics have taken one step towards those of the batch.
 
     Raises:
       ValueError: `params` or `state` are not like the model's.

@@ -116,8 +116,8 @@ def subset(
         other filter of nnx, where the tree has nnx variables; None: all.
 
     Returns:
-      The function of the chosen leaves, a pytree, and these: a tree like `params` with None
-      elsewhere.
+      The function of the chosen leaves, a pytree, and these leaves, a tree like `params` with
+      None elsewhere.
 
     Raises:
       ValueError: nothing is chosen, or a tree of bools is no upper part of `params`.

@@ -68,9 +68,14 @@ def test_redraw_writes_the_figure_of_recorded_runs_and_runs_nothing(tmp_path, mo
     arguments = ["claims", "--redraw", "--only", "made_up", "--out", str(tmp_path)]
     never = make_claim([], fail_at=0)
     monkeypatch.setattr(_claims, "find_claims", lambda: {"made_up": never})
+    path = tmp_path / "claims_runs.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        _claims.collect(make_claim([], fail_at=3), "cpu", path, lambda *done: None)
+    # Verdicts on a part of the runs would take the place of those on all.
     assert command.main(arguments) == 2
-    assert "has no runs of made_up; leave out --redraw" in capsys.readouterr().err
-    _claims.collect(make_claim([]), "cpu", tmp_path / "claims_runs.jsonl", lambda *done: None)
+    assert "has 3 of the 4 runs of made_up; without --redraw" in capsys.readouterr().err
+    assert not (tmp_path / "claims.json").exists()
+    _claims.collect(make_claim([]), "cpu", path, lambda *done: None)
     assert command.main(arguments) == 0
     assert (tmp_path / "claim_made_up.png").stat().st_size > 1000
     path = tmp_path / "claims.json"
@@ -83,22 +88,22 @@ def test_redraw_writes_the_figure_of_recorded_runs_and_runs_nothing(tmp_path, mo
     assert json.loads(path.read_text()) == entries
 
 
-def test_parts_of_a_claim_are_read_from_its_verdicts():
+def test_parts_of_a_claim_have_a_mark_for_each_data_set():
     verdicts = [
         "reproduced (digits, relu): it is fast",
         "not reproduced, only at p = 0.5 (fashion_mnist, relu): it is fast",
         "not testable at this size: 500 layers",
         "reproduced (perceptron)",
         "reported (digits): a bound (N >= 3)",
+        "reproduced (fashion_mnist)",
     ]
-    assert _frame.parts([{"verdict": verdict} for verdict in verdicts]) == {
+    assert _frame.parts([{"verdict": verdict, "evidence": ""} for verdict in verdicts]) == {
         "relu: it is fast": {"digits": "reproduced", "fashion_mnist": "not reproduced"},
         "500 layers": {"": "not testable at this size"},
         "perceptron": {"digits": "reproduced"},
         "a bound (N >= 3)": {"digits": "reported"},
+        "as claimed": {"fashion_mnist": "reproduced"},
     }
-    with pytest.raises(ValueError, match="must begin with one of"):
-        _frame.parts([{"verdict": "refuted (digits): it is fast"}])
 
 
 def test_every_recorded_verdict_has_its_mark_in_a_small_figure():
@@ -117,7 +122,10 @@ def test_what_stands_around_the_panels_is_inside_the_figure_and_off_the_panels(t
             axes.plot([0, 1], [0, i], label=f"a line with a rather long name, number {i}")
     claim = "a claim in many words " * 6
     text = "a part of the claim in many words " * 5
-    verdicts = [{"verdict": f"reproduced ({d}): {text}"} for d in ("digits", "fashion_mnist")]
+    verdicts = [
+        {"verdict": f"reproduced ({data}): {text}", "evidence": ""}
+        for data in ("digits", "fashion_mnist")
+    ]
     note = "What points and bars are. " * 8
     _frame.save(figure, tmp_path / "f.png", claim=claim, verdicts=verdicts, note=note)
     assert len(figure.legends[0].get_texts()) == 7  # each label once

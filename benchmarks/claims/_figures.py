@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import _claims
+from benchmarks import _claims, _papers
 from benchmarks._claims import Record
 from regjax.plots import _style
 
@@ -13,8 +13,9 @@ from regjax.plots import _style
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^v<p>"
 NAMES = {
-    "digits": "digits", "fashion_mnist": "Fashion-MNIST", "moons": "two moons",
-    "linear": "linear net", "valley": "valley", "one_dimensional": "1-d regression",
+    **_papers.DATA,
+    "moons": "two moons", "linear": "linear net", "valley": "valley",
+    "one_dimensional": "1-d regression",
 }  # fmt: skip
 BARS = "Points: means over the seeds; bars: their standard deviation."
 DOTS = "Each dot is one seed; the black bars are means."

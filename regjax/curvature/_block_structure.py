@@ -85,7 +85,7 @@ def off_diagonal_share(
       layout: which axes of the leaves stack layers (see `by_block`).
 
     Returns:
-      An `OffDiagonalResult`: 0 for a matrix of blocks alone. It may be above 1, where couplings and
+      An `OffDiagonalResult`, 0 for a matrix of blocks alone. It may be above 1, where couplings and
       blocks cancel.
 
     Raises:

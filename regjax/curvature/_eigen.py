@@ -95,10 +95,10 @@ def top_eigenpairs(
 ) -> EigenResult:
     """Finds the k eigenpairs at one end of the spectrum, with residual norms.
 
-    The residual norm of a pair is rigorous: an eigenvalue lies within it of the value. All of this
-    is said of the matrix as its products have it. The products themselves are off where a loss
-    cancels: near interpolation 1 - p of a softmax in float32 is off by 6e-8 / (1 - p), and the
-    curvature with it, which no residual tells. There compare with products in float64.
+    The residual norm of a pair is rigorous: an eigenvalue lies within it of the value. It speaks of
+    the matrix as its products give it. The products themselves lose digits where a loss cancels:
+    near interpolation, 1 - p of a softmax in float32 is off by 6e-8 / (1 - p), and so is the
+    curvature, which no residual shows. There, compare with products in float64.
 
     Called from Python it stops as soon as all pairs have converged; inside of `jax.jit` it is one
     compiled loop with the same limits and the same flags.
@@ -142,7 +142,7 @@ def top_eigenpairs(
         killed the same call goes on from there. Not inside of `jax.jit`.
 
     Returns:
-      An `EigenResult` of all k pairs. Check `converged`: pairs that have not are in it, too.
+      An `EigenResult`. Check `converged`, because pairs that have not converged are included.
 
     Raises:
       ValueError: an argument is out of its range, or the checkpoint is of another problem.

@@ -103,7 +103,7 @@ def spectral_sum(
 
     Returns:
       A `SpectralSumResult` of arrays of `shape`. Its `quadrature_error` is about what the m Lanczos
-      steps do not resolve of `function`: nothing for polynomials of degree below 2 m.
+      steps do not resolve of `function`, nothing for polynomials of degree below 2 m.
     """
     inside = density.eigenvalue_weights > 0
     values = function(jnp.where(inside, density.eigenvalues, 0.0))

@@ -175,8 +175,8 @@ def additive_outlier(
       inverse_batch: 1 / b, b the effective batch size.
 
     Returns:
-      A `BatchExtremesResult`. The two ends have eigenvectors of their own: with p along one of
-      them, take only that end.
+      A `BatchExtremesResult`. Each end has an eigenvector of its own, so that with p along one
+      of them only that end counts.
 
     References:
       D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092; the direction is ours.

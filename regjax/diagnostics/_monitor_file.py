@@ -14,8 +14,8 @@ Row: TypeAlias = dict[str, float]
 def read_monitor(path: Path | str) -> list[Row]:
     """Reads the rows that a `Monitor` has written.
 
-    A last line without its end is that of a process that was killed while it wrote, and is left
-    out. Numbers that are not finite come back as NaN.
+    A last line without its end, of a process that was killed while it wrote, is left out. Numbers
+    that are not finite come back as NaN.
 
     Example:
       >>> import pathlib, tempfile
@@ -38,7 +38,7 @@ def read_monitor(path: Path | str) -> list[Row]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line is no JSON object of numbers; names the line.
+      ValueError: a line is not a JSON object of numbers; the message names the line.
     """
     return _parsed(path)[0]
 

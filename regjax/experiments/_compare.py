@@ -96,7 +96,7 @@ def compared_settings(settings: Compared) -> dict[str, Compared]:
 
 
 def run_compare(settings: TrainSettings, progress: Progress) -> dict[str, list[Record]]:
-    """Runs all items of `compare` with all seeds; leaves their records and figures of all behind.
+    """Runs several settings with several seeds, and writes their records and common figures.
 
     Example:
       >>> import pathlib, tempfile
@@ -110,12 +110,14 @@ def run_compare(settings: TrainSettings, progress: Progress) -> dict[str, list[R
       ['learning_rate=0.1', 'learning_rate=0.01'] [1, 1]
 
     Args:
-      settings: the common options, `compare` and `seeds`.
-      progress: called after each block of batches and each product.
+      settings: a `TrainSettings`, `SpectrumSettings` or `LandscapeSettings` with the common
+        options, `compare` (such as ("sgd", "sam,rho=0.1")) and `seeds`.
+      progress: called as progress(stage, done, total) after each block of batches and each product.
 
     Returns:
-      The records of `run_train`, `run_spectrum` or `run_landscape` by item, one for each seed. The
-      file holds what is done so far.
+      {item of `compare`: records}, with one record of `run_train`, `run_spectrum` or
+      `run_landscape` for each seed. They are also written to a file in `settings.out` after each
+      run.
 
     Raises:
       UsageError: an item cannot be read, before anything is computed; else as those functions.

@@ -31,11 +31,13 @@ def landscape_files(settings: AnalysisSettings) -> tuple[str, str, str]:
 
 
 def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
-    """Trains or reads a checkpoint, probes the steps of training, and computes the loss surface.
+    """Trains a network or reads a checkpoint; computes its loss surface and probes its steps.
 
-    A fresh run is probed before its first epoch and after each one, a checkpoint as it is.
-    `landscape.json` is written after training and after each row of the surface; `surface.png`,
-    `probes.png` and `report.html` at the end.
+    This is `python -m regjax landscape`. A probe measures how loss and gradient change along the
+    gradient step (`diagnostics.line_probe`). A fresh run is probed before its first epoch and after
+    each one, a checkpoint once. The function writes `landscape.json` into the folder `settings.out`
+    after training and after each row of the surface, and `surface.png`, `probes.png` and
+    `report.html` at the end.
 
     Example:
       >>> import pathlib, tempfile
@@ -51,11 +53,12 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
       (3, 3)
 
     Args:
-      settings: the options.
-      progress: called after each block of batches and each row.
+      settings: a `LandscapeSettings`, whose fields are the options of the command.
+      progress: called as progress(stage, done, total) after each block of batches and each row.
 
     Returns:
-      What `landscape.json` holds: as `run_train`, and `probes`, `surface` and `flatness`.
+      The content of `landscape.json`: a dict with the entries that `run_train` returns, and
+      "probes", "surface" and "flatness".
 
     Raises:
       UsageError: an option cannot be followed.

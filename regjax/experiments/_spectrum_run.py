@@ -45,7 +45,9 @@ def spectrum_files(settings: AnalysisSettings) -> tuple[str, str]:
 
 
 def run_train(settings: TrainSettings, progress: Progress) -> Record:
-    """Trains, evaluates, and leaves `checkpoint.npz`, `training.json` and `report.html` behind.
+    """Trains and evaluates a network, like `python -m regjax train`.
+
+    It writes `checkpoint.npz`, `training.json` and `report.html` into the folder `settings.out`.
 
     Example:
       >>> import pathlib, tempfile
@@ -60,12 +62,12 @@ def run_train(settings: TrainSettings, progress: Progress) -> Record:
       2 650
 
     Args:
-      settings: the options.
-      progress: called after each block of batches.
+      settings: a `TrainSettings`, whose fields are the options of the command.
+      progress: called as progress(stage, done, total) after each block of batches.
 
     Returns:
-      What `training.json` holds: command, settings, versions, data, training, generalization, and
-      when it was finished.
+      The content of `training.json`: a dict with "settings", "versions", "data", "training" (losses
+      and time), "generalization" (loss and accuracy on training and test examples) and others.
 
     Raises:
       UsageError: an option cannot be followed.
@@ -84,10 +86,11 @@ def run_train(settings: TrainSettings, progress: Progress) -> Record:
 
 
 def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
-    """Trains or reads a checkpoint, then analyses the curvature.
+    """Trains a network or reads a checkpoint, and analyses its curvature.
 
-    `spectrum.json` is written after each stage, so that an interruption loses one stage at most;
-    `spectrum.png` and `report.html` at the end.
+    This is `python -m regjax spectrum`. It writes `spectrum.json` into the folder `settings.out`
+    after each stage, so that an interruption loses one stage at most, and `spectrum.png` and
+    `report.html` at the end.
 
     Example:
       >>> import pathlib, tempfile
@@ -103,12 +106,14 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
       [True]
 
     Args:
-      settings: the options.
-      progress: called after each block of batches and each product.
+      settings: a `SpectrumSettings`, whose fields are the options of the command.
+      progress: called as progress(stage, done, total) after each block of batches and each matrix
+        product.
 
     Returns:
-      What `spectrum.json` holds: as `run_train`, and `blocks`, {"network": ..., layer: ...}, each
-      with its eigenvalues and its density; with the option `geometry` also that.
+      The content of `spectrum.json`: a dict with the entries that `run_train` returns, and
+      "blocks", {"network": ..., layer: ...}, each with its eigenvalues and its density. With the
+      option `geometry` there is "geometry" too.
 
     Raises:
       UsageError: an option cannot be followed.

@@ -40,7 +40,7 @@ def by_block(operator: Operator, *, depth: int = 1, layout: Layouts = None) -> d
         which it is not known are not taken apart.
 
     Returns:
-      Operators by path, such as {"layers/0": ...}, in the order of the tree. Their vectors are
+      Operators by path, such as "layers/0", in the order of the tree. Their vectors are
       trees of the parameters' structure with None outside of the block, and without the axes of
       the stack in a slice.
 

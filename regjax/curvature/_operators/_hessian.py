@@ -192,7 +192,7 @@ def from_gradient(
         `grad_fn`, neither forwards nor backwards (see `hessian`).
 
     Returns:
-      An `Operator` of shape (n, n): the Jacobian of `grad_fn` at `params`.
+      An `Operator` of shape (n, n), the Jacobian of `grad_fn` at `params`.
 
     Raises:
       TypeError: a parameter or a leaf of the gradient is not real floating point, or a function
