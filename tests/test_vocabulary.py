@@ -55,7 +55,6 @@ DIFFERENT_DEFAULTS = {
     "axis_name": "learners always have an axis, batches seldom",
     "depth": "of networks, and of the keys of a block",
     "decay": "of scores, which change, and of weights, whose plain mean is the usual one",
-    "depth": "layers of a network, and levels of a tree",
     "epsilon": "each paper's own",
     "figure_width": "of a page, and of a panel",
     "max_matvecs": "a single eigenvalue needs fewer than k of them",
@@ -67,7 +66,6 @@ DIFFERENT_DEFAULTS = {
     "num_steps": "what a step costs differs",
     "threshold": "of cosines and of ratios",
     "share": "of the energy of a spectrum, and of the time of training",
-    "width": "of each architecture",
     "tol": "of eigenvalues, of losses, of invariances, of ranks",
     "width": "of layers, of channels, of tokens",
 }
