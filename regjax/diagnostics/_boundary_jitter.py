@@ -24,11 +24,11 @@ class JitterResult(NamedTuple):
     left.
 
     Attributes:
-      std: root of the mean over the inputs of the variance, over the batches and unbiased, of the
-        signed distance between input and boundary, in the units of the inputs.
-      std_standard_error: over the draw of the batches, for the given inputs; first order, good for
+      std: standard deviation over the batches of the signed distance between input and boundary, in
+        the units of the inputs: the root of the unbiased variance, averaged over the inputs.
+      std_standard_error: over the draw of the batches for these inputs, to first order, good for
         some dozen batches. NaN with two.
-      relative_std: `std` over the root mean square, over the inputs, of the mean distance.
+      relative_std: `std` over the root mean square over the inputs of the mean distance.
     """
 
     std: Tree
@@ -43,7 +43,7 @@ class MarginJitterResult(NamedTuple):
     Attributes:
       mean: (N,), mean over the batches of the margin of each input, in the units of the inputs.
       std: (N,), the standard deviation over the batches, from the unbiased variance.
-      std_standard_error: (N,), over the draw of the batches; first order, as for the units.
+      std_standard_error: (N,), over the draw of the batches, to first order.
     """
 
     mean: jax.Array
@@ -57,7 +57,7 @@ class LeastSquaresResult(NamedTuple):
 
     Attributes:
       offset: (k,), in the units of the pre-activations: the hyperplane is <w, z> = offset.
-      mean_squared_distance: (k,), of the inputs from it; infinite for a kernel of zeros.
+      mean_squared_distance: (k,), that of the inputs from it; infinite for a kernel of zeros.
     """
 
     offset: jax.Array

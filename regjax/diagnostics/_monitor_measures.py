@@ -31,13 +31,13 @@ _TRIAL_RATE = 0.1
 
 @legible
 class MonitorPoint(NamedTuple):
-    """Where training is when a row is made: what a measure of one's own is given.
+    """The state of training when a row is made, which a measure of your own gets as its argument.
 
     Attributes:
       step: number of the step.
       loss_fn: (params, *batch) -> scalar, a pytree.
       params: tree of the parameters.
-      optimizer_state: of optax, or None.
+      optimizer_state: state of optax, or None.
       batch: the data of the monitor.
       key: typed key of this row.
     """

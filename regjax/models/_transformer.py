@@ -18,8 +18,8 @@ _EMBEDDING_SCALE = 0.02
 class GPT(Module):
     """Builds a decoder-only transformer: causal self-attention and perceptrons on embedded tokens.
 
-        pre-norm    x + attention(norm(x)),  then x + perceptron(norm(x));  a norm behind the stack
-        post-norm   norm(x + attention(x)),  then norm(x + perceptron(x));  none behind the stack
+        pre-norm    x + attention(norm(x)),  then x + perceptron(norm(x));  a norm after the stack
+        post-norm   norm(x + attention(x)),  then norm(x + perceptron(x));  none after the stack
 
     The perceptrons are four times as wide, with GELU. The norms are layer norms. Embeddings of
     positions are added to those of the tokens, and the head is the token embedding. The sub-trees

@@ -23,9 +23,9 @@ class SplitWeightResult(NamedTuple):
         w = g v / |v|
 
     Attributes:
-      v: like the kernel, its direction; its own length does not change w.
-      g: (channels,), the length of each output unit's weights; (layers, channels) of a stack, in
-        the order of the kernel's axes.
+      v: like the kernel, its direction. The length of v does not change w.
+      g: (channels,), the length of each output unit's weights; for stacked layers (layers,
+        channels), in the order of the kernel's axes.
     """
 
     v: jax.Array

@@ -23,7 +23,7 @@ class FilterGroupsResult(NamedTuple):
 
     Attributes:
       groups: tree like the parameters of int32 arrays that broadcast to its leaves: the number of
-        each weight's filter, -1 for none.
+        each weight's filter, or -1 for none.
       num_groups: number of filters.
     """
 

@@ -24,22 +24,22 @@ from regjax._printing import legible
 
 @legible
 class RedundancyResult(NamedTuple):
-    """What is redundant in one group of C units; arrays.
+    """The redundancy of a group of C units, from the gradients G of N examples at their gates.
 
     Attributes:
-      rank: (), int32, number of directions that the loss depends on, `numerical_rank`; -1 for
-        traced gradients that are not finite, with NaN for all other numbers of the decomposition.
-      num_units: (), int32, units that are still there.
+      rank: (), int32, number of directions that the loss depends on (`numerical_rank`). Inside
+        `jit`, if G is not finite, it is -1, and the other numbers are NaN.
+      num_units: (), int32, number of units that are still there.
       rate: (), the redundant share 1 - rank / num_units.
-      smallest_null_energy: (), sigma^2 / N of the weakest of the `num_units` directions, the
-        smallest eigenvalue of F on them: 0 for a null direction. In squared units of the loss.
-      singular_values: (C,), of G, falling.
+      smallest_null_energy: (), sigma^2 / N of the weakest of the `num_units` directions, which is 0
+        if the loss does not depend on it. In squared units of the loss.
+      singular_values: (C,), those of G, falling.
       directions: (C, C), the right singular vectors as columns, in the same order.
       num_examples: (), int32, N.
-      has_enough_examples: (), whether N >= num_units; if not, the rank is at most N, and the rate
+      has_enough_examples: (), whether N >= num_units. If not, the rank is at most N, and the rate
         says nothing.
-      is_vanishing: (), whether sigma_1 / sqrt(N) is so small that all of G may be rounding, as
-        where the loss is next to 0.
+      is_vanishing: (), whether sigma_1 / sqrt(N) is so small that all of G may be rounding, as when
+        the loss is nearly 0.
     """
 
     rank: jax.Array

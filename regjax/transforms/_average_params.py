@@ -21,11 +21,12 @@ class RunningAverageState(NamedTuple):
 
     Attributes:
       num_updates: (), int32, updates so far.
-      num_averaged: (), int32, weights in the average; at 0 the sum is that of the newest alone.
-      sums: tree like the parameters of the sum of the weights, each by `decay` to the power of its
+      num_averaged: (), int32, number of weights in the average. If it is 0, `sums` holds the newest
+        weights.
+      sums: tree like the parameters: the sum of the weights, each times `decay` to the power of its
         age, in float32 at least.
-      rests: tree like the parameters of what rounding left out of the sums.
-      total: (2,), the same sum and its rest for weights of one: what the sums are divided by.
+      rests: tree like the parameters: the rounding errors of the sums.
+      total: (2,), the number by which the sums are divided, and its rounding error.
     """
 
     num_updates: jax.Array
@@ -40,9 +41,10 @@ class LatestAverageState(NamedTuple):
 
     Attributes:
       num_updates: (), int32, updates so far.
-      num_averaged: (), int32, weights so far that count; at 0 the first tree is the newest weights.
-      latest: tuple of trees like the parameters, the newest weights that count first.
-      decay: (), float32, of the last update.
+      num_averaged: (), int32, number of weights so far that count. If it is 0, the first tree of
+        `latest` holds the newest weights.
+      latest: tuple of trees like the parameters, the latest weights that count, newest first.
+      decay: (), float32, the decay of the last update.
     """
 
     num_updates: jax.Array

@@ -131,9 +131,9 @@ class AnticorrelatedNoiseState(NamedTuple):
 
     Attributes:
       num_updates: (), int32, updates so far.
-      key_data: words of the key of the noise to come, uint32.
-      noise: tree like the parameters of the noise xi that they carry, in float32 at least;
-        MaskedNode where a leaf carries none.
+      key_data: words of the key of the next noise, uint32.
+      noise: tree like the parameters: the noise xi that they carry, in float32 at least;
+        MaskedNode for a leaf without noise.
     """
 
     num_updates: jax.Array

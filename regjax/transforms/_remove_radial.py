@@ -44,7 +44,7 @@ def remove_radial(
             optax.scale_by_learning_rate(1e-3),
         )
 
-    and SGDP has `optax.trace(m)` in the place of Adam and its weight decay divided by 1 - m.
+    and SGDP has `optax.trace(m)` instead of Adam, and its weight decay divided by 1 - m.
 
     Example:
       >>> tx = transforms.remove_radial(optax.scale_by_adam())

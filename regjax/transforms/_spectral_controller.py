@@ -22,21 +22,22 @@ Rule: TypeAlias = Callable[[jax.Array, jax.Array], tuple[ArrayLike, ArrayLike]]
 
 
 class SpectralControllerState(NamedTuple):
-    """State of `spectral_controller`; what is measured is 0 before the first good refresh.
+    """State of `spectral_controller`. Measured numbers are 0 before the first good refresh.
 
     Attributes:
       num_updates: (), int32, updates so far.
-      key_data: words of the key of the starts to come, uint32.
+      key_data: words of the key of the next random starts, uint32.
       velocity: tree like the parameters, in units of an update.
-      learning_rate: (), in use.
-      momentum: (), in use.
-      largest: (), largest magnitude L of a Ritz value, in units of the Hessian.
-      smallest: (), smallest one outside of the bulk, bounded below.
-      residual_norm: (), of the Ritz pair with the magnitude L: an eigenvalue lies within it.
-      lowest: (), smallest Ritz value with its sign: where it is negative, the magnitudes are not
-        those of a convex loss, for which the rules are made.
-      refresh_ok: (), bool, whether L was positive and finite in the last refresh; if not, the other
-        numbers are those of the last good one.
+      learning_rate: (), the present learning rate.
+      momentum: (), the present momentum.
+      largest: (), L, the largest magnitude of a Ritz value, in units of the Hessian.
+      smallest: (), m, the smallest magnitude outside the bulk near zero, at least
+        `smallest_ratio` L.
+      residual_norm: (), some eigenvalue lies within it of the Ritz value of magnitude L.
+      lowest: (), smallest Ritz value with its sign. If it is negative, the loss is not convex here,
+        as the rules assume.
+      refresh_ok: (), bool, whether L was positive and finite in the last refresh. If not, the other
+        numbers are those of the last good refresh.
     """
 
     num_updates: jax.Array
