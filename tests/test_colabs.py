@@ -126,7 +126,7 @@ def test_the_first_cell_installs_from_the_repository(path):
     project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
     address = project["urls"]["Repository"]
     cells = nbformat.read(path, as_version=4).cells
-    opens = f"{address.replace('https://', 'https://colab.research.google.com/')}/blob/main"
+    opens = address.replace("github.com/", "colab.research.google.com/github/") + "/blob/main"
     assert cells[0].source.startswith(f"[Open this notebook in Colab]({opens}/colabs/{path.name})")
     assert f'%pip install -q "regjax[run] @ git+{address}"' in cells[1].source
     assert cells[1].source.startswith("try:\n    import regjax\nexcept ImportError:\n")

@@ -132,10 +132,11 @@ def density_distances(
     distance of about their error, which only more probes bring down.
 
     Example:
-      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
-      >>> hessian, key = curvature.hessian(loss_fn, jnp.zeros(8)), jax.random.key(0)
-      >>> matrices = {"a": hessian, "b": hessian, "c": 100 * hessian}
-      >>> densities = {name: curvature.spectral_density(m, key=key) for name, m in matrices.items()}
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> far = density._replace(eigenvalues=100 * density.eigenvalues)  # 100, ..., 800
+      >>> densities = {"a": density, "b": density, "c": far}
       >>> print(curvature.density_distances(densities).value[0])
       [0. 0. 1.]
 

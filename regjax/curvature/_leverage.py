@@ -130,18 +130,6 @@ def output_covariance(
       ValueError: `damping` is not positive, the model couples its examples, `operator` is of
         another space, or another argument is out of its range.
 
-    Example:
-      >>> model = lambda slope, x: x @ slope  # of two points, at 1 and at 3
-      >>> half_square = lambda y, t: jnp.mean((y - t) ** 2) / 2
-      >>> data = jnp.asarray([[1.0], [3.0]]), jnp.zeros((2, 1))
-      >>> slope = jnp.ones((1, 1))
-      >>> matrix = curvature.gauss_newton(model, half_square, slope, *data)  # (1 + 9) / 2
-      >>> found = curvature.output_covariance(
-      ...     model, slope, jnp.asarray([[2.0]]), matrix, damping=1.0, num_examples=2,
-      ...     lower_bound=0.0)
-      >>> print(round(float(found.value[0, 0, 0]), 4))  # 2^2 / (5 + 1) / 2
-      0.3333
-
     References:
       D. MacKay (1992), A practical Bayesian framework for backpropagation networks, Neural
       Computation 4(3). A. Immer, M. Korzepa, M. Bauer (2021), arXiv:2008.08435, for the linearised
@@ -224,14 +212,6 @@ def leverage(
       ValueError: `damping` is not positive, `examples` are not among the N, the loss is seen not to
         be convex in the outputs, the model or the loss couples its examples, `operator` is of
         another space, or another argument is out of its range.
-
-    Example:
-      >>> model = lambda slope, x: x @ slope  # of two points, at 1 and at 3
-      >>> half_square = lambda y, t: jnp.mean((y - t) ** 2) / 2
-      >>> data = jnp.asarray([[1.0], [3.0]]), jnp.zeros((2, 1))
-      >>> found = curvature.leverage(model, half_square, jnp.ones((1, 1)), *data, damping=1.0)
-      >>> print((12 * found.value).round(3))  # 1^2 / (5 + 1) / 2 and 3^2 / (5 + 1) / 2
-      [1. 9.]
 
     References:
       R. D. Cook, S. Weisberg (1982), Residuals and influence in regression. For other losses this

@@ -23,6 +23,7 @@ class Reparametrized(Module):
     def __init__(
         self,
         layer: Callable[..., Tree],
+        *,
         feature_axes: int | Sequence[int] | None,
         variable_filter: nnx.filterlib.Filter,
     ):
@@ -128,7 +129,7 @@ class WeightNorm(Reparametrized):
         promote_dtype: Callable[..., Tree] | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        super().__init__(layer, feature_axes, variable_filter)
+        super().__init__(layer, feature_axes=feature_axes, variable_filter=variable_filter)
         self.use_scale = _checks.boolean("use_scale", use_scale)
         self.epsilon = _checks.number("epsilon", epsilon)
         self.dtype, self.promote_dtype = dtype, promote_dtype
@@ -199,7 +200,7 @@ class WeightStandardized(Reparametrized):
         epsilon_added_to: str = "deviation",
         variable_filter: nnx.filterlib.Filter = _KERNELS,
     ):
-        super().__init__(layer, feature_axes, variable_filter)
+        super().__init__(layer, feature_axes=feature_axes, variable_filter=variable_filter)
         self.epsilon, self.degrees_of_freedom = epsilon, degrees_of_freedom
         self.epsilon_added_to = epsilon_added_to
         for path, kernel in self._kernels().items():

@@ -26,10 +26,11 @@ def draw_distances(
     """Draws the distances of all pairs of densities as a map of colours, from 0 to 1.
 
     Example:
-      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
-      >>> hessian, key = curvature.hessian(loss_fn, jnp.zeros(8)), jax.random.key(0)
-      >>> matrices = {"first": hessian, "last": 100 * hessian}
-      >>> densities = {name: curvature.spectral_density(m, key=key) for name, m in matrices.items()}
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> far = density._replace(eigenvalues=100 * density.eigenvalues)  # 100, ..., 800
+      >>> densities = {"first": density, "last": far}
       >>> result = curvature.density_distances(densities)
       >>> import matplotlib.figure
       >>> axes = matplotlib.figure.Figure().subplots()
@@ -78,10 +79,11 @@ def distance_figure(
     points are not evenly spaced.
 
     Example:
-      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
-      >>> hessian, key = curvature.hessian(loss_fn, jnp.zeros(8)), jax.random.key(0)
-      >>> matrices = {"first": hessian, "last": 100 * hessian}
-      >>> densities = {name: curvature.spectral_density(m, key=key) for name, m in matrices.items()}
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> far = density._replace(eigenvalues=100 * density.eigenvalues)  # 100, ..., 800
+      >>> densities = {"first": density, "last": far}
       >>> result = curvature.density_distances(densities)
       >>> figure = plots.distance_figure(result, list(densities))
       >>> print([axes.get_xlabel() for axes in figure.axes])
