@@ -194,6 +194,11 @@ def test_extras_and_files_of_the_commands_exist():
         assert (ROOT / name).is_file()
 
 
+def test_pip_installs_from_the_repository_of_the_project():
+    addresses = re.findall(r"git\+(https://\S+?)\"", "".join(PAGES.values()))
+    assert set(addresses) == {PYPROJECT["project"]["urls"]["Repository"]}
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_to_files_and_headings_resolve(name):
     assert broken_links(name, PAGES[name]) == []

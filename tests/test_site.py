@@ -149,6 +149,24 @@ def test_the_build_refuses_a_name_without_an_entry(monkeypatch):
     assert extension.without_entry(names - {"regjax.curvature.hvp"}) == ["regjax.curvature.hvp"]
 
 
+def test_plain_docstrings_become_markup(monkeypatch):
+    monkeypatch.syspath_prepend(TOP / "docs" / "_extensions")
+    extension = importlib.import_module("plain_docstrings")
+    plain = """Takes `hessian`s of |w|, and `b c`
+of *batch.
+
+    y = |x| * 2
+
+  >>> print("`2`")
+"""
+    assert extension.rst_of(plain.split("\n"), "regjax.curvature") == [
+        r"Takes :py:obj:`hessian <regjax.curvature.hessian>`\ s of \|w\|, and ``b c``",
+        r"of \*batch.", "",
+        ".. code-block:: none", "   :class: formula", "", "   y = |x| * 2", "   ", "",
+        '  >>> print("`2`")', "",
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:

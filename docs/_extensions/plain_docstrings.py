@@ -23,12 +23,16 @@ def rst_of(lines: list[str], room: str) -> list[str]:
         if kind == "text":
             pieces = CODE.split("\n".join(block))
             pieces[::2] = [MARKUP.sub(r"\\\g<0>", piece) for piece in pieces[::2]]
-            pieces[1::2] = [_code(piece, room) for piece in pieces[1::2]]
+            for index in range(1, len(pieces), 2):
+                # An escaped space where a letter follows, as in `name`s; none at the end of a line.
+                before, after = pieces[index - 1][-1:].strip(), pieces[index + 1][:1].strip()
+                code = _code(pieces[index], room)
+                pieces[index] = "\\ " * bool(before) + code + "\\ " * bool(after)
             result += "".join(pieces).split("\n")
         elif kind == "formula":
-            indent = " " * _indent(block[0])
-            result += [f"{indent[:-2]}.. code-block:: none", f"{indent[:-2]}   :class: formula", ""]
-            result += [f"  {line}" for line in block] + [""]
+            base = " " * _indent(next(filter(_is_full, reversed(result)), ""))
+            result += [f"{base}.. code-block:: none", f"{base}   :class: formula", ""]
+            result += [f"{base}   {line[_indent(block[0]) :]}" for line in block] + [""]
         else:
             result += block
     return result
@@ -37,8 +41,7 @@ def rst_of(lines: list[str], room: str) -> list[str]:
 def _code(piece: str, room: str) -> str:
     text = " ".join(piece.strip("`").split())
     target = address_of(text.removesuffix("()"), room)
-    # The escaped spaces let a letter follow: `name`s.
-    return rf"\ :py:obj:`{text} <{target}>`\ " if target else rf"\ ``{text}``\ "
+    return f":py:obj:`{text} <{target}>`" if target else f"``{text}``"
 
 
 def _blocks(lines: list[str]) -> Iterator[tuple[str, list[str]]]:

@@ -30,16 +30,16 @@ def load(
     - `digits`: the 8 x 8 images of scikit-learn, 1497 to train and 300 to test, in a stratified
       split that is always the same. Grey levels 0 to 16 are multiplied by 15, which is exact.
     - `fashion_mnist`, `mnist`: IDX files (plain or .gz) in `data_dir`. Without `data_dir` the
-    folder is that of the environment variable REGJAX_DATA, or for fashion_mnist
-    /usr/share/datasets/fashion-mnist of Debian's package dataset-fashion-mnist. The files are in
-    this folder or in its subfolder with the name of the data set. Their SHA-256 is checked. - a
-    name that ends in `.npz`: a file with this path. It contains the arrays `train_inputs` and
-    `test_inputs`, uint8 or floating point, of shape (examples, height, width, channels), (examples,
-    height, width) or (examples, features), and the integer arrays `train_targets` and
-    `test_targets` of shape (examples,), with classes from 0 on. - any other name: a data set of
-    TensorFlow Datasets, `name[/config][:version]`, with the splits `train` and `test` and the
-    features `image` and `label`. It must already be prepared as ArrayRecord in `data_dir`, in the
-    folder of REGJAX_DATA, or where TensorFlow Datasets looks.
+      folder is that of the environment variable REGJAX_DATA, or for fashion_mnist
+      /usr/share/datasets/fashion-mnist of Debian's package dataset-fashion-mnist. The files are in
+      this folder or in its subfolder with the name of the data set. Their SHA-256 is checked.
+    - a name that ends in `.npz`: a file with this path. It contains the arrays `train_inputs` and
+      `test_inputs`, uint8 or floating point, of shape (examples, height, width, channels),
+      (examples, height, width) or (examples, features), and the integer arrays `train_targets` and
+      `test_targets` of shape (examples,), with classes from 0 on.
+    - any other name: a data set of TensorFlow Datasets, `name[/config][:version]`, with the splits
+      `train` and `test` and the features `image` and `label`. It must already be prepared as
+      ArrayRecord in `data_dir`, in the folder of REGJAX_DATA, or where TensorFlow Datasets looks.
 
     Example:
       >>> dataset = experiments.load("digits", num_train=256, num_test=64)
