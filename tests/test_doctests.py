@@ -1,13 +1,12 @@
 """Every public function, and every class that a user makes, has an example that is true.
 
 The examples are Python's own doctests in a section `Example:`. They assume the lines of `SESSION`,
-as the docstring of `regjax` says. Names that have no example yet stand in without_example.txt.
+as the docstring of `regjax` says.
 """
 
 import doctest
 import importlib
 import inspect
-import pathlib
 import pydoc
 import re
 
@@ -37,8 +36,6 @@ np.set_printoptions(precision=3, suppress=True)
 MADE_BY_US = ("Result", "State", "Error", "Interrupted", "MonitorPoint")
 FRAMEWORKS = {f"regjax.from_{name}": name for name in ("equinox", "haiku", "keras")}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-PAGE = pathlib.Path(__file__).parent / "without_example.txt"
-WITHOUT = PAGE.read_text().split() if PAGE.exists() else []
 
 
 def public_names():
@@ -94,18 +91,13 @@ def sections_of(text):
 def test_examples_are_there_and_true(name):
     value = NAMES[name]
     tests = examples_of(name, value)
-    assert bool(tests) != (name in WITHOUT), "without_example.txt"
+    assert tests, f"{name} has no example"
     if name in FRAMEWORKS:
         pytest.importorskip(FRAMEWORKS[name])
     for test in tests:
         assert sections_of(test.docstring) == ["Example:"]
         said = failures_of(test)
         assert not said, said
-
-
-def test_the_list_of_names_without_an_example_is_sorted_and_has_no_strangers():
-    assert sorted(set(WITHOUT)) == WITHOUT
-    assert set(WITHOUT) <= set(NAMES)
 
 
 def test_a_wrong_and_a_missing_example_are_found():
