@@ -44,7 +44,11 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
 
     @functools.wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        given = signature.bind(*args, **kwargs).arguments
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            remedy = "; as in key=jax.random.key(0)" if str(error).endswith("'key'") else ""
+            raise TypeError(f"`{_form(function.__name__, signature)}`: {error}{remedy}.") from None
         for name, rule in rules.items():
             value = given.get(name)
             # What None means is the function's own.
@@ -60,6 +64,21 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
 
     call.__dict__["checks"] = tuple(rules)
     return call
+
+
+def _form(name: str, signature: inspect.Signature) -> str:
+    """Writes how a function is called: what it needs, and "..." for what it can do without."""
+    texts = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            texts.append(f"*{parameter.name}")
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                texts.append(f"{parameter.name}=")
+            else:
+                texts.append(parameter.name)
+    more = len(texts) < len(signature.parameters)
+    return f"{name}({', '.join(texts + ['...'] * more)})"
 
 
 def _parameters(name: str, value: Any, given: Mapping[str, Any]) -> None:
