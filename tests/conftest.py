@@ -10,6 +10,7 @@ that came out the same. So all processes of a run share a cache on disk, which g
 """
 
 import collections
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -33,6 +34,8 @@ os.environ.setdefault(
 import jax
 import pytest
 
+from tests import contexts
+
 # Every compiled function maps memory, and Linux ends a process at 65530 mappings.
 _MAX_MAPPINGS = 15_000
 _MAPPINGS = pathlib.Path("/proc/self/maps")
@@ -51,6 +54,9 @@ if jax.config.jax_compilation_cache_dir is None:
     ):
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+# Most of what is made while a program is traced lives long: collect less often than by default.
+gc.set_threshold(20_000, 20, 20)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -91,6 +97,11 @@ def pytest_runtest_setup(item):
         jax.config.update(_OPTION, quick)
         # The option is no part of the key under which jit remembers what it compiled.
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_context():
+    contexts.share()
 
 
 @pytest.fixture(autouse=True, scope="module")
