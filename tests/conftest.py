@@ -11,30 +11,20 @@ that came out the same. So all processes of a run share a cache on disk, which g
 
 import collections
 import gc
-import importlib.metadata
 import os
 import pathlib
 import shutil
 import signal
 import tempfile
 
+from tests import quick
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# A release that does not know a flag ends the process. Programs are too small to be compiled in
-# parts; 0.10 compiles a third longer with these emitters.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    {
-        "0.10": "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false",
-        "0.12": "--xla_cpu_parallel_codegen_split_count=1",
-    }.get(".".join(importlib.metadata.version("jaxlib").split(".")[:2]), ""),
-)
+os.environ.update(quick.ENVIRONMENT | os.environ)
 import jax
 import pytest
-
-from tests import contexts
 
 # Every compiled function maps memory, and Linux ends a process at 65530 mappings.
 _MAX_MAPPINGS = 15_000
@@ -101,7 +91,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def _shared_context():
-    contexts.share()
+    quick.share_context()
 
 
 @pytest.fixture(autouse=True, scope="module")

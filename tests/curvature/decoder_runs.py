@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import regjax
 from examples import decoder
 from regjax import curvature
-from tests import contexts
+from tests import quick
 
 LAYERS = ("scanned", "apart")
 WAYS = ("whole", "chunks of 3", "chunks of 4", "stream of 4")
@@ -136,7 +136,7 @@ def distance(name, expected, order):
 
 
 def main():
-    contexts.share()
+    quick.share_context()
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_enable_x64", True)
     expected, order = oracle()

@@ -23,7 +23,7 @@ from regjax.curvature import _assessment, _eigen
 from regjax.curvature._engine import _basis
 from regjax.curvature._operators import _curvature, _traced
 from regjax.experiments import SpectrumSettings, _analysis, _inputs, _network
-from tests import contexts
+from tests import quick
 from tests.experiments.test_training import make_dataset
 
 # Rows lie in several blocks, as those of large networks do.
@@ -455,7 +455,7 @@ def check_processes():
 
 
 def main(names, devices, processes=1, index=0, port=0):
-    contexts.share()
+    quick.share_context()
     jax.config.update("jax_num_cpu_devices", int(devices))
     if int(processes) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(index))
