@@ -1,6 +1,8 @@
 """Small pieces of arithmetic that are easily written wrong: guarded division, errors, parts."""
 
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,14 @@ from jax.typing import ArrayLike
 from regjax import _tree
 from regjax._base import Params, Tree
 
-# Outside of a jit one program in place of many; inside, the same operations as without.
-_together = functools.partial(jax.jit, inline=True)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _together(function: _Function) -> _Function:
+    """Makes a function one program outside of a jit; inside, the same operations as without."""
+    return cast(_Function, jax.jit(function, inline=True))
+
+
 _along_axes = functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 
 

@@ -449,9 +449,10 @@ QUICK = (
 
 def check_processes():
     """The single process's answer, which each finds by itself on its own device."""
-    alone, together = both(chunk_size=3 if jax.process_count() == 2 else None)
-    assert together.placement.mesh.size == len(jax.devices()) > len(jax.local_devices())
-    close(eigenvalues(together), curvature.exact_spectrum(alone)[:-4:-1])
+    for chunk_size in (None, 3):
+        alone, together = both(chunk_size=chunk_size)
+        assert together.placement.mesh.size == len(jax.devices()) > len(jax.local_devices())
+        close(eigenvalues(together), curvature.exact_spectrum(alone)[:-4:-1])
 
 
 def main(names, devices, processes=1, index=0, port=0):
