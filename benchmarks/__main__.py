@@ -15,12 +15,11 @@ import jax
 import tqdm
 import tyro
 
-from benchmarks import _claims, _timing, reach, speed
+from benchmarks import _claims, _papers, _timing, reach, speed
 
 _Found = TypeVar("_Found")
 
 _RESULTS = pathlib.Path(__file__).parent / "results"
-_README = pathlib.Path(__file__).parent / "README.md"
 # The bars of the project were measured with two; a wider machine must not change who wins.
 _NUM_CORES = 2
 
@@ -46,6 +45,11 @@ class Claims:
     the paper's own size where it needs an accelerator (batch_entropy: 500 layers)."""
     only: str | None = None
     """Run only the claims with this in their name."""
+    redraw: bool = False
+    """Judge and draw again what is recorded, without a run: minutes for all, seconds with --only.
+    The preset is then cpu unless it is gpu."""
+    summary: bool = False
+    """Write the tables of verdicts in benchmarks/README.md and docs/papers again; run nothing."""
     out: pathlib.Path | None = None
     """Folder of claims.json, the figures and the runs. Default: benchmarks/results, or its gpu."""
 
@@ -65,6 +69,8 @@ class Reach:
     """Compile what is in the records already as well."""
     measure: bool = False
     """Run the programs of the devices of this machine instead, beside what was compiled."""
+    redraw: bool = False
+    """Write table and figure of what is recorded again; compile nothing."""
     out: pathlib.Path | None = None
     """Folder of reach.jsonl, the table and the figure. Default: benchmarks/results, or nowhere."""
 
@@ -81,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_reach(command: Reach) -> int:
     """Compiles the cases one after the other; returns 1 if none of them compiled."""
+    if command.redraw:
+        reach.conclude(_RESULTS if command.out is None else command.out)
+        return 0
     found = {case.name: case for case in reach.cases(command.preset, measure=command.measure)}
     chosen = _chosen(found, command.only)
     if not chosen:
@@ -103,9 +112,14 @@ def run_reach(command: Reach) -> int:
 
 
 def run_claims(command: Claims) -> int:
-    """Runs the claims and writes their verdicts, into this folder's README too by default."""
+    """Runs the claims and writes their verdicts, by default into the tables for readers too."""
+    if command.summary:
+        _papers.write()
+        return 0
     if command.preset == "gpu" and jax.default_backend() == "cpu":
         return _fail("`--preset` must be smoke or cpu without an accelerator, got gpu.")
+    if command.redraw and command.preset == "smoke":
+        command = dataclasses.replace(command, preset="cpu")
     found = _claims.find_claims()
     chosen = _chosen(found, command.only)
     if not chosen:
@@ -117,16 +131,25 @@ def run_claims(command: Claims) -> int:
     default = _RESULTS / "gpu" if command.preset == "gpu" else _RESULTS
     out = default if command.out is None else command.out
     out.mkdir(parents=True, exist_ok=True)
+    runs = out / "claims_runs.jsonl"
     for name, claim in chosen.items():
-        with tqdm.tqdm(desc=name) as bar:
-            records = _claims.collect(
-                claim, command.preset, out / "claims_runs.jsonl", functools.partial(_show, bar)
-            )
+        if command.redraw:
+            records, wanted = _claims.kept(claim, command.preset, runs)
+            if len(records) < wanted:
+                return _fail(
+                    f"{runs} has {len(records)} of the {wanted} runs of {name}; without --redraw "
+                    "the others are run."
+                )
+        else:
+            with tqdm.tqdm(desc=name) as bar:
+                records = _claims.collect(
+                    claim, command.preset, runs, functools.partial(_show, bar)
+                )
         entry = _claims.conclude(claim, command.preset, records, out)
         for verdict in entry["verdicts"]:
             print(f"{name}: {verdict['verdict']}\n  {verdict['evidence']}", flush=True)
     if out == _RESULTS:
-        _claims.update_readme(_README, json.loads((out / "claims.json").read_text()))
+        _papers.write()
     return 0
 
 

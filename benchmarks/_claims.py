@@ -1,4 +1,4 @@
-"""Claims: runs that are kept, verdicts that are drawn from all of them, a table and figures.
+"""Claims: runs that are kept, verdicts that are drawn from all of them, and figures.
 
 A claim module has `CLAIM`, a `Claim`. Every run is one line of claims_runs.jsonl as soon as it is
 done, so that an interrupted command goes on where it stopped.
@@ -16,7 +16,6 @@ import numpy as np
 
 Settings = Mapping[str, Any]
 Record = dict[str, Any]
-TABLE_START, TABLE_END = "<!-- claims -->", "<!-- end of claims -->"
 
 
 class Verdict(NamedTuple):
@@ -42,7 +41,7 @@ class Claim(NamedTuple):
       settings: preset -> the settings of all runs, each with its seed.
       run: settings -> numbers by name.
       judge: records (settings and numbers in one) -> verdicts.
-      draw: (records, figure of matplotlib) -> None.
+      draw: (records, figure of matplotlib) -> what points and bars are, in a sentence.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Claim(NamedTuple):
     settings: Callable[[str], Sequence[Settings]]
     run: Callable[[Settings], Mapping[str, float]]
     judge: Callable[[Sequence[Record]], Sequence[Verdict]]
-    draw: Callable[[Sequence[Record], Any], None]
+    draw: Callable[[Sequence[Record], Any], str]
 
 
 def find_claims() -> dict[str, Claim]:
@@ -72,7 +71,7 @@ def collect(
     records, wanted = [], claim.settings(preset)
     for i, settings in enumerate(wanted):
         report(i, len(wanted))
-        key = json.dumps([claim.name, preset, dict(settings)], sort_keys=True)
+        key = _key(claim, preset, settings)
         if key not in known:
             known[key] = {**settings, **claim.run(settings)}
             _append(path, {"key": key, "record": known[key]})
@@ -81,47 +80,48 @@ def collect(
     return records
 
 
-def conclude(claim: Claim, preset: str, records: Sequence[Record], folder: pathlib.Path) -> Record:
-    """Writes the figure and the claim's entry of claims.json, and returns the entry."""
-    from matplotlib.figure import Figure
+def kept(claim: Claim, preset: str, path: pathlib.Path) -> tuple[list[Record], int]:
+    """The records of a preset as far as `path` holds them, and how many there should be."""
+    known = _read(path)
+    keys = [_key(claim, preset, settings) for settings in claim.settings(preset)]
+    return [known[key] for key in keys if key in known], len(keys)
 
-    figure = Figure(figsize=(6.8, 2.6), dpi=200, layout="constrained")
-    claim.draw(records, figure)
-    figure.savefig(folder / f"claim_{claim.name}.png")
-    entry = {
+
+def conclude(claim: Claim, preset: str, records: Sequence[Record], folder: pathlib.Path) -> Record:
+    """Writes the figure and the claim's entry of claims.json, and returns the entry.
+
+    The date of an entry is that of the runs: it stays where the verdicts do.
+    """
+    entry: Record = {
         "paper": claim.paper,
         "statement": claim.statement,
         "printed": claim.printed,
         "preset": preset,
         "runs": len(records),
         "verdicts": [verdict._asdict() for verdict in claim.judge(records)],
-        "date": datetime.date.today().isoformat(),
     }
+    draw(claim, records, entry["verdicts"], folder / f"claim_{claim.name}.png")
     path = folder / "claims.json"
     entries = json.loads(path.read_text()) if path.exists() else {}
+    old = entries.get(claim.name, {})
+    same = all(old.get(name) == entry[name] for name in ("preset", "runs", "verdicts"))
+    entry["date"] = old["date"] if same else datetime.date.today().isoformat()
     entries[claim.name] = entry
     path.write_text(json.dumps(dict(sorted(entries.items())), indent=1, ensure_ascii=False) + "\n")
     return entry
 
 
-def table(entries: Mapping[str, Record]) -> str:
-    """All verdicts as a table in Markdown."""
-    lines = ["| claim | verdict | evidence |", "|---|---|---|"]
-    for name, entry in entries.items():
-        first = f"[{name}](results/claim_{name}.png), {entry['paper']}: {entry['statement']}"
-        for verdict in entry["verdicts"]:
-            # A bar would end the cell.
-            cells = (text.replace("|", r"\|") for text in (first, *verdict.values()))
-            lines.append(f"| {' | '.join(cells)} |")
-            first = ""
-    return "\n".join(lines)
+def draw(
+    claim: Claim, records: Sequence[Record], verdicts: Sequence[Any], path: pathlib.Path
+) -> None:
+    """Writes the claim's figure: its panels, with the claim and the verdicts above them."""
+    from matplotlib.figure import Figure
 
+    from benchmarks.claims import _frame
 
-def update_readme(path: pathlib.Path, entries: Mapping[str, Record]) -> None:
-    """Puts the table between its marks."""
-    text = path.read_text()
-    start, end = text.index(TABLE_START) + len(TABLE_START), text.index(TABLE_END)
-    path.write_text(f"{text[:start]}\n{table(entries)}\n{text[end:]}")
+    figure = Figure(figsize=(_frame.WIDTH, 2.2), dpi=200, layout="constrained")
+    note = claim.draw(records, figure)
+    _frame.save(figure, path, claim=claim.statement, verdicts=verdicts, note=note)
 
 
 def select(records: Sequence[Record], **values: Any) -> list[Record]:
@@ -148,6 +148,10 @@ def numbers(records: Sequence[Record], name: str) -> np.ndarray:
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """Mean and standard error over the seeds."""
     return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def _key(claim: Claim, preset: str, settings: Settings) -> str:
+    return json.dumps([claim.name, preset, dict(settings)], sort_keys=True)
 
 
 def _read(path: pathlib.Path) -> dict[str, Record]:

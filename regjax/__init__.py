@@ -1,24 +1,34 @@
-"""regjax: regularisation, normalization and the loss landscape in JAX.
+"""Regularisation, normalization and the curvature of the loss, for JAX.
 
-A function lives in the room that is named for what it returns:
+Functions are grouped by what they return; each group is a subpackage, loaded on first use:
 
-    curvature        a matrix known by its products, or something spectral made from one
+    curvature        a matrix that is known by its products, or something spectral made from one
     transforms       an optax gradient transformation
     schedules        a schedule, or a rule for a learning rate
     regularizers     a scalar to add to a loss
-    normalization    a Flax module, or the pure statistics under it
+    normalization    a Flax module, or the statistics that it computes
     initializers     initial parameters
-    pruning          scores or masks of units, and networks without them
-    diagnostics      a report that changes nothing
-    models           a network with known dynamics, or a small standard one
-    plots            a figure
+    pruning          scores and masks of units, and networks without them
+    diagnostics      a measurement, which never changes the model
+    models           a small standard network, or one whose dynamics are known
+    plots            a matplotlib figure
     experiments      data, a training run, a command
 
-A room is imported when it is first used.
+This level has the adapters (`from_nnx`, `from_linen`, `from_equinox`, `from_haiku`, `from_keras`),
+which turn a model into a pure function, and a few declarations: how a loss averages over its
+examples (`WeightedMean`, `assume_separable`), which parameters count (`subset`), and what the axes
+of parameters mean (`Layout`).
+
+The examples in the docstrings assume these lines:
+
+    import jax, jax.numpy as jnp, numpy as np, optax, regjax
+    from flax import linen, nnx
+    from regjax import curvature, transforms  # and likewise the other subpackages
+    np.set_printoptions(precision=3, suppress=True)
 """
 
-import importlib
-from types import ModuleType
+import importlib as _importlib
+from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING
 
 from regjax import typing as typing
@@ -56,6 +66,7 @@ if TYPE_CHECKING:
 del TYPE_CHECKING  # no name of ours
 
 __version__ = "0.1.0"
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists
 
 _ROOMS = (
     *("curvature", "transforms", "schedules", "regularizers", "normalization", "initializers"),
@@ -63,9 +74,9 @@ _ROOMS = (
 )
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> _ModuleType:
     if name in _ROOMS:
-        return importlib.import_module(f"regjax.{name}")
+        return _importlib.import_module(f"regjax.{name}")
     raise AttributeError(f"module 'regjax' has no attribute {name!r}")
 
 

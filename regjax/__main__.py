@@ -15,17 +15,16 @@ from regjax._files import CheckpointError, MissingError
 from regjax.experiments import (
     _compare,
     _compiled,
+    _contents,
     _help,
     _landscape_run,
-    _monitor_report,
     _record,
     _report,
-    _seeds,
     _spectrum_run,
 )
 from regjax.experiments._data import DataError
 from regjax.experiments._effects import check_effects
-from regjax.experiments._folder import CHECKPOINT, out_dir
+from regjax.experiments._folder import CHECKPOINT, PAGE, out_dir
 from regjax.experiments._options import UsageError
 from regjax.experiments._progress import Bar
 from regjax.experiments._settings import (
@@ -37,13 +36,14 @@ from regjax.experiments._settings import (
     is_comparison,
     replace,
 )
+from regjax.experiments._table import Contents, text
 from regjax.experiments._training import TrainingError, read_run
 from regjax.experiments._validation import validate
 from regjax.experiments._words import COMMANDS, check_command, given_options, parse
 
 # Exit statuses, as `--help` lists them.
 _DONE, _NOT_LEARNED, _REFUSED, _FAULT, _INTERRUPTED = 0, 1, 2, 70, 130
-_PACKAGES = ("tyro", "tqdm", "matplotlib")
+_PACKAGES = ("tyro", "tqdm", "matplotlib", "jinja2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,44 +93,33 @@ def _run(words: list[str], bar: Bar) -> int:
         compared = [*_compare.compared_settings(settings).values()]
     check_effects(given_options(command, own), settings, compared)
     try:
-        text, learned = _results(settings, bar)
+        contents, learned = _results(settings, bar)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; {out_dir(settings)} holds what was computed, --resume goes on."
         ) from None
     bar.close()
-    _show(f"{text}\n\nResults are in {out_dir(settings)}.")
+    page = out_dir(settings) / PAGE
+    _show(
+        f"{text(contents)}\n\nResults are in {page.parent}.\n"
+        f"{page} shows them in a browser and says what each number means."
+    )
     return _DONE if learned else _NOT_LEARNED
 
 
-def _results(settings: TrainSettings, bar: Bar) -> tuple[str, bool]:
+def _results(settings: TrainSettings, bar: Bar) -> tuple[Contents, bool]:
     """Runs what `settings` describe; returns what is to be printed, and whether all learned."""
     if is_comparison(settings):
         records = _compare.run_compare(settings, bar)
         learned = all(_report.has_learned(record) for of in records.values() for record in of)
-        return _compared_text(settings, records), learned
+        return _contents.compared_contents(records), learned
     if isinstance(settings, LandscapeSettings):
         record = _landscape_run.run_landscape(settings, bar)
-        parts = [_report.training_text(record), _report.landscape_text(record)]
     elif isinstance(settings, SpectrumSettings):
         record = _spectrum_run.run_spectrum(settings, bar)
-        parts = [_report.training_text(record), _report.spectrum_text(record)]
     else:
         record = _spectrum_run.run_train(settings, bar)
-        parts = [_report.training_text(record)]
-    if "monitor" in record:
-        parts.append(_monitor_report.monitor_text(record))
-    return "\n\n".join(parts), _report.has_learned(record)
-
-
-def _compared_text(settings: TrainSettings, records: dict[str, list[_record.Record]]) -> str:
-    if settings.seeds > 1:
-        return _seeds.seeds_text(records)
-    text = _report.trainings_text
-    if isinstance(settings, SpectrumSettings | LandscapeSettings):
-        is_spectrum = isinstance(settings, SpectrumSettings)
-        text = _report.comparison_text if is_spectrum else _report.landscapes_text
-    return text(_compare.first_seeds(records))
+    return _contents.run_contents(record), _report.has_learned(record)
 
 
 def _chosen(command: str, words: list[str]) -> TrainSettings:
@@ -157,7 +146,9 @@ def _from_checkpoint(command: str, words: list[str], settings: TrainSettings) ->
         stored, _, _ = read_run(path)
     except MissingError:
         if not settings.resume:
-            raise
+            raise UsageError(
+                f"--checkpoint needs the checkpoint of a training run, and there is none at {path}."
+            ) from None
         raise UsageError(
             f"--resume needs a checkpoint, and there is none at {path}: give --out, or all options "
             "of the run to go on with."

@@ -25,43 +25,46 @@ from regjax import _checks, _layouts
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Loss, ModelFn, OutputLossFn, Params, PRNGKey, State, Tree, Wrapper
+from regjax._printing import legible
 from regjax._runners import Apply, ApplyFn, CallableRunner, Run, Static
 
 _MODES = ("evaluation", "train", "train_per_chunk")
 
 
+@legible
 class Model(NamedTuple):
-    """A model as plain trees, from an adapter or made by hand of any other code.
+    """A model as a pure function on plain trees, from an adapter or made by hand.
 
-        def apply(params, state, inputs, *, train, key=None):
-            hidden = inputs @ params["first"]
-            mean = hidden.mean(0) if train else state["mean"]
-            hidden = jax.nn.relu(hidden - mean)
-            if train and key is not None:
-                hidden = 2 * hidden * jax.random.bernoulli(key, 0.5, hidden.shape)
-            new_state = {"mean": 0.9 * state["mean"] + 0.1 * mean} if train else state
-            return hidden @ params["last"], new_state
-
-        model = regjax.Model(apply, params, state, has_batch_statistics=True)
-        loss_fn = regjax.model_loss(model, output_loss_fn, mode="train", key=key)
+    Example:
+      >>> def apply(params, state, inputs, *, train, key=None):
+      ...     mean = inputs.mean(0) if train else state["mean"]
+      ...     new_state = {"mean": 0.9 * state["mean"] + 0.1 * mean} if train else state
+      ...     return (inputs - mean) @ params, new_state
+      >>> params, state = jnp.array([1.0, 2.0]), {"mean": jnp.zeros(2)}
+      >>> model = regjax.Model(apply, params, state, has_batch_statistics=True)
+      >>> inputs = jnp.array([[1.0, 0.0], [3.0, 0.0]])
+      >>> print(regjax.model_function(model)(params, inputs))  # the stored mean, 0
+      [1. 3.]
+      >>> print(regjax.model_function(model, mode="train")(params, inputs))  # the batch's mean, 2
+      [-1.  1.]
 
     Attributes:
-      apply: (params, state, inputs, *, train, key=None) -> (outputs, new state); pure and hashable:
-        a function of a module, not one that is made anew for each call, or all compiles again. The
-        new state has the structure of `state`; in evaluation mode it is `state`. That of an adapter
-        is equal for equal modules, and raises ValueError where `params` or `state` have not the
+      apply: (params, state, inputs, *, train, key=None) -> (outputs, new state), a pure function.
+        It must be hashable and the same object at each call, or all compiles again. The new state
+        has the structure of `state`; in evaluation mode it is `state`. The `apply` of an adapter is
+        equal for equal modules, and raises ValueError where `params` or `state` do not have the
         structure of the model's own.
-      params: tree of real floating-point arrays: nested dicts, and of Equinox the module with None
-        for all else. Lists of nnx layers keep their integer keys: nnx takes the leaves in sorted
-        order, and as strings "10" would come before "2".
+      params: tree of real floating-point arrays. Adapters make nested dicts; that of Equinox makes
+        the module with None for everything else. Lists of nnx layers keep their integer keys: nnx
+        takes the leaves in sorted order, and as strings "10" would come before "2".
       state: tree of everything else: batch statistics, generator keys and counts, arrays that are
         carried along; {} for nothing.
       has_batch_statistics: whether in train mode an output depends on the other examples of the
         batch, by batch statistics or otherwise.
-      has_generators: whether `state` holds generators of random numbers, so that train mode draws
-        from them where it is given no key.
-      layout: what the axes of `params` are for (`guess_layout`), as far as the layers and the names
-        tell: to be given as `layout` to whatever has filters, layers or blocks.
+      has_generators: whether `state` holds generators of random numbers. Train mode then draws from
+        them when it is given no key.
+      layout: what the axes of `params` are for (see `guess_layout`), as far as the layers and the
+        names tell. Pass it as `layout` to functions that work on filters, layers or blocks.
     """
 
     apply: ApplyFn
@@ -75,6 +78,11 @@ class Model(NamedTuple):
 @checked
 def from_callable(function: ModelFn, params: Params, state: State = None) -> Model:
     """Turns a pure function into a `Model`.
+
+    Example:
+      >>> model = regjax.from_callable(lambda params, inputs: inputs @ params, jnp.ones(2))
+      >>> print(regjax.model_function(model)(model.params, jnp.array([[1.0, 2.0]])))
+      [3.]
 
     Args:
       function: (params, inputs) -> outputs; the same object again compiles nothing again.
@@ -160,16 +168,30 @@ class ModelLoss(Wrapper):
 def model_function(
     model: Model, *, mode: str = "evaluation", key: PRNGKey | None = None
 ) -> ModelFunction:
-    """Binds state and mode: the model as (params, inputs) -> outputs.
+    """Binds the state and the mode of a model, which gives (params, inputs) -> outputs.
+
+    The mode says which statistics a batch norm uses, and with that which network is looked at:
+    "evaluation" takes the stored ones, "train" those of the whole batch, which are differentiated,
+    and "train_per_chunk" those of each chunk of the data.
+
+    Example:
+      >>> net = nnx.BatchNorm(1, use_fast_variance=False, rngs=nnx.Rngs(0))
+      >>> model = regjax.from_nnx(net)
+      >>> inputs = jnp.array([[1.0], [3.0]])
+      >>> print(regjax.model_function(model)(model.params, inputs).ravel())  # the stored mean, 0
+      [1. 3.]
+      >>> model_fn = regjax.model_function(model, mode="train")
+      >>> print(model_fn(model.params, inputs).ravel())  # the batch's mean, 2
+      [-1.  1.]
 
     Args:
       model: from one of the adapters.
-      mode: "evaluation", "train" or "train_per_chunk" (see the module's text).
-      key: typed key of dropout in train mode: one mask for all products, as a symmetric Hessian
-        needs; it covers the whole batch, whose examples couple by that. None without dropout.
+      mode: "evaluation", "train" or "train_per_chunk".
+      key: typed key for dropout in train mode: one mask for all products, as a symmetric Hessian
+        needs. The mask covers the whole batch, so the examples are coupled. None without dropout.
 
     Returns:
-      A `ModelFunction`: a pytree, to be passed through `jax.jit` as an argument.
+      A `ModelFunction`, a pytree, to be passed through `jax.jit` as an argument.
 
     Raises:
       ValueError: `mode` is unknown.
@@ -193,17 +215,25 @@ def model_loss(
     mode: str = "evaluation",
     key: PRNGKey | None = None,
 ) -> ModelLoss:
-    """Binds state and mode: the model's loss as (params, inputs, targets) -> scalar.
+    """Binds the state and the mode of a model to its loss: (params, inputs, targets) -> scalar.
+
+    Example:
+      >>> model = regjax.from_callable(lambda params, inputs: inputs @ params, jnp.zeros(2))
+      >>> squared_error = lambda outputs, targets: jnp.mean((outputs - targets) ** 2)
+      >>> loss_fn = regjax.model_loss(model, squared_error)
+      >>> print(loss_fn(model.params, jnp.eye(2), jnp.array([1.0, 2.0])))  # (1 + 4) / 2
+      2.5
 
     Args:
       model: from one of the adapters.
-      output_loss_fn: (outputs, targets) -> scalar, the mean over the examples, or a
-        `WeightedMean`; hashable and static.
-      mode: as in `model_function`.
-      key: as in `model_function`.
+      output_loss_fn: (outputs, targets) -> scalar, the mean over the examples, or a `WeightedMean`;
+        hashable and static.
+      mode: "evaluation", "train" or "train_per_chunk"; which statistics a batch norm uses (see
+        `model_function`).
+      key: typed key for dropout in train mode (see `model_function`); None without dropout.
 
     Returns:
-      A `ModelLoss`: a pytree, to be passed through `jax.jit` as an argument.
+      A `ModelLoss`, a pytree, to be passed through `jax.jit` as an argument.
 
     Raises:
       ValueError: `mode` is unknown.

@@ -21,18 +21,24 @@ params -> such a tree, or None."""
 class Layout:
     """Says what the axes of an array of parameters are for.
 
-    A kernel of flax, (inputs, outputs), is `Layout(inputs=0, outputs=1)`, one of Equinox
-    `Layout(inputs=1, outputs=0)`; `Layout(stack=0)` is what `nnx.scan` and `nnx.vmap` make, a
-    layer's array for each index of axis 0, and `Layout(stack=1)` what MaxText makes. Every other
-    axis is that of inputs or of outputs: those that are named leave the rest to the other, and
-    where none of them is named the outputs are the last axis, for the names that flax, Keras,
-    Haiku and Equinox know what their layers have there (heads and features of attention, say).
+    A kernel of flax, (inputs, outputs), is `Layout(inputs=0, outputs=1)`, a kernel of Equinox
+    `Layout(inputs=1, outputs=0)`. `Layout(stack=0)` is what `nnx.scan` and `nnx.vmap` make: axis 0
+    counts the layers, and each index is the array of one layer. MaxText makes `Layout(stack=1)`.
 
-        params = {"layers": {"kernel": jnp.ones((4, 8, 16)), "bias": jnp.ones((4, 16))}}
-        layout = {"layers": regjax.Layout(stack=0)}
+    Every other axis belongs to the inputs or to the outputs. If one of the two is named, the rest
+    belongs to the other. If neither is named, the outputs are the last axis, or what flax, Keras,
+    Haiku and Equinox have there under the name of the array (heads and features of attention, say).
 
-    A tree of them need not name each array: one for an upper part of the tree holds for all below.
-    A pytree without leaves, so that it passes through `jax.jit`.
+    A tree of layouts need not name each array: a layout for an upper part of the tree holds for all
+    below. A layout is a pytree without leaves, so that it passes through `jax.jit`.
+
+    Example:
+      >>> params = {"layers": {"kernel": jnp.ones((4, 3, 3)), "bias": jnp.ones((4, 3))}}
+      >>> layout = {"layers": regjax.Layout(stack=0)}  # four layers in each array
+      >>> squares = lambda params: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+      >>> hessian = curvature.hessian(squares, params)
+      >>> print(list(curvature.by_block(hessian, depth=2, layout=layout)))
+      ['layers/0', 'layers/1', 'layers/2', 'layers/3']
 
     Attributes:
       stack: axes of layers, or of experts, from the outer one to the inner one; () for none.

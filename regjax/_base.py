@@ -76,12 +76,21 @@ An exception ends the run; it reaches the caller with the result so far as its `
 
 
 class WeightedMean(NamedTuple):
-    """A weighted mean that is not divided yet: what a loss returns in place of sum / weight.
+    """A weighted mean before the division: what a loss may return in place of sum / weight.
 
-    Of data in parts it is the sum of the sums over the sum of the weights, whereas the quotients of
-    the parts say too little. A masked mean over tokens is
-    `WeightedMean(jnp.sum(mask * nll), jnp.sum(mask))`. A tuple of several adds up: a mean over
-    tokens and a penalty that is a mean over something else.
+    Where data are split, the mean over all of them is the sum of the sums over the sum of the
+    weights; the quotients of the parts would not be enough. A loss may also return a tuple of
+    several weighted means, which are added, such as a mean over tokens and a penalty that is a mean
+    over something else.
+
+    Example:
+      >>> def loss_fn(params, errors, mask):  # a mean over the tokens that the mask keeps
+      ...     nll = (params * errors) ** 2
+      ...     return regjax.WeightedMean(jnp.sum(mask * nll), jnp.sum(mask))
+      >>> errors, mask = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 1.0, 0.0])
+      >>> hessian = curvature.hessian(loss_fn, jnp.ones(()), errors, mask, chunk_size=1)
+      >>> print(hessian.matvec(jnp.ones(())))  # 2 (1 + 4) / 2, chunk by chunk
+      5.0
 
     Attributes:
       sum: (), real floating point, the sum of weight times loss.
@@ -114,7 +123,17 @@ class ModelFn(Protocol):
 
 
 def couples_examples(function: Callable[..., Tree]) -> bool:
-    """Tells whether `function` says that it couples the examples of a batch.
+    """Tells whether `function` says that the output of an example depends on the other examples.
+
+    Functions that say so, such as a model with batch norm in train mode, cannot be split into
+    chunks of examples.
+
+    Example:
+      >>> model = regjax.from_nnx(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+      >>> regjax.couples_examples(regjax.model_function(model, mode="train"))
+      True
+      >>> regjax.couples_examples(regjax.model_function(model))  # stored statistics
+      False
 
     Args:
       function: a loss or a model, perhaps inside of `functools.partial` or `jax.tree_util.Partial`.

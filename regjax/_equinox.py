@@ -137,12 +137,19 @@ def from_equinox(
 ) -> Model:
     """Turns an Equinox module into a `Model`.
 
-        net, state = equinox.nn.make_with_state(Net)(key)
-        model = regjax.from_equinox(net, state)
-        net = equinox.combine(params, net)  # the way back
-
     The module sees one example at a time, `module(x)`, `module(x, state)`, with a key of its own as
-    `key=` where it takes one, and is mapped over the batch under the axis name of its batch norm.
+    `key=` where it takes one, and is mapped over the batch under the axis name of its batch norm. A
+    module with an `equinox.nn.State` comes from `equinox.nn.make_with_state(Net)(key)`, and
+    `equinox.combine(params, net)` makes a module of parameters again.
+
+    Example:
+      >>> import equinox
+      >>> net = equinox.nn.Linear(2, 1, key=jax.random.key(0))
+      >>> model = regjax.from_equinox(net)
+      >>> print(jax.tree.map(jnp.shape, model.params))
+      Linear(weight=(1, 2), bias=(1,), in_features=2, out_features=1, use_bias=True)
+      >>> print(regjax.model_function(model)(model.params, jnp.ones((5, 2))).shape)
+      (5, 1)
 
     Args:
       module: an `equinox.Module`, whose `inference` flags say that it does not train.

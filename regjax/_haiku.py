@@ -102,20 +102,29 @@ def from_haiku(
 ) -> Model:
     """Turns a Haiku function and its parameters into a `Model`.
 
-        network = haiku.transform_with_state(lambda x, is_training: ...)
-        params, state = network.init(key, x, is_training=True)
-        model = regjax.from_haiku(network, params, state)
+    A function with a state comes from `haiku.transform_with_state`, whose `init` gives `params` and
+    `state`; both are passed.
+
+    Example:
+      >>> import haiku
+      >>> network = haiku.without_apply_rng(haiku.transform(lambda x: haiku.Linear(1)(x)))
+      >>> inputs = jnp.ones((5, 2))
+      >>> model = regjax.from_haiku(network, network.init(jax.random.key(0), inputs))
+      >>> print(jax.tree.map(jnp.shape, model.params))
+      {'linear': {'b': (1,), 'w': (2, 1)}}
+      >>> print(regjax.model_function(model)(model.params, inputs).shape)
+      (5, 1)
 
     Args:
       transformed: from `haiku.transform` or `haiku.transform_with_state`; the same one again
         compiles nothing again.
       params: from its `init`: dicts by module and name.
-      state: likewise, with `transform_with_state`.
+      state: from the same `init`, with `transform_with_state`.
       call: (apply, inputs, **options) -> outputs, for functions of several inputs, with `apply` the
         function itself: `lambda apply, x, *, train: apply(x["ids"], x["mask"], is_training=train)`;
-        None: the function of the inputs. It is told of training by whichever of the keywords
+        None: the function of the inputs. It learns the mode from those of the keywords
         `train`, `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
-        `use_running_average`, `inference` and `is_eval` it takes.
+        `use_running_average`, `inference` and `is_eval` that it takes.
       wrt: which leaves are the parameters: a tree of bools like `params` or an upper part of it, or
         a function (path, leaf) -> bool, a path as ("mlp/~/linear_0", "w"); None: all. The others
         travel in the state, as integers and bools always do.
@@ -129,7 +138,7 @@ def from_haiku(
       TypeError: `transformed` is not from Haiku, `params` or `state` are no mapping, or a parameter
         is complex.
       ValueError: there is no parameter, or `wrt` chooses nothing. In a train mode later: the
-        function draws and gets no key, or cannot have heard of training.
+        function draws and gets no key, or takes no keyword that tells it the mode.
     """
     haiku = _calls.optional("haiku", "from_haiku")
     if not isinstance(transformed, (haiku.Transformed, haiku.TransformedWithState)):

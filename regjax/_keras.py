@@ -82,26 +82,33 @@ class KerasRunner:
 def from_keras(module: Callable[..., Tree], *, call: Call | None = None, wrt: Mask = None) -> Model:
     """Turns a Keras model into a `Model` of nested dicts, by the paths of its variables.
 
-        model = regjax.from_keras(module)
-        loss_fn = regjax.model_loss(model, output_loss_fn, mode="train", key=key)
+    The penalties of the layers are not part of the outputs. With this `call` they are:
 
-    Penalties of the layers are no part of the outputs: with
-    `call=lambda module, x, *, training: (module(x, training=training), module.losses)` they are.
+        call = lambda module, x, *, training: (module(x, training=training), module.losses)
+
+    Example:
+      >>> import keras
+      >>> module = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="dense")])
+      >>> model = regjax.from_keras(module)
+      >>> print(jax.tree.map(jnp.shape, model.params))
+      {'dense': {'bias': (1,), 'kernel': (2, 1)}}
+      >>> print(regjax.model_function(model)(model.params, jnp.ones((5, 2))).shape)
+      (5, 1)
 
     Args:
       module: a `keras.Model` or another layer, built, on the backend JAX. It is not changed, and
         its variables are read now: parameters of a model that trains on are passed by the caller.
       call: (module, inputs, **options) -> outputs; None: `module(inputs, training=...)`. `inputs`
-        and outputs are any trees of arrays whose leading axis is the examples. It is told of
-        training by whichever of the keywords `train`, `training`, `is_training`, `is_train`,
-        `enable_dropout`, `deterministic`, `use_running_average`, `inference` and `is_eval` it
+        and outputs are any trees of arrays whose leading axis is the examples. It learns the
+        mode from those of the keywords `train`, `training`, `is_training`, `is_train`,
+        `enable_dropout`, `deterministic`, `use_running_average`, `inference` and `is_eval` that it
         takes.
       wrt: which of the trainable variables are the parameters: a tree of bools like them or an
         upper part of it, or a function (path, leaf) -> bool, a path as ("dense", "kernel"); None:
         all. The others travel in the state, as integers and bools always do.
 
     Returns:
-      A `Model`: `params["dense"]["kernel"]` is the variable whose path in Keras is
+      A `Model`, of which `params["dense"]["kernel"]` is the variable whose path in Keras is
       "<name of the model>/dense/kernel". The state holds the variables that are not trainable and
       the generators; in train mode a `key` replaces what these hold.
 

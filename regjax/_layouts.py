@@ -73,25 +73,31 @@ def guess_layout(
 ) -> Tree:
     """Guesses what the axes of the parameters are for, from what is known of their layers.
 
-    Certain is what the layers of `module`, or of an Equinox module as parameters, say of their
-    arrays, and what flax's metadata name (an axis "layers" or "experts", say). Else the names that
-    flax, Keras, Haiku and Equinox give tell: a bias with two axes beside a kernel with three is one
-    of a stack or of heads, and their lengths say which. Kernels without a bias may be either:
+    What the layers of `module` (or of an Equinox module as parameters) say of their arrays is
+    certain, and so is what flax's metadata name, such as an axis "layers" or "experts". Otherwise
+    the guess goes by the names that flax, Keras, Haiku and Equinox give to arrays: a bias with two
+    axes beside a kernel with three belongs to a stack of layers or to attention heads, and the
+    lengths say which. A kernel without a bias may be either; `stack` then says which:
 
         regjax.guess_layout(params, stack={"decoder/layers": 1})
 
-    says that all below "decoder/layers" is stacked along axis 1, as MaxText does. Of two such
-    places the lower one counts: experts in a stack have (0, 1) there.
+    All below "decoder/layers" is stacked along axis 1, as in MaxText. Of two such paths the lower
+    one counts: experts in a stack have (0, 1) there.
+
+    Example:
+      >>> params = {"layers": {"kernel": jnp.ones((4, 8, 16)), "bias": jnp.ones((4, 16))}}
+      >>> print(regjax.guess_layout(params)["layers"]["kernel"])
+      Layout(stack=(0,), inputs=(1,), outputs=(2,))
 
     Args:
-      params: tree of arrays, with flax's metadata if there are some.
+      params: tree of arrays, with flax's metadata if there are any.
       module: the nnx module that they belong to, whose layers know their sizes; None: names tell.
       stack: the axes of the stack of all that is below a path, such as "encoder/layers"; () for
         what is none. "" is the whole tree.
 
     Returns:
       A tree like `params` of `Layout`s that name all axes, to be given as `layout`; None where the
-      axes cannot be guessed, which is refused where they are needed.
+      axes cannot be guessed. A function that needs them there refuses the parameters.
 
     Raises:
       ValueError: a path of `stack` is none in the tree, or an axis is not there or is named twice.

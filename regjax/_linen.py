@@ -148,7 +148,7 @@ def from_linen(
 ) -> Model:
     """Turns a linen module and its variables into a `Model`.
 
-    A model of several inputs, of which some are options, and with a sown loss beside its outputs:
+    A module with several inputs, and with a sown loss beside its outputs, takes a `call`:
 
         def call(module, inputs, *, train):
             logits = module(inputs["ids"], mask=inputs["mask"], deterministic=not train)
@@ -156,16 +156,24 @@ def from_linen(
 
         model = regjax.from_linen(module, variables, call=call, rngs=("dropout", "noise"))
 
+    Example:
+      >>> module, inputs = linen.Dense(1), jnp.ones((5, 2))
+      >>> model = regjax.from_linen(module, module.init(jax.random.key(0), inputs))
+      >>> print(jax.tree.map(jnp.shape, model.params))
+      {'bias': (1,), 'kernel': (2, 1)}
+      >>> print(regjax.model_function(model)(model.params, inputs).shape)
+      (5, 1)
+
     Args:
       module: a linen module.
       variables: from `module.init`; "params" are the parameters, all else is state. Collections
         that `sow` filled hold results and are left out of the state.
       call: (module, inputs, **options) -> outputs, a function or a method of the module's class;
         None: the module's `__call__`. `inputs` and outputs are any trees of arrays whose leading
-        axis is the examples. It is told of training by whichever of the keywords `train`,
+        axis is the examples. It learns the mode from those of the keywords `train`,
         `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
-        `use_running_average`, `inference` and `is_eval` it takes; where it takes none, by such a
-        field of the module.
+        `use_running_average`, `inference` and `is_eval` that it takes; where it takes none, from
+        such a field of the module.
       rngs: names of the streams of random numbers that the key is split for; None: "dropout", which
         gets the key itself.
       wrt: which leaves of "params" are the parameters: a tree of bools like it or an upper part of
@@ -179,7 +187,7 @@ def from_linen(
       TypeError: `module` is not a linen module, `variables` are no mapping, or a parameter is
         complex.
       ValueError: `variables` hold no "params", or `wrt` chooses nothing. In a train mode later: the
-        module has batch norm or dropout that cannot have heard of it, or draws from a stream that
+        module has batch norm or dropout and no way to learn the mode, or draws from a stream that
         it was not given.
     """
     if not isinstance(module, linen.Module):

@@ -47,7 +47,7 @@ Body = Callable[[Tree, Tree, jax.Array], Tree]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a host-driven solver.
+    """Ctrl-C while a solver runs outside of `jax.jit`.
 
     Attributes:
       result: what the solver had computed so far, in the form of its ordinary result.

@@ -64,13 +64,20 @@ class _Declared(Wrapper):
 
 @checked
 def without_aux(loss_fn: Callable[..., tuple[Loss, Tree]]) -> LossFn:
-    """Takes the loss of a function that returns (loss, aux), as training code differentiates it.
+    """Takes the loss alone of a function that returns (loss, aux).
 
-        hessian(regjax.without_aux(loss_fn), params, *batch)
+    Training code differentiates such functions with `has_aux=True`.
+
+    Example:
+      >>> loss_fn = lambda params, x: (jnp.mean((x * params) ** 2), {"accuracy": 0.5})
+      >>> params, x = jnp.ones(()), jnp.array([1.0, 3.0])
+      >>> hessian = curvature.hessian(regjax.without_aux(loss_fn), params, x)
+      >>> print(hessian.matvec(jnp.ones(())))  # 2 (1 + 9) / 2
+      10.0
 
     Args:
-      loss_fn: (params, *batch) -> (loss, aux), the loss a scalar or a `WeightedMean`. What aux is
-        for is not computed.
+      loss_fn: (params, *batch) -> (loss, aux), the loss a scalar or a `WeightedMean`. What only aux
+        needs is not computed.
 
     Returns:
       (params, *batch) -> loss, a pytree, for any function that takes a `loss_fn`.
@@ -85,8 +92,16 @@ def without_aux(loss_fn: Callable[..., tuple[Loss, Tree]]) -> LossFn:
 def assume_separable(loss_fn: LossFn) -> LossFn:
     """Declares that a loss is a mean over independent examples, so that this is not tested.
 
-    Whoever splits data tests a plain function once, on its first part, by values and gradients
-    (`check_separable`). This saves that test, and takes the responsibility for a wrong matrix.
+    A function that splits data tests a loss once by values and gradients on its first part (see
+    `check_separable`). The declaration saves that test; if it is false, the matrix is wrong and
+    nothing says so.
+
+    Example:
+      >>> loss_fn = regjax.assume_separable(lambda params, x: jnp.mean((x * params) ** 2))
+      >>> x = jnp.array([1.0, 3.0])
+      >>> hessian = curvature.hessian(loss_fn, jnp.ones(()), x, chunk_size=1)
+      >>> print(hessian.matvec(jnp.ones(())))  # 2 (1 + 9) / 2
+      10.0
 
     Args:
       loss_fn: (params, *batch) -> scalar or `WeightedMean`; or a model, (params, inputs) ->

@@ -124,22 +124,27 @@ def from_nnx(
 ) -> Model:
     """Turns an nnx module into a `Model` of plain dicts.
 
-    Only the pairs of LoRA, in a model of several inputs:
+    `nnx.update(module, params)` puts parameters back into the module. A model of several inputs, of
+    which only the LoRA pairs are parameters:
 
         call = lambda module, inputs: module(inputs["ids"], mask=inputs["mask"])
         model = regjax.from_nnx(module, call=call, wrt=nnx.LoRAParam)
 
-    `nnx.update(module, params)` puts parameters back into the module.
+    Example:
+      >>> model = regjax.from_nnx(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
+      >>> print(jax.tree.map(jnp.shape, model.params))
+      {'bias': (1,), 'kernel': (2, 1)}
+      >>> print(regjax.model_function(model)(model.params, jnp.ones((5, 2))).shape)
+      (5, 1)
 
     Args:
       module: an nnx module; `module.train()` and `module.eval()` set its mode. It is not changed.
       call: (module, inputs, **options) -> outputs, a function or a method of the module's class;
         None: the module's `__call__`. `inputs` and outputs are any trees of arrays whose leading
-        axis is the examples. It is told of training by whichever of the keywords `train`,
-        `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
-        `use_running_average`, `inference` and `is_eval` it takes, besides the flags of the layers;
-        with a key in train mode it gets streams of random numbers as `rngs`, an `nnx.Rngs`, if it
-        takes that.
+        axis is the examples. It learns the mode from the flags of the layers and from those of the
+        keywords `train`, `training`, `is_training`, `is_train`, `enable_dropout`, `deterministic`,
+        `use_running_average`, `inference` and `is_eval` that it takes. With a key in train mode it
+        gets streams of random numbers as `rngs`, an `nnx.Rngs`, if it takes that.
       rngs: names of the streams that the key is split for, in the module and in the `rngs` of the
         call; None: all those of the module, and one at the call, which stands for any name.
       wrt: which variables are the parameters: a type such as `nnx.LoRAParam` or several; a function

@@ -46,12 +46,21 @@ _MOST_PASSED = 256
 def check_separable(loss_fn: LossFn, params: Params, *batch: Tree, tol: float = _TOLERANCE) -> None:
     """Checks that a loss is a mean over independent examples, by splitting the batch unevenly.
 
-    Compares the values and the gradients of the whole batch with those of two parts of it. What
-    goes over data in parts does so by itself, once for a function and its shapes and outside of
-    `jit`, on the examples of a chunk (8 to 64), taken from all over the data. Inside of `jit`, and
-    of data that lie on several machines, no host can look. Both are done with the examples as they
-    are and, as far as the loss is finite there, with some of them replaced by zeros and ones: a
-    mean over the ones of a mask is none over the examples, even where this mask is all ones.
+    Compares the values and the gradients of the whole batch with those of two parts of it. It does
+    so on the examples as they are and, as far as the loss is finite there, with some of them
+    replaced by zeros and ones: the mean over the ones of a mask is not a mean over the examples,
+    even where this mask is all ones.
+
+    Functions that split data (`chunk_size=...`) call it themselves, once for each function and its
+    shapes, on the examples of a chunk (8 to 64), taken from all over the data. They cannot inside
+    of `jax.jit`, nor for data that lie on several machines, because no numbers can be read there.
+
+    Example:
+      >>> x = jnp.arange(8.0)
+      >>> regjax.check_separable(lambda params, x: jnp.mean((x - params) ** 2), jnp.ones(()), x)
+      >>> regjax.check_separable(lambda params, x: jnp.sum((x - params) ** 2), jnp.ones(()), x)
+      Traceback (most recent call last):
+      ValueError: `loss_fn` must be the mean over independent examples: ...
 
     Args:
       loss_fn: (params, *batch) -> scalar, or `WeightedMean`.
@@ -59,14 +68,14 @@ def check_separable(loss_fn: LossFn, params: Params, *batch: Tree, tol: float = 
       *batch: arrays with a leading axis of at least two examples. Of two, the parts are equal, and
         a mean that forgets the sizes goes unnoticed.
       tol: allowed difference between the whole batch and the mean of two unequal parts, weighted by
-        their sizes or their weights: of the losses relative to the largest magnitude of the three,
-        of the gradients to the largest norm. In types narrower than float32 at least 16 units of
-        their rounding.
+        their sizes or their weights. Losses are compared relative to the largest magnitude of the
+        three, gradients relative to the largest norm. In types narrower than float32 at least 16
+        units of their rounding are allowed.
 
     Raises:
       ValueError: the losses or the gradients differ (a sum, batch norm in train mode, one dropout
-        mask for the whole batch), are not finite, or there are fewer than two examples; a weight
-        is negative.
+        mask for the whole batch), are not finite, or there are fewer than two examples; a weight is
+        negative.
     """
     _checks.non_negative("tol", tol)
     length = _checks.num_examples(batch)

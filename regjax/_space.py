@@ -24,7 +24,15 @@ from regjax._shares import Shares, drawn, leaves, vectors
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """Vectors made of trees like an example; static and hashable.
+    """The vector space of trees like an example: how a tree is a flat vector; static and hashable.
+
+    Example:
+      >>> space = curvature.Space.of({"a": jnp.ones(2), "b": jnp.ones((2, 2))})
+      >>> vector = space.ravel({"a": jnp.ones(2), "b": jnp.zeros((2, 2))})
+      >>> print(space.size, vector)
+      6 [1. 1. 0. 0. 0. 0.]
+      >>> print(space.unravel(vector)["a"])
+      [1. 1.]
 
     Attributes:
       treedef: structure of a tree.

@@ -27,20 +27,27 @@ def updated_statistics(
 ) -> State:
     """Returns the model's state after one forward pass in train mode at `params`.
 
-    Transformations that take the gradient elsewhere and never at the parameters themselves
-    (`perturbed_gradient`, `entropy_sgd`) would otherwise leave statistics of perturbed weights, or
-    none: drop the state that comes out of their `grad_fn`, and call this once after the update.
-    Where the loss is computed at the parameters anyway, its new state serves as well.
+    Some transformations evaluate the gradient at other weights than `params` (`perturbed_gradient`,
+    `entropy_sgd`). The state that comes out of their `grad_fn` has the batch statistics of those
+    weights: drop it, and call this function once after the update. Where the loss is computed at
+    the parameters anyway, its new state serves as well.
+
+    Example:
+      >>> model = regjax.from_nnx(nnx.BatchNorm(1, momentum=0.9, rngs=nnx.Rngs(0)))
+      >>> inputs = jnp.array([[1.0], [3.0]])  # of mean 2; the stored mean is 0
+      >>> state = regjax.updated_statistics(model, model.params, inputs)
+      >>> print(state["mean"])  # 0.9 * 0 + 0.1 * 2
+      [0.2]
 
     Args:
       model: from one of the adapters.
       params: tree of parameters.
-      inputs: of the step's batch, leading axis the examples.
+      inputs: the inputs of the step's batch, leading axis the examples.
       state: the state before; None: the model's own.
-      key: typed key of dropout, or None.
+      key: typed key for dropout, or None.
 
     Returns:
-      The new state: the running statistics have taken one step towards those of the batch.
+      The new state, whose running statistics have taken one step towards those of the batch.
 
     Raises:
       ValueError: `params` or `state` are not like the model's.
@@ -63,12 +70,23 @@ def population_statistics(
 ) -> State:
     """Returns the model's state with the mean of the batch statistics of many batches at `params`.
 
-    Running averages lag behind the weights, and belong to other ones after weights were averaged,
-    perturbed or rescaled. Statistics are recognised as what one train pass moves from s to
-    m s + (1 - m) b, for whatever momentum m; the mean of b over the batches, each weighted by its
-    number of examples, takes their place. With `unbiased_running_variance` that is the paper's
-    population variance; flax's own batch norm leaves out the factor n / (n - 1)
-    (`normalization.exact_population_statistics`).
+    Running averages lag behind the weights, and they belong to other weights after the weights were
+    averaged, perturbed or rescaled. A leaf of the state counts as such an average if a pass in
+    train mode moves it from s to
+
+        m s + (1 - m) b
+
+    for some momentum m. It is replaced by the mean of b over the batches, each weighted by its
+    number of examples. With `unbiased_running_variance` that is the paper's population variance;
+    flax's own batch norm leaves out the factor n / (n - 1) (see
+    `normalization.exact_population_statistics`).
+
+    Example:
+      >>> model = regjax.from_nnx(nnx.BatchNorm(1, rngs=nnx.Rngs(0)))
+      >>> batches = [jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0]])]
+      >>> state = regjax.population_statistics(model, model.params, batches)
+      >>> print(state["mean"])  # the mean of 2 and 6
+      [4.]
 
     Args:
       model: from one of the adapters.
@@ -76,7 +94,7 @@ def population_statistics(
       batches: inputs of each batch, leading axis the examples; any iterable.
       state: the state before, whose leaves stay as they are where they are no such averages; None:
         the model's own.
-      key: typed key of dropout, or None.
+      key: typed key for dropout, or None.
       weight_fn: inputs of a batch -> number of values behind its statistics, where masks leave some
         out; one without values counts nothing. None: the number of examples.
 

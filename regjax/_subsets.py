@@ -95,12 +95,17 @@ def subset(
 ) -> tuple[PartFunction, Params]:
     """Makes a function of some leaves of the parameters alone, and chooses these leaves.
 
-        loss, part = regjax.subset(loss_fn, params, wrt=nnx.LoRAParam)
-
-    `loss(part, *batch)` is `loss_fn(params, *batch)`, and all that takes a loss and its parameters
-    takes these two: operators, diagnostics, transformations, optimisers. The other leaves are data
-    of the function, whatever their types: integers, bools, quantised weights, keys.
+    `loss(part, *batch)` is `loss_fn(params, *batch)`. Whatever takes a loss and its parameters
+    takes `loss` and `part` as well: operators, diagnostics, transformations, optimisers. The other
+    leaves are data of the function, whatever their types: integers, bools, quantised weights, keys.
     `loss.whole(part)` puts a part back among them.
+
+    Example:
+      >>> params = {"scale": jnp.array([2.0]), "table": jnp.array([0, 1])}
+      >>> loss_fn = lambda params, x: jnp.sum(params["scale"] ** 2 * x[params["table"]])
+      >>> loss, part = regjax.subset(loss_fn, params, wrt={"scale": True, "table": False})
+      >>> print(part, jax.grad(loss)(part, jnp.array([1.0, 2.0]))["scale"])  # 2 * 2 * (1 + 2)
+      {'scale': Array([2.], dtype=float32), 'table': None} [12.]
 
     Args:
       function: (params, *batch) -> anything: a loss or a model.
@@ -111,8 +116,8 @@ def subset(
         other filter of nnx, where the tree has nnx variables; None: all.
 
     Returns:
-      The function of the chosen leaves, a pytree, and these: a tree like `params` with None
-      elsewhere.
+      The function of the chosen leaves, a pytree, and these leaves, a tree like `params` with
+      None elsewhere.
 
     Raises:
       ValueError: nothing is chosen, or a tree of bools is no upper part of `params`.

@@ -1,13 +1,18 @@
-"""The frame of the claims: runs are kept, nothing runs twice, verdicts reach the table."""
+"""The frame of the claims: runs are kept, nothing runs twice, verdicts are recorded."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from benchmarks import __main__ as command
 from benchmarks import _claims
 from benchmarks._claims import Verdict
-from benchmarks.claims import _networks
+from benchmarks.claims import _figures, _frame, _networks
+
+RESULTS = pathlib.Path(command.__file__).parent / "results"
 
 
 def make_claim(calls, fail_at=None):
@@ -25,8 +30,13 @@ def make_claim(calls, fail_at=None):
         settings=lambda preset: [{"seed": seed} for seed in range(4)],
         run=run,
         judge=lambda records: [Verdict("reproduced", f"{len(records)} runs")],
-        draw=lambda records, figure: figure.subplots().plot(_claims.numbers(records, "value")),
+        draw=draw,
     )
+
+
+def draw(records, figure):
+    figure.subplots().plot(_claims.numbers(records, "value"), label="a line")
+    return "One line."
 
 
 def test_runs_are_kept_and_go_on_where_they_stopped(tmp_path):
@@ -44,21 +54,109 @@ def test_runs_are_kept_and_go_on_where_they_stopped(tmp_path):
     assert calls[4:] == [0, 1, 2, 3]
 
 
-def test_the_verdict_reaches_the_table_and_the_readme(tmp_path):
+def test_the_verdict_is_recorded_and_drawn(tmp_path):
     claim = make_claim([])
     records = _claims.collect(claim, "cpu", tmp_path / "runs.jsonl", lambda *done: None)
     entry = _claims.conclude(claim, "cpu", records, tmp_path)
     assert entry["verdicts"] == [{"verdict": "reproduced", "evidence": "4 runs"}]
     assert (tmp_path / "claim_made_up.png").stat().st_size > 1000
     entries = json.loads((tmp_path / "claims.json").read_text())
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{_claims.TABLE_START}\nold\n{_claims.TABLE_END}\nafter\n")
-    _claims.update_readme(readme, entries)
-    text = readme.read_text()
-    assert "old" not in text
-    assert text.startswith("before")
-    assert text.endswith("after\n")
-    assert "Nobody 1900: more is more | reproduced | 4 runs |" in text
+    assert entries["made_up"] == entry
+
+
+def test_redraw_writes_the_figure_of_recorded_runs_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    arguments = ["claims", "--redraw", "--only", "made_up", "--out", str(tmp_path)]
+    never = make_claim([], fail_at=0)
+    monkeypatch.setattr(_claims, "find_claims", lambda: {"made_up": never})
+    path = tmp_path / "claims_runs.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        _claims.collect(make_claim([], fail_at=3), "cpu", path, lambda *done: None)
+    # Verdicts on a part of the runs would take the place of those on all.
+    assert command.main(arguments) == 2
+    assert "has 3 of the 4 runs of made_up; without --redraw" in capsys.readouterr().err
+    assert not (tmp_path / "claims.json").exists()
+    _claims.collect(make_claim([]), "cpu", path, lambda *done: None)
+    assert command.main(arguments) == 0
+    assert (tmp_path / "claim_made_up.png").stat().st_size > 1000
+    path = tmp_path / "claims.json"
+    entries = json.loads(path.read_text())
+    assert entries["made_up"]["runs"] == 4
+    # The date is that of the runs, not of the drawing.
+    entries["made_up"]["date"] = "2000-01-01"
+    path.write_text(json.dumps(entries))
+    assert command.main(arguments) == 0
+    assert json.loads(path.read_text()) == entries
+
+
+def test_parts_of_a_claim_have_a_mark_for_each_data_set():
+    verdicts = [
+        "reproduced (digits, relu): it is fast",
+        "not reproduced, only at p = 0.5 (fashion_mnist, relu): it is fast",
+        "not testable at this size: 500 layers",
+        "reproduced (perceptron)",
+        "reported (digits): a bound (N >= 3)",
+        "reproduced (fashion_mnist)",
+    ]
+    assert _frame.parts([{"verdict": verdict, "evidence": ""} for verdict in verdicts]) == {
+        "relu: it is fast": {"digits": "reproduced", "fashion_mnist": "not reproduced"},
+        "500 layers": {"": "not testable at this size"},
+        "perceptron": {"digits": "reproduced"},
+        "a bound (N >= 3)": {"digits": "reported"},
+        "as claimed": {"fashion_mnist": "reproduced"},
+    }
+
+
+def test_every_recorded_verdict_has_its_mark_in_a_small_figure():
+    entries = json.loads((RESULTS / "claims.json").read_text())
+    assert set(entries) == set(_claims.find_claims())
+    for name, entry in entries.items():
+        marks = sum(map(len, _frame.parts(entry["verdicts"]).values()))
+        assert marks == len(entry["verdicts"]), name
+        assert (RESULTS / f"claim_{name}.png").stat().st_size < 150_000
+
+
+def test_what_stands_around_the_panels_is_inside_the_figure_and_off_the_panels(tmp_path):
+    figure = Figure(figsize=(_frame.WIDTH, 2.2), dpi=100, layout="constrained")
+    for axes in figure.subplots(1, 2):
+        for i in range(7):
+            axes.plot([0, 1], [0, i], label=f"a line with a rather long name, number {i}")
+    claim = "a claim in many words " * 6
+    text = "a part of the claim in many words " * 5
+    verdicts = [
+        {"verdict": f"reproduced ({data}): {text}", "evidence": ""}
+        for data in ("digits", "fashion_mnist")
+    ]
+    note = "What points and bars are. " * 8
+    _frame.save(figure, tmp_path / "f.png", claim=claim, verdicts=verdicts, note=note)
+    assert len(figure.legends[0].get_texts()) == 7  # each label once
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    around = [text.get_window_extent() for text in figure.texts]
+    around.append(figure.legends[0].get_window_extent())
+    for box in around:
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        assert box.y0 >= 0
+        assert box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes)
+    sizes = [text.get_fontsize() for text in (*figure.texts, *figure.legends[0].get_texts())]
+    assert min(sizes) >= 7
+
+
+def test_lines_that_share_a_setting_stand_side_by_side_at_their_values():
+    records = [
+        {"rate": rate, "seed": seed, "accuracy": rate + seed}
+        for rate in (0.1, 1.0)
+        for seed in (0, 1)
+    ]
+    axes = Figure().subplots()
+    for i in range(2):
+        _figures.sweep(axes, records, "rate", "accuracy", values=(0.1, 1.0), index=i, of=2)
+    places, heights = zip(*(line[0].get_data(orig=False) for line in axes.containers), strict=True)
+    assert np.all(places[1] - places[0] > 0.1)
+    assert np.all(np.abs(places) < 1.3)
+    np.testing.assert_allclose(heights[0], [0.6, 1.5])
+    np.testing.assert_allclose(heights[0], heights[1])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.1", "1"]
 
 
 def test_selections_and_errors():

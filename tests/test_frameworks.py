@@ -1,7 +1,7 @@
-"""The table of frameworks in the README is true: each cell's lines are counted, run and checked.
+"""The table of docs/frameworks.md is true: each cell's lines are counted, run and checked.
 
-The lines stand in docs/frameworks.md, under the framework and the word of the column. What they
-find is compared with plain automatic differentiation of the framework's own functions.
+The lines stand below it, under the framework and the word of the column. What they find is compared
+with plain automatic differentiation of the framework's own functions.
 """
 
 import os
@@ -30,11 +30,9 @@ HIDDEN = jnp.asarray(RANDOM.normal(3, 2, size=(24, 8)), jnp.float32)
 
 
 def table():
-    """{(framework, thing): number of lines} of the README."""
-    text = (ROOT / "README.md").read_text()
-    rows = re.findall(
-        r"^\|(.*)\|$", text[text.index("| framework | curvature |") :].split("\n\n")[0], re.M
-    )
+    """{(framework, thing): number of lines} of the table."""
+    beginning = PAGE.index("| framework | curvature |")
+    rows = re.findall(r"^\|(.*)\|$", PAGE[beginning:].split("\n\n")[0], re.M)
     rows = [[cell.strip() for cell in row.split("|")] for row in rows]
     things = rows[0][1:]
     return {

@@ -179,6 +179,14 @@ def test_convolutions_for_a_gpu_need_its_library(monkeypatch):
     assert "cuDNN" in found["reason"]
 
 
+def test_redraw_writes_table_and_figure_of_the_records(tmp_path):
+    for name in ("reach.jsonl", "reach_measured.jsonl"):
+        (tmp_path / name).write_bytes((command._RESULTS / name).read_bytes())
+    assert command.main(["reach", "--redraw", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "reach.md").read_text() == (command._RESULTS / "reach.md").read_text()
+    assert 10_000 < (tmp_path / "reach.png").stat().st_size < 150_000
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, of the extra `reach`, is not here"
 )

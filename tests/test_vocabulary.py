@@ -53,6 +53,7 @@ POSITIONAL_AND_KEYWORD = {
 }
 DIFFERENT_DEFAULTS = {
     "axis_name": "learners always have an axis, batches seldom",
+    "depth": "of networks, and of the keys of a block",
     "decay": "of scores, which change, and of weights, whose plain mean is the usual one",
     "epsilon": "each paper's own",
     "figure_width": "of a page, and of a panel",
@@ -66,6 +67,7 @@ DIFFERENT_DEFAULTS = {
     "threshold": "of cosines and of ratios",
     "share": "of the energy of a spectrum, and of the time of training",
     "tol": "of eigenvalues, of losses, of invariances, of ranks",
+    "width": "of layers, of channels, of tokens",
 }
 
 
@@ -95,9 +97,12 @@ def public_uses():
     """Name -> its uses, but for flax's own and for the fields of the command line's settings."""
     found, seen = collections.defaultdict(list), set()
     for face in FACES:
-        for name, value in vars(importlib.import_module(face)).items():
+        module = importlib.import_module(face)
+        names = [name for name in vars(module) if not name.startswith("_")]
+        for name in getattr(module, "__all__", names):
+            value = getattr(module, name)
             ours = getattr(value, "__module__", "").startswith("regjax") and callable(value)
-            if name.startswith("_") or not ours or id(value) in seen or name.endswith("Settings"):
+            if not ours or id(value) in seen or name.endswith("Settings"):
                 continue
             is_error = inspect.isclass(value) and issubclass(value, BaseException)
             if is_error or not (inspect.isclass(value) or inspect.isfunction(value)):

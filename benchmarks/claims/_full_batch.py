@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import _claims
 from benchmarks._claims import Record, Settings
 from benchmarks.claims import _figures, _networks
 from regjax import diagnostics
@@ -96,16 +95,14 @@ def late(record: Record, name: str) -> np.ndarray:
     return numbers[-(len(numbers) // 3) :]
 
 
+NOTE = "Lines: median over the seeds; bands: their range."
+
+
 def panels(records: Sequence[Record], figure: Any, *, y: str) -> Iterator[tuple[Any, Any]]:
-    """Axes for each data set, with its records; what is drawn has a line at 1 and a legend."""
-    datasets = _claims.groups(records, "data")
-    row = np.atleast_1d(figure.subplots(1, len(datasets), sharey=True))
-    for axes, (data, own) in zip(row, datasets.items(), strict=True):
+    """Axes for each data set, with its records; what is drawn has a line at 1."""
+    for axes, own, _ in _figures.panels(figure, records, {"": y}, height=2.3):
+        _figures.level(axes, 1, name="edge of stability")
         yield axes, own
-        axes.axhline(1, color="gray", linewidth=0.5)
-        _figures.label(axes, x=f"step ({data})")
-        axes.legend(frameon=False, fontsize=6)
-    _figures.label(row[0], y=y)
 
 
 def draw_series(
@@ -114,9 +111,9 @@ def draw_series(
     """The median over seeds, and their range."""
     values = np.asarray([series(record, name) for record in records])
     steps = list(looks(records[0]))
-    axes.plot(steps, np.median(values, 0), line, color=color, linewidth=1, label=label)
+    axes.plot(steps, np.median(values, 0), line, color=color, linewidth=1.2, label=label)
     axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
-    _figures.label(axes, x="step")
+    _figures.label(axes, x="training step")
 
 
 def _drawn(x: jax.Array, y: jax.Array, key: jax.Array, batch: int | None) -> Any:

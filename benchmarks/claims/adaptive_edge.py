@@ -65,13 +65,16 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    for axes, own in _full_batch.panels(records, figure, y="sharpness over the threshold"):
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    y = "preconditioned sharpness\n/ its threshold"
+    for axes, own in _full_batch.panels(records, figure, y=y):
+        axes.set_ylim(0, 1.25)
         colors = iter(_figures.COLORS)
         for b1, lines in _claims.groups(own, "b1").items():
             for rate, line in _claims.groups(lines, "rate").items():
-                label = f"b1 = {b1:g}, rate {rate:g}"
+                label = f"b1 = {b1:g}, learning rate {rate:g}"
                 _full_batch.draw_series(axes, line, "ratio", color=next(colors), label=label)
+    return _full_batch.NOTE
 
 
 CLAIM = _claims.Claim(

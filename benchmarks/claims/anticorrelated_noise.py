@@ -120,21 +120,27 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 3)
-    valley = _claims.select(records, data="valley")
-    networks = [record for record in records if record["data"] != "valley"]
-    shown = (
-        (valley, "width", "|u| over its start (valley)"),
-        (networks, "trace", "trace of the Hessian"),
-        (networks, "accuracy", "test accuracy"),
-    )
-    for axes, (own, name, text) in zip(panels, shown, strict=True):
-        _figures.dots(axes, own, "method", name, ("descent", "plain", "anti-corr."))
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    figure.set_figheight(3.7)
+    sets = [data for data in _claims.groups(records, "data") if data != "valley"]
+    panels = figure.subplots(2, 1 + len(sets), squeeze=False)
+    words = {"descent": "gradient\ndescent", "plain": "plain\nnoise",
+             "anti-correlated": "anti-corre-\nlated noise"}  # fmt: skip
+    shown = [("valley", "width", "|u| / |u| at the start\n(0: the widest place)")]
+    shown += [(data, "trace", "trace of the Hessian") for data in sets]
+    shown += [("", "", ""), *((data, "accuracy", "test accuracy") for data in sets)]
+    for axes, (data, name, text) in zip(panels.flat, shown, strict=True):
+        if not data:
+            axes.set_axis_off()
+            text = "Low is wide or flat. On images plain\nnoise lowers the trace even more,\n"
+            _figures.note(axes, -0.1, 0.5, f"{text}but costs accuracy (beside this).")
+            continue
+        own = _claims.select(records, data=data)
+        _figures.dots(axes, own, "method", name, [words[m] for m in _claims.groups(own, "method")])
+        axes.set_title(_figures.NAMES[data], fontsize=8)
+        axes.set_ylim(0, 1 if name == "accuracy" else None)
         _figures.label(axes, y=text)
-        if name == "trace":
-            axes.set_yscale("log")
-    panels[1].legend(frameon=False, fontsize=7)
+    return _figures.DOTS
 
 
 CLAIM = _claims.Claim(

@@ -274,48 +274,61 @@ def _spread(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
+def _draw(records: Sequence[Record], figure: Any) -> str:
     sets = list(_claims.groups(records, "data"))
-    panels = figure.subplots(1, len(sets) + 1)
+    figure.set_figheight(2.1 * len(sets))
     curve = np.geomspace(4, 720, 50)
-    names = ("additive, along v1", "Wigner, random z", "Marchenko-Pastur, random z")
-    for axes, data in zip(panels, sets, strict=False):
+    names: dict[str, dict[str, Any]] = {
+        "additive law, noise along v1": {"linewidth": 1.2},
+        "Wigner law, noise along a random direction": {"linewidth": 4, "alpha": 0.35},
+        "Marchenko-Pastur law, the same": {"linewidth": 1.2, "linestyle": "--"},
+    }
+    for data, (laws, rates) in zip(sets, figure.subplots(len(sets), 2, squeeze=False), strict=True):
         own = _claims.select(records, data=data, part="laws", steps=_START)
-        _figures.line(axes, own, "batch", "measured", color="black", linestyle="", label="measured")
+        sizes = sorted(_claims.groups(own, "batch"))
+        values = [_claims.numbers(_claims.select(own, batch=s), "measured") for s in sizes]
+        laws.errorbar(
+            sizes, [v.mean() for v in values], [v.std(ddof=1) for v in values], fmt="ko",
+            markersize=3, linewidth=1, capsize=2, label="measured",
+        )  # fmt: skip
         seeds = _claims.select(own, batch=own[0]["batch"])
-        styles = zip(_figures.COLORS, ("-", "-", "--"), names, _LAWS.values(), strict=False)
-        for color, style, name, (law, noise) in styles:
-            values = _predicted(law, noise, seeds, curve)
-            axes.plot(curve, values, color=color, linestyle=style, linewidth=1, label=name)
-        axes.set(xscale="log", yscale="log")
-        axes.set_title(f"{data}, after {_START} steps", fontsize=8)
-        _figures.label(axes, x="batch size", y="largest eigenvalue")
-    panels[0].legend(frameon=False, fontsize=6)
-    for data in sets:
-        rates = _claims.select(records, data=data, part="rates")
-        for color, (name, own) in zip(
-            _figures.COLORS[3:], _claims.groups(rates, "optimizer").items(), strict=False
+        for color, (text, style), (law, noise) in zip(
+            _figures.COLORS, names.items(), _LAWS.values(), strict=False
         ):
-            look = {"color": color, "linestyle": _figures.LINES[data]}
-            _figures.line(panels[-1], own, "batch", "rate", label=f"{name}, {data}", **look)
-            if name == "sgd":
-                _draw_saturation(panels[-1], own, _figures.LINES[data])
-    panels[-1].set(xscale="log", yscale="log")
-    panels[-1].legend(frameon=False, fontsize=6, loc="lower right")
-    _figures.label(panels[-1], x="batch size", y="largest stable rate")
-    for axes in panels:
-        axes.tick_params(which="minor", labelbottom=False, labelleft=False)
+            predicted = _predicted(law, noise, seeds, curve)
+            laws.plot(curve, predicted, color=color, label=text, **style)
+        _figures.logarithmic(laws, "xy")
+        laws.set_title(f"{_figures.NAMES[data]}, after {_START} steps", fontsize=8)
+        _figures.label(laws, x="batch size", y="largest eigenvalue\nof a batch's Hessian")
+        _draw_rates(rates, _claims.select(records, data=data, part="rates"))
+        rates.set_title(_figures.NAMES[data], fontsize=8)
+    return "Points: means over the seeds; bars: their standard deviation."
 
 
-def _draw_saturation(axes: Any, records: Sequence[Record], style: str) -> None:
-    """What the crossover says of the rates, through their geometric mean."""
-    sizes = np.asarray(sorted({record["batch"] for record in records}), np.float64)
-    crossover = float(_claims.numbers(records, "crossover").mean())
-    rule = schedules.saturating_batch_size_scaling(1.0, float(sizes[0]), crossover=crossover)
-    shape = np.asarray(rule(jnp.asarray(sizes)))
-    rates = [np.log(_claims.numbers(_claims.select(records, batch=s), "rate")) for s in sizes]
-    level = np.exp(np.mean([r.mean() for r in rates]) - np.mean(np.log(shape)))
-    axes.plot(sizes, level * shape, color="grey", lw=0.8, linestyle=style)
+def _draw_rates(axes: Any, records: Sequence[Record]) -> None:
+    """With what the claim says of them, through their geometric mean."""
+    for i, (name, own) in enumerate(_claims.groups(records, "optimizer").items(), 3):
+        sizes = np.asarray(sorted(_claims.groups(own, "batch")), np.float64)
+        values = [_claims.numbers(_claims.select(own, batch=s), "rate") for s in sizes]
+        title = {"sgd": "SGD", "adam": "Adam"}[name]
+        axes.errorbar(
+            sizes, [v.mean() for v in values], [v.std(ddof=1) for v in values], capsize=2,
+            label=f"largest stable rate of {title}", **_figures.look(i),
+        )  # fmt: skip
+        shape, claimed = np.sqrt(sizes), "root of the batch size"
+        if name == "sgd":
+            crossover = float(_claims.numbers(own, "crossover").mean())
+            rule = schedules.saturating_batch_size_scaling(
+                1.0, float(sizes[0]), crossover=crossover
+            )
+            shape, claimed = np.asarray(rule(jnp.asarray(sizes))), "linear, then saturated"
+        level = np.exp(np.mean([np.log(v).mean() for v in values]) - np.mean(np.log(shape)))
+        axes.plot(
+            sizes, level * shape, color=_figures.COLORS[i], linewidth=1, linestyle=":",
+            label=f"claimed for {title}: {claimed} (height fitted)",
+        )  # fmt: skip
+    _figures.logarithmic(axes, "xy")
+    _figures.label(axes, x="batch size", y="largest stable\nlearning rate")
 
 
 CLAIM = _claims.Claim(

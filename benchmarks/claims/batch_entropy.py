@@ -195,37 +195,46 @@ def _accuracies(records: Sequence[Record]) -> str:
     return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    accuracy, layers, training = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
-    colors = dict(zip(_PENALTIES, _figures.COLORS, strict=False))
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    figure.set_figheight(3.9)
+    panels = figure.subplot_mosaic([["accuracy"] * 2, ["layers", "training"]])
+    penalties = [penalty for penalty in _PENALTIES if _claims.select(records, penalty=penalty)]
     places = list(dict.fromkeys((record["data"], record["depth"]) for record in records))
-    for shift, (penalty, own) in enumerate(_claims.groups(records, "penalty").items()):
-        where = [places.index((r["data"], r["depth"])) + 0.18 * (shift - 1.5) for r in own]
-        label = penalty if penalty == "none" else f"({penalty})"
-        accuracy.plot(
-            where, _claims.numbers(own, "accuracy"), "o", color=colors[penalty], markersize=3,
-            alpha=0.6, label=label,
-        )  # fmt: skip
-    names = [f"{data.split('_')[0]}\n{depth}" for data, depth in places]
-    accuracy.set_xticks(range(len(places)), names)
-    accuracy.set(xlim=(-0.5, len(places) - 0.5), ylim=(0, 1.3))
-    accuracy.legend(
-        frameon=False, fontsize=6, ncols=2, title="target, strength", title_fontsize=6,
-        loc="upper center", columnspacing=1, handletextpad=0.2,
-    )  # fmt: skip
-    _figures.label(accuracy, x="data, number of layers", y="test accuracy")
+    words = {
+        penalty: "no penalty" if penalty == "none"
+        else "penalty with target {}, strength {}".format(*penalty.split(", "))
+        for penalty in penalties
+    }  # fmt: skip
+    for place, (data, depth) in enumerate(places):
+        for i, penalty in enumerate(penalties):
+            own = _claims.select(records, data=data, depth=depth, penalty=penalty)
+            at = place + 1.4 * _figures.side(i, len(penalties))
+            values = _claims.numbers(own, "accuracy")
+            _figures.column(panels["accuracy"], at, values, index=i, of=4, name=words[penalty])
+    names = [f"{_figures.NAMES[data]},\n{depth} layers" for data, depth in places]
+    panels["accuracy"].set_xticks(range(len(places)), names)
+    panels["accuracy"].set(xlim=(-0.5, len(places) - 0.5), ylim=(0, 1.05))
+    _figures.level(panels["accuracy"], 0.1, "chance", left=0.01)
+    _figures.label(panels["accuracy"], y="test accuracy")
     data, depth = places[0][0], max(depth for data, depth in places if data == places[0][0])
     shown = _claims.select(records, data=data, depth=depth)
-    for axes, name, count in ((layers, "entropy", _SHOWN), (training, "lowest", _MEASURED + 1)):
+    for axes, name, count in (
+        (panels["layers"], "entropy", _SHOWN), (panels["training"], "lowest", _MEASURED + 1),
+    ):  # fmt: skip
         for record in shown:
-            values = [record[f"{name}_{i}"] for i in range(count)]
+            entropies = [record[f"{name}_{i}"] for i in range(count)]
+            color = _figures.COLORS[penalties.index(record["penalty"])]
             axes.plot(
-                np.linspace(0, 1, count), np.maximum(values, _FLOOR), linewidth=0.7, alpha=0.7,
-                color=colors[record["penalty"]],
+                np.linspace(0, 1, count), np.maximum(entropies, _FLOOR), linewidth=0.8, alpha=0.8,
+                color=color,
             )  # fmt: skip
-        axes.set_yscale("log")
-    _figures.label(layers, x=f"depth, share of {depth} layers", y="entropy at the end (nats)")
-    _figures.label(training, x="share of the training", y="lowest entropy of a layer")
+        _figures.logarithmic(axes)
+        axes.set_title(f"{_figures.NAMES[data]}, {depth} layers", fontsize=8)
+    _figures.label(panels["layers"], x="place of the layer (0: first, 1: last)",
+                   y="entropy of a layer\nat the end (nats)")  # fmt: skip
+    _figures.label(panels["training"], x="share of the training that is done",
+                   y="lowest entropy of\nany layer (nats)")  # fmt: skip
+    return f"Above: {_figures.DOTS[0].lower()}{_figures.DOTS[1:-1]}. Below: one line per seed."
 
 
 CLAIM = _claims.Claim(

@@ -143,19 +143,38 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    units = _claims.groups(_claims.select(records, data="digits"), "units")
-    panels = figure.subplots(1, len(units), squeeze=False)[0]
-    colors = (*_figures.COLORS, "#56B4E9", "#000000")
-    for axes, (name, own) in zip(panels, units.items(), strict=True):
-        for color, (norm, part) in zip(colors, _claims.groups(own, "norm").items(), strict=False):
-            _figures.line(axes, part, "rate", "needed", color=color, label=norm)
-        axes.set_xscale("log")
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    words = {
+        "none": "no norm", "batch": "batch norm", "noisy": "batch norm, then noise",
+        "noise alone": "noise alone", "L1": "L1 norm", "L2": "L2 norm", "Linf": "L-infinity norm",
+    }  # fmt: skip
+    rows = [{**r, r["units"]: r["needed"]} for r in records]
+    names = dict.fromkeys(_claims.groups(records, "units"), f"steps to a loss of {_LOSS}")
+    rates = sorted(_claims.groups(records, "rate"))
+    limit = max(_claims.numbers(records, "steps"))
+    for axes, own, units in _figures.panels(figure, rows, names, height=2.1):
+        axes.set_title(f"{axes.get_title()}, {units} units", fontsize=8)
+        part = _claims.select(own, units=units)
+        norms = [norm for norm in words if _claims.select(part, norm=norm)]
+        for i, norm in enumerate(norms):
+            line = _claims.select(part, norm=norm)
+            style: dict[str, Any] = {"values": rates, "index": i, "of": len(norms)}
+            _figures.sweep(axes, line, "rate", "needed", name=words[norm], **style)
+            for place, rate in enumerate(rates):
+                runs = _claims.select(line, rate=rate)
+                if not all(run["reached"] for run in runs):
+                    look = {**_figures.look(i), "markerfacecolor": "white", "zorder": 5}
+                    mean = _claims.numbers(runs, "needed").mean()
+                    axes.plot(place + _figures.side(i, len(norms)), mean, **look)
         axes.set_yscale("log")
-        _figures.label(
-            axes, x=f"learning rate ({name} units, digits)", y=f"steps to a loss of {_LOSS}"
-        )
-    panels[-1].legend(frameon=False, fontsize=6)
+        axes.set_ylim(top=1.6 * limit)
+        _figures.logarithmic(axes)
+        _figures.level(axes, limit, f"stopped here: {limit:.0f} steps")
+        _figures.label(axes, x="learning rate")
+    return (
+        f"{_figures.BARS} Open points: not all seeds reached the loss; one that did not counts "
+        f"with {limit:.0f} steps, so that the mean is too low."
+    )
 
 
 CLAIM = _claims.Claim(

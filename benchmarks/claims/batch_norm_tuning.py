@@ -165,20 +165,35 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 2)
-    for color, (data, own) in zip(
-        _figures.COLORS, _claims.groups(records, "data").items(), strict=False
-    ):
-        panels[0].plot(
-            _claims.numbers(own, "closed"), _claims.numbers(own, "multiplier"),
-            "o", color=color, markersize=3, alpha=0.6, label=data,
-        )  # fmt: skip
-        _figures.line(panels[1], own, "noise", "cosine", color=color, label=data)
-    panels[0].axline((0, 0), slope=1, color="0.6", linewidth=0.6)
-    _figures.label(panels[0], x="closed form", y="multiplier of the trained unit")
-    _figures.label(panels[1], x="variance of the input noise", y="cosine to ridge")
-    panels[0].legend(frameon=False, fontsize=7)
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    names = {
+        "multiplier": "rate of the penalty,\nfrom the trained unit",
+        "cosine": "cosine between the\ntrained unit and ridge",
+    }
+    noises = sorted(_claims.groups(records, "noise"))
+    for axes, own, name in _figures.panels(figure, records, names):
+        if name == "cosine":
+            for place, noise in enumerate(noises):
+                values = _claims.numbers(_claims.select(own, noise=noise), name)
+                _figures.column(axes, place, values)
+            axes.set_xticks(range(len(noises)), [f"{noise:g}" for noise in noises])
+            axes.ticklabel_format(axis="y", useOffset=False)
+            _figures.label(axes, x="variance of the input noise")
+            continue
+        for at_minimum, index, text in (
+            (True, 0, "a unit at a minimum"),
+            (False, 1, f"not yet (gradient above {_RESIDUAL:g})"),
+        ):
+            part = [r for r in own if (r["residual"] < _RESIDUAL) == at_minimum]
+            style = {**_figures.look(index), "linestyle": "", "alpha": 0.7, "label": text}
+            if not at_minimum:
+                style |= {"markerfacecolor": "none", "markersize": 7}
+            closed, found = (_claims.numbers(part, what) for what in ("closed", name))
+            axes.plot(closed, found, **style)
+        axes.axline((0, 0), slope=1, color="0.35", linewidth=0.9, linestyle=(0, (4, 2)),
+                    label="equal")  # fmt: skip
+        _figures.label(axes, x="rate of the penalty, closed form")
+    return f"One point per seed and setting. {_figures.DOTS.split(';')[1].strip().capitalize()}"
 
 
 CLAIM = _claims.Claim(

@@ -117,12 +117,13 @@ def _on_data(data: str, records: Sequence[Record], name: str) -> Verdict:
     )
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
+def _draw(records: Sequence[Record], figure: Any) -> str:
     first = records[0]["data"]
-    shown = _claims.select(records, data=first)
-    left, middle, *right = figure.subplots(1, 4, width_ratios=(1.3, 1.1, 0.8, 0.8))
-    for axes, network in zip((left, middle), _NETWORKS, strict=True):
-        runs = _claims.select(shown, network=network)
+    sets = list(_claims.groups(records, "data"))
+    figure.set_figheight(4.9)
+    above, below = figure.subfigures(2, 1, height_ratios=(1.5, 1))
+    for axes, network in zip(above.subplots(1, 2), _NETWORKS, strict=True):
+        runs = _claims.select(records, data=first, network=network)
         pairs = {name for name in runs[0] if name.startswith("pair ")}
         names = list(dict.fromkeys(
             name.removeprefix("pair ").split(" | ")[0] for name in runs[0] if name in pairs
@@ -131,29 +132,39 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
             [_claims.numbers(runs, f"pair {one} | {other}").mean() for other in names]
             for one in names
         ]
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis")
+        image = axes.imshow(values, vmin=0, vmax=0.6, cmap="cividis")
         short = [_short(name) for name in names]
-        axes.set_xticks(range(len(names)), short, rotation=90, fontsize=5)
-        axes.set_yticks(range(len(names)), short, fontsize=5)
-        axes.set_title(f"{network}, {first}", fontsize=7)
-    figure.colorbar(image, ax=middle, shrink=0.7).ax.tick_params(labelsize=6)
-    for axes, (name, measure) in zip(right, _MEASURES.items(), strict=True):
-        _figures.dots(axes, records, "network", name, ["GPT", "conv"])
-        axes.set_ylim(0, 1)
-        axes.set_xlim(-0.5, 1.7)
-        axes.set_title(measure.replace(" over", "\nover").replace(", ", ",\n"), fontsize=6)
-        _figures.label(axes, y="mean distance of blocks")
-    right[0].legend(frameon=False, fontsize=6)
+        axes.set_xticks(range(len(names)), short, rotation=60, ha="right", fontsize=7)
+        axes.set_yticks(range(len(names)), short, fontsize=7)
+        axes.set_title(
+            f"blocks of a {network.replace('convolutions', 'convolutional net')}, {first}",
+            fontsize=8,
+        )
+    bar = above.colorbar(image, ax=above.axes, shrink=0.8)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label("distance of two spectra\n(0: alike)", fontsize=8)
+    cases = [(name, data) for name in _MEASURES for data in sets]
+    for axes, (name, data) in zip(below.subplots(1, len(cases), sharey=True), cases, strict=True):
+        own = _claims.select(records, data=data)
+        _figures.dots(axes, own, "network", name, ["trans-\nformer", "convo-\nlutional"])
+        axes.set_ylim(0, 0.65)
+        scale = "eigenvalues / largest" if name == "distance" else "eigenvalues as they are"
+        axes.set_title(f"{_figures.NAMES[data]},\n{scale}", fontsize=7.5)
+        _figures.label(axes, y="mean distance" if (name, data) == cases[0] else None)
+    return (
+        f"Distances are Jensen-Shannon; above of eigenvalues / largest, means over the seeds. "
+        f"Below: {_figures.DOTS[0].lower()}{_figures.DOTS[1:]} The claim: the transformer's are "
+        "larger."
+    )
 
 
 def _short(name: str) -> str:
     words = {
-        "block_": "", "queries_keys_values": "qkv", "attended": "attn out", "embedding": "",
-        "layer_": "conv ", "/layer": "", "kernel": "",
+        "block_0/queries_keys_values": "queries, keys, values", "block_0/attended": "attention out",
+        "block_0/widen": "widening", "block_0/narrow": "narrowing", "tokens/embedding": "tokens",
+        "positions/embedding": "positions", "layer_0": "convolution 1", "layer_1": "convolution 2",
     }  # fmt: skip
-    for long, word in words.items():
-        name = name.replace(long, word)
-    return name.strip("/")
+    return words.get(name.removesuffix("/kernel").removesuffix("/layer"), name.split("/")[0])
 
 
 CLAIM = _claims.Claim(

@@ -84,17 +84,24 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    for axes, everything in _full_batch.panels(records, figure, y="times half the rate"):
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    for axes, everything in _full_batch.panels(records, figure, y="curvature x learning rate / 2"):
         for color, (batch, own) in zip(
             _figures.COLORS, _claims.groups(everything, "batch").items(), strict=False
         ):
-            label = f"batch {batch}" if batch else "full batch"
-            for name, line, what in (("ratio", "-", "eigenvalue"), ("critical", ":", "critical")):
+            where = f"batches of {batch}" if batch else "full batch"
+            for name, line, what in (
+                ("ratio", "-", "largest Hessian eigenvalue"),
+                ("critical", ":", "critical sharpness"),
+            ):
                 _full_batch.draw_series(
-                    axes, own, name, color=color, label=f"{what}, {label}", line=line
+                    axes, own, name, color=color, label=f"{what}, {where}", line=line
                 )
-        axes.set_yscale("log")
+        _figures.logarithmic(axes)
+    return (
+        f"{_full_batch.NOTE} The claim holds where a dotted line lies on the solid one of its "
+        "colour."
+    )
 
 
 CLAIM = _claims.Claim(

@@ -226,34 +226,34 @@ def _num_converged(records: Sequence[Record]) -> int:
     return sum(record["accuracy"] > _CONVERGED[record["data"]] for record in records)
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
+def _draw(records: Sequence[Record], figure: Any) -> str:
     learners = max(record["learners"] for record in records)
-    groups = _claims.groups(_claims.select(records, learners=learners), "data")
-    panels = figure.subplots(1, 1 + len(groups))
-    for axes, (data, own) in zip(panels, groups.items(), strict=False):
-        for i, (color, (method, part)) in enumerate(_colored(own)):
-            rates = _claims.groups(part, "rate")
-            # Side by side, where they would lie upon each other.
-            shares = [_num_converged(r) / len(r) + 0.012 * (2 - i) for r in rates.values()]
-            axes.plot(list(rates), shares, "o-", color=color, markersize=3, linewidth=1,
-                      label=method)  # fmt: skip
-        axes.set_ylim(-0.06, 1.06)
-        axes.set_title(f"{data}, {learners} learners", fontsize=7)
-        _figures.label(axes, x="learning rate", y="share that converges")
-    for color, (_, part) in _colored(groups["digits"]):
-        rates = _claims.groups(part, "rate")
-        for name, style in (("first_rate", "o-"), ("last_rate", "s:")):
-            values = [np.nanmedian(_claims.numbers(runs, name)) for runs in rates.values()]
-            panels[-1].plot(list(rates), values, style, color=color, markersize=3, linewidth=1)
-    panels[-1].set_ylim(0, 1.1)
-    panels[-1].set_title(f"digits, {learners}; dotted: last {_LAST} steps", fontsize=7)
-    _figures.label(panels[-1], x="learning rate", y=f"effective rate ratio, first {_FIRST}")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=7)
-
-
-def _colored(records: Sequence[Record]) -> Any:
-    return zip(_figures.COLORS, _claims.groups(records, "method").items(), strict=False)
+    shown = _claims.select(records, learners=learners)
+    names = {
+        "converged": "share of seeds\nthat converge",
+        "first_rate": f"effective / nominal rate,\nfirst {_FIRST} steps",
+        "last_rate": f"effective / nominal rate,\nlast {_LAST} steps",
+    }
+    methods = list(_claims.groups(shown, "method"))
+    for axes, own, name in _figures.panels(figure, shown, names):
+        rates = sorted(_claims.groups(own, "rate"))
+        for i, method in enumerate(methods):
+            each = [_claims.select(own, method=method, rate=rate) for rate in rates]
+            found = {place: runs for place, runs in enumerate(each) if runs}
+            values = [
+                _num_converged(runs) / len(runs) if name == "converged"
+                else np.nanmedian(_claims.numbers(runs, name))
+                for runs in found.values()
+            ]  # fmt: skip
+            places = [place + _figures.side(i, len(methods)) for place in found]
+            axes.plot(places, values, label=method, **_figures.look(i))
+        axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        axes.set_ylim(-0.06, 1.15)
+        _figures.label(axes, x="learning rate")
+    return (
+        f"{learners} learners. Rates: medians over the seeds. Lines stand side by side within a "
+        "rate, so that none hides another. Of runs that failed the last rate says nothing."
+    )
 
 
 CLAIM = _claims.Claim(

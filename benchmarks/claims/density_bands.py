@@ -138,21 +138,20 @@ def _judge(records: Sequence[Record]) -> Sequence[Verdict]:
     ]
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    figure.set_figheight(2.9)
     left, right = figure.subplots(1, 2)
     groups = _claims.groups(records, "spectrum")
+    words = {"linear": "linear axis", "symlog": "symmetric-log axis"}
     for index, scale in enumerate(_SCALES):
         for place, own in enumerate(groups.values()):
-            left.plot(
-                np.full(len(own), place + 0.25 * (index - 0.5)),
-                _claims.numbers(own, f"{scale} inside"),
-                "os"[index], color=_figures.COLORS[index], markersize=3, alpha=0.6,
-                label=scale if place == 0 else None,
-            )  # fmt: skip
-    left.axhline(_PROMISED, color="gray", linewidth=0.8, linestyle="--")
-    left.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
-    _figures.label(left, y="share of places in the band")
-    left.legend(frameon=False, fontsize=7)
+            at = place + _figures.side(index, len(_SCALES))
+            inside = _claims.numbers(own, f"{scale} inside")
+            _figures.column(left, at, inside, index=index, of=2, name=words[scale])
+    _figures.level(left, _PROMISED, name=f"promised on the average: {_PROMISED:.0%}")
+    left.set_xticks(range(len(groups)), groups, rotation=60)
+    left.set_title("ten spectra", fontsize=8)
+    _figures.label(left, y="share of places at which\nthe band holds the exact density")
     name = next(name for name in ("sgd", *groups) if name in groups)
     operator, exact = _matrix(name)
     density = curvature.spectral_density(operator, key=jax.random.key(0))
@@ -160,16 +159,19 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
     wanted, least = _through_kernel(curve, exact)
     right.fill_between(
         curve.grid, np.maximum(curve.band_low, least), np.maximum(curve.band_high, least),
-        color=_figures.COLORS[0], alpha=0.3, linewidth=0,
+        color=_figures.COLORS[0], alpha=0.3, linewidth=0, label="band",
     )  # fmt: skip
     right.plot(curve.grid, curve.density, color=_figures.COLORS[0], linewidth=1, label="estimate")
-    right.plot(curve.grid, wanted, "k--", linewidth=0.8, label=f"exact ({name})")
+    right.plot(curve.grid, wanted, "k--", linewidth=0.8, label="exact density")
     right.set_xscale("symlog", linthresh=float(curve.linear_threshold))
-    right.set_yscale("log")
     shown = wanted > least
     right.set_ylim(0.1 * np.min(wanted[shown]), 3 * np.max(wanted))
-    _figures.label(right, x="eigenvalue", y="density")
-    right.legend(frameon=False, fontsize=7)
+    _figures.logarithmic(right)
+    right.set_xticks([-1e-2, 0, 1e-2, 1])
+    right.minorticks_off()
+    right.set_title(f"an example: Hessian, {name}", fontsize=8)
+    _figures.label(right, x="eigenvalue of the Hessian", y="density")
+    return _figures.DOTS.replace("seed", "draw of the probes")
 
 
 CLAIM = _claims.Claim(

@@ -102,13 +102,16 @@ def _judge_hovering(name: str, own: Sequence[Record], threshold: str) -> Verdict
     )
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    for axes, own in _full_batch.panels(records, figure, y="sharpness over the threshold"):
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    y = "largest Hessian eigenvalue\n/ its threshold"
+    for axes, own in _full_batch.panels(records, figure, y=y):
         colors = iter(_figures.COLORS)
         for momentum, lines in _claims.groups(own, "momentum").items():
             for rate, line in _claims.groups(lines, "rate").items():
                 label = f"{'momentum 0.9' if momentum else 'plain'}, rate {rate:g}"
                 _full_batch.draw_series(axes, line, "ratio", color=next(colors), label=label)
+        axes.legend(frameon=False, fontsize=7, loc="lower right")
+    return _full_batch.NOTE
 
 
 CLAIM = _claims.Claim(

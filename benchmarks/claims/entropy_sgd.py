@@ -124,16 +124,20 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 3)
-    methods = [method.replace("entropy, ", "") for method in _claims.groups(records, "method")]
-    names = (("sharpness", "largest eigenvalue"), ("noisy_loss", "noisy loss"))
-    for axes, (name, text) in zip(panels, (*names, ("accuracy", "test accuracy")), strict=True):
-        _figures.dots(axes, records, "method", name, methods)
-        _figures.label(axes, y=text)
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    names = {
+        "sharpness": "largest Hessian eigenvalue",
+        "noisy_loss": "loss at noisy weights",
+        "accuracy": "test accuracy",
+    }
+    methods = [
+        method.replace("entropy, ", "entropy\n").replace("sgd", "SGD") for method in _METHODS
+    ]
+    for axes, own, name in _figures.panels(figure, records, names):
+        _figures.dots(axes, own, "method", name, methods[: len(_claims.groups(own, "method"))])
         if name != "accuracy":
-            axes.set_yscale("log")
-    panels[0].legend(frameon=False, fontsize=7)
+            axes.set_ylim(bottom=0)
+    return f"{_figures.DOTS} L: Langevin steps per update. All stop at a training loss of {_STOP}."
 
 
 CLAIM = _claims.Claim(

@@ -164,39 +164,50 @@ def _judge_sweep(data: str, knob: str, records: Sequence[Record]) -> Verdict:
     )
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    records = _claims.select(records, data="digits")
-    panels = figure.subplots(1, 2)
-    colors = (*_figures.COLORS, "#56B4E9", "#000000", "#999999", "#F0E442")
-    for color, (knob, own) in zip(colors, _claims.groups(records, "knob").items(), strict=False):
-        levels = list(_claims.groups(own, "value").values())
-        means = [
-            (_claims.numbers(level, "complexity"), _claims.numbers(level, "accuracy"))
-            for level in levels
-        ]
-        style = {"color": color, "marker": "o", "markersize": 3, "linewidth": 1}
-        panels[0].errorbar(
-            np.linspace(0, 1, len(means)),
-            [complexity.mean() for complexity, _ in means],
-            yerr=[complexity.std(ddof=1) for complexity, _ in means],
-            label=knob,
-            **style,
-        )
-        panels[1].plot([c.mean() for c, _ in means], [a.mean() for _, a in means], **style)
-    panels[0].set_yscale("log")
-    panels[1].set_xscale("log")
-    panels[0].set_xticks([0, 1], ["least", "most"])
-    _figures.label(panels[0], x="setting of the knob (digits)", y="geometric complexity")
-    _figures.label(panels[1], x="geometric complexity", y="test accuracy")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside right", fontsize=6, frameon=False
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    figure.set_figheight(4.4)
+    words = {
+        "rate": "learning rate", "batch": "batch size", "L2": "L2 penalty",
+        "explicit": "explicit penalty on it", "gradient norm": "gradient-norm penalty",
+        "spectral norm": "spectral-norm penalty", "input noise": "noise on the inputs",
+        "initial scale": "initial scale / He's", "width": "width (no claim)",
+    }  # fmt: skip
+    knobs = _claims.groups(records, "knob")
+    panels = figure.subplots(3, 3).flat
+    for axes, (knob, own) in zip(panels, knobs.items(), strict=False):
+        values = sorted(_claims.groups(own, "value"))
+        for i, (data, part) in enumerate(_claims.groups(own, "data").items()):
+            least = _claims.numbers(_claims.select(part, value=values[0]), "complexity").mean()
+            scaled = [{**r, "complexity": r["complexity"] / least} for r in part]
+            _figures.sweep(
+                axes, scaled, "value", "complexity", values=values, index=i, of=2,
+                name=_figures.NAMES[data],
+            )  # fmt: skip
+            for place, value in enumerate(values):
+                runs = _claims.select(scaled, value=value)
+                if any(run["loss"] >= run["stop"] for run in runs):
+                    mean = _claims.numbers(runs, "complexity").mean()
+                    look = {**_figures.look(i), "markerfacecolor": "white", "zorder": 5}
+                    axes.plot(place + _figures.side(i, 2), mean, **look)
+        axes.margins(y=0.3)
+        _figures.level(axes, 1, "")
+        sign = {-1: "claimed: falls", 1: "claimed: rises", 0: ""}[_SWEEPS[knob][0]]
+        _figures.note(axes, 0.04, 0.9 if sign.endswith("rises") else 0.1, sign)
+        _figures.label(axes, x=words[knob])
+    for axes in panels:
+        axes.set_axis_off()
+    figure.supylabel("geometric complexity / that at the left-most setting", fontsize=8)
+    return (
+        f"{_figures.BARS} Networks stop at a training loss of {_STOP}. Open points: not all "
+        "reached it, left out of the verdict; no point: one diverged."
     )
 
 
 CLAIM = _claims.Claim(
     name="geometric_complexity",
     paper="Dherin et al. 2022 (arXiv:2209.13083)",
-    statement="rate, batch, penalties, noise and initialisation all lower geometric complexity",
+    statement="large rates, small batches, penalties, noise and small initial weights all lower "
+    "the geometric complexity of a network",
     printed="the abstract; no table of the paper is known",
     settings=_settings,
     run=_run,

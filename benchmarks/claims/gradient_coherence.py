@@ -118,25 +118,28 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 2)
-    names = (("accuracy", "test accuracy"), ("sparsity", f"share of |w| < {_SMALL:g}"))
-    for axes, (name, text) in zip(panels, names, strict=True):
-        for data, own in _claims.groups(records, "data").items():
-            for color, gate in zip(_figures.COLORS, _claims.groups(own, "gate"), strict=False):
-                # A strength of zero is the same with every gate.
-                part = [r for r in own if r["gate"] == gate or not r["strength"]]
-                _figures.line(
-                    axes,
-                    part,
-                    "strength",
-                    name,
-                    color=color,
-                    linestyle=_figures.LINES[data],
-                    label=f"{gate}, {data}",
-                )
-        _figures.label(axes, x="strength", y=text)
-    panels[1].legend(frameon=False, fontsize=6)
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    words = {
+        "always": "L2 in every step",
+        "delayed": f"L2 after {_DELAY} epochs",
+        "cosine": "L2 where gradients are coherent",
+    }
+    names = {"accuracy": "test accuracy", "sparsity": f"share of weights\nbelow {_SMALL:g}"}
+    strengths = sorted(_claims.groups(records, "strength"))
+    for axes, own, name in _figures.panels(figure, records, names):
+        gates = [gate for gate in words if _claims.select(own, gate=gate)]
+        for i, gate in enumerate(gates):
+            # A strength of zero is the same with every gate.
+            part = [r for r in own if r["gate"] == gate or not r["strength"]]
+            _figures.sweep(
+                axes, part, "strength", name, values=strengths, index=i, of=len(gates),
+                name=words[gate],
+            )  # fmt: skip
+        axes.set_ylim(-0.05, 1.12)
+        _figures.label(axes, x="strength of L2")
+        if name == "accuracy":
+            _figures.level(axes, _CHANCE, name="below: a dead net")
+    return f"{_figures.BARS} At strength 0 all are the same training."
 
 
 CLAIM = _claims.Claim(

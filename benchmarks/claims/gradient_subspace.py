@@ -78,25 +78,24 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, name in zip(panels, ("all", "batch"), strict=True):
-        for color, (data, own) in zip(
-            _figures.COLORS, _claims.groups(records, "data").items(), strict=False
-        ):
-            steps = _looks(own[0])
-            for i, record in enumerate(own):
-                shares = [record[f"share_{name}_{step}"] for step in steps]
-                axes.plot(
-                    steps, shares, color=color, marker="o", markersize=3, linewidth=1,
-                    label=data if i == 0 else None,
-                )  # fmt: skip
-        axes.set_xscale("symlog", linthresh=10)
-        axes.set_ylim(0, 1)
-        what = "gradient of all examples" if name == "all" else f"of a batch of {_BATCH}"
-        _figures.label(axes, x="step", y=f"share in the top ten, {what}")
-        axes.yaxis.label.set_size(7)
-    panels[0].legend(fontsize=7, frameon=False)
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    names = {
+        "all": "share of the full gradient",
+        "batch": f"share of a gradient\nof {_BATCH} examples",
+    }
+    for axes, own, name in _figures.panels(figure, records, names):
+        steps = _looks(own[0])
+        for i, record in enumerate(own):
+            shares = [record[f"share_{name}_{step}"] for step in steps]
+            axes.plot(range(len(steps)), shares, **_figures.look(i), alpha=0.8)
+        axes.set_xticks(range(len(steps)), [str(step) for step in steps])
+        axes.set_ylim(0, 1.02)
+        _figures.level(axes, 0.5, name="claimed: above, after the first steps")
+        _figures.label(axes, x="training step")
+    return (
+        "One line per seed: the share of the gradient's squared norm that lies along the leading "
+        f"{_CLASSES} Hessian eigenvectors, as many as there are classes."
+    )
 
 
 CLAIM = _claims.Claim(

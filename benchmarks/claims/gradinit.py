@@ -130,27 +130,26 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 2)
-    shown = (("accuracy", "test accuracy, one epoch"), ("norm", "gradient norm, held out"))
-    for axes, (name, text) in zip(panels, shown, strict=True):
-        for data, own in _claims.groups(records, "data").items():
-            for color, (method, part) in zip(
-                _figures.COLORS, _claims.groups(own, "method").items(), strict=False
-            ):
-                _figures.line(
-                    axes,
-                    part,
-                    "scale",
-                    name,
-                    color=color,
-                    linestyle=_figures.LINES[data],
-                    label=f"{method}, {data}",
-                )
-        axes.set_xscale("log", base=2)
-        _figures.label(axes, x="initial scale over He's", y=text)
-    panels[1].set_yscale("log")
-    panels[0].legend(frameon=False, fontsize=6)
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    words = {"plain": "He's initialisation, scaled", "gradinit": "after GradInit"}
+    names = {
+        "accuracy": "test accuracy\nafter one epoch",
+        "norm": "gradient norm at the\nstart, held out",
+    }
+    scales = sorted(_claims.groups(records, "scale"))
+    for axes, own, name in _figures.panels(figure, records, names):
+        for i, (method, text) in enumerate(words.items()):
+            _figures.sweep(
+                axes, _claims.select(own, method=method), "scale", name, values=scales, index=i,
+                of=len(words), name=text,
+            )  # fmt: skip
+        _figures.label(axes, x="initial scale / He's scale")
+        if name == "norm":
+            _figures.logarithmic(axes)
+            _figures.level(axes, _BOUND, "bound", left=0.98)
+        else:
+            axes.set_ylim(0, 0.85)
+    return f"{_figures.BARS} A flat line does not depend on the initial scale."
 
 
 CLAIM = _claims.Claim(

@@ -152,23 +152,28 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    groups = _claims.groups(records, "noise")
-    panels = figure.subplots(1, len(groups), sharey=True)
-    short = {"plus, usable": "usable"}
-    for axes, (noise, own) in zip(panels, groups.items(), strict=True):
-        names = [short.get(norm, norm) for norm in _claims.groups(own, "norm")]
-        _figures.dots(axes, own, "norm", "accuracy", names)
-        _figures.label(axes, x=f"noise: {noise}")
-        axes.tick_params(axis="x", rotation=30)
-    _figures.label(panels[0], y="test accuracy")
-    panels[0].legend(frameon=False, fontsize=7)
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    words = {"plus": "group+", "plus, usable": "group+\n(running)"}
+    rows = [{**r, r["noise"]: r["accuracy"]} for r in records]
+    deviations = {noise: deviation for noise, (_, deviation) in _NOISES.items()}
+    names = dict.fromkeys(_claims.groups(records, "noise"), "test accuracy")
+    for axes, own, noise in _figures.panels(figure, rows, names):
+        part = _claims.select(own, noise=noise)
+        norms = [words.get(norm, norm) for norm in _claims.groups(part, "norm")]
+        _figures.dots(axes, part, "norm", noise, norms)
+        axes.set_title(f"{axes.get_title()}, noise {deviations[noise]:.3g}", fontsize=8)
+        axes.tick_params(axis="x", rotation=50)
+    return (
+        f"{_figures.DOTS} Noise: standard deviation of what is added behind each norm in training. "
+        "group+ (running): with running statistics, so that it can be used one image at a time."
+    )
 
 
 CLAIM = _claims.Claim(
     name="group_norm_plus",
     paper="Gunawan et al. 2022 (arXiv:2207.01972)",
-    statement="a mix of group norm and a batch norm of it is better, and robust to noise",
+    statement="GroupNorm+, a mix of group norm and a batch norm of it, is more accurate than group "
+    "norm and withstands noise",
     printed="CIFAR-10, VGG: small noise, group norm 10.00 (diverged), plus 83.06; SVHN: plus worse",
     settings=_settings,
     run=_run,

@@ -160,24 +160,32 @@ def _judge(records: Sequence[Record]) -> Sequence[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    figure.set_figheight(2.6)
     for axes, model in zip(figure.subplots(1, 2), _MODELS, strict=True):
         own = _claims.select(records, model=model)
-        for color, record in zip(_figures.COLORS, own, strict=False):
+        for i, record in enumerate(own):
+            style = {**_figures.look(i), "linestyle": "", "alpha": 0.7}
             axes.plot(
-                record["foreseen"], record["happened"], "o", color=color, markersize=3, alpha=0.7,
-                label=f"seed {record['seed']}",
-            )  # fmt: skip
+                record["foreseen"], record["happened"], **style, label=f"seed {record['seed']}"
+            )
         ends = np.asarray([f(record["foreseen"]) for record in own for f in (min, max)])
-        axes.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color="0.6", linewidth=0.8)
+        axes.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color="0.35", linewidth=0.9,
+                  linestyle=(0, (4, 2)), label="foreseen = happened")  # fmt: skip
         axes.set_xscale("symlog", linthresh=1e-5)
         axes.set_yscale("symlog", linthresh=1e-5)
         ticks = [-1e-2, -1e-4, 0, 1e-4, 1e-2]
         axes.set_xticks(ticks)
         axes.set_yticks(ticks)
+        axes.minorticks_off()
         axes.set_title(model, fontsize=8)
-        axes.legend(frameon=False, fontsize=6)
-        _figures.label(axes, x="change of a test loss, foreseen", y="after retraining")
+        rank = _claims.numbers(own, "rank_correlation").mean()
+        _figures.note(axes, 0.97, 0.06, f"rank correlation {rank:.2f}", ha="right")
+        _figures.label(axes, x="change of a test loss, foreseen", y="change after retraining")
+    return (
+        "Each point is one training example that is left out. Axes are linear within 0.00001 of "
+        "0 and logarithmic beyond."
+    )
 
 
 CLAIM = _claims.Claim(

@@ -241,21 +241,47 @@ def _spread(records: Sequence[Record], name: str) -> str:
     return f"{values.mean():.3g} ± {values.std(ddof=1):.2g}"
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
+def _draw(records: Sequence[Record], figure: Any) -> str:
     nets = [record for record in records if record["data"] != "linear"]
-    panels = figure.subplots(1, 3)
-    names = (
-        ("band", "width of the loss band"),
-        ("distance", "distance of gradients"),
-        ("cosine", "cosine under covariate shift"),
+    names = {
+        "band": "spread of the loss\nalong the step",
+        "distance": "largest change of the\ngradient along the step",
+        "cosine": "cosine of a layer's gradient\nbefore and after the shift",
+    }
+    words = {"none": "none", "batch": "batch", "noisy": "noisy batch"}
+    rates = sorted(_claims.groups(nets, "rate"))
+    norms = [norm for norm in _NORMS if _claims.select(nets, norm=norm)]
+    left, right = figure.subfigures(1, 2, width_ratios=(3.4, 1))
+    _draw_linear(right.subplots(), _claims.select(records, data="linear"))
+    for axes, own, name in _figures.panels(left, nets, names):
+        for place, norm in enumerate(norms):
+            for i, rate in enumerate(rates):
+                part = _claims.numbers(_claims.select(own, norm=norm, rate=rate), name)
+                at = place + _figures.side(i, len(rates))
+                _figures.column(axes, at, part, index=i, of=2, name=f"learning rate {rate:g}")
+        axes.set_xticks(range(len(norms)), [words[norm] for norm in norms], rotation=60)
+        axes.set_xlim(-0.5, len(norms) - 0.5)
+        if name == "cosine":
+            axes.set_ylim(0, 1.03)
+        else:
+            _figures.logarithmic(axes)
+    return (
+        f"{_figures.DOTS} Spread and change: low is smooth. Cosine: low is much covariate shift. "
+        "Norms: none, batch norm, batch norm with noise behind it."
     )
-    rate = max(record["rate"] for record in nets)
-    for axes, (name, text) in zip(panels, names, strict=True):
-        _figures.dots(axes, _claims.select(nets, rate=rate), "norm", name)
-        _figures.label(axes, x=f"norm (rate {rate:g})", y=text)
-    for axes in panels[:2]:
-        axes.set_yscale("log")
-    panels[0].legend(frameon=False, fontsize=7)
+
+
+def _draw_linear(axes: Any, records: Sequence[Record]) -> None:
+    groups = _claims.groups(records, "rate")
+    for i, (rate, own) in enumerate(groups.items(), 2):
+        for place, norm in enumerate(("none", "batch")):
+            values = _claims.numbers(_claims.select(own, norm=norm), "cosine")
+            at = place + _figures.side(i - 2, 2)
+            _figures.column(axes, at, values, index=i, of=2, name=f"linear net, rate {rate:g}")
+    axes.set_xticks(range(2), ["none", "batch"], rotation=60)
+    axes.set(xlim=(-0.5, 1.5), ylim=(0, 1.03))
+    axes.set_title(_figures.NAMES["linear"], fontsize=8)
+    _figures.label(axes, y="cosine of a layer's gradient before and after the shift")
 
 
 CLAIM = _claims.Claim(

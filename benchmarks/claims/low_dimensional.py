@@ -305,41 +305,57 @@ def _list(values: Sequence[float]) -> str:
 _KINDS = {"SGD": ("depth", 2), "decay": ("decay", 0.01), "noise": ("noise", 1), "Adam": ("adam", 1)}
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 3)
-    for data, own in _claims.groups(records, "data").items():
-        lines = (
-            (panels[0], "at each step", "complexity", _line(own, "fresh", 0.0)),
-            (panels[0], "once", "complexity", _line(own, "noise", 0.0)),
-            (panels[0], "once, wrong labels", "complexity", _claims.select(own, sweep="labels")),
-            (panels[1], "ReLU", "matched", _arrived(_claims.select(own, sweep="depth"))),
-            (panels[1], "linear", "matched", _arrived(_claims.select(own, sweep="linear"))),
-        )
-        style: dict[str, Any] = {"linestyle": _figures.LINES[data]}
-        for color, (axes, name, y, line) in zip(_figures.COLORS, lines, strict=True):
-            style["label"] = name if data == "digits" else None
-            _figures.line(axes, line, "value", y, color=color, **style)
-    kinds = [
-        {**record, "kind": kind}
-        for kind, (sweep, value) in _KINDS.items()
-        for record in _claims.select(records, sweep=sweep, value=value)
-    ]
-    _figures.dots(panels[2], kinds, "kind", "change", list(_KINDS))
-    panels[0].set_xscale("symlog", linthresh=_NOISE[0])
-    panels[0].set_xticks((0, *_NOISE), [f"{noise:g}" for noise in (0, *_NOISE)])
-    panels[1].set_xticks(range(1, 5))
-    _figures.label(panels[0], x="noise (full: digits)", y="transversal complexity")
-    _figures.label(panels[1], x="hidden layers, or factors", y="the same, at the same loss")
-    _figures.label(panels[2], x="training", y="change of transversal weights")
-    for axes in panels:
-        axes.set_yscale("log")
-        axes.legend(frameon=False, fontsize=6)
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    starts = {"start x 0.5": ("init", 0.5), "as it is": ("depth", 2), "start x 2": ("init", 2.0),
+              "decay 0.001": ("decay", 1e-3), "decay 0.01": ("decay", 1e-2)}  # fmt: skip
+    kinds = {"SGD": ("depth", 2), "decay": ("decay", 0.01), "noise": ("noise", 1),
+             "Adam": ("adam", 1)}  # fmt: skip
+    names = {
+        "change": "change of the weights\noff the data",
+        "complexity": "variation of the outputs\noff the data",
+        "noise": "variation of the outputs\noff the data",
+        "matched": "variation off the data,\nat the same loss",
+    }
+    for axes, own, name in _figures.panels(figure, records, names, height=2.1):
+        if name in ("change", "complexity"):
+            shown = kinds if name == "change" else starts
+            for place, (sweep, value) in enumerate(shown.values()):
+                part = _claims.select(own, sweep=sweep, value=value)
+                _figures.column(axes, place, _claims.numbers(part, name))
+            axes.set_xticks(range(len(shown)), list(shown), rotation=90)
+        elif name == "noise":
+            lines = {
+                "noise drawn at each step": _line(own, "fresh", 0.0),
+                "noise drawn once per image": _line(own, "noise", 0.0),
+                "the same, with wrong labels": _claims.select(own, sweep="labels"),
+            }
+            for i, (text, line) in enumerate(lines.items()):
+                _figures.sweep(
+                    axes, line, "value", "complexity", values=(0, *_NOISE), index=i,
+                    of=len(lines), name=text,
+                )  # fmt: skip
+            _figures.label(axes, x="noise off the data")
+        else:
+            for i, (text, sweep) in enumerate((("ReLU nets", "depth"), ("linear nets", "linear"))):
+                line = _arrived(_claims.select(own, sweep=sweep))
+                _figures.sweep(
+                    axes, line, "value", "matched", values=(1, 2, 3, 4), index=3 + i, of=8,
+                    name=f"{text}, by depth",
+                )  # fmt: skip
+            _figures.label(axes, x="layers")
+        _figures.logarithmic(axes)
+        axes.yaxis.label.set_size(7)
+    return (
+        "First two columns: each dot is one seed. Lines: means over the seeds; bars: their "
+        "standard deviation. Variation: the transversal complexity, a squared derivative."
+    )
 
 
 CLAIM = _claims.Claim(
     name="low_dimensional",
     paper="He, Tsai, Ward 2022 (arXiv:2203.00614)",
-    statement="off a subspace of data a network is as it started; depth and noise regularise it",
+    statement="where the data do not vary a network stays as it was initialised; depth and noise "
+    "regularise it there",
     printed="the abstract was read; its numbers were not available",
     settings=_settings,
     run=_run,

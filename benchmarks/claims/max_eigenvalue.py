@@ -272,56 +272,56 @@ def _significant(values: np.ndarray) -> int:
     return int(np.sign(mean)) if abs(mean) > 2 * error else 0
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 3)
-    datasets = _claims.groups(records, "data")
-    names = (("sharpness", "largest eigenvalue"), ("gain", "accuracy over the lowest rate's"))
-    for axes, (name, text) in zip(panels[:2], names, strict=True):
-        for data, own in datasets.items():
-            for color, batch in zip(_figures.COLORS, _BATCHES, strict=False):
-                part = _with_gain(_claims.select(own, kind="plain", batch=batch))
-                style = {"color": color, "linestyle": _figures.LINES[data]}
-                _figures.line(axes, part, "rate", name, label=f"{data}, {batch}", **style)
-        _figures.label(axes, x="learning rate", y=text)
-        _logarithmic(axes, "x", sorted({record["rate"] for record in records}))
-    shown = [record["sharpness"] for record in _claims.select(records, kind="plain")]
-    _logarithmic(panels[0], "y", np.geomspace(min(shown), max(shown), 4))
-    panels[0].legend(frameon=False, fontsize=6, title="data, batch", title_fontsize=6)
-    data, own = next(iter(datasets.items()))
-    _draw_methods(panels[2], own)
-    _figures.label(panels[2], x=f"largest eigenvalue ({data})", y="test accuracy")
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    names = {
+        "sharpness": "largest Hessian eigenvalue",
+        "gain": "points of accuracy over\nthe lowest rate",
+        "accuracy": "test accuracy",
+    }
+    rates = sorted(_claims.groups(_claims.select(records, kind="plain"), "rate"))
+    for axes, own, name in _figures.panels(figure, records, names, height=2):
+        if name == "accuracy":
+            _draw_methods(axes, own)
+            continue
+        for i, batch in enumerate(_BATCHES):
+            part = _with_gain(_claims.select(own, kind="plain", batch=batch))
+            _figures.sweep(
+                axes, part, "rate", name, values=rates, index=i, of=len(_BATCHES),
+                name=f"batches of {batch}{' (all images)' if batch == max(_BATCHES) else ''}",
+            )  # fmt: skip
+        _figures.label(axes, x="learning rate (plain SGD)")
+        if name == "sharpness":
+            _figures.logarithmic(axes)
+        else:
+            _figures.level(axes, 0, "")
+    return (
+        f"Left and middle: {_figures.BARS[0].lower()}{_figures.BARS[1:-1]}. Right: each point is "
+        "the mean of one setting (rate, rho or share of dropped units), in the same two colours."
+    )
 
 
 def _draw_methods(axes: Any, own: Sequence[Record]) -> None:
     """Means over seeds of every setting; the colours are the batch sizes of the other panels."""
+    words = {"plain": "SGD at several rates", "sam": "SAM"}
     for color, batch in zip(_figures.COLORS, _BATCHES, strict=False):
         for kind, (marker, varied) in _METHODS.items():
             for line in _claims.groups(
                 _claims.select(own, kind=kind, batch=batch), varied
             ).values():
                 point = [[_claims.numbers(line, name).mean()] for name in ("sharpness", "accuracy")]
-                axes.plot(*point, marker, markersize=4, color=color)
+                axes.plot(*point, marker, markersize=4, color=color, alpha=0.8)
     for kind, (marker, _) in _METHODS.items():
-        axes.plot([], [], marker, markersize=4, color="gray", label=kind)
-    values = _claims.numbers(own, "sharpness")
-    _logarithmic(axes, "x", np.geomspace(values.min(), values.max(), 4))
-    low, high = axes.get_ylim()
-    axes.set_ylim(low - 0.3 * (high - low), high)
-    axes.legend(frameon=False, fontsize=6, loc="lower center", ncols=2)
+        text = f"right: {words.get(kind, kind)}"
+        axes.plot([], [], marker, markersize=4, color="0.4", label=text)
+    _figures.logarithmic(axes, "x")
+    _figures.label(axes, x="largest Hessian eigenvalue")
 
 
 def _with_gain(records: Sequence[Record]) -> list[Record]:
-    """The records, with the accuracy less that of the same seed at the lowest rate."""
+    """The records, with the accuracy less that of the same seed at the lowest rate, in percent."""
     lowest = min(record["rate"] for record in records)
     start = {r["seed"]: r["accuracy"] for r in _claims.select(records, rate=lowest)}
-    return [{**r, "gain": r["accuracy"] - start[r["seed"]]} for r in records]
-
-
-def _logarithmic(axes: Any, name: str, ticks: Any) -> None:
-    axes.set(**{f"{name}scale": "log"})
-    axis = {"x": axes.xaxis, "y": axes.yaxis}[name]
-    axis.set_ticks(ticks, [f"{tick:.2g}" for tick in ticks])
-    axis.set_ticks([], minor=True)
+    return [{**r, "gain": 100 * (r["accuracy"] - start[r["seed"]])} for r in records]
 
 
 CLAIM = _claims.Claim(

@@ -106,30 +106,34 @@ def _seen(record: Record, levels: Sequence[float]) -> dict[float, float]:
     }
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 2)
-    for color, (data, own) in zip(
-        _figures.COLORS, _claims.groups(records, "data").items(), strict=False
-    ):
-        levels = _levels(own[0])
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    names = {
+        "gradient_noise_scale": "gradient noise scale\n(examples)",
+        "noise_trace": "trace of the\ngradients' covariance",
+    }
+    unresolved = 0
+    for axes, own, name in _figures.panels(figure, records, names):
         for i, record in enumerate(own):
-            losses = np.asarray([record[f"loss_{level:g}"] for level in levels])
-            scales = np.asarray([record[f"gradient_noise_scale_{level:g}"] for level in levels])
-            errors = np.asarray([record[f"error_{level:g}"] for level in levels])
-            seen = np.asarray([record[f"resolved_{level:g}"] for level in levels]) > 0
-            panels[0].errorbar(
-                losses[seen], scales[seen], yerr=errors[seen], color=color, marker="o",
-                markersize=3, linewidth=1, label=data if i == 0 else None,
-            )  # fmt: skip
-            traces = [record[f"noise_trace_{level:g}"] for level in levels]
-            panels[1].plot(losses, traces, color=color, linewidth=1, marker="o", markersize=3)
-    for axes in panels:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+            levels = _levels(record)
+            losses, values, errors = (
+                np.asarray([record[f"{what}_{level:g}"] for level in levels])
+                for what in ("loss", name, "error")
+            )
+            seen = np.ones(len(levels), bool)
+            if name == "gradient_noise_scale":
+                seen = np.asarray([record[f"resolved_{level:g}"] for level in levels]) > 0
+                unresolved += int(np.sum(~seen))
+            bars = errors[seen] if name == "gradient_noise_scale" else None
+            axes.errorbar(
+                losses[seen], values[seen], yerr=bars, **_figures.look(i), capsize=2, alpha=0.8
+            )
+        _figures.logarithmic(axes, "xy")
         axes.invert_xaxis()
-    panels[0].legend(fontsize=7, frameon=False)
-    _figures.label(panels[0], x="training loss", y="noise scale (examples)")
-    _figures.label(panels[1], x="training loss", y="trace of the gradients' covariance")
+        _figures.label(axes, x="training loss (training goes to the right)")
+    left_out = (
+        f" {unresolved} points whose scale was not resolved are left out." if unresolved else ""
+    )
+    return f"One line per seed; bars: the standard error of one measurement.{left_out}"
 
 
 CLAIM = _claims.Claim(

@@ -157,34 +157,24 @@ def _shown(correlation: float) -> str:
     return "undefined (one of them is constant)" if np.isnan(correlation) else f"{correlation:.2f}"
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 2)
-    for color, (data, own) in zip(
-        _figures.COLORS, _claims.groups(records, "data").items(), strict=False
-    ):
-        for marker, (layer, part) in zip("osD", _claims.groups(own, "layer").items(), strict=False):
-            for axes, rank in zip(panels, ("rank", "energy_rank"), strict=True):
-                axes.plot(
-                    _redundant(part, rank), _removable(part), marker,
-                    color=color, markersize=3.5, alpha=0.6, label=f"{data}, layer {layer + 1}",
-                )  # fmt: skip
-    for axes, text in zip(
-        panels, ("1 - numerical rank / units", "1 - energy rank / units"), strict=True
-    ):
-        axes.axline((0, 0), slope=1, color="0.6", linewidth=0.6)
-        _figures.label(axes, x=text, y="share of units that can go")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside right center",
-        frameon=False,
-        fontsize=6,
-    )
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    texts = {"rank": "numerical rank", "energy_rank": "rank with 99 % of the energy"}
+    names = dict.fromkeys(texts, "units that can go\n(share of the layer)")
+    for axes, own, rank in _figures.panels(figure, records, names, height=2):
+        for i, (layer, part) in enumerate(_claims.groups(own, "layer").items()):
+            style = {**_figures.look(i), "linestyle": "", "alpha": 0.7}
+            axes.plot(_redundant(part, rank), _removable(part), **style, label=f"layer {layer + 1}")
+        axes.axline((0, 0), slope=1, color="0.35", linewidth=0.9, linestyle=(0, (4, 2)),
+                    label="as many as the rank foretells")  # fmt: skip
+        axes.set(xlim=(-0.04, 0.72), ylim=(-0.04, 0.72))
+        _figures.label(axes, x=f"1 - {texts[rank]} / units")
+    return "One point per layer and seed. All points at 0: the rank is full and foretells nothing."
 
 
 CLAIM = _claims.Claim(
     name="redundancy",
     paper="Zhou et al. 2022 (arXiv:2206.03596)",
-    statement="the rank deficit of a layer's gradients is how many of its units are redundant",
+    statement="the rank deficit of a layer's gradients tells how many of its units are redundant",
     printed="only the abstract and a summary were read; the criterion is a reconstruction",
     settings=_settings,
     run=_run,

@@ -221,28 +221,41 @@ def _after_fit(record: Record, name: str) -> float:
     return float(np.median([record[f"{name}_{step}"] for step in steps]))
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 3)
-    names = (("sharpness", "spherical sharpness"), ("accuracy", "test accuracy"), ("ratio", ""))
-    shown = _claims.select(records, pixels="standardised")
-    for axes, (name, text) in zip(panels, names, strict=True):
-        for data, own in _claims.groups(shown, "data").items():
-            lines = _claims.groups(own, "decay").items()
-            for color, (decay, line) in zip(_figures.COLORS, lines, strict=False):
-                steps = list(_checkpoints(line[0]))
-                values = np.asarray([[r[f"{name}_{step}"] for step in steps] for r in line])
-                style = {"color": color, "linestyle": _figures.LINES[data], "linewidth": 1}
-                label = f"{data}, decay {decay:g}" if name == "ratio" else None
-                axes.plot(steps, np.median(values, 0), label=label, **style)
-        _figures.label(axes, x="step, standardised pixels", y=text)
-    every = [record[f"sharpness_{step}"] for record in shown for step in _checkpoints(record)]
-    ticks = np.geomspace(min(every), max(every), 4)
-    panels[0].set_yscale("log")
-    panels[0].set_yticks(ticks, [f"{tick:.0f}" for tick in ticks])
-    panels[0].set_yticks([], minor=True)
-    panels[2].axhline(2, color="gray", linewidth=0.5)
-    _figures.label(panels[2], y="effective rate times sharpness")
-    figure.legend(frameon=False, fontsize=6, loc="outside lower center", ncols=3)
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    names = {
+        "sharpness": "spherical sharpness",
+        "accuracy": "test accuracy",
+        "ratio": "effective rate\nx sharpness",
+    }
+    groups = {
+        (data, pixels): part
+        for data, own in _claims.groups(records, "data").items()
+        for pixels, part in _claims.groups(own, "pixels").items()
+    }
+    rows = [{**r, "data": key} for key, own in groups.items() for r in own]
+    for axes, own, name in _figures.panels(figure, rows, names, height=1.4):
+        data, pixels = own[0]["data"]
+        axes.set_title(f"{_figures.NAMES[data]}, {pixels} pixels", fontsize=7)
+        for color, (decay, line) in zip(
+            _figures.COLORS, _claims.groups(own, "decay").items(), strict=False
+        ):
+            steps = list(_checkpoints(line[0]))
+            values = np.asarray([[r[f"{name}_{step}"] for step in steps] for r in line])
+            text = f"weight decay {decay:g}"
+            axes.plot(steps, np.median(values, 0), color=color, linewidth=1.1, label=text)
+            low, high = values.min(0), values.max(0)
+            axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+        if name == "sharpness":
+            _figures.logarithmic(axes)
+        if name == "ratio":
+            axes.set_ylim(1.5, 4)
+            _figures.level(axes, 2, "edge of stability: 2", left=0.4, above=False)
+        if axes.get_subplotspec().is_last_row():
+            _figures.label(axes, x="training step")
+    return (
+        "Lines: median over the seeds; bands: their range. Ratios above 4, in bursts of the loss, "
+        "are cut off."
+    )
 
 
 CLAIM = _claims.Claim(

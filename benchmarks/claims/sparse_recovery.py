@@ -309,48 +309,70 @@ def _rising(
     return found
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 3)
-    windows = _claims.select(records, part="window")
-    for color, (scale, own) in zip(
-        _figures.COLORS, _claims.groups(windows, "scale").items(), strict=False
-    ):
-        shift = {1e-3: -0.2, 1e-4: -0.2, 1e-5: 0.0, 1e-7: 0.2}[scale]
-        for depth, part in _by_depth(own):
-            first, last = (np.median(_claims.numbers(part, name)) for name in ("first", "last"))
-            panels[0].plot([depth + shift] * 2, [max(first, 1), last], color=color, linewidth=3,
-                           solid_capstyle="butt",
-                           label=f"alpha^N = {scale:g}" if depth == 2 else None)  # fmt: skip
-            predicted = [
-                np.median(_claims.numbers(part, f"predicted_{name}")) for name in ("first", "last")
-            ]
-            panels[0].plot([depth + shift] * 2, predicted, "k_", markersize=6)
-    panels[0].set_yscale("log")
-    panels[0].legend(frameon=False, fontsize=6)
-    panels[0].set_xticks(sorted({record["depth"] for record in windows}))
-    _figures.label(panels[0], x="depth N", y="steps of good error (- formula)")
-    same = _claims.select(windows, scale=_SCALE)
-    for color, name in zip(
-        _figures.COLORS, ("best", "final", "oracle", "least_norm"), strict=False
-    ):
-        _figures.line(panels[1], same, "depth", name, color=color, label=name.replace("_", " "))
-    panels[1].set_yscale("log")
-    panels[1].set_ylim(top=100)
-    panels[1].legend(frameon=False, fontsize=6)
-    panels[1].set_xticks(sorted({record["depth"] for record in same}))
-    _figures.label(panels[1], x="depth N", y="squared error")
-    images = [
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    figure.set_figheight(3.9)
+    (windows, errors), (order, images) = figure.subplots(2, 2)
+    _draw_windows(windows, _claims.select(records, part="window"))
+    same = _claims.select(records, part="window", scale=_SCALE)
+    depths = sorted({record["depth"] for record in same})
+    words = {"best": "stopped at the best step", "final": "at the end",
+             "oracle": "least squares on the true support", "least_norm": "least norm"}  # fmt: skip
+    for i, (name, text) in enumerate(words.items()):
+        _figures.sweep(errors, same, "depth", name, values=depths, index=i, of=4, name=text)
+    _figures.logarithmic(errors)
+    _figures.label(errors, x="depth N", y="squared error")
+    errors.set_title("errors", fontsize=8)
+    own = _claims.select(records, part="incremental")
+    for place, (_, part) in enumerate(_by_depth(own)):
+        _figures.column(order, place, _claims.numbers(part, "next"))
+    order.set_xticks(range(len(_by_depth(own))), [str(depth) for depth, _ in _by_depth(own)])
+    _figures.logarithmic(order)
+    order.set_title("when one signal is half there", fontsize=8)
+    _figures.label(order, x="depth N", y="the next one / its size")
+    shown = [
         {**r, "share": r["stopped"] / r["least_norm"]} for r in records if r["part"] == "image"
     ]
-    for color, (data, own) in zip(
-        _figures.COLORS, _claims.groups(images, "data").items(), strict=False
-    ):
-        _figures.line(panels[2], own, "depth", "share", color=color,
-                      linestyle=_figures.LINES[data], label=data)  # fmt: skip
-    panels[2].set_yscale("log")
-    panels[2].axhline(1, color="0.6", linewidth=0.8)
-    panels[2].legend(frameon=False, fontsize=6)
-    _figures.label(panels[2], x="depth N", y="image: error / least norm's")
+    for i, (data, part) in enumerate(_claims.groups(shown, "data").items()):
+        values = sorted(_claims.groups(part, "depth"))
+        for place, depth in enumerate(values):
+            share = _claims.numbers(_claims.select(part, depth=depth), "share")
+            at = place + _figures.side(i, 2)
+            _figures.column(images, at, share, index=4 + i, of=2, name=_figures.NAMES[data])
+        images.set_xticks(range(len(values)), [str(depth) for depth in values])
+    images.set_yscale("log")
+    images.set_ylim(top=3)
+    _figures.logarithmic(images)
+    _figures.level(images, 0.5, "claimed: below 0.5")
+    images.set_title("images from too few measurements", fontsize=8)
+    _figures.label(images, x="depth N", y="error / that of least norm")
+    return (
+        "Windows: medians over the seeds of the steps within twice the best error; black ticks: "
+        "what the formula foretells. Errors: means, bars: standard deviation. Below: a dot per "
+        "seed, black bars are means."
+    )
+
+
+def _draw_windows(axes: Any, records: Sequence[Record]) -> None:
+    scales = sorted(_claims.groups(records, "scale"), reverse=True)
+    depths = sorted({record["depth"] for record in records})
+    for i, (color, scale) in enumerate(zip(_figures.COLORS, scales, strict=False)):
+        text = rf"start $\alpha^N = 10^{{{round(np.log10(scale))}}}$"
+        for depth, part in _by_depth(_claims.select(records, scale=scale)):
+            first, last = (np.median(_claims.numbers(part, name)) for name in ("first", "last"))
+            at = depths.index(depth) + _figures.side(i, len(scales))
+            axes.plot(
+                [at, at], [max(first, 1), last], color=color, linewidth=4, solid_capstyle="butt",
+                label=text if depth == depths[0] else None,
+            )  # fmt: skip
+            foretold = [
+                np.median(_claims.numbers(part, f"predicted_{name}")) for name in ("first", "last")
+            ]
+            axes.plot([at, at], foretold, "k_", markersize=7)
+    axes.set_xticks(range(len(depths)), [str(depth) for depth in depths])
+    axes.legend(frameon=False, fontsize=7, loc="upper left")
+    _figures.logarithmic(axes)
+    axes.set_title("when to stop", fontsize=8)
+    _figures.label(axes, x="depth N", y="step of training")
 
 
 CLAIM = _claims.Claim(

@@ -197,28 +197,34 @@ def _end(records: Sequence[Record]) -> str:
     )
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    sets = list(_claims.groups(records, "data"))
-    panels = figure.subplots(1, len(sets), squeeze=False)[0]
-    for axes, data in zip(panels, sets, strict=True):
-        own = _claims.select(records, data=data)
-        style = {"color": _figures.COLORS[0], "label": "SGD, momentum 0.9"}
-        _figures.line(axes, _claims.select(own, method="sgd"), "rate", "accuracy", **style)
-        for color, marker, (method, title) in zip(
-            _figures.COLORS[1:], "*^s", _TITLES.items(), strict=False
-        ):
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    names = {"accuracy": "test accuracy"}
+    for axes, own, _ in _figures.panels(figure, records, names, height=2.3):
+        sgd = _claims.groups(_claims.select(own, method="sgd"), "rate")
+        values = [_claims.numbers(part, "accuracy") for part in sgd.values()]
+        axes.errorbar(
+            list(sgd), [v.mean() for v in values], [v.std(ddof=1) for v in values], capsize=2,
+            label="SGD, momentum 0.9, at fixed rates", **_figures.look(0),
+        )  # fmt: skip
+        for i, (method, title) in enumerate(_TITLES.items(), 1):
             some = _claims.select(own, method=method)
             if some:
                 rates, accuracies = (
                     _claims.numbers(some, name) for name in ("learned_rate", "accuracy")
                 )
-                axes.plot(rates, accuracies, marker, color=color, markersize=5, label=title)
-                axes.axhline(accuracies.mean(), color=color, linewidth=0.8, linestyle=":")
-        axes.set_xscale("log")
-        axes.tick_params(which="minor", labelbottom=False)
-        axes.set_title(data, fontsize=8)
-        _figures.label(axes, x="learning rate (the controller's: the last)", y="test accuracy")
-    panels[-1].legend(frameon=False, fontsize=6, loc="best")
+                style = {**_figures.look(i), "linestyle": "", "markersize": 5, "alpha": 0.8}
+                axes.plot(rates, accuracies, label=title, **style)
+                axes.axhline(
+                    accuracies.mean(), color=style["color"], linewidth=0.9, linestyle=(0, (4, 2)),
+                    label=f"mean of {title}",
+                )  # fmt: skip
+        axes.set_ylim(0, 1.05)
+        _figures.logarithmic(axes, "x")
+        _figures.label(axes, x="learning rate (of a controller: its last)")
+    return (
+        "SGD: means over the seeds, bars: their standard deviation. Controllers: one point per "
+        "seed. The claim is that they come up to the best fixed rate."
+    )
 
 
 CLAIM = _claims.Claim(

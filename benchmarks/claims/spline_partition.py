@@ -238,41 +238,56 @@ def _judge_margin(data: str, records: Sequence[Record]) -> Iterator[Verdict]:
     )
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    draw = {"density": _draw_density, "jitter": _draw_jitter, "margin": _draw_margin}
-    for axes, part in zip(figure.subplots(1, 3), draw, strict=True):
-        draw[part](axes, _claims.select(records, part=part))
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    sets = [data for data in _claims.groups(records, "data") if data != "moons"]
+    figure.set_figheight(2 * len(sets))
+    grid = figure.add_gridspec(len(sets), 4, width_ratios=[1, 1, 1.2, 0.9])
+    for row, data in enumerate(sets):
+        own = _claims.select(records, data=data)
+        near, noise, jitter = (figure.add_subplot(grid[row, i]) for i in range(3))
+        density = _claims.select(own, part="density")
+        _draw_density(near, density, "shuffled", "shuffled ones")
+        _draw_density(noise, density, "noise", "noise")
+        _draw_jitter(jitter, _claims.select(own, part="jitter"))
+        for axes in (near, noise, jitter):
+            axes.set_title(_figures.NAMES[data], fontsize=8)
+    _draw_margin(figure.add_subplot(grid[:, 3]), _claims.select(records, part="margin"))
+    return (
+        "Lines: means over the seeds; bars: their standard deviation. Margins: a dot per seed, "
+        "black bars are means."
+    )
 
 
-def _draw_density(axes: Any, records: Sequence[Record]) -> None:
-    """Of the digits; the others are in the table."""
-    kinds = _claims.groups(_claims.select(records, data="digits"), "kind")
-    for color, (kind, own) in zip(_figures.COLORS, kinds.items(), strict=False):
-        for other, line, label in (("shuffled", "-", kind), ("noise", ":", None)):
-            ratios = _ratios(own, other)
-            axes.errorbar(
-                range(1, ratios.shape[1] + 1), ratios.mean(0), ratios.std(0, ddof=1), color=color,
-                linestyle=line, marker="o", markersize=3, linewidth=1, label=label,
-            )  # fmt: skip
-    axes.set_xticks(range(1, ratios.shape[1] + 1))
-    axes.margins(y=0.3)  # for the legend
-    _figures.label(axes, x="layer (digits)", y="near images / shuffled (dotted: noise)")
-    axes.legend(frameon=False, fontsize=6, ncols=2, loc="upper center", columnspacing=1)
+def _draw_density(axes: Any, records: Sequence[Record], other: str, text: str) -> None:
+    kinds = _claims.groups(records, "kind")
+    for i, (kind, own) in enumerate(kinds.items()):
+        ratios = _ratios(own, other)
+        places = np.arange(1, ratios.shape[1] + 1) + _figures.side(i, len(kinds))
+        axes.errorbar(
+            places, ratios.mean(0), ratios.std(0, ddof=1), capsize=2,
+            label=f"boundaries: {kind}", **_figures.look(i),
+        )  # fmt: skip
+        axes.set_xticks(range(1, ratios.shape[1] + 1))
+    axes.set_ylim(0.4, 2.4)
+    _figures.level(axes, 1, "", left=0)
+    _figures.label(axes, x="layer", y=f"boundaries near images\n/ near {text}")
 
 
 def _draw_jitter(axes: Any, records: Sequence[Record]) -> None:
-    for data, own in _claims.groups(records, "data").items():
-        for i, color in zip(range(own[0]["depth"]), _figures.COLORS, strict=False):
-            _figures.line(
-                axes, own, "size", f"jitter_{i}", color=color, linestyle=_figures.LINES[data],
-                label=f"layer {i + 1}" if data == "digits" else None,
-            )  # fmt: skip
     sizes = np.unique(_claims.numbers(records, "size"))
-    axes.plot(sizes, sizes**-0.5, color="0.6", linewidth=0.8, label=r"1 / $\sqrt{B}$")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    _figures.label(axes, x="batch B (dashed: fashion_mnist)", y="movement / RMS distance")
-    axes.legend(frameon=False, fontsize=6)
+    for i in range(records[0]["depth"]):
+        values = [_claims.numbers(_claims.select(records, size=s), f"jitter_{i}") for s in sizes]
+        look = {**_figures.look(i), "color": str(0.15 * i)}
+        axes.errorbar(
+            sizes, [v.mean() for v in values], [v.std(ddof=1) for v in values], capsize=2,
+            label=f"movement in layer {i + 1}", **look,
+        )  # fmt: skip
+    axes.plot(sizes, 0.9 * sizes**-0.5, color=_figures.COLORS[1], linewidth=1,
+              linestyle=(0, (4, 2)), label="1 / root of the batch size")  # fmt: skip
+    _figures.logarithmic(axes, "y")
+    axes.set_xscale("log")
+    _figures.ticks(axes, "x", [float(size) for size in sizes[::2]])
+    _figures.label(axes, x="batch size", y="movement of a boundary\n/ its RMS distance")
 
 
 def _draw_margin(axes: Any, records: Sequence[Record]) -> None:
@@ -283,16 +298,13 @@ def _draw_margin(axes: Any, records: Sequence[Record]) -> None:
             for batch, size in _ARMS
         )
         for i, (margins, name) in enumerate(zip(others, _ARM_NAMES, strict=True)):
-            axes.plot(
-                np.full(len(large), place + 0.3 * i - 0.15), margins / large, "os"[i], markersize=3,
-                color=_figures.COLORS[i], alpha=0.6, label=name if place == 0 else None,
-            )  # fmt: skip
-    axes.axhline(1, color="0.7", linewidth=0.8, zorder=0)
+            at = place + _figures.side(i, 2)
+            _figures.column(axes, at, margins / large, index=4 + i, of=2, name=f"margin: {name}")
     axes.set_xlim(-0.5, len(groups) - 0.5)
-    axes.set_xticks(range(len(groups)), [name.replace("_", "\n") for name in groups])
-    axes.margins(y=0.3)
-    _figures.label(axes, y="median margin / that at 256")
-    axes.legend(frameon=False, fontsize=6, loc="upper center")
+    axes.set_xticks(range(len(groups)), [_figures.NAMES[name] for name in groups], rotation=60)
+    axes.set_ylim(0, 2.4)
+    _figures.level(axes, 1, "")
+    _figures.label(axes, y="median margin / that with batches of 256")
 
 
 CLAIM = _claims.Claim(

@@ -144,40 +144,37 @@ def _on_alignment(data: str, records: Sequence[Record]) -> Verdict:
     )
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    speed, accuracy, alignment = figure.subplots(1, 3)
-    names = {"kernel_accuracy": "kernel", "accuracy": "network"}
-    for k, (data, own) in enumerate(_claims.groups(records, "data").items()):
-        color = _figures.COLORS[k]
-        places = [
-            (np.sqrt(max(start, 0.5) * stop), f"distance_{start}_{stop}", stop - start)
-            for start, stop in itertools.pairwise(_EPOCHS)
-        ]
-        means = [_claims.numbers(own, name).mean() / count for _, name, count in places]
-        for record in own:
-            each = [record[name] / count for _, name, count in places]
-            speed.plot([place for place, *_ in places], each, color=color, linewidth=0.4, alpha=0.5)
-        speed.plot([place for place, *_ in places], means, "o-", color=color, markersize=3,
-                   linewidth=1, label=data)  # fmt: skip
-        for name, (axes, style) in {
-            "kernel_accuracy": (accuracy, "o-"), "accuracy": (accuracy, "s:"),
-            "alignment": (alignment, "o-"),
-        }.items():  # fmt: skip
-            values = np.stack([_claims.numbers(own, f"{name}_{epoch}") for epoch in _EPOCHS])
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    names = {
+        "distance": "change of the kernel per\nepoch (1 - cosine)",
+        "accuracy": "test accuracy",
+        "alignment": "alignment of the kernel\nwith the classes",
+    }
+    for axes, own, name in _figures.panels(figure, records, names):
+        epochs = [epoch for epoch in _EPOCHS if f"accuracy_{epoch}" in own[0]]
+        if name == "distance":
+            spans = list(itertools.pairwise(epochs))
+            for i, record in enumerate(own):
+                each = [record[f"distance_{a}_{b}"] / (b - a) for a, b in spans]
+                axes.plot(range(len(spans)), each, **_figures.look(i), alpha=0.8)
+            axes.set_xticks(range(len(spans)), [f"{a}-{b}" for a, b in spans], rotation=60)
+            _figures.logarithmic(axes)
+            _figures.label(axes, x="between these epochs")
+            continue
+        lines = {"kernel_accuracy": "regression with the kernel of that epoch",
+                 "accuracy": "the network itself"}  # fmt: skip
+        for i, (what, text) in enumerate(lines.items() if name == "accuracy" else [(name, None)]):
+            values = [_claims.numbers(own, f"{what}_{epoch}") for epoch in epochs]
             axes.errorbar(
-                _EPOCHS, values.mean(1), values.std(1, ddof=1), fmt=style, color=color,
-                markersize=3, linewidth=1,
-                label=f"{names[name]}, {data}" if name in names else data,
+                range(len(epochs)), [v.mean() for v in values], [v.std(ddof=1) for v in values],
+                capsize=2, label=text, **_figures.look(i),
             )  # fmt: skip
-    speed.set_xscale("log")
-    speed.set_yscale("log")
-    for axes in (accuracy, alignment):
-        axes.set_xscale("symlog", linthresh=1)
-        axes.legend(frameon=False, fontsize=6)
-    speed.legend(frameon=False, fontsize=6)
-    _figures.label(speed, x="epoch", y="1 - cosine of kernels, per epoch")
-    _figures.label(accuracy, x="epoch", y="test accuracy")
-    _figures.label(alignment, x="epoch", y="centred alignment with the classes")
+        axes.set_xticks(range(len(epochs)), [str(epoch) for epoch in epochs])
+        _figures.label(axes, x="epoch")
+    return (
+        "Left: one line per seed. Middle and right: means over the seeds; bars: their standard "
+        "deviation. The kernel is better than the first one if its accuracy rises."
+    )
 
 
 CLAIM = _claims.Claim(

@@ -277,38 +277,39 @@ def _spread(records: Sequence[Record], name: str) -> str:
     return f"{values.mean():.2f} [{values.min():.2f}, {values.max():.2f}]"
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 3, width_ratios=(1, 1.2, 1.2))
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    runs = [
+        {**record, f"{name}_lost": 100 * (record["accuracy"] - record[f"{name}_after"])}
+        for record in records
+        for name in ("flops", "half")
+        if record["part"] != "correlation"
+    ]
     ends = _claims.select(records, part="correlation", stage="end")
     scores = ("first", "second", "norm", "scale")
     bars = [
-        {"data": record["data"], "score": score, "value": record[f"pearson_{score}"]}
+        {"data": record["data"], "part": score, "pearson": record[f"pearson_{score}"]}
         for record in ends
         for score in scores
     ]
-    _figures.dots(panels[0], bars, "score", "value")
-    panels[0].axhline(_PEARSON, color="0.6", linewidth=0.6)
-    _figures.label(panels[0], y="Pearson with the oracle")
-    runs = [record for record in records if record["part"] != "correlation"]
-    for axes, name, text in (
-        (panels[1], "flops", f"{1 - _SHARE:.0%} fewer operations"),
-        (panels[2], "half", "half of the units"),
-    ):
-        lost = [
-            {**record, "lost": 100 * (record["accuracy"] - record[f"{name}_after"])}
-            for record in runs
-        ]
-        _figures.dots(axes, lost, "part", "lost")
-        axes.axhline(0, color="0.6", linewidth=0.6)
-        _figures.label(axes, y="points of accuracy lost")
-        axes.set_title(text, fontsize=8)
-    for axes in panels:
-        axes.tick_params(axis="x", labelsize=6, rotation=30)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside right center",
-        frameon=False,
-        fontsize=6,
+    words = {"first": "1st order", "second": "2nd order", "norm": "|weights|", "scale": "|scale|"}
+    names = {
+        "pearson": "correlation with the oracle",
+        "flops_lost": f"points lost at {1 - _SHARE:.0%}\nfewer operations",
+        "half_lost": "points lost at half\nof the units",
+    }
+    for axes, own, name in _figures.panels(figure, [*bars, *runs], names, height=2):
+        shown = [record for record in own if name in record]
+        parts = [words.get(part, part) for part in _claims.groups(shown, "part")]
+        _figures.dots(axes, shown, "part", name, parts)
+        axes.tick_params(axis="x", labelsize=7, rotation=60)
+        if name == "pearson":
+            _figures.level(axes, _PEARSON, "claimed", left=0.98)
+            axes.set_ylim(top=1.2)
+        else:
+            _figures.level(axes, 0, "", left=0)
+    return (
+        f"{_figures.DOTS} Points of test accuracy after training on; below the dashed line the "
+        "smaller network is better than the whole one."
     )
 
 

@@ -189,41 +189,63 @@ def _on_entropies(data: str, records: Sequence[Record]) -> Verdict:
     )
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    loss, blocks, training = figure.subplots(1, 3, width_ratios=[2, 1, 1])
+def _draw(records: Sequence[Record], figure: Any) -> str:
     first = records[0]
-    named = [{**record, "column": _column(record, first)} for record in records]
-    _figures.dots(loss, named, "column", "test_loss")
-    for color, own in zip(_figures.COLORS, _claims.groups(records, "data").values(), strict=False):
-        loss.axhline(own[0]["by_position"], color=color, linewidth=0.8, linestyle=":")
-    loss.legend(frameon=False, fontsize=6, loc="center")
-    _figures.label(loss, x="target and strength", y="test loss (nats)")
-    loss.tick_params(axis="x", labelsize=6)
-    shown = _claims.select(records, **{name: first[name] for name in ("data", "rate", "steps")})
-    for color, (name, part) in zip(
-        _figures.COLORS, _claims.groups(shown, "penalty").items(), strict=False
-    ):
-        style = {"color": color, "linewidth": 0.7, "alpha": 0.7}
-        for i, record in enumerate(part):
-            entropies = [record[f"entropy_{j}"] for j in range(record["depth"])]
-            blocks.plot(1 + np.arange(len(entropies)), np.maximum(entropies, _FLOOR), **style)
-            steps = record["steps"] * (np.arange(_POINTS) + 0.5) / _POINTS
-            losses = [record[f"loss_{j}"] for j in range(_POINTS)]
-            training.plot(steps, losses, label=None if i else name, **style)
-    blocks.set_yscale("log")
-    _figures.label(blocks, x="block", y="entropy at the end (nats)")
-    _figures.label(training, x="step", y="training loss, with penalty")
-    training.legend(frameon=False, fontsize=6)
-    for axes in (blocks, training):
-        axes.set_title(f"{first['data']}, rate {first['rate']:g}", fontsize=8)
+    names = {
+        "test_loss": "test loss (nats)",
+        "entropy": "entropy of a block\nat the end (nats)",
+        "loss": "training loss (nats),\nwith the penalty",
+    }
+    penalties = list(_claims.groups(records, "penalty"))
+    cases = list(_claims.groups([_case(record, first) for record in records], "case"))
+    for axes, own, name in _figures.panels(figure, records, names, height=2.4):
+        shown = _claims.select(own, rate=first["rate"], steps=first["steps"])
+        if name == "test_loss":
+            for place, case in enumerate(cases):
+                part = [r for r in own if _case(r, first)["case"] == case]
+                if part:
+                    index = penalties.index(part[0]["penalty"])
+                    _figures.column(axes, place, _claims.numbers(part, name), index=index)
+            axes.set_xticks(range(len(cases)), cases, rotation=60, ha="right", va="top")
+            axes.tick_params(axis="x", pad=1)
+            _figures.label(axes, x="penalty (target, strength)")
+            _figures.level(
+                axes, own[0]["by_position"], name="a network blind to the earlier pixels"
+            )
+            continue
+        for record in shown:
+            text = record["penalty"]
+            style = {
+                "color": _figures.COLORS[penalties.index(text)], "linewidth": 0.8, "alpha": 0.8,
+                "label": {"none": "no penalty", "warm-up": "no penalty, rate warmed up"}.get(
+                    text, "penalty with target {}, strength {}".format(*text.split(", "))
+                    if ", " in text else text,
+                ),
+            }  # fmt: skip
+            if name == "entropy":
+                entropies = [record[f"entropy_{j}"] for j in range(record["depth"])]
+                places = 1 + np.arange(len(entropies))
+                axes.plot(places, np.maximum(entropies, _FLOOR), **style)
+            else:
+                steps = record["steps"] * (np.arange(_POINTS) + 0.5) / _POINTS
+                axes.plot(steps, [record[f"loss_{j}"] for j in range(_POINTS)], **style)
+        if name == "entropy":
+            _figures.logarithmic(axes)
+            _figures.ticks(axes, "x", range(3, record["depth"] + 1, 3))
+        where = f"rate {first['rate']:g}, {first['steps']} steps"
+        _figures.label(axes, x=f"{'block' if name == 'entropy' else 'step'} ({where})")
+    return (
+        "Left: each point is one seed, the black bars are means. Middle and right: one line per "
+        "seed. Above the dashed line a network has learnt nothing from the earlier pixels."
+    )
 
 
-def _column(record: Record, first: Record) -> str:
-    """The penalty, and what else differs from the first case."""
-    lines = record["penalty"].split(", ")
-    lines += ["rate", f"{record['rate']:g}"] if record["rate"] != first["rate"] else []
-    lines += [f"{record['steps']}", "steps"] if record["steps"] != first["steps"] else []
-    return "\n".join(lines)
+def _case(record: Record, first: Record) -> Record:
+    """The record with its penalty, and with what else differs from the first one."""
+    text = record["penalty"]
+    text += f", rate {record['rate']:g}" if record["rate"] != first["rate"] else ""
+    text += f", {record['steps']} steps" if record["steps"] != first["steps"] else ""
+    return {**record, "case": text}
 
 
 CLAIM = _claims.Claim(

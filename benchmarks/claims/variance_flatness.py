@@ -138,32 +138,34 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 2)
-    at_rest = [record for record in records if record["decay"]]
-    for color, (data, own) in zip(
-        _figures.COLORS, _claims.groups(at_rest, "data").items(), strict=False
-    ):
-        for record in own:
-            widths, deviations = (
-                [record[f"{name} {rank}"] for rank in _RANKS] for name in ("width", "deviation")
-            )
-            panels[0].plot(
-                widths, deviations, "o-", color=color, markersize=3, linewidth=0.8, alpha=0.7,
-                label=data if record is own[0] else None,
-            )  # fmt: skip
-    panels[0].set_xscale("log")
-    panels[0].set_yscale("log")
-    panels[0].legend(frameon=False, fontsize=7)
-    ranks = ", ".join(map(str, _RANKS))
-    _figures.label(
-        panels[0],
-        x=f"interval flatness, with decay (directions {ranks})",
-        y="deviation of the walk",
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    names = {"walk": "standard deviation\nof the walk", "correlation": "rank correlation"}
+    words = {0.0: "without decay,\ndrifting", 0.01: "with decay,\nat rest"}
+    for axes, own, name in _figures.panels(figure, records, names):
+        decays = _claims.groups(own, "decay")
+        if name == "correlation":
+            _figures.dots(axes, own, "decay", name, [words.get(d, f"decay {d:g}") for d in decays])
+            _figures.level(axes, 0, "claimed: below 0", left=0.36, above=False)
+            axes.set_ylim(-1, 1.1)
+            continue
+        for i, (decay, part) in enumerate(decays.items()):
+            for record in part:
+                ranks = [rank for rank in _RANKS if f"width {rank}" in record]
+                widths, deviations = (
+                    [record[f"{what} {rank}"] for rank in ranks] for what in ("width", "deviation")
+                )
+                axes.plot(
+                    widths, deviations,
+                    **_figures.look(i), alpha=0.7,
+                    label=words.get(decay, f"{decay:g}").replace("\n", " "),
+                )  # fmt: skip
+        _figures.label(axes, x="flatness: width of the interval at e times the loss")
+        _figures.logarithmic(axes, "xy")
+    shown = ", ".join(map(str, _RANKS))
+    return (
+        f"Left: one line per seed through the principal directions {shown} of the walk; the claim "
+        f"is that lines fall. Right: over {_DIRECTIONS} directions. {_figures.DOTS}"
     )
-    _figures.dots(panels[1], records, "decay", "correlation")
-    panels[1].axhline(0, color="0.7", linewidth=0.5)
-    _figures.label(panels[1], x="weight decay", y="rank correlation")
 
 
 CLAIM = _claims.Claim(

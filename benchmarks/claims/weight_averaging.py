@@ -87,8 +87,7 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 2)
+def _draw(records: Sequence[Record], figure: Any) -> str:
     rows = [
         {
             "data": record["data"],
@@ -99,13 +98,12 @@ def _draw(records: Sequence[Record], figure: Any) -> None:
         for record in records
         for method in _METHODS
     ]
-    for axes, (name, text) in zip(
-        panels, (("sharpness", "largest eigenvalue"), ("accuracy", "test accuracy")), strict=True
-    ):
-        _figures.dots(axes, rows, "method", name, _NAMES)
-        _figures.label(axes, y=text)
-    panels[0].set_yscale("log")
-    panels[0].legend(fontsize=7, frameon=False)
+    names = {"sharpness": "largest Hessian eigenvalue", "accuracy": "test accuracy"}
+    for axes, own, name in _figures.panels(figure, rows, names):
+        _figures.dots(axes, own, "method", name, _NAMES)
+        if name == "sharpness":
+            axes.set_ylim(bottom=0)
+    return _figures.DOTS
 
 
 CLAIM = _claims.Claim(

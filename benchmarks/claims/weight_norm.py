@@ -144,19 +144,30 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 2)
-    own = _claims.select(records, data="digits", rate=_STANDARD)
-    colors = (*_figures.COLORS, "#56B4E9")
-    for axes, (name, text) in zip(
-        panels, (("early", "loss around step 65"), ("accuracy", "test accuracy")), strict=True
-    ):
-        for color, (kind, part) in zip(colors, _claims.groups(own, "kind").items(), strict=False):
-            _figures.line(axes, part, "scale", name, color=color, label=kind)
-        axes.set_xscale("log", base=2)
-        _figures.label(axes, x="initial scale over He's (digits)", y=text)
-    panels[0].set_yscale("log")
-    panels[1].legend(frameon=False, fontsize=6)
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    shown = _claims.select(records, rate=_STANDARD)
+    kinds = {
+        "plain": "no norm",
+        "weight": "weight norm",
+        "weight, data": "weight norm, initialised from data",
+        "mean-only": "weight norm and mean-only batch norm",
+        "weight, mean-only, data": "both, initialised from data",
+        "batch": "batch norm",
+    }
+    scales = sorted(_claims.groups(shown, "scale"))
+    names = {"early": "training loss around step 65", "accuracy": "test accuracy at the end"}
+    for axes, own, name in _figures.panels(figure, shown, names, height=2):
+        for i, (kind, text) in enumerate(kinds.items()):
+            _figures.sweep(
+                axes, _claims.select(own, kind=kind), "scale", name, values=scales, index=i,
+                of=len(kinds), name=text,
+            )  # fmt: skip
+        _figures.label(axes, x="initial scale / He's scale")
+        if name == "early":
+            _figures.logarithmic(axes)
+    return (
+        f"{_figures.BARS} Adam with rate {_STANDARD:g}. A flat line does not depend on the scale."
+    )
 
 
 CLAIM = _claims.Claim(

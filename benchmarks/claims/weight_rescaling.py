@@ -272,28 +272,31 @@ def _judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def _draw(records: Sequence[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 3)
-    own = [record for record in records if record["method"] != _MATCHED]
-    labels = {"standardized": "standard.", "adamp": "AdamP"}
-    names = [labels.get(method, method) for method in _claims.groups(own, "method")]
-    values = (
-        ("norm", "norm of a filter"),
-        ("angle", "angle a step"),
-        ("accuracy", "test accuracy"),
-    )
-    for axes, (name, text) in zip(panels, values, strict=True):
-        _figures.dots(axes, own, "method", name, names)
-        _figures.label(axes, y=text)
-        axes.tick_params(axis="x", rotation=30)
-    panels[1].set_yscale("log")
-    panels[0].legend(frameon=False, fontsize=7)
+def _draw(records: Sequence[Record], figure: Any) -> str:
+    shown = [record for record in records if record["method"] != _MATCHED]
+    words = {"none": "plain", "decay": "weight\ndecay", "standardized": "standard-\nized",
+             "adamp": "AdamP"}  # fmt: skip
+    labels = {
+        "norm": "norm of a filter at the end",
+        "angle": "turn per step (radians)",
+        "accuracy": "test accuracy",
+    }
+    for axes, own, name in _figures.panels(figure, shown, labels, height=2):
+        methods = [words.get(method, method) for method in _claims.groups(own, "method")]
+        _figures.dots(axes, own, "method", name, methods)
+        axes.tick_params(axis="x", labelsize=7, rotation=50)
+        if name == "norm":
+            axes.set_ylim(bottom=0)
+        if name == "angle":
+            _figures.logarithmic(axes)
+    return f"{_figures.DOTS} Rescaled: every filter is put back to norm 1 after each step."
 
 
 CLAIM = _claims.Claim(
     name="weight_rescaling",
     paper="Liu et al. 2021 (arXiv:2102.03497)",
-    statement="unit-norm filters keep the effective learning rate where decay lets it settle",
+    statement="filters that are kept at norm 1 have the effective learning rate at which weight "
+    "decay would let it settle",
     printed="only the abstract was read; no number may be quoted",
     settings=_settings,
     run=_run,

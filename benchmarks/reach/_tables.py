@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from benchmarks.claims import _figures, _frame
 from benchmarks.reach import _chips
 from benchmarks.reach._programs import GRADIENT, PROGRAMS
 
@@ -12,7 +13,7 @@ Record = Mapping[str, Any]
 
 _COMPILED, _MEASURED = "reach.jsonl", "reach_measured.jsonl"
 _OVER = ("operations", "bytes_moved", "bytes_sent")
-_TITLE = "Compiled, not run: seconds are the published rates' and no program's"
+_TITLE = "Compiled, not run: seconds are estimates from the chips' published rates"
 
 
 def file_name(*, measure: bool) -> str:
@@ -123,55 +124,58 @@ def _suffix(record: Record) -> str:
 
 def figure(records: Iterable[Record], path: pathlib.Path) -> None:
     """Memory and seconds against the number of chips, a column a model, a line a program."""
-    import matplotlib.pyplot as plt
-    from matplotlib import ticker
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     shown = [r for r in records if r["compiled"] and r["precision"] == "default"]
-    models = sorted({(r["parameters"], r["model"]) for r in shown})
-    colors = dict(zip(PROGRAMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
-    marks = {"v5e": "o-", "v5p": "s-", "H100": "^--"}
-    fig, axes = plt.subplots(
-        2, len(models), figsize=(3.6 * len(models) + 1.5, 6.4), squeeze=False, layout="constrained"
-    )
-    values = (
-        ("GB a chip", lambda r: r["bytes"]["total"] / 1e9),
-        ("seconds by the published rates", lambda r: r["roofline_seconds"]["largest"]),
-    )
-    for column, (_, model) in enumerate(models):
-        for row, (label, value) in enumerate(values):
-            ax = axes[row][column]
-            for program in PROGRAMS:
-                for chip, mark in marks.items():
+    models = [model for _, model in sorted({(r["parameters"], r["model"]) for r in shown})]
+    programs = [name for name in PROGRAMS if any(r["program"] == name for r in shown)]
+    chips = {
+        chip: style
+        for chip, style in {"v5e": ("o", "-"), "v5p": ("s", ":"), "H100": ("^", "--")}.items()
+        if any(r["chip"] == chip for r in shown)
+    }
+    values = {
+        "memory per chip (GB)": lambda r: r["bytes"]["total"] / 1e9,
+        "estimated seconds": lambda r: r["roofline_seconds"]["largest"],
+    }
+    fig = Figure(figsize=(6.8, 4.6), dpi=200, layout="constrained")
+    grid = fig.subplots(2, len(models), squeeze=False)
+    for row, (text, value) in enumerate(values.items()):
+        for axes, model in zip(grid[row], models, strict=True):
+            own = [r for r in shown if r["model"] == model]
+            for i, program in enumerate(programs):
+                for chip, (marker, line) in chips.items():
                     points = sorted(
-                        (r["chips"], value(r))
-                        for r in shown
-                        if (r["model"], r["program"], r["chip"]) == (model, program, chip)
+                        # Side by side, where they would lie upon each other.
+                        (r["chips"] * 1.1 ** (i - len(programs) / 2), value(r))
+                        for r in own
+                        if (r["program"], r["chip"]) == (program, chip)
                     )
+                    look = {"marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1}
                     if points:
-                        ax.plot(*zip(*points, strict=True), mark, color=colors[program], ms=5)
+                        color = _figures.COLORS[i]
+                        axes.plot(*zip(*points, strict=True), color=color, alpha=0.8, **look)
             if row == 0:
-                for place, chip in zip((1, 150, 1), _chips.CHIPS, strict=True):
+                for chip in chips:
                     memory = _chips.CHIPS[chip].memory / 1e9
-                    ax.axhline(memory, color="gray", lw=0.8, ls=":")
-                    ax.annotate(chip, (place, memory), fontsize=7, color="gray", va="bottom")
-            ax.set(xscale="log", yscale="log", xticks=(1, 4, 16, 64, 256), ylabel=label)
-            ax.set_xticklabels(["1", "4", "16", "64", "256"])
-            ax.xaxis.set_minor_locator(ticker.NullLocator())
-            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_locator(ticker.NullLocator())
-            ax.set_xlim(0.8, 330)
-            ax.set_title(model if row == 0 else "", fontsize=10)
-            ax.set_xlabel("chips" if row else "")
-    line = lambda style, **options: plt.Line2D([], [], linestyle=style, **options)
-    handles = [line("-", color=color, label=name) for name, color in colors.items()]
+                    _figures.level(axes, memory, f"memory of one {chip}", left=0.98)
+                axes.set_title(model, fontsize=8)
+            axes.set(xscale="log", yscale="log")
+            axes.set_xlim(0.6, 420)
+            _figures.ticks(axes, "x", (1, 4, 16, 64, 256))
+            axes.margins(y=0.12)
+            _figures.logarithmic(axes)
+            _figures.label(axes, x="chips (programs side by side)" if row else None, y=text)
+    colors = dict(zip(programs, _figures.COLORS, strict=False))
+    handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
     handles += [
-        line(mark[1:], marker=mark[0], color="gray", label=chip) for chip, mark in marks.items()
+        Line2D([], [], marker=marker, linestyle=line, color="0.4", label=chip)
+        for chip, (marker, line) in chips.items()
     ]
-    fig.legend(handles=handles, loc="outside right upper", fontsize=8)
-    fig.suptitle(_TITLE, fontsize=11)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    fig.legend(handles=handles, loc="outside lower center", fontsize=7, frameon=False, ncols=4)
+    fig.suptitle(f"{_TITLE}.", fontsize=9, fontweight="bold")
+    _frame.write(fig, path)
 
 
 def _short(number: float) -> str:

@@ -240,6 +240,61 @@ def torch_copy(problem: _problems.Problem, batch: Batch) -> tuple[Any, Any, Any,
     return model, criterion, x, y
 
 
+def solved_by_curvlinops(
+    problem: _problems.Problem, batch: Batch, vector: Any, damping: float, count: int
+) -> Solve:
+    """Conjugate gradients as of `CGInverseLinearOperator` on the damped Hessian, `count` products.
+
+    That class has no room for a damping, so the iteration that it runs is called here by itself.
+
+    Args:
+      problem: the trained MLP.
+      batch: (x, y), the examples of the loss.
+      vector: b, a tree like the parameters.
+      damping: added to the diagonal.
+      count: number of products, the one that makes the first residual included.
+
+    Returns:
+      A function of no arguments: the solution (n,), in the order of the leaves of `vector`.
+    """
+    import torch
+    from curvlinops import HessianLinearOperator
+    from linear_operator.utils.linear_cg import linear_cg
+
+    model, criterion, x, y = torch_copy(problem, batch)
+    layers = [*sorted(name for name in vector if name != "head"), "head"]
+    parts = [vector[name].get("layer", vector[name]) for name in layers]
+    arrays = [array for part in parts for array in (part["kernel"].T, part["bias"])]
+    target = torch.cat([torch.tensor(np.asarray(array)).flatten() for array in arrays])[:, None]
+    options = {"max_iter": count - 1, "tolerance": 0.0, "max_tridiag_iter": 0}
+
+    def solve() -> np.ndarray:
+        operator = HessianLinearOperator(
+            model, criterion, list(model.parameters()), [(x, y)], check_deterministic=False
+        )
+        damped = lambda vectors: operator @ vectors + damping * vectors
+        with warnings.catch_warnings():
+            # It says that a tolerance of zero was not met.
+            warnings.filterwarnings("ignore", message="CG terminated")
+            found = linear_cg(damped, target, **options)[:, 0].numpy()
+        return _in_order_of(vector, layers, found)
+
+    return solve
+
+
+def _in_order_of(tree: Any, layers: Sequence[str], flat: np.ndarray) -> np.ndarray:
+    """A vector in PyTorch's order of the parameters, in that of the tree's leaves."""
+    own, start = {}, 0
+    for name in layers:
+        part = tree[name].get("layer", tree[name])
+        (rows, columns), size = part["kernel"].shape, part["kernel"].size
+        kernel = flat[start : start + size].reshape(columns, rows).T
+        weights = {"kernel": kernel, "bias": flat[start + size : start + size + columns]}
+        own[name] = {"layer": weights} if "layer" in tree[name] else weights
+        start += size + columns
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(own)])
+
+
 def _use_fastest_threads(run: Callable[[], None]) -> None:
     """Sets PyTorch's number of threads, which holds for the process, by trying them on `run`."""
     import torch

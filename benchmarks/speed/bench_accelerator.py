@@ -15,7 +15,7 @@ from benchmarks._timing import Case
 from benchmarks.speed import _programs, _rates
 from regjax import curvature
 from regjax.curvature._engine import _basis
-from regjax.curvature._lanczos import Krylov
+from regjax.curvature._krylov import Krylov
 
 _TOLERANCE = 1e-4
 # Of the device's memory, for what the compiler adds and for fragments of freed memory.

@@ -1,4 +1,45 @@
-"""Curvature of the loss: operators, solvers on them, and what is read off their results."""
+"""Curvature of the loss: matrices that are known by their products, and what is computed of them.
+
+Matrices, from a loss or a model with its parameters and data:
+
+    hessian  gauss_newton  fisher  empirical_fisher  gradient_covariance  dropout_covariance
+    dropout_covariance_factor  from_gradient  from_matvec  jacobian  hvp
+
+Matrices from other matrices or from batches:
+
+    by_block  stream  identity  inverse  jacobi_preconditioner  low_rank_preconditioner
+
+Their spectrum, eigenvalues with error bounds and densities with bands:
+
+    top_eigenpairs  spectral_density  density_curve  eigenvalue_count  lanczos  ritz_pairs
+    exact_spectrum  density_distances
+
+Sums over the eigenvalues of a spectral density:
+
+    spectral_sum  effective_dimension  log_determinant  schatten_norm
+
+Estimates from random products, with standard errors:
+
+    trace  diagonal  inverse_diagonal  squared_row_norms  squared_frobenius_norm
+    off_diagonal_share
+
+Linear systems and functions of a matrix:
+
+    solve  apply_function
+
+Kernels, linearised models and what they leave uncertain:
+
+    neural_tangent_kernel  kernel_alignment  target_alignment  linearized_model
+    output_covariance  leverage
+
+What a mini-batch makes of the largest eigenvalues:
+
+    hessian_noise_power  batch_extreme_eigenvalues  wigner_outlier  additive_outlier
+    marchenko_pastur_outlier
+
+Long runs: `memory_estimate` and `run` take a `Solver`, which `top_eigenpairs_solver` and its like
+make for each method; `Checkpoint` says where a method saves its state.
+"""
 
 from regjax._space import Space as Space
 from regjax.curvature._block_structure import DensityDistancesResult as DensityDistancesResult
@@ -36,6 +77,10 @@ from regjax.curvature._kernel_alignment import target_alignment as target_alignm
 from regjax.curvature._lanczos import LanczosResult as LanczosResult
 from regjax.curvature._lanczos import lanczos as lanczos
 from regjax.curvature._lanczos import lanczos_solver as lanczos_solver
+from regjax.curvature._leverage import LeverageResult as LeverageResult
+from regjax.curvature._leverage import OutputCovarianceResult as OutputCovarianceResult
+from regjax.curvature._leverage import leverage as leverage
+from regjax.curvature._leverage import output_covariance as output_covariance
 from regjax.curvature._linearized import LinearizedModel as LinearizedModel
 from regjax.curvature._linearized import linearized_model as linearized_model
 from regjax.curvature._measure import DensityResult as DensityResult
@@ -61,11 +106,11 @@ from regjax.curvature._operators._gauss_newton import gauss_newton as gauss_newt
 from regjax.curvature._operators._hessian import from_gradient as from_gradient
 from regjax.curvature._operators._hessian import hessian as hessian
 from regjax.curvature._operators._hessian import hvp as hvp
+from regjax.curvature._operators._identity import identity as identity
 from regjax.curvature._operators._jacobian import JacobianOperator as JacobianOperator
 from regjax.curvature._operators._jacobian import jacobian as jacobian
 from regjax.curvature._operators._matvec import from_matvec as from_matvec
 from regjax.curvature._operators._operator import Operator as Operator
-from regjax.curvature._operators._operator import identity as identity
 from regjax.curvature._operators._stream import stream as stream
 from regjax.curvature._preconditioners import jacobi_preconditioner as jacobi_preconditioner
 from regjax.curvature._preconditioners import low_rank_preconditioner as low_rank_preconditioner
@@ -82,3 +127,5 @@ from regjax.curvature._solve import SolveResult as SolveResult
 from regjax.curvature._solve import solve as solve
 from regjax.curvature._solve import solve_solver as solve_solver
 from regjax.curvature._tangent_kernel import neural_tangent_kernel as neural_tangent_kernel
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

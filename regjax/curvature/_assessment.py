@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from regjax.curvature import _search
 from regjax.curvature._engine import _basis
-from regjax.curvature._lanczos import Krylov, redirect
+from regjax.curvature._krylov import Krylov, redirect
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._ritz import residual_parts, small_pairs
 

@@ -11,6 +11,7 @@ from regjax import _checks, _numerics
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import PRNGKey
+from regjax._printing import legible
 from regjax.curvature._counts import Measure
 from regjax.curvature._curves import LEAST_WIDTH, Axis, axis_threshold, density_curve
 from regjax.curvature._measure import DensityResult
@@ -21,12 +22,13 @@ from regjax.curvature._operators._operator import Operator
 _MARGIN = 4
 
 
+@legible
 class OffDiagonalResult(NamedTuple):
-    """What of a matrix is outside of its diagonal blocks.
+    """How much of a matrix is outside of its diagonal blocks.
 
     Attributes:
       value: (), the mean of ||(H - blocks) v|| / ||H v|| over normal vectors v; 0 where ||H v|| is.
-      standard_error: (), over the draw of the vectors; NaN with a single one.
+      standard_error: (), from the random draw of the vectors; NaN with a single one.
       num_matvecs: (), int32, products with the whole matrix; as many are made with each block.
     """
 
@@ -35,13 +37,14 @@ class OffDiagonalResult(NamedTuple):
     num_matvecs: jax.Array
 
 
+@legible
 class DensityDistancesResult(NamedTuple):
     """Jensen-Shannon distances of B densities, seen through one kernel on one grid.
 
     Attributes:
       value: (B, B), between 0 and 1, 0 on the diagonal.
-      standard_error: (B, B), over the draw of the probes, by leaving out one probe at a time; NaN
-        beside a density of a single probe.
+      standard_error: (B, B), from the random draw of the probes, by leaving out one probe at a
+        time; NaN beside a density of a single probe.
       mean: (), over the pairs of different densities; 0 of a single one.
       grid: (num_points,), eigenvalues, ascending.
       density: (B, num_points), mass per unit of the eigenvalue.
@@ -67,19 +70,27 @@ def off_diagonal_share(
 
         mean over normal vectors v of ||(H - blocks) v|| / ||H v||
 
+    Example:
+      >>> hessian = curvature.hessian(lambda p: p["a"] * p["b"], {"a": 0.0, "b": 0.0})
+      >>> result = curvature.off_diagonal_share(hessian, key=jax.random.key(0))
+      >>> print(result)  # a product of two parameters has curvature between them alone
+      OffDiagonalResult(value=1, standard_error=0, num_matvecs=8)
+
     Args:
       operator: H, symmetric.
-      key: typed key of the vectors.
+      key: typed key for the vectors.
       num_probes: number of vectors.
-      depth: how the parameters are taken apart, as in `by_block`.
-      layout: likewise.
+      depth: how the parameters are taken apart: leaves that share the first `depth` keys of their
+        path form a block (see `by_block`).
+      layout: which axes of the leaves stack layers (see `by_block`).
 
     Returns:
-      An `OffDiagonalResult`: 0 for a matrix of blocks alone. It may be above 1, where couplings and
+      An `OffDiagonalResult`, 0 for a matrix of blocks alone. It may be above 1, where couplings and
       blocks cancel.
 
     Raises:
-      ValueError: `num_probes` or `depth` is below one, or `layout` names axes that a leaf has not.
+      ValueError: `num_probes` or `depth` is below one, or `layout` names axes that a leaf does not
+        have.
     """
     _checks.integer("num_probes", num_probes)
     space = operator.space
@@ -114,17 +125,28 @@ def density_distances(
 
         JS(p, q)^2 = 1/2 KL(p | (p + q) / 2) + 1/2 KL(q | (p + q) / 2),   logarithms to base 2
 
-    of the densities seen through one Gaussian on one grid in t (`density_curve`), each of mass 1
-    there. The root is a metric: 0 for equal densities, 1 for those that share no place. It depends
-    on the kernel as every distance of point measures does, and on a linear axis densities on
-    different scales near zero look alike, on a symmetric-log one they do not. Two draws of one
-    density are at a distance of about their error, which only more probes bring down.
+    The densities are seen through one Gaussian on one grid (see `density_curve`), each of mass 1
+    there. JS is a metric: 0 for equal densities, 1 for those that share no place. It depends on the
+    kernel, as every distance of point measures does. On a linear axis densities on different scales
+    near zero look alike, on a symmetric-log one they do not. Two draws of one density are at a
+    distance of about their error, which only more probes bring down.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> far = density._replace(eigenvalues=100 * density.eigenvalues)  # 100, ..., 800
+      >>> densities = {"a": density, "b": density, "c": far}
+      >>> print(curvature.density_distances(densities).value[0])
+      [0. 0. 1.]
 
     Args:
       densities: name -> result of `spectral_density`, concrete arrays.
       num_points: number of grid points.
-      axis_scale: "linear" or "symlog", as in `density_curve`.
-      linear_threshold: as in `density_curve`; None takes 1e-3 of the largest magnitude of all.
+      axis_scale: "linear", or "symlog", logarithmic on both sides of zero: t(x) = x or asinh(x /
+        linear_threshold), on which the grid is even.
+      linear_threshold: positive, in units of the eigenvalue; None takes 1e-3 of the largest
+        magnitude of all. Unused on a linear scale.
       kernel_width: positive standard deviation in units of t; None takes 1 % of the range of all.
 
     Returns:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from regjax import _loops
+from regjax._printing import legible
 from regjax.curvature._measure import DensityResult
 from regjax.curvature._quadrature import Probe, known, mass_up_to
 
@@ -15,12 +16,13 @@ from regjax.curvature._quadrature import Probe, known, mass_up_to
 _NEAR = 4
 
 
+@legible
 class CountResult(NamedTuple):
     """A number of eigenvalues; n times the distribution function where `low` is -infinity.
 
     Attributes:
       value: (...), the estimate.
-      standard_error: (...), over the draw of the probes.
+      standard_error: (...), from the random draw of the probes.
       lower_bound: (...), the least that the probes allow: rigorous for those that were drawn, so
         that the exact number is beyond the bounds only by as much as the draw is off.
       upper_bound: (...), the most.
@@ -81,9 +83,16 @@ def eigenvalue_count(
     """Counts the eigenvalues in (low, high], with rigorous bounds of the quadrature's error.
 
     The mass of a probe beside a node lies between partial sums of weights (Chebyshev, Markov,
-    Stieltjes), here those of nine rules for each probe. Eigenvalues taken out count as 1. What
-    their residual norms r_i leave coupled moves the others' number up to x by no more than a shift
-    of x by sum_i r_i^2 / |value_i - x|; the norms of those next to x and rounding add to it.
+    Stieltjes), here those of nine rules for each probe. Eigenvalues that were taken out count as 1.
+    What their residual norms r_i leave coupled moves the others' number up to x by no more than a
+    shift of x by sum_i r_i^2 / |value_i - x|; the norms of those next to x and rounding add to it.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> print(curvature.eigenvalue_count(density, low=5.5))  # 6, 7 and 8
+      CountResult(value=3, standard_error=0, lower_bound=3, upper_bound=3)
 
     Args:
       density: from `spectral_density`; concrete arrays, with at least one finished probe.

@@ -8,6 +8,7 @@ import numpy as np
 
 from regjax import _checks
 from regjax._arguments import checked
+from regjax._printing import legible
 from regjax.curvature._counts import Measure
 from regjax.curvature._measure import DensityResult
 
@@ -22,6 +23,7 @@ _GROWTH = 3
 _BAND = 2.0
 
 
+@legible
 class DensityCurveResult(NamedTuple):
     """A spectral density on a grid, with a band.
 
@@ -60,16 +62,26 @@ def density_curve(
 
         density(x) = dt/dx mean over the eigenvalues l of N(t(x) - t(l); 0, kernel_width(l)^2)
 
-    with t(x) = x, or asinh(x / linear_threshold) on the symmetric-log scale. At half of its
-    height a Gaussian is as wide as the nodes are apart around l, so that no node is drawn for
-    itself; where eigenvalues are taken out exactly, or nodes are close, 1 % of the range is its
-    standard deviation. Between the points of the grid the width is interpolated.
+    with t(x) = x, or asinh(x / linear_threshold) on the symmetric-log scale. At half of its height
+    a Gaussian is as wide as the nodes of the quadrature are apart around l, so that no node shows
+    as a bump of its own. Where eigenvalues are taken out exactly, or nodes are close, 1 % of the
+    range is its standard deviation. Between the points of the grid the width is interpolated.
 
     The band goes from the least to the greatest of the nine rules that the Lanczos coefficients of
-    a probe allow, and beyond by two standard errors of the draw of the probes, in the square root
-    of the number of eigenvalues below the kernel, times what residual norms and rounding leave
+    a probe allow. It is widened by two standard errors of the draw of the probes, in the square
+    root of the number of eigenvalues below the kernel, times what residual norms and rounding leave
     unknown. On ten dense spectra, of trained networks among them, it holds the exact curve at 98 %
     of the places over all draws, and of none at less than 94 % (benchmarks, `density_bands`).
+
+    `plots.draw_spectrum` and `plots.spectrum_figure` draw the curve with its band.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> curve = curvature.density_curve(density)
+      >>> print(curve.grid.shape, f"{jnp.trapezoid(curve.density, curve.grid):.3f}")  # of mass 1
+      (512,) 1.000
 
     Args:
       density: from `spectral_density`; concrete arrays, with at least one finished probe.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax.curvature._engine import _basis
-from regjax.curvature._lanczos import Krylov
+from regjax.curvature._krylov import Krylov
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._ritz import residual_parts, small_pairs
 

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature import _search, _start
 from regjax.curvature._assessment import (
@@ -34,35 +35,37 @@ from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._lanczos import absorb, charged, empty, renewed
+from regjax.curvature._krylov import absorb, charged, empty, renewed
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 
 _ENDS = ("LA", "SA", "LM", "BE")
 
 
+@legible
 class EigenResult(NamedTuple):
     """The k wanted eigenpairs, in the order of `which`.
 
     Attributes:
-      values: (k,), Ritz values.
-      vectors: tree like the parameters with a leading axis k, orthonormal up to the rounding of
-        the parameters' type.
-      residual_norms: (k,), ||A v - value v||: some eigenvalue lies within it of the value. Says
-        nothing about the value's rank in the spectrum. With what rounding may add, from m rows in
-        the basis: of the largest |Ritz value| 8 units of rounding of the narrowest type in a
-        product (6 % in bfloat16), and 2.5 sqrt(m) of the rows' own; and with the error of products
-        that are differences (`differences` of `hessian`). A is the matrix as the products
-        have it: see `top_eigenpairs`.
+      values: (k,), the estimated eigenvalues (Ritz values).
+      vectors: tree like the parameters with a leading axis k, orthonormal up to the rounding of the
+        parameters' type.
+      residual_norms: (k,), ||A v - value v||: some eigenvalue lies within it of the value. It does
+        not tell which one. It includes what rounding may add, relative to the largest |Ritz value|:
+        8 units of rounding of the narrowest type in a product (6 % in bfloat16) and, with m rows in
+        the basis, 2.5 sqrt(m) of the rows' own; and the error of products that are differences
+        (`differences` of `hessian`). A is the matrix as the products have it (see
+        `top_eigenpairs`).
       num_matvecs: (), int32, products used, the search for missed copies included.
       converged: (k,), bool: the residual norm is at most `tol` times the largest |Ritz value|, or
         twice what rounding adds, were products exact to the vectors' type.
-      complete: (), bool: all have converged, and the search ended without finding an eigenvalue
-        that was passed over. Never without a search, unless the basis spans the whole space.
-      miss_probability: (), bound on the probability, over all random starts of the run, that an
-        eigenvector orthogonal to what a search began with was passed over whose eigenvalue would
-        change the list by more than the tolerance. At most 0.01 if complete, 0.02 from both ends;
-        1 without a search.
+      complete: (), bool: all pairs have converged, and the search ended without finding an
+        eigenvalue that was passed over. Never true without a search, unless the basis spans the
+        whole space.
+      miss_probability: (), a bound on the probability, over all random starts of the run, that an
+        eigenvector was passed over whose eigenvalue would change the list by more than the
+        tolerance. (It counts eigenvectors orthogonal to what a search began with.) At most 0.01 if
+        complete, 0.02 from both ends; 1 without a search.
     """
 
     values: jax.Array
@@ -92,58 +95,68 @@ def top_eigenpairs(
 ) -> EigenResult:
     """Finds the k eigenpairs at one end of the spectrum, with residual norms.
 
-    All is said of the matrix as its products have it. They are off themselves where a loss cancels:
-    near interpolation 1 - p of a softmax in float32 is off by 6e-8 / (1 - p), and with it the
-    curvature, of which no residual tells. There compare with products in float64.
+    The residual norm of a pair is rigorous: an eigenvalue lies within it of the value. It speaks of
+    the matrix as its products give it. The products themselves lose digits where a loss cancels:
+    near interpolation, 1 - p of a softmax in float32 is off by 6e-8 / (1 - p), and so is the
+    curvature, which no residual shows. There, compare with products in float64.
 
-    Called from Python the host drives and stops as soon as all pairs have converged; inside
-    `jax.jit` it is one compiled loop with the same limits and the same flags.
+    Called from Python it stops as soon as all pairs have converged; inside of `jax.jit` it is one
+    compiled loop with the same limits and the same flags.
 
     The values can be differentiated with respect to what the products depend on: d value = v' dA v,
-    whose error is of the order of the residual norm over the distance to the next eigenvalue. Of
-    a multiple eigenvalue only the sum over its copies has a derivative. The derivative of the
-    vectors and residual norms is NaN.
+    whose error is of the order of the residual norm over the distance to the next eigenvalue. Of a
+    multiple eigenvalue only the sum over its copies has a derivative. The derivatives of the
+    vectors and of the residual norms are NaN.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> pairs = curvature.top_eigenpairs(hessian, 2, key=jax.random.key(0))
+      >>> print(pairs.values, pairs.converged, pairs.complete)
+      [8. 7.] [ True  True] True
 
     Args:
       operator: symmetric, of order n.
       k: number of eigenpairs, at most n.
-      key: typed key of the random starts.
+      key: typed key for the random starts.
       tol: relative tolerance: a pair has converged when its residual norm is at most `tol` times
-        the largest |Ritz value|, or twice what rounding adds to it.
+        the largest |Ritz value|, or twice what rounding adds to it. (A Ritz value is the estimate
+        of an eigenvalue from the products so far.)
       which: "LA" algebraically largest, "SA" smallest, "LM" largest magnitude, "BE" from both ends
         (the larger half from above).
-      max_basis: number of vectors (n,) in memory; at this size the basis is compressed to the best
-        Ritz vectors (thick restart). Default: min(n, max(48, 2 k + 20)).
+      max_basis: number of vectors (n,) in memory. When there are so many, they are compressed to
+        the best Ritz vectors (thick restart). Default: min(n, max(48, 2 k + 20)).
       max_matvecs: limit of the number of products. Default: 20 times `max_basis`.
-      search: whether to look for missed copies of multiple eigenvalues after convergence, at half
-        as many products more: it ends when one that would change the list by more than the
-        tolerance is there with a probability below 0.01.
-      start: where to begin in place of a random vector: an earlier `EigenResult`, or a tree of
+      search: whether to look, after convergence, for copies of multiple eigenvalues that were
+        missed, at half as many products more. It ends when one that would change the list by more
+        than the tolerance is there with a probability below 0.01.
+      start: where to begin instead of at a random vector: an earlier `EigenResult`, or a tree of
         vectors with a leading axis of any length. Eigenvectors of a matrix not far from this one
-        spare products, k vectors that are those of this one all but k and the search; any others
-        cost products and nothing else. Without a search a random vector goes with them.
-      accumulation: how inner products of vectors (n,) are summed, as for `lanczos`; with "float64"
+        spare products, k vectors that are those of this one spare all but k and the search; any
+        others cost products and nothing else. Without a search a random vector goes with them.
+      accumulation: how inner products of vectors (n,) are summed (see `lanczos`); with "float64"
         values and residual norms are float64, the vectors are not.
-      callback: called as callback(products, max_matvecs, progress) after each product when the host
-        drives; `progress.result` is the `EigenResult` so far.
-      checkpoint: where the state is kept every few products, and found again by the same call after
-        the process was killed; only when the host drives.
+      callback: called as callback(products, max_matvecs, progress) after each product, outside of
+        `jax.jit`; `progress.result` is the `EigenResult` so far.
+      checkpoint: a `Checkpoint`: the state is saved every few products, and after the process was
+        killed the same call goes on from there. Not inside of `jax.jit`.
 
     Returns:
-      An `EigenResult`; pairs that have not converged are flagged, never passed off.
+      An `EigenResult`. Check `converged`, because pairs that have not converged are included.
 
     Raises:
       ValueError: an argument is out of its range, or the checkpoint is of another problem.
       CheckpointError: a file of the checkpoint cannot be written.
-      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
+      MemoryError: the device is out of memory; the message says how much is needed, and what to
+        lower.
       Interrupted: Ctrl-C; its `.result` is the `EigenResult` so far.
 
     References:
       K. Wu, H. Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems,
       SIAM J. Matrix Anal. Appl. 22(2). The search for missed copies is ours (`_search.py`); its
       shortest length is from J. Kuczynski, H. Wozniakowski (1992), Estimating the largest
-      eigenvalue by the power and Lanczos algorithms with a random start, SIAM J. Matrix Anal.
-      Appl. 13(4).
+      eigenvalue by the power and Lanczos algorithms with a random start, SIAM J. Matrix Anal. Appl.
+      13(4).
     """
     solver = top_eigenpairs_solver(
         held(operator), k, key=key, tol=tol, which=which, max_basis=max_basis,
@@ -183,7 +196,15 @@ def top_eigenpairs_solver(
     start: Tree = None,
     accumulation: str | None = None,
 ) -> Solver[Tree, EigenResult]:
-    """Makes the solver of `top_eigenpairs`, whose arguments these are, to drive by hand."""
+    """Makes the solver of `top_eigenpairs`, which has the same arguments, to drive by hand.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> solver = curvature.top_eigenpairs_solver(hessian, 2, key=jax.random.key(0))
+      >>> print(curvature.run(solver).values)
+      [8. 7.]
+    """
     space = operator.space
     _checks.integer("k", k, maximum=space.size)
     _checks.non_negative("tol", tol)

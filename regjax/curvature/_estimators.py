@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax._printing import legible
 from regjax.curvature._derivatives import Slopes, attach, held, without_rule
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
@@ -30,12 +31,13 @@ _OF_TRACE = _SHARED | {"xtrace": (leave_one_out_solver, 4), "xnystrace": (nystro
 _OF_DIAGONAL = _SHARED | {"xdiag": (leave_one_out_solver, 4), "xnysdiag": (nystrom_solver, 2)}
 
 
+@legible
 class TraceResult(NamedTuple):
     """An estimate of the trace.
 
     Attributes:
       value: (), the sum of the eigenvalues.
-      standard_error: (), over the draw of the probes; NaN with a single one.
+      standard_error: (), from the random draw of the probes; NaN with a single one.
       num_matvecs: (), int32, products used.
     """
 
@@ -44,6 +46,7 @@ class TraceResult(NamedTuple):
     num_matvecs: jax.Array
 
 
+@legible
 class DiagonalResult(NamedTuple):
     """An estimate of the diagonal.
 
@@ -74,37 +77,45 @@ def trace(
     """Estimates the trace by random products.
 
     With Hutchinson's method it can be differentiated with respect to what the products depend on,
-    which gives the mean of z' dA z over the same signs z. `diagonal` gives both from the same
-    products.
+    which gives the mean of z' dA z over the same signs z. `diagonal` gives both, trace and
+    diagonal, from the same products.
+
+    Example:
+      >>> matrix = 2 * jnp.eye(8) + 0.5  # of trace 20
+      >>> operator = curvature.from_matvec(lambda v: matrix @ v, jnp.zeros(8))
+      >>> result = curvature.trace(operator, key=jax.random.key(0), num_matvecs=64)
+      >>> print(f"{result.value:.1f} +- {result.standard_error:.1f}")
+      20.3 +- 0.7
 
     Args:
       operator: symmetric, of order n.
-      key: typed key of the random signs.
+      key: typed key for the random signs.
       num_matvecs: number of products in all; Hutch++ spends two thirds of them (rounded down to an
         even number, n at most each way) on the range; XTrace takes an even number, 2 n at most,
         XNysTrace n at most.
-      method: "hutchinson"; "hutch++", better where a few eigenvalues dominate; "xtrace", which
-        is better still and exact for a rank below half of the products; "xnystrace", the best
-        for positive semi-definite matrices, and exact for a rank below their number.
+      method: "hutchinson"; "hutch++", better where a few eigenvalues dominate; "xtrace", which is
+        better still and exact for a rank below half of the products; "xnystrace", the best for
+        positive semi-definite matrices, and exact for a rank below their number.
       callback: called as callback(products, num_matvecs, progress) after each product, or each
-        block of them, when the host drives; `progress.result` is the result so far.
+        block of them, outside of `jax.jit`; `progress.result` is the result so far.
 
     Returns:
-      A `TraceResult`; unbiased. Of the last two the error comes from the spread of as many
-      estimates as random vectors, each of which leaves one out, and from their covariance, found
-      by leaving out two: its square is unbiased. Before the last product a result is Hutchinson's
-      of these vectors. Of a matrix that XNysTrace sees to be indefinite the value is NaN inside of
-      `jax.jit`.
+      A `TraceResult`; unbiased. The two X methods make as many estimates as random vectors, each of
+      which leaves one vector out. Their standard error comes from the spread of these estimates and
+      from their covariance, found by leaving out two; its square is unbiased. Before the last
+      product their result is Hutchinson's of these vectors. Of a matrix that XNysTrace sees to be
+      indefinite the value is NaN inside of `jax.jit`.
 
     Raises:
       ValueError: `method` is unknown, `num_matvecs` below 1 (3 for Hutch++, 4 for XTrace, 2 for
         XNysTrace), or XNysTrace sees that the matrix is not positive semi-definite.
-      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
+      MemoryError: the device is out of memory; the message says how much is needed, and what to
+        lower.
       Interrupted: Ctrl-C; its `.result` is the estimate of the probes so far.
 
     References:
-      M. Hutchinson (1990), Communications in Statistics 19(2). R. Meyer, C. Musco, C. Musco,
-      D. Woodruff (2021), Hutch++, arXiv:2010.09649, algorithm 1. E. Epperly, J. Tropp, R. Webber
+      M. Hutchinson (1990), Communications in Statistics 19(2). R. Meyer, C. Musco, C. Musco, D.
+      Woodruff (2021), Hutch++, arXiv:2010.09649, algorithm 1. E. Epperly, J. Tropp, R. Webber
       (2024), XTrace, arXiv:2301.07825. The vectors are normal and normalised where they enter.
     """
     matrix = held(operator) if method == "hutchinson" else operator
@@ -122,7 +133,15 @@ def trace(
 def trace_solver(
     operator: Operator, *, key: PRNGKey, num_matvecs: int, method: str = "hutchinson"
 ) -> Solver[Tree, TraceResult]:
-    """Makes the solver of `trace`, whose arguments these are, to drive by hand."""
+    """Makes the solver of `trace`, which has the same arguments, to drive by hand.
+
+    Example:
+      >>> matrix = 2 * jnp.eye(8) + 0.5  # of trace 20
+      >>> operator = curvature.from_matvec(lambda v: matrix @ v, jnp.zeros(8))
+      >>> solver = curvature.trace_solver(operator, key=jax.random.key(0), num_matvecs=64)
+      >>> print(f"{curvature.run(solver).value:.1f}")
+      20.3
+    """
     _check(_OF_TRACE, method, key, num_matvecs)
     return _OF_TRACE[method][0](
         operator, name="trace", key=key, num_matvecs=num_matvecs, of_trace=True,
@@ -145,28 +164,38 @@ def diagonal(
 
     With Hutchinson's method it can be differentiated as `trace` can.
 
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # a diagonal Hessian
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> result = curvature.diagonal(hessian, key=jax.random.key(0), num_matvecs=4)
+      >>> print(result.value, result.trace)  # exact, as of every diagonal matrix
+      [1. 2. 3. 4. 5. 6. 7. 8.] 36.0
+
     Args:
       operator: symmetric, of order n.
-      key: typed key of the random signs.
+      key: typed key for the random signs.
       num_matvecs: number of products in all, split as in `trace`.
-      method: "hutchinson": the mean of z * A z. "hutch++": the diagonal of QQ' A exactly, the
-        mean of u * A u for the remainder. "xdiag": each vector for the remainder of all others.
-        "xnysdiag": the same of positive semi-definite matrices, with half of the products.
+      method: "hutchinson": the mean of z * A z over random signs z. "hutch++": the diagonal on the
+        range that the first products find exactly, and Hutchinson's for the remainder. "xdiag":
+        each vector for the remainder of all others. "xnysdiag": the same for positive semi-definite
+        matrices, with half of the products.
       callback: called as callback(products, num_matvecs, progress) after each product, or each
-        block of them, when the host drives; `progress.result` is the result so far.
+        block of them, outside of `jax.jit`; `progress.result` is the result so far.
 
     Returns:
-      A `DiagonalResult`; unbiased; its errors as in `trace`.
+      A `DiagonalResult`; unbiased, with standard errors as in `trace`.
 
     Raises:
-      ValueError: as in `trace`.
-      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
+      ValueError: `method` is unknown, `num_matvecs` too small for it, or the matrix is seen not to
+        be positive semi-definite, as in `trace`.
+      MemoryError: the device is out of memory; the message says how much is needed, and what to
+        lower.
       Interrupted: Ctrl-C; its `.result` is the estimate of the probes so far.
 
     References:
       C. Bekas, E. Kokiopoulou, Y. Saad (2007), An estimator for the diagonal of a matrix, Applied
-      Numerical Mathematics 57. The Hutch++ form is its direct analogue. E. Epperly, J. Tropp,
-      R. Webber (2024), XTrace, arXiv:2301.07825 (XDiag).
+      Numerical Mathematics 57. The Hutch++ form is its direct analogue. E. Epperly, J. Tropp, R.
+      Webber (2024), XTrace, arXiv:2301.07825 (XDiag).
     """
     matrix = held(operator) if method == "hutchinson" else operator
     solver = diagonal_solver(matrix, key=key, num_matvecs=num_matvecs, method=method)
@@ -183,7 +212,15 @@ def diagonal(
 def diagonal_solver(
     operator: Operator, *, key: PRNGKey, num_matvecs: int, method: str = "hutchinson"
 ) -> Solver[Tree, DiagonalResult]:
-    """Makes the solver of `diagonal`, whose arguments these are, to drive by hand."""
+    """Makes the solver of `diagonal`, which has the same arguments, to drive by hand.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # a diagonal Hessian
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> solver = curvature.diagonal_solver(hessian, key=jax.random.key(0), num_matvecs=4)
+      >>> print(curvature.run(solver).value)
+      [1. 2. 3. 4. 5. 6. 7. 8.]
+    """
     _check(_OF_DIAGONAL, method, key, num_matvecs)
 
     def result(found: Estimates) -> DiagonalResult:
@@ -224,6 +261,12 @@ def _slope_of_diagonal(
 @checked
 def exact_spectrum(operator: Operator) -> jax.Array:
     """Computes all eigenvalues of a small matrix, ascending (n,), from its dense form.
+
+    Example:
+      >>> matrix = jnp.array([[2.0, 1.0], [1.0, 2.0]])
+      >>> operator = curvature.from_matvec(lambda v: matrix @ v, jnp.zeros(2))
+      >>> print(curvature.exact_spectrum(operator))
+      [1. 3.]
 
     Args:
       operator: symmetric, of order n at most 32768; in float64 if the parameters are.

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from regjax import _checks, _numerics
 from regjax._arguments import checked
 from regjax._base import Callback, Params, Tree
+from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._lanczos import Krylov, lanczos_solver
+from regjax.curvature._krylov import Krylov
+from regjax.curvature._lanczos import lanczos_solver
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely
 from regjax.curvature._ritz import small_pairs
@@ -31,15 +33,16 @@ _STEPS = 40
 Function = Callable[[jax.Array], jax.Array]
 
 
+@legible
 class FunctionResult(NamedTuple):
     """An approximation of f(A) b.
 
     Attributes:
       value: f(A) b, a tree like the parameters.
-      error_estimate: (), the norm of what the later half of the steps has changed: about the
-        error of the run without them, so that the error of `value` is smaller as long as steps
-        still help. No bound: a function may vary where no step has been yet. 0 where the Krylov
-        space was exhausted, which leaves rounding alone.
+      error_estimate: (), the norm of the change that the later half of the steps has made. That is
+        about the error of the run without them, so that the error of `value` is smaller as long as
+        steps still help. It is no bound: a function may vary where no step has been yet. 0 where
+        the Krylov space was exhausted, which leaves rounding alone.
       num_matvecs: (), int32, products used.
     """
 
@@ -61,23 +64,28 @@ def apply_function(
 ) -> FunctionResult:
     """Computes f(A) b by Lanczos with full re-orthogonalisation.
 
-    For example `apply_function(jnp.sqrt, fisher(...), vector)`, or the flow of a quadratic
-    `apply_function(lambda x: jnp.exp(-time * x), hessian(...), params)`. For 1 / x `solve` needs no
-    more than a few vectors in memory.
+    For example the flow of a quadratic is `apply_function(lambda x: jnp.exp(-time * x),
+    hessian(...), params)`. For 1 / x use `solve`, which needs no more than a few vectors in memory.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # the diagonal 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> print(curvature.apply_function(jnp.sqrt, hessian, jnp.ones(8)).value)
+      [1.    1.414 1.732 2.    2.236 2.449 2.646 2.828]
 
     Args:
-      function: f, elementwise, of real eigenvalues (m,); asked at Ritz values alone, which lie
-        between the smallest and the largest eigenvalue up to rounding. Where it is not finite the
-        value is not.
+      function: f, elementwise, of real eigenvalues (m,). It is asked at Ritz values alone
+        (estimates of eigenvalues), which lie between the smallest and the largest eigenvalue up to
+        rounding. Where it is not finite the value is not.
       operator: A, symmetric, of order n.
       vector: b, a tree like the parameters. Zero gives zero.
       num_steps: number of products m, at most n; as many vectors are in memory. Default: min(n,
         40).
-      accumulation: how inner products of vectors (n,) are summed, as for `lanczos`.
-      callback: called as callback(step, num_steps, progress) after each product when the host
-        drives; `progress.result` is the `FunctionResult` so far.
-      checkpoint: where the state is kept every few products, and found again by the same call after
-        the process was killed; only when the host drives.
+      accumulation: how inner products of vectors (n,) are summed (see `lanczos`).
+      callback: called as callback(step, num_steps, progress) after each product, outside of
+        `jax.jit`; `progress.result` is the `FunctionResult` so far.
+      checkpoint: a `Checkpoint`: the state is saved every few products, and after the process was
+        killed the same call goes on from there. Not inside of `jax.jit`.
 
     Returns:
       A `FunctionResult`.
@@ -88,7 +96,8 @@ def apply_function(
         problem.
       TypeError: `function` cannot be called.
       CheckpointError: a file of the checkpoint cannot be written.
-      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
+      MemoryError: the device is out of memory; the message says how much is needed, and what to
+        lower.
       Interrupted: Ctrl-C; its `.result` is the result of the steps done.
 
     References:
@@ -110,7 +119,15 @@ def apply_function_solver(
     num_steps: int | None = None,
     accumulation: str | None = None,
 ) -> Solver[Tree, FunctionResult]:
-    """Makes the solver of `apply_function`, whose arguments these are, to drive by hand."""
+    """Makes the solver of `apply_function`, which has the same arguments, to drive by hand.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # the diagonal 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> solver = curvature.apply_function_solver(jnp.sqrt, hessian, jnp.ones(8))
+      >>> print(curvature.run(solver).value[:4])
+      [1.    1.414 1.732 2.   ]
+    """
     space = operator.space
     _checks.function("function", function)
     _checks.finite_tree("vector", _checks.same_tree("vector", vector, space.like()))

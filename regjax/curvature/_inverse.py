@@ -33,7 +33,7 @@ _KEPT = 8
     data_fields=["operator", "damping", "preconditioner"],
     meta_fields=["method", "tol", "max_matvecs"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Inverse(Operator):
     """(A + damping I)^-1, a solved system a product; NaN where that has not converged.
 
@@ -109,24 +109,31 @@ def inverse(
     tol: float = 1e-4,
     max_matvecs: int | None = None,
 ) -> Operator:
-    """Makes the operator (A + damping I)^-1, of which a product is a solved system.
+    """Makes the operator (A + damping I)^-1; each of its products solves a linear system.
 
-    It goes wherever an operator goes, so that `diagonal(inverse(A, damping=d), ...)` estimates the
-    variances of a Laplace approximation and `trace` their sum.
+    It goes wherever an operator goes: `diagonal(inverse(A, damping=d), ...)` estimates the
+    variances of a Laplace approximation, and `trace` their sum.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # the diagonal 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> print(curvature.inverse(hessian, damping=1.0) @ jnp.ones(8))  # 1/2, ..., 1/9
+      [0.5   0.333 0.25  0.2   0.167 0.143 0.125 0.111]
 
     Args:
       operator: A, symmetric, of order n.
-      damping: as in `solve`.
-      method: as in `solve`.
-      preconditioner: as in `solve`.
+      damping: added to the diagonal, not negative, in the units of the eigenvalues.
+      method: "cg" for positive definite A + damping I, or "minres" (see `solve`).
+      preconditioner: an operator near the inverse, up to a factor (see `solve`). None: none.
       tol: relative tolerance of the residuals, a Python number; also what a product is off by.
-      max_matvecs: limit of the number of products of a system, as in `solve`.
+      max_matvecs: limit of the number of products of a system. Default: 10 n + 20, at most 1000.
 
     Returns:
       An `Operator`. A product whose system did not converge is NaN.
 
     Raises:
-      ValueError: as in `solve`.
+      ValueError: an argument is out of its range, or `preconditioner` is of another space or seen
+        not to be positive definite.
     """
     check_system(operator, damping, method, preconditioner, tol)
     limit = limit_of(operator, max_matvecs)
@@ -148,32 +155,39 @@ def inverse_diagonal(
 ) -> DiagonalResult:
     """Estimates the diagonal of (A + damping I)^-1 by random systems.
 
-    The variances of a Laplace approximation are this over the number of examples N, for the prior's
-    precision over N as damping. With `pairs` the part on these eigenvectors is exact, and all
-    others count as zero before the rest is estimated, which leaves little of it where few
-    eigenvalues are above the damping.
+    The variances of a Laplace approximation are this over the number of examples N, with the
+    prior's precision over N as damping. With `pairs` the part on these eigenvectors is exact.
+    Before the rest is estimated all other eigenvalues count as zero, so that little is left to
+    estimate where few eigenvalues are above the damping.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # the diagonal 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> options = {"key": jax.random.key(0), "num_probes": 2}
+      >>> print(curvature.inverse_diagonal(hessian, damping=1.0, **options).value)  # 1/2, ..., 1/9
+      [0.5   0.333 0.25  0.2   0.167 0.143 0.125 0.111]
 
     Args:
       operator: A, positive semi-definite, of order n.
       damping: positive, in the units of the eigenvalues.
-      key: typed key of the random signs.
+      key: typed key for the random signs.
       num_probes: number of systems that are solved.
       pairs: of A, from `top_eigenpairs`; they precondition the systems as well. None: none.
       tol: relative tolerance of the residuals, a Python number.
-      max_matvecs: limit of the number of products of a system, as in `solve`.
+      max_matvecs: limit of the number of products of a system. Default: 10 n + 20, at most 1000.
       callback: called as callback(systems, num_probes, progress) after each system, or each block
-        of them, when the host drives; `progress.result` is the result so far.
+        of them, outside of `jax.jit`; `progress.result` is the result so far.
 
     Returns:
       A `DiagonalResult`, whose `num_matvecs` counts systems; NaN if one of them did not converge.
 
     Raises:
-      ValueError: `damping` is not positive, or as in `solve`.
+      ValueError: `damping` is not positive, or another argument is out of its range.
 
     References:
       C. Bekas, E. Kokiopoulou, Y. Saad (2007), An estimator for the diagonal of a matrix, Applied
-      Numerical Mathematics 57. D. MacKay (1992), A practical Bayesian framework for
-      backpropagation networks, Neural Computation 4(3).
+      Numerical Mathematics 57. D. MacKay (1992), A practical Bayesian framework for backpropagation
+      networks, Neural Computation 4(3).
     """
     _checks.number("damping", damping, above_zero=True)
     _checks.integer("num_probes", num_probes)

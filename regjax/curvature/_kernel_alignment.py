@@ -19,11 +19,16 @@ def kernel_alignment(
 
         <K, L> / (|K|_F |L|_F)
 
+    Example:
+      >>> identity, first = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 0.0]])
+      >>> print(f"{curvature.kernel_alignment(identity, first):.3f}")  # 1 / sqrt(2)
+      0.707
+
     Args:
       matrix: K, (N, N) or (N, C, N, C), as from `neural_tangent_kernel`.
       other_matrix: L, of the same shape.
-      centered: whether both are centred first, H K H with H = I - 1/N over the examples: of the
-        features less their mean over the examples. In statistics it is called CKA.
+      centered: whether both are centred first, H K H with H = I - 1/N: the kernels of the features
+        less their mean over the examples. In statistics the result is called CKA.
 
     Returns:
       (), between 0 and 1 for positive semi-definite kernels; 0 if one of them is zero, NaN if one
@@ -34,8 +39,8 @@ def kernel_alignment(
       TypeError: one is not real floating point.
 
     References:
-      C. Cortes, M. Mohri, A. Rostamizadeh (2012), Algorithms for learning kernels based on
-      centered alignment, arXiv:1203.0550.
+      C. Cortes, M. Mohri, A. Rostamizadeh (2012), Algorithms for learning kernels based on centered
+      alignment, arXiv:1203.0550.
     """
     one = _kernel("matrix", matrix)
     other = _kernel("other_matrix", other_matrix)
@@ -56,16 +61,21 @@ def _cosine(one: jax.Array, other: jax.Array, centered: bool) -> jax.Array:
 
 @checked
 def target_alignment(matrix: jax.Array, targets: ArrayLike, *, centered: bool = False) -> jax.Array:
-    """Computes how much of a kernel there is along the targets.
+    """Computes how much of a kernel lies along the targets.
 
         y' K y / (|K|_F |y|^2)
 
     Of several targets, columns y_c, it is the cosine of K and the sum of y_c y_c'.
 
+    Example:
+      >>> kernel, targets = jnp.array([[1.0, -1.0], [-1.0, 1.0]]), jnp.array([1.0, -1.0])
+      >>> print(f"{curvature.target_alignment(kernel, targets):.3f}")  # K is y y'
+      1.000
+
     Args:
       matrix: K, (N, N), or (N, C, N, C) for which y is all of the N C targets.
       targets: y, (N,), or (N, C) real numbers, such as one-hot classes.
-      centered: as in `kernel_alignment`, with the targets less their mean.
+      centered: whether the kernel is centred over the examples, and the targets less their mean.
 
     Returns:
       (), at most 1; 0 if one of them is zero, NaN if one is not finite.

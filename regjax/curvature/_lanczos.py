@@ -1,75 +1,23 @@
-"""The Lanczos recurrence with full re-orthogonalisation, at about the cost of one pass.
+"""Lanczos: the tridiagonal matrix of a Krylov space, and its basis."""
 
-Each new direction is made orthogonal to the filled blocks of rows only, and once more where the
-norm dropped by more than 1/sqrt(2), which is when rounding can have spoilt the first pass (Daniel,
-Gragg, Kaufman, Stewart 1976). Without this even float64 invents copies of eigenvalues.
-"""
-
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from regjax import _checks, _loops, _numerics
+from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
-from regjax._space import Space
+from regjax._printing import legible
 from regjax.curvature._engine import _basis
-from regjax.curvature._engine._accumulation import small_dtype
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
+from regjax.curvature._krylov import Krylov, charged, empty, expand
 from regjax.curvature._operators._operator import Operator
-from regjax.curvature._orthogonal import fresh, orthogonalized, unit
-from regjax.curvature._precision import precisely
 
 
-class Krylov(NamedTuple):
-    """An orthonormal basis Q that grows by one row a product, with Q A Q'.
-
-    Attributes:
-      basis: rows, the first `filled` of which hold it.
-      projected: (rows, rows), Q A Q' as measured by the inner products, zero beyond `filled`.
-      coupling: (rows,), the part of each row's A q along `direction`.
-      lost: (rows, rows), the parts along directions that were dropped when a fresh one was taken,
-        the newest first, as many as there may be until the rows are combined anew. Each is one unit
-        vector, so that the parts of a combination of rows add up with their signs.
-      blur: (), norm of all other parts outside of the basis, of all rows together: rounding,
-        directions that were dropped long ago, and what products are off by.
-      newest: the last row, a vector, or zeros after a change of basis.
-      direction: the next row, of unit norm, or zero if the basis spans the whole space.
-      scale: (), a power of two, found at the first product: `projected` and all other numbers are
-        those of scale times A, so that no square under- or overflows. 0 before.
-      beta: (), norm of the part of the last A q outside of the basis, along `direction`.
-      broke_down: (), bool, whether the last `beta` was at rounding level.
-      key: typed key of the fresh directions.
-    """
-
-    basis: _basis.Basis
-    projected: jax.Array
-    coupling: jax.Array
-    lost: jax.Array
-    blur: jax.Array
-    newest: jax.Array
-    direction: jax.Array
-    scale: jax.Array
-    beta: jax.Array
-    broke_down: jax.Array
-    key: PRNGKey
-
-    @property
-    def filled(self) -> jax.Array:
-        """(), int32, number of filled rows."""
-        return self.basis.filled
-
-    def unscaled(self, numbers: jax.Array) -> jax.Array:
-        """Numbers of A from those of scale times A."""
-        return numbers / jnp.where(self.scale > 0, self.scale, 1).astype(numbers.dtype)
-
-
+@legible
 class LanczosResult(NamedTuple):
     """A Q' = Q' T + residual e', T tridiagonal, e the last unit vector; m is the step limit.
 
@@ -80,8 +28,8 @@ class LanczosResult(NamedTuple):
       num_steps: (), int32, number of steps done: below m only after a breakdown without `key`.
       residual: (n,), the part of the last A q outside of the basis.
       eps: (), unit of rounding of the narrowest type in a product.
-      product_error: (), what the errors of all products, as differences of gradients have them, add
-        to the norm of a residual; else what a breakdown dropped, which is rounding.
+      product_error: (), what the errors of all products add to the norm of a residual where they
+        are differences of gradients; otherwise what a breakdown dropped, which is rounding.
     """
 
     alphas: jax.Array
@@ -106,31 +54,44 @@ def lanczos(
 ) -> LanczosResult:
     """Tridiagonalises a symmetric matrix on the Krylov space of `start`.
 
+        A Q' = Q' T + residual e',   T tridiagonal
+
+    The rows of Q are orthonormal, e is the last unit vector. Every new direction is made orthogonal
+    to all others, so that no eigenvalue appears twice by rounding.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> result = curvature.lanczos(hessian, jnp.ones(8), 8)
+      >>> print(curvature.ritz_pairs(result).values)  # n steps find all of them
+      [1. 2. 3. 4. 5. 6. 7. 8.]
+
     Args:
       operator: symmetric, of order n.
-      start: the first direction, a tree like the parameters; need not be of unit norm. One
-        that is zero or not finite gives NaN where it is traced.
+      start: the first direction, a tree like the parameters; need not be of unit norm. One that is
+        zero or not finite gives NaN where it is traced.
       num_steps: number of products m, at most n. Compile time does not depend on it.
-      key: typed key of the fresh directions with which the recurrence goes on after a breakdown
+      key: typed key for the fresh directions with which the recurrence goes on after a breakdown
         (an invariant subspace); None stops there.
       accumulation: how inner products of vectors (n,) are summed. None: in their dtype; in float32
         eigenvalues are off by some units of its rounding. "compensated": with the error of each
         addition carried along. "float64": in float64, which `alphas` and `betas` have too; the
         basis stays as it is, and JAX must have float64 enabled.
-      callback: called as callback(step, num_steps, progress) after each step when the host drives;
+      callback: called as callback(step, num_steps, progress) after each step, outside of `jax.jit`;
         `progress.result` is the `LanczosResult` so far.
-      checkpoint: where the state is kept every few products, and found again by the same call after
-        the process was killed; only when the host drives.
+      checkpoint: a `Checkpoint`: the state is saved every few products, and after the process was
+        killed the same call goes on from there. Not inside of `jax.jit`.
 
     Returns:
-      A `LanczosResult`. In float32 the rows are orthogonal to 2e-6, also on rank-deficient
-      matrices and with ten million parameters.
+      A `LanczosResult`. In float32 the rows are orthogonal to 2e-6, also on rank-deficient matrices
+      and with ten million parameters.
 
     Raises:
       ValueError: `num_steps` is not between 1 and n, `start` does not fit the operator or is zero
         or not finite, or the checkpoint is of another problem.
       CheckpointError: a file of the checkpoint cannot be written.
-      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
+      MemoryError: the device is out of memory; the message says how much is needed, and what to
+        lower.
       Interrupted: Ctrl-C; its `.result` holds the steps done.
 
     References:
@@ -150,7 +111,15 @@ def lanczos_solver(
     key: PRNGKey | None = None,
     accumulation: str | None = None,
 ) -> Solver[Tree, LanczosResult]:
-    """Makes the solver of `lanczos`, whose arguments these are, to drive by hand."""
+    """Makes the solver of `lanczos`, which has the same arguments, to drive by hand.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> solver = curvature.lanczos_solver(hessian, jnp.ones(8), 8)
+      >>> print(curvature.run(solver).alphas[:3])  # the mean eigenvalue, by symmetry
+      [4.5 4.5 4.5]
+    """
     space = operator.space
     _checks.direction("start", _checks.same_tree("start", start, space.like()))
     _checks.integer("num_steps", num_steps, maximum=space.size)
@@ -196,146 +165,3 @@ def lanczos_solver(
         lower=("num_steps",),
         charge=charged,
     )  # fmt: skip
-
-
-def empty(
-    space: Space,
-    direction: jax.Array,
-    num_rows: int,
-    key: PRNGKey,
-    accumulation: str | None = None,
-    generation: Any = 0,
-) -> Krylov:
-    """A basis without rows whose first one will be `direction`, made of unit norm."""
-    return space.replicate(_empty(space, direction, num_rows, key, accumulation, generation))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 4))
-def _empty(
-    space: Space,
-    direction: jax.Array,
-    num_rows: int,
-    key: PRNGKey,
-    accumulation: str | None,
-    generation: Any,
-) -> Krylov:
-    direction = _numerics.divide(direction, jnp.max(jnp.abs(direction)))
-    small = small_dtype(direction.dtype, accumulation)
-    basis = _basis.zeros(space, num_rows, accumulation, generation)
-    rows = basis.num_rows
-    return Krylov(
-        basis=basis,
-        projected=jnp.zeros((rows, rows), small),
-        coupling=jnp.zeros(rows, small),
-        lost=jnp.zeros((rows, rows), small),
-        blur=jnp.zeros((), small),
-        newest=space.constrain(jnp.zeros_like(direction)),
-        direction=unit(direction, space.norm(direction)),
-        scale=jnp.zeros((), direction.dtype),
-        beta=jnp.zeros((), small),
-        broke_down=jnp.bool_(False),
-        # The steps donate their state: it must not hold the caller's own key.
-        key=jax.random.fold_in(key, 0),
-    )
-
-
-@jax.jit
-def charged(krylov: Krylov, image: jax.Array, error: jax.Array) -> Krylov:
-    """The basis that knows by how much the next `image` is off."""
-    scale = _scale(krylov, image).astype(krylov.blur.dtype)
-    return krylov._replace(blur=jnp.hypot(krylov.blur, scale * error.astype(scale.dtype)))
-
-
-def _scale(krylov: Krylov, image: jax.Array) -> jax.Array:
-    """The power of two that brings the first image near one."""
-    found = _numerics.power_of_two(jnp.max(jnp.abs(image)))
-    return jnp.where(krylov.scale > 0, krylov.scale, found)
-
-
-@precisely
-def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
-    """The basis with `direction` as a new row, given `image` = A direction.
-
-    After a breakdown `renewed` has to follow: the next direction is rounding.
-    """
-    last, row = krylov.filled, krylov.direction
-    scale = _scale(krylov, image)
-    image = image * jnp.where(scale > 0, scale, 1)
-    # The two newest rows hold nearly all of A q. They go first, so that the coefficients of the
-    # pass over all rows measure what orthogonality was lost and nothing else.
-    dot = functools.partial(_basis.inner, krylov.basis)
-    before, here = dot(krylov.newest, image), dot(row, image)
-    image = image - before.astype(row.dtype) * krylov.newest - here.astype(row.dtype) * row
-    basis = _basis.append(krylov.basis, row)
-    coefficients = jnp.zeros_like(krylov.coupling).at[last].set(here)
-    coefficients = coefficients.at[last - 1].add(jnp.where(last > 0, before, 0))
-    residual, coefficients, beta, broke_down = orthogonalized(
-        basis, image, coefficients, jnp.max(jnp.abs(krylov.projected))
-    )
-    return krylov._replace(
-        basis=basis,
-        projected=krylov.projected.at[:, last].set(coefficients).at[last, :].set(coefficients),
-        coupling=jnp.zeros_like(krylov.coupling).at[last].set(jnp.where(broke_down, 0, beta)),
-        blur=jnp.hypot(krylov.blur, jnp.where(broke_down, beta, 0)),
-        newest=row,
-        direction=basis.space.constrain(unit(residual, beta)),
-        scale=scale,
-        beta=jnp.where(broke_down, 0, beta),
-        broke_down=broke_down,
-    )
-
-
-def renewed(krylov: Krylov) -> Krylov:
-    """The same with a random direction if the last step broke down; of several, each by itself."""
-    if _loops.is_concrete(krylov.broke_down):
-        return _renew(krylov) if np.any(krylov.broke_down) else krylov
-    # What a branch hands through, it copies, and what it gives lies where it says (see
-    # `_basis.outside`).
-    keep = krylov.basis.space.constrain
-
-    def draw(_: Any) -> tuple[jax.Array, PRNGKey]:
-        direction, key = _next_direction(krylov)
-        return keep(direction), key
-
-    direction, key = lax.cond(
-        jnp.any(krylov.broke_down), draw, lambda _: (keep(krylov.direction), krylov.key), None
-    )
-    return krylov._replace(direction=keep(direction), key=key)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _renew(krylov: Krylov) -> Krylov:
-    direction, key = _next_direction(krylov)
-    return krylov._replace(direction=direction, key=key)
-
-
-@precisely
-def _next_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
-    if krylov.broke_down.ndim:
-        return jax.vmap(_next_direction)(krylov)
-    direction, key = fresh(krylov.basis, krylov.key)
-    broke_down = krylov.broke_down
-    direction = jnp.where(broke_down, direction, krylov.direction)
-    return direction, jnp.where(broke_down, key, krylov.key)
-
-
-def expand(krylov: Krylov, image: jax.Array) -> Krylov:
-    """`absorb`, and a random direction after a breakdown; the state is used up."""
-    return renewed(_absorb(krylov, image))
-
-
-_absorb = jax.jit(absorb, donate_argnums=0)
-
-
-def redirect(krylov: Krylov) -> Krylov:
-    """Drops the residual, charged to `lost`, and takes a random direction instead."""
-    direction, key = fresh(krylov.basis, krylov.key)
-    return krylov._replace(
-        direction=direction,
-        coupling=jnp.zeros_like(krylov.coupling),
-        lost=jnp.roll(krylov.lost, 1, 0).at[0].set(krylov.coupling),
-        # |sum_i s_i r_i| is at most the norm of all r_i together, for weights s of norm 1.
-        blur=jnp.hypot(krylov.blur, jnp.linalg.norm(krylov.lost[-1])),
-        beta=jnp.zeros_like(krylov.beta),
-        key=key,
-    )

@@ -22,6 +22,11 @@ from regjax.curvature._precision import precision
 class LinearizedModel(Wrapper):
     """f(w0) + J (w - w0) as a function of w and the inputs; a pytree.
 
+    Example:
+      >>> linear = curvature.linearized_model(lambda w, x: x * w**2, jnp.array(1.0))
+      >>> print(linear(jnp.array(1.5), jnp.array([1.0, 2.0])))  # x (1 + 2 * 0.5)
+      [2. 4.]
+
     Attributes:
       model_fn: f.
       params: w0, a tree.
@@ -58,19 +63,25 @@ class LinearizedModel(Wrapper):
 
 @checked
 def linearized_model(model_fn: ModelFn, params: Params) -> LinearizedModel:
-    """Makes the model that is linear in its parameters and agrees to first order at these.
+    """Makes the model that is linear in its parameters and agrees with a model to first order.
 
         f(w0) + J(w0) (w - w0)
 
-    It goes wherever a model goes: trained from w0 by squared error and small steps it is what the
+    It goes wherever a model goes. Trained from w0 by squared error and small steps it is what the
     neural tangent kernel at w0 learns.
+
+    Example:
+      >>> linear = curvature.linearized_model(lambda w, x: x * w**2, jnp.array(1.0))
+      >>> print(linear(jnp.array(1.5), jnp.array([1.0, 2.0])))  # x (1 + 2 * 0.5)
+      [2. 4.]
 
     Args:
       model_fn: (params, inputs) -> outputs: an array or a tree of arrays.
       params: w0, tree of real floating-point parameters.
 
     Returns:
-      (params, inputs) -> outputs; those that are no floating point stay as at w0.
+      A `LinearizedModel`, (params, inputs) -> outputs; outputs that are not floating point stay as
+      at w0.
 
     References:
       J. Lee, L. Xiao, S. Schoenholz, Y. Bahri, R. Novak, J. Sohl-Dickstein, J. Pennington (2019),

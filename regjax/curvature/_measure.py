@@ -9,16 +9,20 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics
 from regjax._arguments import checked
+from regjax._printing import legible
 from regjax.curvature._precision import precisely
 from regjax.curvature._quadrature import gauss_rule
 
 
+@legible
 class DensityResult(NamedTuple):
-    """A discrete measure of mass 1 on the eigenvalues; P probes, m steps, n the order.
+    """A spectral density: a discrete measure of mass 1 on the eigenvalues.
+
+    With P probes and m Lanczos steps for each, of a matrix of order n.
 
     Attributes:
-      nodes: (P, m), nodes of Gauss quadrature in the complement, in the units of the matrix; a
-        probe that made fewer steps repeats its last one.
+      nodes: (P, m), nodes of Gauss quadrature in the complement of the eigenvectors taken out, in
+        the units of the matrix; a probe that made fewer steps repeats its last one.
       weights: (P, m), their mass, 0 for repeats; sums to (n - num_eigenvalues) / n.
       alphas: (P, m), diagonal of the Lanczos matrix T of each probe, 0 beyond its `num_steps`.
       betas: (P, m), off-diagonal of T; the last one leads to the step that was not made. With
@@ -31,7 +35,7 @@ class DensityResult(NamedTuple):
       residual_norms: (r,), ||A v - value v|| of the pairs taken out, 0 beyond.
       num_eigenvalues: (), int32, number of eigenvalues taken out.
       trace: (), sum of the eigenvalues.
-      trace_standard_error: (), of `trace`, over the draw of the probes.
+      trace_standard_error: (), of `trace`, from the random draw of the probes.
       num_matvecs: (), int32, products used.
       size: (), n: int32, or from 2^31 on of the type of `weights`.
     """
@@ -52,14 +56,15 @@ class DensityResult(NamedTuple):
     size: jax.Array
 
 
+@legible
 class SpectralSumResult(NamedTuple):
     """A sum over the eigenvalues.
 
     Attributes:
       value: (...), sum over i of f(lambda_i).
-      standard_error: (...), over the draw of the probes.
-      quadrature_error: (...), what the later half of the Lanczos steps has changed: about what
-        quadrature without them leaves open. An estimate; 0 for polynomials of degree below m.
+      standard_error: (...), from the random draw of the probes.
+      quadrature_error: (...), the change that the later half of the Lanczos steps has made: about
+        what quadrature without them leaves open. An estimate; 0 for polynomials of degree below m.
     """
 
     value: jax.Array
@@ -78,18 +83,27 @@ def spectral_sum(
 ) -> SpectralSumResult:
     """Computes the sum over the eigenvalues of `function`, tr f(A), with its errors.
 
-    What was taken out of the density is summed exactly, only the rest is sampled. For a probe v
-    uniform on the unit sphere of d dimensions, v' B v has the variance 2 / (d + 2) (tr(B B)/d -
-    (tr B/d)^2). Both traces are moments of the density itself, so that one probe is enough for an
-    error.
+    Eigenvalues that were taken out of the density are summed exactly; only the rest is sampled. For
+    a probe v uniform on the unit sphere of d dimensions, v' B v has the variance
+
+        2 / (d + 2) (tr(B B)/d - (tr B/d)^2)
+
+    Both traces are moments of the density itself, so that one probe is enough for a standard error.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> print(curvature.spectral_sum(density, jnp.square))  # 1 + 4 + ... + 64
+      SpectralSumResult(value=204, standard_error=0, quadrature_error=0)
 
     Args:
       density: from `spectral_density`.
       function: elementwise, real eigenvalues (...,) -> values (..., *shape).
 
     Returns:
-      A `SpectralSumResult` of arrays of `shape`. What quadrature (m steps) does not resolve of
-      `function` comes beside the standard error: nothing for polynomials of degree below 2 m.
+      A `SpectralSumResult` of arrays of `shape`. Its `quadrature_error` is about what the m Lanczos
+      steps do not resolve of `function`, nothing for polynomials of degree below 2 m.
     """
     inside = density.eigenvalue_weights > 0
     values = function(jnp.where(inside, density.eigenvalues, 0.0))
@@ -156,6 +170,13 @@ def effective_dimension(density: DensityResult, *, damping: ArrayLike) -> Spectr
 
         sum over the eigenvalues l of max(l, 0) / (max(l, 0) + c)
 
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> print(f"{curvature.effective_dimension(density, damping=1.0).value:.3f}")  # 1/2 ... 8/9
+      6.171
+
     Args:
       density: from `spectral_density`.
       damping: c, positive, in the units of the eigenvalues: prior precision over number of
@@ -185,6 +206,13 @@ def log_determinant(density: DensityResult, *, damping: ArrayLike = 0.0) -> Spec
 
         sum over the eigenvalues l of log(l + damping)
 
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> print(f"{curvature.log_determinant(density).value:.3f}")  # the logarithm of 8!
+      10.605
+
     Args:
       density: of A, from `spectral_density`.
       damping: not negative, in the units of the eigenvalues. A singular A needs one: what rounding
@@ -213,6 +241,13 @@ def schatten_norm(density: DensityResult, *, order: ArrayLike) -> SpectralSumRes
 
     For p = 1 it is the nuclear norm, for p = 2 that of Frobenius. The spectral norm, p infinite, is
     the largest magnitude of `top_eigenpairs(operator, 1, which="LM", ...)`.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> print(f"{curvature.schatten_norm(density, order=2).value:.3f}")  # the root of 204
+      14.283
 
     Args:
       density: from `spectral_density`.

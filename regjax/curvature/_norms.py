@@ -7,6 +7,7 @@ import jax
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax._printing import legible
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
 from regjax.curvature._estimators import TraceResult, entries, of_products
@@ -18,6 +19,7 @@ from regjax.curvature._operators._operator import Operator
 _FEWEST = 4
 
 
+@legible
 class RowNormsResult(NamedTuple):
     """An estimate of the squared norms of all rows.
 
@@ -40,25 +42,34 @@ class RowNormsResult(NamedTuple):
 def squared_row_norms(
     operator: Operator, *, key: PRNGKey, num_matvecs: int, callback: Callback | None = None
 ) -> RowNormsResult:
-    """Estimates the squared norm of each row, the diagonal of A A, and the squared Frobenius norm.
+    """Estimates the squared norm of each row of a matrix, and its squared Frobenius norm.
 
-    Half of the products find the range of the matrix, the norms in it are exact, and each of its
-    random vectors samples what the others leave: exact for a rank below half of the products.
+    The squared norms of the rows are the diagonal of A A. Half of the products find the range of
+    the matrix, in which the norms are exact; each of the random vectors samples what the others
+    leave. The result is exact for a rank below half of the products.
+
+    Example:
+      >>> v = jnp.array([1.0, 2.0, 2.0])
+      >>> operator = curvature.from_matvec(lambda u: v * (v @ u), v)  # v v', of rank one
+      >>> result = curvature.squared_row_norms(operator, key=jax.random.key(0), num_matvecs=4)
+      >>> print(result.value, f"{result.squared_norm:.3f}")  # v_i^2 |v|^2 and |v|^4
+      [ 9. 36. 36.] 81.000
 
     Args:
       operator: symmetric, of order n.
-      key: typed key of the random vectors.
+      key: typed key for the random vectors.
       num_matvecs: number of products in all, at least 4; an odd one and those beyond 2 n are not
         made.
       callback: called as callback(products, num_matvecs, progress) after each product, or each
-        block of them, when the host drives; `progress.result` is the result so far.
+        block of them, outside of `jax.jit`; `progress.result` is the result so far.
 
     Returns:
-      A `RowNormsResult`; unbiased, with errors as of `trace` by "xtrace".
+      A `RowNormsResult`; unbiased, with standard errors as of `trace` by "xtrace".
 
     Raises:
       ValueError: `num_matvecs` is below 4.
-      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
+      MemoryError: the device is out of memory; the message says how much is needed, and what to
+        lower.
       Interrupted: Ctrl-C; its `.result` is the estimate of the products so far.
 
     References:
@@ -73,7 +84,15 @@ def squared_row_norms(
 def squared_row_norms_solver(
     operator: Operator, *, key: PRNGKey, num_matvecs: int
 ) -> Solver[Tree, RowNormsResult]:
-    """Makes the solver of `squared_row_norms`, whose arguments these are, to drive by hand."""
+    """Makes the solver of `squared_row_norms`, which has the same arguments, to drive by hand.
+
+    Example:
+      >>> v = jnp.array([1.0, 2.0, 2.0])
+      >>> operator = curvature.from_matvec(lambda u: v * (v @ u), v)  # v v', of rank one
+      >>> options = {"key": jax.random.key(0), "num_matvecs": 4}
+      >>> print(curvature.run(curvature.squared_row_norms_solver(operator, **options)).value)
+      [ 9. 36. 36.]
+    """
 
     def result(found: Estimates) -> RowNormsResult:
         value, error = entries(operator, found)
@@ -92,20 +111,32 @@ def squared_row_norms_solver(
 def squared_frobenius_norm(
     operator: Operator, *, key: PRNGKey, num_matvecs: int, callback: Callback | None = None
 ) -> TraceResult:
-    """Estimates the squared Frobenius norm, the trace of A A, as `squared_row_norms` does.
+    """Estimates the squared Frobenius norm, which is the trace of A A.
+
+    It makes the products of `squared_row_norms`, and is exact for a rank below half of them.
+
+    Example:
+      >>> v = jnp.array([1.0, 2.0, 2.0])
+      >>> operator = curvature.from_matvec(lambda u: v * (v @ u), v)  # v v', of rank one
+      >>> key = jax.random.key(0)
+      >>> print(f"{curvature.squared_frobenius_norm(operator, key=key, num_matvecs=4).value:.3f}")
+      81.000
 
     Args:
       operator: symmetric, of order n.
-      key: typed key of the random vectors.
-      num_matvecs: number of products in all, at least 4, as in `squared_row_norms`.
-      callback: as in `squared_row_norms`.
+      key: typed key for the random vectors.
+      num_matvecs: number of products in all, at least 4; an odd one and those beyond 2 n are not
+        made.
+      callback: called as callback(products, num_matvecs, progress) after each product, or each
+        block of them, outside of `jax.jit`; `progress.result` is the result so far.
 
     Returns:
       A `TraceResult` of the matrix's square.
 
     Raises:
       ValueError: `num_matvecs` is below 4.
-      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
+      MemoryError: the device is out of memory; the message says how much is needed, and what to
+        lower.
       Interrupted: Ctrl-C; its `.result` is the estimate of the products so far.
     """
     solver = _solver(

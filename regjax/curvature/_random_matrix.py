@@ -1,13 +1,9 @@
 """Extreme eigenvalues of mini-batch curvature, from the noise of the examples' curvature.
 
 A batch Hessian is the full one plus the noise of its examples, H' = H + E. Random matrix theory
-says where an eigenvalue of H ends up in H' if E has no direction of its own. What measures E is the
-noise power
-
-    p(z) = mean_i ||H_i z||^2 - ||mean_i H_i z||^2,    z of unit norm,
-
-over the Hessians H_i of single examples: the variance of an element times the number of parameters
-P, if all elements have one variance. In a batch of B the noise is p / b, b the effective batch.
+says where an eigenvalue of H ends up in H' if E has no direction of its own. E is measured by the
+noise power p (`hessian_noise_power`): the variance of an element times the number of parameters P,
+if all elements have one variance. In a batch of B the noise is p / b, b the effective batch.
 """
 
 from collections.abc import Callable
@@ -20,6 +16,7 @@ from jax.tree_util import Partial
 from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree, couples_examples
+from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature._operators._hessian import differentiate_gradient
 from regjax.curvature._precision import precision
@@ -31,6 +28,7 @@ Law: TypeAlias = Callable[..., "BatchExtremesResult"]
 """(largest, smallest, noise_power, inverse_batch) -> `BatchExtremesResult`."""
 
 
+@legible
 class NoisePowerResult(NamedTuple):
     """How much the Hessians of single examples differ along a direction.
 
@@ -44,6 +42,7 @@ class NoisePowerResult(NamedTuple):
     standard_error: jax.Array
 
 
+@legible
 class BatchExtremesResult(NamedTuple):
     """The ends of the spectrum of a batch's curvature, in units of the Hessian.
 
@@ -68,11 +67,17 @@ def hessian_noise_power(
 
         mean_i ||H_i z - H z||^2,   H_i the Hessian of example i, H their mean
 
-    At the cost of a Hessian product, with the product of each example kept: chunks bound that
-    memory, `chunk_size` times the number of parameters. For isotropic noise any z will do. The
-    noise of networks is far from isotropic, and what moves an eigenvalue is the noise along its own
-    eigenvector: take z from `top_eigenpairs`, whose largest eigenvalue then grows in a batch by
-    value / (b largest) to second order (`additive_outlier`), if the others are near 0.
+    It costs a Hessian product and keeps the product of each example of a chunk. For isotropic noise
+    any z will do. The noise of networks is far from isotropic, and what moves an eigenvalue is the
+    noise along its own eigenvector: take z from `top_eigenpairs`. If the other eigenvalues are near
+    0, its largest eigenvalue then grows in a batch by value / (b largest) to second order (see
+    `additive_outlier`).
+
+    Example:
+      >>> loss_fn = lambda w, x: 0.5 * jnp.mean(x) * jnp.sum(w**2)  # each H_i is x_i times I
+      >>> x, z = jnp.array([1.0, 3.0]), jnp.array([1.0, 0.0])
+      >>> print(curvature.hessian_noise_power(loss_fn, jnp.ones(2), z, x).value)  # x has variance 1
+      1.0
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over independent examples.
@@ -120,14 +125,18 @@ def wigner_outlier(
 
         s = sqrt(p / b);  l' = l + s^2 / l if |l| > s, else +-2 s, the edge of the noise
 
-    Inside its own region it gives at most 2 l, and below it sqrt(p / b): linear scaling of the
+    Where it holds, it gives at most 2 l, and below that sqrt(p / b). So linear scaling of the
     learning rate with the batch does not follow from it.
+
+    Example:
+      >>> print(curvature.wigner_outlier(4.0, -0.5, 8.0, 1 / 2))  # s = 2: 4 + 4 / 4 and -2 s
+      BatchExtremesResult(largest=5, smallest=-4)
 
     Args:
       largest: largest eigenvalue without noise.
       smallest: smallest eigenvalue without noise; an outlier if below -s.
-      noise_power: p.
-      inverse_batch: 1 / b.
+      noise_power: p, of a single example, from `hessian_noise_power`.
+      inverse_batch: 1 / b, b the effective batch size.
 
     Returns:
       A `BatchExtremesResult`.
@@ -152,18 +161,22 @@ def additive_outlier(
 
         l' = l + p / (b l)
 
-    With p along the eigenvector it needs no isotropy, only the other eigenvalues near 0. The
-    paper's figures 9 and 12 use it in effect, without the regime check of `wigner_outlier`.
+    With p along the eigenvector it needs no isotropy, only the other eigenvalues near 0. Figures 9
+    and 12 of the paper use it in effect.
+
+    Example:
+      >>> print(curvature.additive_outlier(4.0, -1.0, 8.0, 1 / 2))  # 4 + 4 / 4 and -1 - 4 / 1
+      BatchExtremesResult(largest=5, smallest=-5)
 
     Args:
       largest: largest eigenvalue without noise; NaN where it is not positive.
       smallest: smallest eigenvalue without noise; NaN where it is not negative.
-      noise_power: p, along the eigenvector of the end in question.
-      inverse_batch: 1 / b.
+      noise_power: p, of a single example, along the eigenvector of the end in question.
+      inverse_batch: 1 / b, b the effective batch size.
 
     Returns:
-      A `BatchExtremesResult`. The two ends have eigenvectors of their own: with p along one of
-      them, take only that end.
+      A `BatchExtremesResult`. Each end has an eigenvector of its own, so that with p along one
+      of them only that end counts.
 
     References:
       D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092; the direction is ours.
@@ -194,11 +207,15 @@ def marchenko_pastur_outlier(
     and likewise for the smallest, with -sqrt(c) and, where c > 1, the edge 0. The noise has the
     mean v: it moves an eigenvalue by v also where c is near 0.
 
+    Example:
+      >>> print(curvature.marchenko_pastur_outlier(4.0, 0.0, 10.0, 0.1, num_params=10))  # c = v = 1
+      BatchExtremesResult(largest=5.3333, smallest=0)
+
     Args:
       largest: largest eigenvalue without noise.
       smallest: smallest eigenvalue without noise.
-      noise_power: p.
-      inverse_batch: 1 / b.
+      noise_power: p, of a single example, from `hessian_noise_power`.
+      inverse_batch: 1 / b, b the effective batch size.
       num_params: P, number of parameters; bind it with `functools.partial`.
 
     Returns:
@@ -244,12 +261,17 @@ def batch_extreme_eigenvalues(
     """Predicts the extreme eigenvalues of a mini-batch's curvature from those of all examples.
 
     Drawn without replacement from N examples, an element of a batch's curvature has the variance of
-    one example's over b,
+    one example's over the effective batch b,
 
-        1 / b = (N - B) / (B (N - 1)),
+        1 / b = (N - B) / (B (N - 1))
 
-    exactly: b is B for large N, infinite for the whole set. Which law says what b makes of the
-    eigenvalues has to be said with every number: they differ by orders of magnitude.
+    so that b is B for large N and infinite for the whole set. A law says what the noise makes of
+    the eigenvalues. Name the law with every number: the laws differ by orders of magnitude.
+
+    Example:
+      >>> sizes = jnp.array([2.0, 8.0])  # with noise of p / b = 4 and 1
+      >>> print(curvature.batch_extreme_eigenvalues(4.0, -0.5, noise_power=8.0, batch_size=sizes))
+      BatchExtremesResult(largest=[5, 4.25], smallest=[-4, -2])
 
     Args:
       largest: largest eigenvalue of the curvature of all examples; an array broadcasts.

@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from regjax import _numerics
+from regjax._printing import legible
 from regjax.curvature._engine import _basis
-from regjax.curvature._lanczos import Krylov, LanczosResult
+from regjax.curvature._krylov import Krylov
+from regjax.curvature._lanczos import LanczosResult
 from regjax.curvature._precision import precisely, rounding
 
 
+@legible
 class RitzResult(NamedTuple):
     """What m Lanczos steps know of the spectrum: the eigenpairs of T.
 
@@ -23,11 +26,11 @@ class RitzResult(NamedTuple):
       values: (m,), Ritz values, ascending; for steps that were not done copies of the smallest, at
         the front, of weight 0.
       residual_norms: (m,), of the Ritz pairs: an eigenvalue of the matrix as the products have it
-        lies within it. With what rounding may do: 8 units of the narrowest type in a product, of
-        the largest |Ritz value|, and 2.5 sqrt(m) of the rows' own, and the error of products that
-        are differences; copies as above.
+        lies within it. It includes what rounding may add, relative to the largest |Ritz value|: 8
+        units of the narrowest type in a product and 2.5 sqrt(m) of the rows' own; and the error of
+        products that are differences. Copies for steps that were not done, as in `values`.
       weights: (m,), the squared component of the start along each Ritz vector, which is its weight
-        in Gauss quadrature; sum 1, 0 as above.
+        in Gauss quadrature; sum 1; 0 for steps that were not done.
       vectors: (m, m), columns: the Ritz vectors in the basis, `basis.T @ vectors` in full.
     """
 
@@ -51,10 +54,20 @@ class SmallPairs(NamedTuple):
     valid: jax.Array
 
 
-@jax.jit
 @precisely
+@jax.jit
 def ritz_pairs(result: LanczosResult) -> RitzResult:
     """Computes the eigenpairs of the tridiagonal matrix of a Lanczos run.
+
+    They are estimates of eigenvalues of the matrix (Ritz values), each with a residual norm within
+    which an eigenvalue lies.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> ritz = curvature.ritz_pairs(curvature.lanczos(hessian, jnp.ones(8), 2))
+      >>> print(ritz.values, ritz.residual_norms)
+      [2.209 6.791] [1.414 1.414]
 
     Args:
       result: from `lanczos`.

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from regjax.curvature._lanczos import Krylov
+from regjax.curvature._krylov import Krylov
 
 # Accepted probability that an eigenvalue beyond the target is overlooked, by all searches of a run
 # together. Each digit more costs some four products on a trained network.

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, Tree
+from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature import _systems
 from regjax.curvature._engine._checkpoint import Checkpoint
@@ -27,26 +28,27 @@ _TIMES, _FEWEST, _MOST = 10, 20, 1000
 Result = TypeVar("Result")
 
 
+@legible
 class SolveResult(NamedTuple):
     """An approximate solution x of (A + damping I) x = b.
 
-    Of k right sides at once all but `num_matvecs` have a leading axis k.
+    For k right sides at once all fields but `num_matvecs` have a leading axis k.
 
     Attributes:
       solution: x, a tree like the parameters.
-      residual_norm: (), |b - (A + damping I) x|, from a product with this x and no recurrence. Of a
-        run that was cut short (Ctrl-C, a callback) the recurrence's, which may be too small. NaN
-        for a solution too large or too small for its type.
+      residual_norm: (), |b - (A + damping I) x|, from a product with this very x. Of a run that was
+        cut short (Ctrl-C, a callback) it is the recurrence's, which may be too small. NaN for a
+        solution too large or too small for its type.
       error_bound: (), of the distance |x - x*| to the exact solution: the residual norm, and what
         rounding may hide of it, over the least that an eigenvalue of A + damping I can be. Infinite
-        where nothing positive is known of that (see `lower_bound` in `solve`), where negative
-        curvature was met, and of a run that was cut short.
+        where nothing positive is known of that eigenvalue (see `lower_bound` in `solve`), where
+        negative curvature was met, and of a run that was cut short.
       num_matvecs: (), int32, products used; of several right sides those of each.
       converged: (), bool, whether the residual norm is at most `tol` times that of b.
-      negative_curvature: (), bool, whether conjugate gradients met a direction p with
-        p'(A + damping I) p <= 0 and stopped: the matrix is not positive definite, and x is what
-        was found before. Take a damping above `-curvature`, `method="minres"`, or a matrix without
-        negative eigenvalues (`gauss_newton` or `fisher` in place of `hessian`).
+      negative_curvature: (), bool, whether conjugate gradients met a direction p with p'(A +
+        damping I) p <= 0 and stopped: the matrix is not positive definite, and x is what was found
+        before. Take a damping above `-curvature`, `method="minres"`, or a matrix without negative
+        eigenvalues (`gauss_newton` or `fisher` in place of `hessian`).
       direction: such a p, of unit norm, a tree like the parameters; zeros without one.
       curvature: (), p'(A + damping I) p of the last direction of unit norm.
     """
@@ -79,10 +81,17 @@ def solve(
 
         (A + damping I) x = b
 
-    For example a damped Newton step, `solve(hessian(loss, params, *batch), grads, damping=0.01)`.
+    For example a damped Newton step is `solve(hessian(loss, params, *batch), grads, damping=0.01)`.
     The last product is with the solution itself, so that the residual is what it is said to be. In
-    float32 it cannot be smaller than about 1e-7 |A| |x|, up to 1e-7 |A| / damping times |b|,
-    however small `tol` is; such a run ends when it no longer gains, with its residual norm.
+    float32 the residual norm cannot be smaller than about 1e-7 |A| |x|, which is up to 1e-7 |A| /
+    damping times |b|, however small `tol` is. Such a run ends when it no longer gains.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # the diagonal 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> result = curvature.solve(hessian, jnp.ones(8), damping=1.0)
+      >>> print(result.solution, result.converged)  # 1/2, ..., 1/9
+      [0.5   0.333 0.25  0.2   0.167 0.143 0.125 0.111] True
 
     Args:
       operator: A, symmetric, of order n.
@@ -91,7 +100,7 @@ def solve(
       damping: added to the diagonal, not negative, in the units of the eigenvalues: those of the
         curvature of the mean loss. A damping for the sum over N examples is N times too large here;
         that of a prior of precision c is c / N.
-      method: "cg": conjugate gradients, for positive definite A + damping I, which stop at negative
+      method: "cg": conjugate gradients, for positive definite A + damping I; they stop at negative
         curvature and say so. "minres": for any symmetric matrix; three vectors more in memory. Of a
         singular system that has no solution it finds one of the least residual, which has not
         converged.
@@ -105,26 +114,27 @@ def solve(
         error are. None: what holds by construction, 0 for `fisher`, `empirical_fisher` and
         `dropout_covariance`, with whatever the algebra of operators makes of it; nothing for
         others.
-      callback: called as callback(products, max_matvecs, progress) after each product when the host
-        drives; `progress.result` is the `SolveResult` so far.
-      checkpoint: where the state is kept every few products, and found again by the same call after
-        the process was killed; only when the host drives.
+      callback: called as callback(products, max_matvecs, progress) after each product, outside of
+        `jax.jit`; `progress.result` is the `SolveResult` so far.
+      checkpoint: a `Checkpoint`: the state is saved every few products, and after the process was
+        killed the same call goes on from there. Not inside of `jax.jit`.
 
     Returns:
-      A `SolveResult`; what did not converge is flagged. A zero b has the solution 0.
+      A `SolveResult`. Check `converged`. A zero b has the solution 0.
 
     Raises:
       ValueError: `vector` does not fit the operator or is not finite, an argument is out of its
         range, `preconditioner` is of another space or seen not to be positive definite, or the
         checkpoint is of another problem.
       CheckpointError: a file of the checkpoint cannot be written.
-      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
+      MemoryError: the device is out of memory; the message says how much is needed, and what to
+        lower.
       Interrupted: Ctrl-C; its `.result` is the `SolveResult` so far.
 
     References:
-      M. Hestenes, E. Stiefel (1952), Methods of conjugate gradients for solving linear systems.
-      C. Paige, M. Saunders (1975), Solution of sparse indefinite systems of linear equations, SIAM
-      J. Numerical Analysis 12(4). The last product and the bound are ours.
+      M. Hestenes, E. Stiefel (1952), Methods of conjugate gradients for solving linear systems. C.
+      Paige, M. Saunders (1975), Solution of sparse indefinite systems of linear equations, SIAM J.
+      Numerical Analysis 12(4). The last product and the bound are ours.
     """
     solver = solve_solver(
         operator, vector, damping=damping, method=method, preconditioner=preconditioner, tol=tol,
@@ -145,7 +155,15 @@ def solve_solver(
     max_matvecs: int | None = None,
     lower_bound: ArrayLike | None = None,
 ) -> Solver[Tree, SolveResult]:
-    """Makes the solver of `solve`, whose arguments these are, to drive by hand."""
+    """Makes the solver of `solve`, which has the same arguments, to drive by hand.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # the diagonal 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> solver = curvature.solve_solver(hessian, jnp.ones(8), damping=1.0)
+      >>> print(curvature.run(solver).solution[:4])
+      [0.5   0.333 0.25  0.2  ]
+    """
     space = operator.space
     leaves = jax.tree.leaves(vector)
     is_block = bool(leaves) and jnp.ndim(leaves[0]) == len(space.shapes[0]) + 1

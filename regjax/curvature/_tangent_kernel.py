@@ -36,9 +36,17 @@ def neural_tangent_kernel(
         K = J J',   J the Jacobian of the outputs with respect to the parameters
 
     Its eigenvalues over N are those of the Gauss-Newton matrix of half the squared error, summed
-    over the outputs and averaged over the N examples (`gauss_newton`), besides zeros. In float32
-    those below a unit of rounding of the largest are lost; `jacobian(...).singular_values()` has
-    their roots.
+    over the outputs and averaged over the N examples (see `gauss_newton`), besides zeros. In
+    float32 those below a unit of rounding of the largest are lost;
+    `jacobian(...).singular_values()` has their roots.
+
+    Example:
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+      >>> model_fn = lambda w, x: x @ w
+      >>> kernel = curvature.neural_tangent_kernel(model_fn, jnp.zeros(2), x, output_axes="trace")
+      >>> print(kernel)  # X X'
+      [[1. 1.]
+       [1. 5.]]
 
     Args:
       model_fn: (params, inputs) -> outputs, with C numbers for each example (see `jacobian`).
@@ -60,7 +68,8 @@ def neural_tangent_kernel(
     Raises:
       MemoryError: more than `max_bytes` are needed; says how many, before anything is allocated.
       ValueError: `output_axes` is unknown, or the model couples the examples (see `jacobian`).
-      TypeError: as in `jacobian`.
+      TypeError: an output is complex, or none is floating point, or the model cannot be
+        differentiated.
 
     References:
       A. Jacot, F. Gabriel, C. Hongler (2018), arXiv:1806.07572. R. Novak, J. Sohl-Dickstein,

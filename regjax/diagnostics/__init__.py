@@ -1,4 +1,38 @@
-"""Numbers that say what training has come to, and change nothing."""
+"""Reports on training and on what it has found. A diagnostic measures; it changes nothing.
+
+Sharpness and the edge of stability:
+
+    edge_of_stability  stability_threshold  preconditioner  critical_sharpness  lambda_max_between
+    interval_flatness
+
+Curvature and noise while a network trains; `Monitor` measures them between the steps:
+
+    read_monitor  gradient_noise  noise_scale  gradient_share  operator_alignment
+    dropout_noise_alignment
+
+The loss surface and the steps of training:
+
+    loss_surface  interpolate  filter_normalized_direction  line_probe  internal_covariate_shift
+
+Batch norm and weights whose scale does not change the loss:
+
+    scale_invariant_mask  spherical_sharpness  spherical_sharpness_by_group
+    effective_learning_rate  spherical_edge_of_stability  sharpness_reduction_flow
+    batch_norm_regularization
+
+Decision boundaries, and pieces on which a network is linear:
+
+    decision_margin  margin_jitter  boundary_jitter  least_squares_offset  boundary_distances
+    boundary_density  region_count
+
+Data of low dimension:
+
+    subspace_from_data  transversal_complexity  transversal_variation  frozen_component
+
+Units, sparsity, examples and learners:
+
+    condensation  sparse_recovery  recovery_baselines  influence  landscape_dependent_noise
+"""
 
 from regjax.diagnostics._alignment import AlignmentResult as AlignmentResult
 from regjax.diagnostics._alignment import GradientShareResult as GradientShareResult
@@ -83,3 +117,5 @@ from regjax.diagnostics._spline_partition import region_count as region_count
 from regjax.diagnostics._surface import filter_normalized_direction as filter_normalized_direction
 from regjax.diagnostics._surface import interpolate as interpolate
 from regjax.diagnostics._surface import loss_surface as loss_surface
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, PRNGKey
+from regjax._printing import legible
 from regjax.curvature import Operator
 
 
+@legible
 class AlignmentResult(NamedTuple):
     """The cosine of two symmetric matrices A and B of order n, with its standard errors.
 
     Attributes:
       alignment: (), tr(A B) / (|A|_F |B|_F).
-      alignment_standard_error: (), over the probes, NaN with one alone, as are those below.
+      alignment_standard_error: (), over the probes; NaN with a single probe, as are those below.
       null_alignment: (), tr A tr B / (n |A|_F |B|_F), the mean for random eigenvectors.
       null_alignment_standard_error: ().
       product_trace: (), tr(A B).
@@ -31,13 +33,16 @@ class AlignmentResult(NamedTuple):
     product_trace_standard_error: jax.Array
 
 
+@legible
 class GradientShareResult(NamedTuple):
     """How much of a gradient lies in a subspace of k dimensions.
 
     Attributes:
-      share: (), its squared part in the subspace over its squared norm; NaN of a zero gradient.
-      shares: (k,), the same along each vector; their sum, where the vectors are orthonormal.
-      null_share: (), k / n, what a gradient of random direction would have on average.
+      share: (), the squared norm of its part in the subspace, over its squared norm; NaN for a
+        gradient of zeros.
+      shares: (k,), the same along each vector; they add up to `share` if the vectors are
+        orthonormal.
+      null_share: (), k / n, the share of a gradient of random direction on average.
     """
 
     share: jax.Array
@@ -53,23 +58,31 @@ def operator_alignment(
 
         alignment = tr(A B) / (|A|_F |B|_F)
 
-    Each probe z, of random signs, takes one product with either: <A z, B z>, |A z|^2 and |B z|^2
-    have the means tr(A B), |A|_F^2 and |B|_F^2. Errors come from leaving one probe out at a time,
-    so that what the three have in common cancels. Two positive matrices with nothing in common
-    have a positive alignment, `null_alignment`.
+    A probe z is a vector of random signs and takes one product with each matrix. The means of
+    <A z, B z>, |A z|^2 and |B z|^2 are tr(A B), |A|_F^2 and |B|_F^2. The standard errors come from
+    leaving one probe out at a time. Two positive matrices that have nothing in common have a
+    positive alignment too, the `null_alignment`.
+
+    Example:
+      >>> like = jnp.zeros(2)
+      >>> one = curvature.from_matvec(lambda v: jnp.array([1.0, 2.0]) * v, like)
+      >>> other = curvature.from_matvec(lambda v: jnp.array([2.0, 1.0]) * v, like)
+      >>> result = diagnostics.operator_alignment(one, other, key=jax.random.key(0))
+      >>> print(f"{result.alignment:.2f} {result.null_alignment:.2f}")  # 4 / 5 and 9 / (2 * 5)
+      0.80 0.90
 
     Args:
       operator: A.
       other_operator: B, of the same parameters.
       key: typed key of the probes.
-      num_probes: their number.
+      num_probes: number of probes.
 
     Returns:
       An `AlignmentResult`; NaN if a matrix is zero.
 
     Raises:
-      ValueError: the operators are of different parameters, or `num_probes` is below 1.
-      TypeError: an argument is no operator, or `key` is not a typed key.
+      ValueError: the operators have different parameters, or `num_probes` is below 1.
+      TypeError: an argument is not an operator, or `key` is not a typed key.
     """
     if not isinstance(other_operator, Operator):
         raise TypeError(
@@ -95,16 +108,21 @@ def operator_alignment(
 def gradient_share(grads: Params, vectors: Params) -> GradientShareResult:
     """Computes the share of a gradient in a subspace, such as that of leading eigenvectors.
 
-        share = |V g|^2 / |g|^2,   V of orthonormal rows
+        share = |V g|^2 / |g|^2,   the rows of V orthonormal
+
+    Example:
+      >>> grads, vectors = jnp.array([3.0, 4.0]), jnp.array([[1.0, 0.0]])
+      >>> print(diagnostics.gradient_share(grads, vectors))
+      GradientShareResult(share=0.36, shares=[0.36], null_share=0.5)
 
     Args:
       grads: the gradient g, a tree of n numbers.
-      vectors: rows of V, tree like `grads` with a leading axis k, as in the result of
-        `curvature.top_eigenpairs`. They need to be linearly independent, not orthonormal.
+      vectors: tree like `grads` with a leading axis k, such as the `vectors` of
+        `curvature.top_eigenpairs`. They must be linearly independent, and are made orthonormal.
 
     Returns:
-      A `GradientShareResult`. Eigenvectors that have not converged span another subspace, of which
-      nothing here tells: look at the flags that came with them.
+      A `GradientShareResult`. Check before that eigenvectors have converged: others span another
+      subspace.
 
     Raises:
       ValueError: the trees do not fit each other.

@@ -9,21 +9,25 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
+from regjax._printing import legible
 
 
+@legible
 class BatchNormResult(NamedTuple):
     """A batch-normalized layer as a plain layer with a penalty; k units.
 
     Attributes:
       equivalent_kernel: (d, k), w~ = scale w / sqrt(w' Sigma w + epsilon).
       equivalent_bias: (k,), bias - w~' mean.
-      multiplier: (k,), lambda of the penalty lambda (w~' Sigma w~) whose minimum the unit is at, in
-        units of the loss over the outputs squared. A penalty with 1/2 has twice this one. It means
-        something only where `relative_residual` is small.
+      multiplier: (k,), lambda of the penalty lambda (w~' Sigma w~) of which the unit is at a
+        minimum, in units of the loss over the squared outputs. A penalty with a factor 1/2 has
+        twice this value. It is meaningful only if `relative_residual` is small.
       relative_residual: (k,), |g + 2 lambda Sigma w~| / |g|, 0 at a minimum along the constraint.
-      isotropic_rate: (k,), lambda tr(Sigma) / d, the strength of the plain |w~|^2 of the same mean.
+      isotropic_rate: (k,), lambda tr(Sigma) / d, the strength of a plain decay |w~|^2 of equal
+        mean.
       signal_penalty: (k,), lambda w~' (Sigma - Sigma_noise) w~.
-      noise_penalty: (k,), lambda w~' Sigma_noise w~; weight decay if the noise is isotropic.
+      noise_penalty: (k,), lambda w~' Sigma_noise w~, which is weight decay if the noise is
+        isotropic.
     """
 
     equivalent_kernel: jax.Array
@@ -47,26 +51,39 @@ def batch_norm_regularization(
     epsilon: float = 0.0,
     noise_covariance: jax.Array | None = None,
 ) -> BatchNormResult:
-    """Expresses units behind batch norm as plain units with a data-dependent penalty.
+    """Expresses units before a batch norm as plain units with a data-dependent penalty.
 
-    With inputs of mean mu and covariance Sigma, training the kernel w at a fixed scale minimises
-    the loss of the plain kernel w~ under w~' Sigma w~ = scale^2 (epsilon = 0). There the gradient g
-    with respect to w~ balances the constraint:
+    A unit with the kernel w, followed by batch norm with a fixed scale, computes the same as a
+    plain unit with the kernel
 
-        w~ = scale w / sqrt(w' Sigma w + epsilon),   lambda = -<w~, g> / (2 w~' Sigma w~)
+        w~ = scale w / sqrt(w' Sigma w + epsilon)
+
+    where Sigma is the covariance of the inputs. So training w minimises the loss of w~ under the
+    constraint w~' Sigma w~ = scale^2 (for epsilon = 0). At the minimum the gradient g of the loss
+    with respect to w~ balances the constraint, with the multiplier
+
+        lambda = -<w~, g> / (2 w~' Sigma w~)
 
     lambda is positive if the scale is below the one that the loss alone would choose, and zero if
     scale and bias are trained to their optimum.
 
+    Example:
+      >>> kernel, grad = jnp.array([[1.0], [0.0]]), jnp.array([[-4.0], [0.0]])  # of one unit
+      >>> result = diagnostics.batch_norm_regularization(
+      ...     kernel, 2.0, 0.0, jnp.zeros(2), jnp.eye(2), grad
+      ... )
+      >>> print(result.equivalent_kernel.ravel(), result.multiplier, result.relative_residual)
+      [2. 0.] [1.] [0.]
+
     Args:
-      kernel: (d, k), w.
-      scale: (k,) or number, gamma of the batch norm.
-      bias: (k,) or number, beta of the batch norm.
+      kernel: (d, k), w of k units.
+      scale: (k,) or a number, gamma of the batch norm.
+      bias: (k,) or a number, beta of the batch norm.
       mean: (d,), mean of the inputs.
       covariance: (d, d), biased covariance Sigma of the inputs, noise included.
-      grad: (d, k), gradient of the mean loss with respect to w~ (not w), statistics held constant.
-      epsilon: of the batch norm.
-      noise_covariance: (d, d), the part of Sigma that is noise independent of the signal; None is
+      grad: (d, k), gradient of the mean loss with respect to w~ (not w), with constant statistics.
+      epsilon: that of the batch norm.
+      noise_covariance: (d, d), the part of Sigma that is noise, independent of the signal; None:
         zero.
 
     Returns:
@@ -77,8 +94,8 @@ def batch_norm_regularization(
       TypeError: an array is not real floating point.
 
     References:
-      A derivation of our own after the abstract of A. Annamalai, N. Thakur (2022),
-      arXiv:2209.07587, which is all that could be read; no constant is the paper's.
+      A derivation of our own on the question of A. Annamalai, N. Thakur (2022), arXiv:2209.07587.
+      No constant is the paper's.
     """
     _checks.number("epsilon", epsilon)
     kernel = _tree.wide(_checks.floating_array("kernel", kernel))

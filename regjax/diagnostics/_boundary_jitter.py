@@ -11,10 +11,12 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, Tree
+from regjax._printing import legible
 from regjax.diagnostics._decision_margin import check_classifier, margins
 from regjax.diagnostics._spline_partition import check_preactivations, signed_distances
 
 
+@legible
 class JitterResult(NamedTuple):
     """How far the boundaries of units move; trees like the pre-activations, (units...).
 
@@ -22,11 +24,11 @@ class JitterResult(NamedTuple):
     left.
 
     Attributes:
-      std: root of the mean over the inputs of the variance, over the batches and unbiased, of the
-        signed distance between input and boundary, in the units of the inputs.
-      std_standard_error: over the draw of the batches, for the given inputs; first order, good for
+      std: standard deviation over the batches of the signed distance between input and boundary, in
+        the units of the inputs: the root of the unbiased variance, averaged over the inputs.
+      std_standard_error: over the draw of the batches for these inputs, to first order, good for
         some dozen batches. NaN with two.
-      relative_std: `std` over the root mean square, over the inputs, of the mean distance.
+      relative_std: `std` over the root mean square over the inputs of the mean distance.
     """
 
     std: Tree
@@ -34,13 +36,14 @@ class JitterResult(NamedTuple):
     relative_std: Tree
 
 
+@legible
 class MarginJitterResult(NamedTuple):
     """How far the decision boundaries move; NaN or infinite where a margin is infinite.
 
     Attributes:
       mean: (N,), mean over the batches of the margin of each input, in the units of the inputs.
       std: (N,), the standard deviation over the batches, from the unbiased variance.
-      std_standard_error: (N,), over the draw of the batches; first order, as for the units.
+      std_standard_error: (N,), over the draw of the batches, to first order.
     """
 
     mean: jax.Array
@@ -48,12 +51,13 @@ class MarginJitterResult(NamedTuple):
     std_standard_error: jax.Array
 
 
+@legible
 class LeastSquaresResult(NamedTuple):
     """The best hyperplane of each unit.
 
     Attributes:
       offset: (k,), in the units of the pre-activations: the hyperplane is <w, z> = offset.
-      mean_squared_distance: (k,), of the inputs from it; infinite for a kernel of zeros.
+      mean_squared_distance: (k,), that of the inputs from it; infinite for a kernel of zeros.
     """
 
     offset: jax.Array
@@ -69,30 +73,42 @@ def boundary_jitter(
     *,
     chunk_size: int | None = None,
 ) -> JitterResult:
-    """Measures how far the boundary of each unit moves over batches whose statistics it takes.
+    """Measures how far the boundary of each unit moves between batches with their own statistics.
 
-    The signed distance s_b = h_b / ||grad_x h_b|| of a fixed input from the boundary under the
-    statistics of batch b, and its spread over b. For a first layer of weights w, with <w, x> of
-    deviation sigma and batch norm without bias behind it:
+    The signed distance of an input x from a unit's boundary under the statistics of batch b is
+
+        s_b = h_b / ||grad_x h_b||
+
+    with the pre-activation h_b of the unit. Its standard deviation over b is the jitter. For a
+    first layer with the weights w, where <w, x> has the standard deviation sigma, followed by batch
+    norm without bias, it is for batches of B examples
 
         std_b(s_b) = sigma / (||w|| sqrt(B))
 
     which is 1 / sqrt(B) of the RMS distance of the data, at any weights. With bias beta and scale
     gamma, sigma_b moves the boundary as well: for Gaussian data the variance is, to leading order,
-    1 + (beta / gamma)^2 / 2 times this one. Draw the batches independently, with replacement:
-    distinct examples out of n have sqrt((n - B) / (n - 1)) times the spread of the mean. Running
-    statistics do not jitter.
+    1 + (beta / gamma)^2 / 2 times this one.
 
-    Computes every distance twice, for the mean and for the spread about it.
+    Draw the batches independently and with replacement. Without replacement, out of n examples, the
+    spread of the mean is only sqrt((n - B) / (n - 1)) of it. Running statistics do not jitter. Each
+    distance is computed twice, for the mean and for the spread about it.
+
+    Example:
+      >>> preactivations_fn = lambda w, x, batch: (x - batch.mean(0)) * w  # a centred layer
+      >>> batches = jnp.array([[[0.0], [2.0]], [[2.0], [4.0]]])  # of means 1 and 3
+      >>> inputs = jnp.array([[0.0], [5.0]])
+      >>> result = diagnostics.boundary_jitter(preactivations_fn, jnp.array([2.0]), inputs, batches)
+      >>> print(result.std)
+      [1.414]
 
     Args:
-      batch_preactivations_fn: (params, inputs, batch) -> tree of arrays (N, units...), what goes
-        into the activations at `inputs` with the statistics of `batch` in all layers; each row a
-        function of its own example and of the batch. With a `regjax.Model` of our batch norm: in
-        evaluation mode with `regjax.population_statistics(model, params, [batch])`.
+      batch_preactivations_fn: (params, inputs, batch) -> tree of arrays (N, units...): the
+        pre-activations at `inputs` with the statistics of `batch` in all layers. Each row must be a
+        function of its own example and of the batch. With a `regjax.Model` run it in evaluation
+        mode with the state `regjax.population_statistics(model, params, [batch])`.
       params: tree of parameters.
-      inputs: (N, ...), real floating point, where distances are taken from.
-      batches: (num_batches, B, ...), two at least, or a tree of such arrays.
+      inputs: (N, ...), real floating point, from which the distances are measured.
+      batches: (num_batches, B, ...), at least two, or a tree of such arrays.
       chunk_size: number of inputs per pass; None: all at once. Each pass computes the statistics.
 
     Returns:
@@ -104,7 +120,7 @@ def boundary_jitter(
       TypeError: `inputs` or a pre-activation is not real floating point.
 
     References:
-      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, on jitter; these measures are ours.
+      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, on jitter. These measures are ours.
     """
     num_batches = _num_batches(batches)
     name = "batch_preactivations_fn"
@@ -146,28 +162,39 @@ def margin_jitter(
     *,
     chunk_size: int | None = None,
 ) -> MarginJitterResult:
-    """Measures how far the decision boundary moves over batches whose statistics a network takes.
+    """Measures how far the decision boundary moves between batches with their own statistics.
 
-    The spread over the batches of `decision_margin`, input by input.
+    This is the spread of `decision_margin` over the batches, input by input.
+
+    Example:
+      >>> def batch_model_fn(w, x, batch):
+      ...     centred = (x - batch.mean(0)) * w
+      ...     return jnp.concatenate([centred, -centred], axis=1)  # logits of two classes
+      >>> batches = jnp.array([[[0.0], [2.0]], [[2.0], [4.0]]])  # of means 1 and 3
+      >>> params, inputs, targets = jnp.array([2.0]), jnp.array([[0.0], [5.0]]), jnp.array([1, 0])
+      >>> result = diagnostics.margin_jitter(batch_model_fn, params, inputs, targets, batches)
+      >>> print(result.mean, result.std)
+      [2. 3.] [1.414 1.414]
 
     Args:
-      batch_model_fn: (params, inputs, batch) -> logits (N, classes) at `inputs` with the
-        statistics of `batch`, as in `boundary_jitter`.
+      batch_model_fn: (params, inputs, batch) -> logits (N, classes) at `inputs` with the statistics
+        of `batch` in all layers.
       params: tree of parameters.
       inputs: (N, ...), real floating point.
       targets: (N,), integers from 0 to classes - 1.
-      batches: (num_batches, B, ...), two at least, or a tree of such arrays; drawn independently.
+      batches: (num_batches, B, ...), at least two, or a tree of such arrays, drawn independently.
       chunk_size: number of inputs per pass; None: all at once.
 
     Returns:
       A `MarginJitterResult`.
 
     Raises:
-      ValueError: as in `decision_margin`, or there are fewer than two batches.
-      TypeError: as in `decision_margin`.
+      ValueError: a target is out of range, shapes do not fit, the function couples the examples, or
+        there are fewer than two batches.
+      TypeError: `targets` are not integers, or `inputs` are not real floating point.
 
     References:
-      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, on the jitter of the last boundary; this
+      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, on the jitter of the last boundary. This
       measure is ours.
     """
     num_batches = _num_batches(batches)
@@ -193,13 +220,19 @@ def least_squares_offset(kernel: jax.Array, inputs: jax.Array) -> LeastSquaresRe
 
         argmin_mu  mean_z (<w, z> - mu)^2 / ||w||^2  =  mean_z <w, z>
 
-    and the minimum is var(<w, z>) / ||w||^2, biased: batch norm without bias puts the boundary
-    there, and its output is the signed distance in units of the root of this minimum. A bias beta
-    at scale gamma moves it by (sigma / ||w||) (beta / gamma).
+    The minimum is the biased variance of <w, z> over ||w||^2. Batch norm without bias puts the
+    boundary of a unit there, and its output is the signed distance in units of the root of this
+    minimum. A bias beta at scale gamma moves the boundary by (sigma / ||w||) (beta / gamma), where
+    sigma^2 is that variance.
+
+    Example:
+      >>> kernel, inputs = jnp.array([[2.0], [0.0]]), jnp.array([[1.0, 7.0], [3.0, -5.0]])
+      >>> print(diagnostics.least_squares_offset(kernel, inputs))
+      LeastSquaresResult(offset=[4], mean_squared_distance=[1])
 
     Args:
       kernel: (d, k), the units' weights w as columns.
-      inputs: z, (N, d): what the layer sees, patches for a convolution.
+      inputs: (N, d), the inputs z of the layer; patches for a convolution.
 
     Returns:
       A `LeastSquaresResult`, in float32 at least.

@@ -9,18 +9,21 @@ from jax.typing import ArrayLike
 from regjax import _checks, _layouts, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._axes import Layout
+from regjax._printing import legible
 
 
+@legible
 class CondensationResult(NamedTuple):
     """The directions of a layer's m neurons.
 
     Attributes:
-      cosines: (m, m), of each pair; 0 where one of the two is dropped, on the diagonal as well, and
-        NaN where one is not finite.
-      effective_number: (), int32, neurons whose directions stand for all that are not dropped; -1
-        if a weight is NaN or infinite.
-      effective_ratio: (), it over m, the dropped ones counted; NaN likewise.
-      norms: (m,), of the neurons' vectors.
+      cosines: (m, m), cosine of each pair; 0 if one of the two is dropped, also on the diagonal,
+        and NaN if one is not finite.
+      effective_number: (), int32, number of directions that stand for all neurons that are not
+        dropped; -1 if a weight is NaN or infinite.
+      effective_ratio: (), `effective_number` over m, dropped neurons included; NaN if a weight is
+        NaN or infinite.
+      norms: (m,), norms of the neurons' vectors.
     """
 
     cosines: jax.Array
@@ -38,23 +41,31 @@ def condensation(
     min_norm: ArrayLike = 0.0,
     layout: Layout | None = None,
 ) -> CondensationResult:
-    """Counts the directions of a layer's neurons, each one its incoming weights and bias.
+    """Counts the directions in which the neurons of a layer point.
 
-    Two neurons are parallel if the cosine of their vectors is above `threshold`; opposite ones are
-    not. The effective number is that of neurons whose neighbourhoods cover all others. The least
-    such number is hard to find in general: ours is greedy in the order of decreasing norm (a neuron
-    that no earlier one covers stands for itself and all parallel to it), so that it is a bound from
-    above, and the same for every order of the neurons.
+    A network condenses if many neurons of a layer have nearly parallel weights. The vector of a
+    neuron is that of its incoming weights and its bias. Two neurons are parallel if the cosine of
+    their vectors is above `threshold`; opposite neurons are not. `effective_number` is the number
+    of neurons that are needed so that each neuron is parallel to one of them. They are chosen in
+    the order of decreasing norm: a neuron that is parallel to no earlier choice is chosen. The
+    number is therefore an upper bound of the least possible one, and it does not depend on the
+    order of the neurons.
+
+    Example:
+      >>> kernel = jnp.array([[1.0, 2.0, 0.0], [0.0, 0.1, 1.0]])  # two of three are parallel
+      >>> result = diagnostics.condensation(kernel)
+      >>> print(result.effective_number, f"{result.effective_ratio:.2f}")
+      2 0.67
 
     Args:
-      kernel: (inputs, m) of a dense layer, or a convolution's; or as `layout` says. Its outputs are
-        the neurons, m of them.
+      kernel: (inputs, m) of a dense layer, that of a convolution, or as `layout` says. Its m
+        outputs are the neurons.
       bias: (m,), or None.
-      threshold: of the cosine, between -1 and 1.
-      min_norm: neurons of at most this norm are dropped: they need no direction. With 0 those that
-        are zero. May be traced.
-      layout: which axes of the kernel are inputs and which the neurons; None: these are last. Of
-        stacked layers each one is a kernel of its own: `jax.vmap` this function over them.
+      threshold: cosine above which two neurons are parallel, between -1 and 1.
+      min_norm: neurons of at most this norm are dropped, because they need no direction. 0 drops
+        neurons of zeros. May be traced.
+      layout: which axes of the kernel are inputs and which are neurons; None: neurons are last. If
+        layers are stacked, `jax.vmap` this function over them.
 
     Returns:
       A `CondensationResult`.
@@ -65,8 +76,8 @@ def condensation(
 
     References:
       Z. Zhang, Z.-Q. Xu (2024), Implicit regularization of dropout, arXiv:2207.05952: the
-      cosine of 0.95 and the effective ratio. The greedy cover is ours, and that its directions are
-      those of neurons; so is `min_norm`.
+      cosine of 0.95 and the effective ratio. The choice in order of the norm and `min_norm` are
+      ours.
     """
     kernel = _checks.floating_array("kernel", kernel)
     axes = _layouts.of_array("kernel", layout, kernel)

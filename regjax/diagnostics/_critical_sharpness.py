@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _programs, _tree
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree
+from regjax._printing import legible
 from regjax.diagnostics._surface import Path
 
 # Differences of so many units of rounding of the loss are noise.
@@ -18,21 +19,22 @@ _NOISE = 8
 _MOST_STRETCH = 32.0
 
 
+@legible
 class CriticalSharpnessResult(NamedTuple):
     """The critical sharpness, with its bracket.
 
     Attributes:
       value: (), lambda_c = 2 / eta_c, in units of the loss per squared parameter; NaN unless
-        resolved.
-      lower_bound: (), 2 over a rate at which the loss is above that at the parameters; 0 if there
+        `resolved`.
+      lower_bound: (), 2 over a rate at which the loss is higher than at the parameters; 0 if there
         was none.
-      upper_bound: (), 2 over the largest rate seen below the first with a lower loss; infinite if
+      upper_bound: (), 2 over the largest rate below it at which the loss was lower; infinite if
         there was none.
       critical_learning_rate: (), eta_c; NaN unless resolved.
-      resolved: (), bool: both ends of the bracket were seen, and differ from the loss at the
-        parameters by more than rounding.
-      descends: (), bool: a lower loss was seen along the direction. If not, it ascends, or its
-        descent is shorter than the smallest step or lower than rounding.
+      resolved: (), bool: both ends of the bracket were found, and their losses differ from that at
+        the parameters by more than rounding.
+      descends: (), bool: a lower loss was found along the direction. If not, the loss rises, or it
+        falls over a distance shorter than the smallest step or by less than rounding.
       num_evaluations: (), int32, forward passes that were made.
     """
 
@@ -94,29 +96,38 @@ def critical_sharpness(
 
         lambda_c = 2 / eta_c,   eta_c = inf{eta > 0: L(w - eta d) > L(w)},   d = -updates / rate
 
-    Where the loss is quadratic it is d'Hd / g'd, which for d = g is at most the largest eigenvalue.
-    Losses and updates belong to the same batch. With the updates of another task than that of the
-    loss it is the relative critical sharpness.
+    Here w are the parameters and d is the direction of the update. For a quadratic loss with
+    Hessian H and gradient g the value is d'Hd / g'd, which for d = g is at most the largest
+    eigenvalue. Take loss and updates from the same batch. If the updates belong to another task
+    than the loss, the value is the relative critical sharpness.
 
-    The multiple of the update is stretched or shrunk until the loss is lower at one and higher at
-    the other end, guided by the slope of the chord, which is a line in eta for a quadratic loss;
-    then both ends are drawn to where that line is zero. A crossing that is followed by another one
-    within a single stretch can be passed over.
+    The search needs losses alone. It stretches or shrinks the update until the loss is lower at one
+    end and higher at the other, guided by the slope (L(w - eta d) - L(w)) / eta, which is a line in
+    eta for a quadratic loss, and then moves both ends towards the zero of that line. Two crossings
+    within a single stretch can be missed.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.array([4.0, 1.0]) * w**2)
+      >>> params = jnp.array([1.0, 0.0])
+      >>> updates = -0.1 * jax.grad(loss_fn)(params)
+      >>> result = diagnostics.critical_sharpness(loss_fn, params, updates, learning_rate=0.1)
+      >>> print(f"{result.value:.2f} {result.critical_learning_rate:.2f}", result.resolved)
+      4.00 0.50 True
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: tree of parameters, w.
       updates: tree like `params`, what the optimiser is about to add to them.
       *batch: arrays with a leading axis of examples.
-      learning_rate: the rate that is in the updates, positive.
-      num_evaluations: forward passes at most, at least 4.
-      tol: relative distance of the ends of the bracket from the estimate at which the search ends;
-        where differences so near to it are rounding, twice as far and so on.
+      learning_rate: the learning rate that is contained in the updates, positive.
+      num_evaluations: largest number of forward passes, at least 4.
+      tol: relative distance of the bracket's ends from the estimate at which the search ends. If
+        differences at this distance are rounding, the distance is doubled.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
-      A `CriticalSharpnessResult`. Of a direction that ascends the value is NaN, neither `resolved`
-      nor `descends`.
+      A `CriticalSharpnessResult`. If the loss rises along the direction, the value is NaN, and
+      `resolved` and `descends` are False.
 
     Raises:
       ValueError: a number is out of its range, `updates` is another tree, or the loss is no scalar
@@ -124,8 +135,8 @@ def critical_sharpness(
       TypeError: a parameter is not real floating point.
 
     References:
-      D. Kalra et al. (2026), arXiv:2601.16979, definition of the two measures. The search along the
-      chord is ours, as is that rounding is told from a difference.
+      D. Kalra et al. (2026), arXiv:2601.16979, for the definition of the two measures. The search
+      along the slope and the treatment of rounding are ours.
     """
     _checks.number("learning_rate", learning_rate, above_zero=True)
     _checks.number("tol", tol, above_zero=True)

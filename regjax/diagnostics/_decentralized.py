@@ -11,8 +11,10 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _numerics, _tree, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree
+from regjax._printing import legible
 
 
+@legible
 class LandscapeNoiseResult(NamedTuple):
     """The step of the mean weights, split along the full gradient g at them.
 
@@ -44,21 +46,32 @@ def landscape_dependent_noise(
 
         w_a - lr g_a = w_a - alpha_e g + eta,   alpha_e = lr <g_a, g> / ||g||^2,   <eta, g> = 0
 
-    g_a is the mean of the gradients that the learners took at their own weights, g that of the full
-    loss at w_a. To leading order E g_a - g is the gradient of half the `curvature_trace` by the
-    weights, the deviations held fixed. Synchronous SGD has E alpha_e = lr; learners spread over a
-    rough landscape have less. On a quadratic loss that all share alpha_e does not depend on the
-    spread. A mini-batch for the full data would add its noise to ||g||^2 and bias alpha_e low.
+    Here g_a is the mean of the gradients that the learners took at their own weights, and g the
+    gradient of the full loss at w_a. To leading order E g_a - g is the gradient of half the
+    `curvature_trace` with respect to the weights, with fixed deviations from the mean. For
+    synchronous SGD E alpha_e = lr; for learners that spread over a rough landscape it is less. On a
+    quadratic loss alpha_e does not depend on the spread. Pass the full data: a mini-batch would add
+    its noise to ||g||^2 and make alpha_e too small.
 
-    Costs a gradient and n Hessian products on the batch; inside of `jax.jit` the products cost
-    nothing where `curvature_trace` is not used.
+    This costs a gradient and n Hessian products on the batch. Inside `jax.jit` the products cost
+    nothing if `curvature_trace` is not used.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(w**2)
+      >>> params = jnp.array([[1.0], [3.0]])  # two learners, whose mean is 2
+      >>> mean_grads = jax.vmap(jax.grad(loss_fn))(params).mean(0)
+      >>> result = diagnostics.landscape_dependent_noise(
+      ...     loss_fn, params, mean_grads, learning_rate=0.1
+      ... )
+      >>> print(f"{result.effective_learning_rate:.2f} {result.dispersion:.2f}")
+      0.10 1.00
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
-      params: stacked tree, leaves (n, ...), the weights w_j of the n learners before the step.
+      params: stacked tree with leaves (n, ...), the weights w_j of n learners before the step.
       mean_grads: tree of leaves (...), g_a: `transforms.mean_params` of the stacked gradients.
       *batch: arrays with a leading axis of examples, the full data.
-      learning_rate: lr, of plain SGD.
+      learning_rate: lr of plain SGD.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
@@ -70,8 +83,8 @@ def landscape_dependent_noise(
       TypeError: a parameter is not real floating point.
 
     References:
-      W. Zhang et al. (2021), arXiv:2112.01433, of which the abstract alone could be read: the
-      definitions follow its words, the identities and the Hessian term are ours.
+      W. Zhang et al. (2021), arXiv:2112.01433, for the quantities. The identities and the Hessian
+      term are ours.
     """
     _checks.number("learning_rate", learning_rate)
     _checks.floating_tree("mean_grads", mean_grads)

@@ -27,9 +27,17 @@ def decision_margin(
 
         margin(x) = min_{j != y} (f_y(x) - f_j(x)) / ||grad_x (f_y - f_j)(x)||
 
-    Negative where another class wins. Exact if no boundary of a unit is closer; else that of the
-    linear piece around x. Two logits with the same gradient have no boundary between them: it is
-    infinitely far, on the side of their difference. Costs a reverse pass for each class.
+    Here f are the logits and y is the class of x. The margin is negative where another class wins.
+    For a ReLU network it is exact if no boundary of a unit is closer to x; else it belongs to the
+    linear piece around x. Two logits with the same gradient have no boundary between them, and the
+    distance is infinite, with the sign of their difference. Costs one reverse pass per class.
+
+    Example:
+      >>> model_fn = lambda params, x: x @ params
+      >>> params = jnp.array([[1.0, -1.0], [0.0, 0.0]])  # two classes, the boundary is x_0 = 0
+      >>> inputs, targets = jnp.array([[3.0, 5.0], [3.0, 5.0]]), jnp.array([0, 1])
+      >>> print(diagnostics.decision_margin(model_fn, params, inputs, targets))
+      [ 3. -3.]
 
     Args:
       model_fn: (params, inputs) -> logits (N, classes), each row a function of its own example
@@ -47,7 +55,7 @@ def decision_margin(
       TypeError: `targets` are not integers, or `inputs` not real floating point.
 
     References:
-      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, on margins; the formula is the usual one
+      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, on margins. The formula is the usual one
       for piecewise linear classifiers.
     """
     targets = check_classifier("model_fn", model_fn, params, inputs, targets)

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _numerics, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, PRNGKey, Tree
+from regjax._printing import legible
 from regjax.diagnostics._optimizers import (
     Hyperparams,
     numbers_of,
@@ -18,24 +19,25 @@ from regjax.diagnostics._optimizers import (
 from regjax.diagnostics._preconditioner import check_chain, preconditioner, stated_numbers
 
 
+@legible
 class EdgeResult(NamedTuple):
     """The largest eigenvalue of the preconditioned Hessian beside the largest stable one.
 
     Attributes:
-      stability_ratio: (), sharpness over threshold: 1 at the edge, below it where the optimiser
-        with its second moments held would converge on the quadratic model. Its error is the
-        residual norm over the threshold.
-      threshold: (), as in `stability_threshold`.
-      sharpness: (), the largest eigenvalue of P^(-1/2) H P^(-1/2), or of H where there is no P.
-      residual_norm: (), of the sharpness.
-      converged: (), bool, of the sharpness: *some* eigenvalue is there.
+      stability_ratio: (), sharpness over threshold. It is 1 at the edge of stability, and below 1
+        if the optimiser would converge on a quadratic loss. Its error is `residual_norm` over
+        `threshold`.
+      threshold: (), the largest stable eigenvalue (`stability_threshold`).
+      sharpness: (), the largest eigenvalue of P^(-1/2) H P^(-1/2), or of H without preconditioner.
+      residual_norm: (), *some* eigenvalue lies within it of `sharpness`.
+      converged: (), bool: the residual norm is within the tolerance.
       complete: (), bool: converged, and a search found no larger eigenvalue.
       floor_mass: (), share of the squared norm of the eigenvector on parameters whose second moment
-        is at the floor (`PreconditionerResult.at_floor`): where it is large, epsilon decides. 0
-        without P.
+        is so small that epsilon matters (`PreconditionerResult.at_floor`). 0 without
+        preconditioner.
       covers_all: (), bool: the optimiser moves all leaves; if not, the others are held.
-      vectors: tree like the parameters with a leading axis of 1, the eigenvector: a warm start of
-        the next call.
+      vectors: tree like the parameters with a leading axis of 1, the eigenvector. Pass the result
+        as `start` of the next call.
       num_matvecs: (), int32, Hessian products.
     """
 
@@ -60,8 +62,9 @@ def stability_threshold(
 ) -> jax.Array:
     """Computes the largest eigenvalue at which an optimiser is stable on a quadratic loss.
 
-    With the rate r and momentum b, in the eigenvalues of H, or of P^(-1/2) H P^(-1/2) where there
-    is a preconditioner (`preconditioner`), whose second moments are held:
+    The eigenvalue is one of the Hessian H, or of P^(-1/2) H P^(-1/2) if the optimiser has a
+    preconditioner P (`preconditioner`), whose second moments are held. With the learning rate r and
+    the momentum b, or b1, the thresholds are
 
         plain, RMSProp, Adagrad             2 / r
         heavy ball                          (2 + 2 b) / r
@@ -69,29 +72,33 @@ def stability_threshold(
         Adam and its like                   (2 + 2 b1) / ((1 - b1) r), which is 38 / r at b1 = 0.9
         with Nesterov's momentum            (2 + 2 b1) / ((1 - b1) (1 + 2 b1) r)
 
-    Decoupled weight decay d, of all parameters, puts 2 / r - d in the place of 2 / r: without
-    momentum it adds d to the eigenvalues. Coupled decay is part of the loss. Momentum is as in
-    optax: the sum of gradients for `sgd` and `rmsprop`, without dampening, their mean for Adam.
+    With decoupled weight decay d of all parameters, replace 2 / r by 2 / r - d. Coupled decay is
+    part of the loss. Momentum is that of optax: a sum of gradients without dampening for `sgd` and
+    `rmsprop`, a mean of gradients for Adam.
+
+    Example:
+      >>> threshold = diagnostics.stability_threshold(optimizer="adam", learning_rate=0.01)
+      >>> print(f"{threshold:.0f}")  # 38 / 0.01
+      3800
 
     Args:
-      optimizer: its function in optax: "sgd", "rmsprop", "adagrad", "adam", "adamw", "nadam",
-        "nadamw", "amsgrad", "adabelief", "yogi", "adamax" or "adamaxw".
+      optimizer: name of its function in optax: "sgd", "rmsprop", "adagrad", "adam", "adamw",
+        "nadam", "nadamw", "amsgrad", "adabelief", "yogi", "adamax" or "adamaxw".
       learning_rate: r, positive.
       hyperparams: the numbers that it was made with, by optax's names, such as
-        {"momentum": 0.9, "nesterov": True}; those that are missing have optax's defaults.
+        {"momentum": 0.9, "nesterov": True}. Missing ones have optax's defaults.
 
     Returns:
       The threshold ().
 
     Raises:
-      ValueError: the optimiser is not known, it is one of signs, for which no rate is stable, or
-        has no such number, or a number is out of its range.
-      TypeError: `hyperparams` is no mapping, or holds what is no number.
+      ValueError: the optimiser is not known, or it follows signs, for which no rate is stable; or
+        it has no such number, or a number is out of its range.
+      TypeError: `hyperparams` is not a mapping of numbers.
 
     References:
       J. Cohen et al. (2021), arXiv:2103.00065, for descent and momentum; J. Cohen et al. (2022),
-      arXiv:2207.14484, for Adam. All were derived again from optax's update rules, by the
-      companion matrix.
+      arXiv:2207.14484, for Adam. We derived all thresholds from optax's update rules.
     """
     _checks.number("learning_rate", learning_rate, above_zero=True)
     return threshold_of(optimizer, learning_rate, numbers_of(optimizer, {}, hyperparams))
@@ -113,39 +120,56 @@ def edge_of_stability(
     tol: ArrayLike = 1e-3,
     chunk_size: int | None = None,
 ) -> EdgeResult:
-    """Compares the largest eigenvalue of the preconditioned Hessian with the optimiser's threshold.
+    """Compares the sharpness of the loss with the largest one at which the optimiser is stable.
 
-    The optimiser is linearised with its second moments held. In training they follow, so that the
-    ratio hovers about 1 at the edge; it says nothing of directions of negative curvature.
+    The sharpness is the largest eigenvalue of the Hessian H, or of P^(-1/2) H P^(-1/2) for an
+    optimiser with a preconditioner P, such as Adam. On a quadratic loss the optimiser diverges if
+    the sharpness is above the threshold (`stability_threshold`). In training the ratio of the two
+    often rises to about 1 and stays there: the edge of stability. The second moments in P are held
+    at their present values. Directions of negative curvature do not count.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.array([9.0, 1.0]) * w**2)
+      >>> result = diagnostics.edge_of_stability(
+      ...     loss_fn, jnp.ones(2), key=jax.random.key(0), optimizer="sgd", learning_rate=0.2
+      ... )
+      >>> print(f"{result.sharpness:.2f} {result.threshold:.2f} {result.stability_ratio:.2f}")
+      9.00 10.00 0.90
 
     Args:
-      loss_fn: (params, *batch) -> scalar, the mean over the examples. For coupled weight decay
-        with its penalty.
+      loss_fn: (params, *batch) -> scalar, the mean over the examples. With coupled weight decay it
+        must contain the penalty.
       params: tree of parameters.
       *batch: arrays with a leading axis of examples.
       key: typed key of the random start.
-      optimizer: as in `stability_threshold`.
-      optimizer_state: of optax, after an update, as in `preconditioner`; not needed for "sgd".
-      learning_rate: of the last update; None: that which `inject_hyperparams` keeps in the state.
-      hyperparams: as in `stability_threshold`.
-      start: an earlier `EdgeResult`, or a tree of vectors like its `vectors`, from which the
-        eigenvector is found sooner; see `curvature.top_eigenpairs`.
-      search: whether to look for a larger eigenvalue after convergence. Without it one that has
-        overtaken that of `start` can be passed over: `complete` is False.
+      optimizer: name of the optimiser's function in optax, such as "sgd" or "adam"; all are listed
+        in `stability_threshold`.
+      optimizer_state: state of optax after an update, alone or within a chain; not needed for
+        "sgd".
+      learning_rate: learning rate of the last update; None: the one that `inject_hyperparams` keeps
+        in the state.
+      hyperparams: the numbers that the optimiser was made with, by optax's names, such as
+        {"momentum": 0.9}. Missing ones are read from the state or have optax's defaults.
+      start: an earlier `EdgeResult`, or a tree like its `vectors`, with which the eigenvector is
+        found sooner.
+      search: whether to look for a larger eigenvalue after convergence. Without it an eigenvalue
+        that has overtaken that of `start` can be missed, and `complete` is False.
       max_matvecs: limit of the number of Hessian products.
-      tol: relative tolerance, as in `curvature.top_eigenpairs`.
+      tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
       An `EdgeResult`.
 
     Raises:
-      ValueError: the learning rate is not given nor in the state, an argument is out of its range,
-        or as in `stability_threshold`, `preconditioner` and `curvature.top_eigenpairs`.
-      TypeError: as in `stability_threshold` and `preconditioner`.
+      ValueError: the learning rate is neither given nor in the state; the optimiser is not known;
+        its state is missing, has seen no update or belongs to other parameters; or an argument is
+        out of its range.
+      TypeError: an argument has the wrong type.
 
     References:
-      As for `stability_threshold`. The mass at the floor is ours.
+      J. Cohen et al. (2021), arXiv:2103.00065; J. Cohen et al. (2022), arXiv:2207.14484.
+      `floor_mass` is ours.
     """
     found = stated_numbers(optimizer_state, optimizer)
     numbers = numbers_of(optimizer, found, hyperparams)

@@ -10,23 +10,25 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree, couples_examples
+from regjax._printing import legible
 from regjax.curvature import Operator
 
 
+@legible
 class NoiseScaleResult(NamedTuple):
-    """The gradient G of all data, the covariance Sigma of a single example's, and their ratio.
+    """The gradient G on all data, the covariance Sigma of its examples, and their ratio.
 
     Attributes:
-      squared_gradient_norm: (), |G|^2 without what noise adds to it; below zero where the noise
+      squared_gradient_norm: (), |G|^2, without the part that noise adds. It is below zero if noise
         hides it.
-      squared_gradient_norm_standard_error: (), NaN where there are too few numbers for an error, as
+      squared_gradient_norm_standard_error: (), NaN if there are too few numbers for an error, as
         are those below.
       noise_trace: (), tr Sigma.
       noise_trace_standard_error: ().
       gradient_noise_scale: (), tr Sigma / |G|^2, a number of examples; NaN unless |G|^2 is above 0.
       gradient_noise_scale_standard_error: (), to first order.
-      resolved: (), bool: |G|^2 is above twice its standard error. Where it is not, the noise scale
-        is known from below at most.
+      resolved: (), bool: |G|^2 is above twice its standard error. If not, the noise scale is known
+        from below at most.
     """
 
     squared_gradient_norm: jax.Array
@@ -51,18 +53,26 @@ def noise_scale(
         |G|^2    = (B |G_B|^2 - b |G_b|^2) / (B - b)
         tr Sigma = (|G_b|^2 - |G_B|^2) / (1 / b - 1 / B)
 
-    Both are unbiased for batches of b and B independent examples. The noise scale is the ratio of
-    their means over all pairs, never a mean of ratios. The norms come for free where gradients are
-    averaged: over devices, or over the micro-batches of a step.
+    Here G_b and G_B are gradients on batches of b and B independent examples. Both estimates are
+    unbiased. The noise scale tr Sigma / |G|^2 is the ratio of their means over all pairs of
+    batches. It is the batch size at which noise and gradient are equally large. The norms come for
+    free where gradients are averaged, over devices or over the micro-batches of a step.
+
+    Example:
+      >>> squared_norms = jnp.array([8.0, 8.0]), jnp.array([5.0, 5.0])  # 4 + 8 / 2 and 4 + 8 / 8
+      >>> result = diagnostics.noise_scale(*squared_norms, small_batch_size=2, large_batch_size=8)
+      >>> print(result.squared_gradient_norm, result.noise_trace, result.gradient_noise_scale)
+      4.0 8.0 2.0
 
     Args:
-      small_squared_norms: |G_b|^2, (pairs,), or (pairs, m) of several small batches in each pair.
-      large_squared_norms: |G_B|^2, (pairs,), each at the weights of the small ones.
-      small_batch_size: b, examples of a small batch.
-      large_batch_size: B, those of a large one, above b. The small ones may be its parts.
+      small_squared_norms: |G_b|^2, (pairs,), or (pairs, m) with m small batches in each pair.
+      large_squared_norms: |G_B|^2, (pairs,), each at the same weights as the small ones.
+      small_batch_size: b, number of examples in a small batch.
+      large_batch_size: B, number of examples in a large batch, above b. The small batches may be
+        its parts.
 
     Returns:
-      A `NoiseScaleResult`, whose errors are over the pairs as if they were independent.
+      A `NoiseScaleResult`. Its errors are over the pairs, as if these were independent.
 
     Raises:
       ValueError: `large_batch_size` is not above `small_batch_size`, the arrays do not fit each
@@ -107,15 +117,24 @@ def gradient_noise(
     batch_size: int,
     metric: Operator | None = None,
 ) -> NoiseScaleResult:
-    """Measures the gradient noise scale at some weights, from small batches and all data at once.
+    """Measures the gradient noise scale at some weights, from small batches and from all data.
 
-    Of the N examples in batches of b the estimates are those of `noise_scale` with B = N, and their
-    errors come from leaving one batch out at a time. Costs two passes of gradients, and with a
-    `metric` one product for each batch.
+        gradient noise scale = tr Sigma / |G|^2
 
-    With a metric H, norms are g'H g: the ratio is then tr(H Sigma) / G'H G, the batch size at which
-    a step of the best length is spent on noise as much as on the gradient, where the loss is
-    curved as H.
+    G is the gradient on all N examples, and Sigma the covariance of single examples' gradients. The
+    estimates are those of `noise_scale` with B = N, and their errors come from leaving one batch
+    out at a time. Costs two passes of gradients, and with a `metric` one product per batch.
+
+    With a metric H, squared norms are g'H g, and the noise scale is tr(H Sigma) / G'H G. If H is
+    the Hessian, it is the batch size at which noise takes as much from a step of the best length as
+    the gradient gains.
+
+    Example:
+      >>> loss_fn = lambda w, x: 0.5 * jnp.mean((w - x) ** 2)
+      >>> x = jnp.array([1.0, 3.0, 1.0, 3.0])  # of variance 4 / 3
+      >>> result = diagnostics.gradient_noise(loss_fn, jnp.array(0.0), x, batch_size=1)
+      >>> print(f"{result.noise_trace:.3f} {result.gradient_noise_scale:.3f}")
+      1.333 0.364
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over independent examples.
@@ -126,16 +145,16 @@ def gradient_noise(
       metric: H, an operator of the parameters such as `curvature.hessian(...)`; None: the identity.
 
     Returns:
-      A `NoiseScaleResult`. Errors are NaN with two batches alone.
+      A `NoiseScaleResult`. With only two batches the errors are NaN.
 
     Raises:
-      ValueError: `batch_size` is that of all examples or does not divide their number, `metric` is
-        of other parameters, or the loss is no mean over independent examples.
-      TypeError: a parameter is not real floating point, or `metric` is no operator.
+      ValueError: `batch_size` is the number of examples or does not divide it, `metric` has other
+        parameters, or the loss is not a mean over independent examples.
+      TypeError: a parameter is not real floating point, or `metric` is not an operator.
 
     References:
-      S. McCandlish, J. Kaplan, D. Amodei (2018), arXiv:1812.06162, appendix A.1; with the Hessian
-      the ratio is their noise scale, without it the simple one. Errors by the jackknife are ours.
+      S. McCandlish, J. Kaplan, D. Amodei (2018), arXiv:1812.06162, appendix A.1: their noise scale
+      with the Hessian as `metric`, their simple noise scale without. The errors are ours.
     """
     if couples_examples(loss_fn):
         raise ValueError(

@@ -21,22 +21,25 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, curvature
 from regjax._arguments import checked
 from regjax._base import Batch, Callback, LossFn, Mask, Params, Tree, couples_examples
+from regjax._printing import legible
 from regjax._subsets import part_of
 
 
+@legible
 class InfluenceResult(NamedTuple):
     """Influences of N training examples on T test examples.
 
     Attributes:
       value: (T, N), the derivative of each test loss with respect to the weight of each training
-        example; in units of the loss. Positive where the training example does harm. Leaving it out
-        is a weight less by 1/N, which changes the test loss by about -value / N. A test example
-        whose system has not converged has the influences of the solution that was found.
-      residual_norms: (T,), of the systems, over the norms of the test gradients.
-      converged: (T,), bool, whether these are at most `tol`.
-      negative_curvature: (T,), bool, whether negative curvature was met (see `curvature.solve`):
-        the parameters are no minimum of the damped loss, and there is no such influence.
-      num_matvecs: (), int32, products for each test example.
+        example, in units of the loss. It is positive if the training example does harm. Leaving the
+        example out lowers its weight by 1/N, which changes the test loss by about -value / N.
+      residual_norms: (T,), residual norm of each test example's system, over the norm of the test
+        gradient.
+      converged: (T,), bool, whether this is at most `tol`. If not, `value` belongs to the best
+        solution that was found.
+      negative_curvature: (T,), bool, whether negative curvature was met: the parameters are not at
+        a minimum of the damped loss, and the influence is not defined.
+      num_matvecs: (), int32, number of products per test example.
     """
 
     value: jax.Array
@@ -67,41 +70,51 @@ def influence(
 
         value[t, i] = -g_t' (A + damping I)^-1 g_i
 
-    A label that is wrong has a large negative influence on itself (`test=train`: a larger weight
-    lowers its own loss much), and a positive one on the test examples that it harms. For a linear
-    model and half the squared error, A + damping I of the training loss, leaving out example i
-    moves the parameters by exactly 1 / (1 - h_i) times what the influence says, h_i its leverage.
+    Here g_t and g_i are the gradients of the losses of test example t and training example i, and A
+    is the curvature of the training loss. The value is the derivative of test loss t with respect
+    to the weight of training example i: positive if the example does harm. An example with a wrong
+    label has a large negative influence on itself (`test=train`), because a larger weight would
+    lower its own loss much.
+
+    In linear regression, leaving out example i moves the parameters by exactly 1 / (1 - h_i) times
+    what the influence says, where h_i is its leverage.
+
+    Example:
+      >>> loss_fn = lambda w, y: 0.5 * jnp.mean((w - y) ** 2)
+      >>> train, test = (jnp.array([0.0, 0.0, 3.0]),), (jnp.array([0.0]),)
+      >>> params = jnp.array(1.0)  # the mean of the training examples
+      >>> result = diagnostics.influence(loss_fn, params, train, test, damping=0.0)
+      >>> print(result.value)  # the third example does harm
+      [[-1. -1.  2.]]
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over independent examples, or a
-        `regjax.WeightedMean`; an example's own loss is what it adds to the mean of its data, N
-        times its share. A penalty on the weights belongs in `damping`, where it is the same for all
-        examples and the minimum is that of the penalised loss.
-      params: tree of parameters, at (or near) a minimum of the training loss.
-      train: the arguments of the loss after the parameters, a tuple of arrays with a leading axis
-        of N examples; a dict where the loss takes one.
-      test: likewise, of T examples. T vectors like the parameters and as many of the solver are in
+        `regjax.WeightedMean`, whose examples have N times their share as their own loss. Put an L2
+        penalty into `damping` instead.
+      params: tree of parameters, at or near a minimum of the training loss.
+      train: tuple of the arguments of the loss after the parameters: arrays with a leading axis of
+        N examples.
+      test: the same of T examples. T vectors like the parameters, and as many of the solver, are in
         memory: go over many test examples in parts.
-      damping: added to the diagonal of A, not negative, in the units of the curvature of the mean
-        loss (see `curvature.solve`).
-      operator: A. None: the Hessian of the training loss, which away from a minimum has negative
-        eigenvalues; the Gauss-Newton matrix has none, and a stream reads more data than fit.
-      method: "cg" or "minres", as in `curvature.solve`.
-      preconditioner: as in `curvature.solve`.
-      tol: relative tolerance of the residuals, as in `curvature.solve`.
-      max_matvecs: limit of the number of products, as in `curvature.solve`.
+      damping: number that is added to the diagonal of A, at least 0, in units of the curvature.
+      operator: A, such as the Gauss-Newton matrix, which has no negative eigenvalues, or a
+        `curvature.stream` of more data than fit in memory. None: the Hessian of the training loss.
+      method: "cg" or "minres", the method of `curvature.solve`.
+      preconditioner: operator near the inverse of the damped matrix; None: none.
+      tol: the solver stops when residual norms, over those of the test gradients, are at most this.
+      max_matvecs: limit of the number of products per test example; None: that of
+        `curvature.solve`.
       chunk_size: number of training examples per pass, for bounded memory; None: all at once.
-      wrt: which leaves of the parameters move, such as those of the last layer (see
-        `curvature.hessian`); None: all.
-      callback: called as in `curvature.solve`.
+      wrt: which leaves of the parameters may move, such as those of the last layer; None: all.
+      callback: called as callback(done, total, progress) while the systems are solved.
 
     Returns:
       An `InfluenceResult`.
 
     Raises:
-      ValueError: the loss is no scalar or couples its examples, the gradient of a test example is
-        not finite, `operator` is of another space, or as in `curvature.solve`.
-      TypeError: `train` or `test` is no tuple of arrays.
+      ValueError: the loss is not a scalar or couples its examples, the gradient of a test example
+        is not finite, `operator` has another space, or a number is out of its range.
+      TypeError: `train` or `test` is not a tuple of arrays.
       Interrupted: Ctrl-C while the systems are solved.
 
     References:

@@ -11,19 +11,22 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _numerics
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, Tree
+from regjax._printing import legible
 from regjax.diagnostics._surface import Path, walk
 
 
+@legible
 class FlatnessResult(NamedTuple):
     """The interval around a minimum in which the loss stays below a level.
 
     Attributes:
-      left: (), negative distance along the direction at which the level is reached first.
-      right: (), the positive one.
+      left: (), the nearest negative distance along the direction at which the level is reached.
+      right: (), the nearest positive one.
       interval_width: (), right - left.
-      interval_width_error_bound: (), half the brackets that are left of both ends, added.
-      converged: (), bool: the level was reached on both sides. If not, the side that did not stands
-        at the largest distance, a lower bound.
+      interval_width_error_bound: (), bound of the error of the width, from the brackets of both
+        ends.
+      converged: (), bool: the level was reached on both sides. If not, the other end is set to the
+        largest distance, and the width is a lower bound.
     """
 
     left: jax.Array
@@ -44,33 +47,44 @@ def interval_flatness(
     num_evaluations: int = 60,
     chunk_size: int | None = None,
 ) -> FlatnessResult:
-    """Measures the interval along a direction in which the loss stays below a multiple.
+    """Measures the interval along a direction in which the loss stays below a multiple of it.
 
-    The nearest l < 0 < r with L(w + l p) = L(w + r p) = factor * L(w), p the unit vector of the
-    direction; the flatness is r - l. Each side is searched outwards, doubling the distance, and
-    then bisected: crossings within one doubling that come in pairs can be passed over.
+        L(w + l p) = L(w + r p) = factor L(w),   l < 0 < r
+
+    Here p is the unit vector of the direction, l and r are the nearest such points, and the width
+    of the interval is r - l. Each side is searched outwards by doubling the distance, and then
+    bisected: two crossings within one doubling can be missed.
+
+    Example:
+      >>> loss_fn = lambda w: 1.0 + jnp.sum(w**2)
+      >>> params, direction = jnp.zeros(2), jnp.array([0.0, 1.0])
+      >>> result = diagnostics.interval_flatness(
+      ...     loss_fn, params, direction, max_distance=10.0, factor=2.0
+      ... )
+      >>> print(f"{result.left:.3f} {result.right:.3f} {result.interval_width:.3f}")
+      -1.000 1.000 2.000
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: tree of parameters, w, at a minimum or near one.
-      direction: tree like `params`, of any length; a principal component of the trajectory in the
-        paper.
+      direction: tree like `params`, of any length. The paper takes principal components of the
+        trajectory.
       *batch: arrays with a leading axis of examples.
-      max_distance: where the search ends, in units of the parameters.
-      factor: of the loss, above 1; e in the paper.
-      num_evaluations: losses evaluated on each side: a third at most for the doubling.
+      max_distance: largest distance of the search, in units of the parameters.
+      factor: multiple of the loss at `params`, above 1; e in the paper.
+      num_evaluations: number of losses on each side, at most a third of them for the doubling.
       chunk_size: number of examples per pass; None: all at once.
 
     Returns:
-      A `FlatnessResult`; NaN where the loss at `params` is not positive or the direction is zero,
-      or one of them is not finite.
+      A `FlatnessResult`; NaN if the loss at `params` is not positive, the direction is zero, or one
+      of them is not finite.
 
     Raises:
       ValueError: a number is out of its range, `direction` is another tree, or the loss is no
         scalar or cannot be split in chunks.
 
     References:
-      Y. Feng, Y. Tu (2021), PNAS 118(9), doi 10.1073/pnas.2015617118, definition of F.
+      Y. Feng, Y. Tu (2021), PNAS 118(9), doi 10.1073/pnas.2015617118, the definition of F.
     """
     loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     _checks.floating_like("direction", direction, params)

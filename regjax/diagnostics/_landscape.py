@@ -12,19 +12,21 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Params, Tree
+from regjax._printing import legible
 
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
 
+@legible
 class LineProbeResult(NamedTuple):
     """The loss and its gradient along the negative gradient; S learning rates.
 
     Attributes:
       losses: (S,), L(w - s g). Their range is the variation of the loss.
-      gradient_distances: (S,), ||grad L(w - s g) - g||. Their range is the predictiveness of the
-        gradient.
-      smoothness: (S,), gradient_distances / (s ||g||); their largest is the effective smoothness.
-        NaN where s ||g|| = 0. In float32 it is rounding where s is far below the inverse curvature.
+      gradient_distances: (S,), ||grad L(w - s g) - g||. Their range tells how well the gradient
+        predicts those along the step.
+      smoothness: (S,), gradient_distances / (s ||g||). The largest is the effective smoothness. NaN
+        if s ||g|| = 0. In float32 it is only rounding if s is far below the inverse curvature.
       loss: (), L(w).
       gradient_norm: (), ||g||.
     """
@@ -36,6 +38,7 @@ class LineProbeResult(NamedTuple):
     gradient_norm: jax.Array
 
 
+@legible
 class CovariateShiftResult(NamedTuple):
     """How the gradient of each layer changes when the layers before it move.
 
@@ -57,33 +60,38 @@ def line_probe(
     learning_rates: ArrayLike,
     chunk_size: int | None = None,
 ) -> LineProbeResult:
-    """Looks along the gradient step that is about to be taken, on the same batch.
-
-    With g = grad L(w), the raw gradient and not an optimiser's direction, for each learning rate s:
+    """Measures how loss and gradient change along the next gradient step, on the same batch.
 
         losses = L(w - s g),   gradient_distances = ||grad L(w - s g) - g||,
         smoothness = gradient_distances / (s ||g||)
 
-    Costs S + 1 gradients.
+    for each learning rate s, with g = grad L(w), the gradient itself and not the direction of an
+    optimiser. Costs S + 1 gradients for S learning rates.
+
+    Example:
+      >>> loss_fn = lambda w: 2.0 * w**2  # of curvature 4
+      >>> rates = jnp.array([0.25, 0.5])
+      >>> result = diagnostics.line_probe(loss_fn, jnp.array(1.0), learning_rates=rates)
+      >>> print(result.losses, result.smoothness)
+      [0. 2.] [4. 4.]
 
     Args:
-      loss_fn: (params, *batch) -> scalar, the mean over the examples; in train mode for the
-        landscape that training sees. Statistics that it would write are discarded.
+      loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for the
+        landscape that training sees.
       params: tree of parameters, w.
       *batch: arrays with a leading axis of examples.
-      learning_rates: (S,), s; the paper takes 1/2 to 4 times that of the training.
+      learning_rates: (S,), s. The paper takes 1/2 to 4 times the learning rate of the training.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
       A `LineProbeResult`.
 
     Raises:
-      ValueError: `learning_rates` is no vector, or the loss is no scalar or cannot be split in
-        chunks.
+      ValueError: `learning_rates` is not a vector, or the loss is not a scalar or cannot be split
+        into chunks.
 
     References:
-      S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, figure 4. There is no
-      official code; reimplementations often compare consecutive gradients of separate runs.
+      S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, figure 4.
     """
     loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     learning_rates = vector_of("learning_rates", learning_rates)
@@ -112,21 +120,30 @@ def internal_covariate_shift(
     layers: Sequence[str | Sequence[str]],
     chunk_size: int | None = None,
 ) -> CovariateShiftResult:
-    """Measures how much the update of the layers before it changes each layer's gradient.
-
-    For layer i of k, on the same batch:
+    """Measures how much the gradient of each layer changes when the layers before it are updated.
 
         G = grad_i L(W_1, ..., W_k),   G' = grad_i L(W'_1, ..., W'_{i-1}, W_i, ..., W_k)
 
+    for each layer i of k, on the same batch, with the weights W before a step and W' after it.
     Costs k gradients.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * (w["first"] * w["second"]) ** 2
+      >>> params = {"first": jnp.array(1.0), "second": jnp.array(2.0)}
+      >>> other_params = {"first": jnp.array(2.0), "second": jnp.array(2.0)}
+      >>> result = diagnostics.internal_covariate_shift(
+      ...     loss_fn, params, other_params, layers=("first", "second")
+      ... )
+      >>> print(result.distances)  # the gradient of the second layer is 1^2 * 2, then 2^2 * 2
+      [0. 6.]
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode.
       params: tree of parameters, W.
       other_params: tree like `params`, W', after a step.
       *batch: arrays with a leading axis of examples.
-      layers: the layers from the first to the last, each by the path of its sub-tree, keys joined
-        by "/", or by several paths, as in ("layer_0", "head") or (("Dense_0", "BatchNorm_0"),
+      layers: the layers from the first to the last, each as the path of its sub-tree with keys
+        joined by "/", or as several paths: ("layer_0", "head") or (("Dense_0", "BatchNorm_0"),
         "Dense_1"). Leaves of no layer are held at their old values.
       chunk_size: number of examples per pass; None: all at once.
 
@@ -134,9 +151,9 @@ def internal_covariate_shift(
       A `CovariateShiftResult`.
 
     Raises:
-      TypeError: a parameter is not real floating point, or `layers` no tuple of paths.
-      ValueError: a layer is not in the tree or holds a leaf of another one, `other_params` is
-        another tree, or the loss is no scalar or cannot be split in chunks.
+      TypeError: a parameter is not real floating point, or `layers` is not a tuple of paths.
+      ValueError: a layer is not in the tree or shares a leaf with another one, `other_params` is
+        another tree, or the loss is not a scalar or cannot be split into chunks.
 
     References:
       S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, definition 2.1.

@@ -1,9 +1,4 @@
-"""Data on a low-dimensional subspace: what a network does off it, where nothing was learnt.
-
-With data in a subspace M of R^d of dimension k, and P = I - basis basis' the projection on its
-complement, plain gradient descent leaves P times the first kernel where it was initialised, at any
-depth. Weight decay, Adam outside of the coordinate axes, and noise in the complement do move it.
-"""
+"""Data on a low-dimensional subspace: what a network does across it, where nothing was learnt."""
 
 from typing import NamedTuple
 
@@ -17,17 +12,19 @@ from regjax import _checks, _chunks, _jacobian, _layouts, _numerics, _tree
 from regjax._arguments import checked
 from regjax._axes import Layout
 from regjax._base import ModelFn, Params, PRNGKey
+from regjax._printing import legible
 
 # Of B'B - I: far above the float32 rounding of an SVD, far below a column that has no unit norm.
 _ORTHONORMAL = 1e-4
 
 
+@legible
 class SubspaceResult(NamedTuple):
     """A subspace that holds the data.
 
     Attributes:
       basis: (d, k), orthonormal columns, the direction of the largest singular value first.
-      singular_values: (min(N, d),) of the data matrix (N, d), descending, all of them: the gap
+      singular_values: (min(N, d),), all singular values of the data (N, d), descending. The gap
         after the k-th shows how well k is determined.
     """
 
@@ -35,20 +32,22 @@ class SubspaceResult(NamedTuple):
     singular_values: jax.Array
 
 
+@legible
 class TransversalVariationResult(NamedTuple):
-    """How much the outputs change off the data.
+    """How much the outputs change across the subspace of the data.
 
     Attributes:
       value: (), in units of the outputs.
-      standard_error: (), over the draw of the directions, at these inputs; NaN with a single one.
+      standard_error: (), over the draw of the steps at these inputs; NaN with a single step.
     """
 
     value: jax.Array
     standard_error: jax.Array
 
 
+@legible
 class FrozenResult(NamedTuple):
-    """What became of the transversal part of a first kernel.
+    """The change of a first kernel across the subspace of the data, where P is the projection.
 
     Attributes:
       change: (), the largest magnitude of an entry of P (kernel - initial kernel), in units of the
@@ -66,17 +65,20 @@ def subspace_from_data(
 ) -> SubspaceResult:
     """Finds an orthonormal basis of the linear subspace that the data span.
 
-    From the singular value decomposition of the data as they are. The subspace is linear: a
-    constant that is added to all data adds a direction, and subtracting their mean may take one
-    away. From fewer examples than dimensions it is the span of the sample at most.
+    It comes from the singular value decomposition of the data as they are. Adding a constant to all
+    data may add a direction, and subtracting their mean may remove one.
+
+    Example:
+      >>> result = diagnostics.subspace_from_data(jnp.array([[3.0, 0.0], [4.0, 0.0]]))
+      >>> print(abs(result.basis.ravel()), result.singular_values)
+      [1. 0.] [5. 0.]
 
     Args:
       inputs: (N, ...), real floating point, of size d each.
-      tol: k is the number of singular values above this times the largest one. The default is
-        for float32: data in a rotated subspace leave it by about 1e-7, in bfloat16 by about 1e-2.
-        As k depends on the values, the host decides it, and `inputs` cannot be traced.
-      num_directions: k, the leading ones, whatever their singular values; works under `jax.jit`.
-        Directions beyond the rank of the data are arbitrary ones, as their singular values show.
+      tol: k is the number of singular values above `tol` times the largest one. The default is for
+        float32, in which data in a rotated subspace leave it by about 1e-7; in bfloat16 it is 1e-2.
+      num_directions: k, whatever the singular values; needed inside `jax.jit`. Directions beyond
+        the rank of the data are arbitrary.
 
     Returns:
       A `SubspaceResult`, in float32 at least; with `num_directions` NaN if an input is NaN or
@@ -119,17 +121,24 @@ def transversal_complexity(
     *,
     chunk_size: int | None = None,
 ) -> jax.Array:
-    """Computes the mean squared Frobenius norm of the Jacobian off the subspace.
+    """Computes the mean squared Frobenius norm of the Jacobian across the subspace of the data.
 
         (1 / N) sum_x ||J(x) P||_F^2,   J = d f(x) / d x,   P = I - basis basis'
 
-    The part of `regularizers.geometric_complexity` that data in the subspace say nothing about; all
-    of it with a basis (d, 0).
+    It is the part of `regularizers.geometric_complexity` in directions in which the data do not
+    vary.
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> w, inputs = jnp.array([[3.0], [4.0]]), jnp.array([[1.0, 0.0], [2.0, 0.0]])
+      >>> basis = diagnostics.subspace_from_data(inputs).basis  # the first axis
+      >>> print(diagnostics.transversal_complexity(model_fn, w, inputs, basis))
+      16.0
 
     Args:
       model_fn: (params, inputs) -> outputs (N, ...), each a function of its own example alone,
         such as `regjax.model_function(model)`.
-      params: of the model; differentiable.
+      params: parameters of the model; differentiable.
       inputs: (N, ...), real floating point, of size d each.
       basis: (d, k), orthonormal, of the subspace; from `subspace_from_data`.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
@@ -138,13 +147,13 @@ def transversal_complexity(
       The complexity (), in float32 at least, in squared units of the outputs over the inputs.
 
     Raises:
-      ValueError: the columns of `basis` do not fit the inputs or are not orthonormal (seen outside
-        of `jit` only), or the model couples the examples.
+      ValueError: the columns of `basis` do not fit the inputs or are not orthonormal (checked
+        outside `jit` only), or the model couples the examples.
       TypeError: `inputs` is not one array of real floating point.
 
     References:
-      J. He, R. Tsai, R. Ward (2022), arXiv:2203.00614, study how a learned function varies off the
-      data; this number is ours.
+      J. He, R. Tsai, R. Ward (2022), arXiv:2203.00614, on functions away from the data. This number
+      is ours.
     """
     _jacobian.check_model("model_fn", model_fn, inputs)
     basis = _checked_basis(basis, inputs[0].size)
@@ -164,31 +173,42 @@ def transversal_variation(
     num_samples: int,
     chunk_size: int | None = None,
 ) -> TransversalVariationResult:
-    """Estimates the mean change of the outputs over steps of a given length off the subspace.
+    """Estimates the mean change of the outputs over steps of a given length across the subspace.
 
-        mean over x and y of ||f(x + y) - f(x)||,   y uniform on the sphere of `radius` in the
-        complement of the subspace
+        mean over x and y of ||f(x + y) - f(x)||
+
+    The steps y are uniform on the sphere of `radius` in the complement of the data's subspace.
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> w, inputs = jnp.array([[3.0], [4.0]]), jnp.array([[1.0, 0.0], [2.0, 0.0]])
+      >>> basis = diagnostics.subspace_from_data(inputs).basis  # the first axis
+      >>> result = diagnostics.transversal_variation(
+      ...     model_fn, w, inputs, basis, key=jax.random.key(0), radius=0.5, num_samples=10
+      ... )
+      >>> print(f"{result.value:.3f}")  # 4 * 0.5
+      2.000
 
     Args:
-      model_fn: (params, inputs) -> outputs (N, ...), as in `transversal_complexity`.
-      params: of the model.
+      model_fn: (params, inputs) -> outputs (N, ...), each a function of its own example alone.
+      params: parameters of the model.
       inputs: (N, ...), real floating point, of size d each.
       basis: (d, k) with k < d, orthonormal, of the subspace.
-      key: typed key of the steps; they do not depend on the chunks.
+      key: typed key of the steps, which do not depend on `chunk_size`.
       radius: length of the steps, in units of the inputs.
-      num_samples: steps for each input, one forward pass each.
+      num_samples: number of steps per input, with one forward pass each.
       chunk_size: number of examples per pass; None: all at once.
 
     Returns:
       A `TransversalVariationResult`.
 
     Raises:
-      ValueError: as in `transversal_complexity`, the subspace is the whole space, `radius` is
-        negative, or `num_samples` below 1.
-      TypeError: as in `transversal_complexity`, or `key` is not a typed key.
+      ValueError: `basis` does not fit the inputs or is not orthonormal, or spans the whole space;
+        the model couples the examples; `radius` is negative, or `num_samples` is below 1.
+      TypeError: `inputs` is not one array of real floating point, or `key` is not a typed key.
 
     References:
-      As in `transversal_complexity`; the average over a sphere is ours.
+      J. He, R. Tsai, R. Ward (2022), arXiv:2203.00614. The average over a sphere is ours.
     """
     _jacobian.check_model("model_fn", model_fn, inputs)
     basis = _with_complement(_checked_basis(basis, inputs[0].size))
@@ -211,15 +231,22 @@ def frozen_component(
 ) -> FrozenResult:
     """Measures what training did to the part of a first kernel that the data do not reach.
 
-    With data in the subspace and no layer before the kernel, its gradient is a sum of x g(x)': the
-    transversal part stays under gradient descent with or without momentum, whatever follows. Weight
-    decay lambda at rate eta, without momentum, makes the norm's ratio (1 - eta lambda)^t after t
-    steps. Adam divides entry by entry and leaves the subspace, unless coordinate axes span it.
+    If the data lie in a subspace and the kernel acts on them directly, its gradient lies in the
+    subspace too. So gradient descent, with or without momentum, does not change the kernel's part
+    across the subspace. Weight decay lambda at the rate eta, without momentum, multiplies the norm
+    of this part by (1 - eta lambda)^t in t steps. Adam changes it, unless coordinate axes span the
+    subspace.
+
+    Example:
+      >>> initial_kernel, kernel = jnp.array([[2.0], [1.0]]), jnp.array([[5.0], [0.5]])
+      >>> basis = jnp.array([[1.0], [0.0]])
+      >>> print(diagnostics.frozen_component(kernel, initial_kernel, basis))
+      FrozenResult(change=0.5, norm_ratio=0.5)
 
     Args:
-      kernel: (d, m) after training; a convolution's (height, width, c, m), with a basis of
-        the space of patches (height, width, c).
-      initial_kernel: the same before.
+      kernel: (d, m) after training; or (height, width, c, m) of a convolution, with a basis of the
+        space of patches (height, width, c).
+      initial_kernel: the same kernel before training.
       basis: (d, k) with k < d, orthonormal, of the subspace.
       layout: which axes of the kernel are inputs and which outputs; None: these are last.
 
@@ -227,12 +254,12 @@ def frozen_component(
       A `FrozenResult`, in float32 at least.
 
     Raises:
-      ValueError: a shape does not fit, the columns of `basis` are not orthonormal (seen outside of
+      ValueError: a shape does not fit, the columns of `basis` are not orthonormal (checked outside
         `jit` only), or the subspace is the whole space.
       TypeError: an argument is not real floating point.
 
     References:
-      As in `transversal_complexity`; these statements are our derivation and are tested.
+      J. He, R. Tsai, R. Ward (2022), arXiv:2203.00614. The statements above are our derivation.
     """
     kernels = [
         _tree.wide(_checks.floating_array(name, given))

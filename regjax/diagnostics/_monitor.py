@@ -35,30 +35,42 @@ class Monitor:
             monitor(step, params, optimizer_state)
         plots.monitor_figure({"sgd": monitor.rows})
 
-    The measures, and the names of their numbers in a row:
+    Choose from these measures:
 
-        loss            loss, gradient_norm
-        sharpness       the largest eigenvalue of the Hessian, its residual norm as `_error_bound`
+        loss            loss and gradient_norm
+        sharpness       the largest eigenvalue of the Hessian; its residual norm is `_error_bound`
         preconditioned  the largest eigenvalue of P^(-1/2) H P^(-1/2), see `edge_of_stability`
         critical        `critical_sharpness` along the next update
-        trace           the trace of the Hessian with its standard error
-        noise           those of `gradient_noise`, such as gradient_noise_scale
-        gradient_share  of the `num_eigenvalues` leading eigenvectors
+        trace           the trace of the Hessian, with its standard error
+        noise           the numbers of `gradient_noise`, such as gradient_noise_scale
+        gradient_share  the share of the gradient in the `num_eigenvalues` leading eigenvectors
 
-    With `optimizer` the threshold of its stability stands beside the eigenvalue that it is for. The
-    preconditioned one is NaN before the first update, when there are no second moments.
+    With `optimizer` a row contains the stability threshold too, next to the eigenvalue to which it
+    belongs. The preconditioned eigenvalue is NaN before the first update.
 
-    Beside a number stand its error and, where it may fail, a flag (`sharpness_converged`,
-    `noise_resolved`), 1 or 0. A step at which nothing was measured, for want of time, has a row
-    with `skipped` 1. `seconds` is what a row took, `time_share` what all rows took so far over
-    what the training did, the first row left out.
+    A row has the error of each number, and a flag, 1 or 0, for each measure that may fail
+    (`sharpness_converged`, `noise_resolved`). If there was no time to measure, `skipped` is 1.
+    `seconds` is the time that the row took, and `time_share` the time of all rows but the first,
+    over that of the training between them.
 
-    Eigenvectors are where the next search begins. The first row compiles, and measures twice to
-    know what a row costs: neither is held against the share.
+    Each search for eigenvectors starts from those of the last row. The first row compiles and
+    measures twice, in order to know the cost of a row. Both do not count for `share`.
+
+    Example:
+      >>> loss_fn = lambda w, x: jnp.mean(jnp.sum(x * w**4, axis=1))
+      >>> batch, w = (jnp.array([[1.0, 0.1], [1.0, 0.1]]),), jnp.array([1.0, 1.0])
+      >>> monitor = diagnostics.Monitor(
+      ...     loss_fn, batch, every=2, key=jax.random.key(0), share=None
+      ... )
+      >>> for step in range(4):
+      ...     row = monitor(step, w)
+      ...     w = w - 0.05 * jax.grad(loss_fn)(w, *batch)
+      >>> print([(row["step"], round(row["sharpness"], 2)) for row in monitor.rows])
+      [(0, 12.0), (2, 5.84)]
 
     Attributes:
       rows: the rows so far, dicts of floats, each with the number of its step.
-      known: the names of the measures.
+      known: names of the measures.
     """
 
     rows: list[Row]
@@ -88,29 +100,31 @@ class Monitor:
         """Prepares a monitor; nothing is computed.
 
         Args:
-          loss_fn: (params, *batch) -> scalar, the mean over the examples, as other diagnostics take
-            it; of a network with batch norm that of an adapter.
-          batch: tuple of what the loss takes after the parameters: the same data in each row.
-          every: steps from one row to the next; at others a call returns at once.
+          loss_fn: (params, *batch) -> scalar, the mean over the examples. For a network with batch
+            norm take that of an adapter, `regjax.model_loss`.
+          batch: tuple of the arguments of the loss after the parameters, the same for all rows.
+          every: number of steps between two rows. At other steps a call returns at once.
           key: typed key of all random starts and probes.
-          measures: names of those above, or functions of a `MonitorPoint`.
-          share: the most that it may take of the time that the steps between take, from 0 to 1;
-            None: no limit.
+          measures: names of measures, or functions of a `MonitorPoint` that return a dict of
+            numbers.
+          share: largest share of the time that the monitor may take, relative to the steps between
+            two rows, from 0 to 1; None: no limit.
           num_eigenvalues: number of leading eigenpairs.
-          tol: relative tolerance of an eigenvalue, as in `curvature.top_eigenpairs`.
-          search: whether to look for larger eigenvalues that were passed over, at half as many
-            products more; without it a row can hold another eigenvalue than the largest.
-          batch_size: of the noise, a divisor of the number of examples; None: the one nearest to
-            its square root.
+          tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
+          search: whether to look for larger eigenvalues that were missed, which takes half as many
+            products again. Without it a row may hold another eigenvalue than the largest.
+          batch_size: batch size for "noise", a divisor of the number of examples; None: the one
+            nearest to its square root.
           chunk_size: number of examples per pass, for bounded memory; None: all at once.
-          optimizer: as in `stability_threshold`; "preconditioned" needs one.
-          hyperparams: as in `stability_threshold`.
-          learning_rate: of the optimiser, or a schedule of the number of updates; None: that which
-            `inject_hyperparams` keeps in its state, if any.
-          tx: the transformation of which `critical` looks at the next update; None: descent along
-            the gradient.
-          path: a file to which each row is appended as a line of JSON; None: none.
-          resume: whether to go on with the rows in that file, which must not exist otherwise.
+          optimizer: name of the optimiser's function in optax, such as "adam", for the stability
+            threshold and for "preconditioned"; see `stability_threshold`.
+          hyperparams: the numbers that the optimiser was made with, by optax's names.
+          learning_rate: learning rate of the optimiser, or a schedule of the number of updates;
+            None: the one that `inject_hyperparams` keeps in the state, if any.
+          tx: the transformation whose next update "critical" follows; None: descent along the
+            gradient.
+          path: file to which each row is appended as a line of JSON; None: no file.
+          resume: whether to continue the rows in that file, which must not exist otherwise.
 
         Raises:
           ValueError: an argument is out of its range, a measure is not known or comes twice, or the

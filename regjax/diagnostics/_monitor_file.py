@@ -14,8 +14,21 @@ Row: TypeAlias = dict[str, float]
 def read_monitor(path: Path | str) -> list[Row]:
     """Reads the rows that a `Monitor` has written.
 
-    A last line without its end is that of a process that was killed while it wrote, and is left
-    out. Numbers that are not finite come back as NaN.
+    A last line without its end, of a process that was killed while it wrote, is left out. Numbers
+    that are not finite come back as NaN.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> loss_fn, batch = lambda w, x: jnp.mean(x * w**2), (jnp.array([1.0, 3.0]),)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "monitor.jsonl"
+      ...     monitor = diagnostics.Monitor(
+      ...         loss_fn, batch, every=1, key=jax.random.key(0), measures=("loss",), path=path
+      ...     )
+      ...     row = monitor(0, jnp.array(2.0))
+      ...     rows = diagnostics.read_monitor(path)
+      >>> print(rows[0]["loss"], rows[0]["gradient_norm"])
+      8.0 8.0
 
     Args:
       path: the file.
@@ -25,7 +38,7 @@ def read_monitor(path: Path | str) -> list[Row]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line is no JSON object of numbers; names the line.
+      ValueError: a line is not a JSON object of numbers; the message names the line.
     """
     return _parsed(path)[0]
 

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _jaxprs, _numerics, curvature
 from regjax._base import Batch, LossFn, Params, PRNGKey, ScalarOrSchedule, Tree
 from regjax._losses import whole
+from regjax._printing import legible
 from regjax.diagnostics._alignment import gradient_share
 from regjax.diagnostics._critical_sharpness import CriticalSharpnessResult, critical_sharpness
 from regjax.diagnostics._edge_of_stability import stability_threshold
@@ -28,14 +29,15 @@ _NUM_PROBES = 10
 _TRIAL_RATE = 0.1
 
 
+@legible
 class MonitorPoint(NamedTuple):
-    """Where training is when a row is made: what a measure of one's own is given.
+    """The state of training when a row is made, which a measure of your own gets as its argument.
 
     Attributes:
       step: number of the step.
       loss_fn: (params, *batch) -> scalar, a pytree.
       params: tree of the parameters.
-      optimizer_state: of optax, or None.
+      optimizer_state: state of optax, or None.
       batch: the data of the monitor.
       key: typed key of this row.
     """

@@ -10,6 +10,7 @@ import optax
 from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, Tree
+from regjax._printing import legible
 from regjax.diagnostics._optimizers import Hyperparams, Root, numbers_of, optimizer_of
 
 # What makes other steps of them, as all do that `optax.contrib` keeps a state for.
@@ -19,17 +20,18 @@ _CONTRIB = "optax.contrib"
 _FLOOR = 10
 
 
+@legible
 class PreconditionerResult(NamedTuple):
     """The diagonal preconditioner P of an optimiser, as its last update had it.
 
     Attributes:
-      inverse_root: tree like the parameters, in float32 at least: P^(-1/2), zero where the
-        optimiser has no second moments. `hessian.scaled(inverse_root)` is the preconditioned
-        matrix.
-      at_floor: tree of bools: where the root of the second moment is below 10 epsilon, so that
-        epsilon has a say.
-      covers_all: (), bool: the optimiser has second moments of all leaves. Those of no other are
-        held, as frozen ones are.
+      inverse_root: tree like the parameters, in float32 at least: P^(-1/2), and zero where the
+        optimiser has no second moments. The preconditioned matrix is
+        `hessian.scaled(inverse_root)`.
+      at_floor: tree of bools: whether the root of the second moment is below 10 epsilon, so that
+        epsilon matters.
+      covers_all: (), bool: the optimiser has second moments of all leaves. Other leaves count as
+        frozen.
     """
 
     inverse_root: Params
@@ -47,39 +49,47 @@ def preconditioner(
 ) -> PreconditionerResult:
     """Finds the preconditioner P of an adaptive optimiser in its state.
 
-    An update is minus the learning rate times P^(-1) g, or P^(-1) times the mean of gradients. For
-    Adam after t updates, with second moments v,
+    The update of such an optimiser is minus the learning rate times P^(-1) g, for the gradient g or
+    a mean of gradients. For Adam after t updates, with second moments v,
 
         P = (1 - b1^t) (sqrt(v / (1 - b2^t) + eps_root) + eps)
 
-    The first factor corrects the mean. Others have their own place for epsilon, as in optax.
+    where the first factor corrects the mean of gradients. Other optimisers have epsilon where optax
+    has it.
 
-    The state may lie anywhere: in `chain`, `masked`, `partition`, `inject_hyperparams`,
-    `MultiSteps` and `apply_if_finite`. It does not tell the optimiser (Adam, Yogi and Adamax have
-    the same), nor its numbers unless `inject_hyperparams` keeps them: both are the caller's to say,
-    and a wrong word gives a wrong answer. What keeps no state, such as a trust ratio, is not seen.
+    The state may be part of `chain`, `masked`, `partition`, `inject_hyperparams`, `MultiSteps` or
+    `apply_if_finite`. You must say which optimiser it is, because Adam, Yogi and Adamax have the
+    same state, and with which numbers it was made, unless `inject_hyperparams` keeps them. A wrong
+    name gives a wrong result. Transformations without state, such as a trust ratio, are not seen.
+
+    Example:
+      >>> tx, params = optax.adam(0.1), jnp.array([1.0, 1.0])
+      >>> updates, state = tx.update(jnp.array([1.0, 2.0]), tx.init(params), params)
+      >>> result = diagnostics.preconditioner(state, params, optimizer="adam")
+      >>> print(1.0 / result.inverse_root**2)  # (1 - 0.9) |g|, after one update
+      [0.1 0.2]
 
     Args:
-      optimizer_state: of optax.
+      optimizer_state: state of optax, after an update.
       params: tree of parameters that the optimiser moves.
-      optimizer: its function in optax, such as "adam"; one of `stability_threshold`, with second
-        moments.
-      hyperparams: the numbers that it was made with, by optax's names; those that are not here nor
-        in the state have optax's defaults.
+      optimizer: name of its function in optax, such as "adam": one with second moments of those
+        that `stability_threshold` lists.
+      hyperparams: the numbers that it was made with, by optax's names. Missing ones are read from
+        the state or have optax's defaults.
 
     Returns:
-      A `PreconditionerResult`. Moments from mini-batches beside a Hessian of all examples are of
-      another size: they hold the noise of the gradient too.
+      A `PreconditionerResult`. Second moments from mini-batches contain the noise of the gradient,
+      and are larger than those of the gradient on all examples.
 
     Raises:
-      ValueError: the optimiser is not known or has no second moments, the state holds none of it,
-        more than one for a leaf or one of other parameters, or has seen no update; or as in
-        `stability_threshold`.
-      TypeError: as in `stability_threshold`.
+      ValueError: the optimiser is not known or has no second moments; the state has seen no update,
+        or holds no second moments, several for a leaf, or those of other parameters; or a number is
+        out of its range.
+      TypeError: `hyperparams` is not a mapping of numbers.
 
     References:
-      J. Cohen et al. (2022), arXiv:2207.14484, preconditioned sharpness. P follows from optax's
-      update rule.
+      J. Cohen et al. (2022), arXiv:2207.14484, on preconditioned sharpness. P follows from optax's
+      update rules.
     """
     known = optimizer_of(optimizer)
     root = known.root

@@ -12,22 +12,23 @@ from regjax import _checks, _layouts, _numerics
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Mask, ModelFn, Params, PRNGKey, Tree, as_partial
+from regjax._printing import legible
 
 # A gradient this small beside the largest one of any leaf is rounding (a bias before a batch norm).
 _INSENSITIVE = 1e-5
 
 
+@legible
 class ScaleInvarianceResult(NamedTuple):
     """What was found of each leaf; trees like the parameters.
 
     Attributes:
-      mask: Python bools: whether the outputs do not depend on the scale of any of its groups, but
-        on their directions.
-      radial_fraction: (), |<w, g>| / (|w| |g|), the largest over the groups and two functionals g.
+      mask: Python bools: whether the outputs depend on the directions of the leaf's groups, but not
+        on their scales.
+      radial_fraction: (), |<w, g>| / (|w| |g|), the largest over the groups w and two gradients g.
       function_change: (), |f(rescaled) - f| / |f| with each group multiplied by its own factor.
-      relative_gradient_norm: (), the smallest |g| over the groups, over the largest of any leaf.
-        Zero means that the outputs do not depend on a group at all, which is not invariance to its
-        scale.
+      relative_gradient_norm: (), the smallest |g| of the groups, over the largest of any leaf. If
+        it is zero, the outputs do not depend on a group at all.
     """
 
     mask: Mask
@@ -47,23 +48,35 @@ def scale_invariant_mask(
     tol: ArrayLike = 1e-3,
     layout: Layouts = None,
 ) -> ScaleInvarianceResult:
-    """Finds the leaves whose scale, group by group, the outputs do not depend on.
+    """Finds the weights whose scale does not change the outputs, as those before a batch norm.
 
-    A leaf passes if the gradient of a random linear functional of the outputs is orthogonal to
-    every group of weights (not of the loss, whose gradient may vanish), if the outputs stay when
-    each group is multiplied by a factor of its own between 1/2 and 2, and if they do depend on
-    every group. Costs two gradients and one forward pass for each leaf.
+    A leaf is scale-invariant if three conditions hold. The gradient of a random linear function of
+    the outputs is orthogonal to each group of weights. The outputs do not change if each group is
+    multiplied by its own factor between 1/2 and 2. And the outputs depend on each group. The test
+    costs two gradients, and one forward pass per leaf.
+
+    Example:
+      >>> def model_fn(params, x):
+      ...     hidden = x @ params["in"]
+      ...     return hidden / jnp.linalg.norm(hidden, axis=0) @ params["out"]
+      >>> params = {"in": jnp.array([[1.0], [2.0]]), "out": jnp.array([[3.0]])}
+      >>> result = diagnostics.scale_invariant_mask(
+      ...     model_fn, params, jnp.eye(2), key=jax.random.key(0)
+      ... )
+      >>> print(result.mask)
+      {'in': True, 'out': False}
 
     Args:
-      model_fn: (params, inputs) -> outputs in train mode, as
-        `regjax.model_function(model, mode="train")` gives it: with stored statistics no weight is
+      model_fn: (params, inputs) -> outputs in train mode, such as
+        `regjax.model_function(model, mode="train")`. With stored statistics no weight is
         scale-invariant.
       params: tree of parameters.
-      inputs: of the model.
-      key: typed key of the functionals and the factors.
-      per_filter: groups are output channels; else each leaf is one group, as is what is no kernel
-        in any case. Of stacked layers each one has its own groups.
-      tol: tolerance of the radial fraction and of the relative change of the outputs.
+      inputs: inputs of the model.
+      key: typed key of the random functions and factors.
+      per_filter: True: the groups are the output channels of kernels. False: each leaf is one
+        group. Leaves that are no kernels are always one group, and stacked layers have their own
+        groups.
+      tol: tolerance of `radial_fraction` and `function_change`.
       layout: which axes of the leaves are channels, and which stack layers (`regjax.Layout`); None:
         a guess, which for plain kernels is that the channels are last.
 
@@ -71,10 +84,10 @@ def scale_invariant_mask(
       A `ScaleInvarianceResult`; its mask is what `transforms.rescale_weights` takes.
 
     Raises:
-      ValueError: `tol` is negative, outputs or gradients are not finite, or the axes of a leaf have
-        to be told.
+      ValueError: `tol` is negative, outputs or gradients are not finite, or `layout` must tell the
+        axes of a leaf.
       TypeError: a parameter is not real floating point, `key` is not a typed key, or an argument is
-        traced: the mask is made of Python bools.
+        traced.
     """
     _checks.floating_tree("params", params)
     _checks.non_negative("tol", tol, finite=True)

@@ -9,17 +9,18 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _tree, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, PRNGKey, Tree
+from regjax._printing import legible
 
 
+@legible
 class SharpnessResult(NamedTuple):
     """The largest Hessian eigenvalue.
 
     Attributes:
-      value: (), its Ritz value, never above the eigenvalue but for rounding. Units of the loss per
-        squared parameter; of the loss if spherical.
-      residual_norm: (), ||H v - value v||: some eigenvalue lies within it of the value. Not below
-        the rounding of products in low precision.
-      converged: (), bool, as in `curvature.EigenResult`.
+      value: (), its estimate (Ritz value), which is not above the eigenvalue except for rounding.
+        In units of the loss per squared parameter, or of the loss if it is spherical.
+      residual_norm: (), ||H v - value v||: some eigenvalue lies within it of the value.
+      converged: (), bool: the residual norm is within the tolerance.
     """
 
     value: jax.Array
@@ -27,16 +28,17 @@ class SharpnessResult(NamedTuple):
     converged: jax.Array
 
 
+@legible
 class SharpnessBetweenResult(NamedTuple):
     """The largest Hessian eigenvalue on a segment; S points.
 
     Attributes:
       value: (), the largest of `values`.
       residual_norm: (), at that point.
-      converged: (), bool: all points have converged to an eigenvalue. A larger one is not searched
-        for: it is hidden only from a random start with hardly any part of it.
+      converged: (), bool: all points have converged to an eigenvalue. That it is the largest one is
+        very likely from a random start, but not checked.
       values: (S,), at evenly spaced points, both ends included.
-      residual_norms: (S,).
+      residual_norms: (S,), at these points.
     """
 
     value: jax.Array
@@ -60,9 +62,18 @@ def lambda_max_between(
 ) -> SharpnessBetweenResult:
     """Finds the largest Hessian eigenvalue on the segment between two successive iterates.
 
-    At a single iterate of a network with batch norm the eigenvalue says little of what the step
-    crosses. At a single point of other networks, `curvature.top_eigenpairs` of a
-    `curvature.hessian`.
+    For networks with batch norm, in which the eigenvalue at a single iterate says little about the
+    region that a step crosses. For the eigenvalue at a single point use `curvature.top_eigenpairs`
+    of a `curvature.hessian`.
+
+    Example:
+      >>> loss_fn = lambda w: jnp.sum(w**4) / 12.0  # of curvature w^2
+      >>> params, other_params = jnp.array([1.0, 0.5]), jnp.array([2.0, 0.5])
+      >>> result = diagnostics.lambda_max_between(
+      ...     loss_fn, params, other_params, key=jax.random.key(0), num_points=3
+      ... )
+      >>> print(result.values, result.value)
+      [1.   2.25 4.  ] 4.0
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
@@ -70,22 +81,21 @@ def lambda_max_between(
       other_params: tree like `params` at the other end.
       *batch: arrays with a leading axis of examples.
       key: typed key of the random starts.
-      num_points: evenly spaced, at least 2; both ends count. 8 in the paper.
+      num_points: number of evenly spaced points, both ends included; at least 2. The paper takes 8.
       max_matvecs: limit of the number of Hessian products at each point.
-      tol: relative tolerance, as in `curvature.top_eigenpairs`.
+      tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
       A `SharpnessBetweenResult`.
 
     Raises:
-      ValueError: an argument is out of its range, `other_params` is another tree, or the loss is no
-        scalar or cannot be split.
+      ValueError: an argument is out of its range, `other_params` is another tree, or the loss is
+        not a scalar or cannot be split into chunks.
       TypeError: a parameter is not real floating point, or `key` is not a typed key.
 
     References:
-      S. Kaur, J. Cohen, Z. Lipton (2023), arXiv:2206.10654, on networks with batch norm. The paper
-      does not state its solver.
+      S. Kaur, J. Cohen, Z. Lipton (2023), arXiv:2206.10654, on networks with batch norm.
     """
     _checks.integer("num_points", num_points, minimum=2)
     _checks.floating_like("other_params", other_params, params)

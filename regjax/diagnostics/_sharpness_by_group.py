@@ -28,28 +28,37 @@ def spherical_sharpness_by_group(
     chunk_size: int | None = None,
     layout: Layouts = None,
 ) -> dict[str, SharpnessResult]:
-    """Finds the spherical sharpness of each masked leaf alone, all else held constant.
+    """Finds the spherical sharpness of each masked leaf alone, with all others held constant.
 
-    Of a leaf of stacked layers each layer's slice is one.
+        ||w||^2 lambda_max(H(w))
 
-    Arguments, errors and reference as in `spherical_sharpness`, which is the largest eigenvalue of
-    one matrix that holds these blocks only if the norms of the leaves are equal.
+    for each leaf w, or for each layer of a leaf in which layers are stacked, with the Hessian H in
+    that leaf. See `spherical_sharpness` for all leaves together.
+
+    Example:
+      >>> def loss_fn(params):
+      ...     a, b = (w / jnp.linalg.norm(w) for w in (params["a"], params["b"]))
+      ...     return 0.5 * (3.0 * a[1] ** 2 + 7.0 * b[1] ** 2)
+      >>> params = {"a": jnp.array([2.0, 0.0]), "b": jnp.array([5.0, 0.0])}
+      >>> results = diagnostics.spherical_sharpness_by_group(loss_fn, params, key=jax.random.key(0))
+      >>> print({name: round(float(result.value), 2) for name, result in results.items()})
+      {'a': 3.0, 'b': 7.0}
 
     Args:
-      loss_fn: (params, *batch) -> scalar.
+      loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.
       params: tree of parameters.
       *batch: arrays with a leading axis of examples.
       key: typed key of the random starts.
-      mask: the leaves, each of which has no scale of its own; None: all.
-      tangent: as in `spherical_sharpness`.
-      max_matvecs: for each leaf, as in `spherical_sharpness`.
-      tol: as in `spherical_sharpness`.
-      chunk_size: as in `spherical_sharpness`.
+      mask: the leaves whose scales do not change the loss, each for itself; None: all.
+      tangent: whether to take the Hessian on the sphere. At a minimum it makes no difference.
+      max_matvecs: limit of the number of Hessian products for each leaf.
+      tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
       layout: which axes of the leaves stack layers (`regjax.Layout`); None: a guess.
 
     Returns:
-      `SharpnessResult`s by the path of the leaf, such as {"layers/0/kernel": ...}, whether layer 0
-      has arrays of its own or is a slice.
+      `SharpnessResult`s by the path of the leaf, such as {"layers/0/kernel": ...}, also if layer 0
+      is a slice of a stack.
     """
     _checks.key("key", key)
     chosen, leaves, reports = chosen_leaves(mask, params), jax.tree.leaves(params), {}

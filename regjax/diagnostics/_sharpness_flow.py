@@ -11,28 +11,31 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _numerics, _tree, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Mask, Params, PRNGKey, Tree
+from regjax._printing import legible
 from regjax.diagnostics._spherical_sharpness import displaced
 
 
+@legible
 class FlowResult(NamedTuple):
     """The predicted motion of the direction at the edge of stability; lambda_1 is the sharpness.
 
     Attributes:
-      velocity: tree like the parameters, d zeta / d tau on the unit sphere; zero where unmasked.
+      velocity: tree like the parameters, d zeta / d tau on the unit sphere; zero for leaves outside
+        the mask.
       gradient_norm: (), ||grad log lambda_1|| along the minima, per radian.
-      gradient_error_bound: (), how far that gradient can be from the true one: rigorous for the
-        projection if no Hessian eigenvalue but zero has a magnitude of at most `flat_tol`
-        lambda_1; that of the eigenvector is not in it.
+      gradient_error_bound: (), bound of the error of that gradient's projection, if all Hessian
+        eigenvalues of magnitude up to `flat_tol` lambda_1 are zero. The error of the eigenvector
+        is not included.
       log_sharpness_rate: (), d log lambda_1 / d tau, never positive.
-      amplitude: (), u, in radians: the direction is at zeta + u v and zeta - u v in turn.
+      amplitude: (), u, in radians: the direction alternates between zeta + u v and zeta - u v.
       excess_loss: (), lambda_1 u^2 / 2, above that of the minimum.
       sharpness: (), lambda_1, spherical and tangent.
       residual_norm: (), of the sharpness.
       relative_gap: (), (lambda_1 - lambda_2) / lambda_1 of the Ritz values. The eigenvector v is
         wrong by an angle of about residual_norm / (lambda_1 relative_gap); at a gap of zero
         lambda_1 has no gradient.
-      converged: (), bool: the residual norm is at most `tol` lambda_1 and the gradient's error at
-        most `tol` times its norm.
+      converged: (), bool: the residual norm is at most `tol` lambda_1, and the error of the
+        gradient at most `tol` times its norm.
     """
 
     velocity: Params
@@ -60,22 +63,36 @@ def sharpness_reduction_flow(
     tol: ArrayLike = 1e-2,
     chunk_size: int | None = None,
 ) -> FlowResult:
-    """Predicts the slow flow of descent with weight decay after the fit, and its oscillation.
+    """Predicts how descent with weight decay moves along minima, and how it oscillates.
 
-    At the edge of stability the direction w / ||w|| swings to both sides of a minimum zeta on the
-    unit sphere, along the leading eigenvector v of the Hessian there, and zeta moves to lower
-    sharpness lambda_1 among the minima. With g = grad log lambda_1 and tau = eta lambda t,
+    At the edge of stability the direction w / ||w|| of scale-invariant weights swings to both sides
+    of a minimum zeta on the unit sphere, along the leading eigenvector v of the Hessian there. At
+    the same time zeta moves slowly among the minima to lower sharpness lambda_1. In t steps with
+    the learning rate eta and the weight decay lambda, with tau = eta lambda t and g = grad log
+    lambda_1,
 
         d zeta / d tau = -2 g / (4 + ||g||^2),   u = sqrt(2 eta lambda / (4 + ||g||^2))
 
+    where u is the amplitude of the oscillation. The flow holds for a single leading eigenvalue,
+    plain full-batch descent, one joint norm of all masked leaves, and parameters at a minimum or
+    near one, such as the midpoint of two steps.
+
     g is the third derivative of the loss along v, v and each direction, over lambda_1, projected on
-    the tangent space of the minima: the null space of the Hessian on the sphere. Two runs of
-    Lanczos: a random start gives v, the start g the projection, in which Ritz values up to
-    `flat_tol` lambda_1 count as zero. That is exact once the steps exhaust the Krylov space of g,
-    at the latest after as many as the Hessian has different eigenvalues; `gradient_error_bound`
-    bounds the error before. Assumed are a single leading eigenvalue, plain full-batch descent, one
-    joint norm of all masked leaves, and parameters at a minimum (or near one: the midpoint of two
-    steps). Costs 2 `num_steps` Hessian products and one third derivative.
+    the null space of the Hessian on the sphere. Two runs of Lanczos give v and the projection, in
+    which Ritz values up to `flat_tol` lambda_1 count as zero. The projection is exact if
+    `num_steps` is at least the number of different eigenvalues; `gradient_error_bound` bounds its
+    error otherwise. Costs 2 `num_steps` Hessian products and one third derivative.
+
+    Example:
+      >>> def loss_fn(w):  # its minima are a circle, where the sharpness is 1 + y
+      ...     x, y, z = w / jnp.linalg.norm(w)
+      ...     return 0.5 * (1.0 + y) * z**2
+      >>> result = diagnostics.sharpness_reduction_flow(
+      ...     loss_fn, jnp.array([1.0, 0.0, 0.0]), key=jax.random.key(0), intrinsic_rate=0.01,
+      ...     num_steps=3,
+      ... )
+      >>> print(f"{result.velocity[1]:.3f} {result.amplitude:.3f}")  # -2 / 5 and sqrt(0.02 / 5)
+      -0.400 0.063
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.
@@ -85,8 +102,8 @@ def sharpness_reduction_flow(
       intrinsic_rate: eta lambda, learning rate times weight decay, positive; the flow holds for
         small ones.
       mask: the scale-invariant leaves w; None: all.
-      flat_tol: curvature that counts as none, relative to lambda_1.
-      num_steps: of each run of Lanczos.
+      flat_tol: curvature that counts as zero, relative to lambda_1.
+      num_steps: number of steps of each run of Lanczos.
       tol: relative tolerance of `converged`.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
@@ -94,13 +111,15 @@ def sharpness_reduction_flow(
       A `FlowResult`.
 
     Raises:
-      ValueError: a number is out of its range, or as in `spherical_sharpness`.
-      TypeError: as in `spherical_sharpness`.
+      ValueError: a number is out of its range, `mask` is another tree or chooses no leaf, the norm
+        of w is out of range, or the loss is not a scalar or cannot be split into chunks.
+      TypeError: `mask` holds anything but Python bools, a parameter is not real floating point, or
+        `key` is not a typed key.
 
     References:
-      K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand: the form of the
-      flow and of the amplitude was derived again, and holds in descent on batch-normalized linear
-      regression. The projection by Lanczos and its error are ours.
+      K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085. We derived flow and amplitude again, and
+      tested them with descent on batch-normalized linear regression. The projection by Lanczos and
+      its error bound are ours.
     """
     _checks.number("intrinsic_rate", intrinsic_rate, above_zero=True)
     _checks.number("flat_tol", flat_tol, above_zero=True)

@@ -8,19 +8,21 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics
 from regjax._arguments import checked
+from regjax._printing import legible
 
 
+@legible
 class SparseRecoveryResult(NamedTuple):
     """A diagonal linear network beside true weights w*.
 
     Attributes:
       squared_error: (), ||w - w*||^2.
-      largest_error: (), largest |w - w*| where w* is not 0; 0 if it is 0 everywhere.
-      largest_off_support: (), largest |w| where w* is 0; 0 if it is so nowhere.
-      share_found: (), share of the support among the k largest |w|, k its size; NaN for k = 0
-        and where a weight is not finite.
-      is_positive: (), whether all of u and v are positive, as flow keeps them: descent that has
-        crossed 0 has left the theory.
+      largest_error: (), largest |w - w*| on the support, where w* is not 0; 0 if there is none.
+      largest_off_support: (), largest |w| off the support, where w* is 0; 0 if there is none.
+      share_found: (), share of the support of size k among the k largest |w|; NaN for k = 0 or if a
+        weight is not finite.
+      is_positive: (), whether all entries of u and v are positive, as in gradient flow. The theory
+        does not hold for descent that has crossed 0.
     """
 
     squared_error: jax.Array
@@ -30,15 +32,16 @@ class SparseRecoveryResult(NamedTuple):
     is_positive: jax.Array
 
 
+@legible
 class RecoveryBaselinesResult(NamedTuple):
     """What other estimates make of the same data.
 
     Attributes:
       oracle_squared_error: (), ||w - w*||^2 of least squares on the true support.
-      least_norm_squared_error: (), the same of the solution of least norm, where descent of a
-        plain linear model from 0 ends.
-      noise_level: (), largest |X' xi / n|, with xi = y - X w* the noise; what
-        `models.early_stopping_window` asks for.
+      least_norm_squared_error: (), the same of the solution of least norm, where descent on a plain
+        linear model from 0 ends.
+      noise_level: (), largest |X' xi / n| of the noise xi = y - X w*, for
+        `models.early_stopping_window`.
     """
 
     oracle_squared_error: jax.Array
@@ -51,6 +54,13 @@ def sparse_recovery(
     u: jax.Array, v: jax.Array | None, *, depth: int, true_weights: jax.Array
 ) -> SparseRecoveryResult:
     """Measures how far w = u^N - v^N is from the true weights, on their support and off it.
+
+    Example:
+      >>> u, v = jnp.array([2.0, 0.1, 0.2]), jnp.array([0.1, 0.1, 0.1])
+      >>> true_weights = jnp.array([4.0, 0.0, 0.0])
+      >>> result = diagnostics.sparse_recovery(u, v, depth=2, true_weights=true_weights)
+      >>> print(f"{result.largest_error:.2f} {result.largest_off_support:.2f}", result.share_found)
+      0.01 0.03 1.0
 
     Args:
       u: (p,), of `models.DiagonalLinear`.
@@ -66,8 +76,8 @@ def sparse_recovery(
       TypeError: an array is not real floating point.
 
     References:
-      J. Li, T. Nguyen, C. Hegde, R. Wong (2021), arXiv:2108.05574: the errors on the support and
-      off it. The share found and the sign are ours.
+      J. Li, T. Nguyen, C. Hegde, R. Wong (2021), arXiv:2108.05574, for the errors on the support
+      and off it. `share_found` and `is_positive` are ours.
     """
     _checks.integer("depth", depth, minimum=2)
     shape = _vector("true_weights", true_weights)
@@ -100,7 +110,15 @@ def recovery_baselines(
 ) -> RecoveryBaselinesResult:
     """Computes the errors of least squares on the true support and of the solution of least norm.
 
-    Both by singular values, so that they are defined for any shape of the data.
+    Compare `sparse_recovery` with them. Both are computed by singular values, so that the data may
+    have any shape.
+
+    Example:
+      >>> inputs, targets = jnp.array([[1.0, 1.0]]), jnp.array([2.0])
+      >>> true_weights = jnp.array([2.0, 0.0])
+      >>> result = diagnostics.recovery_baselines(inputs, targets, true_weights=true_weights)
+      >>> print(f"{result.least_norm_squared_error:.2f}")  # the solution of least norm is [1, 1]
+      2.00
 
     Args:
       inputs: (n, p), X.

@@ -17,20 +17,22 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _loops, _numerics, _selection, _tree, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Mask, Params, PRNGKey, Tree, Wrapper, as_partial
+from regjax._printing import legible
 from regjax.diagnostics._sharpness import SharpnessResult, largest_eigenvalue
 
 
+@legible
 class SphericalEdgeResult(NamedTuple):
-    """Where training stands to the edge of stability.
+    """The place of training relative to the edge of stability.
 
     Attributes:
-      edge_ratio: (), effective learning rate times spherical sharpness: about 2 at the edge, below
-        it where descent on the direction is stable. Its error is `effective_learning_rate` times
+      edge_ratio: (), effective learning rate times spherical sharpness: about 2 at the edge of
+        stability, and below 2 if descent is stable. Its error is `effective_learning_rate` times
         `residual_norm`.
-      effective_learning_rate: (), of the step from `params`.
+      effective_learning_rate: (), that of the step from `params`.
       sharpness: (), spherical sharpness at the midpoint of the two directions.
-      residual_norm: (), of the sharpness.
-      converged: (), bool, of the sharpness.
+      residual_norm: (), some eigenvalue lies within it of `sharpness`.
+      converged: (), bool: the residual norm is within the tolerance.
     """
 
     edge_ratio: jax.Array
@@ -56,7 +58,19 @@ def spherical_sharpness(
 
         ||w||^2 lambda_max(H(w)) = lambda_max(H(w / ||w||))
 
-    H is the Hessian in the masked leaves w, all of them together; the others are held constant.
+    H is the Hessian of the loss with respect to the masked leaves w, all of them together. The
+    others are held constant. If the scale of w does not change the loss, the Hessian shrinks with
+    the square of ||w||, and only this product is meaningful.
+
+    Example:
+      >>> def loss_fn(w):
+      ...     direction = w / jnp.linalg.norm(w)
+      ...     return direction[1] ** 2
+      >>> for w in (jnp.array([1.0, 0.0]), jnp.array([10.0, 0.0])):  # the same at any length
+      ...     result = diagnostics.spherical_sharpness(loss_fn, w, key=jax.random.key(0))
+      ...     print(f"{result.value:.2f}")
+      2.00
+      2.00
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.
@@ -65,24 +79,24 @@ def spherical_sharpness(
       key: typed key of the random start.
       mask: the scale-invariant leaves, such as
         `scale_invariant_mask(...).mask`; None: all.
-      tangent: whether P H P is meant, P = I - w w' / ||w||^2, the Hessian on the sphere. At a
+      tangent: whether to take P H P with P = I - w w' / ||w||^2, the Hessian on the sphere. At a
         minimum it makes no difference; elsewhere H(w) w = -grad L(w).
       max_matvecs: limit of the number of Hessian products.
-      tol: relative tolerance, as in `curvature.top_eigenpairs`.
+      tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
       A `SharpnessResult`, in units of the loss.
 
     Raises:
-      ValueError: `mask` is another tree or chooses no leaf, the norm of w leaves room for no
-        curvature in its type (beyond 4e-19 to 2e18 in float32; NaN where it is traced), or as in
-        `lambda_max_between`.
-      TypeError: `mask` holds anything but Python bools, or as in `lambda_max_between`.
+      ValueError: `mask` is another tree or chooses no leaf; the norm of w is so large or small that
+        its curvature overflows (beyond 4e-19 to 2e18 in float32; NaN inside `jit`); a number is out
+        of its range; or the loss is not a scalar or cannot be split into chunks.
+      TypeError: `mask` holds anything but Python bools, a parameter is not real floating point, or
+        `key` is not a typed key.
 
     References:
-      K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand: the identities
-      were derived again.
+      K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085. We derived the identities again.
     """
     displacement_loss, at = displaced(loss_fn, params, mask, tangent)
     of_direction, chunk_size = _chunks.prepared(displacement_loss, at, batch, chunk_size)
@@ -98,31 +112,35 @@ def effective_learning_rate(
     weight_decay: ArrayLike = 0.0,
     mask: Mask = None,
 ) -> jax.Array:
-    """Computes the rate at which a step of descent turns weights that have no scale.
-
-    With the learning rate eta and the decay lambda, the step (1 - eta lambda) w - eta grad L(w)
-    moves the direction w / ||w|| as descent on the sphere with the rate
+    """Computes the learning rate of descent on the sphere that turns the weights by the same angle.
 
         eta / ((1 - eta lambda) ||w||^2)
 
-    does, up to the length of the result. Plain descent is meant: no momentum, no preconditioner.
+    With the learning rate eta and the weight decay lambda, the step
+    (1 - eta lambda) w - eta grad L(w) of scale-invariant weights w moves their direction w / ||w||
+    as descent on the unit sphere with this learning rate does. This holds for plain descent,
+    without momentum and preconditioner.
+
+    Example:
+      >>> params = jnp.array([6.0, 8.0])  # of norm 10
+      >>> print(f"{diagnostics.effective_learning_rate(params, learning_rate=0.5):.3f}")
+      0.005
 
     Args:
       params: tree of parameters.
       learning_rate: eta, positive.
-      weight_decay: lambda, not negative: that of (lambda / 2) ||w||^2 in the loss.
+      weight_decay: lambda in (lambda / 2) ||w||^2, at least 0.
       mask: the scale-invariant leaves w; None: all.
 
     Returns:
-      The rate (), infinite for zero weights.
+      The effective learning rate (), infinite for weights of zero.
 
     Raises:
       ValueError: a number is out of its range, or `mask` is another tree or chooses no leaf.
       TypeError: `mask` holds anything but Python bools.
 
     References:
-      K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand: the identities
-      were derived again.
+      K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085. We derived the identities again.
     """
     _checks.positive("learning_rate", learning_rate)
     _checks.non_negative("weight_decay", weight_decay)
@@ -147,11 +165,25 @@ def spherical_edge_of_stability(
     tol: ArrayLike = 1e-3,
     chunk_size: int | None = None,
 ) -> SphericalEdgeResult:
-    """Multiplies effective learning rate and spherical sharpness, between two iterates of descent.
+    """Compares spherical sharpness and effective learning rate with the edge of stability.
 
-    At the edge of stability the direction jumps from one side of the valley to the other at each
-    step, and the sharpness of the iterates with it, so that it is taken at the midpoint of the two
-    directions, w / ||w|| and w' / ||w'||; the other leaves are at the midpoint of their values.
+        edge_ratio = effective learning rate times spherical sharpness
+
+    Descent is stable while the ratio is below 2. At the edge of stability the direction of the
+    weights jumps from one side of the valley to the other in each step. So the sharpness is taken
+    between two iterates: at the midpoint of the directions w / ||w|| and w' / ||w'||, and for the
+    other leaves at the midpoint of their values.
+
+    Example:
+      >>> def loss_fn(w):
+      ...     direction = w / jnp.linalg.norm(w)
+      ...     return direction[1] ** 2
+      >>> params, other_params = jnp.array([2.0, 0.1]), jnp.array([2.0, -0.1])  # two iterates
+      >>> result = diagnostics.spherical_edge_of_stability(
+      ...     loss_fn, params, other_params, key=jax.random.key(0), learning_rate=4.0
+      ... )
+      >>> print(f"{result.sharpness:.2f} {result.edge_ratio:.2f}")
+      2.00 2.00
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples, in train mode for batch norm.
@@ -159,24 +191,24 @@ def spherical_edge_of_stability(
       other_params: tree like `params`, after a step of full-batch descent.
       *batch: arrays with a leading axis of examples.
       key: typed key of the random start.
-      learning_rate: as in `effective_learning_rate`.
-      weight_decay: as in `effective_learning_rate`.
+      learning_rate: learning rate of the step, positive.
+      weight_decay: lambda in (lambda / 2) ||w||^2, at least 0.
       mask: the scale-invariant leaves w; None: all.
       max_matvecs: limit of the number of Hessian products.
-      tol: relative tolerance, as in `curvature.top_eigenpairs`.
+      tol: relative tolerance: the residual norm over the largest magnitude of an eigenvalue.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
       A `SphericalEdgeResult`.
 
     Raises:
-      ValueError: `other_params` is another tree, or as in `effective_learning_rate` and
-        `spherical_sharpness`.
-      TypeError: as in `spherical_sharpness`.
+      ValueError: `other_params` is another tree, `mask` is another tree or chooses no leaf, a
+        number is out of its range, or the loss is not a scalar or cannot be split into chunks.
+      TypeError: `mask` holds anything but Python bools, a parameter is not real floating point, or
+        `key` is not a typed key.
 
     References:
-      K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085, whose body was not at hand. That the
-      midpoint is taken is ours.
+      K. Lyu, Z. Li, S. Arora (2022), arXiv:2206.07085. Taking the midpoint is our choice.
     """
     rate = effective_learning_rate(
         params, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask

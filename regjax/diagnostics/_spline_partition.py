@@ -15,20 +15,22 @@ from jax.typing import ArrayLike
 from regjax import _checks, _chunks, _jacobian, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, Tree
+from regjax._printing import legible
 
 _WORD = 32  # units to a word of the sign pattern
 
 
+@legible
 class BoundaryDensityResult(NamedTuple):
     """How many boundaries pass near the examples.
 
     Attributes:
-      shares: tree like the pre-activations, (): the share of a layer's units whose boundary is
-        within the radius, mean over the examples; NaN if a distance is.
-      shares_standard_error: tree like it, (): over the draw of the examples, the network being
-        given; NaN with a single example.
-      counts: (N,), int32: boundaries within the radius of each example, over all layers; -1 for an
-        example from which a distance is NaN.
+      shares: tree like the pre-activations, (): share of a layer's units whose boundary is within
+        the radius, averaged over the examples; NaN if a distance is.
+      shares_standard_error: tree like it, (): over the draw of the examples for this network; NaN
+        with a single example.
+      counts: (N,), int32: number of boundaries within the radius of each example, over all layers;
+        -1 if a distance of the example is NaN.
     """
 
     shares: Tree
@@ -36,15 +38,16 @@ class BoundaryDensityResult(NamedTuple):
     counts: jax.Array
 
 
+@legible
 class RegionCountResult(NamedTuple):
     """How many pieces a sample of points hit.
 
     Attributes:
-      num_regions: (), int32: distinct patterns seen, a lower bound of the pieces in the ball; -1 if
-        a pre-activation is NaN or infinite.
-      unseen_share: (), the share of the ball's volume in pieces that were not hit, estimated as the
-        share of the points that are alone in their piece (Good and Turing). Near 1, the number of
-        regions is that of the samples and says nothing. NaN if a pre-activation is not finite.
+      num_regions: (), int32: number of pieces that were hit, a lower bound of the pieces in the
+        ball; -1 if a pre-activation is NaN or infinite.
+      unseen_share: (), the share of the ball's volume in pieces that were not hit, estimated by the
+        share of the points that are alone in their piece (Good and Turing). If it is near 1, the
+        number of regions is just that of the samples. NaN if a pre-activation is not finite.
     """
 
     num_regions: jax.Array
@@ -63,19 +66,26 @@ def boundary_distances(
 
         d_k(x) = |h_k(x)| / ||grad_x h_k(x)||
 
-    Exact for a layer of the inputs themselves. For deeper ones it is the distance from the
-    hyperplane that continues the unit's boundary from the linear piece around x: exact if no other
-    boundary is closer. Infinite where the gradient is zero: a unit that sees only dead ones, or
-    whose scale after batch norm is zero, has no boundary. Lengths are those of `inputs`:
-    standardising them changes the distances.
+    Here h_k is the pre-activation of unit k, whose boundary is the set where it is zero. The
+    distance is exact for the first layer. For a deeper layer it is the distance from the hyperplane
+    that continues the boundary from the linear piece around x, which is exact if no other boundary
+    is closer. It is infinite where the gradient is zero: a unit that sees only dead units, or whose
+    scale after batch norm is zero, has no boundary. Distances are in units of `inputs`, so that
+    standardising the inputs changes them.
 
-    Costs, for each layer, as many forward passes as an input has coordinates or reverse passes as
-    the layer has units, whichever are fewer; memory is coordinates times units, for each example.
+    Each layer costs one forward pass per coordinate of an input or one reverse pass per unit,
+    whichever is less, and memory of coordinates times units for each example.
+
+    Example:
+      >>> preactivations_fn = lambda w, x: x @ w
+      >>> w, inputs = jnp.array([[3.0], [4.0]]), jnp.array([[1.0, 1.0], [0.0, 0.0]])
+      >>> print(diagnostics.boundary_distances(preactivations_fn, w, inputs).ravel())  # 7 / 5 and 0
+      [1.4 0. ]
 
     Args:
       preactivations_fn: (params, inputs) -> tree of arrays (N, units...), such as a list with one
-        array a layer: what goes into the activations, after any normalization. Each row must be a
-        function of its own example alone: batch norm with stored statistics.
+        array per layer: the pre-activations, after any normalization. Each row must be a function
+        of its own example alone, so that batch norm needs stored statistics.
       params: tree of parameters.
       inputs: (N, ...), real floating point.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
@@ -88,8 +98,8 @@ def boundary_distances(
       TypeError: `inputs` or a pre-activation is not real floating point.
 
     References:
-      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778, whose body was not read: the formula is
-      the usual one for piecewise linear functions.
+      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778. The formula is the usual one for
+      piecewise linear functions.
     """
     check_preactivations("preactivations_fn", preactivations_fn, params, inputs)
     function = Partial(
@@ -108,16 +118,23 @@ def boundary_density(
     radius: ArrayLike,
     chunk_size: int | None = None,
 ) -> BoundaryDensityResult:
-    """Counts the share of the units whose boundary passes within a radius of the inputs.
+    """Counts the units whose boundary passes within a radius of the inputs.
 
-        n_r(x) = #{k: d_k(x) < r}
+        n_r(x) = #{k: d_k(x) < r},   d_k from `boundary_distances`
 
-    A unit without a boundary is at infinity: never near, and one of the units of its layer. Compare
-    a network on data and away from data, at the same radius, or networks at the same data.
+    A unit without a boundary counts as infinitely far. Compare a network on the data and away from
+    them at the same radius, or several networks on the same data.
+
+    Example:
+      >>> preactivations_fn = lambda w, x: x @ w
+      >>> w, inputs = jnp.array([[3.0], [4.0]]), jnp.array([[1.0, 1.0], [0.0, 0.0]])
+      >>> result = diagnostics.boundary_density(preactivations_fn, w, inputs, radius=1.0)
+      >>> print(result.shares, result.counts)
+      0.5 [0 1]
 
     Args:
-      preactivations_fn: (params, inputs) -> tree of arrays (N, units...), as in
-        `boundary_distances`.
+      preactivations_fn: (params, inputs) -> tree of arrays (N, units...): the pre-activations, each
+        row a function of its own example alone.
       params: tree of parameters.
       inputs: (N, ...), real floating point.
       radius: r, (), positive, in the units of `inputs`.
@@ -127,11 +144,12 @@ def boundary_density(
       A `BoundaryDensityResult`.
 
     Raises:
-      ValueError: `radius` is not positive, or as in `boundary_distances`.
-      TypeError: as in `boundary_distances`.
+      ValueError: `radius` is not positive, the function couples the examples, or an array lacks
+        their axis.
+      TypeError: `inputs` or a pre-activation is not real floating point.
 
     References:
-      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778; this measure of density is ours.
+      R. Balestriero, R. Baraniuk (2022), arXiv:2209.14778. This measure of density is ours.
     """
     _checks.number("radius", radius, above_zero=True)
     shapes = check_preactivations("preactivations_fn", preactivations_fn, params, inputs)
@@ -165,28 +183,38 @@ def region_count(
 ) -> RegionCountResult:
     """Counts the linear pieces hit by points drawn uniformly in a ball.
 
-    A piece is a pattern of the signs of all pre-activations; a ReLU network's are convex, so that
-    each is one pattern. The count grows with the number of samples: compare at the same one only.
+    A piece is the set of points with the same signs of all pre-activations. The count grows with
+    the number of samples: compare values only at the same number.
+
+    Example:
+      >>> preactivations_fn = lambda w, x: x @ w  # two units, whose boundaries are the axes
+      >>> result = diagnostics.region_count(
+      ...     preactivations_fn, jnp.eye(2), jnp.zeros(2), key=jax.random.key(0), radius=1.0,
+      ...     num_samples=100,
+      ... )
+      >>> print(result.num_regions, result.unseen_share)
+      4 0.0
 
     Args:
-      preactivations_fn: (params, inputs) -> tree of arrays (N, units...), as in
-        `boundary_distances`.
+      preactivations_fn: (params, inputs) -> tree of arrays (N, units...): the pre-activations, each
+        row a function of its own example alone.
       params: tree of parameters.
-      center: of the ball, one example without the axis of examples.
-      key: typed key of the points; they do not depend on the chunks.
-      radius: of the ball, (), positive, in the units of the inputs.
+      center: centre of the ball, one example without the axis of examples.
+      key: typed key of the points, which do not depend on `chunk_size`.
+      radius: radius of the ball, (), positive, in the units of the inputs.
       num_samples: number of points.
       chunk_size: number of points per pass; None: all at once.
 
     Returns:
-      A `RegionCountResult`. The count of what was hit is exact: patterns are compared, not hashed.
+      A `RegionCountResult`.
 
     Raises:
-      ValueError: `radius` or `num_samples` is not positive, or as in `boundary_distances`.
-      TypeError: `key` is not a typed key, or as in `boundary_distances`.
+      ValueError: `radius` or `num_samples` is not positive, the function couples the examples, or
+        an array lacks their axis.
+      TypeError: `key` is not a typed key, or a pre-activation is not real floating point.
 
     References:
-      I. Good (1953), Biometrika 40, for the share that was not seen. Counting by samples is ours.
+      I. Good (1953), Biometrika 40, for `unseen_share`. Counting by samples is ours.
     """
     _checks.number("radius", radius, above_zero=True)
     _checks.integer("num_samples", num_samples)

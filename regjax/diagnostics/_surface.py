@@ -23,20 +23,27 @@ _Carry = TypeVar("_Carry")
 def filter_normalized_direction(
     params: Params, *, key: PRNGKey, per_filter: bool = True, layout: Layouts = None
 ) -> Params:
-    """Draws a random direction, each filter of it as long as the filter of the parameters.
+    """Draws a random direction in which each filter is as long as in the parameters.
 
-    For a normal draw d and filter r: d_r / ||d_r|| ||w_r||, so that nets with other scales of their
-    filters can be compared. What is no kernel (biases, and what a normalization learns) stays where
-    it is: the direction is zero there.
+        d_r / ||d_r|| ||w_r||   for each filter r
 
-    Of L stacked layers, layer i has the draw that it would have alone with the key
+    with a normal draw d and the parameters w. So networks whose filters have different scales can
+    be compared. The direction is zero for biases and for the parameters of normalizations.
+
+    Layer i of L stacked layers has the draw that it would have alone with the key
     `jax.random.split(key, L)[i]`, as under `jax.vmap`.
+
+    Example:
+      >>> params = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.array([1.0])}
+      >>> direction = diagnostics.filter_normalized_direction(params, key=jax.random.key(0))
+      >>> print(f"{jnp.linalg.norm(direction['kernel']):.3f}", direction["bias"])
+      5.000 [0.]
 
     Args:
       params: tree of parameters.
       key: typed key of the draw.
-      per_filter: filters are the output channels; else each kernel of a layer is one, as is usual
-        for dense nets.
+      per_filter: True: filters are the output channels. False: each kernel of a layer is one
+        filter, as is usual for dense networks.
       layout: which axes of the leaves are channels, and which stack layers (`regjax.Layout`); None:
         a guess, which for plain kernels is that the channels are last.
 
@@ -44,12 +51,12 @@ def filter_normalized_direction(
       A tree like `params`.
 
     Raises:
-      ValueError: the axes of a leaf have to be told, or `layout` names some that it has not.
+      ValueError: `layout` must tell the axes of a leaf, or names axes that a leaf does not have.
       TypeError: a parameter is not real floating point, or `key` is not a typed key.
 
     References:
-      H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein (2018), arXiv:1712.09913, as commonly
-      described. A leaf as one filter: Z. Zhang, Z. Xu (2024), arXiv:2207.05952.
+      H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein (2018), arXiv:1712.09913; for a leaf as one
+      filter Z. Zhang, Z. Xu (2024), arXiv:2207.05952.
     """
     _checks.floating_tree("params", params)
     leaves, treedef = jax.tree.flatten(params)
@@ -76,20 +83,26 @@ def interpolate(
 
         L((1 - t) params + t other_params)
 
+    Example:
+      >>> loss_fn = lambda w: w**2
+      >>> start, end = jnp.array(0.0), jnp.array(2.0)
+      >>> print(diagnostics.interpolate(loss_fn, start, end, positions=[0.0, 0.5, 1.0, 1.5]))
+      [0. 1. 4. 9.]
+
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: tree of parameters.
       other_params: tree like `params`.
       *batch: arrays with a leading axis of examples.
-      positions: (len,), t; 0 is `params`, 1 is `other_params`.
+      positions: (len,), t: 0 is at `params`, 1 at `other_params`.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
     Returns:
       Losses (len,), in the widest type of the parameters, float32 at least.
 
     Raises:
-      ValueError: `other_params` is another tree, `positions` is no vector, or the loss is no scalar
-        or cannot be split in chunks.
+      ValueError: `other_params` is another tree, `positions` is not a vector, or the loss is not a
+        scalar or cannot be split into chunks.
     """
     loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     _checks.floating_like("other_params", other_params, params)
@@ -112,13 +125,22 @@ def loss_surface(
 
         L(params + a direction + b other_direction)
 
-    Costs one forward pass a point, in the memory of one more copy of the parameters.
+    Costs one forward pass per point, and memory for one more copy of the parameters.
+
+    Example:
+      >>> loss_fn = lambda w: w[0] ** 2 + 10.0 * w[1] ** 2
+      >>> one, other = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+      >>> positions = jnp.array([-1.0, 0.0, 2.0])
+      >>> print(diagnostics.loss_surface(loss_fn, jnp.zeros(2), one, other, positions=positions))
+      [[11.  1. 41.]
+       [10.  0. 40.]
+       [14.  4. 44.]]
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: tree of parameters, the origin.
-      direction: tree like `params`, such as `filter_normalized_direction` gives.
-      other_direction: another one.
+      direction: tree like `params`, such as one from `filter_normalized_direction`.
+      other_direction: another such tree.
       *batch: arrays with a leading axis of examples.
       positions: (len,), the values of both a and b, in units of the directions.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
@@ -128,8 +150,8 @@ def loss_surface(
       float32 at least.
 
     Raises:
-      ValueError: a direction is another tree, `positions` is no vector, or the loss is no scalar or
-        cannot be split in chunks.
+      ValueError: a direction is another tree, `positions` is not a vector, or the loss is not a
+        scalar or cannot be split into chunks.
 
     References:
       H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein (2018), arXiv:1712.09913.

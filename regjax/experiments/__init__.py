@@ -1,4 +1,4 @@
-"""Data, training runs, and the runs of the command line."""
+"""Data sets, training runs, and the runs of the command line, for use from Python."""
 
 from regjax.experiments._compare import run_compare as run_compare
 from regjax.experiments._data import DataError as DataError
@@ -16,3 +16,5 @@ from regjax.experiments._trained_model import scaled_inputs as scaled_inputs
 from regjax.experiments._training import TrainingError as TrainingError
 from regjax.experiments._training import TrainingResult as TrainingResult
 from regjax.experiments._training import train as train
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

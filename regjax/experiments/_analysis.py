@@ -51,7 +51,14 @@ def operators(subject: Subject, settings: SpectrumSettings) -> dict[str, curvatu
     inputs, targets = _on_mesh(settings, inputs, targets)
     whole = _operator(model, settings, inputs, targets)
     layers = curvature.by_block(whole) if settings.blocks == "layers" else {}
-    return {"network": whole, **layers}
+    return {"network": whole, **{name: layers[name] for name in sorted(layers, key=_place)}}
+
+
+def _place(name: str) -> tuple[int, str, int]:
+    """Sorts layers as the examples go through them: a stem, those with numbers, the head."""
+    stem, _, number = name.rpartition("_")
+    ends = {"stem": -1, "head": 1}
+    return ends.get(name, 0), stem, int(number) if number.isdecimal() else 0
 
 
 def _on_mesh(

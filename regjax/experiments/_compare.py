@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -14,7 +15,10 @@ from regjax.experiments import _figure, _record
 from regjax.experiments._effects import COMMON, missing
 from regjax.experiments._folder import CHECKPOINT, check_kept, claimed, command, out_dir
 from regjax.experiments._landscape_run import landscape_files, run_landscape
+from regjax.experiments._monitoring import monitor_files
 from regjax.experiments._options import UsageError, choices, did_you_mean, kind, option
+from regjax.experiments._page import write_compared_page
+from regjax.experiments._pictures import Drawing
 from regjax.experiments._record import Record
 from regjax.experiments._settings import (
     LandscapeSettings,
@@ -39,7 +43,7 @@ from regjax.experiments._validation import validate, validate_run
 
 _LONGEST_NAME = 80
 _Run: TypeAlias = Callable[[Any, Progress], Record]
-_Draw: TypeAlias = Callable[[Path, dict[str, Record]], None]
+_Draw: TypeAlias = Callable[..., None]
 
 Compared = TypeVar("Compared", bound=TrainSettings)
 
@@ -92,20 +96,34 @@ def compared_settings(settings: Compared) -> dict[str, Compared]:
 
 
 def run_compare(settings: TrainSettings, progress: Progress) -> dict[str, list[Record]]:
-    """Runs all items of `compare` with all seeds; leaves their records and figures of all behind.
+    """Runs several settings with several seeds, and writes their records and common figures.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     settings = experiments.TrainSettings(
+      ...         epochs=2, depth=0, num_train=256, num_test=64, out=pathlib.Path(folder),
+      ...         compare=("seed=0", "seed=1"),
+      ...     )
+      ...     records = experiments.run_compare(settings, lambda stage, done, total: None)
+      >>> print(list(records), [len(seeds) for seeds in records.values()])
+      ['seed=0', 'seed=1'] [1, 1]
 
     Args:
-      settings: the common options, `compare` and `seeds`.
-      progress: called after each block of batches and each product.
+      settings: a `TrainSettings`, `SpectrumSettings` or `LandscapeSettings` with the common
+        options, `compare` (such as ("sgd", "sam,rho=0.1")) and `seeds`.
+      progress: called as progress(stage, done, total) after each block of batches and each product.
 
     Returns:
-      The records of `run_train`, `run_spectrum` or `run_landscape` by item, one for each seed. The
-      file holds what is done so far.
+      {item of `compare`: records}, with one record of `run_train`, `run_spectrum` or
+      `run_landscape` for each seed. They are also written to a file in `settings.out` after each
+      run.
 
     Raises:
       UsageError: an item cannot be read, before anything is computed; else as those functions.
     """
     validate_run(settings, TrainSettings, progress)
+    start = time.monotonic()
     run, files, draw = _kind(settings)
     figure = f"{command(settings)}_compare{Path(files[-1]).suffix}"
     figures = [] if draw is None else [figure, *_figure.beside(figure)]
@@ -125,12 +143,27 @@ def run_compare(settings: TrainSettings, progress: Progress) -> dict[str, list[R
             records[item].append(record)
             _record.write(folder / name, {item: of for item, of in records.items() if of})
         # A picture of half of them would pass for all; one of all seeds would show none.
-        if draw is not None:
-            draw(folder / figure, first_seeds(records))
-        watched = {n: one for n, one in first_seeds(records).items() if "monitor" in one}
-        if watched:
-            _figure.draw_monitor(folder / "monitor_compare.png", watched)
+        drawings = _drawings(folder, settings, first_seeds(records))
+        for drawing in drawings:
+            drawing.draw(drawing.path)
+        write_compared_page(folder, settings, records, drawings, _record.finished(start))
     return records
+
+
+def _drawings(folder: Path, settings: TrainSettings, records: dict[str, Record]) -> list[Drawing]:
+    """Returns the figures of one record of each item."""
+    _, files, draw = _kind(settings)
+    drawings = []
+    if draw is not None:
+        path = folder / f"{command(settings)}_compare{Path(files[-1]).suffix}"
+        shows = ("surface", "probes") if isinstance(settings, LandscapeSettings) else ("spectrum",)
+        drawings.append(Drawing(path, shows, functools.partial(draw, records=records)))
+    watched = {item: one for item, one in records.items() if "monitor" in one}
+    if watched:
+        path = folder / monitor_files(settings)[1].replace(".", "_compare.")
+        draw_monitor = functools.partial(_figure.draw_monitor, records=watched)
+        drawings.append(Drawing(path, ("monitor",), draw_monitor))
+    return drawings
 
 
 def seeded(own: Compared, settings: TrainSettings) -> list[Compared]:

@@ -25,38 +25,42 @@ def load(
     num_test: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Loads images and their classes; nothing is downloaded.
+    """Loads images and their classes from this machine; nothing is downloaded.
 
-    - `digits`: scikit-learn's, 8 x 8, 1497 to train and 300 to test in a stratified split that is
-      always the same. Its grey levels 0 to 16 are multiplied by 15, which keeps them exact.
-    - `fashion_mnist`, `mnist`: IDX files (plain or .gz) in `data_dir`, else in the folder that
-      REGJAX_DATA names, else, for fashion_mnist, in /usr/share/datasets/fashion-mnist of Debian's
-      package dataset-fashion-mnist; each of these holds the files itself or in a subfolder with
-      the data set's name. The SHA-256 of every uncompressed file is compared.
-    - a name that ends in `.npz`: the file of this path, with the arrays `train_inputs` and
-      `test_inputs`, uint8 or floating point, (examples, height, width, channels), (examples,
-      height, width) or (examples, features), and the integers `train_targets` and `test_targets`,
-      (examples,), the classes from 0 on.
-    - any other name: tensorflow-datasets, `name[/config][:version]`, with the splits `train` and
-      `test` and the features `image` and `label`, prepared beforehand as ArrayRecord in
-      `data_dir`, else in the folder that REGJAX_DATA names, else where tensorflow-datasets
-      looks by itself.
+    - `digits`: the 8 x 8 images of scikit-learn, 1497 to train and 300 to test, in a stratified
+      split that is always the same. Grey levels 0 to 16 are multiplied by 15, which is exact.
+    - `fashion_mnist`, `mnist`: IDX files (plain or .gz) in `data_dir`. Without `data_dir` the
+      folder is that of the environment variable REGJAX_DATA, or for fashion_mnist
+      /usr/share/datasets/fashion-mnist of Debian's package dataset-fashion-mnist. The files are in
+      this folder or in its subfolder with the name of the data set. Their SHA-256 is checked.
+    - a name that ends in `.npz`: a file with this path. It contains the arrays `train_inputs` and
+      `test_inputs`, uint8 or floating point, of shape (examples, height, width, channels),
+      (examples, height, width) or (examples, features), and the integer arrays `train_targets` and
+      `test_targets` of shape (examples,), with classes from 0 on.
+    - any other name: a data set of TensorFlow Datasets, `name[/config][:version]`, with the splits
+      `train` and `test` and the features `image` and `label`. It must already be prepared as
+      ArrayRecord in `data_dir`, in the folder of REGJAX_DATA, or where TensorFlow Datasets looks.
+
+    Example:
+      >>> dataset = experiments.load("digits", num_train=256, num_test=64)
+      >>> print(dataset.train_inputs.shape, dataset.train_inputs.dtype, dataset.num_classes)
+      (256, 8, 8, 1) uint8 10
 
     Args:
-      name: of the data set.
-      data_dir: folder of its files (not used by digits and own arrays).
-      num_train: take only the first so many training examples. None: all.
-      num_test: take only the first so many test examples. None: all.
-      seed: order of the examples; 0 leaves them as the source has them, any other shuffles both
-        splits before the first are taken.
+      name: name of the data set, or path of an `.npz` file.
+      data_dir: folder of the files; not used for digits and own arrays.
+      num_train: number of training examples to take, the first ones; None: all.
+      num_test: number of test examples to take, the first ones; None: all.
+      seed: 0 leaves the order of the source; any other seed shuffles both splits before the first
+        examples are taken.
 
     Returns:
       A `Dataset` of numpy arrays.
 
     Raises:
-      DataError: the name is unknown; files are missing, damaged or of another shape; or there are
+      DataError: the name is unknown; files are missing, damaged or have another shape; or there are
         fewer examples than asked for.
-      TypeError: the name is no text, or a number no integer.
+      TypeError: the name is not a string, or a number is not an integer.
       ValueError: a number is out of its range.
     """
     if not isinstance(name, str):

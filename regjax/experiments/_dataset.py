@@ -14,17 +14,22 @@ class DataError(ValueError):
 
 
 class Dataset(NamedTuple):
-    """Images and their classes, on the host.
+    """Images and their classes as numpy arrays, from `load` or of your own.
+
+    Example:
+      >>> dataset = experiments.load("digits", num_train=256, num_test=64)
+      >>> print(dataset.name, dataset.test_inputs.shape, dataset.test_targets[:5])
+      digits (64, 8, 8, 1) [4 0 7 8 7]
 
     Attributes:
-      name: as given to `load`.
-      train_inputs: (num_train, height, width, channels), uint8, or floating point of own arrays.
+      name: name of the data set.
+      train_inputs: (num_train, height, width, channels), uint8 or floating point.
       train_targets: int32 (num_train,), from 0 to `num_classes` - 1.
       test_inputs: (num_test, height, width, channels), of the same type.
       test_targets: int32 (num_test,).
       num_classes: number of classes.
       source: where the data came from.
-      sha256: of the bytes of the four arrays above, one after the other in this order.
+      sha256: SHA-256 of the bytes of these four arrays, one after the other.
     """
 
     name: str

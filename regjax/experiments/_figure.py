@@ -20,12 +20,12 @@ def draw_spectrum(path: Path, record: _record.Record) -> None:
     """Draws the blocks of a record: the network, and its layers if they were computed."""
     named = {"network": _network(record)}
     blocks = {named.get(name, name): block for name, block in record["blocks"].items()}
-    _draw(path, blocks, record["settings"]["matrix"], _width(record))
+    _draw(path, blocks, _record.title(record["settings"]["matrix"]), _width(record))
 
 
 def draw_comparison(path: Path, records: dict[str, _record.Record]) -> None:
     """Draws the networks of several records on common axes."""
-    matrices = dict.fromkeys(record["settings"]["matrix"] for record in records.values())
+    matrices = {_record.title(record["settings"]["matrix"]): None for record in records.values()}
     blocks = {_label(name): record["blocks"]["network"] for name, record in records.items()}
     _draw(path, blocks, " / ".join(matrices), _width(*records.values()))
 
@@ -106,7 +106,7 @@ def _probes(name: str, record: _record.Record) -> plots.ProbePanel:
 
 def _draw(path: Path, blocks: _record.Record, matrix: str, width: float) -> None:
     panels = [_panel(name, block) for name, block in blocks.items()]
-    figure = plots.spectrum_figure(panels, matrix_name=_record.title(matrix), figure_width=width)
+    figure = plots.spectrum_figure(panels, matrix_name=matrix, figure_width=width)
     _save(path, figure)
 
 

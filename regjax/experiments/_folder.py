@@ -27,7 +27,10 @@ from regjax.experiments._settings import (
 )
 from regjax.experiments._training import read_run
 
-CHECKPOINT = "checkpoint.npz"
+CHECKPOINT, PAGE = "checkpoint.npz", "report.html"
+# By this at its beginning a page is known for ours.
+PAGE_MARK = '<meta name="generator" content="regjax'
+_MARK_BYTES = 512
 # With more epochs or more seeds the same run goes on.
 _MAY_GROW = ("epochs", "seeds")
 _LONGEST_NAME = 60
@@ -77,7 +80,8 @@ def claimed(settings: TrainSettings, files: Sequence[str]) -> Iterator[Path]:
 
     Args:
       settings: the options.
-      files: what the run will write there besides its checkpoint: first its record, then figures.
+      files: what the run will write there besides its checkpoint and its page: first its record,
+        then figures.
 
     Yields:
       The folder, into which it can be written.
@@ -91,10 +95,10 @@ def claimed(settings: TrainSettings, files: Sequence[str]) -> Iterator[Path]:
             folder = stack.enter_context(_files.locked(out_dir(settings)))
         except _files.CheckpointError as error:
             raise type(error)(f"{error} --out names another.") from None
-        for name in (CHECKPOINT, *files):
+        for name in (CHECKPOINT, PAGE, *files):
             _files.check_replaceable(folder / name)
         check_kept(settings, files)
-        for name in (CHECKPOINT, *files):
+        for name in (CHECKPOINT, PAGE, *files):
             _files.remove_leftovers(folder / name)
         yield folder
 
@@ -108,6 +112,7 @@ def check_kept(settings: TrainSettings, files: Sequence[str]) -> None:
     if not (settings.resume or is_trained or is_comparison(settings)):
         _check_checkpoint(settings, folder / CHECKPOINT)
     _check_record(settings, folder, files)
+    _check_page(folder / PAGE)
 
 
 def check_data(settings: TrainSettings, path: Path, sha256: str) -> None:
@@ -156,6 +161,15 @@ def _check_record(settings: TrainSettings, folder: Path, files: Sequence[str]) -
     if not isinstance(stored, dict):
         raise _would_be_lost(there[0], "it does not say which options it is of")
     _check_same(there[0], stored, identity(settings), _MAY_GROW if settings.resume else ())
+
+
+def _check_page(path: Path) -> None:
+    """Checks that a page is ours: it says nothing that records and figures beside it do not."""
+    if not path.is_file():  # what else it may be `claimed` finds
+        return
+    with path.open("rb") as file:
+        if PAGE_MARK.encode() not in file.read(_MARK_BYTES):
+            raise _would_be_lost(path, "it is no page of regjax")
 
 
 def _check_same(

@@ -1,4 +1,4 @@
-"""What `--report` adds to a spectrum: complexity, spherical sharpness and margins."""
+"""What `--geometry` adds to a spectrum: complexity, spherical sharpness and margins."""
 
 import jax
 import jax.numpy as jnp

@@ -29,6 +29,7 @@ _GROUPS = {
         "optimizer", "learning_rate", "momentum", "weight_decay", "transformation", "epochs",
         "batch_size", "seed", "checkpoint_seconds", "resume", "device_bytes",
     ),
+    "monitor": ("monitor", "monitor_every", "monitor_examples"),
     "comparison": ("compare", "seeds"),
     "output": ("out", "overwrite", "figure", "figure_width", "cache_dir"),
 }  # fmt: skip
@@ -42,7 +43,7 @@ _EXAMPLES = {
     "spectrum": (
         "{program} spectrum",
         "{program} spectrum --compare sgd sam sam,rho=0.2 --seeds 5",
-        "{program} spectrum --checkpoint runs/sam --blocks layers --report",
+        "{program} spectrum --checkpoint runs/sam --blocks layers --geometry",
         "{program} spectrum --transformation sam --help",
     ),
     "landscape": (
@@ -52,8 +53,8 @@ _EXAMPLES = {
     ),
 }
 _STATUS = (
-    "exit status: 0 done; 1 done, but a network did not learn; 2 not done, a line\n"
-    "says what to change; 70 a fault of regjax; 130 interrupted."
+    "exit status: 0 done; 1 done, but a network did not learn; 2 refused, and one\n"
+    "line says what to change; 70 a fault of regjax; 130 interrupted."
 )
 
 
@@ -64,9 +65,14 @@ def root_help(commands: dict[str, type[_settings.TrainSettings]]) -> str:
     parser = _parser(f"{PROGRAM} COMMAND [OPTIONS]", what, examples)
     group = parser.add_argument_group("commands")
     for name, kind in commands.items():
-        group.add_argument(name, help=_escaped(inspect.getdoc(kind) or ""))
+        group.add_argument(name, help=_escaped(_what_for(kind)))
     _add_general(parser)
     return parser.format_help() + f"\n{PROGRAM} COMMAND --help lists the options of a command.\n"
+
+
+def _what_for(kind: type) -> str:
+    """Returns the first paragraph of a docstring, which is for the command line too."""
+    return (inspect.getdoc(kind) or "").partition("\n\n")[0]
 
 
 def command_help(command: str, settings: _settings.TrainSettings) -> str:
@@ -77,11 +83,13 @@ def command_help(command: str, settings: _settings.TrainSettings) -> str:
       settings: the options given beside `--help`: of the methods' own options only those of the
         chosen methods are listed; the values are shown as the defaults.
     """
-    parser = _parser(
-        f"{PROGRAM} {command} [OPTIONS]", inspect.getdoc(type(settings)) or "", _EXAMPLES[command]
-    )
+    usage = f"{PROGRAM} {command} [OPTIONS]"
+    parser = _parser(usage, _what_for(type(settings)), _EXAMPLES[command])
     for title, names in _grouped(settings).items():
-        group = parser.add_argument_group(title)
+        method = title.removeprefix("method ")
+        about = inspect.getdoc(getattr(settings, method)) or "" if method != title else ""
+        about = textwrap.fill(" ".join(about.split()), _width() - 2)
+        group = parser.add_argument_group(title, about or None)
         for name in names:
             _add_option(group, name, settings)
     _add_general(parser)
@@ -93,7 +101,8 @@ def _grouped(settings: _settings.TrainSettings) -> dict[str, list[str]]:
     names = list(_settings.option_types(type(settings)))
     titles = {name: title for title, names in _GROUPS.items() for name in names}
     order = ["data", "model", "training", *_settings.methods(settings)]
-    result: dict[str, list[str]] = {title: [] for title in (*order, _REST, "comparison", "output")}
+    order += [_REST, "monitor", "comparison", "output"]
+    result: dict[str, list[str]] = {title: [] for title in order}
     for name in names:
         method = name.partition(".")[0] if "." in name else None
         title = titles.get(name, _REST) if method is None else method
@@ -123,7 +132,7 @@ def _add_option(group: Any, name: str, settings: _settings.TrainSettings) -> Non
         metavar = None
         if value:
             flags = [option(f"{outer}.no_{inner}" if inner else f"no_{outer}")]
-            text = f"Off: {text[0].lower()}{text[1:]}"
+            text = f"Turn off: {text[0].lower()}{text[1:]}"
     elif isinstance(value, tuple):
         metavar = "ITEM"
     elif value is not None:

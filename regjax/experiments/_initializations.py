@@ -76,7 +76,7 @@ class DataDependent(Initialization):
     """Outputs of each layer with mean 0 and deviation `std` on a first batch."""
 
     std: float = 1.0
-    """Standard deviation."""
+    """Standard deviation of the outputs."""
 
     epsilon: float = 1e-10
     """Added to the variance."""
@@ -113,25 +113,25 @@ class Gradinit(Initialization):
     """A scale for each parameter array, learned before training."""
 
     gradient_norm_bound: float = 1.0
-    """Bound of the gradient's norm; with the adam step in units of the sum of magnitudes."""
+    """Bound of the gradient: of its norm (sgd), or of the sum of magnitudes (adam)."""
 
     learning_rate: float = 0.02
     """Learning rate of the scales."""
 
     num_iterations: int = 300
-    """Iterations, each on other examples."""
+    """Number of iterations, each on other examples."""
 
     half_batch: int = 64
-    """Examples of a half batch; an iteration takes three."""
+    """Examples per half batch; an iteration takes three half batches."""
 
     first_step: Literal["sgd", "adam"] = "sgd"
     """Simulated optimizer step whose resulting loss is minimized."""
 
     first_step_learning_rate: float | None = None
-    """Learning rate of the simulated step. None: 0.1 with sgd, 1e-3 with adam."""
+    """Learning rate of the simulated step. Default: 0.1 (sgd) or 1e-3 (adam)."""
 
     clip: float | None = None
-    """Bound of each scale's derivative. None: 1 with sgd, 1e8 with adam."""
+    """Bound of the derivative of each scale. Default: 1 (sgd) or 1e8 (adam)."""
 
     second_order: bool = False
     """Differentiate through the step."""

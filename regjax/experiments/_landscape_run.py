@@ -17,6 +17,7 @@ from regjax.experiments import _figure, _record
 from regjax.experiments._analysis import Subject, check_examples, training_examples
 from regjax.experiments._folder import CHECKPOINT, all_options, claimed
 from regjax.experiments._inputs import cross_entropy
+from regjax.experiments._page import write_page
 from regjax.experiments._probes import Probes
 from regjax.experiments._record import Record
 from regjax.experiments._settings import AnalysisSettings, LandscapeSettings
@@ -30,18 +31,34 @@ def landscape_files(settings: AnalysisSettings) -> tuple[str, str, str]:
 
 
 def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
-    """Trains or reads a checkpoint, probes the steps of training, and computes the loss surface.
+    """Trains a network or reads a checkpoint; computes its loss surface and probes its steps.
 
-    A fresh run is probed before its first epoch and after each one, a checkpoint as it is.
-    `landscape.json` is written after training and after each row of the surface; `surface.png` and
-    `probes.png` at the end.
+    This is `python -m regjax landscape`. A probe measures how loss and gradient change along the
+    gradient step (`diagnostics.line_probe`). A fresh run is probed before its first epoch and after
+    each one, a checkpoint once. The function writes `landscape.json` into the folder `settings.out`
+    after training and after each row of the surface, and `surface.png`, `probes.png` and
+    `report.html` at the end.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     settings = experiments.LandscapeSettings(
+      ...         epochs=2, depth=0, num_train=256, num_test=64, points=3, probe_points=2,
+      ...         out=pathlib.Path(folder),
+      ...     )
+      ...     record = experiments.run_landscape(settings, lambda stage, done, total: None)
+      ...     print((settings.out / "surface.png").exists())
+      True
+      >>> print(np.shape(record["surface"]["losses"]))
+      (3, 3)
 
     Args:
-      settings: the options.
-      progress: called after each block of batches and each row.
+      settings: a `LandscapeSettings`, whose fields are the options of the command.
+      progress: called as progress(stage, done, total) after each block of batches and each row.
 
     Returns:
-      What `landscape.json` holds: as `run_train`, and `probes`, `surface` and `flatness`.
+      The content of `landscape.json`: a dict with the entries that `run_train` returns, and
+      "probes", "surface" and "flatness".
 
     Raises:
       UsageError: an option cannot be followed.
@@ -56,6 +73,7 @@ def run_landscape(settings: LandscapeSettings, progress: Progress) -> Record:
 
 
 def _landscape(settings: LandscapeSettings, progress: Progress, folder: Path) -> Record:
+    start = time.monotonic()
     path, surface, figure = (folder / name for name in landscape_files(settings))
     probes = Probes(path, folder / CHECKPOINT, settings)
 
@@ -73,6 +91,9 @@ def _landscape(settings: LandscapeSettings, progress: Progress, folder: Path) ->
     _surface(subject, settings, record, save, progress)
     _figure.draw_surface(surface, record)
     _figure.draw_probes(figure, record)
+    record["finished"] = _record.finished(start)
+    save()
+    write_page(folder, path.name, record)
     return record
 
 

@@ -1,13 +1,14 @@
-"""What the command line prints of monitors."""
+"""What is shown of monitors."""
 
 import math
 
+from regjax.experiments import _meanings
+from regjax.experiments._numbers import with_error
 from regjax.experiments._record import Record
-from regjax.experiments._report import with_error
-from regjax.experiments._table import table, wrapped
+from regjax.experiments._table import Contents, Table
 
 _MONITOR_ROWS = 5  # intervals between those that are printed
-_OF_MONITOR: dict[str, tuple[str, str | None, str | None]] = {
+OF_MONITOR: dict[str, tuple[str, str | None, str | None]] = {
     "loss": ("loss", None, None),
     "sharpness": ("largest eigenvalue", "sharpness_error_bound", "sharpness_converged"),
     "stability_threshold": ("  stable up to", None, None),
@@ -28,21 +29,21 @@ _OF_MONITOR: dict[str, tuple[str, str | None, str | None]] = {
 }
 
 
-def monitor_text(record: Record) -> str:
+def monitor_contents(record: Record) -> Contents:
     """Shows what the monitor of a record saw, at a few steps."""
     rows = record["monitor"]
     places = sorted({round(i * (len(rows) - 1) / _MONITOR_ROWS) for i in range(_MONITOR_ROWS + 1)})
-    shown = [name for name in _OF_MONITOR if any(name in row for row in rows)]
-    cells = [["step", *(f"{rows[i]['step']:,}" for i in places)]]
+    shown = [name for name in OF_MONITOR if any(name in row for row in rows)]
+    head = ["step", *(f"{rows[i]['step']:,}" for i in places)]
+    cells = []
     for name in shown:
-        label, error, flag = _OF_MONITOR[name]
+        label, error, flag = OF_MONITOR[name]
         cells.append([label, *(_seen(rows[i], name, error, flag) for i in places)])
     header = (
-        f"Measured on {record['settings']['monitor_examples']:,} training examples at most; "
-        "± bounds the distance of an eigenvalue to a true one, elsewhere it is one standard "
-        "error; ~ stands before what is not to be relied on"
+        f"Measured on {record['settings']['monitor_examples']:,} training examples at most. "
+        f"{_meanings.MONITOR_LEGEND}."
     )
-    return f"{wrapped(header)}\n\n{table(cells)}"
+    return [header, Table(cells, head)]
 
 
 def _seen(row: Record, name: str, error: str | None, flag: str | None) -> str:

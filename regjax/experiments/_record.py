@@ -1,8 +1,10 @@
 """What a run leaves behind, as JSON: options, versions, data and numbers."""
 
+import datetime
 import json
 import math
 import platform
+import time
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +22,12 @@ Record: TypeAlias = dict[str, Any]
 
 # A surface of 1000 x 1000 points and a thousand epochs of probes have a tenth of it.
 _MAX_BYTES = 2**28
+_TITLES = {
+    "hessian": "Hessian",
+    "gauss_newton": "Gauss-Newton matrix",
+    "fisher": "Fisher matrix",
+    "empirical_fisher": "empirical Fisher matrix",
+}
 
 
 def write(path: Path, record: Record) -> None:
@@ -73,6 +81,12 @@ def versions() -> Record:
     return {"python": platform.python_version(), **found}
 
 
+def finished(start: float) -> Record:
+    """Returns the date, and the seconds since `start` on the monotonic clock."""
+    now = datetime.datetime.now(datetime.UTC)
+    return {"date": now.isoformat(timespec="seconds"), "seconds": time.monotonic() - start}
+
+
 def describe(dataset: Dataset) -> Record:
     """Returns name, source, hash and sizes of the data."""
     return {
@@ -88,7 +102,7 @@ def describe(dataset: Dataset) -> Record:
 
 def title(matrix: str) -> str:
     """Returns the name of a matrix among the options as one reads it."""
-    return matrix.replace("_", " ").title()
+    return _TITLES[matrix]
 
 
 def plain(value: Any) -> Any:

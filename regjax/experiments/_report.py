@@ -1,36 +1,40 @@
-"""What the command line prints of records."""
+"""What is shown of records: paragraphs and tables."""
 
-import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
+import numpy as np
+
+from regjax.experiments import _meanings
 from regjax.experiments._normalization import NORMALIZATIONS
+from regjax.experiments._numbers import count, estimate, loss_value, number, with_error
 from regjax.experiments._quantities import OF_PROBE, centre
 from regjax.experiments._record import Record, title
-from regjax.experiments._table import table, wrapped
+from regjax.experiments._table import Contents, Table
 
 
-def training_text(record: Record) -> str:
+def training_contents(record: Record) -> Contents:
     """Describes the data, the network, and how well it does on both parts of the data."""
     options, data, numbers = record["settings"], record["data"], record["generalization"]
-    # Methods without options of their own are those that change nothing.
-    used = [options[kind] for kind in ("transformation", "init") if options[kind] in options]
     header = (
         f"{data['name']}, {data['num_train']} training and {data['num_test']} test examples; "
         f"{options['model']}, {record['num_parameters']:,} parameters; "
-        f"{' with '.join([options['optimizer'], *used])}, {_epochs(record)}"
+        f"{descent(options)}, {_epochs(record)}"
     )
     names = ("train", "test")
-    loss = [_plain(numbers[f"{name}_loss"]) for name in names]
-    accuracy = [f"{numbers[f'{name}_accuracy']:.2%}" for name in names]
+    losses = [loss_value(numbers[f"{name}_loss"]) for name in names]
+    accuracies = [number(numbers[f"{name}_accuracy"], ".2%") for name in names]
     rows = [
-        ["", *names, "gap"],
-        ["loss", *loss, _plain(numbers["loss_gap"])],
-        ["accuracy", *accuracy, f"{numbers['accuracy_gap']:.2%}"],
+        ["loss", *losses, loss_value(numbers["loss_gap"])],
+        ["accuracy", *accuracies, number(numbers["accuracy_gap"], ".2%")],
     ]
     failure = record["training"]["failure"]
-    parts = [wrapped(header), table(rows), *([] if failure is None else [wrapped(failure)])]
-    return "\n\n".join(parts)
+    return [header, Table(rows, ["", *names, "gap"]), *([] if failure is None else [failure])]
+
+
+def descent(options: Record) -> str:
+    """Names the optimiser and the methods beside it; those without options change nothing."""
+    used = [options[kind] for kind in ("transformation", "init") if options[kind] in options]
+    return " with ".join([options["optimizer"], *used])
 
 
 def has_learned(record: Record) -> bool:
@@ -38,41 +42,40 @@ def has_learned(record: Record) -> bool:
     return record["training"]["failure"] is None
 
 
-def spectrum_text(record: Record) -> str:
+def spectrum_contents(record: Record) -> Contents:
     """Lists the eigenvalues with their bounds and the summary of the density, block by block."""
-    options, count = record["settings"], _divided_count(record)
-    divided = f" (what divides evenly with --mesh {options['mesh']})" if count else ""
+    options, divided = record["settings"], _divided_count(record)
+    remark = f" (what divides evenly with --mesh {options['mesh']})" if divided else ""
     what = (
         f"{title(options['matrix'])} of the mean loss over "
-        f"{count or record['num_curvature_examples']} training examples{divided}{_mode(record)}"
+        f"{divided or record['num_curvature_examples']} training examples{remark}{_mode(record)}"
     )
-    blocks = [_block_text(what, name, block) for name, block in record["blocks"].items()]
-    geometry = [_geometry_text(record)] if "geometry" in record else []
-    return "\n\n".join([*blocks, *geometry, _LEGEND, _COUNT_LEGEND, *_of_drawn([record])])
+    shown: list[str | Table] = []
+    for name, block in record["blocks"].items():
+        shown += _block(what, name, block)
+    shown += _geometry(record) if "geometry" in record else []
+    legends = [_meanings.SPECTRUM_LEGEND, _meanings.COUNT_LEGEND]
+    return [*shown, *legends, *_of_drawn([record])]
 
 
-def comparison_text(records: dict[str, Record]) -> str:
-    """Makes one column for each record."""
-    rows = [["", *records], *_remarks(records)]
-    shared = _COMPARED
-    if all("geometry" in record for record in records.values()):
-        shared = {**_COMPARED, **_GEOMETRY}
-    for name, text in shared.items():
-        rows.append([name, *(text(record) for record in records.values())])
-    return "\n\n".join(
-        [table(rows), *failures(records), _ONE_SEED, _LEGEND, *_of_drawn(records.values())]
-    )
+def comparison_contents(records: dict[str, Record]) -> Contents:
+    """Makes one column for each record: of trained networks, their spectra or their surfaces."""
+    quantities, legends = dict(_OF_TRAINING), [_meanings.NO_SEEDS]
+    of = list(records.values())
+    if "blocks" in of[0]:
+        quantities |= _OF_SPECTRUM
+        if all("geometry" in record for record in of):
+            quantities |= _GEOMETRY
+        legends += [_meanings.SPECTRUM_LEGEND, *_of_drawn(of)]
+    elif "surface" in of[0]:
+        quantities |= _LANDSCAPE
+        legends.append(_meanings.LANDSCAPE_LEGEND)
+    rows = [[name, *(text(record) for record in of)] for name, text in quantities.items()]
+    shown = Table([*_remarks(records), *rows], ["", *records])
+    return [shown, *failures(records), *legends]
 
 
-def trainings_text(records: dict[str, Record]) -> str:
-    """Makes one column for each record."""
-    rows = [["", *records], *_remarks(records)]
-    names = {name: text for name, text in _COMPARED.items() if name not in _OF_SPECTRUM}
-    rows += [[name, *map(text, records.values())] for name, text in names.items()]
-    return "\n\n".join([table(rows), *failures(records), _ONE_SEED])
-
-
-def landscape_text(record: Record) -> str:
+def landscape_contents(record: Record) -> Contents:
     """Describes the surface in a few numbers, and the probes at the end of training."""
     surface, probe = record["surface"], record["probes"][-1]
     header = (
@@ -81,29 +84,10 @@ def landscape_text(record: Record) -> str:
         f"{surface['seconds']:.1f} s{_mode(record)}; probes of {probe['num_examples']} examples"
     )
     rows = [[name, text(record)] for name, text in _LANDSCAPE.items()]
-    return f"{wrapped(header)}\n\n{table(rows)}\n\n{_LANDSCAPE_LEGEND}"
+    return [header, Table(rows), _meanings.LANDSCAPE_LEGEND]
 
 
-def landscapes_text(records: dict[str, Record]) -> str:
-    """Makes one column for each record."""
-    rows = [["", *records], *_remarks(records)]
-    names = {name: text for name, text in _COMPARED.items() if name not in _OF_SPECTRUM}
-    for name, text in {**names, **_LANDSCAPE}.items():
-        rows.append([name, *(text(record) for record in records.values())])
-    return "\n\n".join([table(rows), *failures(records), _ONE_SEED, _LANDSCAPE_LEGEND])
-
-
-def with_error(value: float | None, error: float | None) -> str:
-    """Formats `value` to the second digit of its error (seven digits at most), and the error."""
-    if value is None or error is None:
-        return "not known"
-    digits = 7
-    if value and error:
-        digits = math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 2
-    return f"{value:.{min(max(digits, 1), 7)}g} ± {error:.2g}"
-
-
-def _block_text(what: str, name: str, block: Record) -> str:
+def _block(what: str, name: str, block: Record) -> Contents:
     eigenvalues, density = block["eigenvalues"], block["density"]
     products = eigenvalues["num_matvecs"] + density["num_matvecs"]
     steps = " and ".join(map(str, density["num_steps"]))
@@ -112,28 +96,25 @@ def _block_text(what: str, name: str, block: Record) -> str:
         f"{eigenvalues['seconds'] + density['seconds']:.1f} s; density of {steps} Lanczos steps"
     )
     rows = [
-        [f"eigenvalue {rank}", ("" if converged else "not converged ") + with_error(value, bound)]
-        for rank, (value, bound, converged) in enumerate(
-            zip(*_columns(eigenvalues), strict=True), start=1
-        )
+        [f"eigenvalue {i + 1}", _eigenvalue(block, i)] for i in range(len(eigenvalues["values"]))
     ]
     size, trace, counts = block["num_parameters"], density["trace"], density["counts"]
     dimension = density["effective_dimension"]
     outlier, zero = counts["outlier_threshold"], counts["zero_threshold"]
     rows += [
-        ["smallest eigenvalue", f"<= {density['smallest_ritz_value']:.4g}"],
-        ["trace", _estimate(trace)],
+        ["smallest eigenvalue", f"<= {number(density['smallest_ritz_value'])}"],
+        ["trace", estimate(trace)],
         ["mean eigenvalue", with_error(trace["value"] / size, trace["standard_error"] / size)],
-        [f"effective dimension at damping {dimension['damping']:g}", _estimate(dimension)],
-        [f"eigenvalues above {outlier:.3g}", _count(counts["outliers"])],
-        [f"eigenvalues from {zero:.3g} to {outlier:.3g}", _count(counts["bulk"])],
-        [f"eigenvalues within ±{zero:.3g}", _count(counts["near_zero"])],
-        [f"eigenvalues below -{zero:.3g}", _count(counts["negative"])],
+        [f"effective dimension at damping {dimension['damping']:g}", estimate(dimension)],
+        [f"eigenvalues above {outlier:.3g}", count(counts["outliers"])],
+        [f"eigenvalues from {zero:.3g} to {outlier:.3g}", count(counts["bulk"])],
+        [f"eigenvalues within ±{zero:.3g}", count(counts["near_zero"])],
+        [f"eigenvalues below -{zero:.3g}", count(counts["negative"])],
     ]
-    return f"{wrapped(header)}\n\n{table(rows)}"
+    return [header, Table(rows)]
 
 
-def _geometry_text(record: Record) -> str:
+def _geometry(record: Record) -> Contents:
     sharpness, count = record["geometry"]["spherical_sharpness"], record["geometry"]["num_examples"]
     which = "all leaves" if sharpness["of_all_leaves"] else f"{sharpness['num_leaves']} leaves"
     header = (
@@ -141,7 +122,7 @@ def _geometry_text(record: Record) -> str:
         f"{sharpness['num_examples']}, {sharpness['mode']} mode, {which}"
     )
     rows = [[name, text(record)] for name, text in _GEOMETRY.items()]
-    return f"{wrapped(header)}\n\n{table(rows)}"
+    return [header, Table(rows), _meanings.GEOMETRY_LEGEND]
 
 
 def _epochs(record: Record) -> str:
@@ -184,34 +165,21 @@ def _divided_count(record: Record) -> str:
     """Says how many examples are in a matrix, where a mesh leaves some out; else ""."""
     if "num_curvature_examples" not in record:
         return ""
-    number = record["num_curvature_examples"]
+    found = record["num_curvature_examples"]
     asked = record["settings"]["curvature_examples"] or record["data"]["num_train"]
-    return "" if number == asked else f"{number} of {asked}"
+    return "" if found == asked else f"{found} of {asked}"
 
 
 def failures(records: dict[str, Record]) -> list[str]:
     """Says of each network that did not learn what went wrong."""
     failures = {name: record["training"]["failure"] for name, record in records.items()}
-    return [wrapped(f"{name}: {text}") for name, text in failures.items() if text is not None]
+    return [f"{name}: {text}" for name, text in failures.items() if text is not None]
 
 
-def _plain(loss: float) -> str:
-    """Formats a loss; one that has diverged in a few digits."""
-    return f"{loss:.4f}" if abs(loss) < 1e4 else f"{loss:.3e}"
-
-
-def _columns(eigenvalues: Record) -> tuple[list[Any], ...]:
-    return tuple(eigenvalues[name] for name in ("values", "residual_norms", "converged"))
-
-
-def _estimate(entry: Record) -> str:
-    return with_error(entry["value"], entry["standard_error"])
-
-
-def _count(entry: Record) -> str:
-    """Formats a number of eigenvalues with its error and what the Lanczos steps leave open."""
-    ends = [f"{entry[f'{end}_bound']:.4g}" for end in ("lower", "upper")]
-    return f"{_estimate(entry)} [{', '.join(ends)}]"
+def _eigenvalue(block: Record, index: int) -> str:
+    names = ("values", "residual_norms", "converged")
+    value, bound, converged = (block["eigenvalues"][name][index] for name in names)
+    return ("" if converged else "not converged ") + with_error(value, bound)
 
 
 def _of_drawn(records: Iterable[Record]) -> list[str]:
@@ -220,81 +188,62 @@ def _of_drawn(records: Iterable[Record]) -> list[str]:
     counts = sorted({count for count in drawn if count is not None})
     if not counts:
         return []
-    number = " or ".join(map(str, counts))
-    return [
-        wrapped(
-            f"The Fisher matrix is that of {number} drawn label(s) per example: every ± and "
-            "bracket is about that matrix, and leaves out how far it is from the exact one "
-            "(without --num-samples)."
-        )
-    ]
+    return [_meanings.DRAWN_LEGEND.format(number=" or ".join(map(str, counts)))]
 
 
-def _number(name: str, form: str) -> Callable[[Record], str]:
-    return lambda record: format(record["generalization"][name], form)
+def _percent(share: float | None) -> str:
+    return number(share, ".2%")
+
+
+def _of_data(name: str, form: Callable[[float | None], str]) -> Callable[[Record], str]:
+    return lambda record: form(record["generalization"][name])
 
 
 def _of_density(name: str) -> Callable[[Record], str]:
-    return lambda record: _estimate(record["blocks"]["network"]["density"][name])
+    return lambda record: estimate(record["blocks"]["network"]["density"][name])
 
 
-def _largest(record: Record) -> str:
-    values, bounds, _ = _columns(record["blocks"]["network"]["eigenvalues"])
-    return with_error(values[0], bounds[0])
+def largest(record: Record) -> str:
+    """Formats the largest eigenvalue of a network."""
+    return _eigenvalue(record["blocks"]["network"], 0)
 
 
-_ONE_SEED = (
-    "All of one seed: others give other numbers, and no ± here says how far apart.\n"
-    "--seeds 5 trains each network five times."
-)
-_LEGEND = (
-    "For eigenvalues and sharpness, ± bounds the distance to a true eigenvalue.\n"
-    "Elsewhere it is one standard error from the random probes; what the quadrature\n"
-    "leaves open is not included."
-)
-_COUNT_LEGEND = (
-    "[a, b] behind a number of eigenvalues: what the Lanczos steps leave open, rigorous\n"
-    "for the probes that were drawn; ± comes in addition. Steps are added until the\n"
-    "bracket is about as narrow as ±, or 320 are made, unless --num-steps is given."
-)
-_COMPARED: dict[str, Callable[[Record], str]] = {
+_OF_TRAINING: dict[str, Callable[[Record], str]] = {
     "parameters": lambda record: f"{record['num_parameters']:,}",
-    "train loss": lambda record: _plain(record["generalization"]["train_loss"]),
-    "test loss": lambda record: _plain(record["generalization"]["test_loss"]),
-    "loss gap": lambda record: _plain(record["generalization"]["loss_gap"]),
-    "train accuracy": _number("train_accuracy", ".2%"),
-    "test accuracy": _number("test_accuracy", ".2%"),
-    "accuracy gap": _number("accuracy_gap", ".2%"),
-    "largest eigenvalue": _largest,
+    "train loss": _of_data("train_loss", loss_value),
+    "test loss": _of_data("test_loss", loss_value),
+    "loss gap": _of_data("loss_gap", loss_value),
+    "train accuracy": _of_data("train_accuracy", _percent),
+    "test accuracy": _of_data("test_accuracy", _percent),
+    "accuracy gap": _of_data("accuracy_gap", _percent),
+}
+_OF_SPECTRUM: dict[str, Callable[[Record], str]] = {
+    "largest eigenvalue": largest,
     "trace": _of_density("trace"),
     "effective dimension": _of_density("effective_dimension"),
 }
-_OF_SPECTRUM = ("largest eigenvalue", "trace", "effective dimension")
 
 
 def _width(index: int) -> Callable[[Record], str]:
     def text(record: Record) -> str:
         flatness = record["flatness"][index]
-        return ("" if flatness["converged"] else "more than ") + f"{flatness['interval_width']:.4g}"
+        return ("" if flatness["converged"] else "more than ") + number(flatness["interval_width"])
 
     return text
 
 
 def _short(compute: Callable[[Record], float]) -> Callable[[Record], str]:
-    return lambda record: f"{compute(record):.4g}"
+    return lambda record: number(compute(record))
 
 
-def _largest_loss(record: Record) -> float:
-    return max(max(row) for row in record["surface"]["losses"])
+def largest_loss(record: Record) -> float:
+    """Returns the largest loss of a surface."""
+    return float(np.max(record["surface"]["losses"]))  # NaN if there is one
 
 
-_LANDSCAPE_LEGEND = (
-    "Directions are random and filter-normalized; width 1 equals the norm of the\n"
-    "filters (or layers). A probe goes 1/2 to 4 learning rates along the gradient."
-)
 _LANDSCAPE: dict[str, Callable[[Record], str]] = {
     "loss at the minimum": _short(centre),
-    "largest loss on the surface": _short(_largest_loss),
+    "largest loss on the surface": _short(largest_loss),
     "width of {loss < e x minimum}, direction 1": _width(0),
     "width of {loss < e x minimum}, direction 2": _width(1),
     **{name: _short(compute) for name, compute in OF_PROBE.items()},
@@ -310,14 +259,18 @@ def _spherical(record: Record) -> str:
 def _margins(part: str) -> Callable[[Record], str]:
     def text(record: Record) -> str:
         margins = record["geometry"]["margins"][part]
-        return f"{margins['low']:.3g}, {margins['median']:.3g}, {margins['high']:.3g}"
+        return ", ".join(number(margins[name], ".3g") for name in ("low", "median", "high"))
 
     return text
 
 
 _GEOMETRY: dict[str, Callable[[Record], str]] = {
-    "geometric complexity": lambda record: f"{record['geometry']['geometric_complexity']:.5g}",
+    "geometric complexity": lambda record: number(
+        record["geometry"]["geometric_complexity"], ".5g"
+    ),
     "spherical sharpness": _spherical,
-    "margin in training, 5 %, median, 95 %": _margins("train"),
+    "margin in training (5 %, median, 95 %)": _margins("train"),
     "margin in the test": _margins("test"),
 }
+# The names of the rows that comparisons may have.
+LISTED = (*_OF_TRAINING, *_OF_SPECTRUM, *_GEOMETRY, *_LANDSCAPE)

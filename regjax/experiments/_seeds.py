@@ -1,22 +1,19 @@
-"""What the command line prints of networks that were trained with several seeds."""
+"""What is shown of networks that were trained with several seeds."""
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
+from regjax.experiments import _meanings
+from regjax.experiments._numbers import with_error
 from regjax.experiments._quantities import OF_PROBE, centre
 from regjax.experiments._record import Record
-from regjax.experiments._report import failures, with_error
-from regjax.experiments._table import table
-
-_LEGEND = (
-    "± is the standard deviation over {count} seeds, {seeds}.",
-    "Differences are taken seed by seed; ± behind them is their standard error.",
-)
+from regjax.experiments._report import failures
+from regjax.experiments._table import Contents, Table
 
 
-def seeds_text(records: dict[str, list[Record]]) -> str:
+def seeds_contents(records: dict[str, list[Record]]) -> Contents:
     """Makes one column for each network: mean and deviation, and the difference to the first.
 
     Args:
@@ -27,25 +24,24 @@ def seeds_text(records: dict[str, list[Record]]) -> str:
         for name, compute in QUANTITIES.items()
         if all(_has(record, compute) for of in records.values() for record in of)
     }
-    rows = [["", *records]]
-    rows += [[name, *map(mean_and_deviation, by.values())] for name, by in columns.items()]
     first, *others = records
-    parts = [table(rows)]
+    seeds = [record["settings"]["seed"] for record in records[first]]
+    deviation = _meanings.DEVIATION.format(count=len(seeds), first=seeds[0], last=seeds[-1])
+    rows = [[name, *map(mean_and_deviation, by.values())] for name, by in columns.items()]
+    tables, legend = [Table(rows, ["", *records], deviation)], f"{deviation}."
     if others:
-        compared = [[f"difference to {first}", *others]]
-        for name, by in columns.items():
-            cells = [paired_difference(by[item], by[first]) for item in others]
-            compared.append([name, *cells])
-        parts.append(table(compared))
-    seeds = [str(record["settings"]["seed"]) for record in records[first]]
-    legend = _LEGEND[: 1 + bool(others)]
-    text = "\n".join(legend).format(count=len(seeds), seeds=f"{seeds[0]} to {seeds[-1]}")
+        compared = [
+            [name, *(paired_difference(by[item], by[first]) for item in others)]
+            for name, by in columns.items()
+        ]
+        tables.append(Table(compared, [f"difference to {first}", *others], _meanings.PAIRED))
+        legend += f" {_meanings.PAIRED}."
     by_seed = {
         f"{item}, seed {record['settings']['seed']}": record
         for item, of in records.items()
         for record in of
     }
-    return "\n\n".join([*parts, *failures(by_seed), text])
+    return [*tables, *failures(by_seed), legend]
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> str:

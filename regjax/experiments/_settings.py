@@ -1,8 +1,6 @@
 """The options of a run."""
 
 import dataclasses
-import functools
-import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,11 +13,13 @@ from regjax.experiments import (
 )
 from regjax.experiments._architectures import ARCHITECTURES
 from regjax.experiments._initializations import INITIALIZATIONS
+from regjax.experiments._option_values import option_types as option_types
+from regjax.experiments._option_values import replace as replace
+from regjax.experiments._option_values import value_of as value_of
 from regjax.experiments._options import UsageError, option
 from regjax.experiments._transformations import TRANSFORMATIONS
 
 Class = TypeVar("Class", bound=type)
-Settings = TypeVar("Settings", bound="TrainSettings")
 
 
 def _with_options(cls: Class) -> Class:
@@ -34,7 +34,13 @@ def _with_options(cls: Class) -> Class:
 @dataclasses.dataclass(frozen=True)
 @_with_options
 class TrainSettings:
-    """Train a network on images and write a checkpoint."""
+    """Train a network on images and write a checkpoint.
+
+    Example:
+      >>> settings = experiments.TrainSettings(width=64, transformation="sam")
+      >>> print(settings.epochs, settings.sam)
+      30 Sam(rho=0.05, adaptive=False, eta=0.01, num_shards=1)
+    """
 
     data: str = "digits"
     """digits, fashion_mnist, mnist, an image classification set of tensorflow-datasets, or a file
@@ -44,25 +50,25 @@ class TrainSettings:
     """Folder of the data. Default: the environment variable REGJAX_DATA, or the usual places."""
 
     num_train: int | None = None
-    """Training examples to take, the first ones. Default: all."""
+    """Number of training examples, the first ones. Default: all."""
 
     num_test: int | None = None
-    """Test examples to take, the first ones. Default: all."""
+    """Number of test examples, the first ones. Default: all."""
 
     model: _architectures.Name = "mlp"
     """Network architecture."""
 
     width: int | None = None
-    """Units of a hidden layer, or channels of the first convolution. Default: 64 (mlp) or 16."""
+    """Units per hidden layer, or channels of the first convolution. Default: 64 (mlp) or 16."""
 
     depth: int | None = None
-    """Hidden layers, convolutions, or blocks of a resnet. Default: 2, of a resnet 4."""
+    """Number of hidden layers, convolutions, or residual blocks. Default: 2, or 4 (resnet)."""
 
     normalization: _normalization.Name = "none"
     """Normalization of each hidden layer."""
 
     init: _initializations.Name = "default"
-    """Initialisation of the parameters. Options of its own: --init NAME --help."""
+    """Initialisation of the parameters. Its own options: --init NAME --help."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimiser."""
@@ -77,7 +83,7 @@ class TrainSettings:
     """Weight decay: L2 for sgd, decoupled for adam."""
 
     transformation: _transformations.Name = "plain"
-    """Method that changes the gradient or the update. Options of its own: --transformation NAME
+    """Method that changes the gradient or the update. Its own options: --transformation NAME
     --help."""
 
     epochs: int = 30
@@ -93,28 +99,28 @@ class TrainSettings:
     """Floating-point type of the parameters, of training and of the curvature."""
 
     device_bytes: int = 2**30
-    """Larger training images than this, in bytes, are streamed from the host."""
+    """Training images that take more bytes than this are streamed from the host's memory."""
 
     checkpoint_seconds: float = 5.0
     """Minimum seconds between checkpoints; 0 saves every epoch. The last is always saved."""
 
     monitor: str | None = None
-    """Measure while it trains, print and draw it: loss, sharpness, preconditioned, critical, trace,
-    noise, gradient_share, or several with commas between."""
+    """Measure while the network trains, then print and draw it. One or several of loss, sharpness,
+    preconditioned, critical, trace, noise and gradient_share, separated by commas."""
 
     monitor_every: int = 1
-    """Epochs from one measurement to the next."""
+    """Epochs between two measurements."""
 
     monitor_examples: int = 512
-    """Training examples that are measured on, the first ones."""
+    """Number of training examples to measure on, the first ones."""
 
     compare: tuple[str, ...] = ()
-    """Settings to run side by side: each is a comma-separated list of OPTION=VALUE, or of words
-    that stand for one, such as sgd sam,rho=0.1 batch,seed=1."""
+    """Settings to run side by side, such as sgd sam,rho=0.1 batch,seed=1. Each is a comma-separated
+    list of OPTION=VALUE; a bare word is the value of the one option that has it."""
 
     seeds: int = 1
-    """Train each network with so many seeds, --seed and those after it: mean, deviation, and the
-    difference to the first network seed by seed."""
+    """Train each network with this many seeds, from --seed on, and show means, standard deviations,
+    and differences to the first network, taken seed by seed."""
 
     resume: bool = False
     """Continue from the checkpoint in --out."""
@@ -123,10 +129,10 @@ class TrainSettings:
     """Replace what another run has left in --out."""
 
     out: Path | None = None
-    """Folder of the results. Default: one under runs/, or the folder of --checkpoint."""
+    """Folder of the results, such as report.html. Default: one under runs/, or of --checkpoint."""
 
     cache_dir: str | None = None
-    """Folder of compiled programs; off: none. Default: regjax among your caches, or JAX's own."""
+    """Folder that keeps compiled programs for later runs; off: none. Default: ~/.cache/regjax."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +147,7 @@ class AnalysisSettings(TrainSettings):
     examples; train_per_chunk: of each chunk."""
 
     chunk_size: int = 2048
-    """Examples per pass of the analysis; less memory with fewer."""
+    """Examples per pass of the analysis; fewer take less memory."""
 
     figure: Literal["png", "pdf", "svg"] = "png"
     """Format of the figures."""
@@ -152,7 +158,13 @@ class AnalysisSettings(TrainSettings):
 
 @dataclasses.dataclass(frozen=True)
 class SpectrumSettings(AnalysisSettings):
-    """Train a network on images, then print and draw its curvature spectrum with error bounds."""
+    """Train a network on images, then print and draw its curvature spectrum with error bounds.
+
+    Example:
+      >>> settings = experiments.SpectrumSettings(matrix="gauss_newton", num_eigenvalues=5)
+      >>> print(settings.matrix, settings.num_eigenvalues, settings.num_probes)
+      gauss_newton 5 2
+    """
 
     matrix: Literal["hessian", "gauss_newton", "fisher", "empirical_fisher"] = "hessian"
     """Curvature matrix of the mean training loss."""
@@ -161,7 +173,7 @@ class SpectrumSettings(AnalysisSettings):
     """Labels drawn per example for the fisher matrix. Default: the exact expectation."""
 
     curvature_examples: int | None = None
-    """Training examples in the matrix, the first ones. Default: all."""
+    """Number of training examples in the matrix, the first ones. Default: all."""
 
     num_eigenvalues: int = 10
     """Number of largest eigenvalues to compute."""
@@ -170,28 +182,34 @@ class SpectrumSettings(AnalysisSettings):
     """Converged when residual norm / largest eigenvalue is below this; below 1."""
 
     num_probes: int = 2
-    """Random probes of the density."""
+    """Number of random probes of the density."""
 
     num_steps: int | None = None
-    """Lanczos steps of a probe. None: 40 to 320, as many as the numbers of eigenvalues need."""
+    """Lanczos steps per probe. Default: 40 to 320, as many as the counts of eigenvalues need."""
 
     blocks: Literal["whole", "layers"] = "whole"
     """Spectrum of the whole network, or of each layer as well."""
 
     mesh: str | None = None
-    """data=N divides the examples of the matrix, and the vectors that the solvers keep, over N
-    devices; it takes the largest multiple of N of the examples. Default: one device."""
+    """data=N divides the examples and the solver's vectors over N devices; the number of examples
+    is rounded down to a multiple of N. Default: one device."""
 
     damping: float = 0.01
     """The c of the effective dimension: sum over eigenvalues l of max(l, 0) / (max(l, 0) + c)."""
 
-    report: bool = False
-    """Measure geometric complexity, spherical sharpness and margins as well."""
+    geometry: bool = False
+    """Also measure geometric complexity, spherical sharpness and margins."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LandscapeSettings(AnalysisSettings):
-    """Train a network on images, then draw its loss surface and the probes along its steps."""
+    """Train a network on images, then draw its loss surface, and loss and gradient along steps.
+
+    Example:
+      >>> settings = experiments.LandscapeSettings(points=21, directions="layer")
+      >>> print(settings.points, settings.span)
+      21 1.0
+    """
 
     points: int = 51
     """Points along each of the two random directions; odd, so that the network is one of them."""
@@ -203,13 +221,13 @@ class LandscapeSettings(AnalysisSettings):
     """Normalize the random directions per filter or per layer."""
 
     surface_examples: int | None = None
-    """Training examples in the surface, the first ones. Default: all."""
+    """Number of training examples in the surface, the first ones. Default: all."""
 
     probe_examples: int | None = None
-    """Training examples of the probes, the first ones. Default: the batch size."""
+    """Number of training examples in the probes, the first ones. Default: the batch size."""
 
     probe_points: int = 8
-    """Step sizes of a probe, from 1/2 to 4 times the learning rate."""
+    """Number of step sizes per probe, from 1/2 to 4 times the learning rate."""
 
 
 # Options that say where and how a run works, and not what comes out.
@@ -275,18 +293,6 @@ def is_comparison(settings: TrainSettings) -> bool:
     return bool(settings.compare) or settings.seeds > 1
 
 
-def option_types(settings_type: type) -> dict[str, Any]:
-    """Returns the type of each option by name; "sam.rho" is `rho` of the field `sam`."""
-    types: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(settings_type).items():
-        if dataclasses.is_dataclass(hint):
-            own = typing.get_type_hints(hint)
-            types |= {f"{name}.{f.name}": own[f.name] for f in dataclasses.fields(hint)}
-        else:
-            types[name] = hint
-    return types
-
-
 def checkpoint_path(path: Path) -> Path:
     """Returns the checkpoint that a folder or a file name stands for."""
     return path / "checkpoint.npz" if path.is_dir() else path
@@ -318,20 +324,6 @@ def training_options(settings: TrainSettings) -> dict[str, Any]:
 def methods(settings: TrainSettings) -> list[str]:
     """Returns the chosen methods that have options of their own."""
     return [name for name in (settings.transformation, settings.init) if hasattr(settings, name)]
-
-
-def value_of(settings: TrainSettings, name: str) -> Any:
-    """Returns the value of an option; "sam.rho" is `rho` of the field `sam`."""
-    return functools.reduce(getattr, name.split("."), settings)
-
-
-def replace(settings: Settings, changes: dict[str, Any]) -> Settings:
-    """Returns `settings` with other values; "sam.rho" is `rho` of the field `sam`."""
-    for name, value in changes.items():
-        outer, _, inner = name.partition(".")
-        new = dataclasses.replace(getattr(settings, outer), **{inner: value}) if inner else value
-        settings = dataclasses.replace(settings, **{outer: new})
-    return settings
 
 
 def check_same_training(

@@ -19,6 +19,7 @@ from regjax.experiments._inputs import measure_scaling
 from regjax.experiments._monitoring import monitor_files, watched
 from regjax.experiments._network import Evaluation, build_model, evaluate
 from regjax.experiments._options import option
+from regjax.experiments._page import write_page
 from regjax.experiments._preflight import check_fit
 from regjax.experiments._record import Record
 from regjax.experiments._settings import (
@@ -30,6 +31,7 @@ from regjax.experiments._settings import (
 )
 from regjax.experiments._training import TrainingResult, failure, restore, train, trained_model
 from regjax.experiments._validation import validate_run
+from regjax.experiments._words import command_line
 
 TRAINING_FILES = ("training.json",)
 
@@ -43,14 +45,29 @@ def spectrum_files(settings: AnalysisSettings) -> tuple[str, str]:
 
 
 def run_train(settings: TrainSettings, progress: Progress) -> Record:
-    """Trains, evaluates, and leaves `checkpoint.npz` and `training.json` behind.
+    """Trains and evaluates a network, like `python -m regjax train`.
+
+    It writes `checkpoint.npz`, `training.json` and `report.html` into the folder `settings.out`.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     settings = experiments.TrainSettings(
+      ...         epochs=2, depth=0, num_train=256, num_test=64, out=pathlib.Path(folder)
+      ...     )
+      ...     record = experiments.run_train(settings, lambda stage, done, total: None)
+      ...     print((settings.out / "checkpoint.npz").exists())
+      True
+      >>> print(len(record["training"]["losses"]), record["num_parameters"])
+      2 650
 
     Args:
-      settings: the options.
-      progress: called after each block of batches.
+      settings: a `TrainSettings`, whose fields are the options of the command.
+      progress: called as progress(stage, done, total) after each block of batches.
 
     Returns:
-      What `training.json` holds: settings, versions, data, training and generalization.
+      The content of `training.json`: a dict with "settings", "versions", "data", "training" (losses
+      and time), "generalization" (loss and accuracy on training and test examples) and others.
 
     Raises:
       UsageError: an option cannot be followed.
@@ -59,25 +76,44 @@ def run_train(settings: TrainSettings, progress: Progress) -> Record:
       TrainingError: the loss is not finite.
     """
     validate_run(settings, TrainSettings, progress)
+    start = time.monotonic()
     with claimed(settings, TRAINING_FILES) as folder, precision(settings):
         _, record = trained(settings, progress, folder)
+        record["finished"] = _record.finished(start)
         _record.write(folder / TRAINING_FILES[0], record)
+        write_page(folder, TRAINING_FILES[0], record)
     return record
 
 
 def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
-    """Trains or reads a checkpoint, then analyses the curvature.
+    """Trains a network or reads a checkpoint, and analyses its curvature.
 
-    `spectrum.json` is written after each stage, so that an interruption loses one stage at most;
-    `spectrum.png` at the end.
+    This is `python -m regjax spectrum`. It writes `spectrum.json` into the folder `settings.out`
+    after each stage, so that an interruption loses one stage at most, and `spectrum.png` and
+    `report.html` at the end.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     settings = experiments.SpectrumSettings(
+      ...         epochs=2, depth=0, num_train=256, num_test=64, num_eigenvalues=1, tol=0.1,
+      ...         num_steps=4, out=pathlib.Path(folder),
+      ...     )
+      ...     record = experiments.run_spectrum(settings, lambda stage, done, total: None)
+      ...     print((settings.out / "spectrum.png").exists())
+      True
+      >>> print(record["blocks"]["network"]["eigenvalues"]["converged"])
+      [True]
 
     Args:
-      settings: the options.
-      progress: called after each block of batches and each product.
+      settings: a `SpectrumSettings`, whose fields are the options of the command.
+      progress: called as progress(stage, done, total) after each block of batches and each matrix
+        product.
 
     Returns:
-      What `spectrum.json` holds: as `run_train`, and `blocks`, {"network": ..., layer: ...}, each
-      with its eigenvalues and its density; with `report` also `geometry`.
+      The content of `spectrum.json`: a dict with the entries that `run_train` returns, and
+      "blocks", {"network": ..., layer: ...}, each with its eigenvalues and its density. With the
+      option `geometry` there is "geometry" too.
 
     Raises:
       UsageError: an option cannot be followed.
@@ -92,6 +128,7 @@ def run_spectrum(settings: SpectrumSettings, progress: Progress) -> Record:
 
 
 def _spectrum(settings: SpectrumSettings, progress: Progress, folder: Path) -> Record:
+    start = time.monotonic()
     path, figure = (folder / name for name in spectrum_files(settings))
     subject, record = trained(settings, progress, folder)
     num_examples = settings.curvature_examples or record["data"]["num_train"]
@@ -108,10 +145,13 @@ def _spectrum(settings: SpectrumSettings, progress: Progress, folder: Path) -> R
             save=save,
             progress=functools.partial(_of_block, progress, name),
         )
-    if settings.report:
+    if settings.geometry:
         record["geometry"] = measure_geometry(subject, settings)
         save()
     _figure.draw_spectrum(figure, record)
+    record["finished"] = _record.finished(start)
+    save()
+    write_page(folder, path.name, record)
     return record
 
 
@@ -163,6 +203,7 @@ def trained(
     seen = evaluate(result.model, dataset.train_inputs, dataset.train_targets, scaling)
     unseen = evaluate(result.model, dataset.test_inputs, dataset.test_targets, scaling)
     record = {
+        "command": command_line(settings),
         "settings": all_options(settings),
         "versions": _record.versions(),
         "device": jax.devices()[0].device_kind,

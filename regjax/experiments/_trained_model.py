@@ -20,27 +20,39 @@ from regjax.experiments._validation import validate
 
 
 def load_model(path: str | os.PathLike[str]) -> Model:
-    """Reads the trained network of a checkpoint of the command line.
+    """Reads the trained network of a run of the command line from its checkpoint.
 
-    For example
+    For example, with an `output_loss_fn` (outputs, targets) -> mean loss,
 
         dataset = experiments.load("digits")
         inputs, _ = experiments.scaled_inputs(dataset)
         model = experiments.load_model("runs/mine")
-        loss_fn = regjax.model_loss(model, cross_entropy)
+        loss_fn = regjax.model_loss(model, output_loss_fn)
         curvature.hessian(loss_fn, model.params, inputs, dataset.train_targets)
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> dataset = experiments.load("digits", num_train=256, num_test=64)
+      >>> settings = experiments.TrainSettings(epochs=2, depth=0)  # a linear classifier
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "checkpoint.npz"
+      ...     result = experiments.train(settings, dataset, path=path)
+      ...     model = experiments.load_model(folder)
+      >>> inputs, test_inputs = experiments.scaled_inputs(dataset)
+      >>> print(regjax.model_function(model)(model.params, test_inputs).shape)
+      (64, 10)
 
     Args:
       path: the checkpoint, or the folder that holds `checkpoint.npz`.
 
     Returns:
-      A `Model` with the trained parameters and statistics, for inputs as `scaled_inputs` makes
-      them. What a transformation keeps on the parameters, such as noise, is taken off.
+      A `Model` with the trained parameters and statistics, for inputs from `scaled_inputs`. Noise
+      that a transformation keeps on the parameters is removed.
 
     Raises:
-      CheckpointError: the checkpoint is missing, damaged, or not one of a training run; or of
-        float64, and JAX is not set to it.
-      UsageError: it holds options that this version does not have.
+      CheckpointError: the checkpoint is missing, damaged, or not that of a training run; or it is
+        in float64, and JAX is not set to it.
+      UsageError: it contains options that this version does not have.
     """
     file = checkpoint_path(Path(path))
     stored, _, _ = read_run(file)
@@ -58,20 +70,26 @@ def load_model(path: str | os.PathLike[str]) -> Model:
 def scaled_inputs(
     dataset: Dataset, *, dtype: DTypeLike = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
-    """Scales the images of a data set as training does: mean 0 and deviation 1 of each channel.
+    """Scales the images of a data set as training does, to mean 0 and deviation 1 of each channel.
 
-    Mean and deviation are those of the training images.
+    Mean and standard deviation are those of the training images.
+
+    Example:
+      >>> dataset = experiments.load("digits", num_train=256, num_test=64)
+      >>> inputs, test_inputs = experiments.scaled_inputs(dataset)
+      >>> print(inputs.shape, f"{abs(inputs.mean()):.3f} {inputs.std():.3f}")
+      (256, 8, 8, 1) 0.000 1.000
 
     Args:
-      dataset: as from `load`.
-      dtype: of the results, float32 or float64.
+      dataset: a `Dataset`, such as from `load`.
+      dtype: type of the results, float32 or float64.
 
     Returns:
       The training and the test inputs, (examples, height, width, channels).
 
     Raises:
-      TypeError: `dataset` is none, or `dtype` is no type.
-      ValueError: `dtype` is another, or float64 and JAX is not set to it.
+      TypeError: `dataset` is not a `Dataset`, or `dtype` is not a type.
+      ValueError: `dtype` is another type, or it is float64 and JAX is not set to it.
     """
     name = np.dtype(dtype).name
     check_precision(name)

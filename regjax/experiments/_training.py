@@ -13,6 +13,7 @@ import numpy as np
 from regjax import _files
 from regjax._adapters import Model
 from regjax._base import Tree
+from regjax._printing import legible
 from regjax.experiments._checkpoint import read_marks as read_marks
 from regjax.experiments._checkpoint import read_run as read_run
 from regjax.experiments._data import Dataset
@@ -57,13 +58,14 @@ class TrainingState(NamedTuple):
     key: jax.Array
 
 
+@legible
 class TrainingResult(NamedTuple):
     """A trained network.
 
     Attributes:
-      model: with the trained parameters and statistics.
-      losses: mean training loss of each epoch, before each of its steps.
-      seconds: wall time of the epochs run now, compilation included.
+      model: `Model` with the trained parameters and statistics.
+      losses: training loss of each epoch, the mean over its steps of the loss before the step.
+      seconds: wall time of the epochs that ran now, including compilation.
     """
 
     model: Model
@@ -80,18 +82,29 @@ def train(
     look: Look | None = None,
     watch: Watch | None = None,
 ) -> TrainingResult:
-    """Trains the network that the options describe.
+    """Trains the network that the settings describe, and writes checkpoints.
 
-    However this function ends, by an error or Ctrl-C too, the last good epoch is in the checkpoint.
+    However this function ends, also by an error or Ctrl-C, the last good epoch is in the
+    checkpoint.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> dataset = experiments.load("digits", num_train=256, num_test=64)
+      >>> settings = experiments.TrainSettings(epochs=2, depth=0)  # a linear classifier
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "checkpoint.npz"
+      ...     result = experiments.train(settings, dataset, path=path)
+      >>> print(result.losses[1] < result.losses[0])
+      True
 
     Args:
-      settings: the options; with `resume` the run goes on from `path`, to the same bits as one
-        that was not interrupted. Without it the file is replaced.
+      settings: a `TrainSettings`. With `resume` the run continues from `path`, and ends with the
+        same bits as without interruption. Otherwise the file is replaced.
       dataset: the examples. The last, smaller batch of an epoch is left out.
-      path: the checkpoint, written after epochs.
+      path: file of the checkpoint, which is written after epochs.
       callback: called as callback(steps, total) after each block of batches.
       look: called as look(epochs, model) before the first epoch and after each one, with the
-        parameters as the optimiser has them; a resumed run begins with the epoch that it is at.
+        parameters as the optimiser has them. A resumed run starts with its present epoch.
       watch: called as watch(steps, model, optimizer_state) at the same times.
 
     Returns:
@@ -99,13 +112,13 @@ def train(
 
     Raises:
       TrainingError: the loss or a parameter is no longer finite.
-      UsageError: an option is out of its range or does not fit the data, or the checkpoint is
-        another run's.
-      ValueError: the options ask for float64, and JAX is not set to it; or the data set's arrays
-        do not fit each other.
-      TypeError: an argument is of another type.
-      CheckpointError: the checkpoint is missing, damaged or of another model, it cannot be
-        written, or another run is writing it.
+      UsageError: an option is out of its range or does not fit the data, or the checkpoint belongs
+        to another run.
+      ValueError: the settings ask for float64, and JAX is not set to it; or the arrays of the data
+        set do not fit each other.
+      TypeError: an argument has the wrong type.
+      CheckpointError: the checkpoint is missing, damaged or of another model; it cannot be written;
+        or another run is writing it.
     """
     validate(settings)
     check_dataset(dataset)

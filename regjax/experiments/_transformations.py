@@ -40,13 +40,13 @@ class Sam(Transformation):
     """Radius, Euclidean, in units of the parameters."""
 
     adaptive: bool = False
-    """Radius relative to each weight (ASAM)."""
+    """Measure the radius relative to each weight (ASAM)."""
 
     eta: float = 0.01
-    """Added to the weights' magnitudes if adaptive."""
+    """Added to the magnitudes of the weights, if adaptive."""
 
     num_shards: int = 1
-    """Parts of the batch with ascents of their own (m-sharpness)."""
+    """Number of parts of the batch, each with an ascent of its own (m-sharpness)."""
 
     def make(self, descent: Descent) -> optax.GradientTransformation:
         """Makes `transforms.sam`."""
@@ -80,10 +80,10 @@ class Gsam(Transformation):
     """Weight of the gap."""
 
     adaptive: bool = False
-    """Radius relative to each weight."""
+    """Measure the radius relative to each weight."""
 
     eta: float = 0.01
-    """Added to the weights' magnitudes if adaptive."""
+    """Added to the magnitudes of the weights, if adaptive."""
 
     def make(self, descent: Descent) -> optax.GradientTransformation:
         """Makes `transforms.gsam`."""
@@ -102,10 +102,10 @@ class PerturbedGradient(Transformation):
     """Standard deviation, in units of the parameters."""
 
     layerwise: bool = True
-    """One array a step, or all with noise divided by the root of their number."""
+    """Perturb one array per step, instead of all with noise over the root of their number."""
 
     cyclic: bool = True
-    """Arrays in turn, or drawn uniformly."""
+    """Take the arrays in turn, instead of drawing them."""
 
     def make(self, descent: Descent) -> optax.GradientTransformation:
         """Makes `transforms.perturbed_gradient`."""
@@ -140,7 +140,7 @@ class AnticorrelatedNoise(Transformation):
 class EntropySgd(Transformation):
     """Gradient of the local entropy, by a Langevin walk over the batches that follow.
 
-    Of sgd behind it, --learning-rate is 1 and --momentum 0 unless they are given.
+    With it --learning-rate is 1 and --momentum 0 by default.
     """
 
     gamma: float = 1e-4
@@ -150,7 +150,7 @@ class EntropySgd(Transformation):
     """Relative growth of gamma with each update (scoping)."""
 
     num_inner_steps: int = 5
-    """Steps of the walk."""
+    """Number of steps of the walk."""
 
     learning_rate: float = 0.1
     """Learning rate of the walk."""
@@ -190,10 +190,10 @@ class RescaleWeights(Transformation):
     """Norm after the step."""
 
     per_filter: bool = True
-    """One norm for each output channel, or for each array."""
+    """Rescale each output channel, instead of each array."""
 
     every: int = 1
-    """Rescale after each so many steps."""
+    """Steps between two rescalings."""
 
     def make(self, descent: Descent) -> optax.GradientTransformation:
         """Makes `transforms.rescale_weights` of the kernels before a normalization."""
@@ -230,16 +230,16 @@ class CoherentRegularization(Transformation):
     """Half the squared norm, or the sum of magnitudes."""
 
     gate: Literal["cosine", "ratio", "delayed", "always"] = "cosine"
-    """When the penalty is on."""
+    """Rule that decides when the penalty is on."""
 
     threshold: float = 0.5
-    """Of the cosine (below 1) or the ratio of norms."""
+    """Threshold of the cosine (below 1) or of the ratio of norms."""
 
     hold: int | None = None
-    """Open steps in a row after which the gate stays open. Default: never."""
+    """The gate stays open after this many open steps in a row. Default: it closes again."""
 
     delay: int = 100
-    """Of the delayed gate, in steps."""
+    """Steps before the delayed gate opens."""
 
     def make(self, descent: Descent) -> optax.GradientTransformation:
         """Makes `transforms.coherent_regularization` of the kernels."""
@@ -300,13 +300,13 @@ class SpectralController(Transformation):
     """Steps between curvature estimates; the first is before the first step."""
 
     num_steps: int = 20
-    """Lanczos steps, a Hessian product each."""
+    """Lanczos steps per estimate, each one Hessian product."""
 
     rule: Literal["nesterov", "polyak"] = "nesterov"
     """Rule that turns curvature into learning rate and momentum (heavy ball with polyak)."""
 
     smallest_ratio: float = 1e-3
-    """Least ratio of the smallest curvature to the largest that a rule is given."""
+    """Smallest ratio of least to largest curvature that the rule is given."""
 
     max_momentum: float = 0.99
     """Bound of the momentum, below 1."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import re
 import typing
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ from regjax.experiments._settings import (
     value_of,
 )
 from regjax.experiments._transformations import TRANSFORMATIONS
+
+# What a run draws figures and writes pages with, at its end.
+_PACKAGES = ("matplotlib", "jinja2")
 
 
 def validate(settings: TrainSettings) -> None:
@@ -67,12 +71,15 @@ def validate_run(settings: TrainSettings, kind: type[TrainSettings], progress: o
 
     Raises:
       TypeError: an argument is of another type.
-      UsageError: as `validate`.
+      UsageError: as `validate`, or a package is not installed that figures and pages need.
     """
     if not isinstance(settings, kind):
         raise TypeError(f"`settings` must be {kind.__name__}, got {type(settings).__name__}.")
     if not callable(progress):
         raise TypeError(f"`progress` must be callable, got {progress!r}.")
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"A run needs {name}: pip install 'regjax[run]'.")
     validate(settings)
 
 

@@ -3,10 +3,12 @@
 import contextlib
 import io
 import re
+import shlex
 import typing
 from collections.abc import Sequence
 from typing import Any
 
+from regjax.experiments._folder import all_options, command
 from regjax.experiments._help import PROGRAM
 from regjax.experiments._options import UsageError, choices, did_you_mean, kind, option
 from regjax.experiments._settings import (
@@ -14,6 +16,8 @@ from regjax.experiments._settings import (
     SpectrumSettings,
     TrainSettings,
     option_types,
+    replace,
+    value_of,
 )
 
 COMMANDS: dict[str, type[TrainSettings]] = {
@@ -21,6 +25,10 @@ COMMANDS: dict[str, type[TrainSettings]] = {
     "landscape": LandscapeSettings,
     "train": TrainSettings,
 }
+
+
+# How a run was begun, not what it is.
+_HOW = ("resume", "overwrite", "cache_dir")
 
 
 def parse(
@@ -56,6 +64,26 @@ def parse(
         hint = did_you_mean(others[0], flags) if others[0].startswith("-") else ""
         raise UsageError(f"{others[0]!r} must be an option or the value of one{hint}.")
     return settings
+
+
+def command_line(settings: TrainSettings) -> str:
+    """Returns the command that runs these settings from the beginning: what `parse` reads back."""
+    words = []
+    for name in option_types(type(settings)):
+        default = value_of(type(settings)(), name)
+        usual = replace(settings, {name: default})
+        if name in _HOW or all_options(usual) == all_options(settings):
+            continue
+        value = value_of(settings, name)
+        if isinstance(value, bool):
+            outer, dot, inner = name.rpartition(".")
+            words.append(option(name if value else f"{outer}{dot}no_{inner}"))
+        elif isinstance(value, tuple):
+            words += [option(name), *value]
+        else:
+            text = str(value)
+            words += [f"{option(name)}={text}"] if text.startswith("-") else [option(name), text]
+    return f"{PROGRAM} {command(settings)} {shlex.join(words)}".strip()
 
 
 def check_command(command: str) -> None:

@@ -31,36 +31,48 @@ def data_dependent(
     mask: Mask = None,
     key: PRNGKey | None = None,
 ) -> Params:
-    """Makes initial parameters with which each layer's outputs have mean 0 and deviation `std`.
+    """Makes initial parameters that give the outputs of each layer mean 0 and deviation `std`.
 
         t = v x / |v|,   g = std / sqrt(var[t] + epsilon),   b = -mean[t] g
 
-    unit by unit, over the batch and positions, layer by layer as they run: each layer sees what the
-    ones before it have become. A weight-normalized layer gets g; a plain one its kernel times the
-    same factor, t = w x. A layer without bias, as before a batch norm of the mean, gets g alone. A
-    unit whose outputs do not vary on the batch keeps its kernel. The model runs in train mode,
-    dropout off; the first run of a shared layer counts. Outputs may have any size.
+    Here x is the input of a layer, v a unit's weights, g its length in weight normalization, and b
+    its bias. Mean and variance go over the batch and the positions. The layers are set in the order
+    in which they run, so that each sees the outputs of those already set. A plain layer has
+    t = w x, and its kernel w is multiplied by g. A layer without bias gets g alone. A unit whose
+    outputs do not vary on the batch keeps its kernel. The model runs in train mode without dropout,
+    and the first run of a shared layer counts.
+
+    Example:
+      >>> module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> model = regjax.from_nnx(module)
+      >>> inputs = jax.random.normal(jax.random.key(0), (100, 3)) + 5.0
+      >>> params = initializers.data_dependent(model, model.params, model.state, inputs, std=0.5)
+      >>> outputs = regjax.model_function(model)(params, inputs)
+      >>> print(abs(outputs.mean(0)), outputs.std(0))
+      [0. 0.] [0.5 0.5]
 
     Args:
-      model: from `from_nnx` or `from_linen`, of Dense, Linear, Conv and ConvTranspose layers, plain
-        or weight-normalized, in any arrangement.
+      model: a `Model` from `from_nnx` or `from_linen` with Dense, Linear, Conv and ConvTranspose
+        layers, plain or weight-normalized, in any arrangement.
       params: tree of its parameters.
-      state: its state. Running statistics are not changed: `updated_statistics` refreshes them.
-      inputs: of one batch, leading axis the examples; some hundred, the official code has 500.
-      std: standard deviation, in units of the outputs, or a function of the layer's path in the
-        parameters, such as ("block_0", "second", "layer"); PixelCNN++'s code has 0.1 on residual
-        branches.
-      epsilon: added to the variance. 1e-10 is the official code's for dense layers.
-      mask: tree of bools like `params`, whose kernels (leaves of two axes or more) are to be
-        initialised; None is all of them.
-      key: typed key of a linen model's noise in train mode, other than dropout; nnx has its own.
+      state: its state. Running statistics are not changed; `regjax.updated_statistics` updates
+        them.
+      inputs: inputs of one batch, with a leading axis of some hundred examples. The official code
+        takes 500.
+      std: standard deviation in units of the outputs, or a function of the layer's path in the
+        parameters, such as ("block_0", "second", "layer"). The code of PixelCNN++ has 0.1 on
+        residual branches.
+      epsilon: added to the variance. The default is that of the official code for dense layers.
+      mask: which kernels (leaves of two axes or more) are initialised; None: all.
+      key: typed key of a linen model's noise in train mode, other than dropout. An nnx model has
+        its own keys.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      TypeError: `model` has no layers that could be found (`from_callable`), or an argument is of
-        another type.
+      TypeError: no layers are known of `model` (as one from `from_callable`), or an argument has
+        the wrong type.
       ValueError: layers are stacked in one array, a kernel belongs to no layer that ran, a unit has
         a single value on the batch, the outputs of a layer are not finite, or an option is out of
         its range.

@@ -16,19 +16,21 @@ from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Batch, LossFn, Params, Tree
 from regjax._losses import Whole, whole
+from regjax._printing import legible
 from regjax.initializers._scales import Scales
 
 _B1, _EPSILON = 0.9, 1e-8  # of Adam, as in the official code
 _MIN_SCALE = 0.01
 
 
+@legible
 class GradInitResult(NamedTuple):
     """The scaled parameters and how they were found.
 
     Attributes:
       params: tree of parameters, each array times its scale.
       scales: tree of scalars (), float32 at least.
-      gradient_norms: (iterations,), of the first two half batches, before each iteration.
+      gradient_norms: (iterations,), on the first two half batches, before each iteration.
       objectives: (iterations,), loss after the simulated step; NaN where `constrained`.
       constrained: (iterations,), bool, whether the norm was above its bound and was lowered.
     """
@@ -56,50 +58,58 @@ def gradinit(
     second_order: bool = False,
     layout: Layouts = None,
 ) -> GradInitResult:
-    """Learns a scale for each parameter array from a few hundred batches.
+    """Learns a scale for each parameter array, so that the first step of training lowers the loss.
 
-    Each of the layers that are stacked in an array has a scale of its own.
+    Each iteration takes three half batches: S is half 0 and 1, S~ is half 0 and 2.
 
-    In each iteration, with the batches S = half 0 and half 1, S~ = half 0 and half 2:
-
-        g = grad L(S; p),  n = |g|
+        p = scales times the initial params,   g = grad L(S; p),   n = |g|
         n > bound:   d = derivative of n in the scales
         otherwise:   d = derivative of L(S~; p - s step(g)) / s, the step held
         scales move by Adam on clip(d), from `min_scale` to `max_scale`
-        p = scales times the initial params
 
-    with s the `first_step_learning_rate`. The step is g / |g|_2 of SGD (0 for 0), or the signs of
-    g, the first one of Adam. |g| is of order 2 with SGD and of order 1 with Adam, not divided by
-    the number of parameters. The authors have a code for each of the two, and they differ:
+    Here s is the `first_step_learning_rate`, and step(g) the first step of the optimiser: g / |g|
+    for SGD, the signs of g for Adam. |g| is the 2-norm with SGD and the 1-norm with Adam, not
+    divided by the number of parameters. The variants follow the authors' two codes:
 
         "sgd", convolutions:   s 0.1,  clip 1,   beta2 0.999, one second moment for both cases
         "adam", transformers:  s 1e-3, clip 1e8, beta2 0.98, a second moment for each case; scales
                                of normalizations are at most 100
 
-    The first moment is kept for each case apart in both. Arrays that are zero keep their scale of
-    1 for good, and a scale that has come to 0 stays there. An iteration whose derivative is NaN
-    changes nothing. Costs three gradients an iteration: both cases are one derivative of the
-    gradient, taken at another place. Make the optimiser's state afterwards.
+    Both keep a first moment for each of the two cases. Each layer of a stack has a scale of its
+    own. Arrays of zeros keep the scale 1, and a scale that has reached 0 stays there. An iteration
+    whose derivative is NaN changes nothing. An iteration costs three gradients. Make the
+    optimiser's state afterwards.
+
+    Example:
+      >>> loss_fn = lambda w, x: jnp.mean((w["a"] * w["b"] * x - 1.0) ** 2)
+      >>> params = {"a": jnp.array(9.0), "b": jnp.array(1.0)}
+      >>> batches = (jnp.ones((60, 3, 1)),)  # 60 iterations, three half batches of one example
+      >>> result = initializers.gradinit(
+      ...     loss_fn, params, batches, gradient_norm_bound=1.0, learning_rate=0.05
+      ... )
+      >>> print(f"{result.gradient_norms[0]:.0f} {result.gradient_norms[-1]:.0f}")
+      145 1
+      >>> print(f"{result.scales['a']:.1f} {result.scales['b']:.1f}")
+      0.4 0.4
 
     Args:
       loss_fn: (params, *batch) -> mean loss in train mode, such as
-        `model_loss(model, output_loss_fn, mode="train")`; running statistics are not written.
+        `regjax.model_loss(model, output_loss_fn, mode="train")`.
       params: tree of parameters.
       batches: tuple of arrays, the arguments of `loss_fn`, with the axes (iterations, 3, half
-        batch, ...): three independent half batches an iteration.
-      gradient_norm_bound: of |g|, in units of the loss per parameter. Used: 1 with SGD; a
-        norm of order 1 grows with the number of parameters, so that there is no default.
-      learning_rate: of the scales. Used: 1e-3 (ResNet-110 with batch norm) to 1e-1 (VGG-19 with),
-        2.5e-3 (a translation transformer, Adam).
-      first_step: "sgd" or "adam", whose first step is simulated; decides the variant.
+        batch, ...): three independent half batches per iteration. A few hundred iterations do.
+      gradient_norm_bound: bound of |g|, in units of the loss per parameter. The authors take 1 with
+        SGD. There is no default, because a 1-norm grows with the number of parameters.
+      learning_rate: learning rate of the scales. The authors take 1e-3 (ResNet-110 with batch norm)
+        to 1e-1 (VGG-19 with batch norm), and 2.5e-3 (a translation transformer, Adam).
+      first_step: "sgd" or "adam", whose first step is simulated.
       first_step_learning_rate: s, in units of the parameters over the step. None: as above.
       min_scale: lower bound, a number or a tree of numbers. None: 0 for leaves named "bias", 0.01
-        for all others, as in the official code.
-      max_scale: upper bound, likewise. None: 100 for leaves named "scale" with Adam's step, and
-        otherwise no bound.
+        for all others.
+      max_scale: upper bound, a number or a tree of numbers. None: 100 for leaves named "scale" with
+        Adam's step, otherwise no bound.
       clip: bound of each derivative. None: as above.
-      second_order: whether to differentiate through the simulated step too; the official code does
-        not.
+      second_order: whether to differentiate through the simulated step; the official code does not.
       layout: which axes of the arrays stack layers (`regjax.Layout`); None: a guess.
 
     Returns:
@@ -111,8 +121,7 @@ def gradinit(
       TypeError: a parameter is not real floating point.
 
     References:
-      C. Zhu et al. (2021), arXiv:2102.08098; the forms are those of the official code, the paper's
-      body was not read.
+      C. Zhu et al. (2021), arXiv:2102.08098, in the forms of the official code.
     """
     variant = _VARIANTS[_checks.choice("first_step", first_step, tuple(_VARIANTS))]
     step_rate = variant.step_rate if first_step_learning_rate is None else first_step_learning_rate

@@ -1,4 +1,4 @@
-"""Small standard networks for images and text, and one with known dynamics, as flax nnx modules."""
+"""Small standard networks for images and text, and diagonal linear networks, as nnx modules."""
 
 from regjax.models import linen as linen
 from regjax.models._convnet import ConvNet as ConvNet
@@ -11,3 +11,5 @@ from regjax.models._diagonal_linear import early_stopping_window as early_stoppi
 from regjax.models._mlp import MLP as MLP
 from regjax.models._resnet import ResNet as ResNet
 from regjax.models._transformer import GPT as GPT
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

@@ -4,23 +4,31 @@ import jax
 from flax import nnx
 
 from regjax import _checks
+from regjax._nnx_module import Module
 from regjax.models._normalized import Normalized, image_shape, needs_bias
 
 
-class ConvNet(nnx.Module):
-    """`depth` 3x3 convolutions of stride 2, each with normalization and ReLU; a linear head.
+class ConvNet(Module):
+    """Builds `depth` 3x3 convolutions of stride 2, with normalization and ReLU, and a linear head.
 
-    The head sees all remaining positions. The convolutions have biases only without normalization,
-    whose bias does the same. Sub-trees of the parameters: "layer_0", ..., "head".
+    The head sees all remaining positions. With a normalization the convolutions have no biases,
+    because its bias does the same. The sub-trees of the parameters are "layer_0", ..., "head".
+
+    Example:
+      >>> module = models.ConvNet((8, 8, 1), 10, width=4, normalization="batch", rngs=nnx.Rngs(0))
+      >>> model = regjax.from_nnx(module)  # for everything else in regjax
+      >>> print(list(model.params), sum(leaf.size for leaf in jax.tree.leaves(model.params)))
+      ['head', 'layer_0', 'layer_1'] 366
 
     Args:
       input_shape: (height, width, channels) of one example.
       num_classes: number of outputs.
       width: channels of each convolution.
       depth: number of convolutions.
-      normalization: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and
-        others.
-      rngs: stream "params" (or the default one) of the initial parameters, float32.
+      normalization: "none"; flax's "layer" or "group"; "batch", "ghost", "noisy", "mean_only",
+        "lp1", "lp2", "lpinf" or "group_plus" of `regjax.normalization`; or on the kernels "weight",
+        "weight_standardized" or "weight_mean_only".
+      rngs: generators whose stream "params", or else the default one, draws the initial parameters.
 
     Raises:
       ValueError: a size is too small, or `normalization` is unknown.

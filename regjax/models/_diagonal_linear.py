@@ -16,25 +16,35 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from regjax import _checks
+from regjax._nnx_module import Module
+from regjax._printing import legible
 
 
+@legible
 class EarlyStoppingResult(NamedTuple):
-    """Between which steps of descent to stop, to leading order.
+    """The steps of descent between which to stop, to leading order.
 
     Attributes:
-      first: (), when the smallest signal has reached half its size.
-      last: (), when a coordinate that fits noise has grown from alpha to its square root.
+      first: (), the step at which the smallest signal has reached half its size.
+      last: (), the step at which a coordinate that fits noise has grown from alpha to sqrt(alpha).
     """
 
     first: jax.Array
     last: jax.Array
 
 
-class DiagonalLinear(nnx.Module):
-    """Linear regression with the weights u^N - v^N, or u^N alone.
+class DiagonalLinear(Module):
+    """Builds a diagonal linear network: linear regression with the weights u^N - v^N, or u^N alone.
 
-    Parameters `u` and, if `signed`, `v`, both alpha = `init_scale` everywhere: then w begins at 0,
-    without v at alpha^N. Networks of different depths are comparable at equal alpha^N.
+    The parameters are `u` and, if `signed`, `v`. All their entries start at alpha = `init_scale`,
+    so that the weights start at 0, or at alpha^N without v. Compare networks of different depths at
+    equal alpha^N.
+
+    Example:
+      >>> module = models.DiagonalLinear(3, depth=2, init_scale=0.1)
+      >>> module.u[...] = jnp.array([2.0, 0.1, 0.1])
+      >>> print(module(jnp.eye(3)))  # 2^2 - 0.1^2, and 0
+      [3.99 0.   0.  ]
 
     Args:
       num_inputs: p, number of features.
@@ -78,6 +88,11 @@ def diagonal_weights(u: jax.Array, v: jax.Array | None, *, depth: int) -> jax.Ar
 
         w = u^N - v^N
 
+    Example:
+      >>> u, v = jnp.array([2.0, 1.0]), jnp.array([1.0, 3.0])
+      >>> print(models.diagonal_weights(u, v, depth=2))
+      [ 3. -8.]
+
     Args:
       u: (p,).
       v: (p,), or None for u^N alone.
@@ -94,11 +109,16 @@ def diagonal_weights(u: jax.Array, v: jax.Array | None, *, depth: int) -> jax.Ar
 
 
 def conserved_quantity(u: jax.Array, v: jax.Array, *, depth: int) -> jax.Array:
-    """Computes what gradient flow keeps at each coordinate, whatever the data.
+    """Computes the quantity that gradient flow conserves at each coordinate, for any data.
 
-        u v for N = 2,   u^(2 - N) + v^(2 - N) beyond
+        u v for N = 2,   u^(2 - N) + v^(2 - N) for N > 2
 
-    From u = v = alpha that is alpha^2, or 2 alpha^(2 - N). Momentum does not keep it.
+    From u = v = alpha it is alpha^2, or 2 alpha^(2 - N). Momentum does not conserve it.
+
+    Example:
+      >>> u, v = jnp.array([2.0, 0.5]), jnp.array([0.5, 2.0])
+      >>> print(models.conserved_quantity(u, v, depth=2))
+      [1. 1.]
 
     Args:
       u: (p,), positive.
@@ -112,7 +132,7 @@ def conserved_quantity(u: jax.Array, v: jax.Array, *, depth: int) -> jax.Array:
       ValueError: `depth` is below 2.
 
     References:
-      Derived for the loss without 1/2 and tested against descent.
+      Our derivation for the loss without 1/2, tested against descent.
     """
     if _checks.integer("depth", depth, minimum=2) == 2:
         return u * v
@@ -122,18 +142,23 @@ def conserved_quantity(u: jax.Array, v: jax.Array, *, depth: int) -> jax.Array:
 def diagonal_flow(
     integrated_residual: jax.Array, *, depth: int, init_scale: float | jax.Array
 ) -> jax.Array:
-    """Computes the weights of gradient flow, from the integral S of its residual over time.
+    """Computes the weights of gradient flow from the integral S of its residual over time.
 
         -2 alpha^2 sinh(4 S)                                                             for N = 2,
         (alpha^(2 - N) + N (N - 2) S)^(-N / (N - 2)) - (alpha^(2 - N) - N (N - 2) S)^(-N / (N - 2))
 
-    beyond. The residual is r = (2 / n) X'(X w - y); after t steps of descent S is the rate times
-    the sum of r over them.
+    for N > 2. The residual is r = (2 / n) X'(X w - y). After some steps of descent, S is the
+    learning rate times the sum of r over the steps.
+
+    Example:
+      >>> residual = jnp.array([-0.5, 0.5])  # summed over time
+      >>> print(models.diagonal_flow(residual, depth=2, init_scale=0.5))  # -+ sinh(2) / 2
+      [ 1.813 -1.813]
 
     Args:
       integrated_residual: (p,), S.
       depth: N, at least 2.
-      init_scale: alpha, positive; u = v = alpha at the start.
+      init_scale: alpha, positive, with u = v = alpha at the start.
 
     Returns:
       Weights (p,); NaN at a coordinate whose S no flow reaches.
@@ -142,7 +167,7 @@ def diagonal_flow(
       ValueError: `depth` is below 2, or `init_scale` is not positive.
 
     References:
-      Derived for the loss without 1/2 and tested against descent.
+      Our derivation for the loss without 1/2, tested against descent.
     """
     _checks.integer("depth", depth, minimum=2)
     _checks.positive("init_scale", init_scale)
@@ -164,34 +189,42 @@ def early_stopping_window(
     smallest_signal: float | jax.Array,
     noise_level: float | jax.Array,
 ) -> EarlyStoppingResult:
-    """Tells when to stop descent: after the signal has come and before the noise does.
+    """Computes when to stop descent: after the signal is learned and before the noise is.
 
-    To leading order in small alpha, with orthonormal features and w* the smallest signal:
+    To leading order in small alpha, with orthonormal features and the smallest signal w*:
 
         first = log(sqrt(w* / 2) / alpha) / (4 w* eta),   last = log(1 / sqrt(alpha)) / (4 e eta)
 
-    for N = 2, e the noise level; and beyond
+    for N = 2, where e is the noise level, and for N > 2
 
         first = (alpha^(2 - N) - (w* / 2)^((2 - N) / N)) / (2 N (N - 2) w* eta)
         last  = (alpha^(2 - N) - alpha^((2 - N) / 2)) / (2 N (N - 2) e eta)
 
     Both grow as alpha^(2 - N), and so does their difference: deeper networks have longer windows.
 
+    Example:
+      >>> window = models.early_stopping_window(
+      ...     depth=2, init_scale=1e-4, learning_rate=0.1, smallest_signal=1.0, noise_level=0.1
+      ... )
+      >>> print(f"{window.first:.1f} {window.last:.1f}")
+      22.2 115.1
+
     Args:
       depth: N, at least 2.
       init_scale: alpha, positive and below 1.
       learning_rate: eta, of plain descent on the loss without 1/2.
       smallest_signal: w*, the smallest magnitude of a true weight, positive.
-      noise_level: e, largest magnitude of X' xi / n for noise xi, positive.
+      noise_level: e, the largest magnitude of X' xi / n for the noise xi, positive.
 
     Returns:
-      An `EarlyStoppingResult`, in steps. `last` below `first` says that there is none.
+      An `EarlyStoppingResult`, in steps. There is no such window if `last` is below `first`.
 
     Raises:
       ValueError: a number is out of its range.
 
     References:
-      Derived, not the theorem of arXiv:2108.05574, which was not at hand.
+      Our derivation for these networks, which are those of J. Li, T. Nguyen, C. Hegde, R. Wong
+      (2021), arXiv:2108.05574.
     """
     _checks.integer("depth", depth, minimum=2)
     for name, value in (

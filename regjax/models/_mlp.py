@@ -6,23 +6,33 @@ import jax
 from flax import nnx
 
 from regjax import _checks
+from regjax._nnx_module import Module
 from regjax.models._normalized import NORMALIZATIONS, Normalized, image_shape, needs_bias
 
 
-class MLP(nnx.Module):
-    """A perceptron with `depth` hidden layers: linear, normalization, ReLU; then a linear head.
+class MLP(Module):
+    """Builds a perceptron of `depth` hidden layers (linear, normalization, ReLU) and a head.
 
-    The hidden layers have biases only without normalization, whose bias does the same. Sub-trees
-    of the parameters: "layer_0", ..., "head".
+    With a normalization the hidden layers have no biases, because its bias does the same. The
+    sub-trees of the parameters are "layer_0", ..., "head".
+
+    Example:
+      >>> module = models.MLP((8, 8, 1), 10, width=32, depth=2, rngs=nnx.Rngs(0))
+      >>> print(module(jnp.ones((5, 8, 8, 1))).shape)
+      (5, 10)
+      >>> model = regjax.from_nnx(module)  # for everything else in regjax
+      >>> print(sum(leaf.size for leaf in jax.tree.leaves(model.params)))
+      3466
 
     Args:
       input_shape: (height, width, channels) of one example.
       num_classes: number of outputs.
       width: units of each hidden layer.
       depth: number of hidden layers; 0 is a linear classifier.
-      normalization: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and
-        others.
-      rngs: stream "params" (or the default one) of the initial parameters, float32.
+      normalization: "none"; flax's "layer" or "group"; "batch", "ghost", "noisy", "mean_only",
+        "lp1", "lp2", "lpinf" or "group_plus" of `regjax.normalization`; or on the kernels "weight",
+        "weight_standardized" or "weight_mean_only".
+      rngs: generators whose stream "params", or else the default one, draws the initial parameters.
 
     Raises:
       ValueError: a size is too small, or `normalization` is unknown.

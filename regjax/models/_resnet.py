@@ -5,22 +5,31 @@ import jax.numpy as jnp
 from flax import nnx
 
 from regjax import _checks
+from regjax._nnx_module import Module
 from regjax.models._normalized import Normalized, image_shape
 
 
-class ResNet(nnx.Module):
-    """A residual network of basic blocks (two 3x3 convolutions each).
+class ResNet(Module):
+    """Builds a residual network of basic blocks, with two 3x3 convolutions each.
 
-    A stem convolution, one block for each entry of `widths`, the mean over positions, a linear
-    head. No convolution has a bias. Sub-trees of the parameters: "stem", "block_0", ..., "head".
+    The network is a convolution, one block for each entry of `widths`, the mean over the positions,
+    and a linear head. No convolution has a bias. The sub-trees of the parameters are "stem",
+    "block_0", ..., "head".
+
+    Example:
+      >>> module = models.ResNet((8, 8, 1), 10, widths=(4, 4), rngs=nnx.Rngs(0))
+      >>> model = regjax.from_nnx(module)  # for everything else in regjax
+      >>> print(list(model.params), sum(leaf.size for leaf in jax.tree.leaves(model.params)))
+      ['block_0', 'block_1', 'head', 'stem'] 662
 
     Args:
       input_shape: (height, width, channels) of one example.
       num_classes: number of outputs.
       widths: channels of each block; where they change, the block has stride 2.
-      normalization: of `Normalized`: "none", "batch", "layer", "group", "group_plus", "weight" and
-        others.
-      rngs: stream "params" (or the default one) of the initial parameters, float32.
+      normalization: "none"; flax's "layer" or "group"; "batch", "ghost", "noisy", "mean_only",
+        "lp1", "lp2", "lpinf" or "group_plus" of `regjax.normalization`; or on the kernels "weight",
+        "weight_standardized" or "weight_mean_only".
+      rngs: generators whose stream "params", or else the default one, draws the initial parameters.
 
     Raises:
       ValueError: a size is too small, `widths` is empty, or `normalization` is unknown.

@@ -9,36 +9,44 @@ from jax import lax
 from jax.sharding import Sharding
 
 from regjax import _checks, _tree
+from regjax._nnx_module import Module
 
 # Of embeddings and positions: with the embedding as the head, logits begin near 0.
 _EMBEDDING_SCALE = 0.02
 
 
-class GPT(nnx.Module):
-    """A stack of causal self-attention and two-layer perceptrons on the sum of token and position.
+class GPT(Module):
+    """Builds a decoder-only transformer: causal self-attention and perceptrons on embedded tokens.
 
-        pre-norm    x + attention(norm(x)),  then x + perceptron(norm(x));  a norm behind the stack
-        post-norm   norm(x + attention(x)),  then norm(x + perceptron(x));  none behind the stack
+        pre-norm    x + attention(norm(x)),  then x + perceptron(norm(x));  a norm after the stack
+        post-norm   norm(x + attention(x)),  then norm(x + perceptron(x));  none after the stack
 
-    The perceptron is four times as wide, with GELU; norms are layer norms. The head is the token
-    embedding. Sub-trees of the parameters: "tokens", "positions", "block_0", ... or with `scan`
-    "blocks", and with pre-norm "norm".
+    The perceptrons are four times as wide, with GELU. The norms are layer norms. Embeddings of
+    positions are added to those of the tokens, and the head is the token embedding. The sub-trees
+    of the parameters are "tokens", "positions", "block_0", ... (or "blocks" with `scan`), and with
+    pre-norm "norm".
+
+    Example:
+      >>> module = models.GPT(10, context=4, width=4, depth=1, num_heads=1, rngs=nnx.Rngs(0))
+      >>> logits = nnx.jit(models.GPT.__call__)(module, jnp.array([[1, 2, 3], [1, 2, 9]]))
+      >>> print(logits.shape, jnp.array_equal(logits[0, :2], logits[1, :2]))  # it looks back alone
+      (2, 3, 10) True
 
     Args:
       num_tokens: size of the vocabulary.
       context: largest number of tokens in a sequence.
       width: features of each token, a multiple of `num_heads`.
       depth: number of blocks.
-      num_heads: of the attention.
-      post_norm: the order of the first transformers, which is the harder one to train.
-      remat: keep a block's inputs alone for the backward pass and recompute the rest: less memory,
-        about a forward pass more time.
-      scan: whether the blocks' arrays are stacked along a leading axis and the blocks are one loop:
-        a program as long as one block, however many there are.
+      num_heads: number of heads of the attention.
+      post_norm: whether the order is that of the first transformers, which is harder to train.
+      remat: whether to keep only the inputs of a block for the backward pass and recompute the
+        rest. Takes less memory and the time of about one more forward pass.
+      scan: whether the arrays of the blocks are stacked along a leading axis, and the blocks are
+        one loop. The program is then as long as one block, however many there are.
       feature_sharding: where features and logits, (batch, length, ...), lie on a mesh, such as
-        `NamedSharding(mesh, PartitionSpec("data"))`. With divided parameters the compiler needs it:
-        of what it finds best, all features on each device may be a part. None leaves it to it.
-      rngs: stream "params" (or the default one) of the initial parameters, float32.
+        `NamedSharding(mesh, PartitionSpec("data"))`. Pass it if parameters are divided: otherwise
+        the compiler may choose to keep all features on each device. None: the compiler decides.
+      rngs: generators whose stream "params", or else the default one, draws the initial parameters.
 
     Raises:
       ValueError: a size is too small, or `width` is no multiple of `num_heads`.
@@ -46,7 +54,7 @@ class GPT(nnx.Module):
 
     References:
       A. Vaswani et al. (2017), arXiv:1706.03762, post-norm. R. Xiong et al. (2020),
-      arXiv:2002.04745, on both orders. The initial scales are flax's, that of the embeddings ours.
+      arXiv:2002.04745, on both orders. The initial scales are flax's, except for the embeddings.
     """
 
     def __init__(

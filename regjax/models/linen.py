@@ -10,7 +10,14 @@ from regjax.models import _diagonal_linear
 
 
 class DiagonalLinear(linen.Module):
-    """As `regjax.models.DiagonalLinear`; the number of features is that of the inputs.
+    """Is `regjax.models.DiagonalLinear` for linen; the inputs tell the number of features.
+
+    Example:
+      >>> module = models.linen.DiagonalLinear(depth=2, init_scale=0.1)
+      >>> variables = module.init(jax.random.key(0), jnp.eye(3))
+      >>> variables["params"]["u"] = jnp.array([2.0, 0.1, 0.1])
+      >>> print(module.apply(variables, jnp.eye(3)))  # 2^2 - 0.1^2, and 0
+      [3.99 0.   0.  ]
 
     Attributes:
       depth: N, at least 2.

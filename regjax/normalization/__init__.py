@@ -1,4 +1,11 @@
-"""Normalization: layers as pure functions, with flax faces in `linen` and `nnx`, and statistics."""
+"""Normalization layers as pure functions, modules of Flax in `linen` and `nnx`, and statistics.
+
+A layer such as `BatchNorm` holds no arrays; `normalization.nnx.BatchNorm` and
+`normalization.linen.BatchNorm` do. Functions on kernels and on batch statistics:
+
+    weight_normalize  split_weights  join_weights  standardize_weight
+    exact_population_statistics  fold_batch_norm  rescale_statistics
+"""
 
 from regjax.normalization import linen as linen
 from regjax.normalization import nnx as nnx
@@ -18,3 +25,5 @@ from regjax.normalization._weight_norm import join_weights as join_weights
 from regjax.normalization._weight_norm import split_weights as split_weights
 from regjax.normalization._weight_norm import standardize_weight as standardize_weight
 from regjax.normalization._weight_norm import weight_normalize as weight_normalize
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

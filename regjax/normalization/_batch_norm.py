@@ -28,22 +28,29 @@ class BatchNorm(Layer):
 
         outputs = (x - mean) / sqrt(variance + epsilon) * scale + bias
 
-    Mean and biased variance go over all axes but the channels', and over the devices of
-    `axis_name`; in evaluation they are running averages. A batch of one value for each channel has
-    variance zero and gives the bias. A NaN in the batch, or a variance beyond the type's numbers,
-    gives NaN outputs and leaves the running averages.
+    Mean and biased variance go over all axes but that of the channels, and over the devices of
+    `axis_name`. In evaluation they are running averages. A batch with a single value per channel
+    has variance zero and gives the bias. A NaN in the batch, or a variance that overflows, gives
+    NaN outputs and does not change the running averages.
 
-    Differs from flax in that running variances are unbiased (`unbiased_running_variance=False` is
-    flax's), that the variance does not cancel where the mean is large, and that devices count by
-    how many values the mask leaves them.
+    Three things differ from flax. Running variances are unbiased
+    (`unbiased_running_variance=False` gives flax's). The variance does not cancel where the mean is
+    large. Devices count by the number of values that the mask leaves them.
+
+    Example:
+      >>> layer = normalization.BatchNorm(momentum=0.9)
+      >>> params, state = layer.init_params((1,)), layer.init_state((1,))
+      >>> outputs, state = layer.apply(params, state, jnp.array([[1.0], [3.0]]), train=True)
+      >>> print(outputs.ravel(), state["mean"], state["var"])  # 0.9 * 1 + 0.1 * 2
+      [-1.  1.] [0.2] [1.1]
 
     Attributes:
-      momentum: weight of the old running average, flax's default (torch's 0.1 is 0.9 here).
+      momentum: weight of the old running average; flax's default. torch's 0.1 is 0.9 here.
       epsilon: added to the variance, in units of the inputs squared.
-      unbiased_running_variance: whether the running variance takes m / (m - 1) times that of the
-        batch, m values for each channel.
-      use_fast_variance: whether one pass suffices; a second one costs time and does not cancel
-        where the first value is an outlier either.
+      unbiased_running_variance: whether the batch's variance over m values is multiplied by
+        m / (m - 1) in the running average.
+      use_fast_variance: whether variances take one pass. A second pass costs time, but does not
+        cancel even where the first value is an outlier.
 
     Raises:
       ValueError: an option is out of its range.
@@ -94,25 +101,32 @@ class BatchNorm(Layer):
 class GhostBatchNorm(BatchNorm):
     """Applies batch norm to each group of `ghost_size` consecutive examples by itself.
 
-    Keeps the noise of small batches in large ones. The running averages tick once for each group,
-    one after the other, as if the groups were batches:
+    This keeps the noise of small batches in large ones. The running averages are updated once for
+    each of the n groups, one after the other, as if the groups were batches:
 
         running' = momentum^n running + (1 - momentum) sum_i momentum^(n - i) statistic_i
 
-    Devices of `axis_name` share the running averages only, as if their groups were one batch's. A
-    group of which a mask leaves nothing gives the bias.
+    Devices of `axis_name` share the running averages only, as if their groups were those of one
+    batch. A group in which a mask leaves nothing gives the bias.
+
+    Example:
+      >>> layer = normalization.GhostBatchNorm(ghost_size=2)
+      >>> params, state = layer.init_params((1,)), layer.init_state((1,))
+      >>> inputs = jnp.array([[1.0], [3.0], [10.0], [50.0]])  # two groups of two examples
+      >>> outputs, state = layer.apply(params, state, inputs, train=True)
+      >>> print(outputs.ravel())
+      [-1.  1. -1.  1.]
 
     Attributes:
-      ghost_size: examples of a group; it divides the batch on each device.
-      tick_per_ghost: whether running averages tick for each group; else they do so once a batch, by
+      ghost_size: number of examples in a group. It must divide the batch on each device.
+      tick_per_ghost: True: running averages are updated for each group. False: once per batch, by
         the mean over the groups.
 
     Raises:
       ValueError: an option is out of its range, or `ghost_size` does not divide the batch.
 
     References:
-      E. Hoffer, I. Hubara, D. Soudry (2017), arXiv:1705.08741, algorithm 1, as commonly described;
-      the paper was not read.
+      E. Hoffer, I. Hubara, D. Soudry (2017), arXiv:1705.08741, algorithm 1.
     """
 
     ghost_size: int = 32
@@ -176,11 +190,21 @@ class GhostBatchNorm(BatchNorm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoisyBatchNorm(BatchNorm):
-    """Adds noise to the outputs of batch norm in training: unstable on purpose.
+    """Adds noise to the outputs of batch norm in training, which makes them unstable on purpose.
 
         s * outputs + m
+
         mu ~ U(-mean_range, mean_range),  sigma ~ U(1, scale_range)      for each channel and step
         m ~ U(mu - mean_jitter, mu + mean_jitter),  s ~ N(sigma, scale_jitter^2)      for each value
+
+    Example:
+      >>> layer = normalization.NoisyBatchNorm(mean_range=0.0, scale_range=1.0, scale_jitter=0.0)
+      >>> params, state = layer.init_params((1,)), layer.init_state((1,))
+      >>> inputs = jnp.linspace(-1.0, 1.0, 1000)[:, None]
+      >>> noisy, _ = layer.apply(params, state, inputs, train=True, key=jax.random.key(0))
+      >>> clean, _ = normalization.BatchNorm().apply(params, state, inputs, train=True)
+      >>> print(f"{jnp.abs(noisy - clean).max():.2f}")  # mean_jitter is 0.1
+      0.10
 
     Attributes:
       mean_range: bound of |mu|, 0.5 in the paper.
@@ -192,8 +216,8 @@ class NoisyBatchNorm(BatchNorm):
       ValueError: an option is out of its range, or `key` is missing in training.
 
     References:
-      S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, algorithm 1; that the
-      noise follows scale and bias is our reading of it.
+      S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, algorithm 1. We read it
+      so that the noise comes after scale and bias.
     """
 
     mean_range: float = 0.5
@@ -224,13 +248,20 @@ class NoisyBatchNorm(BatchNorm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanOnlyBatchNorm(Layer):
-    """Subtracts the mean alone: batch norm without the variance, for weight-normalized layers.
+    """Subtracts the mean over the batch alone, for weight-normalized layers.
 
         outputs = x - mean + bias
 
+    Example:
+      >>> layer = normalization.MeanOnlyBatchNorm(momentum=0.9)
+      >>> params, state = layer.init_params((1,)), layer.init_state((1,))
+      >>> outputs, state = layer.apply(params, state, jnp.array([[1.0], [3.0]]), train=True)
+      >>> print(outputs.ravel(), state["mean"])
+      [-1.  1.] [0.2]
+
     Attributes:
       momentum: weight of the old running mean, 0.9 in the official code.
-      use_scale: whether there is a scale after all.
+      use_scale: whether the outputs are multiplied by a learned scale.
 
     Raises:
       ValueError: an option is out of its range.

@@ -24,33 +24,43 @@ from regjax.normalization._statistics import Moments
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupNormPlus(Layer):
-    """Mixes group normalization G with a batch normalization B of its outcome, by a learned share.
+    """Mixes group normalization G with a batch normalization B of its result, by a learned share.
 
         outputs = (s G(x) + (1 - s) B(G(x))) * scale + bias,   s = sigmoid(mix_logit)
 
         G: (x - mean) / (std + epsilon) for each example and group, over positions and its channels
         B: (x - mean) / (std + epsilon) over `batch_axes`
 
-    The defaults are the authors' code: B keeps the positions, and evaluation takes the statistics
-    of its own batch, so that an output depends on the other examples. The usable variant is
-    `batch_axes=None, track_running=True`: statistics of each channel, running ones in evaluation.
-    Where B has a single value to go by, G(x) alone is returned. A group of which a mask leaves no
-    more than `degrees_of_freedom` values, such as an example of padding, gives the bias.
+    With the defaults, those of the authors' code, B has statistics for each position, and in
+    evaluation those of its own batch, so that an output depends on the other examples. For most
+    uses take `batch_axes=None, track_running=True`: then B has statistics for each channel, and
+    running ones in evaluation. Where B has a single value, G(x) alone is returned. A group in which
+    a mask leaves no more than `degrees_of_freedom` values, such as an example of padding, gives the
+    bias.
 
-    flax's `GroupNorm` is G alone, with its epsilon in the root; its `axis_name` is one over which
-    an example is spread, ours one over which the batch is.
+    flax's `GroupNorm` is G alone, with its epsilon in the root. Its `axis_name` is an axis over
+    which an example is spread; here it is one over which the batch is spread.
+
+    Example:
+      >>> layer = normalization.GroupNormPlus(num_groups=1, degrees_of_freedom=0)
+      >>> params, state = layer.init_params((2,)), layer.init_state((2,))
+      >>> inputs = jnp.array([[1.0, 3.0], [30.0, 10.0]])  # two examples, one group of two channels
+      >>> outputs, state = layer.apply(params, state, inputs, train=True)
+      >>> print(outputs)
+      [[-1.  1.]
+       [ 1. -1.]]
 
     Attributes:
-      num_groups: groups of channels, 32 in the code; a group of one value is refused.
-      group_size: channels of a group, with `num_groups=None`.
-      reduction_axes: axes of G, the channels among them; None is all but the examples.
-      use_fast_variance: whether one pass suffices for the variances; a second one costs time and
-        does not cancel where the first value is an outlier either.
+      num_groups: number of groups of channels. A group must have more than one value.
+      group_size: number of channels in a group, with `num_groups=None`.
+      reduction_axes: axes of G, including the channels; None: all but the examples.
+      use_fast_variance: whether variances take one pass. A second pass costs time, but does not
+        cancel even where the first value is an outlier.
       epsilon: added to the standard deviations, in units of the inputs.
-      mix_init: initial mix_logit; 1 gives the group part a weight of 0.731.
+      mix_init: initial value of mix_logit; 1 gives G the share 0.731.
       degrees_of_freedom: subtracted from the number of values in both variances.
-      batch_axes: axes of B; None is all but the channels.
-      track_running: whether B has running statistics for evaluation; needs `batch_axes=None`, or
+      batch_axes: axes of B; None: all but the channels.
+      track_running: whether B has running statistics for evaluation. Needs `batch_axes=None`, or
         all axes but the channels.
       momentum: weight of the old running statistics.
 
@@ -59,8 +69,7 @@ class GroupNormPlus(Layer):
         group holds one value.
 
     References:
-      A. Gunawan, X. Yin, K. Zhang (2022), arXiv:2207.01972. The text was not available: this is the
-      layer of the official code.
+      A. Gunawan, X. Yin, K. Zhang (2022), arXiv:2207.01972, in the form of the official code.
     """
 
     num_groups: int | None = 32
@@ -185,7 +194,7 @@ class GroupNormPlus(Layer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchNormGroupNorm(GroupNormPlus):
-    """Mixes in the other order, for the ablation.
+    """Mixes batch normalization B with a group normalization G of its result.
 
         outputs = (s G(B(x)) + (1 - s) B(x)) * scale + bias
 
@@ -206,7 +215,7 @@ class BatchNormGroupNorm(GroupNormPlus):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelGroupBatchNorm(GroupNormPlus):
-    """Mixes both of the inputs, for the ablation.
+    """Mixes group normalization G and batch normalization B of the inputs themselves.
 
         outputs = (s G(x) + (1 - s) B(x)) * scale + bias
 

@@ -27,14 +27,14 @@ class Layer:
     `regjax.normalization.nnx` and `regjax.normalization.linen` hold the arrays and call `apply`.
 
     Attributes:
-      axis: of the channels; of several, each index has its scale and bias.
+      axis: axis of the channels. With several axes, each of their indices has its scale and bias.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
-      axis_name: of the mapped axis over which the batch is spread; None under plain `jit`.
-      axis_index_groups: groups of one size of indices of that axis, which share statistics; None:
-        all do.
-      force_float32_reductions: whether statistics are float32 at least; else they have the type of
-        the inputs, or `dtype`, and the running ones `param_dtype`.
+      axis_name: name of the mapped axis over which the batch is spread; None under plain `jit`.
+      axis_index_groups: groups of equally many indices of that axis, which share statistics; None:
+        all indices do.
+      force_float32_reductions: True: statistics are in float32 at least. False: they have the type
+        of the inputs, or `dtype`, and the running ones `param_dtype`.
       dtype: of the outputs; None: that of the inputs and the parameters together.
       param_dtype: of the parameters.
       initial_params: value of each parameter (channels,) at the start.

@@ -21,13 +21,22 @@ from regjax.normalization._layer import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LpNorm(Layer):
-    """Normalizes each channel by another norm than the second.
+    """Normalizes each channel by another norm than the standard deviation.
 
         outputs = (x - mean) / (norm + epsilon) * scale + bias
-        norm = E[|x|], sqrt(E[x^2]) or max |x| of the un-centred inputs, over the batch
+        norm = E[|x|], sqrt(E[x^2]) or max |x|
+
+    Mean and norm go over the batch. The norm is that of the inputs before the mean is subtracted.
+
+    Example:
+      >>> layer = normalization.LpNorm(order=1)
+      >>> params, state = layer.init_params((1,)), layer.init_state((1,))
+      >>> outputs, state = layer.apply(params, state, jnp.array([[1.0], [3.0]]), train=True)
+      >>> print(outputs.ravel())  # the mean of the inputs is 2, and that of their magnitudes too
+      [-0.5  0.5]
 
     Attributes:
-      order: 1, 2 or math.inf.
+      order: 1, 2 or math.inf, for the three norms.
       momentum: weight of the old running averages of mean and norm.
       epsilon: added to the norm, in units of the inputs.
 
@@ -35,8 +44,8 @@ class LpNorm(Layer):
       ValueError: an option is out of its range.
 
     References:
-      S. Santurkar et al. (2018), arXiv:1805.11604, section 3.3; that the norm is taken before the
-      mean is subtracted is our reading of it.
+      S. Santurkar et al. (2018), arXiv:1805.11604, section 3.3. We read it so that the norm is
+      taken before the mean is subtracted.
     """
 
     order: float = 2

@@ -15,14 +15,23 @@ from regjax.normalization import _statistics
 def exact_population_statistics(
     batch_means: ArrayLike, batch_variances: ArrayLike, *, num_values: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Estimates population mean and variance from those of many training batches of one size.
+    """Estimates mean and variance of the population from those of many batches of equal size.
 
         mean = E[mean_B],   variance = m / (m - 1) E[variance_B]
+
+    Example:
+      >>> batch_means, batch_variances = jnp.array([[1.0], [3.0]]), jnp.array([[2.0], [4.0]])
+      >>> mean, variance = normalization.exact_population_statistics(
+      ...     batch_means, batch_variances, num_values=4
+      ... )
+      >>> print(mean, variance)
+      [2.] [4.]
 
     Args:
       batch_means: (batches, channels).
       batch_variances: (batches, channels), biased, as batch norm computes them.
-      num_values: m, the values behind each, examples times positions, at least 2.
+      num_values: m, the number of values in each batch and channel: examples times positions, at
+        least 2.
 
     Returns:
       (mean, variance), (channels,) each.
@@ -57,20 +66,28 @@ def fold_batch_norm(
     epsilon: float,
     layout: Layout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Makes the layer that does what a layer and a batch norm in evaluation mode behind it do.
+    """Combines a layer and the batch norm that follows it into one layer, for evaluation.
 
         kernel' = kernel * f,   bias' = (bias - mean) * f + norm_bias
         f = norm_scale / sqrt(variance + epsilon)
 
+    Example:
+      >>> kernel, mean, variance = jnp.array([[1.0], [2.0]]), jnp.array([1.0]), jnp.array([4.0])
+      >>> kernel, bias = normalization.fold_batch_norm(
+      ...     kernel, None, 3.0, 0.5, mean, variance, epsilon=0.0
+      ... )
+      >>> print(kernel.ravel(), bias)  # the kernel times 3 / sqrt(4), and 0.5 - 3 / sqrt(4)
+      [1.5 3. ] [-1.]
+
     Args:
       kernel: (inputs, channels), dense or convolution, or as `layout` says.
-      bias: (channels,), or None for zero; as the rest (layers, channels) for stacked layers, in the
-        order of the kernel's axes.
-      norm_scale: (channels,) or number, the scale of the batch norm.
-      norm_bias: (channels,) or number, its bias.
+      bias: (channels,), or None for zero. For stacked layers this and the arrays below are (layers,
+        channels), in the order of the kernel's axes.
+      norm_scale: (channels,) or a number, the scale of the batch norm.
+      norm_bias: (channels,) or a number, its bias.
       mean: (channels,), running mean.
       variance: (channels,), running variance.
-      epsilon: of the batch norm.
+      epsilon: that of the batch norm.
       layout: which axes of the kernel are inputs, channels and layers; None: the channels are last.
 
     Returns:
@@ -103,15 +120,22 @@ def fold_batch_norm(
 def rescale_statistics(
     mean: ArrayLike, variance: ArrayLike, *, factor: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Rescales running statistics as the kernel in front of the normalization was.
+    """Rescales running statistics after the kernel before the normalization was rescaled.
 
-    They are in units of the pre-activation: without this, a rescaled network in evaluation mode is
-    another network. A bias in front of the normalization has to be multiplied by `factor` too.
+    Running statistics are in units of the pre-activation. Without this correction a rescaled
+    network computes something else in evaluation mode. Multiply a bias before the normalization by
+    `factor` too.
+
+    Example:
+      >>> mean, variance = jnp.array([1.0]), jnp.array([2.0])
+      >>> mean, variance = normalization.rescale_statistics(mean, variance, factor=3.0)
+      >>> print(mean, variance)  # for three times the kernel
+      [3.] [18.]
 
     Args:
       mean: (channels,), running mean.
       variance: (channels,), running variance.
-      factor: number or (channels,), what each output channel of the kernel was multiplied by.
+      factor: number or (channels,) by which each output channel of the kernel was multiplied.
 
     Returns:
       (mean * factor, variance * factor^2), in the types of the arguments.

@@ -10,18 +10,20 @@ from jax.typing import DTypeLike
 
 from regjax import _checks
 from regjax._base import Tree
+from regjax._nnx_module import Module
 from regjax.normalization import _arguments, _weight_norm
 
 _Path: TypeAlias = tuple[str | int, ...]
 _KERNELS = nnx.PathContains("kernel")
 
 
-class Reparametrized(nnx.Module):
+class Reparametrized(Module):
     """A module that runs with other kernels than those that it stores, which are left alone."""
 
     def __init__(
         self,
         layer: Callable[..., Tree],
+        *,
         feature_axes: int | Sequence[int] | None,
         variable_filter: nnx.filterlib.Filter,
     ):
@@ -68,31 +70,41 @@ class Reparametrized(nnx.Module):
 
 
 class WeightNorm(Reparametrized):
-    """A layer with the kernel g v / |v|; v is the layer's own kernel, g the parameter `scale`.
+    """Runs a layer with a weight-normalized kernel.
 
         kernel = scale * v / sqrt(|v|^2 + epsilon)
 
-    g starts at |v|, so that wrapping changes no function, until
-    `initializers.data_dependent` sets it. Unlike `flax.nnx.WeightNorm`, it trains g and never
-    writes v. The paper draws v from N(0, 0.05^2).
+    Here v is the layer's own kernel, and `scale` is a new parameter, g in the paper. It starts at
+    |v|, so that wrapping a layer does not change what it computes. `initializers.data_dependent`
+    finds a better start. Unlike `flax.nnx.WeightNorm`, this class trains g and never writes v. The
+    paper draws v from N(0, 0.05^2).
+
+    Example:
+      >>> layer = normalization.nnx.WeightNorm(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
+      >>> layer.scale[...] = jnp.array([10.0])  # the length of the kernel
+      >>> inputs = jnp.eye(2)
+      >>> print(f"{jnp.linalg.norm(layer(inputs)):.3f}")
+      10.000
 
     Args:
-      layer: nnx.Linear, nnx.Conv or any other module; its running statistics and keys tick.
-      feature_axes: of a kernel, those that the norm leaves: a norm and a scale for each of their
-        indices; None: one for the whole kernel; -2 for a transposed convolution with
+      layer: nnx.Linear, nnx.Conv or any other module. Its running statistics and keys are updated
+        as usual.
+      feature_axes: axes of a kernel with a norm and a scale for each of their indices; None: one
+        norm and one scale for the whole kernel; -2 for a transposed convolution with
         `transpose_kernel`.
       use_scale: whether there is a g; else it is one.
-      scale_init: makes g, (key, shape, dtype) -> array; None: |v|. flax's starts at one.
+      scale_init: function (key, shape, dtype) -> initial g; None: |v|. flax's starts at one.
       epsilon: at least 0, in units of the kernel squared.
-      dtype: of the kernel that is made; None: that of v and g together.
-      param_dtype: of g; None: that of v.
-      variable_filter: an nnx filter of the parameters that are normalized.
-      promote_dtype: makes the types of ((v, g), dtype=dtype) one; None: g has that of v.
-      rngs: needed by `scale_init`.
+      dtype: type of the normalized kernel; None: the common one of v and g.
+      param_dtype: type of g; None: that of v.
+      variable_filter: an nnx filter for the parameters that are normalized.
+      promote_dtype: function that gives ((v, g), dtype=dtype) a common type; None: g gets that of
+        v.
+      rngs: generators of random numbers, needed by `scale_init` alone.
 
     Attributes:
-      scale: g, where the layer's own `kernel` is all that is normalized; of several kernels, nested
-        dicts of them like the module's.
+      scale: g, if the layer's own `kernel` alone is normalized; with several kernels, nested dicts
+        like the module's.
 
     Raises:
       TypeError: `layer` is not a module, or an option is of another type.
@@ -117,7 +129,7 @@ class WeightNorm(Reparametrized):
         promote_dtype: Callable[..., Tree] | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        super().__init__(layer, feature_axes, variable_filter)
+        super().__init__(layer, feature_axes=feature_axes, variable_filter=variable_filter)
         self.use_scale = _checks.boolean("use_scale", use_scale)
         self.epsilon = _checks.number("epsilon", epsilon)
         self.dtype, self.promote_dtype = dtype, promote_dtype
@@ -151,15 +163,27 @@ class WeightNorm(Reparametrized):
 
 
 class WeightStandardized(Reparametrized):
-    """A layer with standardized kernel, `regjax.normalization.standardize_weight`.
+    """Runs a layer with a standardized kernel.
+
+        kernel = (k - mean(k)) / (std(k) + epsilon)
+
+    Here k is the layer's own kernel; see `regjax.normalization.standardize_weight`.
+
+    Example:
+      >>> layer = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
+      >>> layer = normalization.nnx.WeightStandardized(layer)
+      >>> kernel = layer(jnp.eye(3))  # the one that it uses
+      >>> print(f"{abs(kernel.mean()):.3f} {kernel.std(ddof=1):.2f}")
+      0.000 1.00
 
     Args:
-      layer: as in `WeightNorm`.
-      feature_axes: as in `WeightNorm`, one at least.
-      epsilon: as in `standardize_weight`.
-      degrees_of_freedom: as in `standardize_weight`.
-      epsilon_added_to: as in `standardize_weight`.
-      variable_filter: as in `WeightNorm`.
+      layer: nnx.Linear, nnx.Conv or any other module.
+      feature_axes: axes of a kernel with a mean and a deviation for each of their indices, at least
+        one.
+      epsilon: at least 0, in units of the kernel, or of its square with "variance".
+      degrees_of_freedom: subtracted from the number of weights in the variance.
+      epsilon_added_to: "deviation" or "variance", what `epsilon` is added to.
+      variable_filter: an nnx filter for the parameters that are standardized.
 
     Raises:
       TypeError: `layer` is not a module.
@@ -176,7 +200,7 @@ class WeightStandardized(Reparametrized):
         epsilon_added_to: str = "deviation",
         variable_filter: nnx.filterlib.Filter = _KERNELS,
     ):
-        super().__init__(layer, feature_axes, variable_filter)
+        super().__init__(layer, feature_axes=feature_axes, variable_filter=variable_filter)
         self.epsilon, self.degrees_of_freedom = epsilon, degrees_of_freedom
         self.epsilon_added_to = epsilon_added_to
         for path, kernel in self._kernels().items():

@@ -13,18 +13,20 @@ from regjax import _checks, _layouts, _numerics, _selection, _tree
 from regjax._arguments import checked
 from regjax._axes import Axes, Layout, Layouts
 from regjax._base import Mask, Params, Tree
+from regjax._printing import legible
 from regjax.normalization import _statistics
 
 
+@legible
 class SplitWeightResult(NamedTuple):
     """A kernel as direction and length.
 
         w = g v / |v|
 
     Attributes:
-      v: like the kernel, its direction; its own length does not change w.
-      g: (channels,), the length of each output unit's weights; (layers, channels) of a stack, in
-        the order of the kernel's axes.
+      v: like the kernel, its direction. The length of v does not change w.
+      g: (channels,), the length of each output unit's weights; for stacked layers (layers,
+        channels), in the order of the kernel's axes.
     """
 
     v: jax.Array
@@ -33,16 +35,22 @@ class SplitWeightResult(NamedTuple):
 
 @checked
 def weight_normalize(v: jax.Array, g: jax.Array, *, layout: Layout | None = None) -> jax.Array:
-    """Makes a kernel of direction and length, one norm for each output unit.
+    """Makes a kernel from a direction and a length for each output unit.
 
         w = g v / |v|
 
-    At any size of v. A zero column of v gives zero and has gradient zero.
+    The size of v does not matter. A column of zeros in v gives zeros and has gradient zero.
+
+    Example:
+      >>> v, g = jnp.array([[3.0], [4.0]]), jnp.array([10.0])
+      >>> print(normalization.weight_normalize(v, g).ravel())
+      [6. 8.]
 
     Args:
-      v: direction, (inputs, channels) or as `layout` says.
-      g: length, (channels,); (layers, channels) of a stack, in the order of the axes of `v`.
-      layout: which axes of `v` are inputs, over which the norm goes, which are channels and which
+      v: directions, (inputs, channels) or as `layout` says.
+      g: lengths, (channels,); for stacked layers (layers, channels), in the order of the axes of
+        `v`.
+      layout: which axes of `v` are inputs, over which the norm goes, which are channels, and which
         stack layers; None: the channels are last.
 
     Returns:
@@ -66,7 +74,8 @@ def split_weight(w: jax.Array, *, layout: Layout | None = None) -> SplitWeightRe
 
     Args:
       w: kernel, (inputs, channels) or as `layout` says.
-      layout: as in `weight_normalize`.
+      layout: which axes of `w` are inputs, which are channels, and which stack layers; None: the
+        channels are last.
 
     Returns:
       A `SplitWeightResult`.
@@ -80,9 +89,17 @@ def split_weight(w: jax.Array, *, layout: Layout | None = None) -> SplitWeightRe
 
 @checked
 def split_weights(params: Params, *, mask: Mask, layout: Layouts = None) -> Tree:
-    """Splits the masked kernels into direction and length: weight norm for any model.
+    """Splits the masked kernels into direction and length, which gives weight norm for any model.
 
-    `join_weights` is the inverse: `loss_fn(join_weights(params), *batch)`, with the same `layout`.
+    `join_weights` is the inverse. Train the split parameters with the loss
+
+        loss_fn(join_weights(params), *batch)
+
+    Example:
+      >>> params = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.zeros(1)}
+      >>> split = normalization.split_weights(params, mask={"kernel": True, "bias": False})
+      >>> print(split["kernel"].v.ravel(), split["kernel"].g)
+      [3. 4.] [5.]
 
     Args:
       params: tree of parameters.
@@ -91,7 +108,7 @@ def split_weights(params: Params, *, mask: Mask, layout: Layouts = None) -> Tree
         guess, which for plain kernels is that the channels are last.
 
     Returns:
-      A tree like `params` with a `SplitWeightResult` in the place of each masked kernel.
+      A tree like `params` with a `SplitWeightResult` instead of each masked kernel.
 
     Raises:
       ValueError: the mask is another tree, or a masked leaf has no input axes or axes that have
@@ -119,17 +136,25 @@ def split_weights(params: Params, *, mask: Mask, layout: Layouts = None) -> Tree
 
 @checked
 def join_weights(params: Tree, *, layout: Layouts = None) -> Params:
-    """Joins the split kernels of a tree from `split_weights`.
+    """Joins the kernels that `split_weights` has split.
+
+    Example:
+      >>> mask = {"kernel": True, "bias": False}
+      >>> params = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.zeros(1)}
+      >>> split = normalization.split_weights(params, mask=mask)
+      >>> split["kernel"] = split["kernel"]._replace(g=jnp.array([10.0]))  # twice the length
+      >>> print(normalization.join_weights(split)["kernel"].ravel())
+      [6. 8.]
 
     Args:
       params: tree of parameters with `SplitWeightResult`s.
-      layout: as it was given to `split_weights`.
+      layout: the one that was passed to `split_weights`.
 
     Returns:
       The tree that the model knows.
 
     Raises:
-      ValueError: the lengths of a kernel have not the shape that `layout` gives them.
+      ValueError: the lengths of a kernel do not have the shape that `layout` gives them.
     """
     is_split = lambda leaf: isinstance(leaf, SplitWeightResult)
     kernels = jax.tree.map(
@@ -156,17 +181,24 @@ def standardize_weight(
 
         w = (k - mean(k)) / (std(k) + epsilon)
 
-    The defaults are the authors' code. timm's layers are `epsilon=1e-6, degrees_of_freedom=0,
-    epsilon_added_to="variance"`: (k - mean) / sqrt(var + epsilon). Weights whose deviation is not
-    far above `epsilon` keep a part of their size; with `epsilon=0` no factor of a kernel changes
-    anything, at any size. A constant filter gives zero.
+    Mean and standard deviation go over the inputs of each output unit. The defaults are those of
+    the authors' code. timm's layers have `epsilon=1e-6, degrees_of_freedom=0,
+    epsilon_added_to="variance"`, which is (k - mean) / sqrt(var + epsilon). Weights whose standard
+    deviation is not far above `epsilon` keep a part of their size. With `epsilon=0` the size of a
+    kernel does not matter at all. A constant filter gives zeros.
+
+    Example:
+      >>> kernel = jnp.array([[1.0], [2.0], [3.0]])
+      >>> print(normalization.standardize_weight(kernel).ravel())
+      [-1.  0.  1.]
 
     Args:
       kernel: (inputs, channels) or as `layout` says.
-      layout: as in `weight_normalize`; mean and deviation go over the inputs.
-      epsilon: in units of the kernel, those squared with "variance"; at least 0.
+      layout: which axes of the kernel are inputs, which are channels, and which stack layers; None:
+        the channels are last.
+      epsilon: at least 0, in units of the kernel, or of its square with "variance".
       degrees_of_freedom: subtracted from the number of weights in the variance.
-      epsilon_added_to: "deviation" or "variance".
+      epsilon_added_to: "deviation" or "variance", what `epsilon` is added to.
 
     Returns:
       An array like `kernel`.
@@ -177,7 +209,7 @@ def standardize_weight(
       TypeError: `kernel` is not real floating point.
 
     References:
-      S. Qiao et al. (2019), arXiv:1903.10520; the default form is that of the authors' code.
+      S. Qiao et al. (2019), arXiv:1903.10520, by default in the form of the authors' code.
     """
     _checks.number("epsilon", epsilon)
     _checks.integer("degrees_of_freedom", degrees_of_freedom, minimum=0)

@@ -6,8 +6,8 @@ the options of the layer of the same name in `regjax.normalization`. Parameters 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,55 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from regjax._base import Tree
-from regjax.normalization import _arguments, _batch_norm, _group_norm, _lp_norm, _weight_norm
+from regjax.normalization import _batch_norm, _group_norm, _lp_norm
 from regjax.normalization._layer import Arrays, Layer
+from regjax.normalization._reparametrized_linen import WeightNorm as WeightNorm
+from regjax.normalization._reparametrized_linen import WeightNormConv as WeightNormConv
+from regjax.normalization._reparametrized_linen import WeightNormDense as WeightNormDense
+from regjax.normalization._reparametrized_linen import (
+    WeightStandardizedConv as WeightStandardizedConv,
+)
+from regjax.normalization._reparametrized_linen import (
+    WeightStandardizedDense as WeightStandardizedDense,
+)
 from regjax.normalization._statistics import Groups
+
+__all__ = [
+    *("Normalization", "BatchNorm", "GhostBatchNorm", "NoisyBatchNorm", "MeanOnlyBatchNorm"),
+    *("LpNorm", "GroupNormPlus", "BatchNormGroupNorm", "ParallelGroupBatchNorm"),
+    *("WeightNorm", "WeightNormDense", "WeightNormConv"),
+    *("WeightStandardizedDense", "WeightStandardizedConv"),
+]
 
 
 class Normalization(linen.Module):
-    """A layer of `regjax.normalization` with its arrays.
+    """Holds the arrays of a layer of `regjax.normalization`; the base class of all here.
+
+    Make a module of a layer of your own with `layer_type` and the fields of the layer:
+
+    Example:
+      >>> class L1Norm(normalization.linen.Normalization):
+      ...     layer_type = normalization.LpNorm
+      ...     order: float = 1
+      ...     momentum: float = 0.99
+      ...     epsilon: float = 1e-5
+      >>> layer, inputs = L1Norm(use_running_average=False), jnp.array([[1.0], [3.0]])
+      >>> outputs, variables = layer.init_with_output(jax.random.key(0), inputs)
+      >>> print(outputs.ravel())
+      [-0.5  0.5]
 
     Attributes:
-      use_running_average: whether the mode is evaluation, here or in the call.
-      axis: of the channels; of several, each index has its scale and bias.
-      dtype: of the outputs; None: that of the inputs and the parameters together.
-      param_dtype: of the parameters.
+      use_running_average: whether the mode is evaluation; say it here or in the call.
+      axis: axis of the channels. With several axes, each of their indices has its scale and bias.
+      dtype: type of the outputs; None: the common one of the inputs and the parameters.
+      param_dtype: type of the parameters.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
-      bias_init: makes the bias, (key, shape, dtype) -> array, with partitions perhaps.
-      scale_init: makes the scale.
-      axis_name: of the mapped axis over which the batch is spread; `init` needs no such axis.
+      bias_init: function (key, shape, dtype) -> initial bias, with partitions if you like.
+      scale_init: function (key, shape, dtype) -> initial scale.
+      axis_name: name of the mapped axis over which the batch is spread; `init` needs no such axis.
       axis_index_groups: groups of indices of that axis, which share statistics; None: all do.
-      force_float32_reductions: whether statistics are float32 at least.
+      force_float32_reductions: whether statistics are in float32 at least.
       rng_collection: stream of the random numbers, for layers that draw some in training.
     """
 
@@ -112,7 +140,18 @@ class Normalization(linen.Module):
 
 
 class BatchNorm(Normalization):
-    """Batch norm; fields as in `regjax.normalization.BatchNorm`."""
+    """Normalizes by mean and variance of the batch.
+
+    The fields are those of `regjax.normalization.BatchNorm`.
+
+    Example:
+      >>> layer = normalization.linen.BatchNorm(momentum=0.9, use_running_average=False)
+      >>> inputs = jnp.array([[1.0], [3.0]])
+      >>> variables = layer.init(jax.random.key(0), inputs)
+      >>> outputs, new = layer.apply(variables, inputs, mutable=["batch_stats"])
+      >>> print(outputs.ravel(), new["batch_stats"]["mean"], new["batch_stats"]["var"])
+      [-1.  1.] [0.2] [1.1]
+    """
 
     layer_type = _batch_norm.BatchNorm
     momentum: float = 0.99
@@ -122,7 +161,17 @@ class BatchNorm(Normalization):
 
 
 class GhostBatchNorm(BatchNorm):
-    """Batch norm of small groups; fields as in `regjax.normalization.GhostBatchNorm`."""
+    """Applies batch norm to small groups of examples.
+
+    The fields are those of `regjax.normalization.GhostBatchNorm`.
+
+    Example:
+      >>> layer = normalization.linen.GhostBatchNorm(ghost_size=2, use_running_average=False)
+      >>> inputs = jnp.array([[1.0], [3.0], [10.0], [50.0]])
+      >>> outputs, variables = layer.init_with_output(jax.random.key(0), inputs)
+      >>> print(outputs.ravel())
+      [-1.  1. -1.  1.]
+    """
 
     layer_type = _batch_norm.GhostBatchNorm
     ghost_size: int = 32
@@ -130,7 +179,21 @@ class GhostBatchNorm(BatchNorm):
 
 
 class NoisyBatchNorm(BatchNorm):
-    """Batch norm with noise; fields as in `regjax.normalization.NoisyBatchNorm`."""
+    """Adds noise to the outputs of batch norm.
+
+    The fields are those of `regjax.normalization.NoisyBatchNorm`.
+
+    Example:
+      >>> layer = normalization.linen.NoisyBatchNorm(use_running_average=False)
+      >>> inputs, keys = jnp.array([[1.0], [3.0]]), jax.random.split(jax.random.key(0))
+      >>> variables = layer.init(jax.random.key(0), inputs)
+      >>> one, two = (
+      ...     layer.apply(variables, inputs, rngs={"dropout": key}, mutable=["batch_stats"])[0]
+      ...     for key in keys
+      ... )
+      >>> print(jnp.array_equal(one, two))  # each key draws its own noise
+      False
+    """
 
     layer_type = _batch_norm.NoisyBatchNorm
     mean_range: float = 0.5
@@ -140,7 +203,17 @@ class NoisyBatchNorm(BatchNorm):
 
 
 class MeanOnlyBatchNorm(Normalization):
-    """Batch norm of the mean; fields as in `regjax.normalization.MeanOnlyBatchNorm`."""
+    """Subtracts the mean over the batch alone.
+
+    The fields are those of `regjax.normalization.MeanOnlyBatchNorm`.
+
+    Example:
+      >>> layer = normalization.linen.MeanOnlyBatchNorm(use_running_average=False)
+      >>> inputs = jnp.array([[1.0], [3.0]])
+      >>> outputs, variables = layer.init_with_output(jax.random.key(0), inputs)
+      >>> print(outputs.ravel())
+      [-1.  1.]
+    """
 
     layer_type = _batch_norm.MeanOnlyBatchNorm
     momentum: float = 0.9
@@ -148,7 +221,17 @@ class MeanOnlyBatchNorm(Normalization):
 
 
 class LpNorm(Normalization):
-    """Another norm; fields as in `regjax.normalization.LpNorm`."""
+    """Normalizes by another norm than the deviation.
+
+    The fields are those of `regjax.normalization.LpNorm`.
+
+    Example:
+      >>> layer = normalization.linen.LpNorm(order=1, use_running_average=False)
+      >>> inputs = jnp.array([[1.0], [3.0]])
+      >>> outputs, variables = layer.init_with_output(jax.random.key(0), inputs)
+      >>> print(outputs.ravel())
+      [-0.5  0.5]
+    """
 
     layer_type = _lp_norm.LpNorm
     order: float = 2
@@ -157,7 +240,19 @@ class LpNorm(Normalization):
 
 
 class GroupNormPlus(Normalization):
-    """GroupNorm+; fields as in `regjax.normalization.GroupNormPlus`."""
+    """Mixes group norm with a batch norm of it.
+
+    The fields are those of `regjax.normalization.GroupNormPlus`.
+
+    Example:
+      >>> layer = normalization.linen.GroupNormPlus(
+      ...     num_groups=1, batch_axes=None, track_running=True, use_running_average=False
+      ... )
+      >>> variables = layer.init(jax.random.key(0), jnp.array([[1.0, 3.0], [30.0, 10.0]]))
+      >>> share = jax.nn.sigmoid(variables["params"]["mix_logit"])  # of group normalization
+      >>> print(f"{share:.3f}", sorted(variables["batch_stats"]))
+      0.731 ['mean', 'var']
+    """
 
     layer_type = _group_norm.GroupNormPlus
     num_groups: int | None = 32
@@ -173,166 +268,38 @@ class GroupNormPlus(Normalization):
 
 
 class BatchNormGroupNorm(GroupNormPlus):
-    """GroupNorm+, batch first; fields as in `regjax.normalization.GroupNormPlus`."""
+    """Mixes batch norm with a group norm of it.
+
+    The fields are those of `regjax.normalization.GroupNormPlus`.
+
+    Example:
+      >>> layer = normalization.linen.BatchNormGroupNorm(
+      ...     num_groups=1, degrees_of_freedom=0, use_running_average=False
+      ... )
+      >>> inputs = jnp.array([[1.0, 3.0], [5.0, 1.0]])
+      >>> outputs, variables = layer.init_with_output(jax.random.key(0), inputs)
+      >>> print(outputs)
+      [[-1.  1.]
+       [ 1. -1.]]
+    """
 
     layer_type = _group_norm.BatchNormGroupNorm
 
 
 class ParallelGroupBatchNorm(GroupNormPlus):
-    """GroupNorm+, parallel; fields as in `regjax.normalization.GroupNormPlus`."""
+    """Mixes group norm and batch norm.
+
+    The fields are those of `regjax.normalization.GroupNormPlus`.
+
+    Example:
+      >>> layer = normalization.linen.ParallelGroupBatchNorm(
+      ...     num_groups=1, degrees_of_freedom=0, use_running_average=False
+      ... )
+      >>> inputs = jnp.array([[1.0, 3.0], [30.0, 10.0]])
+      >>> outputs, variables = layer.init_with_output(jax.random.key(0), inputs)
+      >>> print(outputs)
+      [[-1.     0.462]
+       [ 1.    -0.462]]
+    """
 
     layer_type = _group_norm.ParallelGroupBatchNorm
-
-
-class WeightNorm(linen.Module):
-    """A module with the kernels g v / |v|, v its own and g parameters beside it.
-
-        kernel = scale * v / sqrt(|v|^2 + epsilon)
-
-    The parameters have the names of `flax.linen.WeightNorm`, "Dense_0/kernel/scale". g starts at
-    |v|, so that wrapping changes no function, where flax's starts at one.
-
-    Attributes:
-      layer_instance: the module.
-      epsilon: at least 0, in units of the kernel squared.
-      dtype: of the kernels that are made; None: that of v and g together.
-      param_dtype: of g; None: that of v.
-      use_scale: whether there is a g; else it is one.
-      scale_init: makes g, (key, shape, dtype) -> array; None: |v|.
-      feature_axes: of a kernel, those that the norm leaves: a norm and a scale for each of their
-        indices; None: one for the whole kernel.
-      variable_filter: parts of the paths of the parameters that are normalized; None: all.
-
-    References:
-      T. Salimans, D. Kingma (2016), arXiv:1602.07868.
-    """
-
-    layer_instance: linen.Module
-    epsilon: float = 0.0
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike | None = None
-    use_scale: bool = True
-    scale_init: Initializer | None = None
-    feature_axes: int | Sequence[int] | None = -1
-    variable_filter: Iterable[str] | None = frozenset({"kernel"})
-
-    @linen.compact
-    def __call__(self, *args: Tree, **kwargs: Tree) -> Tree:
-        """Returns the outputs of the module with the kernels that are made of its own."""
-        axes = self.feature_axes
-        axes = None if axes is None else _arguments.axes("feature_axes", axes)
-        matched = False
-
-        def made(path: tuple[Any, ...], stored: jax.Array) -> jax.Array:
-            nonlocal matched
-            keys = jax.tree_util.keystr(path[1:], simple=True, separator="/")
-            name = f"{self.layer_instance.name}/{keys}"
-            words = self.variable_filter
-            if words is not None and not any(word in name for word in words):
-                return stored
-            matched = True
-            scale = self._scale(f"{name}/scale", stored, axes)
-            kernel = _weight_norm.normalized(stored, scale, axes, self.epsilon)
-            return kernel if self.dtype is None else kernel.astype(self.dtype)
-
-        outputs = linen.map_variables(
-            lambda module: module(*args, **kwargs),
-            "params",  # flax's maps all collections, and batch statistics are immutable there
-            trans_in_fn=lambda variables: jax.tree_util.tree_map_with_path(made, variables),
-            init=self.is_initializing(),
-        )(self.layer_instance)
-        if not matched:
-            raise ValueError(
-                f"`variable_filter` must match a parameter of {self.layer_instance.name}, got "
-                f"{self.variable_filter!r}."
-            )
-        return outputs
-
-    def _scale(
-        self, name: str, kernel: jax.Array, axes: tuple[int, ...] | None
-    ) -> jax.Array | None:
-        if not self.use_scale:
-            return None
-        length = _weight_norm.lengths(kernel, axes)
-        dtype = length.dtype if self.param_dtype is None else self.param_dtype
-        if self.scale_init is None:
-            return self.param(name, lambda key: length.astype(dtype))
-        return self.param(name, self.scale_init, length.shape, dtype)
-
-
-class _WeightNorm(linen.Module):
-    """Hands a layer the kernel g v / |v| where it asks for its own."""
-
-    use_scale: bool = True
-    scale_init: Initializer | None = None
-    epsilon: float = 0.0
-
-    def param(
-        self, name: str, init_fn: Callable[..., Tree], *args: Any, **kwargs: Any
-    ) -> jax.Array:
-        """Returns the layer's parameter; its kernel is made of `kernel` (v) and `scale` (g)."""
-        value = super().param(name, init_fn, *args, **kwargs)
-        if name != "kernel":
-            return value
-        scale = None
-        if self.use_scale and self.scale_init is not None:
-            scale = super().param("scale", self.scale_init, value.shape[-1:], value.dtype)
-        elif self.use_scale:
-            scale = super().param("scale", lambda key: _weight_norm.split_weight(value).g)
-        return _weight_norm.normalized(value, scale, (-1,), self.epsilon)
-
-
-class WeightNormDense(_WeightNorm, linen.Dense):
-    """flax's Dense with the kernel g v / |v|, v the parameter `kernel` and g `scale`.
-
-    g starts at |v|: the layer is that of `kernel_init`, until `initializers.data_dependent` sets
-    it. The paper draws v from N(0, 0.05^2).
-
-    Attributes:
-      use_scale: as in `WeightNorm`.
-      scale_init: as there.
-      epsilon: as there.
-
-    References:
-      T. Salimans, D. Kingma (2016), arXiv:1602.07868.
-    """
-
-
-class WeightNormConv(_WeightNorm, linen.Conv):
-    """flax's Conv with the kernel g v / |v|, as `WeightNormDense`."""
-
-
-class _WeightStandardized(linen.Module):
-    """Hands a layer the standardized kernel where it asks for its own."""
-
-    epsilon: float = 1e-5
-    degrees_of_freedom: int = 1
-    epsilon_added_to: str = "deviation"
-
-    def param(
-        self, name: str, init_fn: Callable[..., Tree], *args: Any, **kwargs: Any
-    ) -> jax.Array:
-        """Returns the parameter of the layer, the kernel standardized."""
-        value = super().param(name, init_fn, *args, **kwargs)
-        if name != "kernel":
-            return value
-        return _weight_norm.standardize_weight(
-            value,
-            epsilon=self.epsilon,
-            degrees_of_freedom=self.degrees_of_freedom,
-            epsilon_added_to=self.epsilon_added_to,
-        )
-
-
-class WeightStandardizedDense(_WeightStandardized, linen.Dense):
-    """flax's Dense with a standardized kernel, `regjax.normalization.standardize_weight`.
-
-    Attributes:
-      epsilon: as there.
-      degrees_of_freedom: as there.
-      epsilon_added_to: as there.
-    """
-
-
-class WeightStandardizedConv(_WeightStandardized, linen.Conv):
-    """flax's Conv with a standardized kernel, as `WeightStandardizedDense`."""

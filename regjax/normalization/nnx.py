@@ -15,31 +15,47 @@ from jax.nn.initializers import Initializer
 
 from regjax import _checks
 from regjax._base import Tree
+from regjax._nnx_module import Module
 from regjax.normalization import _batch_norm, _group_norm, _lp_norm
 from regjax.normalization._layer import Layer
 from regjax.normalization._reparametrized import Reparametrized as Reparametrized
 from regjax.normalization._reparametrized import WeightNorm as WeightNorm
 from regjax.normalization._reparametrized import WeightStandardized as WeightStandardized
 
+__all__ = [
+    *("Normalization", "BatchNorm", "GhostBatchNorm", "NoisyBatchNorm", "MeanOnlyBatchNorm"),
+    *("LpNorm", "GroupNormPlus", "BatchNormGroupNorm", "ParallelGroupBatchNorm"),
+    *("WeightNorm", "WeightStandardized"),
+]
+
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
-class Normalization(nnx.Module):
-    """A layer of `regjax.normalization` with its arrays.
+class Normalization(Module):
+    """Holds the arrays of a layer of `regjax.normalization`; the base class of all here.
+
+    Make a module of a layer of your own with `layer_type`:
+
+    Example:
+      >>> class L1Norm(normalization.nnx.Normalization):
+      ...     layer_type = normalization.LpNorm
+      >>> layer = L1Norm(1, order=1)
+      >>> print(layer(jnp.array([[1.0], [3.0]])).ravel())
+      [-0.5  0.5]
 
     Args:
-      num_features: number of channels, or a tuple of numbers for several axes of them.
+      num_features: number of channels, or a tuple of numbers for several axes of channels.
       use_running_average: whether to start in evaluation mode; None: each call says it.
-      bias_init: makes the bias, (key, shape, dtype) -> array; None: zeros.
-      scale_init: makes the scale; None: ones.
-      bias_metadata: of the bias as an `nnx.Param`, such as its sharding.
-      scale_metadata: of the scale.
-      promote_dtype: makes the types of ((inputs, *statistics, scale, bias), dtype=dtype) one, as
-        flax's does, which rounds running statistics to half precision; None: they stay.
+      bias_init: function (key, shape, dtype) -> initial bias; None: zeros.
+      scale_init: function (key, shape, dtype) -> initial scale; None: ones.
+      bias_metadata: metadata of the bias as an `nnx.Param`, such as its sharding.
+      scale_metadata: metadata of the scale.
+      promote_dtype: function that gives ((inputs, *statistics, scale, bias), dtype=dtype) a common
+        type, like flax's, which rounds running statistics to half precision; None: types stay.
       rng_collection: stream of `rngs` for layers that draw random numbers in training.
-      rngs: needed by those layers and by `bias_init` and `scale_init` only, which alone draw keys
-        from it; flax's layers always draw two.
-      **options: of the layer.
+      rngs: generators of random numbers, needed by those layers, `bias_init` and `scale_init`
+        alone. flax's layers always draw two keys.
+      **options: options of the layer.
 
     Raises:
       ValueError: an option is out of its range, or `rngs` is missing.
@@ -152,48 +168,122 @@ class Normalization(nnx.Module):
 
 
 class BatchNorm(Normalization):
-    """Batch norm; options of `regjax.normalization.BatchNorm`."""
+    """Normalizes by mean and variance of the batch.
+
+    The options are those of `regjax.normalization.BatchNorm`.
+
+    Example:
+      >>> layer = normalization.nnx.BatchNorm(1, momentum=0.9)
+      >>> outputs = layer(jnp.array([[1.0], [3.0]]))
+      >>> print(outputs.ravel(), layer.mean[...], layer.var[...])
+      [-1.  1.] [0.2] [1.1]
+      >>> layer.eval()
+      >>> print(layer(jnp.array([[0.2]])).ravel())
+      [0.]
+    """
 
     layer_type = _batch_norm.BatchNorm
 
 
 class GhostBatchNorm(Normalization):
-    """Batch norm of small groups; options of `regjax.normalization.GhostBatchNorm`."""
+    """Applies batch norm to small groups of examples.
+
+    The options are those of `regjax.normalization.GhostBatchNorm`.
+
+    Example:
+      >>> layer = normalization.nnx.GhostBatchNorm(1, ghost_size=2)
+      >>> print(layer(jnp.array([[1.0], [3.0], [10.0], [50.0]])).ravel())
+      [-1.  1. -1.  1.]
+    """
 
     layer_type = _batch_norm.GhostBatchNorm
 
 
 class NoisyBatchNorm(Normalization):
-    """Batch norm with noise; options of `regjax.normalization.NoisyBatchNorm`."""
+    """Adds noise to the outputs of batch norm.
+
+    The options are those of `regjax.normalization.NoisyBatchNorm`.
+
+    Example:
+      >>> layer = normalization.nnx.NoisyBatchNorm(1, scale_jitter=0.5, rngs=nnx.Rngs(0))
+      >>> inputs = jnp.array([[1.0], [3.0]])
+      >>> print(jnp.array_equal(layer(inputs), layer(inputs)))  # each call draws its own noise
+      False
+    """
 
     layer_type = _batch_norm.NoisyBatchNorm
 
 
 class MeanOnlyBatchNorm(Normalization):
-    """Batch norm of the mean; options of `regjax.normalization.MeanOnlyBatchNorm`."""
+    """Subtracts the mean over the batch alone.
+
+    The options are those of `regjax.normalization.MeanOnlyBatchNorm`.
+
+    Example:
+      >>> layer = normalization.nnx.MeanOnlyBatchNorm(1)
+      >>> print(layer(jnp.array([[1.0], [3.0]])).ravel())
+      [-1.  1.]
+    """
 
     layer_type = _batch_norm.MeanOnlyBatchNorm
 
 
 class LpNorm(Normalization):
-    """Another norm; options of `regjax.normalization.LpNorm`."""
+    """Normalizes by another norm than the deviation.
+
+    The options are those of `regjax.normalization.LpNorm`.
+
+    Example:
+      >>> layer = normalization.nnx.LpNorm(1, order=1)
+      >>> print(layer(jnp.array([[1.0], [3.0]])).ravel())
+      [-0.5  0.5]
+    """
 
     layer_type = _lp_norm.LpNorm
 
 
 class GroupNormPlus(Normalization):
-    """GroupNorm+; options of `regjax.normalization.GroupNormPlus`."""
+    """Mixes group norm with a batch norm of it.
+
+    The options are those of `regjax.normalization.GroupNormPlus`.
+
+    Example:
+      >>> layer = normalization.nnx.GroupNormPlus(
+      ...     2, num_groups=1, batch_axes=None, track_running=True
+      ... )
+      >>> outputs = layer(jnp.array([[1.0, 3.0], [30.0, 10.0]]))
+      >>> print(f"{jax.nn.sigmoid(layer.mix_logit[...]):.3f}")  # the share of group normalization
+      0.731
+    """
 
     layer_type = _group_norm.GroupNormPlus
 
 
 class BatchNormGroupNorm(Normalization):
-    """GroupNorm+, batch first; options of `regjax.normalization.GroupNormPlus`."""
+    """Mixes batch norm with a group norm of it.
+
+    The options are those of `regjax.normalization.GroupNormPlus`.
+
+    Example:
+      >>> layer = normalization.nnx.BatchNormGroupNorm(2, num_groups=1, degrees_of_freedom=0)
+      >>> print(layer(jnp.array([[1.0, 3.0], [5.0, 1.0]])))
+      [[-1.  1.]
+       [ 1. -1.]]
+    """
 
     layer_type = _group_norm.BatchNormGroupNorm
 
 
 class ParallelGroupBatchNorm(Normalization):
-    """GroupNorm+, parallel; options of `regjax.normalization.GroupNormPlus`."""
+    """Mixes group norm and batch norm.
+
+    The options are those of `regjax.normalization.GroupNormPlus`.
+
+    Example:
+      >>> layer = normalization.nnx.ParallelGroupBatchNorm(2, num_groups=1, degrees_of_freedom=0)
+      >>> print(layer(jnp.array([[1.0, 3.0], [30.0, 10.0]])))
+      [[-1.     0.462]
+       [ 1.    -0.462]]
+    """
 
     layer_type = _group_norm.ParallelGroupBatchNorm

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regjax import _checks
-from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, label_axes, new_figure
+from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, label_axes, new_figure, set_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +24,19 @@ def draw_distances(
     result: "DensityDistancesResult", labels: Sequence[str], *, axes: "Axes"
 ) -> "Axes":
     """Draws the distances of all pairs of densities as a map of colours, from 0 to 1.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> far = density._replace(eigenvalues=100 * density.eigenvalues)  # 100, ..., 800
+      >>> densities = {"first": density, "last": far}
+      >>> result = curvature.density_distances(densities)
+      >>> import matplotlib.figure
+      >>> axes = matplotlib.figure.Figure().subplots()
+      >>> axes = plots.draw_distances(result, list(densities), axes=axes)
+      >>> print([label.get_text() for label in axes.get_yticklabels()])
+      ['first', 'last']
 
     Args:
       result: from `curvature.density_distances`.
@@ -62,8 +75,19 @@ def distance_figure(
 ) -> "Figure":
     """Draws the densities on their common grid, and the distances of all pairs beside them.
 
-    The scale of the eigenvalues is symmetric-log where that of the grid is: where its points are
-    not evenly spaced.
+    The scale of the eigenvalues is symmetric-log where that of the grid is, that is where its
+    points are not evenly spaced.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> far = density._replace(eigenvalues=100 * density.eigenvalues)  # 100, ..., 800
+      >>> densities = {"first": density, "last": far}
+      >>> result = curvature.density_distances(densities)
+      >>> figure = plots.distance_figure(result, list(densities))
+      >>> print([axes.get_xlabel() for axes in figure.axes])
+      ['eigenvalue of a block', '', '']
 
     Args:
       result: from `curvature.density_distances`.
@@ -71,7 +95,7 @@ def distance_figure(
       figure_width: in inches.
 
     Returns:
-      A figure that pyplot does not know; `figure.savefig(path)` writes it.
+      A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
       ImportError: matplotlib is missing.
@@ -85,12 +109,13 @@ def distance_figure(
     steps = np.diff(grid)
     if steps.max() > 2 * steps.min():
         left.set_xscale("symlog", linthresh=float(10 ** np.ceil(np.log10(steps.min() * 10))))
+        left.xaxis.get_major_locator().set_params(numticks=5)
     for i, (label, curve) in enumerate(zip(labels, curves, strict=True)):
         color, dash = COLORS[i % len(COLORS)], ("-", "--", ":")[i // len(COLORS) % 3]
         shown = np.where(curve > 0, curve, np.nan)
         left.plot(grid, shown, color=color, linestyle=dash, linewidth=1, label=label)
-    left.set_yscale("log")
+    set_log(left)
     left.set_ylim(10.0**-_DECADES * curves.max(), 3 * curves.max())
     label_axes(left, "eigenvalue of a block", "density")
-    left.legend(frameon=False, fontsize=TICK_SIZE - 1, labelspacing=0.2)
+    left.legend(frameon=False, fontsize=TICK_SIZE, labelspacing=0.2)
     return figure

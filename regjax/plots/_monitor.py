@@ -1,12 +1,12 @@
 """What a monitor saw, over the steps of training."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from regjax import _checks
-from regjax.plots._style import COLORS, TICK_SIZE, Color, label_axes, new_figure
+from regjax.plots._style import COLORS, TICK_SIZE, Color, label_axes, new_figure, set_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Inches: from where on panels stand side by side.
 _WIDE = 5.0
+# Of the size of ticks, to the inch.
+_CHARACTERS = 18
 
 
 class _Quantity(NamedTuple):
@@ -66,13 +68,22 @@ def draw_monitor(
 ) -> "Axes":
     """Draws one number of a monitor's rows over the steps.
 
-    A band is one error to either side; what is flagged is an open circle; steps that were skipped,
-    and numbers that are not finite, are left out. What a number is compared with, such as the
-    threshold of the optimiser, is a dashed line.
+    A band is one error to either side, and a flagged number is an open circle. Steps that were
+    skipped, and numbers that are not finite, are left out. What a number is compared with, such as
+    the threshold of the optimiser, is a dashed line.
+
+    Example:
+      >>> import matplotlib.figure
+      >>> rows = [{"step": 0, "sharpness": 1.5}, {"step": 10, "sharpness": 2.5}]
+      >>> axes = matplotlib.figure.Figure().subplots()
+      >>> axes = plots.draw_monitor(rows, "sharpness", axes=axes)
+      >>> print(axes.lines[0].get_xydata())
+      [[ 0.   1.5]
+       [10.   2.5]]
 
     Args:
-      rows: of a `diagnostics.Monitor`, or of `diagnostics.read_monitor`.
-      name: of a number, such as "sharpness".
+      rows: of a `diagnostics.Monitor`, or from `diagnostics.read_monitor`.
+      name: name of a number in the rows, such as "sharpness".
       axes: what to draw on.
       color: any colour of matplotlib; None takes the next of a palette for colour-blind readers.
       label: its name in a legend.
@@ -97,19 +108,16 @@ def draw_monitor(
         if quantity.is_log and np.nanmin(values, initial=np.inf) > 0:
             # A band to below zero has no end on a logarithmic axis.
             low = np.maximum(low, np.nanmin(values) / 2)
-        axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, gid="error")
     if quantity.flag is not None:
         doubtful = _column(known, quantity.flag) == 0
-        axes.plot(steps[doubtful], values[doubtful], "o", color=color, markersize=3,
-                  markerfacecolor="white", markeredgewidth=0.7)  # fmt: skip
+        if doubtful.any():
+            axes.plot(steps[doubtful], values[doubtful], "o", color=color, markersize=3,
+                      markerfacecolor="white", markeredgewidth=0.7, gid="flag")  # fmt: skip
     if quantity.reference is not None:
         reference = _column(known, quantity.reference)
         if np.isfinite(reference).any():
-            axes.plot(steps, reference, color=color, linewidth=0.8, linestyle="--")
-            last = np.flatnonzero(np.isfinite(reference))[-1]
-            if not axes.texts:  # once for all runs
-                axes.text(steps[last], reference[last], "stable below", ha="right", va="top",
-                          fontsize=TICK_SIZE)  # fmt: skip
+            axes.plot(steps, reference, color=color, linewidth=0.8, linestyle="--", gid="reference")
     return axes
 
 
@@ -120,12 +128,18 @@ def monitor_figure(
 
     Below a width of 5 inches the panels stand in a column, else in rows of three.
 
+    Example:
+      >>> rows = [{"step": 0, "sharpness": 1.5}, {"step": 10, "sharpness": 2.5}]
+      >>> figure = plots.monitor_figure({"sgd": rows})
+      >>> print([axes.get_xlabel() for axes in figure.axes])
+      ['step']
+
     Args:
-      runs: rows of a monitor by the name of the run; six are told apart by colour alone.
+      runs: rows of a monitor by the name of the run; colours repeat after six.
       figure_width: in inches: 6.8 is a page.
 
     Returns:
-      A figure that pyplot does not know.
+      A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
       ValueError: there is no run, or none has a number that is known.
@@ -150,7 +164,7 @@ def monitor_figure(
                 draw_monitor(rows, name, axes=axes, color=COLORS[i % len(COLORS)], label=label)
         quantity = _QUANTITIES[name]
         if quantity.is_log and axes.dataLim.minposy > 0 and axes.dataLim.y0 > 0:
-            axes.set_yscale("log")
+            set_log(axes)
         label_axes(axes, "step", quantity.label)
         axes.yaxis.label.set_size(TICK_SIZE)
     for i, axes in enumerate(grid.flat):
@@ -160,14 +174,39 @@ def monitor_figure(
             axes.set_xlabel("")
         else:  # the lowest of its column, which may end above others
             axes.tick_params(labelbottom=True)
+    lines = _meanings(figure)
     if len(runs) > 1:
         handles = [axes.get_legend_handles_labels() for axes in grid.flat]
-        lines = {label: line for pair in handles for line, label in zip(*pair, strict=True)}
+        names_of_runs = {label: line for pair in handles for line, label in zip(*pair, strict=True)}
+        lines = {**names_of_runs, **lines}
+    if lines:
+        longest = max(map(len, lines))
         figure.legend(
             lines.values(), lines.keys(), loc="outside upper center", frameon=False,
-            fontsize=TICK_SIZE, ncols=min(len(lines), max(1, int(figure_width))),
+            fontsize=TICK_SIZE,
+            ncols=max(1, min(len(lines), int(figure_width * _CHARACTERS / (longest + 6)))),
         )  # fmt: skip
     return figure
+
+
+def _meanings(figure: "Figure") -> dict[str, Any]:
+    """Returns what bands, open circles and dashes mean, as far as the figure has them."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    artists = {artist.get_gid() for axes in figure.axes for artist in axes.get_children()}
+    circle: dict[str, Any] = {
+        "marker": "o",
+        "markersize": 3,
+        "markerfacecolor": "white",
+        "linestyle": "",
+    }
+    meanings = {
+        "error": ("one error to either side", Patch(color="0.5", alpha=0.3)),
+        "flag": ("not converged or not resolved", Line2D([], [], color="0.3", **circle)),
+        "reference": ("stable below", Line2D([], [], color="0.3", linewidth=0.8, linestyle="--")),
+    }
+    return {text: handle for gid, (text, handle) in meanings.items() if gid in artists}
 
 
 def _column(rows: Sequence[Mapping[str, float]], name: str) -> np.ndarray:

@@ -7,7 +7,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from regjax import _checks
-from regjax.plots._style import COLORS, LABEL_SIZE, TICK_SIZE, Color, label_axes, new_figure
+from regjax._printing import legible
+from regjax.plots._style import (
+    COLORS,
+    LABEL_SIZE,
+    TICK_SIZE,
+    Color,
+    check_panels,
+    label_axes,
+    new_figure,
+    set_log,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,16 +28,25 @@ if TYPE_CHECKING:
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Bumps this far below the peak are rounding: less than one eigenvalue in a network of 1e12.
 _LEAST_BUMP = 1e-12
-_TICKS = "eigenvalues"
+_BAND, _TICKS = "error band", "eigenvalues"
 _CURVE = "density"  # by this mark a second call on the same axes finds the first
 
 
+@legible
 class SpectrumPanel(NamedTuple):
     """What `spectrum_figure` shows of one setting.
 
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> panel = plots.SpectrumPanel("sgd", curvature.density_curve(density), density.eigenvalues)
+      >>> print(panel.label, panel.curve.density.shape)
+      sgd (512,)
+
     Attributes:
       label: name of the setting.
-      curve: its spectral density.
+      curve: its spectral density, from `curvature.density_curve`.
       eigenvalues: (k,), in the order in which they are numbered, or None.
       residual_norms: (k,), error bounds of the eigenvalues, or None.
     """
@@ -56,6 +75,16 @@ def draw_spectrum(
     curve: farther down are only tails of the Gaussian that draws it. A second call on the same axes
     adds a second curve.
 
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> import matplotlib.figure
+      >>> axes = matplotlib.figure.Figure().subplots()
+      >>> axes = plots.draw_spectrum(curvature.density_curve(density), axes=axes)
+      >>> print(axes.get_xlabel())
+      eigenvalue of the Hessian
+
     Args:
       curve: from `curvature.density_curve`.
       eigenvalues: (k,), or None.
@@ -81,9 +110,9 @@ def draw_spectrum(
         floor, top = min(floor, axes.get_ylim()[0]), max(top, axes.get_ylim()[1])
 
     _set_scale(axes.set_xscale, threshold)
-    axes.set_yscale("log")
+    set_log(axes)
     band = (np.maximum(end, 0.1 * floor) for end in (low, high))
-    axes.fill_between(grid, *band, color=color, alpha=0.3, linewidth=0)
+    axes.fill_between(grid, *band, color=color, alpha=0.3, linewidth=0, label=_named(axes, _BAND))
     positive = np.where(density > 0, density, np.nan)
     axes.plot(grid, positive, color=color, linewidth=1.0, label=label, gid=_CURVE)
     if values.size:
@@ -91,7 +120,7 @@ def draw_spectrum(
         transform = axes.get_xaxis_transform()  # the height as a share of the axes
         axes.errorbar(
             values, height, xerr=bounds, fmt="|", transform=transform, color=color,
-            markersize=5, markeredgewidth=0.8, elinewidth=1.0, label=_named_ticks(axes),
+            markersize=5, markeredgewidth=0.8, elinewidth=1.0, label=_named(axes, _TICKS),
         )  # fmt: skip
     axes.set_ylim(floor, top)
     label_axes(axes, f"eigenvalue of the {matrix_name}", "density")
@@ -100,9 +129,9 @@ def draw_spectrum(
     return axes
 
 
-def _named_ticks(axes: "Axes") -> str | None:
-    """The name of the ticks for the legend, once on each axes."""
-    return None if _TICKS in axes.get_legend_handles_labels()[1] else _TICKS
+def _named(axes: "Axes", name: str) -> str | None:
+    """Returns a name for the legend, once on each axes."""
+    return None if name in axes.get_legend_handles_labels()[1] else name
 
 
 def spectrum_figure(
@@ -114,24 +143,35 @@ def spectrum_figure(
     """Draws the spectra of several settings one below the other, on axes of the same limits.
 
     A last panel has the eigenvalues of all settings against their index, with their residual norms
-    as error bars; slightly apart, so that equal ones can be told. It stands below the densities,
-    or on their right in a figure at least 5 inches wide, and is left out without eigenvalues.
+    as error bars; slightly apart, so that equal ones can be told. It stands below the densities, or
+    on their right in a figure at least 5 inches wide, and is left out without eigenvalues.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
+      >>> panel = plots.SpectrumPanel("sgd", curvature.density_curve(density), density.eigenvalues)
+      >>> figure = plots.spectrum_figure([panel])
+      >>> print([axes.get_xlabel() for axes in figure.axes])
+      ['eigenvalue of the Hessian', 'index']
 
     Args:
-      panels: one `SpectrumPanel` for each setting; six are told apart by colour alone.
+      panels: one `SpectrumPanel` for each setting; colours repeat after six.
       matrix_name: name of the matrix on the axes.
       figure_width: in inches: 3.3 is a column, 6.8 a page.
 
     Returns:
-      A figure that pyplot does not know; `figure.savefig(path)` writes it.
+      A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
+      TypeError: `panels` holds something else than panels.
       ImportError: matplotlib is missing.
-      ValueError: `panels` is empty, their curves are of different scales, or an argument of
-        `draw_spectrum` is wrong.
+      ValueError: `panels` is empty, their curves are of different scales, shapes differ, no density
+        is positive, or an option is out of its range.
     """
-    if not panels:
-        raise ValueError("`panels` must have at least one SpectrumPanel, got none.")
+    check_panels(panels, SpectrumPanel)
+    for panel in panels:
+        _curve_arrays(panel.curve)
     _checks.positive("figure_width", figure_width)
     threshold = _threshold([panel.curve for panel in panels])
     has_eigenvalues = any(panel.eigenvalues is not None for panel in panels)
@@ -186,7 +226,8 @@ def _eigenvalues_by_index(
     if np.max(magnitudes) > 100 * np.min(magnitudes):
         _set_scale(axes.set_yscale, threshold)
     axes.locator_params(axis="x", integer=True)
-    label_axes(axes, "index", "eigenvalue")
+    beside = " (settings side by side)" if len(panels) > 1 else ""
+    label_axes(axes, f"index{beside}", "eigenvalue")
     if len(panels) > 1:
         # Largest first, so that this corner is empty.
         axes.legend(frameon=False, fontsize=TICK_SIZE, labelspacing=0.2, loc="upper right")

@@ -1,4 +1,29 @@
-"""Which units a network can do without: scores and masks, and their real removal."""
+"""Scores and masks of the units that a network can do without, and networks without these units.
+
+What can be pruned, and gates at the units:
+
+    find_structure  unit_gates  apply_gates  gate_gradients  gated_loss  gates_from_masks
+
+Scores of units or weights, from gradients and from weights alone:
+
+    taylor_importance  taylor_scores  taylor_scores_second_order  oracle_importance
+    group_importance  filter_groups  incoming_norm  outgoing_norm  scale_magnitude
+    weight_magnitude  random_scores
+
+Redundancy of units:
+
+    gradient_matrix  gradient_redundancy  redundancy_saliency  numerical_rank  energy_rank
+    stable_rank  effective_rank
+
+Masks, and when to remove how much:
+
+    full_masks  mask_lowest  parameter_masks  mask_planned  hierarchical_plan  linear_removal
+    cubic_removal  num_missing  average_scores
+
+Smaller networks and what they cost:
+
+    remove_units  count_cost
+"""
 
 from regjax.pruning._gated_loss import gated_loss as gated_loss
 from regjax.pruning._gates import apply_gates as apply_gates
@@ -42,3 +67,5 @@ from regjax.pruning._taylor import TaylorScoresResult as TaylorScoresResult
 from regjax.pruning._taylor import taylor_importance as taylor_importance
 from regjax.pruning._taylor import taylor_scores as taylor_scores
 from regjax.pruning._taylor import taylor_scores_second_order as taylor_scores_second_order
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

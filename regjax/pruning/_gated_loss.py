@@ -43,23 +43,33 @@ class GatedLoss(Wrapper):
 
 @checked
 def gated_loss(structure: Structure, loss_fn: LossFn, params: Params) -> LossFn:
-    """Turns the loss into a function of gates in front of the consumers of each unit.
+    """Turns a loss of the parameters into a loss of gates at the units.
 
-    The gates multiply parameters (`apply_gates`), so that the model stays as it is; the optimiser
-    never sees them.
+    The gates multiply the weights that read each unit (`apply_gates`), so that the model itself
+    does not change and the optimiser never sees the gates.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.array([[1.0], [2.0], [0.0]])}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> gate_loss = pruning.gated_loss(structure, lambda p, x: model_fn(p, x).mean(), params)
+      >>> gates = pruning.unit_gates(structure, params)
+      >>> print(*jax.grad(gate_loss)(gates, jnp.ones((2, 1))).values())
+      [1. 2. 0.]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       loss_fn: (params, *batch) -> scalar, the mean over the examples, such as
         `regjax.model_loss(model, output_loss_fn)`.
       params: tree of parameters.
 
     Returns:
-      A loss (gates, *batch) -> scalar. Other parameters compile nothing again.
+      A loss (gates, *batch) -> scalar. It can be an argument of a jitted function, and other
+      parameters of the same shapes compile nothing again.
 
     Raises:
       ValueError: `params` are another tree.
-      TypeError: a parameter is not real floating point, or `structure` not a `Structure`.
+      TypeError: a parameter is not real floating point, or `structure` is not a `Structure`.
     """
     check_structure(structure, params)
     return GatedLoss(structure, _base.as_partial(loss_fn), params)

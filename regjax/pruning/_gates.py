@@ -22,10 +22,17 @@ Units: TypeAlias = dict[str, jax.Array]
 
 @checked
 def unit_gates(structure: Structure, params: Params) -> Units:
-    """Makes gates that change nothing: ones.
+    """Makes gates of one, which change nothing.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> print(*pruning.unit_gates(structure, params).values())
+      [1. 1. 1.]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: parameters like those it was found with.
 
     Returns:
@@ -33,7 +40,7 @@ def unit_gates(structure: Structure, params: Params) -> Units:
 
     Raises:
       ValueError: `params` are another tree.
-      TypeError: a parameter is not real floating point, or `structure` not a `Structure`.
+      TypeError: a parameter is not real floating point, or `structure` is not a `Structure`.
     """
     check_structure(structure, params)
     dtype = _tree.vector_dtype(params)
@@ -42,22 +49,31 @@ def unit_gates(structure: Structure, params: Params) -> Units:
 
 @checked
 def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
-    """Returns the parameters with which the model computes what it does with gates at its units.
+    """Multiplies the weights that read each unit by the unit's gate.
 
-    The slices of the consumers are multiplied by their unit's gate, so that
+    With the new parameters the model computes what it would with gates at its units, so that
     `loss_fn(apply_gates(structure, params, gates), *batch)` is a loss of the gates.
 
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> gates = {name: jnp.array([1.0, 0.0, 0.5]) for name in structure.groups}
+      >>> print(pruning.apply_gates(structure, params, gates)["out"].ravel())
+      [1.  0.  0.5]
+
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: parameters like those it was found with.
       gates: floating point array (num_units,) for each group; 0 removes a unit.
 
     Returns:
-      A tree like `params`, same dtypes.
+      A tree like `params`, with the same dtypes.
 
     Raises:
       ValueError: `params` or `gates` are another tree.
-      TypeError: a parameter or a gate is not real floating point, or `structure` not a `Structure`.
+      TypeError: a parameter or a gate is not real floating point, or `structure` is not a
+        `Structure`.
     """
     check_structure(structure, params)
     _checks.floating_leaves("gates", check_units("gates", structure, gates))
@@ -71,17 +87,24 @@ def apply_gates(structure: Structure, params: Params, gates: Units) -> Params:
 
 @checked
 def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units:
-    """Computes the derivative of the loss by every gate, from its gradient by the parameters.
-
-    Summed over the weights w that a unit goes into,
+    """Computes the derivative of the loss with respect to each gate from the parameters' gradient.
 
         d loss / dz = sum w dw    at z = 1
 
-    Where all between a normalization and the consumers is homogeneous, as ReLU and pooling are, it
-    is gamma dgamma + beta dbeta of its scale and bias, the gate of the paper.
+    The sum goes over the weights w that read the unit, with the loss's gradient dw. If only
+    homogeneous functions such as ReLU and pooling stand between a normalization and these weights,
+    this is gamma dgamma + beta dbeta of its scale and bias, the gate of the paper.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.array([[1.0], [2.0], [0.0]])}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> grads = jax.grad(lambda params: model_fn(params, jnp.ones((2, 1))).mean())(params)
+      >>> print(*pruning.gate_gradients(structure, params, grads).values())
+      [1. 2. 0.]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: parameters like those it was found with.
       grads: gradient of the loss, a tree like `params`.
 
@@ -90,7 +113,7 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
 
     Raises:
       ValueError: `params` or `grads` are another tree.
-      TypeError: a leaf is not real floating point, or `structure` not a `Structure`.
+      TypeError: a leaf is not real floating point, or `structure` is not a `Structure`.
 
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771.
@@ -112,10 +135,19 @@ def gate_gradients(structure: Structure, params: Params, grads: Params) -> Units
 
 @checked
 def parameter_masks(structure: Structure, params: Params, unit_masks: Units) -> Tree:
-    """Marks the weights that remain when units are removed, as `transforms.hold_masks` takes it.
+    """Marks the weights that remain when units are removed, for `transforms.hold_masks`.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> unit_masks = {name: jnp.array([True, False, True]) for name in structure.groups}
+      >>> masks = pruning.parameter_masks(structure, params, unit_masks)
+      >>> print(masks["in"].ravel(), masks["out"].ravel())
+      [ True False  True] [ True False  True]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: parameters like those it was found with.
       unit_masks: bool array (num_units,) for each group, False for units to be removed.
 

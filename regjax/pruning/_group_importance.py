@@ -11,17 +11,19 @@ from regjax import _checks, _layouts, _selection
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Mask, Params, Tree
+from regjax._printing import legible
 from regjax._space import Space
 
 _REDUCTIONS = ("square_of_sum", "sum_of_squares", "sum_of_absolute")
 
 
+@legible
 class FilterGroupsResult(NamedTuple):
     """The filters of the kernels as groups of weights.
 
     Attributes:
       groups: tree like the parameters of int32 arrays that broadcast to its leaves: the number of
-        each weight's filter, -1 for none.
+        each weight's filter, or -1 for none.
       num_groups: number of filters.
     """
 
@@ -33,13 +35,19 @@ class FilterGroupsResult(NamedTuple):
 def filter_groups(
     params: Params, *, mask: Mask = None, layout: Layouts = None
 ) -> FilterGroupsResult:
-    """Numbers the filters of all kernels, the weights of each unit of each layer, from 0.
+    """Numbers the filters of all kernels: the weights of each unit of each layer.
 
-    In the order of the leaves; of stacked layers one after the other.
+    The numbers start at 0 and follow the order of the leaves. Stacked layers follow one another.
+
+    Example:
+      >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+      >>> groups = pruning.filter_groups(params)
+      >>> print(groups.num_groups, groups.groups["kernel"].ravel())  # a filter is a column
+      3 [0 1 2]
 
     Args:
       params: tree of parameters.
-      mask: tree of Python bools like it, the kernels that count; None: all.
+      mask: which kernels count; None: all.
       layout: which axes of the leaves are inputs, units and layers (`regjax.Layout`); None: a
         guess, which for plain kernels is that the units are last.
 
@@ -83,16 +91,27 @@ def group_importance(
         "sum_of_squares"    sum_s (g_s w_s)^2
         "sum_of_absolute"   sum_s |g_s w_s|
 
-    over the weights w_s of a group and the loss's gradients g_s there. The first is the change of
-    the loss when the whole group is removed, the criterion of the paper, the second that of its
-    code on weights: they rank differently. For the filters in front of a batch norm in train mode
-    the sum is 0, as their scale does not change the loss; what is left of the first is rounding.
+    The sums go over the weights w_s of a group, with the loss's gradients g_s. The first is the
+    squared change of the loss to first order when the whole group is removed, the criterion of the
+    paper. The second is that of the paper's code on weights, which ranks differently. For filters
+    before a batch norm in train mode the first is rounding alone, because their scale does not
+    change the loss.
+
+    Example:
+      >>> params = {"kernel": jnp.array([[1.0, 2.0], [1.0, 0.0]])}
+      >>> grads = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 5.0]])}
+      >>> filters = pruning.filter_groups(params)  # the columns
+      >>> scores = pruning.group_importance(
+      ...     params, grads, groups=filters.groups, num_groups=filters.num_groups
+      ... )
+      >>> print(scores)  # (3 - 2)^2 and (2 * 1)^2
+      [1. 4.]
 
     Args:
       params: tree of weights w.
       grads: tree like `params`, the gradients g of one batch's loss.
       groups: tree like `params` of int32 arrays that broadcast to its leaves: the number of each
-        weight's group, -1 for none, such as `filter_groups` makes: each filter one.
+        weight's group, or -1 for none. `filter_groups` makes each filter a group.
       num_groups: number of groups.
       reduction: how the products g w of a group become one number.
 

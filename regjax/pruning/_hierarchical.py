@@ -19,26 +19,38 @@ _Known = TypeVar("_Known")
 def hierarchical_plan(
     results: Mapping[str, RedundancyResult], costs: Mapping[str, float], *, budget: float
 ) -> dict[str, int]:
-    """Plans how many units each group should lose, by predicted error per saved cost.
+    """Plans how many units each group should lose in a round of pruning.
 
-    Removing a direction with the singular value sigma costs the loss about sigma^2 / (2 N). The
-    plan takes direction after direction, always the one with the least predicted error per cost
-    among the weakest ones left of the groups, as long as it fits into what is left of the budget.
-    No group falls below its rank, nor below one unit. Groups whose result has too few examples or
-    a vanishing gradient are left alone: their rank says nothing.
+    `gradient_redundancy` finds for each group the singular values sigma of its per-example
+    gradients, one for each direction in the space of its gates. On N examples the loss rises by
+    about
 
-    A reconstruction: only the abstract and a summary of the paper were read. The greedy order, the
-    budget and the floor are ours. One round of several: remove the units with the lowest scores
-    (`mask_planned`), train on, measure again.
+        sigma^2 / (2 N)
+
+    if a direction is removed, which takes a unit. The plan removes one direction after the other,
+    always the weakest one left of the group where this has the least predicted error per cost, as
+    long as the cost fits into what is left of the budget. No group falls below its rank or below
+    one unit. Groups with too few examples or with a vanishing gradient keep all units, because
+    their rank says nothing.
+
+    This is one round of several: remove the units with the lowest scores (`mask_planned`), train
+    on, and measure again.
+
+    Example:
+      >>> a = jnp.diag(jnp.array([3.0, 2.0, 0.0]))  # gradients of three examples at three units
+      >>> b = jnp.diag(jnp.array([3.0, 0.0, 0.0]))
+      >>> results = {"a": pruning.gradient_redundancy(a), "b": pruning.gradient_redundancy(b)}
+      >>> print(pruning.hierarchical_plan(results, {"a": 1.0, "b": 10.0}, budget=15.0))
+      {'a': 1, 'b': 1}
 
     Args:
-      results: of each group, from `gradient_redundancy`, concrete (outside of `jit`).
-      costs: what one unit of each group costs, in any unit (FLOPs, parameters), above 0; taken as
-        constant during the round.
-      budget: the most cost to save in this round, in the same unit.
+      results: {group: `RedundancyResult`} from `gradient_redundancy`, outside `jit`.
+      costs: {group: cost of one of its units}, above 0, in any measure such as FLOPs or parameters.
+        The costs count as constant during the round.
+      budget: the most cost to save in this round, in the same measure.
 
     Returns:
-      The number of units to remove from each group.
+      {group: number of units to remove}.
 
     Raises:
       ValueError: the groups of `costs` are others, a cost is not positive, `budget` is negative, or
@@ -46,7 +58,8 @@ def hierarchical_plan(
       TypeError: an argument is traced, or a result not from `gradient_redundancy`.
 
     References:
-      Z. Zhou, L. Lian, Y. Yin, Z. Wang (2022), arXiv:2206.03596; a reconstruction.
+      Z. Zhou, L. Lian, Y. Yin, Z. Wang (2022), arXiv:2206.03596. The greedy order, the budget and
+      the floor are ours.
     """
     for name, given in (("results", results), ("costs", costs)):
         _check_mapping(name, given)
@@ -78,8 +91,15 @@ def hierarchical_plan(
 def mask_planned(plan: Mapping[str, int], scores: Units, masks: Units) -> Units:
     """Removes from each group the planned number of units with its lowest scores.
 
+    Example:
+      >>> scores = {"a": jnp.array([0.3, 0.1, 0.2]), "b": jnp.array([0.5, 0.4])}
+      >>> masks = pruning.full_masks(scores)
+      >>> masks = pruning.mask_planned({"a": 2, "b": 0}, scores, masks)
+      >>> print(masks["a"], masks["b"])
+      [ True False False] [ True  True]
+
     Args:
-      plan: number of units to remove from each group, as `hierarchical_plan` gives it.
+      plan: {group: number of units to remove}, from `hierarchical_plan`.
       scores: {group: (C,)}, from `redundancy_saliency` or Taylor importance.
       masks: {group: (C,)} of bool, True for units that are still there.
 
@@ -88,7 +108,7 @@ def mask_planned(plan: Mapping[str, int], scores: Units, masks: Units) -> Units:
 
     Raises:
       ValueError: the groups differ, or a group would lose all of its units.
-      TypeError: an argument is no dict, or a number not an integer.
+      TypeError: an argument is not a dict, or a number is not an integer.
     """
     for name, found in (("plan", plan), ("scores", scores), ("masks", masks)):
         _check_mapping(name, found)

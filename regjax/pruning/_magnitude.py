@@ -15,14 +15,21 @@ from regjax.pruning._structure import Group, Slice, Structure, check_structure
 
 @checked
 def incoming_norm(structure: Structure, params: Params) -> Units:
-    """Computes the norm of the weights that make each unit, biases left out.
+    """Computes the norm of the weights that compute each unit, without biases.
+
+    Example:
+      >>> params = {"in": jnp.array([[3.0, 0.0], [4.0, 1.0]]), "out": jnp.ones((2, 1))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 2)))
+      >>> print(*pruning.incoming_norm(structure, params).values())
+      [5. 1.]
 
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: tree of parameters.
 
     Returns:
-      {group: (num_units,)}; over all producers of a group together.
+      {group: (num_units,)}, over all kernels that compute a unit together.
 
     Raises:
       ValueError: `params` are another tree.
@@ -35,12 +42,19 @@ def incoming_norm(structure: Structure, params: Params) -> Units:
 def outgoing_norm(structure: Structure, params: Params) -> Units:
     """Computes the norm of the weights that read each unit.
 
+    Example:
+      >>> params = {"in": jnp.ones((1, 2)), "out": jnp.array([[3.0, 4.0], [0.0, 1.0]])}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> print(*pruning.outgoing_norm(structure, params).values())
+      [5. 1.]
+
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: tree of parameters.
 
     Returns:
-      {group: (num_units,)}; over all consumers of a group together.
+      {group: (num_units,)}, over all kernels that read a unit together.
 
     Raises:
       ValueError: `params` are another tree.
@@ -51,16 +65,25 @@ def outgoing_norm(structure: Structure, params: Params) -> Units:
 
 @checked
 def scale_magnitude(structure: Structure, params: Params) -> Units:
-    """Takes the size of each unit's scale in the normalization behind it.
+    """Returns the size of each unit's scale in the normalization after it.
 
         |gamma|
 
+    Example:
+      >>> params = {"in": jnp.ones((1, 2)), "scale": jnp.array([-2.0, 0.1])}
+      >>> params["out"] = jnp.ones((2, 1))
+      >>> def model_fn(params, x):
+      ...     return jax.nn.relu(x @ params["in"] * params["scale"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> print(*pruning.scale_magnitude(structure, params).values())
+      [2.  0.1]
+
     Args:
-      structure: from `find_structure`.
+      structure: the `Structure` of the model, from `find_structure`.
       params: tree of parameters.
 
     Returns:
-      {group: (num_units,)}; the norm over all scales of a unit where it has several.
+      {group: (num_units,)}; if a unit has several scales, their norm.
 
     Raises:
       ValueError: a group has no scale, or `params` are another tree.
@@ -75,7 +98,11 @@ def scale_magnitude(structure: Structure, params: Params) -> Units:
 
 @checked
 def weight_magnitude(params: Params) -> Params:
-    """Takes the size |w| of each single weight, for unstructured pruning with `mask_lowest`.
+    """Returns the size |w| of each single weight, for unstructured pruning with `mask_lowest`.
+
+    Example:
+      >>> print(pruning.weight_magnitude({"kernel": jnp.array([[-2.0, 0.5]])})["kernel"])
+      [[2.  0.5]]
 
     Args:
       params: tree of parameters.
@@ -91,7 +118,12 @@ def weight_magnitude(params: Params) -> Params:
 
 @checked
 def random_scores(gates: Tree, *, key: PRNGKey) -> Tree:
-    """Draws scores by chance, uniform in [0, 1).
+    """Draws random scores, uniform in [0, 1), which other scores have to beat.
+
+    Example:
+      >>> scores = pruning.random_scores({"a": jnp.ones(3)}, key=jax.random.key(0))
+      >>> print(scores["a"].shape, bool((scores["a"] >= 0).all() and (scores["a"] < 1).all()))
+      (3,) True
 
     Args:
       gates: tree of gates, or of scores.

@@ -20,6 +20,10 @@ from regjax._base import Tree
 def full_masks(scores: Tree) -> Tree:
     """Makes masks that keep everything.
 
+    Example:
+      >>> print(pruning.full_masks({"a": jnp.array([0.3, 0.1])})["a"])
+      [ True  True]
+
     Args:
       scores: tree of arrays: scores, gates or parameters.
 
@@ -34,11 +38,15 @@ def full_masks(scores: Tree) -> Tree:
 
 
 def gates_from_masks(masks: Tree, *, dtype: DTypeLike = jnp.float32) -> Tree:
-    """Makes gates of 1 for what is kept and 0 for what is removed.
+    """Makes gates of 1 for units that are kept and 0 for units that are removed.
+
+    Example:
+      >>> print(pruning.gates_from_masks({"a": jnp.array([True, False])})["a"])
+      [1. 0.]
 
     Args:
       masks: tree of bool arrays.
-      dtype: of the gates, that of the parameters.
+      dtype: type of the gates; take that of the parameters.
 
     Returns:
       A tree like `masks`.
@@ -59,28 +67,33 @@ def mask_lowest(
     min_units: int = 1,
     layout: Layouts = None,
 ) -> Tree:
-    """Removes those with the lowest scores of all leaves together, `num_to_remove` exactly.
+    """Removes the `num_to_remove` units or weights with the lowest scores of all leaves together.
 
-    Ties go in the order of `jax.tree.leaves`, first come first removed. In each leaf at least
-    `min_units` stay, those with its highest scores; of an array of stacked layers, in each layer.
-    What is removed already does not count again.
+    Exactly this many are removed. Of equal scores the first one in the order of `jax.tree.leaves`
+    is removed first. At least `min_units` stay in each leaf, those with its highest scores, and in
+    each of several stacked layers. Units that were removed before do not count.
+
+    Example:
+      >>> scores = {"a": jnp.array([0.3, 0.1, 0.2]), "b": jnp.array([0.05, 0.04])}
+      >>> masks = pruning.mask_lowest(scores, pruning.full_masks(scores), 2)
+      >>> print(masks["a"], masks["b"])  # "b" keeps one unit
+      [ True False  True] [ True False]
 
     Args:
       scores: tree of scores, a leaf for each group of units, or for each array of weights.
       masks: tree like `scores` of bool arrays, True for what is still there.
-      num_to_remove: Python integer, or an integer array () as a schedule gives it.
-      min_units: least number to keep in each leaf; leaves that have no more are left alone.
+      num_to_remove: Python integer, or an integer array () such as a schedule returns.
+      min_units: least number to keep in each leaf. Leaves that have no more are left alone.
       layout: which axes of the leaves stack layers (`regjax.Layout`); None: a guess.
 
     Returns:
-      The new masks, a tree like `scores` of bool arrays. Where a count or masks that are known only
-      at run time ask for more than can go, all that can go is removed; a count below 0 removes
-      nothing. Where a score that is known only at run time is NaN, the order says nothing, and
-      nothing is removed.
+      The new masks, a tree like `scores` of bool arrays. Inside `jit`, where the numbers are not
+      known beforehand: if the count is too large, all that can be removed is removed; a count below
+      0 removes nothing; and nothing is removed if a score is NaN.
 
     Raises:
-      ValueError: the trees differ, a number is negative, so many cannot be removed, the score of
-        one that is still there is NaN, or the axes of a leaf have to be told.
+      ValueError: the trees differ, a number is negative, this many cannot be removed, the score of
+        a unit that is still there is NaN, or `layout` must tell the axes of a leaf.
       TypeError: a leaf or a number has the wrong type.
     """
     _checks.floating_tree("scores", scores)

@@ -27,14 +27,21 @@ def oracle_importance(
 
         I_c = (L(gates) - L(gates with z_c = 0))^2
 
-    By one forward pass for each gate, where Taylor importance takes one gradient for all.
+    This takes one forward pass per gate; Taylor importance takes one gradient for all gates.
+
+    Example:
+      >>> weights = jnp.array([1.0, 2.0, 0.0])  # with which three units go into the output
+      >>> gate_loss = lambda gates, x: jnp.mean((x * jnp.sum(weights * gates)) ** 2)
+      >>> print(pruning.oracle_importance(gate_loss, jnp.ones(3), jnp.ones((2, 1))))
+      [25. 64.  0.]
 
     Args:
-      gate_loss: (gates, *batch) -> scalar, the mean over the examples, as `gated_loss` makes it.
+      gate_loss: (gates, *batch) -> scalar, the mean over the examples, from `gated_loss`.
       gates: tree of gates, 1 for units that are there and 0 for removed ones, which score 0.
-      *batch: arrays with a leading axis of examples; the loss of all of them is meant.
-      chunk_size: examples per pass, for bounded memory; None: all at once.
-      block_size: gates at a time; on CPU, with convolutions, a large block only compiles longer.
+      *batch: arrays with a leading axis of examples.
+      chunk_size: number of examples per pass, for bounded memory; None: all at once.
+      block_size: number of gates at a time. With convolutions on CPU a large block only takes
+        longer to compile.
 
     Returns:
       The scores, a tree like `gates`, in float32 at least, in squared units of the loss.
@@ -44,7 +51,7 @@ def oracle_importance(
       TypeError: a gate is not real floating point, or a size not an integer.
 
     References:
-      P. Molchanov et al. (2019), arXiv:1906.10771, the target of its expansion.
+      P. Molchanov et al. (2019), arXiv:1906.10771, whose Taylor importance approximates it.
     """
     check_loss(gate_loss, gates, batch, name="gate_loss")
     # The row behind the last gate is all zeros and gives the loss with none removed.

@@ -1,10 +1,9 @@
 """Redundant units: the rank deficit of the matrix of per-example gradients at the gates.
 
-A reconstruction: only the abstract and a summary of the paper were read, and it comes without
-code. For a change d of the gates of a group the loss changes by g'd + d'H d / 2; at the end of
-training g is near 0 and H near the Fisher matrix F = G'G / N, with the per-example gradients G
-(N, C). So a direction with a small singular value of G may be removed at little cost, and what
-G has fewer directions than units is redundant.
+For a change d of the gates of a group the loss changes by g'd + d'H d / 2; at the end of training g
+is near 0 and H near the Fisher matrix F = G'G / N, with the per-example gradients G (N, C). So a
+direction with a small singular value of G may be removed at little cost, and as many units are
+redundant as G has fewer directions than units.
 
 A unit is redundant only as a whole: two units with equal incoming weights but outgoing ones that
 are not proportional do different things, and G has full rank.
@@ -20,25 +19,27 @@ from jax.tree_util import Partial
 from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import LossFn, Tree, couples_examples
+from regjax._printing import legible
 
 
+@legible
 class RedundancyResult(NamedTuple):
-    """What is redundant in one group of C units; arrays.
+    """The redundancy of a group of C units, from the gradients G of N examples at their gates.
 
     Attributes:
-      rank: (), int32, number of directions that the loss depends on, `numerical_rank`; -1 for
-        traced gradients that are not finite, with NaN for all other numbers of the decomposition.
-      num_units: (), int32, units that are still there.
+      rank: (), int32, number of directions that the loss depends on (`numerical_rank`). Inside
+        `jit`, if G is not finite, it is -1, and the other numbers are NaN.
+      num_units: (), int32, number of units that are still there.
       rate: (), the redundant share 1 - rank / num_units.
-      smallest_null_energy: (), sigma^2 / N of the weakest of the `num_units` directions, the
-        smallest eigenvalue of F on them: 0 for a null direction. In squared units of the loss.
-      singular_values: (C,), of G, falling.
+      smallest_null_energy: (), sigma^2 / N of the weakest of the `num_units` directions, which is 0
+        if the loss does not depend on it. In squared units of the loss.
+      singular_values: (C,), those of G, falling.
       directions: (C, C), the right singular vectors as columns, in the same order.
       num_examples: (), int32, N.
-      has_enough_examples: (), whether N >= num_units; if not, the rank is at most N, and the rate
+      has_enough_examples: (), whether N >= num_units. If not, the rank is at most N, and the rate
         says nothing.
-      is_vanishing: (), whether sigma_1 / sqrt(N) is so small that all of G may be rounding, as
-        where the loss is next to 0.
+      is_vanishing: (), whether sigma_1 / sqrt(N) is so small that all of G may be rounding, as when
+        the loss is nearly 0.
     """
 
     rank: jax.Array
@@ -58,15 +59,22 @@ def gradient_matrix(
 ) -> Tree:
     """Computes the gradient of each example's loss with respect to the gates.
 
-    With convolutions each example has a gradient of the whole kernel behind its gate: choose a
+    With convolutions each example needs a gradient of the whole kernel after a gate: choose a
     `chunk_size`.
 
+    Example:
+      >>> gate_loss = lambda gates, x: jnp.mean(jnp.sum(x * gates, axis=1))  # two units
+      >>> examples = jnp.array([[1.0, 2.0], [3.0, 6.0]])
+      >>> print(pruning.gradient_matrix(gate_loss, jnp.ones(2), examples))
+      [[1. 2.]
+       [3. 6.]]
+
     Args:
-      gate_loss: (gates, *batch) -> scalar, the mean over independent examples, in evaluation mode;
-        it is called with one example at a time.
+      gate_loss: (gates, *batch) -> scalar, the mean over independent examples, in evaluation mode,
+        from `gated_loss`. It is called with one example at a time.
       gates: tree of gates {group: (C,)}.
       *batch: arrays with a leading axis of N examples.
-      chunk_size: examples at a time, for bounded memory; None: all at once.
+      chunk_size: number of examples at a time, for bounded memory; None: all at once.
 
     Returns:
       The matrices, a tree like `gates` with leaves (N, C).
@@ -94,26 +102,40 @@ def gradient_redundancy(
     tol: float = 1e-2,
     vanishing_threshold: float = 1e-6,
 ) -> RedundancyResult:
-    """Computes the rank of a group's per-example gradients, and what it leaves redundant.
+    """Computes how many units of a group are redundant, from its per-example gradients.
+
+    G is the matrix of the gradients of N examples with respect to the gates of C units. At the end
+    of training a change d of the gates raises the loss by about
+
+        |G d|^2 / (2 N)
+
+    so that a direction with a small singular value of G can be removed at little cost. The rank is
+    the number of singular values above `tol` times the largest, and C - rank units are redundant.
+
+    Example:
+      >>> matrix = jnp.array([[1.0, 2.0], [3.0, 6.0], [0.0, 0.0]])  # three examples, two units
+      >>> result = pruning.gradient_redundancy(matrix)
+      >>> print(result.rank, result.rate, result.singular_values)
+      1 0.5 [7.071 0.   ]
 
     Args:
-      matrix: (N, C), per-example gradients, as `gradient_matrix` gives them for each group.
-      mask: (C,), False for units that are removed already; None: none is.
-      tol: of the singular values, relative to the largest, see `numerical_rank`.
-      vanishing_threshold: of sigma_1 / sqrt(N), in units of the loss, see `is_vanishing`. Our
-        choice, a few roundings of a loss of 1 in float32.
+      matrix: (N, C), the gradients G of a group, from `gradient_matrix`.
+      mask: (C,), False for units that are already removed; None: no unit is.
+      tol: threshold of the singular values, relative to the largest.
+      vanishing_threshold: below this value of the largest singular value over sqrt(N), in units of
+        the loss, `is_vanishing` is set. The default is our choice, a few roundings of a loss of 1
+        in float32.
 
     Returns:
       A `RedundancyResult`.
 
     Raises:
-      ValueError: `matrix` has not two axes or an entry that is not finite, `mask` has another
-        length, or a number is negative.
+      ValueError: `matrix` does not have two axes or has an entry that is not finite, `mask` has
+        another length, or a number is negative.
       TypeError: `matrix` is not real floating point, or `mask` not bool.
 
     References:
-      Z. Zhou, L. Lian, Y. Yin, Z. Wang (2022), arXiv:2206.03596; a reconstruction, see the text of
-      this module.
+      Z. Zhou, L. Lian, Y. Yin, Z. Wang (2022), arXiv:2206.03596. The form given here is ours.
     """
     matrix = _checks.floating_array("matrix", matrix)
     if jnp.ndim(matrix) != 2 or 0 in jnp.shape(matrix):
@@ -144,22 +166,26 @@ def gradient_redundancy(
 
 
 def redundancy_saliency(result: RedundancyResult) -> jax.Array:
-    """Scores each unit by its part in the directions that count.
+    """Scores each unit by its part in the directions that are not redundant.
 
         s_c = sum_{i <= rank} sigma_i^2 V_ci^2
 
+    sigma_i are the singular values of the group's per-example gradients, V the right singular
+    vectors. Remove the units with the lowest scores (`mask_planned`).
+
+    Example:
+      >>> result = pruning.gradient_redundancy(jnp.array([[1.0, 2.0], [3.0, 6.0], [0.0, 0.0]]))
+      >>> print(pruning.redundancy_saliency(result))  # 1 + 9 and 4 + 36
+      [10. 40.]
+
     Args:
-      result: of a group, from `gradient_redundancy`.
+      result: the `RedundancyResult` of a group, from `gradient_redundancy`.
 
     Returns:
-      The scores (C,), in squared units of the loss; over all directions they would be the sums of
-      squares of the columns of G. NaN if the result is not finite.
+      The scores (C,), in squared units of the loss; NaN if the result is not finite.
 
     Raises:
-      TypeError: `result` is no `RedundancyResult`.
-
-    References:
-      As `gradient_redundancy`; ours.
+      TypeError: `result` is not a `RedundancyResult`.
     """
     if not isinstance(result, RedundancyResult):
         raise TypeError(
@@ -175,6 +201,10 @@ def redundancy_saliency(result: RedundancyResult) -> jax.Array:
 @checked
 def numerical_rank(singular_values: jax.Array, *, tol: float = 1e-2) -> jax.Array:
     """Counts the singular values above `tol` times the largest.
+
+    Example:
+      >>> print(pruning.numerical_rank(jnp.array([10.0, 1.0, 0.01])))
+      2
 
     Args:
       singular_values: (C,), in any order.
@@ -196,18 +226,23 @@ def numerical_rank(singular_values: jax.Array, *, tol: float = 1e-2) -> jax.Arra
 
 @checked
 def energy_rank(singular_values: jax.Array, *, share: float = 0.99) -> jax.Array:
-    """Finds the least r for which the r largest hold this share of the sum of squares.
+    """Finds the least number r such that the r largest have a share of the sum of squares.
+
+    Example:
+      >>> print(pruning.energy_rank(jnp.array([3.0, 2.0, 0.1]), share=0.9))  # 9 of 13 is too little
+      2
 
     Args:
       singular_values: (C,), in any order.
-      share: in [0, 1]; at 1 rounding decides.
+      share: between 0 and 1; at 1 rounding decides.
 
     Returns:
       The rank (), int32; 0 if all are 0, and -1 where one that is traced is NaN or infinite.
 
     Raises:
-      ValueError: `share` is not in [0, 1], or as in `numerical_rank`.
-      TypeError: as in `numerical_rank`.
+      ValueError: `share` is not in [0, 1], or `singular_values` are no vector of finite numbers
+        that are not negative.
+      TypeError: `singular_values` are not real floating point.
     """
     _checks.between("share", _checks.number("share", share), 0, 1)
     values = _relative(singular_values)
@@ -223,6 +258,10 @@ def stable_rank(singular_values: jax.Array) -> jax.Array:
 
         sum_i sigma_i^2 / sigma_1^2
 
+    Example:
+      >>> print(pruning.stable_rank(jnp.array([2.0, 2.0, 1.0])))  # (4 + 4 + 1) / 4
+      2.25
+
     Args:
       singular_values: (C,), in any order.
 
@@ -231,17 +270,21 @@ def stable_rank(singular_values: jax.Array) -> jax.Array:
       is NaN or infinite.
 
     Raises:
-      ValueError: as in `numerical_rank`.
-      TypeError: as in `numerical_rank`.
+      ValueError: `singular_values` are no vector of finite numbers that are not negative.
+      TypeError: `singular_values` are not real floating point.
     """
     return jnp.sum(_relative(singular_values) ** 2)
 
 
 @checked
 def effective_rank(singular_values: jax.Array) -> jax.Array:
-    """Computes the exponential of the entropy of the singular values over their sum.
+    """Computes the exponential of the entropy of the singular values' shares in their sum.
 
         exp(-sum_i p_i log p_i),   p_i = sigma_i / sum_j sigma_j
+
+    Example:
+      >>> print(f"{pruning.effective_rank(jnp.array([2.0, 2.0, 0.0])):.3f}")
+      2.000
 
     Args:
       singular_values: (C,), in any order.
@@ -251,8 +294,8 @@ def effective_rank(singular_values: jax.Array) -> jax.Array:
       is NaN or infinite.
 
     Raises:
-      ValueError: as in `numerical_rank`.
-      TypeError: as in `numerical_rank`.
+      ValueError: `singular_values` are no vector of finite numbers that are not negative.
+      TypeError: `singular_values` are not real floating point.
 
     References:
       O. Roy, M. Vetterli (2007), "The effective rank", EUSIPCO.

@@ -11,11 +11,13 @@ from regjax import _checks, _tree
 from regjax._adapters import Model, model_function
 from regjax._arguments import checked
 from regjax._base import ModelFn, Params, Tree
+from regjax._printing import legible
 from regjax.pruning._gates import Units, check_units
 from regjax.pruning._smaller import Parts, SmallerApply
 from regjax.pruning._structure import Structure
 
 
+@legible
 class CostResult(NamedTuple):
     """What a forward pass costs.
 
@@ -32,24 +34,34 @@ class CostResult(NamedTuple):
 def remove_units(structure: Structure, model: Model, unit_masks: Units) -> Model:
     """Removes the units whose mask is False from a model.
 
-    Its outputs are those of the model with `apply_gates` of the masks, in evaluation as in train
-    mode, random numbers that are drawn for each unit included. It can be trained, with a new state
-    of the optimiser, and pruned again with a structure of its own.
+    The outputs of the smaller model are those of the model with masked units (`apply_gates`), in
+    evaluation and in train mode, including random numbers that are drawn for each unit. It can be
+    trained with a new state of the optimiser, and pruned again with a `Structure` of its own.
 
-    The code of the model is traced with the old sizes and then run with the new ones: it may have
-    written its sizes down (heads, groups, `features`), and constants that depend on the number of
-    units stay what they were, as they do where units are masked.
+    The code of the model is traced with the old sizes and then run with the new ones. So it may
+    contain its sizes (heads, groups, `features`). Constants that depend on the number of units stay
+    as they were, as they do with masked units.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model = regjax.from_callable(lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"], params)
+      >>> model_fn = regjax.model_function(model)
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> unit_masks = {name: jnp.array([True, False, True]) for name in structure.groups}
+      >>> smaller = pruning.remove_units(structure, model, unit_masks)
+      >>> print(smaller.params["in"].shape, smaller.params["out"].shape)
+      (1, 2) (2, 1)
 
     Args:
-      structure: from `find_structure` of this model.
-      model: from one of the adapters.
-      unit_masks: concrete bool array (num_units,) for each group, False for units to be removed.
+      structure: the `Structure` of this model, from `find_structure`.
+      model: a `Model` from one of the adapters.
+      unit_masks: bool array (num_units,) for each group, False for units to be removed. Not traced.
 
     Returns:
       A `Model` with smaller parameters and state, which runs the same code.
 
     Raises:
-      ValueError: a group or an array would lose all of its units, or `model` or `unit_masks` are of
+      ValueError: a group or an array would lose all of its units, or `model` or `unit_masks` have
         another structure.
       TypeError: a mask is not boolean, or is traced.
     """
@@ -71,15 +83,21 @@ def remove_units(structure: Structure, model: Model, unit_masks: Units) -> Model
 
 @checked
 def count_cost(model_fn: ModelFn, params: Params, inputs: Tree) -> CostResult:
-    """Counts parameters and operations of the forward pass, these as the compiler does.
+    """Counts the parameters and the floating-point operations of a forward pass.
 
-    A multiplication and an addition are two operations. The count is that of XLA's cost analysis of
-    the program as it is compiled for this backend, optimisations included; nothing is run.
+    A multiplication and an addition are two operations. The operations are counted by XLA's cost
+    analysis of the program that it compiles for this backend, after optimisation. Nothing is run.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: x @ params["in"] @ params["out"]
+      >>> print(pruning.count_cost(model_fn, params, jnp.ones((2, 1))).num_params)
+      6
 
     Args:
-      model_fn: (params, inputs) -> outputs, as from `regjax.model_function`.
+      model_fn: (params, inputs) -> outputs, such as `regjax.model_function(model)`.
       params: its parameters.
-      inputs: a batch, or `jax.ShapeDtypeStruct`s; operations are those of all of its examples.
+      inputs: a batch, or `jax.ShapeDtypeStruct`s. Operations are counted for all of its examples.
 
     Returns:
       A `CostResult`.

@@ -12,16 +12,21 @@ from regjax._base import Tree
 def linear_removal(
     step: int | jax.Array, *, every: int, num_each: int, total: int, begin: int = 0
 ) -> jax.Array:
-    """Counts what is removed by `step`: `num_each` after each `every` steps, `total` in the end.
+    """Counts how many units should be removed by `step`, with equal numbers in each round.
 
         min(total, num_each * floor((step - begin) / every))
+
+    Example:
+      >>> options = {"every": 10, "num_each": 5, "total": 12}
+      >>> print([int(pruning.linear_removal(step, **options)) for step in (5, 10, 25, 99)])
+      [0, 5, 10, 12]
 
     Args:
       step: number of steps done, a Python integer or an integer array ().
       every: number of steps between two rounds.
-      num_each: units, or weights, a round.
+      num_each: number of units, or weights, per round.
       total: the most that is removed.
-      begin: steps before the first interval.
+      begin: number of steps before the first interval.
 
     Returns:
       The number removed so far (), int32.
@@ -31,7 +36,7 @@ def linear_removal(
       TypeError: a number is not an integer.
 
     References:
-      P. Molchanov et al. (2019), arXiv:1906.10771, with 100 units each 30 batches.
+      P. Molchanov et al. (2019), arXiv:1906.10771, with 100 units every 30 batches.
     """
     _checks.integer("every", every)
     _checks.integer("num_each", num_each)
@@ -53,20 +58,26 @@ def cubic_removal(
     initial: float = 0.0,
     begin: int = 0,
 ) -> jax.Array:
-    """Counts what is removed by `step` where the sparsity rises as a cubic, fast and then slow.
+    """Counts how many units should be removed by `step`, fast at first and then more slowly.
 
         s(t) = final + (initial - final) (1 - (t - begin) / (num_rounds every))^3
 
-    at t = begin, begin + every, ..., begin + num_rounds every; in between the value stays, behind
-    the last it is `final`, before the first nothing is removed.
+    is the share that is removed at t = begin, begin + every, ..., begin + num_rounds every. Between
+    these steps the share stays, after the last one it is `final`, and before the first one nothing
+    is removed.
+
+    Example:
+      >>> options = {"num_units": 100, "final": 0.8, "every": 10, "num_rounds": 4}
+      >>> print([int(pruning.cubic_removal(step, **options)) for step in (0, 10, 20, 30, 40)])
+      [0, 46, 70, 79, 80]
 
     Args:
       step: number of steps done, a Python integer or an integer array ().
-      num_units: of what the sparsity is a share: all units, or all weights.
-      final: share removed in the end, in [0, 1].
+      num_units: number of all units, or of all weights.
+      final: share removed in the end, between 0 and 1.
       every: number of steps between two rounds.
-      num_rounds: n of the paper: rounds after the first one.
-      initial: share removed by the first round.
+      num_rounds: number of rounds after the first one, n in the paper.
+      initial: share removed in the first round.
       begin: step of the first round.
 
     Returns:
@@ -93,14 +104,19 @@ def cubic_removal(
 
 @checked
 def num_missing(masks: Tree, num_removed: int | jax.Array) -> jax.Array:
-    """Counts what is still to go, for `mask_lowest`, until so many are removed.
+    """Counts how many units are still to be removed, for `mask_lowest`.
+
+    Example:
+      >>> print(pruning.num_missing({"a": jnp.array([True, False, True])}, 2))  # one of two is gone
+      1
 
     Args:
       masks: tree of bool arrays, False for what is removed.
-      num_removed: number that a schedule asks for, an integer or an integer array ().
+      num_removed: number that should be removed by now, from a schedule: an integer or an integer
+        array ().
 
     Returns:
-      `num_removed` less the number of False, at least 0, (), int32.
+      `num_removed` minus the number of False, at least 0: (), int32.
 
     Raises:
       ValueError: `num_removed` is negative.
@@ -113,13 +129,18 @@ def num_missing(masks: Tree, num_removed: int | jax.Array) -> jax.Array:
 
 
 def average_scores(previous: Tree | None, scores: Tree, *, decay: float = 0.9) -> Tree:
-    """Averages scores over rounds, the older ones with less and less weight.
+    """Averages scores over rounds, with less weight for older ones.
 
         decay previous + (1 - decay) scores
 
+    Example:
+      >>> scores = pruning.average_scores(None, {"a": jnp.array([1.0, 2.0])})
+      >>> print(pruning.average_scores(scores, {"a": jnp.array([2.0, 2.0])}, decay=0.9)["a"])
+      [1.1 2. ]
+
     Args:
       previous: average so far, a tree like `scores`; None in the first round.
-      scores: of this round.
+      scores: scores of this round.
       decay: weight of the average so far, in [0, 1).
 
     Returns:
@@ -129,7 +150,7 @@ def average_scores(previous: Tree | None, scores: Tree, *, decay: float = 0.9) -
       ValueError: the trees differ, or `decay` is not in [0, 1).
 
     References:
-      P. Molchanov et al. (2019), arXiv:1906.10771, whose code offers it with 0.9.
+      P. Molchanov et al. (2019), arXiv:1906.10771, whose code offers a decay of 0.9.
     """
     if not _checks.number("decay", decay) < 1:
         raise ValueError(f"`decay` must be below 1, got {decay}.")

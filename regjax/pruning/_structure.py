@@ -15,14 +15,24 @@ from regjax.pruning._rules import propagate
 
 
 class Slice(NamedTuple):
-    """Where the units of a group lie along one axis of one array.
+    """The place of a group's units along one axis of one array.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> (group,) = structure.groups.values()
+      >>> (producer,) = group.producers
+      >>> print(producer.path, producer.axis, producer.units)
+      in 1 [0 1 2]
 
     Attributes:
       path: readable name of the array.
-      leaf: its index in `jax.tree.leaves` of the parameters; of the state, for statistics.
+      leaf: its index in `jax.tree.leaves` of the parameters, or of the state for statistics.
       axis: the axis.
-      units: (length of the axis,) int array, the unit that owns each position; -1 where it is none
-        of this group. After flattening H x W positions a unit owns H W of them.
+      units: (length of the axis,) int array, the unit that owns each position, or -1 for positions
+        that belong to no unit of this group. After H x W positions are flattened, a unit owns H W
+        of them.
     """
 
     path: str
@@ -34,13 +44,21 @@ class Slice(NamedTuple):
 class Group(NamedTuple):
     """Units (channels) of one or several layers that exist or are removed together.
 
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 1))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> (group,) = structure.groups.values()
+      >>> print(group.num_units, group.producers[0].path, group.consumers[0].path)
+      3 in out
+
     Attributes:
-      num_units: how many.
-      producers: the kernels that the units come out of, along their output axis.
-      scales: vectors that multiply them: scales of normalizations, lengths of weight norm.
-      biases: other vectors along them: biases of layers and of normalizations.
-      statistics: arrays of the state along them.
-      consumers: the kernels that they go into, along the input axis.
+      num_units: number of units.
+      producers: the kernels that compute the units, along their output axis.
+      scales: vectors that multiply the units: scales of normalizations, lengths of weight norm.
+      biases: vectors that are added to the units: biases of layers and of normalizations.
+      statistics: arrays of the state along the units.
+      consumers: the kernels that read the units, along their input axis.
     """
 
     num_units: int
@@ -54,15 +72,24 @@ class Group(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
-    """What can be pruned in a model: a pytree without leaves, so that it passes through `jax.jit`.
+    """The groups of units that can be pruned in a model, from `find_structure`.
+
+    It is a pytree without leaves, so that it can be an argument of a jitted function.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 2))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> print(list(structure.groups), list(structure.fixed))
+      ['in'] ['out']
 
     Attributes:
-      groups: by the name of the first producer, in the order of the forward pass.
-      fixed: kernels whose units cannot be removed, each with the reason; "name[axis]" where only
-        the units along other axes of a kernel can be.
+      groups: the groups by the name of their first producer, in the order of the forward pass.
+      fixed: kernels whose units cannot be removed, each with the reason. The name is "name[axis]"
+        if the units along another axis of the kernel can be removed.
       params: the parameters as `jax.ShapeDtypeStruct`s.
-      state: list of the model's own leaves as such.
-      inputs: the inputs as such.
+      state: list of the leaves of the model's state as `jax.ShapeDtypeStruct`s.
+      inputs: the inputs as `jax.ShapeDtypeStruct`s.
     """
 
     groups: dict[str, Group]
@@ -83,22 +110,35 @@ def check_structure(structure: object, params: Params) -> None:
 
 @checked
 def find_structure(model_fn: ModelFn, params: Params, inputs: Tree) -> Structure:
-    """Finds the groups of units that can be removed, from a trace of the forward pass.
+    """Finds the groups of units that can be removed, by tracing the forward pass.
 
-    A unit is all that has to go together: channels joined by additions (a residual stage is one
-    group), by elementwise operations and by products batch by batch, with their biases, norms and
-    statistics, and the slices of the kernels that they go into. They stay apart through transposes,
-    pooling, concatenation, slices, flattening, embeddings and scans. Where an axis is split, its
-    parts go whole: heads of attention, groups of a group norm or of a convolution. Units are fixed
-    where they feed the outputs, meet the inputs or a constant array, are reduced along their axis
-    (layer norm, weight norm of a consumer), are contracted with what is no parameter, or pass
-    through a primitive without a rule. Every unit of a group can be removed, alone and with others.
-    Of layers that are stacked in one array and scanned over a unit is that of all layers together:
-    what remains is an array too.
+    A unit is everything that must be removed together: channels that are joined by additions (a
+    residual stage is one group), by elementwise operations or by batched products, with their
+    biases, norms and statistics, and the slices of the kernels that read them. Units are followed
+    through transposes, pooling, concatenation, slices, flattening, embeddings and scans. Where an
+    axis is split, its parts are removed whole: heads of attention, groups of a group norm or of a
+    convolution. Each unit of a group can be removed, alone or with others. If layers are stacked in
+    one array and scanned over, a unit is that of all layers together.
+
+    Units are fixed, so that they cannot be removed, if they
+
+    - feed the outputs, or meet the inputs or a constant array,
+    - are reduced along their axis (layer norm, weight norm of a consumer),
+    - are contracted with an array that is not a parameter,
+    - pass through a primitive for which there is no rule.
+
+    Example:
+      >>> params = {"in": jnp.ones((1, 3)), "out": jnp.ones((3, 2))}
+      >>> model_fn = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]
+      >>> structure = pruning.find_structure(model_fn, params, jnp.ones((2, 1)))
+      >>> print({name: group.num_units for name, group in structure.groups.items()})
+      {'in': 3}
+      >>> print(structure.fixed)
+      {'out': 'feeds the outputs'}
 
     Args:
-      model_fn: (params, inputs) -> outputs, as from `regjax.model_function` in evaluation mode,
-        which sees the running statistics.
+      model_fn: (params, inputs) -> outputs, such as `regjax.model_function(model)` in evaluation
+        mode, with which statistics are found too.
       params: its parameters.
       inputs: a batch of at least two examples, or of `jax.ShapeDtypeStruct`s; nothing is computed.
 

@@ -17,6 +17,7 @@ from regjax import _checks, _chunks, _loops, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Batch, LossFn, Tree, terms
 from regjax._losses import MeanLoss, check_parts, factors_of, mean_loss, mean_weights, with_factors
+from regjax._printing import legible
 from regjax._programs import Program
 from regjax.pruning._oracle import gate_hessian_diagonal
 
@@ -24,6 +25,7 @@ _Moments: TypeAlias = tuple[Tree, Tree]
 """Mean and sum of squared deviations, trees like the gates."""
 
 
+@legible
 class TaylorScoresResult(NamedTuple):
     """Importance of the units from a data set; trees like the gates.
 
@@ -37,10 +39,15 @@ class TaylorScoresResult(NamedTuple):
 
 
 def taylor_importance(gate_grads: Tree) -> Tree:
-    """Squares the gate gradients of one batch: its first-order importance, at gates of 1.
+    """Squares the gate gradients of one batch, which gives the first-order importance of each unit.
 
-    Average it over batches: the mean of the squares, not the square of the mean gradient. With B
-    examples a batch the two differ by the variance of the examples' gradients over B.
+    This is the squared change of the loss, to first order, when the unit's gate goes from 1 to 0.
+    Average it over batches. The mean of the squares is not the square of the mean gradient: with B
+    examples per batch the two differ by the variance of the examples' gradients over B.
+
+    Example:
+      >>> print(pruning.taylor_importance({"a": jnp.array([-3.0, 0.1])})["a"])
+      [9.   0.01]
 
     Args:
       gate_grads: tree of gradients of the loss with respect to the gates.
@@ -52,7 +59,7 @@ def taylor_importance(gate_grads: Tree) -> Tree:
       TypeError: a leaf is not real floating point.
 
     References:
-      P. Molchanov, A. Mallya, S. Tyree, I. Frosio, J. Kautz (2019), arXiv:1906.10771, its
+      P. Molchanov, A. Mallya, S. Tyree, I. Frosio, J. Kautz (2019), arXiv:1906.10771, the
       first-order criterion at gates.
     """
     _checks.floating_tree("gate_grads", gate_grads)
@@ -93,27 +100,36 @@ def taylor_importance_second_order(gate_grads: Tree, gate_hessian_diagonal: Tree
 def taylor_scores(
     gate_loss: LossFn, gates: Tree, *batch: Tree, batch_size: int
 ) -> TaylorScoresResult:
-    """Computes the first-order importance from a data set, the mean over its batches.
+    """Computes the first-order importance of each unit, as a mean over the batches of a data set.
 
         E_B[(z g_B)^2]
 
-    Batches count alike, those of a weighted mean by their weights. One gradient with respect to the
-    gates for each batch; memory is that of one batch. A removed unit, whose gate is 0, scores 0.
+    Here z is the gate of a unit, and g_B the gradient of the loss on batch B with respect to it.
+    All batches count the same; if the loss is a weighted mean, they count by their weights. This
+    takes one gradient with respect to the gates per batch, and the memory of one batch. A removed
+    unit, whose gate is 0, scores 0.
+
+    Example:
+      >>> weights = jnp.array([1.0, 2.0, 0.0])  # with which three units go into the output
+      >>> gate_loss = lambda gates, x: jnp.mean(x * jnp.sum(weights * gates))
+      >>> batch = jnp.array([1.0, 1.0, 3.0, 3.0])  # two batches of two examples
+      >>> print(pruning.taylor_scores(gate_loss, jnp.ones(3), batch, batch_size=2).scores)
+      [ 5. 20.  0.]
 
     Args:
-      gate_loss: (gates, *batch) -> scalar, the mean over the examples, as `gated_loss` makes it;
-        the batch may couple its examples.
+      gate_loss: (gates, *batch) -> scalar, the mean over the examples, from `gated_loss`. The loss
+        may couple the examples of a batch.
       gates: tree of gates z, 1 for units that are there and 0 for removed ones.
-      *batch: arrays with a leading axis of N examples, in the order in which they are divided.
-      batch_size: examples a batch. The score depends on it, as the mean over batches of squares
-        does; what is left over after the last whole batch is not used.
+      *batch: arrays with a leading axis of N examples, which are divided in this order.
+      batch_size: number of examples per batch. The scores depend on it, because they are means of
+        squares. Examples after the last whole batch are not used.
 
     Returns:
       A `TaylorScoresResult`.
 
     Raises:
-      ValueError: `gate_loss` is no scalar, or `batch_size` is not between 1 and N; the weight of a
-        batch is negative, or the weights do not add up.
+      ValueError: `gate_loss` is not a scalar, `batch_size` is not between 1 and N, the weight of a
+        batch is negative, or the weights of the batches do not add up to that of all examples.
       TypeError: a gate is not real floating point, or `batch_size` not an integer.
 
     References:
@@ -131,25 +147,37 @@ def taylor_scores(
 def taylor_scores_second_order(
     gate_loss: LossFn, gates: Tree, *batch: Tree, batch_size: int, block_size: int = 16
 ) -> TaylorScoresResult:
-    """Computes the second-order importance from a data set, the mean over its batches.
+    """Computes the second-order importance of each unit, as a mean over the batches of a data set.
 
         E_B[(z g_B - z^2 H_B / 2)^2]
 
-    The diagonal is exact: as many Hessian products for each batch as there are gates.
+    Here z is the gate of a unit, and g_B and H_B are the first and second derivative of the loss on
+    batch B with respect to it. The second derivatives are exact, which takes one Hessian product
+    per gate and batch.
+
+    Example:
+      >>> weights = jnp.array([1.0, 2.0, 0.0])
+      >>> gate_loss = lambda gates, x: jnp.mean(x * jnp.sum(weights * gates**2))
+      >>> gates, batch = jnp.ones(3), jnp.array([1.0, 1.0, 3.0, 3.0])  # two batches of two examples
+      >>> print(pruning.taylor_scores_second_order(gate_loss, gates, batch, batch_size=2).scores)
+      [ 5. 20.  0.]
 
     Args:
-      gate_loss: as in `taylor_scores`, twice differentiable almost everywhere.
+      gate_loss: (gates, *batch) -> scalar, the mean over the examples, from `gated_loss`; twice
+        differentiable almost everywhere.
       gates: tree of gates z, 1 for units that are there and 0 for removed ones.
-      *batch: arrays with a leading axis of N examples.
-      batch_size: examples a batch, as in `taylor_scores`.
-      block_size: Hessian products at a time.
+      *batch: arrays with a leading axis of N examples, which are divided in this order.
+      batch_size: number of examples per batch. Examples after the last whole batch are not used.
+      block_size: number of Hessian products at a time.
 
     Returns:
       A `TaylorScoresResult`.
 
     Raises:
-      ValueError: as in `taylor_scores`, or `block_size` is below 1.
-      TypeError: as in `taylor_scores`.
+      ValueError: `gate_loss` is not a scalar, `batch_size` is not between 1 and N, the weight of a
+        batch is negative, the weights of the batches do not add up to that of all examples, or
+        `block_size` is below 1.
+      TypeError: a gate is not real floating point, or a size is not an integer.
 
     References:
       P. Molchanov et al. (2019), arXiv:1906.10771.

@@ -1,4 +1,4 @@
-"""Scalars to add to a loss."""
+"""Penalties to add to a loss: pure functions that return a scalar, or a result with its error."""
 
 from regjax.regularizers import linen as linen
 from regjax.regularizers import nnx as nnx
@@ -18,3 +18,5 @@ from regjax.regularizers._geometric_complexity import (
 )
 from regjax.regularizers._gradient_norm import gradient_norm_penalty as gradient_norm_penalty
 from regjax.regularizers._spectral_norm import spectral_norm_penalty as spectral_norm_penalty
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

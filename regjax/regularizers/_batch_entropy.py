@@ -26,18 +26,22 @@ def batch_entropy(
 
         H = mean_i log(1 + pi e v_i) / 2,    v_i = sum_n (x_ni - mean_n x_ni)^2 / (N - dof)
 
-    In nats, with x = `activations`, i the units and dof = `degrees_of_freedom`. It is 0 where all
-    examples look the same, never negative, and blind to a constant added to a unit. (The
-    differential entropy of a Gaussian, log(2 pi e v) / 2, has neither the 1 nor a minimum.) A unit
-    with no variance at all has gradient 0; below a variance of 1e-38 float32 has no value but a
-    gradient.
+    Here x are the activations of N examples n at the units i, and dof is `degrees_of_freedom`. H is
+    in nats. It is 0 if the layer treats all examples the same, and never negative. A constant added
+    to a unit does not change it. (The differential entropy of a Gaussian, log(2 pi e v) / 2, has no
+    minimum.) A unit without variance has gradient 0.
+
+    Example:
+      >>> activations = jnp.array([[0.0, 5.0], [2.0, 5.0]])  # the second unit is constant
+      >>> print(f"{regularizers.batch_entropy(activations):.3f}")  # log(1 + 2 pi e) / 2, then / 2
+      0.724
 
     Args:
       activations: (N, ...), real floating point; every entry of an example is a unit.
       degrees_of_freedom: subtracted from the number of examples in the variance.
-      axis_name: of a mapped axis (`shard_map`, `vmap`) over which the batch is split in equal
-        parts; None under plain `jit`, where sharded activations give the entropy of the whole
-        batch by themselves. That of a part alone is another number.
+      axis_name: name of a mapped axis (`shard_map`, `vmap`) over which the batch is split into
+        equal parts. None under plain `jit`, where sharded activations give the entropy of the whole
+        batch by themselves.
 
     Returns:
       The mean entropy over the units (), in float32 at least; NaN if an activation is.
@@ -47,8 +51,8 @@ def batch_entropy(
       TypeError: `activations` are not real floating point.
 
     References:
-      D. Peer, B. Keulen, S. Stabinger, J. Piater, A. Rodriguez-Sanchez (2022), arXiv:2208.01134;
-      the formula and the unbiased variance are those of the authors' code.
+      D. Peer, B. Keulen, S. Stabinger, J. Piater, A. Rodriguez-Sanchez (2022), arXiv:2208.01134.
+      Formula and unbiased variance are those of the authors' code.
     """
     activations = _checks.floating_array("activations", activations)
     _checks.integer("degrees_of_freedom", degrees_of_freedom, minimum=0)
@@ -90,29 +94,44 @@ def layerwise_batch_entropy(
     strength: ArrayLike,
     min_target_entropy: ArrayLike,
 ) -> jax.Array:
-    """Penalises layers whose batch entropy is off its trainable target; to add to the loss.
+    """Penalises layers whose batch entropy is far from a trainable target.
 
         penalty = task_loss * strength * mean_l (H_l - max(min_target_entropy, |target_l|))^2
 
-    The task loss is not a constant here: the gradient of the sum is (1 + strength mean d^2) times
-    that of the task plus the task loss times that of strength mean d^2. Very deep networks without
-    skip connections or normalization get gradients by it. The targets train with the optimiser of
-    the weights, without weight decay. A target has no gradient where its magnitude is
-    `min_target_entropy` or below (where both are equal, that is our choice). A start that worked
-    for us, in perceptrons of 10 to 50 layers: targets 0.5, `strength` 0.1, `min_target_entropy`
-    0.2; the authors' code has 2.0, 0.1 and 0.2 for 500 layers.
+    Add the penalty to the loss. It lets gradients reach the first layers of very deep networks
+    without skip connections or normalization. The task loss is not held constant: the penalty
+    changes its gradient too.
+
+    Put a `BatchEntropyTap` (`regularizers.nnx` or `regularizers.linen`) behind each layer. The taps
+    hold the targets as parameters and compute the entropies H_l in training, and
+    `tapped_entropies` collects both:
+
+        outputs, new_state = model.apply(params, state, inputs, train=True)
+        entropies, targets = regularizers.nnx.tapped_entropies(params, new_state)
+
+    Train the targets with the weights, without weight decay. A target has no gradient while its
+    magnitude is at most `min_target_entropy`. Values that worked for us in perceptrons of 10 to 50
+    layers are targets of 0.5, `strength` 0.1 and `min_target_entropy` 0.2. The authors' code has
+    2.0, 0.1 and 0.2 for 500 layers.
+
+    Example:
+      >>> task_loss, entropies = jnp.array(2.0), jnp.array([0.5, 0.9])  # of two layers
+      >>> penalty = regularizers.layerwise_batch_entropy(
+      ...     task_loss, entropies, jnp.array([0.5, 0.5]), strength=0.1, min_target_entropy=0.2
+      ... )
+      >>> print(f"{penalty:.3f}")  # 2 * 0.1 * (0 + 0.4^2) / 2
+      0.016
 
     Args:
       task_loss: (), mean loss over the batch.
       entropies: (num_layers,), in nats: `batch_entropy` of each layer's activations.
       target_entropies: (num_layers,), trainable, in nats.
-      strength: per squared nat, relative to the task loss; non-negative.
-      min_target_entropy: in nats, non-negative; without one the targets could fall to 0 and the
+      strength: per squared nat, relative to the task loss; at least 0.
+      min_target_entropy: in nats, at least 0. Without it the targets could fall to 0, and the
         penalty with them.
 
     Returns:
-      The penalty (), in float32 at least; NaN if an entropy or a target is. The loss of the
-      training is `task_loss` plus this.
+      The penalty (), in float32 at least; NaN if an entropy or a target is.
 
     Raises:
       ValueError: `strength` or `min_target_entropy` is negative, `task_loss` is not a scalar, or
@@ -120,9 +139,9 @@ def layerwise_batch_entropy(
       TypeError: one of them is not real floating point.
 
     References:
-      D. Peer and others (2022), arXiv:2208.01134; as in the authors' code. There `entropies` are
-      those of a perceptron's hidden layers behind ReLU, but for the first, or of a residual
-      network's blocks behind addition and ReLU.
+      D. Peer et al. (2022), arXiv:2208.01134, in the form of the authors' code. There the entropies
+      are those of a perceptron's hidden layers after ReLU, except for the first, or those of a
+      residual network's blocks after addition and ReLU.
     """
     _checks.number("strength", strength)
     _checks.number("min_target_entropy", min_target_entropy)
@@ -149,28 +168,42 @@ def layerwise_batch_entropy(
 
 
 def tapped_entropies(params: Params, state: State) -> tuple[jax.Array, jax.Array]:
-    """Collects what the taps of a model hold: the entropies of the last batch and their targets.
+    """Collects from the taps of a model the entropies of the last batch and their targets.
 
-    A training loss, with `model` from `regjax.from_nnx` or `regjax.from_linen`:
+    A training loss with a `model` from `regjax.from_nnx` or `regjax.from_linen` is
 
         outputs, new_state = model.apply(params, state, inputs, train=True)
         loss = output_loss_fn(outputs, targets)
         penalty = layerwise_batch_entropy(loss, *tapped_entropies(params, new_state), ...)
         return loss + penalty, new_state
 
+    Example:
+      >>> class Network(nnx.Module):
+      ...     def __init__(self):
+      ...         self.layer = nnx.Linear(1, 4, rngs=nnx.Rngs(0))
+      ...         self.tap = regularizers.nnx.BatchEntropyTap(0.5)
+      ...     def __call__(self, inputs):
+      ...         return self.tap(self.layer(inputs))
+      >>> model = regjax.from_nnx(Network())
+      >>> inputs = jnp.linspace(-1.0, 1.0, 8)[:, None]
+      >>> _, state = model.apply(model.params, model.state, inputs, train=True)
+      >>> entropies, targets = regularizers.nnx.tapped_entropies(model.params, state)
+      >>> print(entropies.shape, targets)
+      (1,) [0.5]
+
     Args:
       params: nested dicts with the targets of `BatchEntropyTap` modules, such as those of a
         `regjax.Model`.
-      state: that of the same model. The gradient reaches the layers through the new state, which
-        `apply` has returned; before the first training batch the entropies are NaN.
+      state: state of the same model. Pass the new state that `apply` returned, through which the
+        gradient reaches the layers. Before the first training batch the entropies are NaN.
 
     Returns:
-      The entropies and the targets, each (num_layers,), in the order of the names of the layers,
-      numbers in them by their value. A tap that was stacked (flax's `scan` or `vmap` over layers)
-      gives an entry for each layer.
+      The entropies and the targets, each (num_layers,), in the order of the layers' names, with
+      numbers in the names sorted by value. A tap that is stacked by flax's `scan` or `vmap` over
+      layers gives an entry for each layer.
 
     Raises:
-      ValueError: there is no tap, or `params` and `state` have not the same taps.
+      ValueError: there is no tap, or `params` and `state` do not have the same taps.
     """
     targets, entropies = _leaves_named(TARGET, params), _leaves_named(ENTROPY, state)
     if not targets or not entropies:

@@ -12,9 +12,11 @@ from regjax import _checks, _chunks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, PRNGKey
 from regjax._losses import whole
+from regjax._printing import legible
 from regjax.regularizers._gradient_norm import squared_gradient_norm
 
 
+@legible
 class DropoutGradientPenaltyResult(NamedTuple):
     """The penalty of a finite learning rate, from some masks.
 
@@ -35,15 +37,22 @@ def dropout_penalty(
 
         R1 = (1 - p) / (2 n p) sum_i sum_j ||W_j||^2 f_j(x_i)^2
 
-    over examples i and units j, p the `keep_probability`, f the `features` without dropout and W_j
-    the row of `kernel` that unit j feeds. With masks that are 1 / p with probability p and else 0,
+    The sums go over n examples i and the units j. p is the `keep_probability`, f are the `features`
+    without dropout, and W_j is the row of `kernel` that unit j feeds. If a mask is 1 / p with
+    probability p and else 0, then exactly
 
-        E R_drop = R_S + R1,    R_S = 1 / (2 n) sum_i ||f(x_i) W + b - y_i||^2,
+        E R_drop = R_S + R1,    R_S = 1 / (2 n) sum_i ||f(x_i) W + b - y_i||^2
 
-    exactly, and so are the gradients; p = 1 gives 0. One mask for the whole batch and one for each
-    example have the same mean, but not the same covariance. A mean squared error without the 1/2
-    takes twice the penalty. The output bias b is not dropped. With dropout in other layers too, and
-    with cross-entropy, the identity does not hold and R1 is a heuristic.
+    and the same holds for the gradients. The output bias b is not dropped. One mask for the whole
+    batch and one mask for each example have the same mean, but not the same covariance. Take twice
+    the penalty for a mean squared error without the 1/2. If other layers have dropout too, or with
+    cross-entropy, the identity does not hold, and R1 is a heuristic.
+
+    Example:
+      >>> features = jnp.array([[1.0, 2.0]])  # one example with two units
+      >>> kernel = jnp.array([[3.0], [1.0]])
+      >>> print(regularizers.dropout_penalty(features, kernel, keep_probability=0.5))
+      6.5
 
     Args:
       features: (n, m), outputs of the last hidden layer, where the masks would act; differentiable.
@@ -60,7 +69,7 @@ def dropout_penalty(
 
     References:
       Z. Zhang, Z.-Q. Xu (2024), Implicit regularization of dropout, arXiv:2207.05952, eq. 4 and
-      lemma 1; for several outputs the square of W_j becomes its squared norm.
+      lemma 1. For several outputs we take the squared norm of W_j instead of its square.
     """
     f, w = _checks.floating_array("features", features), _checks.floating_array("kernel", kernel)
     if f.ndim != 2 or w.ndim != 2 or f.shape[1] != w.shape[0] or not f.size or not w.size:
@@ -88,22 +97,33 @@ def dropout_gradient_penalty(
     learning_rate: ArrayLike,
     num_samples: int = 1,
 ) -> DropoutGradientPenaltyResult:
-    """Estimates what a finite learning rate adds to the loss that dropout descends.
+    """Estimates what a finite learning rate adds to the loss that training with dropout minimises.
 
         R2 = lr / 4 E ||grad R_drop||^2 = lr / 4 (||grad E R_drop||^2 + tr Cov(grad R_drop))
 
-    To first order in the rate, gradient descent with dropout follows the gradient flow of R_S + R1
-    + R2; R1 (`dropout_penalty`) is what survives small rates. The derivative with respect to the
-    parameters costs one Hessian product a mask (`gradient_norm_penalty`). For any loss and dropout
-    in any layer. The masks follow one another, so that memory is that of one.
+    R_drop is the loss under a random mask. To first order in the learning rate lr, gradient descent
+    with dropout follows the gradient flow of E R_drop + R2; `dropout_penalty` gives the difference
+    between E R_drop and the loss without dropout. The loss can be any, with dropout in any layer.
+    The derivative with respect to the parameters costs one Hessian product per mask. The masks
+    follow one another, so that the memory is that of one mask.
+
+    Example:
+      >>> def dropout_loss_fn(w, key):
+      ...     return 0.5 * jnp.sum((2.0 * jax.random.bernoulli(key, 0.5, w.shape) * w) ** 2)
+      >>> result = regularizers.dropout_gradient_penalty(
+      ...     dropout_loss_fn, jnp.ones(10_000), key=jax.random.key(0), learning_rate=0.001,
+      ...     num_samples=4,
+      ... )
+      >>> print(f"{result.value:.1f}")  # 0.001 / 4 * 10000 * (4^2 / 2)
+      20.0
 
     Args:
-      dropout_loss_fn: (params, key) -> scalar, the mean loss under the mask of `key`. Data are
-        bound as arguments: `jax.tree_util.Partial(loss, inputs=...)`.
+      dropout_loss_fn: (params, key) -> scalar, the mean loss under the mask that `key` draws. Bind
+        the data as arguments: `jax.tree_util.Partial(loss, inputs=...)`.
       params: tree of parameters; differentiable.
-      key: typed key; the masks are those of `jax.random.split(key, num_samples)`, the same as in
+      key: typed key. The masks are those of `jax.random.split(key, num_samples)`, the same as in
         `curvature.dropout_covariance`.
-      learning_rate: of plain gradient descent, non-negative; may be traced.
+      learning_rate: that of plain gradient descent, at least 0; may be traced.
       num_samples: number of masks.
 
     Returns:

@@ -10,10 +10,12 @@ from jax.typing import DTypeLike
 from regjax import _checks, _chunks, _jacobian, _tree
 from regjax._arguments import checked
 from regjax._base import ModelFn, Params, PRNGKey
+from regjax._printing import legible
 
 _SIDES = ("outputs", "inputs")
 
 
+@legible
 class GeometricComplexityResult(NamedTuple):
     """Geometric complexity from random projections.
 
@@ -34,15 +36,25 @@ def geometric_complexity(
 
         GC = (1 / N) sum_x ||d f(x) / d x||_F^2
 
-    Summed over outputs and inputs, without 1/2. By as many reverse passes as there are outputs, or
-    as many forward passes as there are inputs if these are fewer, all of them in one vmapped call.
-    As a penalty: `loss + strength * geometric_complexity(model_fn, params, inputs)`. Rescaling the
-    inputs by 1 / s multiplies it by s^2: a number means something with the scaling of the inputs.
+    The squared norm is the sum over outputs and inputs, without a factor 1/2. The Jacobian takes
+    one reverse pass per output, or one forward pass per input if there are fewer inputs, all in one
+    vmapped call. As a penalty:
+
+        loss + strength * geometric_complexity(model_fn, params, inputs)
+
+    Dividing the inputs by s multiplies the complexity by s^2. Compare values only at the same
+    scaling of the inputs.
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> w = jnp.array([[3.0], [4.0]])
+      >>> print(regularizers.geometric_complexity(model_fn, w, jnp.ones((5, 2))))  # |w|^2
+      25.0
 
     Args:
       model_fn: (params, inputs) -> outputs (N, ...): the network before its softmax, each output a
         function of its own example alone, such as `regjax.model_function(model)`.
-      params: of the model; differentiable.
+      params: parameters of the model; differentiable.
       inputs: (N, ...), real floating point.
       chunk_size: number of examples per pass, for bounded memory; None: all at once.
 
@@ -74,27 +86,39 @@ def geometric_complexity_estimate(
     side: str = "outputs",
     chunk_size: int | None = None,
 ) -> GeometricComplexityResult:
-    """Estimates geometric complexity from random projections of the Jacobian, for penalties.
+    """Estimates geometric complexity from random projections of the Jacobian, which is cheaper.
 
-    For v ~ N(0, I), drawn for each example, ||J' v||^2 (`side` "outputs", a reverse pass) and
-    ||J v||^2 ("inputs", a forward pass, whose gradient is one of reverse over forward mode and
-    cheaper with convolutions) have the mean ||J||_F^2.
+        E ||J' v||^2 = E ||J v||^2 = ||J||_F^2,   v ~ N(0, I)
+
+    A vector v is drawn for each example. With `side="outputs"` a probe takes a reverse pass, J' v.
+    With `side="inputs"` it takes a forward pass, J v, whose gradient is cheaper with convolutions.
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> w = jnp.array([[3.0], [4.0]])  # of a complexity of 25
+      >>> result = regularizers.geometric_complexity_estimate(
+      ...     model_fn, w, jnp.ones((100, 2)), key=jax.random.key(1), num_probes=100
+      ... )
+      >>> print(f"{result.value:.1f} +- {result.standard_error:.1f}")
+      25.1 +- 0.4
 
     Args:
-      model_fn: (params, inputs) -> outputs (N, ...), as in `geometric_complexity`.
-      params: of the model; differentiable.
+      model_fn: (params, inputs) -> outputs (N, ...): the network before its softmax, each output a
+        function of its own example alone, such as `regjax.model_function(model)`.
+      params: parameters of the model; differentiable.
       inputs: (N, ...), real floating point.
-      key: typed key of the projections; they do not depend on the chunks.
-      num_probes: number of random vectors for each example.
-      side: "outputs" or "inputs", where the random vector lives.
+      key: typed key of the projections, which do not depend on `chunk_size`.
+      num_probes: number of random vectors per example.
+      side: "outputs" or "inputs", the space of the random vectors.
       chunk_size: number of examples per pass; None: all at once.
 
     Returns:
       A `GeometricComplexityResult`.
 
     Raises:
-      ValueError: `side` is unknown, `num_probes` below 1, or as in `geometric_complexity`.
-      TypeError: as in `geometric_complexity`, or `key` is not a typed key.
+      ValueError: `side` is unknown, `num_probes` is below 1, the model couples the examples, or its
+        outputs lack their axis.
+      TypeError: `inputs` is not one array of real floating point, or `key` is not a typed key.
 
     References:
       M. Hutchinson (1990), Communications in Statistics 19(2), for J J' and J' J.

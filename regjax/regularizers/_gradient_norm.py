@@ -21,29 +21,37 @@ def gradient_norm_penalty(
 
         ||d L / d params||^2
 
-    Its derivative with respect to the parameters is 2 H g. It is computed as that, one Hessian
-    product of forward over reverse mode, where plain automatic differentiation takes reverse over
-    reverse mode: on CPU 2.4 times as long with convolutions.
+    Its derivative with respect to the parameters is 2 H g, with the Hessian H and the gradient g.
+    It is computed by one Hessian product in forward over reverse mode. Plain automatic
+    differentiation takes reverse over reverse mode, which takes 2.4 times as long with convolutions
+    on CPU.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 3.0]) * w**2)
+      >>> penalty = lambda w: regularizers.gradient_norm_penalty(loss_fn, w)
+      >>> value, grads = jax.value_and_grad(penalty)(jnp.array([2.0, 1.0]))
+      >>> print(value, grads)  # 2^2 + 3^2, and twice the Hessian times the gradient
+      13.0 [ 4. 18.]
 
     Args:
-      loss_fn: (params, *batch) -> scalar, the mean over the examples. It may couple them. Data and
-        state are arguments: a loss that closes over what is differentiated is an error of JAX.
+      loss_fn: (params, *batch) -> scalar, the mean over the examples, which it may couple. Pass
+        data and state as arguments: a loss must not close over values that are differentiated.
       params: tree of parameters; differentiable to any order.
       *batch: arguments of the loss.
-      differences: whether the product H g may be a central difference of gradients where JAX cannot
-        differentiate the loss twice, as in `curvature.hessian`.
+      differences: whether the product H g may be a central difference of gradients if JAX cannot
+        differentiate the loss twice.
 
     Returns:
       The squared norm (), in float32 at least, in squared units of the loss over the parameters.
 
     Raises:
       ValueError: the loss is not a scalar.
-      TypeError: a parameter is not real floating point; in the derivative: a function within the
-        loss cannot be differentiated twice.
+      TypeError: a parameter is not real floating point; in the derivative, the loss contains a
+        function that cannot be differentiated twice.
 
     References:
-      D. Barrett, B. Dherin (2021), Implicit gradient regularization, arXiv:2009.11162, which was
-      not at hand. Any factor, such as one of the learning rate, is the caller's.
+      D. Barrett, B. Dherin (2021), Implicit gradient regularization, arXiv:2009.11162. Multiply by
+      a factor, such as one of the learning rate, yourself.
     """
     check_loss(loss_fn, params, batch)
     return squared_gradient_norm(whole(loss_fn), params, batch, differences)

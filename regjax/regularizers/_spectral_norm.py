@@ -22,23 +22,29 @@ def spectral_norm_penalty(
 
         R = (1 / 2) sum_l sigma(W_l)^2 = (1 / 2) sum_l ||W_l v_l||^2
 
-    v_l is the top right singular vector, held constant: the value is exact, and so is the gradient
-    sigma u v', without a division and zero at W = 0. Of equal largest singular values one is taken,
-    which gives a subgradient. First derivatives only: a Hessian lacks the turning of v_l.
+    v_l is the right singular vector of the largest singular value, and is held constant. The value
+    is exact, and so is the gradient sigma u v', which is zero at W = 0. If several singular values
+    are the largest, one is taken, which gives a subgradient. Only first derivatives are right,
+    because a Hessian would need the rotation of v_l. As a penalty:
 
-    A kernel is a leaf with axes of inputs and of outputs, (inputs, outputs) as a matrix; of stacked
-    layers each one is a matrix. For convolutions it acts on patches; the norm of the linear map of
-    images is at most the square root of the number of kernel positions times its sigma.
+        loss + strength * spectral_norm_penalty(params)
 
-    As a penalty: `loss + strength * spectral_norm_penalty(params)`.
+    A kernel is a leaf with axes of inputs and outputs, as a matrix (inputs, outputs). Each of
+    several stacked layers is a matrix of its own. The matrix of a convolution acts on patches. The
+    norm of the linear map of images is at most the square root of the number of kernel positions
+    times this sigma.
+
+    Example:
+      >>> params = {"kernel": jnp.array([[3.0, 0.0], [0.0, 1.0]]), "bias": jnp.ones(2)}
+      >>> print(regularizers.spectral_norm_penalty(params))  # 3^2 / 2
+      4.5
 
     Args:
       params: tree of real floating-point arrays.
-      num_iterations: power iterations from a random start. The value is a lower bound then, and
-        its gradient that of the bound at a fixed v_l. None: the exact v_l, from the
+      num_iterations: number of power iterations from a random start. The value is then a lower
+        bound, and the gradient that of the bound at a fixed v_l. None: the exact v_l, from the
         eigendecomposition of the smaller of W W' and W' W.
-      key: typed key of the random start; read with `num_iterations` only. Each call
-        starts anew: going on from the vector of the last step would need a state.
+      key: typed key of the random start, used with `num_iterations` only. Each call starts anew.
       mask: which kernels count; None: all.
       layout: which axes of the leaves are inputs, outputs and layers (`regjax.Layout`); None: a
         guess, which for plain kernels is that the outputs are last.
@@ -48,14 +54,13 @@ def spectral_norm_penalty(
 
     Raises:
       ValueError: `num_iterations` is below 1, a kernel has an empty axis, `mask` has another
-        structure, or it takes in a leaf without inputs, or one whose axes have to be told.
+        structure or contains a leaf without inputs, or `layout` must tell the axes of a leaf.
       TypeError: a parameter is not real floating point, `key` is not a typed key, or `mask` holds
         other things than bools.
 
     References:
       Y. Yoshida, T. Miyato (2017), Spectral norm regularization, arXiv:1705.10941: (lambda / 2)
-      sum sigma^2 by power iteration and the reshaping of convolutions, as commonly described; the
-      paper itself was not read. The exact form is ours.
+      sum sigma^2 by power iteration, and the reshaping of convolutions. The exact form is ours.
     """
     if mask is None:
         _checks.floating_tree("params", params)

@@ -9,21 +9,30 @@ from regjax import _tree
 from regjax.regularizers import _batch_entropy
 from regjax.regularizers._batch_entropy import tapped_entropies as tapped_entropies
 
+__all__ = ["BatchEntropyTap", "tapped_entropies"]
+
 
 class BatchEntropyTap(linen.Module):
-    """Stands behind a layer, gives its activations on and keeps their batch entropy.
+    """Passes the activations of a layer on, and keeps their batch entropy.
 
-    Where the collection "batch_entropy" is mutable, as in training, it stores
-    `regjax.regularizers.batch_entropy` of its inputs there; elsewhere it computes nothing and
-    needs no such collection. The target is the parameter "target_entropy".
-    `tapped_entropies` collects both from all taps of a model; one tap for
-    each layer.
+    Put a tap behind each layer. If the collection "batch_entropy" is mutable, as in training, it
+    stores `regjax.regularizers.batch_entropy` of its inputs there. Otherwise it computes nothing
+    and needs no such collection. The target is the parameter "target_entropy". `tapped_entropies`
+    collects both from all taps of a model, for `layerwise_batch_entropy`.
+
+    Example:
+      >>> tap = regularizers.linen.BatchEntropyTap(0.5)
+      >>> activations = jnp.array([[0.0], [2.0]])
+      >>> variables = tap.init(jax.random.key(0), activations)
+      >>> _, new = tap.apply(variables, activations, mutable=["batch_entropy"])
+      >>> print(f"{new['batch_entropy']['batch_entropy']:.3f}")
+      1.447
 
     Attributes:
-      initial_target_entropy: target entropy to begin with, in nats.
-      degrees_of_freedom: as in `batch_entropy`.
-      axis_name: as in `batch_entropy`.
-      param_dtype: of the target, and of the entropy, in float32 at least.
+      initial_target_entropy: initial target, in nats.
+      degrees_of_freedom: subtracted from the number of examples in the variance.
+      axis_name: name of a mapped axis over which the batch is split; None under plain `jit`.
+      param_dtype: type of the target; the entropy is in float32 at least.
     """
 
     initial_target_entropy: float = 0.5

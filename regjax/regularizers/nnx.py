@@ -6,28 +6,45 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from regjax import _tree
+from regjax._nnx_module import Module
 from regjax.regularizers import _batch_entropy
 from regjax.regularizers._batch_entropy import tapped_entropies as tapped_entropies
 
+__all__ = ["BatchEntropy", "BatchEntropyTap", "tapped_entropies"]
+
 
 class BatchEntropy(nnx.Variable):
-    """The batch entropy of a layer in the last training batch."""
+    """Holds the batch entropy of a layer in the last training batch.
+
+    Example:
+      >>> tap = regularizers.nnx.BatchEntropyTap()
+      >>> activations = tap(jnp.array([[0.0], [2.0]]))
+      >>> entropies = nnx.state(tap, regularizers.nnx.BatchEntropy)
+      >>> print([f"{entropy:.3f}" for entropy in jax.tree.leaves(entropies)])
+      ['1.447']
+    """
 
 
-class BatchEntropyTap(nnx.Module):
-    """Stands behind a layer, gives its activations on and keeps their batch entropy.
+class BatchEntropyTap(Module):
+    """Passes the activations of a layer on, and keeps their batch entropy.
 
-    In training, `module.train()`, it stores `regjax.regularizers.batch_entropy` of its inputs in
-    the variable `batch_entropy`; in evaluation it computes nothing. The target is the parameter
-    `target_entropy`. `tapped_entropies` collects both from all taps of a
-    model; one tap for each layer.
+    Put a tap behind each layer. In training, after `module.train()`, it stores
+    `regjax.regularizers.batch_entropy` of its inputs in the variable `batch_entropy`. In evaluation
+    it computes nothing. The target is the parameter `target_entropy`. `tapped_entropies` collects
+    both from all taps of a model, for `layerwise_batch_entropy`.
+
+    Example:
+      >>> tap = regularizers.nnx.BatchEntropyTap(0.5)
+      >>> activations = tap(jnp.array([[0.0], [2.0]]))  # as they are
+      >>> print(f"{tap.batch_entropy[...]:.3f} {tap.target_entropy[...]}")
+      1.447 0.5
 
     Args:
-      initial_target_entropy: target entropy to begin with, in nats.
-      degrees_of_freedom: as in `batch_entropy`.
-      axis_name: as in `batch_entropy`.
+      initial_target_entropy: initial target, in nats.
+      degrees_of_freedom: subtracted from the number of examples in the variance.
+      axis_name: name of a mapped axis over which the batch is split; None under plain `jit`.
       deterministic: whether to start in evaluation mode.
-      param_dtype: of the target, and of the entropy, in float32 at least.
+      param_dtype: type of the target; the entropy is in float32 at least.
     """
 
     def __init__(

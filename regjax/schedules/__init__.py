@@ -1,4 +1,4 @@
-"""Schedules and learning-rate rules."""
+"""Schedules of numbers in the course of training, and rules for learning rates."""
 
 from regjax.schedules._batch_scaling import batch_size_scaling as batch_size_scaling
 from regjax.schedules._batch_scaling import (
@@ -9,3 +9,5 @@ from regjax.schedules._scoping import scoping_schedule as scoping_schedule
 from regjax.schedules._spectral_rules import SpectralRatesResult as SpectralRatesResult
 from regjax.schedules._spectral_rules import nesterov_rule as nesterov_rule
 from regjax.schedules._spectral_rules import polyak_rule as polyak_rule
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists

@@ -16,19 +16,25 @@ _BASE = 256
 
 @checked
 def scoping_schedule(gamma0: float, growth: float) -> Callable[[ArrayLike], jax.Array]:
-    """Makes the schedule of a stiffness that grows by a factor with each update.
+    """Makes the schedule of a stiffness that grows by a constant factor with each update.
 
         gamma0 (1 + growth)^count
 
-    Right to some roundings of float32 at any count: powers of 1.001, rounded, are off by 2e-4 after
-    5000 updates. Infinity where the power of the growth leaves the range of float32.
+    The result is exact up to a few roundings of float32 at any count; plain powers of 1.001 in
+    float32 would be off by 2e-4 after 5000 updates. It is infinite where the power overflows.
+
+    Example:
+      >>> gamma = schedules.scoping_schedule(0.1, 1e-3)
+      >>> print(gamma(jnp.array([0, 1000, 2000])))
+      [0.1   0.272 0.738]
 
     Args:
       gamma0: value at count 0, at least 0.
-      growth: relative growth for each outer update, at least 0. 1e-3 in the official code.
+      growth: relative growth per outer update of `transforms.entropy_sgd`, at least 0. The official
+        code has 1e-3.
 
     Returns:
-      A schedule, float32, of an integer count or an array of them.
+      A function of an integer count, or of an array of counts, in float32.
 
     Raises:
       ValueError: an argument, or a count, is negative or not finite.

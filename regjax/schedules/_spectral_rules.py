@@ -9,8 +9,10 @@ from jax.typing import ArrayLike
 
 from regjax import _checks
 from regjax._arguments import checked
+from regjax._printing import legible
 
 
+@legible
 class SpectralRatesResult(NamedTuple):
     """What an optimiser with momentum is set to.
 
@@ -29,20 +31,27 @@ def nesterov_rule(largest: ArrayLike, smallest: ArrayLike) -> SpectralRatesResul
 
         learning rate = 1 / L,   momentum = (sqrt L - sqrt m) / (sqrt L + sqrt m)
 
+    Here L is the largest and m the smallest curvature of the loss.
+
+    Example:
+      >>> print(schedules.nesterov_rule(9.0, 1.0))  # 1 / 9 and (3 - 1) / (3 + 1)
+      SpectralRatesResult(learning_rate=0.11111, momentum=0.5)
+
     Args:
       largest: L, largest curvature.
       smallest: m, smallest curvature, above 0.
 
     Returns:
-      A `SpectralRatesResult`. A loss multiplied by a number has the same momentum and trajectory.
+      A `SpectralRatesResult`. Multiplying the loss by a number does not change the momentum and the
+      trajectory.
 
     Raises:
       ValueError: a curvature is known and not positive, infinite, or out of order.
 
     References:
       D. Granziol, S. Zohren, S. Roberts (2022), arXiv:2006.09092, eq. 26, with Nesterov's rate
-      1 / L in place of the printed sqrt(m / L), which has no unit of a learning rate and diverges
-      on a quadratic with the curvatures 1 and 100.
+      1 / L instead of the printed sqrt(m / L), which does not have the unit of a learning rate and
+      diverges on a quadratic with the curvatures 1 and 100.
     """
     momentum = _contraction(largest, smallest)
     return SpectralRatesResult(1 / jnp.asarray(largest), momentum)
@@ -55,8 +64,13 @@ def polyak_rule(largest: ArrayLike, smallest: ArrayLike) -> SpectralRatesResult:
         learning rate = (2 / (sqrt L + sqrt m))^2
         momentum = ((sqrt L - sqrt m) / (sqrt L + sqrt m))^2
 
-    For `spectral_controller(nesterov=False)`: optimal on a quadratic, where the distance to the
-    minimum shrinks by the square root of the momentum a step.
+    Here L is the largest and m the smallest curvature of the loss. For
+    `transforms.spectral_controller(nesterov=False)`. The rule is optimal on a quadratic, where the
+    distance to the minimum shrinks by the square root of the momentum per step.
+
+    Example:
+      >>> print(schedules.polyak_rule(9.0, 1.0))  # (2 / (3 + 1))^2 and ((3 - 1) / (3 + 1))^2
+      SpectralRatesResult(learning_rate=0.25, momentum=0.25)
 
     Args:
       largest: L, largest curvature.

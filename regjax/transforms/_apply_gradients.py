@@ -13,15 +13,23 @@ _State = TypeVar("_State")
 def apply_gradients(state: _State, grads: Params, **options: Any) -> _State:
     """Calls `state.apply_gradients` of flax's `TrainState`, with arguments for the transformation.
 
-        state = apply_gradients(state, grads, grad_fn=grad_fn, batch_stats=batch_stats)
+                state = apply_gradients(state, grads, grad_fn=grad_fn, batch_stats=batch_stats)
 
-    The method itself takes keywords for fields that are replaced, and drops what is no field, so
-    that `grad_fn` never reaches the transformation. Here a keyword that is the name of a field goes
-    to the method, and any other one to `tx.update`. What else the method of a subclass does, it
-    does.
+    The method itself ignores keywords that are not fields of the state, so that `grad_fn` would
+    never reach the transformation. Here a keyword that names a field goes to the method, and every
+    other one goes to `tx.update`. A subclass's own `apply_gradients` is called as usual.
+
+    Example:
+      >>> from flax.training.train_state import TrainState
+      >>> params = {"w": jnp.array([3.0, 4.0])}  # of the loss |w|^2 / 2
+      >>> tx = optax.chain(transforms.sam(1.0), optax.sgd(0.1))
+      >>> state = TrainState.create(apply_fn=None, params=params, tx=tx)
+      >>> state = transforms.apply_gradients(state, params, grad_fn=lambda params, i: params)
+      >>> print(state.params["w"])
+      [2.64 3.52]
 
     Args:
-      state: a `flax.training.train_state.TrainState`, of a subclass perhaps.
+      state: a `flax.training.train_state.TrainState`, or of a subclass.
       grads: the gradient.
       **options: new values of fields, and arguments of `tx.update` such as `grad_fn`, `value_fn` or
         `value`.
@@ -30,8 +38,8 @@ def apply_gradients(state: _State, grads: Params, **options: Any) -> _State:
       The state after the step.
 
     Raises:
-      TypeError: `state` is no such state. `nnx.Optimizer.update(model, grads, grad_fn=grad_fn)`
-        hands on by itself what it is given.
+      TypeError: `state` is not a `TrainState`. `nnx.Optimizer` needs no such function:
+        `optimizer.update(model, grads, grad_fn=grad_fn)` passes the argument on.
       ValueError: `tx` is among the options.
     """
     tx: Any = getattr(state, "tx", None)

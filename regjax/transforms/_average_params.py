@@ -21,11 +21,12 @@ class RunningAverageState(NamedTuple):
 
     Attributes:
       num_updates: (), int32, updates so far.
-      num_averaged: (), int32, weights in the average; at 0 the sum is that of the newest alone.
-      sums: tree like the parameters of the sum of the weights, each by `decay` to the power of its
+      num_averaged: (), int32, number of weights in the average. If it is 0, `sums` holds the newest
+        weights.
+      sums: tree like the parameters: the sum of the weights, each times `decay` to the power of its
         age, in float32 at least.
-      rests: tree like the parameters of what rounding left out of the sums.
-      total: (2,), the same sum and its rest for weights of one: what the sums are divided by.
+      rests: tree like the parameters: the rounding errors of the sums.
+      total: (2,), the number by which the sums are divided, and its rounding error.
     """
 
     num_updates: jax.Array
@@ -40,9 +41,10 @@ class LatestAverageState(NamedTuple):
 
     Attributes:
       num_updates: (), int32, updates so far.
-      num_averaged: (), int32, weights so far that count; at 0 the first tree is the newest weights.
-      latest: tuple of trees like the parameters, the newest weights that count first.
-      decay: (), float32, of the last update.
+      num_averaged: (), int32, number of weights so far that count. If it is 0, the first tree of
+        `latest` holds the newest weights.
+      latest: tuple of trees like the parameters, the latest weights that count, newest first.
+      decay: (), float32, the decay of the last update.
     """
 
     num_updates: jax.Array
@@ -63,27 +65,36 @@ def average_params(
 
         average = sum_i decay^(m - i) w_i / sum_i decay^(m - i),   i = 1 .. m
 
-    over the weights w = params + updates after the updates begin + every, begin + 2 every, ...:
-    with `decay=1` the mean of all (stochastic weight averaging), below 1 an exponential average
-    that is not biased to its start, and with `num_latest` over the latest so many alone.
+    Here w_i = params + updates are the weights after the updates begin + every, begin + 2 every,
+    and so on. With `decay=1` the average is the mean of all of them (stochastic weight averaging).
+    Below 1 it is an exponential average without bias towards its start. With `num_latest` it goes
+    over the latest weights alone.
 
-    Last in the chain, or it does not see the final update. In `optax.MultiSteps` a step counts
-    once; outside of it, each micro-batch does. `averaged_params` reads the average from the state
-    of any chain, and where the network has running statistics, those that belong to it come from
-    `regjax.population_statistics`.
+    Place it last in the chain, where it sees the final update. Inside `optax.MultiSteps` a step
+    counts once; around it, each micro-batch counts. `averaged_params` reads the average from the
+    state of any chain. If the network has running statistics, `regjax.population_statistics`
+    computes those that belong to the average.
 
-    What rounding leaves out of the sums is carried along: a plain sum in float32 of weights that
-    hardly move is off by a tenth of a percent after 1e5 steps.
+    The sums carry their rounding errors along. A plain float32 sum of weights that hardly move
+    would be off by a tenth of a percent after 1e5 steps.
 
     Example:
-      tx = optax.chain(optax.sgd(0.1), average_params(begin=1000, every=100))
+      >>> tx = optax.chain(optax.sgd(1.0), transforms.average_params())
+      >>> params = jnp.array(4.0)
+      >>> state = tx.init(params)
+      >>> for grads in (jnp.array(1.0), jnp.array(2.0)):  # the weights become 3, then 1
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params, transforms.averaged_params(state))
+      1.0 2.0
 
     Args:
-      decay: weight of the average so far, from 0 (the newest weights alone) to 1 (all alike).
-      num_latest: number of the latest weights to average, which the state holds all; None: a
-        running average, for which it holds two copies in float32 at least.
-      begin: updates before the first interval.
-      every: number of updates from one to the next of the weights that are averaged.
+      decay: weight of the average so far, from 0 (the newest weights alone) to 1 (all weights
+        count the same).
+      num_latest: how many of the latest weights to average. The state holds all of them. None: a
+        running average, for which the state holds two copies, in float32 at least.
+      begin: number of updates before the first interval.
+      every: number of updates in an interval; the weights at its end are averaged.
 
     Returns:
       A transformation whose `update` needs `params` and passes the updates on bit for bit.
@@ -135,18 +146,29 @@ def averaged_params(state: Tree, params: Params | None = None) -> Params:
 
     Until the first weights count, the average is the newest weights themselves.
 
+    Example:
+      >>> tx = optax.chain(optax.sgd(1.0), transforms.average_params(num_latest=2))
+      >>> params = jnp.array(4.0)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):  # the weights become 3, 2, 1
+      ...     updates, state = tx.update(jnp.array(1.0), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(transforms.averaged_params(state))
+      1.5
+
     Args:
-      state: of `average_params`, or of whatever it is part of: chains, `optax.masked`,
-        `optax.inject_hyperparams`, `optax.MultiSteps`, flax's `TrainState`.
-      params: tree of the weights, whose types the average has then, and whose leaves stand where
-        a mask kept the average from looking; None: float32 at least, and no mask.
+      state: the state of `average_params`, or of a chain, `optax.masked`, `optax.MultiSteps`,
+        `optax.inject_hyperparams` or flax's `TrainState` that contains it.
+      params: tree of the weights. The average gets their types, and where a mask hid leaves from
+        it, these leaves are returned. None: the average is in float32 at least, and there must be
+        no mask.
 
     Returns:
       A tree like the parameters.
 
     Raises:
-      ValueError: `state` holds no average, or several; it is that of other parameters; or there is
-        a mask and no `params`.
+      ValueError: `state` holds no average or several, or the average of other parameters; or there
+        is a mask and `params` is None.
     """
     found = [one for one in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(one)]
     if len(found) != 1:

@@ -32,37 +32,50 @@ class GossipAverageState(NamedTuple):
 def gossip_average(
     mixing: Mixing, *, axis_name: AxisName = "learner"
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds to the update what takes the weights to their average with the neighbours'.
+    """Averages each learner's weights with those of its neighbours, next to the update.
 
         updates = (sum_k W_jk w_k - w_j) + u_j,   so   w_j <- sum_k W_jk w_k - lr grad L_j(w_j)
 
-    for plain SGD: the gradient is that at the learner's own weights before mixing. The spread of
-    the weights is noise that depends on the landscape, and lowers the effective learning rate where
-    it is rough (`diagnostics.landscape_dependent_noise`). Last in the chain; momentum stays with
-    the learner. Give every learner batches of its own: with the same ones they never part. Evaluate
-    at `mean_params`, or with batch statistics at `consensus_model`, never one learner.
+    for plain SGD with learning rate lr. W is the mixing matrix, and the gradient is taken at the
+    learner's own weights before mixing. The spread of the learners' weights acts as noise that
+    depends on the landscape: it lowers the effective learning rate where the loss is rough
+    (`diagnostics.landscape_dependent_noise`).
 
-    `update` sees one learner and is called under a named axis. Stacked trees with a leading axis of
-    learners, the states from `jax.vmap(tx.init)`, serve both on one device and on a mesh, which may
-    span processes:
+    Place it last in the chain. Momentum stays with the learner. Give each learner its own batches:
+    with equal batches the learners stay equal. Evaluate the network at `mean_params`, or at
+    `consensus_model` if it has batch statistics, never at a single learner's weights.
+
+    `update` sees one learner and is called under a named axis. Stack the learners' trees along a
+    leading axis and make the states with `jax.vmap(tx.init)`. The same trees work on one device and
+    on a mesh, which may span processes:
 
         jax.vmap(step, axis_name="learner")                               # axis_name="learner"
         jax.shard_map(jax.vmap(step, axis_name="block"), mesh=mesh, in_specs=spec,
                       out_specs=spec, check_vma=False)              # axis_name=("device", "block")
 
-    with spec = PartitionSpec("device"). The second form holds n / devices learners on a device, in
-    blocks of neighbours. For one learner a device, without `jax.vmap`, name the mesh's axis alone.
-    On a mesh no member of the chain may call this one in a branch that only some devices take.
+    with spec = PartitionSpec("device"). The second form holds n / devices learners on each device,
+    in blocks of neighbours. With one learner per device, leave out `jax.vmap` and name the mesh's
+    axis alone. On a mesh all devices must reach this transformation: do not call it in a branch
+    that only some devices take.
+
+    Example:
+      >>> params = jnp.array([0.0, 3.0, 6.0, 9.0])  # one weight of each of four learners
+      >>> grads = jnp.array([0.0, 0.0, 0.0, 10.0])
+      >>> tx = optax.chain(optax.sgd(0.1), transforms.gossip_average(transforms.ring_mixing()))
+      >>> step = jax.vmap(tx.update, axis_name="learner")
+      >>> updates, state = step(grads, jax.vmap(tx.init)(params), params)
+      >>> print(params + updates)
+      [4. 3. 6. 4.]
 
     Args:
       mixing: `ring_mixing()`, `random_pair_mixing(key=...)`, `exponential_mixing()`,
-        `full_mixing()`, `dense_mixing(matrix)`, or any (params, count, axis_name) -> params.
-        No mixing wins on all problems (benchmarks/claims/decentralized.py).
-      axis_name: of the learners; or (axis of the mesh, axis of the vmap inside of it).
+        `full_mixing()`, `dense_mixing(matrix)`, or any function (params, count, axis_name) ->
+        params. Which one works best depends on the problem (benchmarks/claims/decentralized.py).
+      axis_name: name of the learners' axis, or (axis of the mesh, axis of the vmap inside it).
 
     Returns:
-      A transformation whose `update` needs `params`. A single learner's updates, and those of a
-      mixing that returns its `params`, pass through bit for bit.
+      A transformation whose `update` needs `params`. With a single learner, or with a mixing that
+      returns `params` unchanged, the updates pass through bit for bit.
 
     Raises:
       TypeError: `mixing` is not callable, or `axis_name` is no name or pair of names.
@@ -70,9 +83,9 @@ def gossip_average(
         does not suit the mixing.
 
     References:
-      X. Lian et al. (2017), arXiv:1705.09056, algorithm 1. W. Zhang et al. (2021),
-      arXiv:2112.01433, whose abstract alone could be read. Averaging behind the step, W (w - lr g),
-      is another method and stable at larger learning rates. That momentum is not mixed is ours.
+      X. Lian et al. (2017), arXiv:1705.09056, algorithm 1; W. Zhang et al. (2021),
+      arXiv:2112.01433. Averaging after the step, W (w - lr g), is another method, which is stable
+      at larger learning rates. Not mixing the momentum is our choice.
     """
     if not callable(mixing):
         raise TypeError(f"`mixing` must be a function such as ring_mixing(), got {mixing!r}.")
@@ -109,13 +122,18 @@ def _added(update: jax.Array, mixed: jax.Array, param: jax.Array) -> jax.Array:
 
 @checked
 def mean_params(params: Params) -> Params:
-    """Computes the mean over the learners, at which decentralised runs are evaluated.
+    """Computes the mean of the learners' weights, at which a decentralised run is evaluated.
+
+    Example:
+      >>> params = {"w": jnp.array([[1.0, 2.0], [3.0, 6.0]])}  # two learners with two weights each
+      >>> print(transforms.mean_params(params)["w"])
+      [2. 4.]
 
     Args:
       params: stacked tree, leaves (n, ...) with a leading axis of learners.
 
     Returns:
-      A tree of leaves (...), in the dtypes of `params`; summed in float32 at least.
+      A tree of leaves (...), in the dtypes of `params`. Sums are taken in float32 at least.
 
     Raises:
       ValueError: the leaves have no common leading axis.
@@ -130,23 +148,30 @@ def mean_params(params: Params) -> Params:
 def consensus_model(
     model: Model, params: Params, batches: Iterable[Tree], *, key: PRNGKey | None = None
 ) -> Model:
-    """Moves a model to the mean of the learners' weights, with batch statistics estimated there.
+    """Moves a model to the mean of the learners' weights, and estimates its batch statistics there.
 
-    The learners' running statistics belong to their own weights, and the mean of the statistics to
-    no weights at all.
+    The learners' own running statistics belong to their own weights, and the mean of these
+    statistics belongs to no weights at all.
+
+    Example:
+      >>> model = regjax.from_callable(lambda params, x: params * x, jnp.array(0.0))
+      >>> params = jnp.array([1.0, 2.0, 6.0])  # of three learners
+      >>> model = transforms.consensus_model(model, params, [jnp.ones(4)])
+      >>> print(model.params)
+      3.0
 
     Args:
-      model: of one learner; its parameters are replaced, and its batch statistics.
+      model: model of one learner, whose parameters and batch statistics are replaced.
       params: stacked tree, leaves (n, ...) with a leading axis of learners.
-      batches: inputs of each batch; any iterable. Unread without batch statistics.
+      batches: iterable of the inputs of batches. Not read if there are no batch statistics.
       key: typed key of dropout, or None.
 
     Returns:
       A `Model` like `model`, for evaluation mode.
 
     Raises:
-      ValueError: the leaves have no common leading axis, or not the shapes of the model's behind
-        it; or there is no batch though the model has batch statistics.
+      ValueError: the leaves have no common leading axis, their other axes are not those of the
+        model's parameters, or there is no batch although the model has batch statistics.
     """
     _checks.same_tree("params", params, model.params, leading=(_num_stacked(params),))
     if key is not None:

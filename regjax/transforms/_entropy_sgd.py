@@ -40,30 +40,46 @@ def entropy_sgd(
     momentum: ArrayLike = 0.9,
     scale_by_gamma: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradient by x - mu, mu the running mean of a Langevin walk around x.
+    """Replaces the gradient by x - mu, where mu is the running mean of a Langevin walk around x.
 
-        x' = mu = x, v = 0, and num_inner_steps times
+                x' = mu = x, v = 0; then num_inner_steps times
         d = grad_fn(x', l);  v = momentum v + d;  d = d + momentum v               (Nesterov)
         x' = x' - learning_rate (d - gamma (x - x')) + sqrt(learning_rate) noise_scale N(0, I)
         mu = (1 - averaging) mu + averaging x'
 
-    The local entropy F = log of the integral of exp(-f(x') - gamma/2 |x - x'|^2) has the gradient
-    -gamma (x - <x'>): wide valleys have a large F. `optax.chain(entropy_sgd(...), optax.sgd(1.0))`;
-    an outer rate of 1 moves to mu. The incoming gradient is not read, unless `num_inner_steps=0`,
-    which passes it through bit for bit. One update costs `num_inner_steps` gradients: count epochs
-    with that factor. `grad_fn(x', l)` should give the mini-batch of inner step l; x' is in float32
-    at least. Batch statistics are the caller's (`regjax.updated_statistics`).
+    The local entropy of the loss f at the weights x is
 
-    The defaults follow the official code, which weighs the new point with 0.25 and leaves gamma out
-    of the outer gradient; the paper is reported (not checked) to weigh it with 0.75 and to multiply
-    by gamma. Deviation: the code's noise is sqrt(2) times as large as `noise_scale` says here.
+        F(x) = log of the integral over x' of exp(-f(x') - gamma / 2 |x - x'|^2)
+
+    and is large in wide valleys. Its gradient is -gamma (x - <x'>), where <x'> is the mean that the
+    walk estimates. In `optax.chain(entropy_sgd(...), optax.sgd(1.0))` a step of rate 1 moves to mu.
+
+    The incoming gradient is not used, unless `num_inner_steps=0`, which passes it through bit for
+    bit. One update costs `num_inner_steps` gradients: count epochs with that factor. The function
+    `grad_fn(x', l)` should use the mini-batch of inner step l; x' is in float32 at least. Update
+    batch statistics yourself after the step (`regjax.updated_statistics`).
+
+    The defaults follow the official code, which gives the new point the weight 0.25 and leaves
+    gamma out of the outer gradient. In one point we differ: the noise of the code is sqrt(2) times
+    as large as `noise_scale` says here.
+
+    Example:
+      >>> grad_fn = lambda params, i: params  # of the loss w^2 / 2
+      >>> tx = transforms.entropy_sgd(
+      ...     1.0, key=jax.random.key(0), learning_rate=0.5, noise_scale=0.0, momentum=0.0,
+      ...     averaging=1.0,
+      ... )
+      >>> params = jnp.array(2.0)
+      >>> updates, state = tx.update(params, tx.init(params), params, grad_fn=grad_fn)
+      >>> print(params - updates)  # the minimum of w^2 / 2 + (w - 2)^2 / 2
+      1.0
 
     Args:
       gamma: stiffness of the well, in units of the loss over the parameter squared, or a schedule
         of the outer count (`schedules.scoping_schedule`).
       key: typed key.
-      num_inner_steps: number of inner steps, at most 100 000; compile time does not grow with it,
-        but for convolutions on CPU.
+      num_inner_steps: number of inner steps, at most 100 000. Compile time does not grow with it,
+        except for convolutions on CPU.
       learning_rate: of the inner steps.
       noise_scale: standard deviation of the noise per square root of the inner learning rate, in
         units of the parameters.
@@ -72,8 +88,8 @@ def entropy_sgd(
       scale_by_gamma: whether to multiply the result by gamma.
 
     Returns:
-      A transformation whose `update` needs `params` and `grad_fn`; in its state, no copy of the
-      parameters.
+      A transformation whose `update` needs `params` and `grad_fn`, and whose state holds no copy of
+      the parameters.
 
     Raises:
       ValueError: an argument is out of its range; `params` or `grad_fn` is missing in `update`.

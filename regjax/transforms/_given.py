@@ -27,18 +27,30 @@ _VALUES = ("value_fn", "obj_fn")
 
 @checked
 def assume_joined(grad_fn: _Function) -> _Function:
-    """Says that a gradient function covers all micro-batches of an accumulated step.
+    """Declares that a gradient function covers all micro-batches of an accumulated step.
 
-    `optax.MultiSteps` averages the gradients of the micro-batches, and a transformation that takes
-    its own gradient inside of it would take that of the last one alone: refused, unless this says
-    that `grad_fn` is the mean over all. Mostly the other order is meant, in which each micro-batch
-    climbs by itself: `optax.chain(sam(0.05), optax.MultiSteps(optax.sgd(0.1), 4))`.
+    `optax.MultiSteps` averages the gradients of the micro-batches. A transformation inside it that
+    takes another gradient would take that of the last micro-batch alone. This is an error, unless
+    you declare with this function that `grad_fn` gives the mean over all micro-batches. Usually the
+    other order is what you want, in which each micro-batch climbs by itself:
+
+        optax.chain(sam(0.05), optax.MultiSteps(optax.sgd(0.1), 4))
+
+    Example:
+      >>> tx = optax.MultiSteps(optax.chain(transforms.sam(1.0), optax.sgd(0.1)), 2)
+      >>> params = jnp.array([3.0, 4.0])
+      >>> state = tx.init(params)
+      >>> grad_fn = transforms.assume_joined(lambda params, i: params)  # of all micro-batches
+      >>> for grads in (params - 1.0, params + 1.0):
+      ...     updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+      >>> print(updates)
+      [-0.36 -0.48]
 
     Args:
       grad_fn: (params, i) -> the mean gradient over all micro-batches; or a `value_fn`.
 
     Returns:
-      A function that does the same, and passes in `optax.MultiSteps`.
+      A function that does the same and is accepted inside `optax.MultiSteps`.
 
     Raises:
       TypeError: `grad_fn` cannot be called.

@@ -1,33 +1,18 @@
 """Strong L1 or L2 regularisation that waits: the penalty is on while a gate says so."""
 
 from collections.abc import Callable
-from numbers import Real
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from regjax import _checks, _numerics, _selection, _tree
+from regjax import _checks, _selection, _tree
 from regjax._arguments import checked
 from regjax._base import Mask, Params, ScalarOrSchedule, Tree
 from regjax.transforms import _gradients, _schedules
-from regjax.transforms._static_args import check_static, static_args
-
-Leaves = list[jax.Array]
-
-
-class Gate(NamedTuple):
-    """A rule that decides at each step whether the penalty is on, for the whole network at once.
-
-    Attributes:
-      init: () -> state of the gate, a tree of arrays.
-      decide: (loss gradients, penalty gradients, state, count) -> (on, state). The gradients are
-        lists of the masked leaves; on is a bool array ().
-    """
-
-    init: Callable[[], Tree]
-    decide: Callable[[Leaves, Leaves, Tree, jax.Array], tuple[jax.Array, Tree]]
+from regjax.transforms._penalty_gates import Gate
+from regjax.transforms._static_args import static_args
 
 
 class CoherentRegularizationState(NamedTuple):
@@ -59,19 +44,33 @@ def coherent_regularization(
 
         r = strength penalty_gradient(w);   on = gate(g, r);   updates = g + r where on, else g
 
-    Beyond some strength the penalty of a deep network wins before the loss has anything to say, and
-    the loss gradient vanishes for good. A gate keeps the penalty out until the gradients agree.
-    Stands before momentum and preconditioning: the penalty is part of the objective. `strength=0`
-    and a closed gate pass the gradient through bit for bit.
+    Here g is the gradient of the loss at the weights w, and r is that of the penalty. A gate is a
+    rule that decides at each step, for the whole network at once, whether the penalty counts.
 
-    The coherence statistic of the paper is not known to us: `cosine_gate` is our reading.
+    A strong penalty can shrink the weights of a deep network before the loss has any influence;
+    then the gradient of the loss vanishes for good. A gate keeps the penalty out until the two
+    gradients agree (`cosine_gate`), for a number of steps (`delayed_gate`), or while the gradient
+    of the loss is the smaller one (`ratio_gate`).
+
+    Place it before momentum and preconditioning, because the penalty is part of the objective.
+    With `strength=0` or a closed gate the gradient passes through bit for bit.
+
+    Example:
+      >>> tx = transforms.coherent_regularization(0.1, gate=transforms.cosine_gate(0.5))
+      >>> params = jnp.array([0.0, 10.0])  # the gradient of the penalty is [0, 1]
+      >>> for grads in (jnp.array([1.0, 0.0]), jnp.array([0.0, -0.9])):
+      ...     updates, state = tx.update(grads, tx.init(params), params)
+      ...     print(updates, state.on)  # the second gradient points against the penalty's
+      [1. 1.] True
+      [ 0.  -0.9] False
 
     Args:
-      strength: lambda of lambda |w|_1 or (lambda / 2) |w|^2, in units of the loss per parameter (or
-        per parameter squared), or a schedule of the update count.
-      gate: `always_gate`, `delayed_gate`, `cosine_gate`, `ratio_gate`, or one of your own.
-      penalty_gradient: leaf -> leaf; None is `l2_gradient`.
-      mask: leaves that are penalised; better not biases and norm parameters.
+      strength: lambda in (lambda / 2) |w|^2 or lambda |w|_1, or a schedule of the update count. In
+        units of the loss per squared parameter, or per parameter.
+      gate: `always_gate()`, `delayed_gate(...)`, `cosine_gate(...)`, `ratio_gate(...)`, or a `Gate`
+        of your own.
+      penalty_gradient: function leaf -> leaf; None: `l2_gradient`.
+      mask: leaves that are penalised. Leave out biases and the parameters of normalizations.
 
     Returns:
       A transformation whose `update` needs `params`.
@@ -80,9 +79,8 @@ def coherent_regularization(
       ValueError: `strength` is negative, or `params` is missing in `update`.
 
     References:
-      D. H. Park et al. (2018), arXiv:1811.08056, and D. H. Park, C. M. Ho, Y. Chang (2018),
-      Achieving strong regularization for deep neural networks, of which only the abstracts were
-      read.
+      D. H. Park et al. (2018), arXiv:1811.08056; D. H. Park, C. M. Ho, Y. Chang (2018), Achieving
+      strong regularization for deep neural networks. `cosine_gate` is our reading of coherence.
     """
     _schedules.check_size("strength", strength)
     if not isinstance(gate, Gate):
@@ -137,7 +135,11 @@ def _checked(penalty: Params, weights: jax.Array) -> Params:
 
 
 def l2_gradient(weights: jax.Array) -> jax.Array:
-    """Returns the gradient of |w|^2 / 2.
+    """Computes the gradient of |w|^2 / 2.
+
+    Example:
+      >>> print(transforms.l2_gradient(jnp.array([-2.0, 0.0, 3.0])))
+      [-2.  0.  3.]
 
     Args:
       weights: a leaf.
@@ -149,9 +151,13 @@ def l2_gradient(weights: jax.Array) -> jax.Array:
 
 
 def l1_gradient(weights: jax.Array) -> jax.Array:
-    """Returns the subgradient of |w|_1.
+    """Computes a subgradient of |w|_1.
 
-    Descent along it never reaches zero; `soft_threshold` does.
+    Descent along it never reaches zero exactly; `soft_threshold` does.
+
+    Example:
+      >>> print(transforms.l1_gradient(jnp.array([-2.0, 0.0, 3.0])))
+      [-1.  0.  1.]
 
     Args:
       weights: a leaf.
@@ -160,106 +166,6 @@ def l1_gradient(weights: jax.Array) -> jax.Array:
       The signs, 0 at 0.
     """
     return jnp.sign(weights)
-
-
-def always_gate() -> Gate:
-    """Makes a gate that is open from the first step: an ordinary penalty.
-
-    Returns:
-      A `Gate` without state.
-    """
-    return Gate(lambda: (), lambda grads, added, state, count: (jnp.bool_(True), state))
-
-
-@checked
-def delayed_gate(delay: int) -> Gate:
-    """Makes a gate that opens for good at step `delay`, counted from 0.
-
-    Args:
-      delay: number of steps; five epochs is a start.
-
-    Returns:
-      A `Gate` without state.
-
-    Raises:
-      ValueError: `delay` is negative.
-    """
-    check_static("delay", delay, 0)
-    return Gate(lambda: (), lambda grads, added, state, count: (count >= delay, state))
-
-
-@checked
-def cosine_gate(threshold: float = 0.5, *, hold: int | None = None) -> Gate:
-    """Makes a gate that is open while the cosine between g and g + r exceeds `threshold`.
-
-    Norms go over all masked leaves together. At a stationary point of the penalised loss g = -r, so
-    the cosine falls off where training ends, and the gate would close: give `hold`.
-
-    Args:
-      threshold: between 0 and 1. 0.5 is our choice; 0.8 protects more and regularises less.
-      hold: after so many consecutive open steps the gate stays open for good; None is never. One
-        epoch of steps does well.
-
-    Returns:
-      A `Gate`.
-
-    Raises:
-      ValueError: an argument is out of its range.
-    """
-    _checks.non_negative("threshold", threshold)
-    if isinstance(threshold, Real) and threshold > 1:
-        raise ValueError(f"`threshold` must be at most 1, got {threshold}.")
-
-    def is_coherent(grads: Leaves, added: Leaves) -> jax.Array:
-        # The sum is formed: from the inner products of its parts it would be rounding where they
-        # cancel, and that is where the gate decides.
-        total = [grad + extra for grad, extra in zip(grads, added, strict=True)]
-        return _numerics.cosine(grads, total) > threshold
-
-    return _held(is_coherent, hold)
-
-
-@checked
-def ratio_gate(threshold: float = 1.0, *, hold: int | None = None) -> Gate:
-    """Makes a gate that is open while the gradient of the loss is the larger one.
-
-        |g| > threshold |r|,   norms over all masked leaves together
-
-    Args:
-      threshold: at least 0.
-      hold: as in `cosine_gate`.
-
-    Returns:
-      A `Gate`.
-
-    Raises:
-      ValueError: an argument is out of its range.
-    """
-    _checks.number("threshold", threshold)
-
-    def is_stronger(grads: Leaves, added: Leaves) -> jax.Array:
-        return _numerics.scaled_norm(grads) > threshold * _numerics.scaled_norm(added)
-
-    return _held(is_stronger, hold)
-
-
-def _held(is_open: Callable[[Leaves, Leaves], jax.Array], hold: int | None) -> Gate:
-    """Makes a gate that is open where `is_open`, and for good after `hold` open steps in a row."""
-    if hold is not None:
-        check_static("hold", hold, 1)
-
-    def decide(
-        grads: Leaves, added: Leaves, state: jax.Array, count: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        del count
-        on = is_open(grads, added)
-        if hold is None:
-            return on, state
-        latched = state >= hold
-        streak = jnp.where(latched, state, jnp.where(on, state + 1, 0))
-        return on | latched, streak
-
-    return Gate(lambda: jnp.int32(0), decide)
 
 
 class SoftThresholdState(NamedTuple):
@@ -277,17 +183,29 @@ class SoftThresholdState(NamedTuple):
 def soft_threshold(
     threshold: ScalarOrSchedule, *, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Takes the proximal step of an L1 penalty, which gives exact zeros; last in the chain.
+    """Takes the proximal step of an L1 penalty, which gives exact zeros.
 
         updates = sign(q) max(|q| - threshold, 0) - w,   q = w + updates
 
+    Place it last in the chain. It does not see the gradient of the loss, so that no gate can decide
+    on it; a schedule can delay it.
+
+    Example:
+      >>> learning_rate, strength = 0.1, 0.5
+      >>> threshold = transforms.soft_threshold(learning_rate * strength)
+      >>> tx = optax.chain(optax.sgd(learning_rate), threshold)
+      >>> params = jnp.array([0.02, -1.0])
+      >>> updates, state = tx.update(jnp.zeros(2), tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates))
+      [ 0.   -0.95]
+
     Args:
       threshold: learning rate times strength, in units of the parameters, or a schedule of the
-        update count. It cannot see the loss gradient: always on, or delayed by the schedule.
+        update count.
       mask: leaves that are thresholded.
 
     Returns:
-      A transformation whose `update` needs `params`. `threshold=0` passes updates through.
+      A transformation whose `update` needs `params`. With `threshold=0` updates pass through.
 
     Raises:
       ValueError: `threshold` is negative, or `params` is missing in `update`.

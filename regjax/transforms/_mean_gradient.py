@@ -24,38 +24,47 @@ def mean_gradient(
     weight_fn: Callable[..., jax.Array] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> ValueAndGradFn:
-    """Makes of `jax.value_and_grad(loss_fn)` a function that averages over parts of the batch.
+    """Turns `jax.value_and_grad(loss_fn)` into a function that averages over parts of the batch.
 
         (sum_c w_c L_c / sum_c w_c, sum_c w_c grad L_c / sum_c w_c)
 
-    over `num_shards` equal parts, one after the other as for lack of memory, and over the devices
-    of a mapped axis. The order of the two decides what is meant:
+    The parts c are `num_shards` equal parts of the batch, which are computed one after the other to
+    save memory, and the devices of a mapped axis. Together with `sharpness_aware_gradient` the
+    order matters:
 
         sharpness_aware_gradient(mean_gradient(f, num_shards=4, axis_name="batch"), rho)
         mean_gradient(sharpness_aware_gradient(f, rho), num_shards=4, axis_name="batch")
 
-    climbs once with the gradient of the whole batch, or in each part by itself (m-sharpness). With
-    `axis_name` every device gets the same gradient, so that its parameters stay alike.
+    The first climbs once with the gradient of the whole batch, the second in each part by itself
+    (m-sharpness). With `axis_name` all devices get the same gradient, so that their parameters stay
+    equal.
+
+    Example:
+      >>> loss_fn = lambda params, x: jnp.mean((params - x) ** 2)
+      >>> loss_and_grad = transforms.mean_gradient(jax.value_and_grad(loss_fn), num_shards=2)
+      >>> loss, grads = loss_and_grad(jnp.array(0.0), jnp.array([0.0, 2.0, 4.0, 6.0]))
+      >>> print(loss, grads)
+      14.0 -6.0
 
     Args:
       value_and_grad_fn: (params, *batch) -> (loss, gradient) or ((loss, aux), gradient).
-      num_shards: number of parts. Trees in `*batch` are divided along the leading axis, which all
-        of their arrays share; keyword arguments, such as batch statistics or a dropout key, go to
-        each part whole, so that all parts begin with the same statistics and have the same masks.
-      weight_fn: batch -> weight of a part, called as weight_fn(*batch): the sum of the mask or of
-        the weights by which the loss is divided. A part of weight 0 adds nothing. None: all parts
-        weigh the same, which is right for plain means over equal parts, and wrong for masked ones.
-      axis_name: of `jax.pmap`, `jax.vmap` or `jax.shard_map`; None: no average over devices.
+      num_shards: number of parts. The trees in `*batch` are divided along their leading axis.
+        Keyword arguments, such as batch statistics or a dropout key, go to each part whole, so that
+        all parts start from the same statistics and have the same dropout masks.
+      weight_fn: function (*batch) -> weight of a part: the number by which its loss is divided,
+        such as the sum of a mask. A part of weight 0 adds nothing. None: all parts have the same
+        weight, which is right for plain means over equal parts and wrong for masked means.
+      axis_name: axis of `jax.pmap`, `jax.vmap` or `jax.shard_map`; None: no average over devices.
 
     Returns:
-      A function that is called as `value_and_grad_fn` is, params first. The loss is averaged too;
-      the aux is that of this device, with a leading axis of parts if there are several. An nnx
-      module changes as by that many calls.
+      A function with the arguments of `value_and_grad_fn`, params first. The loss is averaged too.
+      The aux is that of this device, with a leading axis of parts if there are several. An nnx
+      module changes as it would in that many calls.
 
     Raises:
       ValueError: `num_shards` is out of its range or does not divide the batch; a weight is
-        negative or not finite, or all are 0 (in `jit`, where they are not known, the result is NaN
-        then).
+        negative or not finite, or all are 0. Inside `jit`, where the weights are not known, the
+        result is NaN instead.
       TypeError: an argument has the wrong type.
     """
     check_static("num_shards", num_shards, 1)
@@ -92,31 +101,43 @@ def mean_gradient(
 def gradient_function(
     value_and_grad_fn: ValueAndGradFn, *arguments: Tree, num_shards: int = 1, **options: Tree
 ) -> GradFn:
-    """Makes the `grad_fn` of an `update` from the function and the arguments of the clean pass.
+    """Makes the `grad_fn` of an `update` from a loss with its gradient and the batch.
 
         grad_fn = gradient_function(loss_and_grad, model, inputs, targets)
         loss, grads = loss_and_grad(model, inputs, targets)
         optimizer.update(model, grads, grad_fn=grad_fn)
 
-    For `nnx.value_and_grad` and `equinox.filter_value_and_grad` the first argument is the module,
-    of which `grad_fn` replaces the parameters alone. What flax changes in a pass (batch statistics,
-    counts of random numbers) is copied here, and changed in copies: made before the clean pass,
-    both have the same dropout masks. Under `jax.pmap` or `jax.shard_map`, and for micro-batches,
-    give it `mean_gradient(loss_and_grad, ...)`, or each device goes its own way.
+    With `nnx.value_and_grad` and `equinox.filter_value_and_grad` the first argument is the module,
+    and `grad_fn` replaces its parameters alone. Batch statistics and counts of random numbers,
+    which flax changes in a pass, are copied here and change in copies. Call this function before
+    the clean pass, so that both passes have the same dropout masks. Under `jax.pmap` or
+    `jax.shard_map`, and for micro-batches, pass `mean_gradient(loss_and_grad, ...)`, or each device
+    takes its own gradient.
+
+    Example:
+      >>> loss_and_grad = jax.value_and_grad(lambda params, x: jnp.mean((params - x) ** 2))
+      >>> params, x = jnp.array(1.0), jnp.array([0.0, 2.0, 4.0, 6.0])
+      >>> grad_fn = transforms.gradient_function(loss_and_grad, params, x)
+      >>> loss, grads = loss_and_grad(params, x)
+      >>> tx = optax.chain(transforms.sam(0.5), optax.sgd(0.1))
+      >>> updates, state = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+      >>> print(grads, updates)  # the gradient at 1, and -0.1 times the one at 0.5
+      -4.0 0.5
 
     Args:
       value_and_grad_fn: (params, *batch) -> (loss, gradient) or ((loss, aux), gradient).
-      *arguments: those of the call: the parameters, or a module of nnx or Equinox, and the batch.
-      num_shards: where above 1, grad_fn(params, i) is that of the i-th of so many equal parts of
-        the batch, as `sam(rho, num_shards=...)` wants it; else of the whole, whatever i is.
-      **options: keyword arguments of the call.
+      *arguments: the arguments of that function: the parameters, or a module of nnx or Equinox, and
+        the batch.
+      num_shards: if above 1, grad_fn(params, i) is the gradient on the i-th of this many equal
+        parts of the batch, for `sam(rho, num_shards=...)`; else that on the whole batch for each i.
+      **options: keyword arguments of that function.
 
     Returns:
-      (params, i) -> gradient, a tree like those params.
+      A function (params, i) -> gradient, a tree like these params.
 
     Raises:
-      ValueError: `num_shards` is out of its range, or there are no parameters; on use, those given
-        are not those of the first argument, or `num_shards` does not divide the batch.
+      ValueError: `num_shards` is out of its range, or there are no arguments; on use, the given
+        parameters are not like the first argument's, or `num_shards` does not divide the batch.
     """
     check_static("num_shards", num_shards, 1)
     if not arguments:

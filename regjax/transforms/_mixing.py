@@ -33,8 +33,13 @@ def ring_mixing() -> Mixing:
 
         (w + left + right) / 3
 
-    W is symmetric with eigenvalues (1 + 2 cos(2 pi k / n)) / 3. Of two learners each is the other's
-    only neighbour: (w + other) / 2. A single one keeps its weights.
+    The mixing matrix is symmetric with the eigenvalues (1 + 2 cos(2 pi k / n)) / 3. Two learners
+    are each other's only neighbour: (w + other) / 2. A single learner keeps its weights.
+
+    Example:
+      >>> mix = jax.vmap(lambda w: transforms.ring_mixing()(w, 0, "learner"), axis_name="learner")
+      >>> print(mix(jnp.array([0.0, 3.0, 6.0, 9.0])))
+      [4. 3. 6. 5.]
 
     Returns:
       A `Mixing`.
@@ -53,13 +58,20 @@ def ring_mixing() -> Mixing:
 
 @checked
 def random_pair_mixing(*, key: PRNGKey) -> Mixing:
-    """Mixes with a random partner each step, every learner in one pair.
+    """Mixes with a random partner in each step, every learner in one pair.
 
         (w + partner) / 2
 
-    The pairing of step t is drawn from `fold_in(key, t)`, alike on all learners, out of the n - 1
-    rounds of a tournament in which each meets each once. In expectation a step leaves the share
+    The pairs of step t are drawn from `fold_in(key, t)`, the same on all learners, out of the n - 1
+    rounds of a tournament in which any two learners meet once. On average a step leaves the share
     (n / 2 - 1) / (n - 1) of the squared distance to the mean. A single learner keeps its weights.
+
+    Example:
+      >>> mixing = transforms.random_pair_mixing(key=jax.random.key(0))
+      >>> mix = jax.vmap(lambda w: mixing(w, jnp.int32(0), "learner"), axis_name="learner")
+      >>> weights = mix(jnp.array([0.0, 3.0, 6.0, 9.0]))
+      >>> print(len(set(weights.tolist())), weights.mean())  # two pairs, the mean as before
+      2 4.5
 
     Args:
       key: typed key, the same on all learners and processes.
@@ -102,14 +114,24 @@ def exponential_mixing() -> Mixing:
 
         W = (I + P) / 2,   P the cyclic shift by 2^(t mod ceil(log2 n))
 
-    P is a permutation, so W is doubly stochastic for any n; it is not symmetric. Where n is a power
-    of two, log2 n steps in a row give everybody the mean; for other n they only come near to it.
+    P is a permutation, so that W is doubly stochastic for any n; it is not symmetric. If n is a
+    power of two, log2 n steps in a row give all learners the mean; for other n they come near it.
+
+    Example:
+      >>> mixing = transforms.exponential_mixing()
+      >>> weights = jnp.array([0.0, 3.0, 6.0, 9.0])
+      >>> for step in range(2):
+      ...     mix = jax.vmap(lambda w: mixing(w, jnp.int32(step), "learner"), axis_name="learner")
+      ...     weights = mix(weights)
+      >>> print(weights)
+      [4.5 4.5 4.5 4.5]
 
     Returns:
       A `Mixing`.
 
     References:
-      B. Ying et al. (2021), arXiv:2110.13363, one-peer exponential graphs; other n are ours.
+      B. Ying et al. (2021), arXiv:2110.13363, one-peer exponential graphs. The extension to n that
+      are no powers of two is ours.
     """
 
     def mix(params: Params, count: jax.Array, axis_name: AxisName) -> Params:
@@ -126,10 +148,15 @@ def exponential_mixing() -> Mixing:
 
 
 def full_mixing() -> Mixing:
-    """Mixes all with all: the mean over the learners.
+    """Replaces the weights of all learners by their mean.
 
-    This is not synchronous SGD: gradients are taken before the mixing, at weights that differ by
-    the last updates. It is where all learners have the same batches.
+    This differs from synchronous SGD: gradients are taken before the mixing, at weights that differ
+    by the last updates. If all learners have the same batches, the two are the same.
+
+    Example:
+      >>> mix = jax.vmap(lambda w: transforms.full_mixing()(w, 0, "learner"), axis_name="learner")
+      >>> print(mix(jnp.array([0.0, 3.0, 6.0, 9.0])))
+      [4.5 4.5 4.5 4.5]
 
     Returns:
       A `Mixing`.
@@ -147,12 +174,18 @@ def full_mixing() -> Mixing:
 
 @checked
 def dense_mixing(matrix: ArrayLike) -> Mixing:
-    """Mixes by any doubly stochastic matrix.
+    """Mixes by any doubly stochastic matrix W.
 
         sum_k W_jk w_k   for learner j
 
-    Every learner is sent the weights of all others, and holds them for the moment. For topologies
-    without a mixing of their own, and as the reference for those that have one.
+    Every learner receives and briefly holds the weights of all others. Use it for topologies that
+    have no mixing of their own, and as a reference for those that have one.
+
+    Example:
+      >>> mixing = transforms.dense_mixing([[0.75, 0.25], [0.25, 0.75]])
+      >>> mix = jax.vmap(lambda w: mixing(w, 0, "learner"), axis_name="learner")
+      >>> print(mix(jnp.array([0.0, 4.0])))
+      [1. 3.]
 
     Args:
       matrix: (n, n), W, known when the program is built; rows and columns sum to one.

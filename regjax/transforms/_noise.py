@@ -43,27 +43,36 @@ def perturbed_gradient(
 
         updates = grad_fn(w + sigma eps)
 
-    In expectation this descends L + (sigma^2 / 2) tr Hess L + O(sigma^4). The weights themselves
-    stay clean, and the incoming gradient is not read. Noise in all layers at once blows up with
-    the width; one group of leaves at a time does not. `std=0` gives grad_fn(w, 0) bit for bit.
+    On average this descends L + (sigma^2 / 2) tr Hess L + O(sigma^4). The weights themselves stay
+    clean, and the incoming gradient is not used. The effect of noise in all layers at once grows
+    with the width; that of noise in one group of leaves at a time does not. `std=0` gives
+    grad_fn(w, 0) bit for bit.
 
-    Running batch statistics are the caller's: this method has no clean pass
-    (`regjax.updated_statistics` makes one). `grad_fn` is given w + sigma eps in float32 at least,
-    since small noise is lost in weights of bfloat16. `noisy_gradient` is the same for trainers that
-    hand no `grad_fn` on.
+    There is no pass at the clean weights: update running batch statistics yourself after the step
+    (`regjax.updated_statistics`). `grad_fn` gets w + sigma eps in float32 at least, because small
+    noise would be lost in bfloat16 weights. `noisy_gradient` does the same in trainers that pass no
+    `grad_fn` on.
+
+    Example:
+      >>> tx = transforms.perturbed_gradient(0.1, key=jax.random.key(0))
+      >>> params = jnp.zeros(10_000)
+      >>> grad_fn = lambda params, i: params  # of the loss |params|^2 / 2
+      >>> updates, state = tx.update(params, tx.init(params), params, grad_fn=grad_fn)
+      >>> print(f"{updates.std():.2f}")  # the gradient at noise of this size
+      0.10
 
     Args:
       std: standard deviation sigma, in units of the parameters, or a schedule of the update
-        count. Used: 0.03 (ResNet-18, CIFAR-10).
-      key: typed key.
-      layerwise: True: one group a step, with `std`. False: every group, with
-        std / sqrt(number of groups), which has the same regulariser to first order.
-      cyclic: group = count modulo number of groups. False: drawn uniformly.
-      groups: tree of ints, the group of each leaf, or of an upper part of the tree, such as one
-        for each layer; None is one for each leaf, as in the official code. Better: kernel and bias
-        of a layer together. Each of the layers that are stacked in a leaf is a group of its own,
-        the same ones of the leaves that have one number.
-      mask: leaves that may be perturbed; groups outside of it do not count.
+        count. The paper uses 0.03 (ResNet-18, CIFAR-10).
+      key: typed key of the noise.
+      layerwise: True: one group of leaves per step, with `std`. False: all groups in every step,
+        with std / sqrt(number of groups), which has the same regulariser to first order.
+      cyclic: True: the groups take turns. False: the group is drawn uniformly.
+      groups: tree of ints, the number of the group of each leaf, or of each upper part of the tree,
+        such as one number per layer. Kernel and bias of a layer belong together. None: each leaf is
+        a group, as in the official code. If layers are stacked in a leaf, each layer is a group of
+        its own, together with its slices of other leaves of the same number.
+      mask: leaves that may be perturbed. Groups outside the mask do not count.
       layout: which axes of the leaves stack layers (`regjax.Layout`); None: a guess.
 
     Returns:
@@ -74,8 +83,8 @@ def perturbed_gradient(
       TypeError: an argument has the wrong type.
 
     References:
-      A. Orvieto, A. Raj, H. Kersting, F. Bach (2023), arXiv:2206.04613; the cyclic order and the
-      division by sqrt(number of groups) are the official code's.
+      A. Orvieto, A. Raj, H. Kersting, F. Bach (2023), arXiv:2206.04613. The cyclic order and the
+      division by sqrt(number of groups) come from the official code.
     """
     _schedules.check_size("std", std)
     _checks.key("key", key)
@@ -122,9 +131,9 @@ class AnticorrelatedNoiseState(NamedTuple):
 
     Attributes:
       num_updates: (), int32, updates so far.
-      key_data: words of the key of the noise to come, uint32.
-      noise: tree like the parameters of the noise xi that they carry, in float32 at least;
-        MaskedNode where a leaf carries none.
+      key_data: words of the key of the next noise, uint32.
+      noise: tree like the parameters: the noise xi that they carry, in float32 at least;
+        MaskedNode for a leaf without noise.
     """
 
     num_updates: jax.Array
@@ -137,22 +146,34 @@ class AnticorrelatedNoiseState(NamedTuple):
 def anticorrelated_noise(
     std: ScalarOrSchedule, *, key: PRNGKey, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds the difference of two successive noises to the update.
+    """Adds the difference between two successive noises to the update.
 
         updates = u + xi_{t+1} - xi_t
 
-    The weights are z + xi with fresh noise each step, and z_t = w_t - xi_t follows
-    z_{t+1} = z_t - lr grad L(z_t + xi_t) exactly: noise before the gradient, shifted, whatever
-    optimiser comes before, if its update reads only gradients. Last in the chain. Evaluate,
-    checkpoint and decay z, which `denoise_params` gives. `std=0` passes updates through.
+    The weights are w = z + xi, with fresh noise xi in each step, and z follows exactly
 
-    Weights that are given to `update` may be rounded as they like: what the sum with the update
-    rounds off goes into xi, and z is followed in float32 also where w is in bfloat16.
+        z_{t+1} = z_t - lr grad L(z_t + xi_t)
+
+    This is noise before the gradient, for any optimiser before this transformation whose update
+    depends on gradients alone. Place it last in the chain. Evaluate, store and decay z, which
+    `denoise_params` returns. `std=0` passes updates through.
+
+    The rounding error of weights + update goes into xi, so that z is followed in float32 even if
+    the weights are in bfloat16.
+
+    Example:
+      >>> noise = transforms.anticorrelated_noise(0.1, key=jax.random.key(0))
+      >>> tx = optax.chain(optax.sgd(0.1), noise)
+      >>> params = jnp.array([1.0, 2.0])
+      >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)  # descent plus noise
+      >>> print(transforms.denoise_params(params, state[-1]))
+      [0.9 1.9]
 
     Args:
       std: standard deviation of xi, in units of the parameters, or a schedule of the update
         count.
-      key: typed key.
+      key: typed key of the noise.
       mask: leaves that carry noise.
 
     Returns:
@@ -209,20 +230,27 @@ def anticorrelated_noise(
 
 @checked
 def denoise_params(params: Params, state: AnticorrelatedNoiseState) -> Params:
-    """Takes from the weights the noise that `anticorrelated_noise` keeps on them.
+    """Removes from the weights the noise that `anticorrelated_noise` keeps on them.
 
         z = w - xi
 
+    Example:
+      >>> tx = transforms.anticorrelated_noise(0.1, key=jax.random.key(0))
+      >>> params = jnp.array([1.0, 2.0])
+      >>> updates, state = tx.update(jnp.zeros(2), tx.init(params), params)
+      >>> print(transforms.denoise_params(params + updates, state))
+      [1. 2.]
+
     Args:
       params: tree of the weights w.
-      state: of `anticorrelated_noise`; in a chain, its last state.
+      state: state of `anticorrelated_noise`; in a chain it is the last one of the tuple.
 
     Returns:
       A tree like `params`, the weights z that are trained.
 
     Raises:
-      ValueError: `state` is that of other parameters.
-      TypeError: `state` is that of another transformation.
+      ValueError: `state` belongs to other parameters.
+      TypeError: `state` belongs to another transformation.
     """
     if not isinstance(state, AnticorrelatedNoiseState):
         raise TypeError(

@@ -25,34 +25,43 @@ def noisy_gradient(
     layout: Layouts = None,
     argnums: int | Sequence[int] = 0,
 ) -> ValueAndGradFn:
-    """Makes of `jax.value_and_grad(loss_fn)` a function that gives the gradient at noisy weights.
+    """Turns `jax.value_and_grad(loss_fn)` into a function that gives the gradient at noisy weights.
 
-        (L(w), grad L(w + sigma eps)),   sigma eps as in `perturbed_gradient`
+        (L(w), grad L(w + sigma eps))
 
-    It takes the place of `value_and_grad_fn` in a training step, and the optimiser stays as it is:
+    Here sigma eps is Gaussian noise. Use this function instead of `value_and_grad_fn` in a training
+    step, and leave the optimiser as it is:
 
         loss_and_grad = noisy_gradient(jax.value_and_grad(loss_fn), 0.03, key=key)
         loss, grads = loss_and_grad(params, inputs, targets, num_updates=step)
 
-    The noise follows from `key` and `num_updates`, so that it is fresh in each step; with the same
-    key `transforms.perturbed_gradient` gives the same numbers. Loss and aux are those of the clean
-    pass, as in `sharpness_aware_gradient`, of which all else holds here too: micro-batches of one
-    step have the same noise, and so have several devices.
+    The noise follows from `key` and `num_updates`, so that it is fresh in each step. With the same
+    key `perturbed_gradient` gives the same numbers. Loss and aux are those of the pass at the clean
+    weights. The micro-batches of a step have the same noise, and so have several devices.
+
+    Example:
+      >>> loss_and_grad = jax.value_and_grad(lambda params: 0.5 * jnp.sum(params**2))
+      >>> loss_and_grad = transforms.noisy_gradient(loss_and_grad, 0.1, key=jax.random.key(0))
+      >>> loss, grads = loss_and_grad(jnp.zeros(10_000), num_updates=0)
+      >>> print(loss, f"{grads.std():.2f}")  # the clean loss, the gradient at noise of this size
+      0.0 0.10
 
     Args:
       value_and_grad_fn: (params, *batch) -> (loss, gradient) or ((loss, aux), gradient).
-      std: standard deviation as in `perturbed_gradient`, or a schedule of `num_updates`.
-      key: typed key.
-      layerwise: as in `perturbed_gradient`, as are the next two.
-      cyclic: whether the groups take turns.
-      groups: tree of ints like the gradient, or its upper part.
-      mask: leaves that may be perturbed: a tree like the gradient, or as in `sam`.
-      layout: as in `perturbed_gradient`, of a tree like the gradient.
-      argnums: as in `sharpness_aware_gradient`.
+      std: standard deviation sigma, in units of the parameters, or a schedule of `num_updates`.
+      key: typed key of the noise.
+      layerwise: True: one group of leaves per step, with `std`. False: all groups in every step,
+        with std / sqrt(number of groups).
+      cyclic: True: the groups take turns. False: the group is drawn uniformly.
+      groups: tree of ints like the gradient, or like its upper part: the number of the group of
+        each leaf. None: each leaf is a group.
+      mask: leaves that may be perturbed.
+      layout: which axes of the gradient's leaves stack layers (`regjax.Layout`); None: a guess.
+      argnums: which positional arguments are differentiated, as in `value_and_grad_fn`.
 
     Returns:
-      A function that is called as `value_and_grad_fn` is, with the number of updates so far as
-      `num_updates`, and gives the same pair.
+      A function with the arguments of `value_and_grad_fn` and `num_updates`, the number of updates
+      so far. It returns the same kind of pair.
 
     Raises:
       ValueError: an argument is out of its range; `num_updates` is missing.

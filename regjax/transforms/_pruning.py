@@ -31,22 +31,31 @@ def hold_masks(
 
         updates = where(mask, updates, -params)
 
-    Last in the chain: weights masked out are exactly 0 from the first step on, and momentum, decay
-    or noise in front of it cannot bring them back. A mask on the gradient alone does not do this:
-    momentum moves a weight on for many steps after it was set to 0, and decay and noise never ask.
+    Place it last in the chain. Then weights that are masked out are exactly 0 from the first step
+    on, and momentum, decay or noise before it cannot bring them back. A mask on the gradient alone
+    does not suffice: momentum keeps moving a weight for many steps after it was set to 0, and decay
+    and noise do not depend on the gradient.
 
-    The masks are state, so that they change without a new program: `update(..., masks=new)` holds
-    the new ones from this step on. A weight unmasked again starts from 0, with the momentum that
-    it has gathered.
+    The masks are part of the state, so that they can change without a new compilation:
+    `update(..., masks=new)` holds the new ones from this step on. A weight that is unmasked again
+    starts from 0 with the momentum that it has gathered.
+
+    Example:
+      >>> masks = jnp.array([True, False])
+      >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), transforms.hold_masks(masks))
+      >>> params = jnp.array([1.0, 2.0])
+      >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates))
+      [0.9 0. ]
 
     Args:
       masks: tree like the parameters of bool arrays, True for weights that are trained, such as
-        `pruning.parameter_masks` gives; or a function params -> such a tree, called at `init`.
-        None: nothing is held until `update` is given masks.
+        `pruning.parameter_masks` returns; or a function params -> such a tree, called at `init`.
+        None: nothing is held until `update` gets masks.
 
     Returns:
       A transformation whose `update` needs `params` and takes `masks`. It must see all parameters
-      that the masks cover: put it outside of `optax.masked` and `optax.partition`.
+      that the masks cover: place it outside `optax.masked` and `optax.partition`.
 
     Raises:
       ValueError: the masks are a tree of another structure or other shapes than the parameters, or

@@ -25,44 +25,56 @@ def remove_radial(
     weight_decay_ratio: ArrayLike = 0.1,
     layout: Layouts = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Takes the part along the weights out of what `tx` makes of a gradient orthogonal to them.
+    """Removes from an update the part along weights whose norm does not change the loss.
 
         cosine(g_r, w_r) < threshold / sqrt(d) in all groups r of a leaf:
             u_r <- u_r - w_r <w_r, u_r> / |w_r|^2,     weight decay times `weight_decay_ratio`
 
-    A loss that does not depend on the norm of w_r has a gradient g_r that is orthogonal to it, and
-    this is how such weights are found: by the gradient that comes in, not by the update u that `tx`
-    makes of it, because momentum and Adam's scaling have a part along the weights, which makes
-    them grow. Groups of d weights are first the output channels, then the whole leaf; the first of
-    the two that passes is taken. Of stacked layers each one is a leaf of its own. What is no
-    kernel (biases, scales of a normalization) is left as it is.
+    If the loss does not depend on the norm of w_r, its gradient g_r is orthogonal to w_r. Such
+    groups r of d weights are found by the incoming gradient. The update u_r that `tx` makes of it
+    is not orthogonal: momentum and Adam's scaling add a part along the weights, which makes them
+    grow, and this part is removed. The groups are the output channels, or else the whole leaf,
+    whichever passes the test first. Each of several stacked layers counts as a leaf. Biases and
+    scales of normalizations are left as they are.
 
-    AdamP is `optax.chain(remove_radial(optax.scale_by_adam(), weight_decay=1e-2),
-    optax.scale_by_learning_rate(1e-3))`; SGDP has `optax.trace(m)` in the place of Adam, and its
-    weight decay over 1 - m.
+    AdamP is
 
-    Deviation: the official code adds 1e-8 to the norms; here a zero group is left alone.
+        optax.chain(
+            remove_radial(optax.scale_by_adam(), weight_decay=1e-2),
+            optax.scale_by_learning_rate(1e-3),
+        )
+
+    and SGDP has `optax.trace(m)` instead of Adam, and its weight decay divided by 1 - m.
+
+    Example:
+      >>> tx = transforms.remove_radial(optax.scale_by_adam())
+      >>> params = jnp.array([[3.0], [4.0]])  # one filter of two weights
+      >>> grads = jnp.array([[-0.8], [0.6]])  # orthogonal to it, of which Adam alone makes [-1, 1]
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> print(updates.ravel(), f"{abs(jnp.vdot(params, updates)):.1f}")
+      [-1.12  0.84] 0.0
 
     Args:
-      tx: makes the update of the gradient, before the learning rate where there is weight decay.
-      mask: leaves that may be projected and are decayed; None for all.
-      threshold: of the cosine times the root of the size of a group; delta in the official code.
+      tx: the transformation that makes the update of the gradient. With weight decay it must not
+        contain the learning rate.
+      mask: leaves that may be projected and are decayed; None: all.
+      threshold: of the cosine times the square root of the size of a group.
       weight_decay: multiple of the weights that is added to the update; the learning rate that
-        follows turns the sign. In units of the update over the weights.
+        follows changes the sign. In units of the update over the weights.
       weight_decay_ratio: factor of the weight decay where the update was projected.
       layout: which axes of the leaves are channels, and which stack layers (`regjax.Layout`); None:
         a guess, which for plain kernels is that the channels are last.
 
     Returns:
-      A transformation with the state of `tx`, whose `update` needs `params`.
+      A transformation with the state of `tx`. Its `update` needs `params`.
 
     Raises:
       ValueError: a number is negative, the axes of a masked leaf have to be told, or `params` is
         missing in `update`.
 
     References:
-      B. Heo et al. (2021), arXiv:2006.08217; the form and the defaults are those of the authors'
-      code, the paper's body was not read.
+      B. Heo et al. (2021), arXiv:2006.08217. Form and defaults are those of the authors' code,
+      which adds 1e-8 to the norms; here a zero group is left alone.
     """
     _checks.number("threshold", threshold)
     _checks.number("weight_decay", weight_decay)

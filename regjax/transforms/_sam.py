@@ -39,26 +39,41 @@ def sam(
 
         updates = grad_fn(w + e),   e = rho T T g / ||T g||,   T = 1, or |w| + eta where adaptive
 
-    The norm goes over all masked leaves together; g = 0 gives e = 0. One step costs one gradient
-    besides the incoming one. With k = `num_shards` > 1 each shard climbs by itself (m-sharpness):
-    updates = mean over i of grad_fn(w + e_i, i), e_i from grad_fn(w, i); the incoming gradient is
-    not read, and a step costs 2 k gradients of a shard. First in the chain:
-    `optax.chain(sam(0.05), optax.sgd(0.1))`; behind `optax.sgd` it would climb, which is refused
-    where it can be seen, in a first update outside of `jit`.
+    Here g is the incoming gradient at the weights w. The norm goes over all masked leaves together,
+    and g = 0 gives e = 0. One step costs one gradient besides the incoming one. Place it first in
+    the chain, as in `optax.chain(sam(0.05), optax.sgd(0.1))`. After `optax.sgd` it would climb;
+    this is an error where it can be detected, in a first update outside `jit`.
 
-    Report the loss and keep the batch statistics of the clean pass, and give both passes the same
-    dropout key: `grad_fn` decides. `rho=0` gives grad_fn(w, 0) bit for bit. Weights of bfloat16
-    climb as a copy in float32, which is what `grad_fn` is given then; a model that casts it back
-    loses the step. `sharpness_aware_gradient` is the same for trainers that hand no `grad_fn` on.
+    With k = `num_shards` > 1 each shard of the batch climbs by itself (m-sharpness):
+
+        updates = mean over i of grad_fn(w + e_i, i),   e_i from grad_fn(w, i)
+
+    Then the incoming gradient is not used, and a step costs 2 k gradients of a shard.
+
+    Report the loss of the pass at w and keep its batch statistics. Give both passes the same
+    dropout key, in `grad_fn`. `rho=0` gives grad_fn(w, 0) bit for bit. Weights in bfloat16 climb as
+    a float32 copy, which `grad_fn` gets; a model that casts it back loses the step.
+    `sharpness_aware_gradient` does the same in trainers that pass no `grad_fn` on.
+
+    Example:
+      >>> tx = optax.chain(transforms.sam(1.0), optax.sgd(0.1))
+      >>> grad_fn = lambda params, i: jax.grad(lambda w: 0.5 * jnp.sum(w**2))(params)
+      >>> params = jnp.array([3.0, 4.0])
+      >>> grads, state = grad_fn(params, 0), tx.init(params)
+      >>> updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+      >>> print(updates)  # -0.1 times the gradient at the top, [3.6, 4.8]
+      [-0.36 -0.48]
 
     Args:
-      rho: radius, Euclidean, in units of the parameters (relative to them on adaptive leaves), or
-        a schedule of the update count. Used: 0.05 (CIFAR-10), 0.1 (CIFAR-100); adaptive 0.5, 1.
-      adaptive: False, True (all leaves), or a tree of bools.
-      eta: added to |w| on adaptive leaves, in units of the parameters. 0.01 is the default of the
+      rho: length of the step, in units of the parameters (relative to them on adaptive leaves), or
+        a schedule of the update count. The papers use 0.05 (CIFAR-10) and 0.1 (CIFAR-100), and for
+        the adaptive form 0.5 and 1.
+      adaptive: whether the step is relative to each weight: False, True (all leaves), or a tree of
+        bools.
+      eta: added to |w| on adaptive leaves, in units of the parameters. The default is that of the
         official code.
-      num_shards: number of equal shards of the batch, with their own ascents; at most 4096.
-      mask: leaves that climb; the others stay put and leave the norm.
+      num_shards: number of equal shards of the batch that climb by themselves, at most 4096.
+      mask: leaves that climb. The others stay where they are and do not count in the norm.
 
     Returns:
       A transformation whose `update` needs `params`, and `grad_fn`, `value_fn` or `obj_fn`.
@@ -68,9 +83,9 @@ def sam(
       TypeError: an argument has the wrong type.
 
     References:
-      P. Foret, A. Kleiner, H. Mobahi, B. Neyshabur (2021), arXiv:2010.01412.
-      J. Kwon, J. Kim, H. Park, I. Choi (2021), arXiv:2102.11600, for the adaptive form; the
-      official code adapts only tensors named "weight", here `adaptive` says which.
+      P. Foret, A. Kleiner, H. Mobahi, B. Neyshabur (2021), arXiv:2010.01412; for the adaptive form
+      J. Kwon, J. Kim, H. Park, I. Choi (2021), arXiv:2102.11600. Its official code adapts only
+      tensors named "weight"; here `adaptive` says which.
     """
     _check(rho, eta)
     check_static("num_shards", num_shards, 1, _MAX_SHARDS)
@@ -123,19 +138,31 @@ def gsam(
     eta: float = 0.01,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Takes from SAM's gradient `alpha` times the part of the clean one orthogonal to it.
+    """Subtracts from SAM's gradient `alpha` times the part of the clean gradient orthogonal to it.
 
         gp = grad_fn(w + e),   u = gp / ||gp||,   r = g - <g, u> u,   updates = gp - alpha r
 
-    Stepping against -r raises the clean loss towards the perturbed one, which closes the gap
-    between them without changing the perturbed loss to first order. `alpha=0` is `sam`.
+    Here g is the incoming gradient at the weights w, and e is SAM's step of ascent (`sam`). The
+    extra part raises the clean loss towards the perturbed one. This closes the gap between them
+    without changing the perturbed loss to first order. `alpha=0` is `sam`.
+
+    Example:
+      >>> tx = optax.chain(transforms.gsam(1.0, alpha=0.5), optax.sgd(0.1))
+      >>> params = jnp.array([2.0, 1.0])
+      >>> grad_fn = lambda params, i: params * jnp.array([1.0, 4.0])  # curvatures 1 and 4
+      >>> grads = grad_fn(params, 0)
+      >>> updates, state = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+      >>> print(updates)
+      [-0.213 -0.768]
 
     Args:
-      rho: as in `sam`. The paper's radius follows the learning rate: a schedule.
-      alpha: weight of the surrogate gap, or a schedule. Used: 0.4 (CIFAR), 0.6 (ViT-B/32).
-      adaptive: as in `sam`.
-      eta: as in `sam`.
-      mask: as in `sam`.
+      rho: length of the step, in units of the parameters (relative to them on adaptive leaves), or
+        a schedule of the update count. In the paper it follows the learning rate.
+      alpha: weight of the gap, or a schedule. The paper uses 0.4 (CIFAR) and 0.6 (ViT-B/32).
+      adaptive: whether the step is relative to each weight: False, True (all leaves), or a tree of
+        bools.
+      eta: added to |w| on adaptive leaves, in units of the parameters.
+      mask: leaves that climb. The others stay where they are and do not count in the norm.
 
     Returns:
       A transformation whose `update` needs `params`, and `grad_fn`, `value_fn` or `obj_fn`.
@@ -144,8 +171,8 @@ def gsam(
       ValueError: an argument is out of its range; `params` or `grad_fn` is missing in `update`.
 
     References:
-      J. Zhuang et al. (2022), arXiv:2203.08065. A variant that adds to the clean
-      gradient instead is in the authors' code, not here.
+      J. Zhuang et al. (2022), arXiv:2203.08065. The authors' code has another variant too, which
+      adds to the clean gradient.
     """
     _check(rho, eta)
     _schedules.check_size("alpha", alpha)

@@ -22,21 +22,22 @@ Rule: TypeAlias = Callable[[jax.Array, jax.Array], tuple[ArrayLike, ArrayLike]]
 
 
 class SpectralControllerState(NamedTuple):
-    """State of `spectral_controller`; what is measured is 0 before the first good refresh.
+    """State of `spectral_controller`. Measured numbers are 0 before the first good refresh.
 
     Attributes:
       num_updates: (), int32, updates so far.
-      key_data: words of the key of the starts to come, uint32.
+      key_data: words of the key of the next random starts, uint32.
       velocity: tree like the parameters, in units of an update.
-      learning_rate: (), in use.
-      momentum: (), in use.
-      largest: (), largest magnitude L of a Ritz value, in units of the Hessian.
-      smallest: (), smallest one outside of the bulk, bounded below.
-      residual_norm: (), of the Ritz pair with the magnitude L: an eigenvalue lies within it.
-      lowest: (), smallest Ritz value with its sign: where it is negative, the magnitudes are not
-        those of a convex loss, for which the rules are made.
-      refresh_ok: (), bool, whether L was positive and finite in the last refresh; if not, the other
-        numbers are those of the last good one.
+      learning_rate: (), the present learning rate.
+      momentum: (), the present momentum.
+      largest: (), L, the largest magnitude of a Ritz value, in units of the Hessian.
+      smallest: (), m, the smallest magnitude outside the bulk near zero, at least
+        `smallest_ratio` L.
+      residual_norm: (), some eigenvalue lies within it of the Ritz value of magnitude L.
+      lowest: (), smallest Ritz value with its sign. If it is negative, the loss is not convex here,
+        as the rules assume.
+      refresh_ok: (), bool, whether L was positive and finite in the last refresh. If not, the other
+        numbers are those of the last good refresh.
     """
 
     num_updates: jax.Array
@@ -68,31 +69,48 @@ def spectral_controller(
 
         v' = momentum v - rate g;   update = momentum v' - rate g (Nesterov), or v' (heavy ball)
 
-    with (rate, momentum) = rule(L, m) refreshed before the first step and after each
-    `every`, from the Ritz values of `num_steps` Lanczos steps: L is the largest magnitude, m the
-    smallest one outside of the bulk at zero. Last in the chain in place of `optax.sgd`, behind
-    clipping or `optax.add_decayed_weights`. The velocity is in units of an update, so that a new
-    rate does not rescale the past, as it does in `optax.sgd`.
+    Here g is the incoming gradient and v the velocity. Rate and momentum are rule(L, m), where L is
+    the largest curvature of the loss in magnitude, and m the smallest one that is not part of the
+    bulk of eigenvalues near zero. Both are estimated from the Ritz values of `num_steps` Lanczos
+    steps, before the first step and again after every `every` steps.
 
-    The curvature is the Jacobian of the extra argument `curvature_grad_fn(params)`, the gradient on
-    a fixed subset (1024 examples in the official code), where it is given, else of grad_fn(., 0).
-    No dropout in it. The refresh is a branch: under `vmap` it runs in every step, and on CPU with
-    convolutions inside `jit` it is slow. There pass `every=None` and have the host call
-    `refresh_spectral_controller` between the steps.
+    Place it last in the chain instead of `optax.sgd`, after clipping or
+    `optax.add_decayed_weights`. The velocity is in units of an update, so that a new rate does not
+    rescale the past, as it would in `optax.sgd`.
+
+    The curvature matrix is the Jacobian of `curvature_grad_fn(params)`, an extra argument of
+    `update`: the gradient on a fixed subset of the data (1024 examples in the official code),
+    without dropout. If it is not given, grad_fn(params, 0) takes its place. The refresh is a
+    branch: under `vmap` it runs in every step, and with convolutions on CPU it is slow inside
+    `jit`. In these cases pass `every=None` and call `refresh_spectral_controller` between the
+    steps.
+
+    Example:
+      >>> tx = transforms.spectral_controller(
+      ...     key=jax.random.key(0), initial_learning_rate=0.01, every=10, num_steps=8
+      ... )
+      >>> grad_fn = lambda params, i: params * jnp.linspace(1.0, 9.0, 8)  # curvatures 1 to 9
+      >>> params = jnp.ones(8)
+      >>> updates, state = tx.update(params, tx.init(params), params, grad_fn=grad_fn)
+      >>> print(f"{state.learning_rate:.3f} {state.momentum:.3f}")  # 1 / 9 and (3 - 1) / (3 + 1)
+      0.111 0.500
 
     Args:
-      key: typed key of the Lanczos starts.
-      initial_learning_rate: until a refresh finds a positive finite L; the momentum is 0 till then.
-      every: number of steps between refreshes, the first at step 0; None: never. The paper
-        has 20 epochs.
-      num_steps: Lanczos steps, a Hessian product each; no more than there are parameters are made.
-      rule: `schedules.nesterov_rule`; `schedules.polyak_rule` goes with `nesterov=False`.
-      nesterov: Nesterov's update, else heavy ball.
+      key: typed key of the random starts of Lanczos.
+      initial_learning_rate: learning rate until a refresh finds a positive and finite L. The
+        momentum is 0 until then.
+      every: number of steps between two refreshes, the first at step 0; None: never. The paper uses
+        20 epochs.
+      num_steps: number of Lanczos steps, at most the number of parameters. Each costs a Hessian
+        product.
+      rule: function (L, m) -> (rate, momentum), such as `schedules.nesterov_rule`, or
+        `schedules.polyak_rule` with `nesterov=False`.
+      nesterov: whether the update is Nesterov's; else heavy ball.
       smallest_ratio: m is at least this share of L.
-      max_momentum: bound of the momentum, below 1.
+      max_momentum: upper bound of the momentum, below 1.
 
     Returns:
-      A transformation whose `update` needs `params` and `grad_fn`; in its state, one copy of the
+      A transformation whose `update` needs `params` and `grad_fn`. Its state holds one copy of the
       parameters.
 
     Raises:
@@ -181,23 +199,34 @@ def refresh_spectral_controller(
     smallest_ratio: ArrayLike = 1e-3,
     max_momentum: ArrayLike = 0.99,
 ) -> SpectralControllerState:
-    """Takes a new learning rate and momentum from the curvature at `params`.
+    """Computes a new learning rate and momentum from the curvature at `params`.
 
-    What `spectral_controller` does every so many steps, for a host that decides when; in a chain
-    the state is the last one of the tuple. At the cost of `num_steps` Hessian products.
+    `spectral_controller(every=...)` does this by itself; call this function where you decide when.
+    It costs `num_steps` Hessian products.
+
+    Example:
+      >>> tx = transforms.spectral_controller(
+      ...     key=jax.random.key(0), initial_learning_rate=0.01, every=None
+      ... )
+      >>> grad_fn = lambda params: params * jnp.linspace(1.0, 9.0, 8)  # curvatures 1 to 9
+      >>> params = jnp.ones(8)
+      >>> state = tx.init(params)
+      >>> state = transforms.refresh_spectral_controller(state, grad_fn, params, num_steps=8)
+      >>> print(f"{state.largest:.2f} {state.smallest:.2f} {state.learning_rate:.3f}")
+      9.00 1.00 0.111
 
     Args:
-      state: of `spectral_controller`.
-      curvature_grad_fn: params -> gradient. The same function, or `jax.tree_util.Partial` of the
-        same function with the data as arguments, compiles nothing again.
+      state: state of `spectral_controller`; in a chain it is the last one of the tuple.
+      curvature_grad_fn: function params -> gradient, without dropout. Pass the same function again,
+        or `jax.tree_util.Partial` of it with the data as arguments: then nothing is compiled again.
       params: the parameters.
-      num_steps: as in `spectral_controller`, as are the rest.
-      rule: (largest, smallest) -> (learning rate, momentum).
-      smallest_ratio: bound of the smallest.
-      max_momentum: bound of the momentum.
+      num_steps: number of Lanczos steps, at most the number of parameters.
+      rule: function (L, m) -> (rate, momentum) of the largest and the smallest curvature.
+      smallest_ratio: m is at least this share of L.
+      max_momentum: upper bound of the momentum, below 1.
 
     Returns:
-      The new state; only the measured numbers, the key, and `refresh_ok` differ.
+      The new state, in which only the measured numbers, the key and `refresh_ok` differ.
 
     Raises:
       ValueError: an argument is out of its range.

@@ -37,22 +37,33 @@ def rescale_weights(
 ) -> optax.GradientTransformationExtraArgs:
     """Corrects the update so that the masked weights end with a given norm, group by group.
 
-        q = params + updates;   where masked, every so many steps:  q_r = target_norm q_r / |q_r|
+        q = params + updates,   q_r <- target_norm q_r / |q_r| in each group r of masked weights
 
-    Last in the chain. For weights whose scale does not change the loss (they feed a batch norm),
-    the norm only sets the effective learning rate, eta / |w|^2; weight decay belongs on the other
-    leaves. Unmasked leaves and steps in between pass through bit for bit; a zero group is left
-    alone. Momentum is left alone too: with `every=1` it stays right to first order in the step;
-    after a single large rescale use `rescale_velocity`, and multiply running batch statistics by
-    the factor (mean) and its square (variance).
+    Place it last in the chain. If the scale of weights does not change the loss, because a batch
+    norm follows them, their norm only sets the effective learning rate, eta / |w|^2. Apply weight
+    decay to the other leaves. Unmasked leaves, and the steps between two rescalings, pass through
+    bit for bit. A group of zeros is left alone.
+
+    Momentum is not changed. With `every=1` it stays right to first order in the step. After a
+    single large rescaling use `rescale_velocity`, and `normalization.rescale_statistics` for
+    running batch statistics.
+
+    Example:
+      >>> tx = transforms.rescale_weights(mask={"kernel": True, "bias": False})
+      >>> params = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.array([2.0])}
+      >>> updates = jax.tree.map(jnp.zeros_like, params)
+      >>> updates, state = tx.update(updates, tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params["kernel"].ravel(), params["bias"])
+      [0.6 0.8] [2.]
 
     Args:
-      mask: leaves to rescale; only scale-invariant ones are legitimate
-        (`diagnostics.scale_invariant_mask` finds them).
+      mask: leaves to rescale. They must be scale-invariant; `diagnostics.scale_invariant_mask`
+        finds such leaves.
       target_norm: norm after the step, in units of the parameters.
-      per_filter: one norm for each output channel, else for each leaf; of stacked layers, for each
-        of them.
-      every: rescale after each so many steps.
+      per_filter: True: one norm for each output channel. False: one for each leaf, or for each of
+        the layers that are stacked in it.
+      every: number of steps between two rescalings.
       layout: which axes of the leaves are channels, and which stack layers (`regjax.Layout`); None:
         a guess, which for plain kernels is that the channels are last.
 
@@ -65,8 +76,8 @@ def rescale_weights(
       TypeError: an argument has the wrong type.
 
     References:
-      Z. Liu, Y. Cui, J. Wan, Y. Mao, A. Chan (2021), arXiv:2102.03497, of which only the abstract
-      was read: granularity, period, and the treatment of momentum are our choices.
+      Z. Liu, Y. Cui, J. Wan, Y. Mao, A. Chan (2021), arXiv:2102.03497. Granularity, period, and the
+      treatment of momentum are our choices.
     """
     _checks.number("target_norm", target_norm, above_zero=True)
     check_static("every", every, 1)
@@ -121,14 +132,19 @@ def rescale_velocity(
 
         velocity / factor
 
-    The gradient scales by 1 / factor, so the same trajectory needs this buffer and the learning
-    rate times factor squared.
+    The gradient is divided by the factor as well. The same trajectory needs this momentum and the
+    learning rate times the square of the factor.
+
+    Example:
+      >>> print(transforms.rescale_velocity(jnp.array([[1.0], [2.0]]), factor=0.5).ravel())
+      [2. 4.]
 
     Args:
       velocity: tree of momentum buffers.
-      factor: number, or a tree like `velocity` of numbers and of arrays with one for each filter,
-        the axes of layers and of outputs in the order in which they lie: (channels,).
-      layout: which axes of the leaves these are, as in `rescale_weights`.
+      factor: a number, or a tree like `velocity` of numbers and of arrays (channels,) with a number
+        for each filter; of stacked layers with both axes, in the order of the leaf.
+      layout: which axes of the leaves are channels, and which stack layers (`regjax.Layout`); None:
+        a guess.
 
     Returns:
       The new buffers.

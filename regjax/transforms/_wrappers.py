@@ -14,19 +14,32 @@ def only_extra(
 ) -> optax.GradientTransformationExtraArgs:
     """Passes only the named extra arguments on to `tx`, and drops the others.
 
-    For members of a chain that reject what they do not know, such as optax's line searches:
-    `only_extra(optax.scale_by_backtracking_linesearch(15), "value", "grad", "value_fn")`; and for
-    those that would read too much: `only_extra(sam(0.05), "grad_fn")` beside a `value_fn`.
+    Use it for members of a chain that reject unknown arguments, such as optax's line searches,
+
+        only_extra(optax.scale_by_backtracking_linesearch(15), "value", "grad", "value_fn")
+
+    and for those that would read too many: `only_extra(sam(0.05), "grad_fn")` beside a `value_fn`.
+
+    Example:
+      >>> def update(updates, state, params=None, *, value):  # takes `value` and nothing else
+      ...     return value * updates, state
+      >>> strict = optax.GradientTransformationExtraArgs(lambda params: (), update)
+      >>> tx = optax.chain(transforms.sam(1.0), transforms.only_extra(strict, "value"))
+      >>> params = jnp.array([3.0, 4.0])
+      >>> extra = {"grad_fn": lambda params, i: params, "value": 10.0}
+      >>> updates, state = tx.update(params, tx.init(params), params, **extra)
+      >>> print(updates)
+      [36. 48.]
 
     Args:
       tx: a transformation.
-      *names: of the extra arguments that it knows.
+      *names: names of the extra arguments that are passed on.
 
     Returns:
       A transformation that takes any extra argument.
 
     Raises:
-      TypeError: `tx` is no transformation, or a name no string.
+      TypeError: `tx` is not a transformation, or a name is not a string.
     """
     tx = with_extra_args(tx)
     for name in names:
@@ -55,20 +68,30 @@ class SkipNonfiniteState(NamedTuple):
 
 
 def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Leaves a step out, state and all, if an update that comes out of `tx` is not finite.
+    """Skips a step, and the change of the state, if an update of `tx` is not finite.
 
-    `optax.apply_if_finite` looks at the gradient that comes in, which a transformation that takes
-    another gradient does not use; and it wraps `tx` in a branch, in which XLA on CPU runs
+    `optax.apply_if_finite` looks at the incoming gradient, which a transformation that takes
+    another gradient does not use. It also puts `tx` into a branch, in which XLA on CPU runs
     convolutions an order of magnitude slower. Here `tx` always runs, and its results are selected.
+
+    Example:
+      >>> tx = transforms.skip_nonfinite(optax.sgd(0.1))
+      >>> params = jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> for grads in (jnp.array([1.0, jnp.nan]), jnp.array([1.0, 1.0])):
+      ...     updates, state = tx.update(grads, state, params)
+      ...     print(updates, state.num_skipped)
+      [0. 0.] 1
+      [-0.1 -0.1] 1
 
     Args:
       tx: a transformation, or a whole chain.
 
     Returns:
-      A transformation whose state counts the steps left out.
+      A transformation whose state counts the skipped steps.
 
     Raises:
-      TypeError: `tx` is no transformation.
+      TypeError: `tx` is not a transformation.
     """
     tx = with_extra_args(tx)
 

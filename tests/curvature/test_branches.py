@@ -6,7 +6,7 @@ from jax.sharding import AxisType
 
 from regjax import _jaxprs
 from regjax._space import Space
-from regjax.curvature import _lanczos
+from regjax.curvature import _krylov
 
 LENGTH = 4096
 
@@ -28,8 +28,8 @@ def test_vectors_that_branches_give_are_constrained():
     space = Space.of(jnp.zeros(LENGTH), mesh)
 
     def step(start, image):
-        krylov = _lanczos.empty(space, start, 20, jax.random.key(0))
-        return _lanczos.renewed(_lanczos.absorb(krylov, image))
+        krylov = _krylov.empty(space, start, 20, jax.random.key(0))
+        return _krylov.renewed(_krylov.absorb(krylov, image))
 
     vector = jax.ShapeDtypeStruct((LENGTH,), jnp.float32)
     found = list(given_vectors(jax.make_jaxpr(step)(vector, vector).jaxpr))

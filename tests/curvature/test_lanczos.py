@@ -5,7 +5,7 @@ import pytest
 
 from regjax import curvature
 from regjax._space import Space
-from regjax.curvature import _lanczos
+from regjax.curvature import _krylov
 from tests import oracles
 
 
@@ -98,8 +98,8 @@ def test_compile_time_does_not_grow_with_the_steps():
     # The program of a step is the same text beyond eight blocks of rows, but for the sizes.
     def lines(num_steps):
         space = Space.of(jnp.zeros(5_000))
-        krylov = _lanczos.empty(space, start(5_000), num_steps, jax.random.key(0))
-        return len(jax.jit(_lanczos.expand).lower(krylov, start(5_000)).as_text().splitlines())
+        krylov = _krylov.empty(space, start(5_000), num_steps, jax.random.key(0))
+        return len(jax.jit(_krylov.expand).lower(krylov, start(5_000)).as_text().splitlines())
 
     assert lines(128) == lines(1024)
 

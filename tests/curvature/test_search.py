@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from regjax import curvature
-from regjax.curvature import _assessment, _lanczos, _search
+from regjax.curvature import _assessment, _krylov, _search
 
 # The third eigenvalue is double: the first Krylov space holds one combination of its vectors.
 DIAGONAL = np.concatenate([[3.0, 2.5, 2.0, 2.0, 1.0], np.linspace(0.3, 0, 195)])
@@ -17,7 +17,7 @@ OPERATOR = curvature.from_matvec(lambda v: v * jnp.asarray(DIAGONAL, v.dtype), j
 
 def grow(krylov, steps):
     for _ in range(steps):
-        krylov = _lanczos.expand(krylov, OPERATOR.matvec(krylov.direction))
+        krylov = _krylov.expand(krylov, OPERATOR.matvec(krylov.direction))
     return krylov
 
 
@@ -27,13 +27,13 @@ def first_space():
     missed = np.zeros(200)
     missed[2:4] = [-start[3], start[2]]
     return grow(
-        _lanczos.empty(OPERATOR.space, start, 30, jax.random.key(1)), 6
+        _krylov.empty(OPERATOR.space, start, 30, jax.random.key(1)), 6
     ), missed / np.linalg.norm(missed)
 
 
 def test_overlaps_are_those_of_the_missed_eigenvector():
     krylov, missed = first_space()
-    krylov = _lanczos.redirect(krylov)
+    krylov = _krylov.redirect(krylov)
     targets = jnp.asarray([2.0, -1.0]) * krylov.scale  # as all numbers of a basis
     search = _search.begin(targets, targets, num_rows=krylov.basis.num_rows, num_searches=1)
     share = float(missed @ np.asarray(krylov.direction))
@@ -103,7 +103,7 @@ def test_copies_are_missed_as_rarely_as_claimed(which):
 
 def test_overlaps_survive_a_restart():
     krylov, missed = first_space()
-    krylov = _lanczos.redirect(krylov)
+    krylov = _krylov.redirect(krylov)
     targets = jnp.full(2, 2.0) * krylov.scale
     search = _search.begin(jnp.zeros(4), targets, num_rows=krylov.basis.num_rows, num_searches=1)
     share = missed @ np.asarray(krylov.direction)

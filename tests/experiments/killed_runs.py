@@ -74,6 +74,7 @@ def main(folder):
     # What comes after training takes most of the time, and is not gone on with.
     _landscape_run._surface = lambda *arguments: None
     _figure.draw_surface = _figure.draw_probes = lambda *arguments: None
+    _landscape_run.write_page = lambda *arguments: None
     # Probe, checkpoint, probe, checkpoint, probe.
     others = {num_writes: settings_of(folder / str(num_writes)) for num_writes in (1, 2, 3, 4)}
     for num_writes, settings in others.items():

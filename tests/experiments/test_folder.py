@@ -141,6 +141,7 @@ def test_an_interrupted_run_is_not_begun_anew_by_mistake(tmp_path, monkeypatch):
         ("spectrum.json", b"[" * 10**5, "got a damaged one"),
         ("spectrum.json", b"{}", "does not say which options"),
         ("spectrum.png", b"a picture", "there is no spectrum.json"),
+        ("report.html", b"<!doctype html>my thesis", "it is no page of regjax"),
     ],
 )
 def test_files_of_somebody_else_stay(name, content, text, tmp_path):
@@ -211,7 +212,7 @@ def test_leftovers_of_killed_runs_go_and_other_files_stay(tmp_path):
     (tmp_path / ".checkpoint.npz.mine.tmp").touch()
     run_train(TrainSettings(**SMALL, out=tmp_path), silent)
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"checkpoint.npz", "training.json", ".checkpoint.npz.mine.tmp"}
+    assert left == {"checkpoint.npz", "training.json", "report.html", ".checkpoint.npz.mine.tmp"}
 
 
 def test_runs_that_are_killed_between_two_writes_go_on_to_the_same_end(tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import regjax
-from regjax.experiments import _report, run_spectrum
+from regjax.experiments import _report, _table, run_spectrum
 from tests import oracles
 from tests.experiments.test_spectrum_run import make_settings, problem_of
 from tests.experiments.test_training import silent
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("small_data")
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_the_report_holds_what_the_functions_say(norm, tmp_path, default_promotion):
-    settings = make_settings(tmp_path, report=True, normalization=norm, num_steps=3)
+    settings = make_settings(tmp_path, geometry=True, normalization=norm, num_steps=3)
     record = run_spectrum(settings, silent)
     model, inputs, targets = problem_of(settings)
     outputs, geometry = regjax.model_function(model), record["geometry"]
@@ -43,7 +43,9 @@ def test_the_report_holds_what_the_functions_say(norm, tmp_path, default_promoti
     largest = np.linalg.eigvalsh(matrix[np.ix_(chosen, chosen)])[-1] * np.sum(weights**2)
     assert sharpness["value"] == pytest.approx(largest, rel=1e-3)
     assert sharpness["num_leaves"] == (1 if norm == "batch" else 4)
-    text = _report.spectrum_text(record)
+    text = _table.text(_report.spectrum_contents(record))
     assert "spherical sharpness" in text
     assert "margin in training" in text
-    assert "geometric complexity" in _report.comparison_text({"a": record, "b": record})
+    assert "geometric complexity" in _table.text(
+        _report.comparison_contents({"a": record, "b": record})
+    )

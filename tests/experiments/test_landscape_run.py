@@ -13,6 +13,7 @@ from regjax.experiments import (
     _network,
     _probes,
     _report,
+    _table,
     _training,
     run_compare,
     run_landscape,
@@ -68,7 +69,7 @@ def test_the_record_holds_the_surface_and_a_probe_for_each_epoch(tmp_path):
     assert on_disk["surface"]["losses"] == surface["losses"]
     for name in ("surface.png", "probes.png"):
         assert (settings.out / name).stat().st_size > 10_000
-    text = _report.landscape_text(record)
+    text = _table.text(_report.landscape_contents(record))
     assert "3 x 3 points" in text
     assert "width of {loss < e x minimum}, direction 1" in text
 
@@ -117,9 +118,10 @@ def test_settings_side_by_side(tmp_path):
     assert list(records) == ["none", "batch"]
     for name in (".json", ".png", "_probes.png"):
         assert (settings.out / f"landscape_compare{name}").exists()
-    assert "effective smoothness" in _report.landscapes_text(records)
-    assert "All of one seed" in _report.landscapes_text(records)
-    assert "trace" not in _report.landscapes_text(records)
+    text = _table.text(_report.comparison_contents(records))
+    assert "effective smoothness" in text
+    assert "All of this is one seed" in text
+    assert "trace" not in text
 
 
 def test_bad_options(tmp_path):

@@ -15,6 +15,7 @@ from regjax.experiments import (
     _compare,
     _report,
     _seeds,
+    _table,
     run_compare,
     run_train,
 )
@@ -39,6 +40,10 @@ def record_of(seed, loss, eigenvalue=None, converged=True):
     return record
 
 
+def shown(records):
+    return _table.text(_seeds.seeds_contents(records))
+
+
 def row(text, name):
     """The numbers in a row, in pairs of value and error."""
     line = next(line for line in text.splitlines() if line.strip().startswith(name))
@@ -55,7 +60,7 @@ def test_mean_deviation_and_paired_difference_are_numpys():
         item: [record_of(3 + i, loss) for i, loss in enumerate(values)]
         for item, values in losses.items()
     }
-    text = _seeds.seeds_text(records)
+    text = shown(records)
     (mean, deviation), (other_mean, _) = row(text, "test loss")
     assert mean == pytest.approx(first.mean(), abs=0.05 * first.std())
     assert other_mean == pytest.approx(second.mean(), abs=0.05 * second.std())
@@ -73,13 +78,13 @@ def test_what_is_not_known_of_one_seed_is_not_known_of_all():
         "a": [record_of(0, 1.0, 2.0), record_of(1, 2.0, 3.0)],
         "b": [record_of(0, None, 2.0), record_of(1, 2.0, 3.0, converged=False)],
     }
-    text = _seeds.seeds_text(records)
+    text = shown(records)
     for name in ("test loss", "largest eigenvalue"):
         lines = [line for line in text.splitlines() if line.strip().startswith(name)]
         assert [line.count("not known") for line in lines] == [1, 1]
     failed = record_of(1, 2.0)
     failed["training"]["failure"] = "The loss is that of a guess."
-    text = _seeds.seeds_text({"a": [record_of(0, 1.0), failed]})
+    text = shown({"a": [record_of(0, 1.0), failed]})
     assert "a, seed 1: The loss is that of a guess." in text
     assert "difference" not in text
 
@@ -99,7 +104,10 @@ def test_each_seed_is_the_run_of_that_seed_in_a_folder_of_its_own(tmp_path):
     )
     on_disk = json.loads((tmp_path / "train_compare.json").read_text())
     assert {item: len(of) for item, of in on_disk.items()} == {"sgd": 2, "adam": 2}
-    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["train_compare.json"]
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == [
+        "report.html",
+        "train_compare.json",
+    ]
     # One seed more goes on from there; fewer items would lose some.
     again = run_compare(dataclasses.replace(settings, seeds=3, resume=True), silent)
     assert again["sgd"][0]["training"]["losses"] == records["sgd"][0]["training"]["losses"]
@@ -146,4 +154,4 @@ def test_tables_of_one_seed_say_so():
     for record in records.values():
         record["num_parameters"] = 3
         record["settings"] |= {"normalization": "none"}
-    assert "All of one seed" in _report.trainings_text(records)
+    assert "All of this is one seed" in _table.text(_report.comparison_contents(records))

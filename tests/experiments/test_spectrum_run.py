@@ -16,7 +16,9 @@ from regjax.experiments import (
     _compare,
     _inputs,
     _network,
+    _numbers,
     _report,
+    _table,
     _training,
     run_compare,
     run_spectrum,
@@ -118,7 +120,12 @@ def test_layers_are_principal_submatrices(tmp_path):
         np.testing.assert_allclose(
             blocks[name]["eigenvalues"]["values"], exact[:3], atol=1e-5 * exact[0]
         )
-    assert list(blocks) == ["network", "head", "layer_0"]
+    assert list(blocks) == ["network", "layer_0", "head"]
+
+
+def test_layers_stand_in_the_order_of_the_network():
+    names = ["stem", *(f"block_{i}" for i in range(12)), "head"]
+    assert sorted(sorted(names), key=_analysis._place) == names
 
 
 def test_record_is_on_disk_with_all_that_identifies_it(tmp_path):
@@ -137,6 +144,7 @@ def test_record_is_on_disk_with_all_that_identifies_it(tmp_path):
         "checkpoint.npz",
         "spectrum.json",
         "spectrum.png",
+        "report.html",
     }
 
 
@@ -246,8 +254,8 @@ def test_comparison_runs_each_item_in_its_folder(tmp_path):
     assert (settings.out / "sgd" / "spectrum.json").exists()
     assert set(json.loads((settings.out / "spectrum_compare.json").read_text())) == set(records)
     assert (settings.out / "spectrum_compare.png").read_bytes().startswith(b"\x89PNG")
-    text = _report.comparison_text(records)
-    assert "All of one seed" in text
+    text = _table.text(_report.comparison_contents(records))
+    assert "All of this is one seed" in text
     assert "normalization=batch,epochs=1" in text.splitlines()[0]
     assert f"{records['sgd']['generalization']['test_loss']:.4f}" in text
 
@@ -317,14 +325,17 @@ def test_word_of_two_options_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
-        (0.34900774, 3.3e-7, "0.3490077 ± 3.3e-07"),
+        (0.34900774, 3.3e-7, "0.34901 ± 2.6e-06"),  # what five digits leave out
+        (float("nan"), 0.1, "nan ± 0.1"),
+        (2.0, float("inf"), "2 ± inf"),
         (2.61234, 0.046, "2.612 ± 0.046"),
         (428.4, 19.2, "428 ± 19"),
         (11.0, 0.0, "11 ± 0"),
         (0.0, 0.5, "0 ± 0.5"),
         (0.002, 0.5, "0.002 ± 0.5"),
+        (8e-23, 0.79, "0 ± 0.79"),
         (None, None, "not known"),
     ],
 )
 def test_numbers_are_printed_to_their_error(value, error, text):
-    assert _report.with_error(value, error) == text
+    assert _numbers.with_error(value, error) == text

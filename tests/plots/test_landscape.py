@@ -21,6 +21,17 @@ def test_contours_are_where_the_losses_say():
     np.testing.assert_allclose(np.abs(ellipse).max(0), [0.5**0.5, 0.5**0.5 / 2], rtol=0.02)
 
 
+def test_numbers_at_contours_are_not_cut_off_by_the_edges():
+    # Without the margin two of its numbers stand at 0.93 of 1.
+    figure = plots.surface_figure([plots.SurfacePanel("a", POSITIONS, 3 * LOSSES)])
+    axes = figure.axes[0]
+    assert axes.texts
+    for number in axes.texts:
+        assert np.max(np.abs(number.get_position())) <= 0.8 + 1e-9
+        assert number.get_fontsize() >= 7
+    assert figure.get_supxlabel() == "numbers: loss; cross: the weights"
+
+
 def test_losses_that_are_not_finite_leave_a_hole_and_levels_are_geometric():
     losses = LOSSES.copy()
     losses[0, 0], losses[-1, -1] = np.nan, np.inf
@@ -110,7 +121,7 @@ def test_bad_input():
         plots.draw_surface(POSITIONS, np.full_like(LOSSES, np.nan), axes=axes)
     with pytest.raises(ValueError, match="`axes` must be three-dimensional"):
         plots.draw_surface_3d(POSITIONS, LOSSES, axes=axes)
-    with pytest.raises(ValueError, match="`panels` must hold at least one surface"):
+    with pytest.raises(ValueError, match="`panels` must have at least one SurfacePanel"):
         plots.surface_figure([])
     wrong = plots.ProbePanel("a", [0, 1], LOSSES, LOSSES, LOSSES)
     with pytest.raises(ValueError, match="`losses` must have shape"):

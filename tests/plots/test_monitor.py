@@ -32,8 +32,13 @@ def test_a_panel_for_each_number_and_a_legend_for_several_runs():
     figure = plots.monitor_figure({"a": rows, "b": ROWS})
     shown = [axes.get_ylabel() for axes in figure.axes if axes.axison]
     assert shown == ["loss", "largest eigenvalue", "gradient in the\nleading eigenspace"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
-    assert not plots.monitor_figure({"a": rows}, figure_width=3.3).legends
+    marks = ["one error to either side", "not converged or not resolved", "stable below"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", *marks]
+    single = plots.monitor_figure({"a": rows}, figure_width=3.3)
+    assert [text.get_text() for text in single.legends[0].get_texts()] == marks
+    # What is not there is not explained.
+    losses = [{"step": step, "loss": 1.0 + step} for step in range(3)]
+    assert not plots.monitor_figure({"a": losses}).legends
 
 
 def test_bad_arguments():

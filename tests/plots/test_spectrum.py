@@ -59,9 +59,9 @@ def test_a_second_curve_takes_the_next_colour_and_widens_the_axis():
     assert not same_color(lines[0].get_color(), lines[1].get_color())
     assert axes.get_ylim()[0] <= floor
     assert axes.get_ylim()[1] > 20
-    # What the ticks are is said once.
+    # What band and ticks are is said once.
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert sorted(texts) == ["eigenvalues", "one", "two"]
+    assert sorted(texts) == ["eigenvalues", "error band", "one", "two"]
     heights = [line.get_ydata()[0] for line in axes.lines if line.get_gid() != "density"]
     assert heights[0] != heights[1]  # the eigenvalues of both can be told apart
 
@@ -86,6 +86,7 @@ def test_figure_has_a_density_for_each_setting_and_the_eigenvalues_of_all():
     shifted = [container.lines[0].get_xdata() for container in last.containers]
     assert np.all(shifted[0] < shifted[1])
     assert [text.get_text() for text in last.get_legend().get_texts()] == ["plain", "sam"]
+    assert last.get_xlabel() == "index (settings side by side)"
     assert figure.get_size_inches()[0] == pytest.approx(6.8)
 
 
@@ -119,7 +120,7 @@ def test_the_lowest_density_has_the_axis_of_the_eigenvalue(width, num_panels, tm
     assert rows[-1].get_xlabel() == "eigenvalue of the Hessian"
     assert any(label.get_text() for label in rows[-1].get_xticklabels() if label.get_visible())
     assert [axes.get_xlabel() for axes in rows[:-1]] == [""] * (num_panels - 1)
-    assert last.get_xlabel() == "index"
+    assert last.get_xlabel().startswith("index")
     boxes = [axes.get_tightbbox() for axes in figure.axes]
     for one, other in itertools.pairwise(boxes):
         assert not one.overlaps(other)
@@ -143,6 +144,8 @@ def test_panels_have_limits_that_hold_all_of_them():
 def test_error_texts():
     with pytest.raises(ValueError, match="`panels` must have at least one SpectrumPanel, got none"):
         plots.spectrum_figure([])
+    with pytest.raises(TypeError, match="`panels` must be a list of SpectrumPanel, got a Density"):
+        plots.spectrum_figure([curve()])
     with pytest.raises(ValueError, match="`figure_width` must be positive, got -1"):
         plots.spectrum_figure([plots.SpectrumPanel("a", curve())], figure_width=-1)
     mixed = [plots.SpectrumPanel("a", curve()), plots.SpectrumPanel("b", curve(threshold=1.0))]

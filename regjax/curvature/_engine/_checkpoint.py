@@ -42,24 +42,34 @@ _LOCK = ".products.lock"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Where a solver keeps its state, so that the same call goes on after the process was killed.
-
-    A run goes on from its own files alone: of the same traced program and the same arrays, those
-    that functions close over included; of a source all examples are read once to see that. What is
-    damaged is gone back from; files of another problem or another version, and those that may not
-    be read, are an error, and stay.
+    """Where a solver saves its state, so that the same call goes on after the process was killed.
 
     The answer is that of an undisturbed run, bit for bit, on the same device with the same
-    versions. For solvers that are driven from Python, outside of `jax.jit`. On several devices
+    versions. It is for solvers that are called from Python, outside of `jax.jit`.
+
+    A run goes on from its own files alone: those of the same traced program and the same arrays,
+    what functions close over included (of a source of batches all examples are read once to see
+    that). If the newest file is damaged, it goes back to the one before. Files of another problem
+    or another version, and files that may not be read, are an error, and stay. On several devices
     each process writes its own shards, and a run goes on with as many processes, on the same mesh,
     of parameters that are divided alike.
 
+    Example:
+      >>> import tempfile
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     checkpoint = curvature.Checkpoint(folder, every=4)
+      ...     result = curvature.lanczos(hessian, jnp.ones(8), 8, checkpoint=checkpoint)
+      >>> print(result.num_steps)
+      8
+
     Attributes:
-      folder: made where it is not there; of one run at a time, which deletes those of its own files
-        that it no longer needs. It takes up to twice the memory of the basis. Delete it to start
-        anew.
-      every: number of steps (products; rounds of them, where several probes go at once) between
-        two files. As many vectors are copied on the device each time.
+      folder: created if missing. Use it for one run at a time: old files of that run are deleted
+        when they are no longer needed. It takes up to twice the memory of the basis. Delete it to
+        start anew.
+      every: number of steps between two files (products; rounds of them, where several probes go at
+        once). As many vectors are copied on the device each time.
     """
 
     folder: str | os.PathLike[str]

@@ -26,15 +26,27 @@ def run(
 ) -> Result:
     """Runs a solver to its end.
 
-    With concrete arrays the host drives it: it stops early, reports, writes checkpoints and holds
-    Ctrl-C back to the end of a step. Inside of `jax.jit` it is one compiled loop.
+    Called from Python it stops as soon as the solver is done, calls back after each step, writes
+    checkpoints, and ends at Ctrl-C with the result so far. Inside of `jax.jit` it is one compiled
+    loop.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> solver = curvature.lanczos_solver(hessian, jnp.ones(8), 8)
+      >>> show = lambda done, total, progress: print(done, end=" ")
+      >>> result = curvature.run(solver, callback=show)
+      1 2 3 4 5 6 7 8
+      >>> print(result.num_steps)
+      8
 
     Args:
       solver: from a function such as `top_eigenpairs_solver`.
-      callback: called as callback(steps, all steps, progress) after each step when the host drives;
-        `progress.result` is the result so far. What it raises ends the run, and has that result as
-        its `.result`.
-      checkpoint: where the state is kept every few steps, and found again by the same call.
+      callback: called as callback(steps, all steps, progress) after each step, outside of
+        `jax.jit`; `progress.result` is the result so far. If it raises, the run ends, and the
+        exception has that result as its `.result`.
+      checkpoint: a `Checkpoint`: the state is saved every few steps, and after the process was
+        killed the same call goes on from there. Not inside of `jax.jit`.
 
     Returns:
       The solver's result.
@@ -42,7 +54,8 @@ def run(
     Raises:
       ValueError: a checkpoint inside of `jax.jit`, or one of another problem.
       CheckpointError: a file of the checkpoint cannot be written.
-      MemoryError: the device has no room; names what to lower, with the bytes that are needed.
+      MemoryError: the device is out of memory; the message says how much is needed, and what to
+        lower.
       Interrupted: Ctrl-C; its `.result` is the result so far.
     """
     total = solver.max_steps + solver.later_steps

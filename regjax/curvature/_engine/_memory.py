@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import jax
 
 from regjax import _programs
+from regjax._printing import legible
 from regjax.curvature._engine._solver import Solver
 
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 
 
+@legible
 class MemoryResult(NamedTuple):
     """Bytes on each device that a solver needs; Python integers.
 
@@ -20,7 +22,7 @@ class MemoryResult(NamedTuple):
         what is kept of a linearisation.
       state_bytes: the solver's state: the rows of its bases and a few vectors.
       product_bytes: temporaries and result of one product (of all that are made at once); of a
-        source its batches as well.
+        stream its batches as well.
       update_bytes: temporaries of what the method makes of the product, and the product itself.
       result_bytes: temporaries and arrays of what is made beside the state: eigenvectors, or the
         probes of a density.
@@ -38,11 +40,17 @@ class MemoryResult(NamedTuple):
 def memory_estimate(solver: Solver[Any, Any]) -> MemoryResult:
     """Adds up the memory that a solver needs on each device, without running it.
 
-    For example `memory_estimate(top_eigenpairs_solver(operator, 10, key=key, max_basis=64))`.
-    Arrays count by their shapes; a product, a step and the result are compiled, not run, and count
-    by the compiler's own account. Of a source the batches are taken to be as large as the first.
-    What libraries need for themselves and what fragments of freed memory cost is not in it: leave
-    a tenth.
+    Arrays count by their shapes. A product, a step and the result are compiled, not run, and count
+    by the compiler's own account. Of a source of batches all are taken to be as large as the first.
+    Not included are what libraries need for themselves and what fragments of freed memory cost:
+    leave 10 % free.
+
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> solver = curvature.lanczos_solver(hessian, jnp.ones(8), 8)
+      >>> print(curvature.memory_estimate(solver).operator_bytes)  # parameters and the arange
+      64
 
     Args:
       solver: from a function such as `top_eigenpairs_solver`.

@@ -24,17 +24,19 @@ Result = TypeVar("Result")
 class Solver(Generic[State, Result]):
     """An iterative method on an operator; drive it yourself, or let `run` do it.
 
-        state = solver.init()
-        for _ in range(solver.max_steps):
-            if solver.done(state):
-                break
-            state = solver.step(state)
-        result = solver.result(state)
+    All functions can be traced by `jax.jit`. A state is a tree of arrays; called from Python, a
+    step uses it up. Some methods have two parts: when one is done, `solver, state =
+    solver.then(state)` goes on.
 
-    All functions can be traced by `jax.jit`; a state is a tree of arrays and, called from Python,
-    used up by the step.
-
-    Some methods have two parts: when one is done, `solver, state = solver.then(state)` goes on.
+    Example:
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
+      >>> solver = curvature.lanczos_solver(hessian, jnp.ones(8), 8)
+      >>> state = solver.init()
+      >>> while not solver.done(state):
+      ...     state = solver.step(state)
+      >>> print(solver.result(state).num_steps, solver.max_steps)
+      8 8
 
     Attributes:
       name: of the method.

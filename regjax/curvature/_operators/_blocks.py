@@ -16,13 +16,21 @@ from regjax.curvature._operators._slices import Sliced
 def by_block(operator: Operator, *, depth: int = 1, layout: Layouts = None) -> dict[str, Operator]:
     """Takes a curvature matrix apart into its diagonal blocks, one for each group of parameters.
 
-    Of a loss or a model only the block's own sub-tree is differentiated, so that a layer costs a
-    fraction of the whole product; a given product is made as a whole. The blocks' eigenvalues
-    interlace with the whole matrix's; couplings between layers are left out by definition.
+    The block of a loss or a model differentiates its own parameters alone, so that a layer costs a
+    fraction of a whole product. A matrix from `from_matvec` is multiplied as a whole. The blocks
+    leave out what couples the layers; their eigenvalues interlace with those of the whole matrix.
 
     Layers that are stacked in one array have the blocks that they would have with arrays of their
-    own: the path of a slice has the layer's index where the stack begins, behind a container's name
-    if there is one, as "blocks/3/attention" with `depth=3`.
+    own. The path of such a block has the layer's index where the stack begins, behind the name of
+    its container if there is one, such as "blocks/3/attention" with `depth=3`.
+
+    Example:
+      >>> loss = lambda p: 1.5 * jnp.sum(p["first"] ** 2) + 0.5 * jnp.sum(p["last"] ** 2)
+      >>> hessian = curvature.hessian(loss, {"first": jnp.zeros(2), "last": jnp.zeros(2)})
+      >>> for name, block in curvature.by_block(hessian).items():
+      ...     print(name, curvature.exact_spectrum(block))
+      first [3. 3.]
+      last [1. 1.]
 
     Args:
       operator: symmetric.
@@ -32,7 +40,7 @@ def by_block(operator: Operator, *, depth: int = 1, layout: Layouts = None) -> d
         which it is not known are not taken apart.
 
     Returns:
-      Operators by path, such as {"layers/0": ...}, in the order of the tree. Their vectors are
+      Operators by path, such as "layers/0", in the order of the tree. Their vectors are
       trees of the parameters' structure with None outside of the block, and without the axes of
       the stack in a slice.
 

@@ -30,15 +30,24 @@ def gradient_covariance(
     wrt: Mask = None,
     differences: bool = False,
 ) -> Operator:
-    """Makes the covariance of the examples' gradients, that of the noise of a batch of one.
+    """Makes the covariance of the examples' gradients, which is the noise of a batch of one.
 
         C = mean_i g_i g_i' - G G',   g_i the gradient of example i's loss, G their mean
 
-    It is `empirical_fisher` about the mean gradient, which a step follows, instead of about zero:
-    what is left is noise. A batch of B examples drawn with replacement has noise of covariance
-    C / B. The mean is over N, not N - 1. Near rounding where all gradients agree: an entry is off
-    by units of rounding of |G|^2. Of a weighted mean g_i is as in `empirical_fisher`, and examples
-    count by their weights, sum_i w_i (g_i - G) (g_i - G)' / sum_i w_i.
+    `empirical_fisher` is the same without the second term. A batch of B examples drawn with
+    replacement has noise of covariance C / B. The mean is over N, not N - 1. Where all gradients
+    agree the matrix is rounding: an entry is off by units of rounding of |G|^2. Of a weighted mean
+    g_i is the gradient of example i's own weighted mean, and examples count by their weights: sum_i
+    w_i (g_i - G) (g_i - G)' / sum_i w_i.
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> loss_fn = lambda outputs, y: 0.5 * jnp.mean((outputs - y) ** 2)
+      >>> x, y = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.array([1.0, 3.0])
+      >>> matrix = curvature.gradient_covariance(model_fn, loss_fn, jnp.zeros(2), x, y)
+      >>> print(matrix.dense())  # the gradients are (-1, 0) and (-3, -6), their mean (-2, -3)
+      [[1. 3.]
+       [3. 9.]]
 
     Args:
       model_fn: (params, inputs) -> outputs: an array, or a tree of arrays, with a leading axis of
@@ -59,7 +68,7 @@ def gradient_covariance(
 
     Raises:
       ValueError: the output loss is not a scalar or adds up weighted means, the outputs have not
-        the examples in front, or as in `gauss_newton`.
+        the examples in front, or as in `hessian`.
 
     References:
       S. McCandlish, J. Kaplan, D. Amodei (2018), arXiv:1812.06162, where it is called Sigma.
@@ -96,7 +105,7 @@ def centered(second: Operator, first: Operator) -> Operator:
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["center", "operator"], meta_fields=[]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Centered(Composed):
     """A - m m', of second moments A about zero those about m; `center` is a vector of the space."""
 

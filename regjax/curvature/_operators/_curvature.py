@@ -77,9 +77,19 @@ def _doubled(function: Any) -> Any:
     data_fields=["linearization", "function", "params", "batch", "linear_map"],
     meta_fields=["chunk_size", "placement"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CurvatureOperator(TracedOperator):
-    """A matrix that follows from a function at its parameters and data on the device.
+    """A matrix that follows from a function at its parameters, with its data on the device.
+
+    `hessian`, `gauss_newton`, `fisher` and `empirical_fisher` make it.
+
+    Example:
+      >>> hessian = curvature.hessian(lambda w: 2 * w[0] ** 2 + w[0] * w[1], jnp.zeros(2))
+      >>> print(hessian)
+      CurvatureOperator(shape=(2, 2), dtype=float32)
+      >>> print(hessian.dense())
+      [[4. 1.]
+       [1. 0.]]
 
     Attributes:
       linearization: how the matrix follows from `function`.

@@ -28,19 +28,28 @@ def dropout_covariance(
     num_samples: int,
     wrt: Mask = None,
 ) -> Operator:
-    """Estimates the covariance of dropout's gradient noise over sampled masks.
+    """Estimates the covariance of dropout's gradient noise from sampled masks.
 
         Sigma v = 1 / K sum_k (g_k - mean g) <g_k - mean g, v>,    g_k = grad R_drop under mask k
 
-    The K = `num_samples` gradients are computed once, one at a time, and kept; a product takes
-    4 K n operations and no pass over the network. The mean of ||g_k||^2 is ||mean g||^2 + tr Sigma
+    The K = `num_samples` gradients are computed once, one at a time, and kept; a product takes 4 K
+    n operations and no pass over the network. The mean of ||g_k||^2 is ||mean g||^2 + tr Sigma
     exactly; `regularizers.dropout_gradient_penalty` with the same key is lr / 4 times that.
 
-    Against the covariance over all masks: the mean over draws of Sigma is (K - 1) / K of it, the
-    rank is at most K - 1, and a quadratic form v' Sigma v has a relative standard error of about
-    sqrt(2 / K), more with noise of heavier tails than a normal distribution's. The trace averages
-    over directions and is better than that. The largest eigenvalue, whose direction is fitted to
-    the draws, comes out too large: by about (1 + sqrt(d / K))^2 with d directions of like size.
+    How far it is from the covariance over all masks: its mean over draws is (K - 1) / K times that,
+    its rank is at most K - 1, and a quadratic form v' Sigma v has a relative standard error of
+    about sqrt(2 / K), more with noise of heavier tails than a normal distribution's. The trace
+    averages over directions and is better than that. The largest eigenvalue, whose direction is
+    fitted to the draws, comes out too large: by about (1 + sqrt(d / K))^2 with d directions of like
+    size.
+
+    Example:
+      >>> def dropout_loss_fn(w, key):  # each weight is kept with probability 1/2
+      ...     return jnp.sum(w * jax.random.bernoulli(key, 0.5, w.shape))
+      >>> options = {"key": jax.random.key(0), "num_samples": 99}
+      >>> noise = curvature.dropout_covariance(dropout_loss_fn, jnp.ones(2), **options)
+      >>> print(f"{jnp.trace(noise.dense()):.1f}")  # 2 * 1/2 * 1/2
+      0.5
 
     Args:
       dropout_loss_fn: (params, key) -> scalar, the mean loss under the mask of `key`. Data are
@@ -70,22 +79,30 @@ def dropout_covariance(
 def dropout_covariance_factor(
     dropout_loss_fn: Callable[..., Any], params: Params, *, key: PRNGKey, num_samples: int
 ) -> jax.Array:
-    """Computes the rows R with R' R = `dropout_covariance`.
+    """Computes rows R whose R' R is the `dropout_covariance` of the same key.
 
-    Exact functions of it follow from the small R R' (K, K).
+    A function of that matrix is exact by way of the small R R' (K, K).
+
+    Example:
+      >>> def dropout_loss_fn(w, key):  # each weight is kept with probability 1/2
+      ...     return jnp.sum(w * jax.random.bernoulli(key, 0.5, w.shape))
+      >>> options = {"key": jax.random.key(0), "num_samples": 99}
+      >>> rows = curvature.dropout_covariance_factor(dropout_loss_fn, jnp.ones(2), **options)
+      >>> print(rows.shape, f"{jnp.sum(rows**2):.1f}")  # the trace, 2 * 1/2 * 1/2
+      (99, 2) 0.5
 
     Args:
-      dropout_loss_fn: as in `dropout_covariance`.
+      dropout_loss_fn: (params, key) -> scalar, the mean loss under the mask of `key`.
       params: tree of real floating-point parameters, n in all.
-      key: typed key, as in `dropout_covariance`.
+      key: typed key; the masks are those of `jax.random.split(key, num_samples)`.
       num_samples: K, at least 2.
 
     Returns:
       (K, n), rows (g_k - mean g) / sqrt(K) in the order of `jax.tree.leaves(params)`.
 
     Raises:
-      ValueError: as in `dropout_covariance`.
-      TypeError: as in `dropout_covariance`.
+      ValueError: the loss is not a scalar, or `num_samples` is below 2.
+      TypeError: a parameter is not real floating point, or `key` is not a typed key.
     """
     _checks.integer("num_samples", num_samples, minimum=2)
     _checks.floating_tree("params", params)

@@ -41,11 +41,21 @@ def fisher(
 ) -> CurvatureOperator:
     """Makes the Fisher information matrix of the model's own predictive distribution.
 
-    The mean over the examples of J' E[s s'] J, s the score of a target drawn from the model, summed
-    over the predictions of an example; or with `weights` the weighted mean over the predictions, as
-    the same argument says it in `gauss_newton`. With `num_samples` the expectation is a mean over
-    that many draws, fixed by `key` for all products; with None it is exact, and then equal to the
-    Gauss-Newton matrix of the likelihood's loss.
+        mean over the examples of J' E[s s'] J,   J the Jacobian of the outputs
+
+    The score s is the gradient of the log-likelihood with respect to the outputs, for a target that
+    is drawn from the model: no targets are passed. It is summed over the predictions of an example.
+    With `num_samples` the expectation is a mean over so many draws, which `key` fixes for all
+    products; the matrix, and what is computed of it, is then that of these draws. With None it is
+    exact, and equal to the Gauss-Newton matrix of the likelihood's loss.
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w  # logits, 0 here, so that both answers are equally likely
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+      >>> exact = {"key": None, "num_samples": None, "likelihood": "bernoulli"}
+      >>> print(curvature.fisher(model_fn, jnp.zeros(2), x, **exact).dense())  # p (1 - p) X'X / N
+      [[0.25 0.25]
+       [0.25 0.5 ]]
 
     Args:
       model_fn: (params, inputs) -> outputs, an array with a leading axis of examples: logits of a
@@ -54,9 +64,10 @@ def fisher(
         variance (examples, ...).
       params: tree of real floating-point parameters, n in all.
       inputs: array or tree with a leading axis of examples.
-      weights: (examples, ...) of the predictions, such as a mask of tokens: a prefix of the axes of
-        the outputs. None: one for each example.
-      key: typed key of the draws; None with `num_samples=None`.
+      weights: (examples, ...) of the predictions, such as a mask of tokens, whose axes are the
+        first of those of the outputs. The mean is then the weighted mean over the predictions.
+        None: one for each example.
+      key: typed key for the draws; None with `num_samples=None`.
       num_samples: draws per prediction, or None for the exact expectation.
       likelihood: "categorical" (softmax cross-entropy), "bernoulli" (sigmoid cross-entropy) or
         "normal" (half the squared error).

@@ -70,8 +70,17 @@ def gauss_newton(
 
         J' (d2 loss / d outputs2) J,   J the Jacobian of the outputs
 
-    It is the Hessian without the curvature of the network itself: positive semi-definite for a
-    loss that is convex in the outputs, and equal to the Hessian where the residuals vanish.
+    It is the Hessian without the curvature of the network itself: positive semi-definite for a loss
+    that is convex in the outputs, and equal to the Hessian where the residuals vanish. The model
+    and the loss of its outputs are two functions here, because they are differentiated apart.
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> loss_fn = lambda outputs, y: 0.5 * jnp.mean((outputs - y) ** 2)
+      >>> x, y = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.array([1.0, 3.0])
+      >>> print(curvature.gauss_newton(model_fn, loss_fn, jnp.zeros(2), x, y).dense())  # X'X / N
+      [[1. 1.]
+       [1. 2.]]
 
     Args:
       model_fn: (params, inputs) -> outputs: an array, or a tree of arrays, with a leading axis of
@@ -123,10 +132,19 @@ def empirical_fisher(
 
         mean_i g_i g_i',   g_i the gradient of example i's loss
 
-    Targets are the observed ones, so this is neither the Fisher matrix nor an approximation of
-    the Hessian away from a good fit. The examples must not couple through the loss. Of a weighted
-    mean g_i is the gradient of example i's own weighted mean, and the outer product counts by its
+    The targets are those of the data, so this is not the Fisher matrix, nor an approximation of the
+    Hessian away from a good fit. The examples must not couple through the loss. Of a weighted mean
+    g_i is the gradient of example i's own weighted mean, and its outer product counts by its
     weight: sum_i w_i g_i g_i' / sum_i w_i.
+
+    Example:
+      >>> model_fn = lambda w, x: x @ w
+      >>> loss_fn = lambda outputs, y: 0.5 * jnp.mean((outputs - y) ** 2)
+      >>> x, y = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.array([1.0, 3.0])
+      >>> matrix = curvature.empirical_fisher(model_fn, loss_fn, jnp.zeros(2), x, y)
+      >>> print(matrix.dense())  # the gradients are (-1, 0) and (-3, -6)
+      [[ 5.  9.]
+       [ 9. 18.]]
 
     Args:
       model_fn: (params, inputs) -> outputs: an array, or a tree of arrays, with a leading axis of
@@ -146,7 +164,7 @@ def empirical_fisher(
 
     Raises:
       ValueError: the output loss is not a scalar or adds up weighted means, the outputs have not
-        the examples in front, or as in `gauss_newton`.
+        the examples in front, or as in `hessian`.
 
     References:
       F. Kunstner, L. Balles, P. Hennig (2019), Limitations of the empirical Fisher approximation,

@@ -44,16 +44,23 @@ def hvp(
 ) -> Params:
     """Computes a Hessian-vector product by forward-over-reverse differentiation.
 
-    Where a function within the loss has no forward rule (`jax.custom_vjp`), reverse over reverse.
+    Where a function within the loss has no forward rule (`jax.custom_vjp`), it is reverse over
+    reverse. For many products with one matrix make it once, with `hessian`.
+
+    Example:
+      >>> loss_fn = lambda w, x, y: 0.5 * jnp.mean((x @ w - y) ** 2)
+      >>> x, y = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.array([1.0, 3.0])
+      >>> print(curvature.hvp(loss_fn, jnp.zeros(2), jnp.array([0.0, 1.0]), x, y))  # of X'X / N
+      [1. 2.]
 
     Args:
       loss_fn: (params, *batch) -> scalar, the mean over the examples.
       params: tree of parameters.
       vector: tree like `params`.
       *batch: arrays with a leading axis of examples.
-      wrt: which leaves are meant, as in `hessian`; `vector` has None elsewhere.
-      differences: whether a central difference of gradients may be taken where neither is possible,
-        as in `hessian`.
+      wrt: which leaves are meant (see `hessian`); `vector` has None elsewhere.
+      differences: whether a central difference of gradients may be taken where JAX cannot
+        differentiate the loss twice (see `hessian`).
 
     Returns:
       H v, a tree like `params`, in the units of the loss per squared parameter times `vector`.
@@ -88,26 +95,40 @@ def hessian(
 ) -> CurvatureOperator:
     """Makes the Hessian of the mean loss over the batch.
 
+    The matrix is known by its products with vectors and is never formed, so that it takes no more
+    memory than a few gradients. `top_eigenpairs`, `spectral_density`, `trace`, `solve` and the like
+    need nothing else.
+
+    Example:
+      >>> loss_fn = lambda w, x, y: 0.5 * jnp.mean((x @ w - y) ** 2)
+      >>> x, y = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.array([1.0, 3.0])
+      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(2), x, y)
+      >>> print(hessian @ jnp.array([0.0, 1.0]))
+      [1. 2.]
+      >>> print(hessian.dense())  # X'X / N; for small ones alone
+      [[1. 1.]
+       [1. 2.]]
+
     Args:
-      loss_fn: (params, *batch) -> scalar, the mean over the examples, or a `regjax.WeightedMean`,
-        which goes over parts of the data as it goes over all. It is traced now: the
-        operator is that of the loss as it is, and the arrays that it closes over are data of the
-        operator. A new function of the same program compiles nothing again.
+      loss_fn: (params, *batch) -> scalar, the mean over the examples, or a `regjax.WeightedMean`
+        over them. It is traced now: later changes of what it closes over do not count. A new
+        function of the same program compiles nothing again.
       params: tree of real floating-point parameters, n in all.
       *batch: arrays with a leading axis of examples.
-      chunk_size: number of examples per pass, for bounded memory; the ragged last chunk counts by
-        its size. None takes the whole batch at once and keeps the linearisation if it fits. Where
-        the batch is divided over the devices of a mesh, each passes over its own examples.
+      chunk_size: number of examples per pass, for bounded memory; the last chunk may be smaller and
+        counts by its size. None takes the whole batch at once and, if it fits in memory, keeps what
+        all products share. Where the batch is divided over the devices of a mesh, each device
+        passes over its own examples.
       wrt: which leaves the matrix is of, a tree of bools like `params`, a function (path, leaf) ->
-        bool, or a filter of nnx (see `regjax.subset`): it is the principal submatrix of theirs, and
-        its vectors have None elsewhere. The others may have any type. None: all.
+        bool, or a filter of nnx (see `regjax.subset`). The matrix is the principal submatrix of
+        these leaves, and its vectors have None elsewhere. The others may have any type. None: all.
       differences: whether products may be central differences of gradients where JAX cannot
         differentiate the loss twice, neither forward over reverse nor reverse over reverse: a
-        function within it has a rule of its own (`jax.custom_vjp`) that has no rule. Parameters
-        are then taken in float32 at least. A product takes four gradients in a solver, and what
-        it is off by, as two steps tell, is part of the residual norms of `top_eigenpairs`,
-        `lanczos` and `spectral_density`; not of the standard errors of `trace` and `diagonal`. At
-        kinks, as those of ReLU, two steps may tell too little.
+        function within it has a rule of its own (`jax.custom_vjp`) that has no rule. Parameters are
+        then taken in float32 at least. A product takes four gradients in a solver, and what it is
+        off by, as two steps tell, is part of the residual norms of `top_eigenpairs`, `lanczos` and
+        `spectral_density`; not of the standard errors of `trace` and `diagonal`. At kinks, such as
+        those of ReLU, two steps may tell too little.
 
     Returns:
       An `Operator` of shape (n, n).
@@ -117,8 +138,8 @@ def hessian(
         differentiated twice.
       ValueError: the loss is not a scalar, the batch has no common leading axis, `chunk_size` is
         not positive, or it splits a batch whose examples the loss couples (batch norm in train
-        mode: ask for "train_per_chunk" by name). The arrays of the batch are divided differently,
-        or `wrt` chooses nothing.
+        mode: ask for "train_per_chunk" by name). The arrays of the batch are divided differently
+        over devices, or `wrt` chooses nothing.
     """
     loss_fn, params = part_of(loss_fn, params, wrt)
     _checks.floating_tree("params", params)
@@ -156,17 +177,22 @@ def from_gradient(
     wrt: Mask = None,
     differences: bool = False,
 ) -> CurvatureOperator:
-    """Makes the Hessian of a loss that is known by its gradient alone.
+    """Makes the Hessian of a loss of which only the gradient is given.
+
+    Example:
+      >>> grad_fn = lambda w: jnp.array([3.0, 1.0]) * w
+      >>> print(curvature.from_gradient(grad_fn, jnp.ones(2)) @ jnp.ones(2))
+      [3. 1.]
 
     Args:
-      grad_fn: params -> gradient; traced now, as in `hessian`.
+      grad_fn: params -> gradient; traced now, like the loss in `hessian`.
       params: tree of parameters.
-      wrt: which leaves the matrix is of, as in `hessian`; `grad_fn` takes and gives all of them.
+      wrt: which leaves the matrix is of (see `hessian`); `grad_fn` takes and gives all of them.
       differences: whether products may be central differences where JAX cannot differentiate
         `grad_fn`, neither forwards nor backwards (see `hessian`).
 
     Returns:
-      An `Operator` of shape (n, n): the Jacobian of `grad_fn` at `params`.
+      An `Operator` of shape (n, n), the Jacobian of `grad_fn` at `params`.
 
     Raises:
       TypeError: a parameter or a leaf of the gradient is not real floating point, or a function

@@ -41,11 +41,15 @@ _MAX_BYTES = 2**32
     data_fields=["function", "params", "inputs"],
     meta_fields=["linearization", "chunk_size", "placement"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class JacobianOperator:
-    """The Jacobian J (N C, n) of a model's outputs: C of each of N examples, n parameters.
+    """The Jacobian J (N C, n) of a model's outputs: C for each of N examples; a pytree.
 
-    A pytree, so that it passes through `jax.jit` as an argument.
+    Example:
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+      >>> jacobian = curvature.jacobian(lambda w, x: x @ w, jnp.zeros(2), x)
+      >>> print(jacobian.matvec(jnp.ones(2)), jacobian.rmatvec(jnp.ones(2)))  # X 1 and X' 1
+      [1. 3.] [2. 2.]
 
     Attributes:
       function: the program of the model.
@@ -62,6 +66,9 @@ class JacobianOperator:
     linearization: Mode
     chunk_size: int | None
     placement: Placement | None
+
+    def __repr__(self) -> str:
+        return f"JacobianOperator(shape={self.shape})"
 
     @property
     def home(self) -> Mesh | None:
@@ -166,7 +173,7 @@ class JacobianOperator:
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["jacobian"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GramOperator(TracedOperator):
     """J J' on trees like the outputs."""
 
@@ -218,9 +225,16 @@ def jacobian(
 ) -> JacobianOperator:
     """Makes the Jacobian of a model's outputs with respect to its parameters.
 
+    Example:
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+      >>> jacobian = curvature.jacobian(lambda w, x: x @ w, jnp.zeros(2), x)
+      >>> print(jacobian.dense())  # X, one row for each output of each example
+      [[1. 0.]
+       [1. 2.]]
+
     Args:
       model_fn: (params, inputs) -> outputs: an array, or a tree of arrays, with a leading axis of
-        examples. Each example's must depend on its own inputs alone.
+        examples. The outputs of an example must depend on its own inputs alone.
       params: tree of real floating-point parameters, n in all.
       inputs: array or tree with a leading axis of N examples.
       chunk_size: number of examples per pass, None for all at once (see `hessian`).
@@ -231,9 +245,8 @@ def jacobian(
       `singular_values`; integer outputs are left out.
 
     Raises:
-      ValueError: the model couples the examples of a batch (batch norm in train mode), so that no
-        example has a Jacobian of its own: it says so, or outside of `jit` is seen to do it; or an
-        output has not the examples in front.
+      ValueError: the model couples the examples of a batch (batch norm in train mode), or an output
+        does not have the examples in front.
       TypeError: an output is complex, or none is floating point, or the model cannot be
         differentiated.
     """

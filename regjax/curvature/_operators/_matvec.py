@@ -27,7 +27,7 @@ _DIFFERENCE, _UNITS = 3e-3, 16
     data_fields=["linear_map", "example"],
     meta_fields=["placement", "is_positive"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MatvecOperator(TracedOperator):
     """A matrix of which the product is given.
 
@@ -67,12 +67,19 @@ class MatvecOperator(TracedOperator):
 def from_matvec(matvec: MatVec, like: Params) -> Operator:
     """Makes an operator from any symmetric product.
 
-    Whether it is linear and symmetric is tried once on two random vectors, at the cost of three
-    products; not inside of `jax.jit`, where no host can look, and not if `like` has shapes alone.
+    Whether the product is linear and symmetric is tried once on two random vectors, at the cost of
+    three products. It is not tried inside of `jax.jit`, where no numbers can be read, nor if `like`
+    has shapes alone.
+
+    Example:
+      >>> matrix = jnp.array([[2.0, 1.0], [1.0, 2.0]])
+      >>> operator = curvature.from_matvec(lambda v: matrix @ v, jnp.zeros(2))
+      >>> print(curvature.exact_spectrum(operator))
+      [1. 3.]
 
     Args:
-      matvec: v -> A v on trees (or arrays) like `like`; traceable by JAX. It is traced now; the
-        arrays that it closes over are data of the operator.
+      matvec: v -> A v on trees (or arrays) like `like`; traceable by JAX. It is traced now: later
+        changes of what it closes over do not count.
       like: an example of a vector: a tree or an array of real floating point.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The algebra of symmetric matrices: sums, multiples, D A D, the identity, principal submatrices.
+"""The algebra of symmetric matrices: sums, multiples, D A D, principal submatrices.
 
 Each stands for its product and nothing else, so that what is made of streams reads its data, and
 what lies on a mesh stays there.
@@ -23,13 +23,18 @@ from regjax.curvature._operators._products import Products
 
 
 class Operator(Products):
-    """A symmetric matrix over the parameters, known by its products; n is their number.
+    """A symmetric matrix over the n parameters, known by its products with vectors.
 
-    A pytree, so that it passes through `jax.jit` as an argument: its leaves are parameters, data
-    and what is kept of a linearisation; functions are static. Operators of one space have an
+    `A @ v` and `A.matvec(v)` are the product with a tree like the parameters, `A.matmat(vectors)`
+    those with several, `A.dense()` the matrix of a small one. Operators of one space have an
     algebra: `A + B`, `A - B`, `c * A`, `A + damping * identity(A.space)`, `A.scaled(diagonal)`,
-    `A.restricted(mask)`; `A @ v` is a product. A second operator of the same functions and shapes
-    compiles nothing; a new `lambda` is a new function and compiles again.
+    `A.restricted(mask)`. An operator is a pytree, so that it passes through `jax.jit` as an
+    argument: its leaves are parameters, data and what products share, its functions are static.
+
+    Example:
+      >>> A = curvature.from_matvec(lambda v: jnp.array([3.0, 1.0]) * v, jnp.zeros(2))
+      >>> print((2 * A + A) @ jnp.ones(2))
+      [9. 3.]
     """
 
     # NumPy's scalars are not to take a product with an operator for one of arrays.
@@ -108,7 +113,7 @@ def _factor(factor: ArrayLike, dtype: Any) -> jax.Array:
 Multiply = Callable[[Operator, jax.Array], jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Composed(Operator):
     """Made of other operators of one space, the first of which stands for it."""
 
@@ -163,7 +168,7 @@ class Composed(Operator):
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["one", "other"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sum(Composed):
     """A + B."""
 
@@ -184,7 +189,7 @@ class Sum(Composed):
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["factor", "operator"], meta_fields=[]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Multiple(Composed):
     """c A."""
 
@@ -208,7 +213,7 @@ class Multiple(Composed):
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["diagonal", "operator"], meta_fields=[]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Congruent(Composed):
     """D A D, D diagonal; `diagonal` is a vector of the space."""
 
@@ -231,7 +236,7 @@ class Congruent(Composed):
         return self.operator.submatrix(inside).scaled(part)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Projected(Composed):
     """P A P': what is looked up in the trees of an operator A, with a whole product of it."""
 
@@ -274,7 +279,7 @@ class Projected(Composed):
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["operator"], meta_fields=["inside"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Submatrix(Projected):
     """The same for some leaves of an operator that cannot do with less than a whole product."""
 
@@ -293,56 +298,6 @@ class Submatrix(Projected):
     def submatrix(self, inside: tuple[bool, ...]) -> Operator:
         ours = iter(inside)
         return Submatrix(self.operator, tuple(here and next(ours) for here in self.inside))
-
-
-@dataclasses.dataclass(frozen=True)
-class OnTrees(Operator):
-    """An operator of arrays alone: `trees` is its space, and a product rounds as its vectors do."""
-
-    trees: Space
-
-    @property
-    def space(self) -> Space:
-        return self.trees
-
-    @property
-    def eps(self) -> float:
-        return float(jnp.finfo(self.dtype).eps)
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["trees"])
-@dataclasses.dataclass(frozen=True)
-class Identity(OnTrees):
-    """v -> v, on the trees of a space."""
-
-    def product(self, vector: jax.Array) -> jax.Array:
-        return vector
-
-    def block_product(self, rows: jax.Array) -> jax.Array:
-        return rows
-
-    def facts(self) -> dict[str, Tree]:
-        return {}
-
-    def product_bytes(self, count: int) -> int:
-        return 0
-
-    def submatrix(self, inside: tuple[bool, ...]) -> Operator:
-        return Identity(self.space.subspace(inside))
-
-
-def identity(space: Space) -> Operator:
-    """Makes the operator that changes nothing, which a damping is a multiple of.
-
-        damped = A + 0.1 * identity(A.space)
-
-    Args:
-      space: `A.space` of an operator, or `Space.of(params)`.
-
-    Returns:
-      An `Operator` of shape (n, n).
-    """
-    return Identity(space)
 
 
 def subtree(tree: Params, inside: Sequence[bool]) -> Params:

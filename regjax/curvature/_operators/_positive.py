@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from regjax.curvature._operators._curvature import CurvatureOperator, Linearization
+from regjax.curvature._operators._identity import Identity
 from regjax.curvature._operators._matvec import MatvecOperator
 from regjax.curvature._operators._operator import (
     Congruent,
-    Identity,
     Multiple,
     Operator,
     Projected,

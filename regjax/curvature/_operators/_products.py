@@ -23,6 +23,9 @@ _MAX_DENSE = 2**15
 class Products(abc.ABC):
     """What can be done with products alone; n is the order of the matrix."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype})"
+
     @property
     @abc.abstractmethod
     def space(self) -> Space:

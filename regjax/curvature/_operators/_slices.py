@@ -15,7 +15,7 @@ from regjax.curvature._operators._operator import Operator, Projected
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["operator"], meta_fields=["places"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sliced(Projected):
     """P A P' of an operator, P looks up slices of its leaves.
 

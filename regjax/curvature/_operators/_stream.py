@@ -1,9 +1,8 @@
 """Curvature over data that do not fit on the device: one pass over a source for each product.
 
-A thread reads the source and puts its batches on the device a few ahead of the one that is being
-computed; the products of the batches are added up, weighted by their numbers of examples. Since
-reading is what a pass costs, a block of vectors shares one. The weights of a weighted mean take
-one pass more, before the first product.
+A thread reads the source and puts batches on the device ahead of the one that is being computed.
+The products of the batches are added up by their numbers of examples; a block of vectors shares a
+pass. The weights of a weighted mean take one pass more, before the first product.
 """
 
 import contextlib
@@ -92,7 +91,7 @@ class _Programs:
     data_fields=["params"],
     meta_fields=["placement", "source", "unit", "programs", "inside", "doubles_steps"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class StreamedOperator(Operator):
     """An operator whose data come from a source; only the host can make its products.
 
@@ -258,39 +257,43 @@ def stream(
 ) -> Operator:
     """Makes a curvature matrix over a data set that is read batch by batch in every product.
 
-    For example `stream(hessian, loss_fn, params, source)`. It goes wherever an `Operator` goes
-    when the host drives: `lanczos`, `top_eigenpairs`, `spectral_density`, `trace`, `diagonal`,
-    `by_block` and its own methods; not inside of `jax.jit`. Each product is a pass over the data,
-    and `matmat` multiplies all of its vectors in one. `spectral_density` carries all of its probes
-    at once, `num_probes` times `num_steps` vectors.
+    It goes wherever an `Operator` goes outside of `jax.jit`. Each product is a pass over the data,
+    of several vectors too. `spectral_density` holds all of its probes, `num_probes` times
+    `num_steps` vectors.
+
+    Example:
+      >>> loss_fn = lambda w, x, y: 0.5 * jnp.mean((x @ w - y) ** 2)
+      >>> x, y = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.array([1.0, 3.0])
+      >>> batches = [(x[:1], y[:1]), (x[1:], y[1:])]  # or a data loader
+      >>> hessian = curvature.stream(curvature.hessian, loss_fn, jnp.zeros(2), batches)
+      >>> print(hessian @ jnp.array([0.0, 1.0]))  # X'X / N times it
+      [1. 2.]
 
     Args:
       operator_fn: `hessian`, `gauss_newton`, `empirical_fisher`, `gradient_covariance` or `fisher`.
-      *arguments: those of `operator_fn`, with the source in place of the batch. The source is
-        an object of which each `iter` begins a new pass (a list, a data loader), or a function
-        without arguments that returns a new iterator. It gives tuples of arrays with a leading
-        axis of examples, as `operator_fn` takes them ((inputs,) for `fisher`), or dicts where the
-        loss takes one; in every pass the same examples. Batches may have any size and count by
-        it, those of a `WeightedMean` by their weights; each size is compiled once. What is not on
-        the device is copied, so that the source may use its arrays again; JAX arrays stay where
-        they are, so that it may divide its batches over a mesh.
-      prefetch: number of batches that are read and put on the device while one is computed; at
-        most one more is in device memory.
+      *arguments: those of `operator_fn`, with the source in place of the batch. The source is an
+        iterable that begins a new pass at each `iter` (a list, a data loader), or a function
+        without arguments that returns an iterator. It gives tuples of arrays with a leading axis of
+        examples, as `operator_fn` takes them ((inputs,) for `fisher`), or dicts where the loss
+        takes one, and the same examples in every pass. Batches may have any size and count by it,
+        those of a `WeightedMean` by their weights; each size is compiled once. Arrays that are not
+        on the device are copied, so that the source may use them again; JAX arrays stay where they
+        are, so that the source may divide its batches over a mesh.
+      prefetch: number of batches that are read and put on the device while one is computed; at most
+        one more is in device memory.
       **options: the keyword options of `operator_fn`, but `chunk_size`: the batches are the chunks.
-        The draws of `fisher` belong to the example's number in the pass, so there the order must
-        stay the same as well.
+        The draws of `fisher` belong to the example's number in the pass, so its order must stay.
 
     Returns:
-      An `Operator` of shape (n, n), equal up to rounding to that of all examples in one batch.
-      The mean is accumulated in the type of the flat vectors, float32 at least. Nothing is kept
-      between two products. Reads the first batch to check it.
+      An `Operator` of shape (n, n), equal up to rounding to that of all examples in one batch. The
+      mean is accumulated in the type of the flat vectors, float32 at least.
 
     Raises:
       ValueError: `operator_fn` is none of the five, the source is empty, or a loss or a model
-        couples the examples of a batch; later, by a product: it is made inside of `jax.jit`, or
-        a pass has another number of examples than the first one.
-      TypeError: the source gives its batches once, something else than tuples, or the arguments
-        are not those of `operator_fn`.
+        couples the examples of a batch; later, by a product: it is made inside of `jax.jit`, or a
+        pass has another number of examples than the first one.
+      TypeError: the source gives its batches once, something else than tuples, or the arguments are
+        not those of `operator_fn`.
       RuntimeError: by a product: the source raised, with the number of the batch.
     """
     form_fn, functions, params, source = _split(operator_fn, arguments, options)

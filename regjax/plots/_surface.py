@@ -1,4 +1,4 @@
-"""Loss surfaces, as contours and in three dimensions, and probes over training."""
+"""Loss surfaces, as contours and in three dimensions."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from regjax import _checks
-from regjax.plots._style import COLORS, TICK_SIZE, Color, label_axes, new_figure
+from regjax._printing import legible
+from regjax.plots._style import TICK_SIZE, check_panels, label_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,15 +17,20 @@ if TYPE_CHECKING:
     from mpl_toolkits.mplot3d import Axes3D
 
 _NUM_LEVELS = 12
-# Of the size of ticks, to the inch.
-_CHARACTERS = 18
 # Inches: from where on panels stand side by side, and the width that one needs.
 _WIDE, _LEAST_PANEL, _LARGEST_PANEL = 5.0, 1.6, 3.3
 _COLORMAP = "viridis"
 
 
+@legible
 class SurfacePanel(NamedTuple):
     """What `surface_figure` shows of one setting.
+
+    Example:
+      >>> positions = jnp.linspace(-1, 1, 5)
+      >>> losses = 0.1 + positions[:, None] ** 2 + 4 * positions**2
+      >>> print(plots.SurfacePanel("sgd", positions, losses))
+      SurfacePanel(label='sgd', positions=[-1, -0.5, 0, 0.5, 1], losses=float32[5,5])
 
     Attributes:
       label: name of the setting.
@@ -35,24 +41,6 @@ class SurfacePanel(NamedTuple):
     label: str
     positions: ArrayLike
     losses: ArrayLike
-
-
-class ProbePanel(NamedTuple):
-    """What `probe_figure` shows of one setting.
-
-    Attributes:
-      label: name of the setting.
-      times: (num_looks,), when in training the probes were made.
-      losses: (num_looks, S), along the step of each look.
-      gradient_distances: (num_looks, S).
-      smoothness: (num_looks, S).
-    """
-
-    label: str
-    times: ArrayLike
-    losses: ArrayLike
-    gradient_distances: ArrayLike
-    smoothness: ArrayLike
 
 
 def draw_surface(
@@ -66,6 +54,15 @@ def draw_surface(
     """Draws the contours of a loss surface; the levels are a constant factor apart.
 
     Losses that are not finite are left out. A cross marks the origin.
+
+    Example:
+      >>> import matplotlib.figure
+      >>> positions = jnp.linspace(-1, 1, 5)
+      >>> losses = 0.1 + positions[:, None] ** 2 + 4 * positions**2
+      >>> axes = matplotlib.figure.Figure().subplots()
+      >>> axes = plots.draw_surface(positions, losses, axes=axes, label="sgd")
+      >>> print(axes.get_title())
+      sgd
 
     Args:
       positions: (len,), ascending, along both directions, in units of the directions.
@@ -89,7 +86,11 @@ def draw_surface(
         positions, positions, finite.T, levels=levels, cmap=_COLORMAP, norm=_color_scale(levels),
         linewidths=0.8,
     )  # fmt: skip
-    axes.clabel(lines, levels[::2], fontsize=TICK_SIZE - 1.5, fmt=_short, colors="0.2")
+    numbers = axes.clabel(lines, levels[::2], fontsize=TICK_SIZE, fmt=_short, colors="0.2")
+    for number in numbers:  # near an edge it would be cut off
+        place = np.asarray(number.get_position())
+        if np.min([place - positions[0], positions[-1] - place]) < 0.1 * np.ptp(positions):
+            number.remove()
     axes.plot(0, 0, "+", color="black", markersize=5, markeredgewidth=0.8)
     axes.set_aspect("equal")
     label_axes(axes, "direction 1", "direction 2")
@@ -105,14 +106,25 @@ def draw_surface_3d(
     axes: "Axes3D",
     levels: ArrayLike | None = None,
 ) -> "Axes3D":
-    """Draws a loss surface in three dimensions, its height the logarithm to base 10 of the loss.
+    """Draws a loss surface in three dimensions; the height is the logarithm to base 10 of the loss.
+
+    Where a loss is not positive the height is the loss itself.
+
+    Example:
+      >>> import matplotlib.figure
+      >>> positions = jnp.linspace(-1, 1, 5)
+      >>> losses = 0.1 + positions[:, None] ** 2 + 4 * positions**2
+      >>> axes = matplotlib.figure.Figure().add_subplot(projection="3d")
+      >>> axes = plots.draw_surface_3d(positions, losses, axes=axes, levels=[0.1, 10.0])
+      >>> print(np.array(axes.get_zlim()))  # the logarithms of the levels
+      [-1.  1.]
 
     Args:
       positions: (len,), ascending, along both directions.
       losses: (len, len), the first axis along the first direction.
       axes: three-dimensional axes (`projection="3d"`).
-      levels: ascending; the first and the last are the limits of the height and of the colours.
-        None takes them of the losses. On a linear height if one is not positive.
+      levels: ascending losses; the first and the last are the limits of the height and of the
+        colours. None: the smallest and the largest loss.
 
     Returns:
       `axes`.
@@ -143,7 +155,7 @@ def draw_surface_3d(
     axes.xaxis.labelpad = axes.yaxis.labelpad = -8
     axes.xaxis.label.set_size(TICK_SIZE - 0.5)
     axes.yaxis.label.set_size(TICK_SIZE - 0.5)
-    axes.tick_params(pad=-3, labelsize=TICK_SIZE - 1.5)
+    axes.tick_params(pad=-3, labelsize=TICK_SIZE - 0.5)
     axes.locator_params(nbins=4)
     # From high above, or the wall in front hides the minimum.
     axes.view_init(elev=52, azim=-60)
@@ -153,23 +165,32 @@ def draw_surface_3d(
 def surface_figure(panels: Sequence[SurfacePanel], *, figure_width: float = 3.3) -> "Figure":
     """Draws the surfaces of several settings side by side, with the same levels.
 
-    Above the contours, below the same in three dimensions; in as many rows as the width asks for.
-    The numbers at the contours are losses, and directions are in units of their norms.
+    The contours are above, the same in three dimensions below, in as many rows as the width asks
+    for. The numbers at the contours are losses, and directions are in units of their norms.
+
+    Example:
+      >>> positions = jnp.linspace(-1, 1, 5)
+      >>> losses = 0.1 + positions[:, None] ** 2 + 4 * positions**2
+      >>> panels = [plots.SurfacePanel("sgd", positions, losses)]
+      >>> figure = plots.surface_figure(panels)
+      >>> print([axes.get_xlabel() for axes in figure.axes])
+      ['direction 1', 'direction 1']
 
     Args:
       panels: one `SurfacePanel` for each setting.
-      figure_width: in inches: 3.3 is a column, 6.8 a page. One setting takes one column, in a
-        wider figure contours and height stand side by side.
+      figure_width: in inches: 3.3 is a column, 6.8 a page. One setting takes one column; in a wider
+        figure contours and height stand side by side.
 
     Returns:
-      A figure that pyplot does not know.
+      A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
-      ValueError: there is no panel, or as in `draw_surface`.
+      TypeError: `panels` holds something else than panels.
+      ValueError: there is no panel, shapes do not fit, positions do not ascend, or fewer than two
+        losses are finite.
       ImportError: matplotlib is missing.
     """
-    if not panels:
-        raise ValueError("`panels` must hold at least one surface, got none.")
+    check_panels(panels, SurfacePanel)
     _checks.positive("figure_width", figure_width)
     surfaces = [_surface_arrays(panel.positions, panel.losses) for panel in panels]
     levels = _levels([losses for _, losses in surfaces])
@@ -186,107 +207,8 @@ def surface_figure(panels: Sequence[SurfacePanel], *, figure_width: float = 3.3)
         below = place + 1 if is_row else place + num_columns
         solid = figure.add_subplot(*shape, below, projection="3d")
         draw_surface_3d(positions, losses, axes=solid, levels=levels)
+    figure.supxlabel("numbers: loss; cross: the weights", fontsize=TICK_SIZE)
     return figure
-
-
-def draw_probe(
-    times: ArrayLike,
-    values: ArrayLike,
-    *,
-    axes: "Axes",
-    label: str | None = None,
-    color: Color | None = None,
-) -> "Axes":
-    """Draws the range of some values at each time as a band, and their median as a line.
-
-    Logarithmic if all are positive. A second call on the same axes takes the next colour.
-
-    Args:
-      times: (num_looks,).
-      values: (num_looks, S), such as the losses along each step.
-      axes: to draw on.
-      label: name of the band in a legend, or None.
-      color: any colour of matplotlib; None takes the next of a palette for colour-blind readers.
-
-    Returns:
-      `axes`.
-
-    Raises:
-      ValueError: shapes do not fit.
-    """
-    times, values = np.asarray(times, np.float64), _looks("values", values, len(times))
-    color = COLORS[len(axes.collections) % len(COLORS)] if color is None else color
-    lower, upper = np.min(values, 1), np.max(values, 1)
-    axes.fill_between(times, lower, upper, color=color, alpha=0.25, linewidth=0, label=label)
-    marker = "o" if len(times) == 1 else None
-    axes.plot(times, np.median(values, 1), color=color, linewidth=1, marker=marker, markersize=3)
-    _set_log(axes)
-    return axes
-
-
-def probe_figure(
-    panels: Sequence[ProbePanel], *, figure_width: float = 6.8, time: str = "epoch"
-) -> "Figure":
-    """Draws the probes of several settings over training: loss, gradient, smoothness.
-
-    The first two panels show the range of the losses and of the distances of the gradient along
-    each step as a band around their median; the third the largest smoothness, the effective one.
-    Distances are Euclidean, in units of the loss over those of the parameters; smoothness is a
-    distance over the length of its step. Below a width of 5 inches the panels stand in a column.
-
-    Args:
-      panels: one `ProbePanel` for each setting; six are told apart by colour alone.
-      figure_width: in inches: 6.8 is a page.
-      time: name of the horizontal axes.
-
-    Returns:
-      A figure that pyplot does not know.
-
-    Raises:
-      ValueError: there is no panel, or shapes do not fit.
-      ImportError: matplotlib is missing.
-
-    References:
-      S. Santurkar, D. Tsipras, A. Ilyas, A. Madry (2018), arXiv:1805.11604, figure 4.
-    """
-    if not panels:
-        raise ValueError("`panels` must hold at least one setting, got none.")
-    _checks.positive("figure_width", figure_width)
-    is_row = figure_width >= _WIDE
-    figure = new_figure(figure_width, (0.36 if is_row else 1.5) * figure_width)
-    loss, distance, smoothness = figure.subplots(*((1, 3) if is_row else (3, 1)), sharex=True)
-    for i, panel in enumerate(panels):
-        color = COLORS[i % len(COLORS)]
-        times, looks = _probe_arrays(panel)
-        for axes, values in ((loss, looks[0]), (distance, looks[1])):
-            draw_probe(times, values, axes=axes, color=color)
-        # Not a number where there was no gradient to compare.
-        highest = np.max(np.where(np.isnan(looks[2]), -np.inf, looks[2]), 1)
-        smoothness.plot(
-            times, np.where(np.isfinite(highest), highest, np.nan), color=color, linewidth=1,
-            label=panel.label, marker="o" if len(times) == 1 else None, markersize=3,
-        )  # fmt: skip
-    for axes, text in (
-        (loss, "loss along the step"),
-        (distance, "change of the gradient\n(Euclidean norm)"),
-        (smoothness, "effective smoothness\n(change of gradient / step)"),
-    ):
-        _set_log(axes)
-        axes.locator_params(axis="x", integer=True)
-        label_axes(axes, time if is_row or axes is smoothness else "", text)
-        axes.yaxis.label.set_size(TICK_SIZE)
-    lines, labels = smoothness.get_legend_handles_labels()
-    longest = max(map(len, labels))
-    figure.legend(
-        lines, labels, loc="outside upper center", frameon=False, fontsize=TICK_SIZE,
-        ncols=max(1, min(len(labels), int(figure_width * _CHARACTERS / (longest + 6)))),
-    )  # fmt: skip
-    return figure
-
-
-def _set_log(axes: "Axes") -> None:
-    if axes.dataLim.y0 > 0 and np.isfinite(axes.dataLim.y1):
-        axes.set_yscale("log")
 
 
 def _surface_arrays(positions: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -301,21 +223,6 @@ def _surface_arrays(positions: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray
     if np.sum(np.isfinite(losses)) < 2:
         raise ValueError("`losses` must be finite at two points at least, got fewer.")
     return positions, losses
-
-
-def _probe_arrays(panel: ProbePanel) -> tuple[np.ndarray, list[np.ndarray]]:
-    times = np.asarray(panel.times, np.float64)
-    fields = zip(panel._fields[2:], panel[2:], strict=True)
-    return times, [_looks(name, values, len(times)) for name, values in fields]
-
-
-def _looks(name: str, values: ArrayLike, num_times: int) -> np.ndarray:
-    values = np.asarray(values, np.float64)
-    if values.ndim != 2 or len(values) != num_times:
-        raise ValueError(
-            f"`{name}` must have shape (num_looks, S) for {num_times} times, got {values.shape}."
-        )
-    return values
 
 
 def _levels(surfaces: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,0 +1,208 @@
+"""The Lanczos recurrence with full re-orthogonalisation, at about the cost of one pass.
+
+Each new direction is made orthogonal to the filled blocks of rows only, and once more where the
+norm dropped by more than 1/sqrt(2), which is when rounding can have spoilt the first pass (Daniel,
+Gragg, Kaufman, Stewart 1976). Without this even float64 invents copies of eigenvalues.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from regjax import _loops, _numerics
+from regjax._base import PRNGKey
+from regjax._space import Space
+from regjax.curvature._engine import _basis
+from regjax.curvature._engine._accumulation import small_dtype
+from regjax.curvature._orthogonal import fresh, orthogonalized, unit
+from regjax.curvature._precision import precisely
+
+
+class Krylov(NamedTuple):
+    """An orthonormal basis Q that grows by one row a product, with Q A Q'.
+
+    Attributes:
+      basis: rows, the first `filled` of which hold it.
+      projected: (rows, rows), Q A Q' as measured by the inner products, zero beyond `filled`.
+      coupling: (rows,), the part of each row's A q along `direction`.
+      lost: (rows, rows), the parts along directions that were dropped when a fresh one was taken,
+        the newest first, as many as there may be until the rows are combined anew. Each is one unit
+        vector, so that the parts of a combination of rows add up with their signs.
+      blur: (), norm of all other parts outside of the basis, of all rows together: rounding,
+        directions that were dropped long ago, and what products are off by.
+      newest: the last row, a vector, or zeros after a change of basis.
+      direction: the next row, of unit norm, or zero if the basis spans the whole space.
+      scale: (), a power of two, found at the first product: `projected` and all other numbers are
+        those of scale times A, so that no square under- or overflows. 0 before.
+      beta: (), norm of the part of the last A q outside of the basis, along `direction`.
+      broke_down: (), bool, whether the last `beta` was at rounding level.
+      key: typed key of the fresh directions.
+    """
+
+    basis: _basis.Basis
+    projected: jax.Array
+    coupling: jax.Array
+    lost: jax.Array
+    blur: jax.Array
+    newest: jax.Array
+    direction: jax.Array
+    scale: jax.Array
+    beta: jax.Array
+    broke_down: jax.Array
+    key: PRNGKey
+
+    @property
+    def filled(self) -> jax.Array:
+        """(), int32, number of filled rows."""
+        return self.basis.filled
+
+    def unscaled(self, numbers: jax.Array) -> jax.Array:
+        """Numbers of A from those of scale times A."""
+        return numbers / jnp.where(self.scale > 0, self.scale, 1).astype(numbers.dtype)
+
+
+def empty(
+    space: Space,
+    direction: jax.Array,
+    num_rows: int,
+    key: PRNGKey,
+    accumulation: str | None = None,
+    generation: Any = 0,
+) -> Krylov:
+    """A basis without rows whose first one will be `direction`, made of unit norm."""
+    return space.replicate(_empty(space, direction, num_rows, key, accumulation, generation))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 4))
+def _empty(
+    space: Space,
+    direction: jax.Array,
+    num_rows: int,
+    key: PRNGKey,
+    accumulation: str | None,
+    generation: Any,
+) -> Krylov:
+    direction = _numerics.divide(direction, jnp.max(jnp.abs(direction)))
+    small = small_dtype(direction.dtype, accumulation)
+    basis = _basis.zeros(space, num_rows, accumulation, generation)
+    rows = basis.num_rows
+    return Krylov(
+        basis=basis,
+        projected=jnp.zeros((rows, rows), small),
+        coupling=jnp.zeros(rows, small),
+        lost=jnp.zeros((rows, rows), small),
+        blur=jnp.zeros((), small),
+        newest=space.constrain(jnp.zeros_like(direction)),
+        direction=unit(direction, space.norm(direction)),
+        scale=jnp.zeros((), direction.dtype),
+        beta=jnp.zeros((), small),
+        broke_down=jnp.bool_(False),
+        # The steps donate their state: it must not hold the caller's own key.
+        key=jax.random.fold_in(key, 0),
+    )
+
+
+@jax.jit
+def charged(krylov: Krylov, image: jax.Array, error: jax.Array) -> Krylov:
+    """The basis that knows by how much the next `image` is off."""
+    scale = _scale(krylov, image).astype(krylov.blur.dtype)
+    return krylov._replace(blur=jnp.hypot(krylov.blur, scale * error.astype(scale.dtype)))
+
+
+def _scale(krylov: Krylov, image: jax.Array) -> jax.Array:
+    """The power of two that brings the first image near one."""
+    found = _numerics.power_of_two(jnp.max(jnp.abs(image)))
+    return jnp.where(krylov.scale > 0, krylov.scale, found)
+
+
+@precisely
+def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
+    """The basis with `direction` as a new row, given `image` = A direction.
+
+    After a breakdown `renewed` has to follow: the next direction is rounding.
+    """
+    last, row = krylov.filled, krylov.direction
+    scale = _scale(krylov, image)
+    image = image * jnp.where(scale > 0, scale, 1)
+    # The two newest rows hold nearly all of A q. They go first, so that the coefficients of the
+    # pass over all rows measure what orthogonality was lost and nothing else.
+    dot = functools.partial(_basis.inner, krylov.basis)
+    before, here = dot(krylov.newest, image), dot(row, image)
+    image = image - before.astype(row.dtype) * krylov.newest - here.astype(row.dtype) * row
+    basis = _basis.append(krylov.basis, row)
+    coefficients = jnp.zeros_like(krylov.coupling).at[last].set(here)
+    coefficients = coefficients.at[last - 1].add(jnp.where(last > 0, before, 0))
+    residual, coefficients, beta, broke_down = orthogonalized(
+        basis, image, coefficients, jnp.max(jnp.abs(krylov.projected))
+    )
+    return krylov._replace(
+        basis=basis,
+        projected=krylov.projected.at[:, last].set(coefficients).at[last, :].set(coefficients),
+        coupling=jnp.zeros_like(krylov.coupling).at[last].set(jnp.where(broke_down, 0, beta)),
+        blur=jnp.hypot(krylov.blur, jnp.where(broke_down, beta, 0)),
+        newest=row,
+        direction=basis.space.constrain(unit(residual, beta)),
+        scale=scale,
+        beta=jnp.where(broke_down, 0, beta),
+        broke_down=broke_down,
+    )
+
+
+def renewed(krylov: Krylov) -> Krylov:
+    """The same with a random direction if the last step broke down; of several, each by itself."""
+    if _loops.is_concrete(krylov.broke_down):
+        return _renew(krylov) if np.any(krylov.broke_down) else krylov
+    # What a branch hands through, it copies, and what it gives lies where it says (see
+    # `_basis.outside`).
+    keep = krylov.basis.space.constrain
+
+    def draw(_: Any) -> tuple[jax.Array, PRNGKey]:
+        direction, key = _next_direction(krylov)
+        return keep(direction), key
+
+    direction, key = lax.cond(
+        jnp.any(krylov.broke_down), draw, lambda _: (keep(krylov.direction), krylov.key), None
+    )
+    return krylov._replace(direction=keep(direction), key=key)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _renew(krylov: Krylov) -> Krylov:
+    direction, key = _next_direction(krylov)
+    return krylov._replace(direction=direction, key=key)
+
+
+@precisely
+def _next_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
+    if krylov.broke_down.ndim:
+        return jax.vmap(_next_direction)(krylov)
+    direction, key = fresh(krylov.basis, krylov.key)
+    broke_down = krylov.broke_down
+    direction = jnp.where(broke_down, direction, krylov.direction)
+    return direction, jnp.where(broke_down, key, krylov.key)
+
+
+def expand(krylov: Krylov, image: jax.Array) -> Krylov:
+    """`absorb`, and a random direction after a breakdown; the state is used up."""
+    return renewed(_absorb(krylov, image))
+
+
+_absorb = jax.jit(absorb, donate_argnums=0)
+
+
+def redirect(krylov: Krylov) -> Krylov:
+    """Drops the residual, charged to `lost`, and takes a random direction instead."""
+    direction, key = fresh(krylov.basis, krylov.key)
+    return krylov._replace(
+        direction=direction,
+        coupling=jnp.zeros_like(krylov.coupling),
+        lost=jnp.roll(krylov.lost, 1, 0).at[0].set(krylov.coupling),
+        # |sum_i s_i r_i| is at most the norm of all r_i together, for weights s of norm 1.
+        blur=jnp.hypot(krylov.blur, jnp.linalg.norm(krylov.lost[-1])),
+        beta=jnp.zeros_like(krylov.beta),
+        key=key,
+    )

@@ -1,0 +1,201 @@
+"""Stochastic Lanczos quadrature: the probes of a spectral density, and the measure that they find.
+
+A probe is a random vector outside of what was taken out. Its Lanczos matrix gives the nodes and
+weights of a Gauss rule for the rest of the spectrum.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regjax import _loops
+from regjax._base import PRNGKey
+from regjax.curvature._deflation import Deflation, outside
+from regjax.curvature._krylov import Krylov, absorb, empty, renewed
+from regjax.curvature._measure import DensityResult, dimension_left, sampled_sum, share_error
+from regjax.curvature._precision import precisely, rounding
+from regjax.curvature._quadrature import gauss_rule, open_share
+from regjax.curvature._ritz import recurrence
+
+_LOOKS = (40, 56, 80, 113, 160, 226)
+# Where numbers of eigenvalues are to be known, in units of the largest magnitude.
+_PLACES = np.outer([-1, 1], 10.0 ** np.arange(-3, 0.1, 0.5)).ravel()
+
+
+class DensityState(NamedTuple):
+    """The probes between two products.
+
+    Attributes:
+      key: typed key of the probes to come.
+      deflation: what was taken out.
+      probes: bases of the probes under way, each leaf with a leading axis of their number.
+      alphas: (P, m), diagonal of each probe's T. betas: (P, m), its off-diagonal.
+      num_steps: (P,), int32, steps of each probe. num_finished: (), int32, probes done.
+      resolved: (), bool, whether the probes under way may end.
+      num_matvecs: (), int32, products so far, those of the deflation included.
+      product_error: (), norm of what all products of probes are off by, where they are differences.
+    """
+
+    key: PRNGKey
+    deflation: Deflation
+    probes: Krylov
+    alphas: jax.Array
+    betas: jax.Array
+    num_steps: jax.Array
+    num_finished: jax.Array
+    resolved: jax.Array
+    num_matvecs: jax.Array
+    product_error: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=7)
+@precisely
+def begin(
+    deflation: Deflation,
+    key: PRNGKey,
+    alphas: jax.Array,
+    betas: jax.Array,
+    num_steps: jax.Array,
+    num_finished: jax.Array,
+    num_matvecs: jax.Array,
+    block: int,
+) -> DensityState:
+    """The state before the next `block` probes."""
+    key, probe_key, krylov_key = jax.random.split(key, 3)
+    rows, most = deflation.rows, alphas.shape[1]
+    starts = outside(rows, rows.space.normal(probe_key, block))
+    make = lambda start, key: empty(rows.space, start, most, key, rows.accumulation, num_finished)
+    probes = jax.vmap(make)(starts, jax.random.split(krylov_key, block))
+    return DensityState(
+        key=key,
+        deflation=deflation,
+        probes=probes,
+        alphas=alphas,
+        betas=betas,
+        num_steps=num_steps,
+        num_finished=num_finished,
+        resolved=jnp.bool_(False),
+        num_matvecs=num_matvecs,
+        product_error=jnp.zeros((), alphas.dtype),
+    )
+
+
+def update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityState:
+    """One more row for each probe under way, and what it knows of its measure when that is all."""
+    state = _absorb(state, images)
+    state = state._replace(probes=renewed(state.probes))
+    known: Any = np.asarray if _loops.is_concrete(state) else lambda array: array
+    filled, most = known(state.probes.filled)[0], state.alphas.shape[1]
+    if chosen:
+        looks = np.asarray([count for count in _LOOKS if count < most], np.int32)
+        state = _loops.cond((filled == looks).any(), _look, state)
+    return _loops.cond(known(state.resolved) | (filled == most), _collect, state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+@precisely
+def _absorb(state: DensityState, images: jax.Array) -> DensityState:
+    images, block = outside(state.deflation.rows, images), images.shape[0]
+    if block == 1:
+        probes = jax.tree.map(lambda leaf: leaf[0], state.probes)
+        probes = jax.tree.map(lambda leaf: leaf[None], absorb(probes, images[0]))
+    else:
+        probes = jax.vmap(absorb)(state.probes, images)
+    return state._replace(probes=probes, num_matvecs=state.num_matvecs + block)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+@precisely
+def _look(state: DensityState) -> DensityState:
+    """Whether the probes under way know the numbers of eigenvalues as well as their draw does."""
+    count = state.deflation.rows.filled
+    taken = jnp.max(jnp.abs(state.deflation.values), initial=0)
+    num_probes = state.num_steps.size
+    dimension = dimension_left(state.deflation.rows.space.size, count, state.alphas.dtype)
+
+    def is_resolved(krylov: Krylov) -> jax.Array:
+        measure = *recurrence(krylov), krylov.filled
+        nodes, weights = gauss_rule(*measure)
+        largest = jnp.maximum(taken * krylov.scale, jnp.max(jnp.abs(nodes)))
+        places = largest * jnp.asarray(_PLACES, largest.dtype)
+        below = jnp.where(nodes[None] <= places[:, None], weights[None], 0)
+        share = jnp.minimum(jnp.sum(below, 1), 1)
+        error = dimension * share_error(share, dimension, num_probes)
+        return jnp.all(dimension * open_share(*measure, places) / 2 <= jnp.maximum(error, 1))
+
+    resolved = jnp.all(jax.vmap(is_resolved)(state.probes))
+    return state._replace(resolved=resolved)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+@precisely
+def _collect(state: DensityState) -> DensityState:
+    """Stores the coefficients of the finished probes and starts the next ones."""
+    found = jax.vmap(recurrence)(state.probes)
+    most = state.alphas.shape[1]
+    alphas, betas = (jax.vmap(Krylov.unscaled)(state.probes, numbers) for numbers in found)
+    alphas, betas = alphas[:, :most], betas[:, :most]
+    store, at = jax.lax.dynamic_update_slice_in_dim, state.num_finished
+    return begin(
+        state.deflation,
+        state.key,
+        store(state.alphas, alphas, at, 0),
+        store(state.betas, betas, at, 0),
+        store(state.num_steps, state.probes.filled, at, 0),
+        state.num_finished + alphas.shape[0],
+        state.num_matvecs,
+        alphas.shape[0],
+    )._replace(product_error=state.product_error)
+
+
+def charge(state: DensityState, _: jax.Array, errors: jax.Array) -> DensityState:
+    """The state that knows what the products of the probes are off by."""
+    more = jnp.linalg.norm(errors).astype(state.product_error.dtype)
+    return state._replace(product_error=jnp.hypot(state.product_error, more))
+
+
+def result(state: DensityState, size: int, eps: float) -> DensityResult:
+    """The measure of the probes finished so far; NaN before the first one, also where forbidden."""
+    if _loops.is_concrete(state) and not state.num_finished:
+        with jax.debug_nans(False):
+            return _measured(state, size, eps)
+    return _measured(state, size, eps)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+@precisely
+def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
+    deflation, dtype = state.deflation, state.alphas.dtype
+    count = deflation.rows.filled
+    finished = jnp.arange(state.alphas.shape[0], dtype=jnp.int32) < state.num_finished
+    nodes, weights = jax.vmap(gauss_rule)(state.alphas, state.betas, state.num_steps)
+    nodes = jnp.where(finished[:, None], nodes, 0)
+    rest = dimension_left(size, count, dtype) / float(size)
+    # Nothing is known before the first probe, not even that a weight is zero.
+    absent = jnp.where(state.num_finished > 0, jnp.zeros((), dtype), jnp.nan)
+    share = rest / jnp.maximum(state.num_finished, 1).astype(dtype)
+    inside = jnp.arange(deflation.values.size, dtype=jnp.int32) < count
+    values, num_rows = [nodes.ravel(), deflation.values], jnp.max(state.num_steps) + count
+    unknown = rounding(jnp.concatenate(values), eps=eps, dtype=dtype, num_rows=num_rows)
+    result = DensityResult(
+        nodes=nodes,
+        weights=jnp.where(finished[:, None], weights * share, absent),
+        alphas=state.alphas,
+        betas=state.betas,
+        num_steps=state.num_steps,
+        node_error_bound=unknown + state.product_error,
+        eigenvalues=deflation.values,
+        eigenvalue_weights=jnp.where(inside, jnp.asarray(1 / size, dtype), 0),
+        residual_norms=deflation.residual_norms,
+        num_eigenvalues=count,
+        trace=jnp.zeros((), dtype),
+        trace_standard_error=jnp.zeros((), dtype),
+        num_matvecs=state.num_matvecs,
+        size=jnp.asarray(size, jnp.int32 if size < 2**31 else dtype),
+    )
+    mean, error, dimension = sampled_sum(result, lambda values: values)
+    total = jnp.sum(result.eigenvalues) + dimension * mean
+    return result._replace(trace=total, trace_standard_error=error)

@@ -1,0 +1,90 @@
+"""Pages of text whose Python blocks run one after the other and print what stands below them.
+
+A block marked `text` right below a block of Python is its output: what it prints, or the error with
+which it ends. `python -m tests.pages PAGE ...` runs pages and writes the outputs into them.
+"""
+
+import contextlib
+import decimal
+import io
+import pathlib
+import re
+import sys
+import tempfile
+import textwrap
+
+_BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_WIDTH = 96
+
+
+def run(code, where, namespace):
+    """(what a block prints, the error that ends it or None); the error is the last line."""
+    printed, ended_by = io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, where, "exec"), namespace)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=printed)
+        ended_by = error
+    return _ADDRESS.sub("", printed.getvalue()), ended_by
+
+
+def differences(printed, shown):
+    """What differs, in pairs: words at all, numbers by more than one in the last place shown.
+
+    Whole numbers are words. Spaces and the ends of lines do not count, nor what comes after a
+    final "...".
+    """
+    if shown.endswith(" ...\n"):
+        shown = shown.removesuffix(" ...\n")
+        printed = " ".join(printed.split()[: len(shown.split())])
+    ours, theirs = _NUMBER.findall(printed), _NUMBER.findall(shown)
+    words, others = (" ".join(_NUMBER.sub(" # ", text).split()) for text in (printed, shown))
+    if words != others:
+        return [(printed, shown)]
+    return [pair for pair in zip(ours, theirs, strict=True) if not _is_close(*pair)]
+
+
+def _is_close(ours, theirs):
+    if re.fullmatch(r"[-+]?\d+", theirs):
+        return ours == theirs
+    shown = decimal.Decimal(theirs)
+    place = decimal.Decimal((0, (1,), shown.as_tuple().exponent))
+    return abs(decimal.Decimal(ours) - shown) <= place
+
+
+def check(text, name):
+    """Runs a page; a wrong output, or one that is not shown, is an AssertionError."""
+    namespace = {"__name__": name}
+    for number, (code, shown) in enumerate(_BLOCK.findall(text), 1):
+        where = f"{name}, Python block {number}"
+        printed, error = run(code, where, namespace)
+        if error is not None and f"{type(error).__name__}: " not in shown:
+            raise error
+        if different := differences(printed, shown):
+            raise AssertionError(f"{where}, printed and shown: {different}")
+
+
+def with_outputs(text, name):
+    """Runs a page and puts below each block what it prints; what is close enough stays."""
+    namespace = {"__name__": name}
+
+    def block(match):
+        code, shown = match.groups()
+        printed, _ = run(code, name, namespace)
+        if differences(printed, shown or "") == []:
+            return match.group()
+        wrapped = [part for line in printed.splitlines() for part in textwrap.wrap(line, _WIDTH)]
+        output = "\n```text\n" + "\n".join(wrapped) + "\n```\n" if wrapped else ""
+        return f"```python\n{code}```\n{output}"
+
+    return _BLOCK.sub(block, text)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        page = pathlib.Path(argument).absolute()
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            page.write_text(with_outputs(page.read_text(), argument))
