@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from regjax import _axes, _checks, _meshes, _selection
 
@@ -93,7 +94,8 @@ def _parameters(name: str, value: Any, given: Mapping[str, Any]) -> None:
 
 
 def _count(name: str, value: object) -> None:
-    if not isinstance(value, jax.Array):  # some counts are known only on the device
+    # Some counts are known only on the device, and a law takes several at once.
+    if not isinstance(value, jax.Array) and not (isinstance(value, np.ndarray) and value.ndim):
         _checks.integer(name, value, minimum=None)
 
 
