@@ -198,7 +198,9 @@ def from_linen(
     if not isinstance(variables, Mapping):
         raise TypeError(f"`variables` must be a mapping, got {type(variables).__name__}.")
     if "params" not in variables:
-        raise ValueError(f"`variables` must hold 'params', got {sorted(variables)}; give all of module.init(...).")
+        raise ValueError(
+            f"`variables` must hold 'params', got {sorted(variables)}: pass what `module.init` gave."
+        )
     call = _calls.checked_call(call, module)
     _calls.check_complete(call or type(module).__call__)
     state = core.unfreeze(variables)

@@ -1,4 +1,4 @@
-"""How results are printed: a field after the other, few digits, and large arrays by their shape.
+"""How results are printed: few digits, and large arrays by their shape.
 
 And how an error in a function of the caller says what the function was given.
 """
@@ -21,8 +21,8 @@ _MOST_LETTERS = 200
 
 
 def legible(result: Result) -> Result:
-    """Gives a NamedTuple or a dataclass a `repr` for readers. The fields themselves have all digits."""
-    result.__repr__ = _shown  # type: ignore[method-assign]
+    """Gives a NamedTuple or a dataclass a `repr` for readers. Its fields have all digits."""
+    result.__repr__ = _shown  # type: ignore[method-assign, assignment]
     return result
 
 

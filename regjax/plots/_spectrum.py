@@ -267,12 +267,12 @@ def _set_x_scale(axes: "Axes", threshold: float | None) -> None:
     from matplotlib.ticker import SymmetricalLogLocator
 
     class FewTicks(SymmetricalLogLocator):
-        def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
+        def tick_values(self, vmin: float, vmax: float) -> list[float]:
             ticks = np.asarray(super().tick_values(vmin, vmax))
             inches = axes.bbox.width / axes.figure.dpi
             skip = max(1, int(np.ceil(len(ticks) * _LABEL_INCHES / inches)))
             below, above = ticks[ticks < 0][::-skip], ticks[ticks > 0][::skip]
-            return np.concatenate([below[::-1], ticks[ticks == 0], above])
+            return [*below[::-1], *ticks[ticks == 0], *above]
 
     _set_scale(axes.set_xscale, threshold)
     if threshold is not None:
