@@ -199,7 +199,7 @@ def from_linen(
         raise TypeError(f"`variables` must be a mapping, got {type(variables).__name__}.")
     if "params" not in variables:
         raise ValueError(
-            f"`variables` must hold 'params', got {sorted(variables)}: pass what `module.init` gave."
+            f"`variables` must hold 'params', got {sorted(variables)}: pass what module.init gave."
         )
     call = _calls.checked_call(call, module)
     _calls.check_complete(call or type(module).__call__)
