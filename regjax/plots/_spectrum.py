@@ -269,6 +269,7 @@ def _set_x_scale(axes: "Axes", threshold: float | None) -> None:
     class FewTicks(SymmetricalLogLocator):
         def tick_values(self, vmin: float, vmax: float) -> list[float]:
             ticks = np.asarray(super().tick_values(vmin, vmax))
+            ticks = ticks[(ticks >= vmin) & (ticks <= vmax)]
             inches = axes.bbox.width / axes.figure.dpi
             skip = max(1, int(np.ceil(len(ticks) * _LABEL_INCHES / inches)))
             below, above = ticks[ticks < 0][::-skip], ticks[ticks > 0][::skip]
