@@ -68,7 +68,7 @@ def candidates(
     """
     solves: dict[str, Solve] = {}
     num_steps = None
-    for label, modules, prepare in _TOOLS:
+    for label, modules, prepare in TOOLS:
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         if missing:
             print(f"{label}: skipped, {' and '.join(missing)} not installed (extra `bench`)")
@@ -207,7 +207,7 @@ def _pyhessian(problem: Problem) -> Solve:
     return solve
 
 
-_TOOLS: Sequence[tuple[str, tuple[str, ...], Callable[[Problem], Solve]]] = (
+TOOLS: Sequence[tuple[str, tuple[str, ...], Callable[[Problem], Solve]]] = (
     ("matfree", ("matfree",), _matfree),
     ("hessian-eigenthings", ("torch", "hessian_eigenthings"), _eigenthings),
     ("curvlinops + ARPACK", ("torch", "curvlinops"), _curvlinops),
