@@ -80,7 +80,7 @@ class Growth:
     """Measure how time and memory grow with the size of a problem; goes on where it stopped."""
 
     preset: Literal["smoke", "cpu"] = "smoke"
-    """smoke: tiny, seconds, writes nothing by itself. cpu: two cores, five minutes."""
+    """smoke: tiny, seconds, writes nothing by itself. cpu: two cores, ten minutes."""
     only: str | None = None
     """Only the points with this in their name, such as `depth` or `parameters / 100000`."""
     redraw: bool = False

@@ -22,8 +22,9 @@ def arithmetic(point: Point) -> dict[str, float]:
 
     Orthogonalisation reads the rows so far twice in each step, once for the inner products and once
     to subtract; the result reads them all once and writes k vectors. A product reads weights and
-    vector and writes its image, and makes all features twice. Held are parameters, examples,
-    features, the rows and three more vectors, each divided over the devices.
+    vector and writes its image, and makes all features twice. Held are parameters, examples, the
+    rows, the k eigenvectors and three more vectors, and for each feature its value, its tangent and
+    the derivative by it; each divided over the devices.
     """
     problem = shapes_of(point)
     product = jax.make_jaxpr(_product)(problem, problem.params)
@@ -34,7 +35,7 @@ def arithmetic(point: Point) -> dict[str, float]:
     moved = orthogonalisation + row * (steps + point.k) + steps * (3 * row + 2 * features)
     rates = _rates.measured(_ORDER, _NUM_BYTES)
     examples = _WORD * point.examples * (SIDE**2 + 1)
-    held = row + examples + features + (_rows(point) + 3) * row
+    held = row + examples + 3 * features + (_rows(point) + point.k + 3) * row
     return {
         "operations": float(operations),
         "bytes_moved": float(moved),
