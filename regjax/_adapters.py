@@ -100,6 +100,7 @@ def from_callable(function: ModelFn, params: Params, state: State = None) -> Mod
     return model_of(CallableRunner(function), params, {} if state is None else state)
 
 
+@legible
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["state", "key"],
@@ -139,6 +140,7 @@ class ModelFunction:
         return self.apply(params, self.state, inputs, train=train, key=self.key)[0]
 
 
+@legible
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["function"], meta_fields=["output_loss_fn"]
 )

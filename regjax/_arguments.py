@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from regjax import _axes, _checks, _meshes, _selection
 
@@ -44,7 +45,11 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
 
     @functools.wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        given = signature.bind(*args, **kwargs).arguments
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            remedy = "; as in key=jax.random.key(0)" if str(error).endswith("'key'") else ""
+            raise TypeError(f"`{_form(function.__name__, signature)}`: {error}{remedy}.") from None
         for name, rule in rules.items():
             value = given.get(name)
             # What None means is the function's own.
@@ -62,6 +67,21 @@ def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
     return call
 
 
+def _form(name: str, signature: inspect.Signature) -> str:
+    """Writes how a function is called: what it needs, and "..." for what it can do without."""
+    texts = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            texts.append(f"*{parameter.name}")
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                texts.append(f"{parameter.name}=")
+            else:
+                texts.append(parameter.name)
+    more = len(texts) < len(signature.parameters)
+    return f"{name}({', '.join(texts + ['...'] * more)})"
+
+
 def _parameters(name: str, value: Any, given: Mapping[str, Any]) -> None:
     """Checks the parameters, or a tree like them, of a function that may be told which it means."""
     selection = next((name for name in _SELECTIONS if given.get(name) is not None), None)
@@ -74,7 +94,8 @@ def _parameters(name: str, value: Any, given: Mapping[str, Any]) -> None:
 
 
 def _count(name: str, value: object) -> None:
-    if not isinstance(value, jax.Array):  # some counts are known only on the device
+    # Some counts are known only on the device, and a law takes several at once.
+    if not isinstance(value, jax.Array) and not (isinstance(value, np.ndarray) and value.ndim):
         _checks.integer(name, value, minimum=None)
 
 

@@ -16,6 +16,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from regjax import _checks, _programs
+from regjax._printing import noted
 
 Params: TypeAlias = Any
 """Tree of real floating-point arrays."""
@@ -202,7 +203,9 @@ def check_loss(
     _checks.function(name, loss_fn)
     _checks.floating_tree("params", params)
     # A second call for the same shapes traces nothing.
-    check_scalar(applied.eval_shape(as_partial(loss_fn), params, batch), name=name)
+    with noted(params, *batch):
+        loss = applied.eval_shape(as_partial(loss_fn), params, batch)
+    check_scalar(loss, name=name)
 
 
 def terms(loss: Loss) -> tuple[WeightedMean, ...]:
@@ -238,7 +241,10 @@ def check_scalar(loss: Tree, *, name: str = "loss_fn") -> None:
 def _check_number(value: Tree, name: str) -> None:
     shape = getattr(value, "shape", None)
     if shape != ():
-        raise ValueError(f"`{name}` must return a scalar, the mean loss, got shape {shape}.")
+        remedy = ": take its mean over the examples" if shape else ""
+        raise ValueError(
+            f"`{name}` must return a scalar, the mean loss, got shape {shape}{remedy}."
+        )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"`{name}` must return a real floating-point number, got {value.dtype}.")
 

@@ -191,11 +191,16 @@ def from_linen(
         it was not given.
     """
     if not isinstance(module, linen.Module):
-        raise TypeError(f"`module` must be a flax.linen.Module, got {type(module).__name__}.")
+        raise TypeError(
+            f"`module` must be a flax.linen.Module, got {type(module).__name__}; from_nnx takes "
+            "those of nnx."
+        )
     if not isinstance(variables, Mapping):
         raise TypeError(f"`variables` must be a mapping, got {type(variables).__name__}.")
     if "params" not in variables:
-        raise ValueError(f"`variables` must hold 'params', got {sorted(variables)}.")
+        raise ValueError(
+            f"`variables` must hold 'params', got {sorted(variables)}: pass what module.init gave."
+        )
     call = _calls.checked_call(call, module)
     _calls.check_complete(call or type(module).__call__)
     state = core.unfreeze(variables)

@@ -163,7 +163,10 @@ def from_nnx(
         that its call turned off, or no stream of the name that `rngs` says.
     """
     if not isinstance(module, nnx.Module):
-        raise TypeError(f"`module` must be a flax.nnx.Module, got {type(module).__name__}.")
+        raise TypeError(
+            f"`module` must be a flax.nnx.Module, got {type(module).__name__}; from_linen takes "
+            "those of linen."
+        )
     # Train and evaluation flags live in the graph definition: one for each mode.
     function = _calls.checked_call(call, module)
     _calls.check_complete(function or type(module).__call__, ("rngs",))

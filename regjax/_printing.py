@@ -1,13 +1,19 @@
-"""How results are printed: a field after the other, few digits, and large arrays by their shape."""
+"""How results are printed: few digits, and large arrays by their shape.
 
+And how an error in a function of the caller says what the function was given.
+"""
+
+import contextlib
+import dataclasses
 import textwrap
+from collections.abc import Generator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Result = TypeVar("Result", bound=type[tuple])
+Result = TypeVar("Result", bound=type)
 
 _WIDTH = 88
 _MOST_NUMBERS = 12
@@ -15,13 +21,32 @@ _MOST_LETTERS = 200
 
 
 def legible(result: Result) -> Result:
-    """Gives a NamedTuple a `repr` for readers. The fields themselves have all digits."""
-    result.__repr__ = _shown  # type: ignore[method-assign]
+    """Gives a NamedTuple or a dataclass a `repr` for readers. Its fields have all digits."""
+    result.__repr__ = _shown  # type: ignore[method-assign, assignment]
     return result
 
 
+@contextlib.contextmanager
+def noted(*arguments: Any) -> Generator[None]:
+    """Adds what a loss or a model was called with, arrays or their shapes, to what it raises."""
+    try:
+        yield
+    except Exception as error:
+        given = ", ".join(_type(argument) for argument in arguments)
+        error.add_note(f"This was raised in a function that regjax called with ({given}).")
+        raise
+
+
+def _type(argument: Any) -> str:
+    leaves = jax.tree.leaves(argument)
+    if len(leaves) == 1 and leaves[0] is argument:
+        return f"{jnp.result_type(argument)}[{','.join(map(str, jnp.shape(argument)))}]"
+    return f"a {type(argument).__name__} of {len(leaves)} arrays"
+
+
 def _shown(result: Any) -> str:
-    fields = [f"{name}={_value(value)}" for name, value in result._asdict().items()]
+    names = getattr(result, "_fields", None) or [f.name for f in dataclasses.fields(result)]
+    fields = [f"{name}={_value(getattr(result, name))}" for name in names]
     name, line = type(result).__name__, ", ".join(fields)
     if "\n" not in line and len(name) + len(line) + 2 <= _WIDTH:
         return f"{name}({line})"
@@ -34,7 +59,8 @@ def _value(value: Any) -> str:
         return _array(value)
     if isinstance(value, float):
         return f"{value:.5g}"
-    if hasattr(value, "_fields") or value is None or isinstance(value, str | int):
+    is_legible = hasattr(value, "_fields") or type(value).__repr__ is _shown
+    if is_legible or value is None or isinstance(value, str | int):
         return repr(value)
     if callable(value):
         return f"<{getattr(value, '__qualname__', type(value).__qualname__)}>"

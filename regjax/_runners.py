@@ -97,6 +97,8 @@ def _difference(tree: Tree, expected: Any) -> str:
     paths = lambda tree: {
         jax.tree_util.keystr(path): None for path, _ in jax.tree_util.tree_leaves_with_path(tree)
     }
+    if jax.tree_util.all_leaves([tree]):
+        return "that is a single array"
     wanted, found = paths(jax.tree.unflatten(expected, range(expected.num_leaves))), paths(tree)
     lacking = [path for path in wanted if path not in found]
     more = [path for path in found if path not in wanted]

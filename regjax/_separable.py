@@ -123,7 +123,7 @@ def ensure_separable(
     places = np.arange(count) * (length - 1) // (count - 1)
     if placement := _sharding.find(batch, params):
         params, batch = placement.replicate(params), placement.shard(batch)
-    some = jax.tree.map(lambda leaf: leaf[places], batch)
+    some = _taken(batch, places)
     _Check(loss_fn, params, some, name).compare(_TOLERANCE)
     _passed[what] = None
     if len(_passed) > _MOST_PASSED:
@@ -147,7 +147,7 @@ class _Check:
         length = _checks.num_examples(batch)
         self.cut = max(1, length // 3)
         self.params, self.name, self.length = params, name, length
-        self.batches = self._split(batch)
+        self.batches = _split(batch, self.cut)
         self.loss_fn = loss_fn
         # Traced anew each time: the function may have changed since.
         signatures = [(params, *part) for part in self.batches]
@@ -180,8 +180,7 @@ class _Check:
         self, put: Callable[[Any], jax.Array], count: int, tol: float
     ) -> tuple[str, str] | None:
         """The same with the last `count` examples replaced; None where that gives no numbers."""
-        batch = jax.tree.map(functools.partial(_replaced, put=put, count=count), self.batches[0])
-        batches = self._split(batch)
+        batches = _split(_replaced(self.batches[0], put, count), self.cut)
         try:
             measured = jax.device_get(_measured(self.program, self.params, batches))
             is_fine = all(np.isfinite(number) for number in jax.tree.leaves(measured))
@@ -217,10 +216,6 @@ class _Check:
             )
         return None
 
-    def _split(self, batch: Batch) -> tuple[Batch, ...]:
-        first = jax.tree.map(lambda leaf: leaf[: self.cut], batch)
-        return batch, first, jax.tree.map(lambda leaf: leaf[self.cut :], batch)
-
     def _refuse(self, whole: str, parts: str) -> None:
         raise ValueError(
             f"`{self.name}` must be the mean over independent examples: the whole batch {whole}, "
@@ -234,13 +229,28 @@ class _Check:
         )
 
 
-def _replaced(leaf: Any, put: Callable[[Any], jax.Array], count: int) -> Any:
-    """A leaf with others in place of its last `count` rows; keys as they are."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        return leaf
-    is_last = np.arange(len(leaf)) >= len(leaf) - count
-    leaf = jnp.asarray(leaf)  # NumPy's may be wider than JAX's
-    return jnp.where(is_last.reshape(-1, *[1] * (leaf.ndim - 1)), put(leaf), leaf)
+@jax.jit
+def _taken(batch: Batch, places: jax.Array) -> Batch:
+    return jax.tree.map(lambda leaf: leaf[places], batch)
+
+
+@functools.partial(jax.jit, static_argnames="cut")
+def _split(batch: Batch, cut: int) -> tuple[Batch, ...]:
+    first = jax.tree.map(lambda leaf: leaf[:cut], batch)
+    return batch, first, jax.tree.map(lambda leaf: leaf[cut:], batch)
+
+
+@functools.partial(jax.jit, static_argnames=("put", "count"))
+def _replaced(batch: Batch, put: Callable[[Any], jax.Array], count: int) -> Batch:
+    """A batch with others in place of the last `count` rows of its leaves; keys as they are."""
+
+    def replaced(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return leaf
+        is_last = np.arange(len(leaf)) >= len(leaf) - count
+        return jnp.where(is_last.reshape(-1, *[1] * (leaf.ndim - 1)), put(leaf), leaf)
+
+    return jax.tree.map(replaced, batch)
 
 
 def _flipped(leaf: Any) -> jax.Array:

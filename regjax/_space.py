@@ -113,9 +113,14 @@ class Space:
         dtype = self.dtype if dtype is None else dtype
         if self.mesh is not None:
             return vectors(self._shares, jax.tree.leaves(self.put(tree)), dtype)
+        return self._raveled(jax.tree.leaves(tree), dtype)
+
+    # Outside of a jit one program in place of several for each leaf; inside, no trace of it.
+    @functools.partial(jax.jit, static_argnames=("self", "dtype"), inline=True)
+    def _raveled(self, leaves: list[jax.Array], dtype: Any) -> jax.Array:
         vector, start = jnp.zeros(self.size, dtype), 0
         # Updates in place: XLA on CPU takes four times as long for a concatenation.
-        for leaf in jax.tree.leaves(tree):
+        for leaf in leaves:
             piece = _sharding.like(jnp.ravel(leaf).astype(dtype), vector)
             vector = jax.lax.dynamic_update_slice(vector, piece, (start,))
             start += piece.size
@@ -123,9 +128,16 @@ class Space:
 
     def unravel(self, vector: jax.Array) -> Params:
         """The tree of a vector: the inverse of `ravel`, with the dtypes of the example."""
-        pieces = self._cut(vector) if self.mesh is None else leaves(self._shares, vector)
+        if self.mesh is None:
+            return self._unraveled(vector)
+        pieces = leaves(self._shares, vector)
         typed = [leaf.astype(dtype) for leaf, dtype in zip(pieces, self.dtypes, strict=True)]
         return jax.tree.unflatten(self.treedef, typed)
+
+    @functools.partial(jax.jit, static_argnames="self", inline=True)
+    def _unraveled(self, vector: jax.Array) -> Params:
+        pieces = zip(self._cut(vector), self.dtypes, strict=True)
+        return jax.tree.unflatten(self.treedef, [leaf.astype(dtype) for leaf, dtype in pieces])
 
     def ravel_rows(self, trees: Params) -> jax.Array:
         """Rows (k, length) of a tree whose leaves have a leading axis k."""

@@ -215,6 +215,7 @@ EXAMPLES = {
     "num_directions": lambda: 2,
     "num_each": lambda: 1,
     "num_groups": lambda: 2,
+    "num_examples": lambda: 5,
     "num_matvecs": lambda: 6,
     "num_params": lambda: 24,
     "num_probes": lambda: 2,

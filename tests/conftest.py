@@ -10,26 +10,19 @@ that came out the same. So all processes of a run share a cache on disk, which g
 """
 
 import collections
-import importlib.metadata
+import gc
 import os
 import pathlib
 import shutil
 import signal
 import tempfile
 
+from tests import quick
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# A release that does not know a flag ends the process. Programs are too small to be compiled in
-# parts; 0.10 compiles a third longer with these emitters.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    {
-        "0.10": "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false",
-        "0.12": "--xla_cpu_parallel_codegen_split_count=1",
-    }.get(".".join(importlib.metadata.version("jaxlib").split(".")[:2]), ""),
-)
+os.environ.update(quick.ENVIRONMENT | os.environ)
 import jax
 import pytest
 
@@ -51,6 +44,9 @@ if jax.config.jax_compilation_cache_dir is None:
     ):
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+# Most of what is made while a program is traced lives long: collect less often than by default.
+gc.set_threshold(20_000, 20, 20)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -91,6 +87,11 @@ def pytest_runtest_setup(item):
         jax.config.update(_OPTION, quick)
         # The option is no part of the key under which jit remembers what it compiled.
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_context():
+    quick.share_context()
 
 
 @pytest.fixture(autouse=True, scope="module")

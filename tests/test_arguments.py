@@ -5,6 +5,7 @@ import inspect
 import optax
 import pytest
 
+import regjax.curvature
 from regjax._arguments import RULES, checked
 from tests import arguments
 from tests.arguments import BAD, EXAMPLES, EXCUSED, OVERRIDES, kind_of
@@ -94,3 +95,13 @@ def test_bad_values_are_refused_by_name(name, default_promotion):
             else:
                 note("accepted")
     assert accepted == []
+
+
+def test_a_call_that_does_not_fit_names_the_function_and_what_it_needs():
+    form = r"`top_eigenpairs\(operator, k, key=, \.\.\.\)`"
+    with pytest.raises(TypeError, match=rf"{form}: missing .* 'key'; as in key=jax\.random\.key"):
+        regjax.curvature.top_eigenpairs(None, 2)
+    with pytest.raises(TypeError, match=rf"{form}: too many positional arguments\.$"):
+        regjax.curvature.top_eigenpairs(None, 2, None)
+    with pytest.raises(TypeError, match=r"`hessian\(loss_fn, params, \*batch, \.\.\.\)`: missing"):
+        regjax.curvature.hessian()

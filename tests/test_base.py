@@ -74,7 +74,7 @@ def test_check_separable_names_what_it_cannot_judge():
         regjax.check_separable(mean, jnp.float32(1), jnp.ones(1))
     with pytest.raises(ValueError, match="`loss_fn` must be finite on the batch, got nan"):
         regjax.check_separable(mean, jnp.float32(1), jnp.array([1.0, jnp.nan, 1.0]))
-    with pytest.raises(ValueError, match=r"must return a scalar, the mean loss, got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"the mean loss, got shape \(3,\): take its mean"):
         regjax.check_separable(lambda params, inputs: inputs, jnp.float32(1), jnp.ones(3))
 
 

@@ -78,3 +78,30 @@ def test_operators_print_their_shape_and_no_arrays():
         kinds += kind.__subclasses__()
     assert len(kinds) > 10
     assert [kind for kind in kinds if kind.__repr__ is not Operator.__repr__] == []
+
+
+def test_a_loss_of_a_model_shows_its_mode_and_no_graph():
+    model = regjax.from_callable(lambda params, inputs: inputs @ params, jnp.zeros(2))
+    loss_fn = regjax.model_loss(model, mean_output)
+    assert repr(loss_fn) == (
+        "ModelLoss(\n    function=ModelFunction(state={}, key=None, apply=<Apply>, "
+        "mode='evaluation', coupled=False),\n    output_loss_fn=<mean_output>,\n)"
+    )
+
+
+def mean_output(outputs, targets):
+    return jnp.mean(outputs - targets)
+
+
+def test_an_error_in_the_loss_says_what_the_loss_was_given():
+    """One-hot labels where integers belong: the message is that of the loss, the note is ours."""
+
+    def loss_fn(params, inputs, labels):
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise TypeError("labels must be integers")
+        return jnp.mean(inputs @ params["w"])
+
+    with pytest.raises(TypeError, match="labels must be integers") as caught:
+        curvature.hessian(loss_fn, {"w": jnp.ones(2)}, jnp.ones((5, 2)), jnp.ones((5, 3)))
+    given = "called with (a dict of 1 arrays, float32[5,2], float32[5,3])"
+    assert given in "".join(caught.value.__notes__)

@@ -119,8 +119,8 @@ def test_removed_radial_parts(axis):
 @AXES
 def test_split_weights(axis):
     params, layout = stacked.unrolled(), stacked.layout(axis)
-    slope = lambda join, split: jax.grad(
-        lambda p: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(join(p)))
+    slope = lambda join, split: jax.jit(
+        jax.grad(lambda p: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(join(p))))
     )(split)
     expected = normalization.split_weights(params, mask=KERNELS)
     whole = stacked.stack(params, axis)

@@ -1,5 +1,6 @@
 """What batch norm regularises: the quadratic constraint that it puts on a plain layer."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -115,6 +116,23 @@ def batch_norm_regularization(
     covariance, noise, grad = (jnp.asarray(a, kernel.dtype) for a in (covariance, noise, grad))
     scale, bias = (jnp.broadcast_to(jnp.asarray(a, kernel.dtype), units) for a in (scale, bias))
 
+    return _found(
+        kernel, scale, bias, jnp.asarray(mean, kernel.dtype), covariance, grad, epsilon, noise
+    )
+
+
+# Outside of a jit one program in place of many; inside, the same operations as without.
+@functools.partial(jax.jit, inline=True)
+def _found(
+    kernel: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    mean: jax.Array,
+    covariance: jax.Array,
+    grad: jax.Array,
+    epsilon: ArrayLike,
+    noise: jax.Array,
+) -> BatchNormResult:
     def along(one: jax.Array, other: jax.Array) -> jax.Array:
         return jnp.sum(one * other, 0)
 
@@ -127,10 +145,10 @@ def batch_norm_regularization(
     noise_penalty = multiplier * along(equivalent, noise @ equivalent)
     return BatchNormResult(
         equivalent_kernel=equivalent,
-        equivalent_bias=bias - jnp.asarray(mean, kernel.dtype) @ equivalent,
+        equivalent_bias=bias - mean @ equivalent,
         multiplier=multiplier,
         relative_residual=_numerics.divide(norm(remainder), norm(grad)),
-        isotropic_rate=multiplier * jnp.trace(covariance) / size,
+        isotropic_rate=multiplier * jnp.trace(covariance) / len(covariance),
         signal_penalty=multiplier * along(equivalent, spread) - noise_penalty,
         noise_penalty=noise_penalty,
     )

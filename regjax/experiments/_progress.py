@@ -14,14 +14,14 @@ class Bar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self.close(finished=error[0] is None)
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         """Shows that `done` steps of `total` of a stage are over."""
         if stage != self._stage:
             from tqdm import tqdm
 
-            self.close()
+            self.close(finished=True)
             self._stage, self._bar = stage, tqdm(desc=stage, total=total, mininterval=0.5)
         if self._bar is None:
             return
@@ -29,8 +29,10 @@ class Bar:
         if done == total:
             self.close()
 
-    def close(self) -> None:
-        """Ends the line of the stage."""
+    def close(self, *, finished: bool = False) -> None:
+        """Ends the line of the stage, at 100 % where it finished in fewer steps than its limit."""
         if self._bar is not None:
+            if finished:
+                self._bar.total = self._bar.n
             self._bar.close()
         self._bar = None

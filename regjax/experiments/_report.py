@@ -90,10 +90,12 @@ def landscape_contents(record: Record) -> Contents:
 def _block(what: str, name: str, block: Record) -> Contents:
     eigenvalues, density = block["eigenvalues"], block["density"]
     products = eigenvalues["num_matvecs"] + density["num_matvecs"]
-    steps = " and ".join(map(str, density["num_steps"]))
+    steps = density["num_steps"]
     header = (
-        f"{what}, {name}: {block['num_parameters']:,} parameters, {products} products in "
-        f"{eigenvalues['seconds'] + density['seconds']:.1f} s; density of {steps} Lanczos steps"
+        f"{what}, {name}: {block['num_parameters']:,} parameters, {products} matrix-vector "
+        f"products in {eigenvalues['seconds'] + density['seconds']:.1f} s; density from "
+        f"{len(steps)} random probe{'s' * (len(steps) != 1)} with {' and '.join(map(str, steps))} "
+        "Lanczos steps"
     )
     rows = [
         [f"eigenvalue {i + 1}", _eigenvalue(block, i)] for i in range(len(eigenvalues["values"]))

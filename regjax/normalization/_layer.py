@@ -1,6 +1,7 @@
 """What all normalization layers share: they are pure functions; a Flax module holds the arrays."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, Self, TypeAlias
@@ -148,20 +149,40 @@ class Layer:
         sizes = {n: channels if n in self.initial_params else 1 for n in self.param_names}
         _arguments.check_arrays("params", params, sizes)
         _arguments.check_arrays("state", state, dict.fromkeys(self.state_names, channels))
+        if mask is not None:
+            mask = _arguments.mask_of(mask, inputs.shape)
+        if train and self.needs_key:
+            if key is None:
+                raise ValueError("`key` must be given in training, got None.")
+            key = _checks.key("key", key)
+        return self._applied(dict(params), dict(state), inputs, mask, key, train=train)
+
+    # One program where `apply` is called outside of jit; inside it there is nothing to see of it.
+    @functools.partial(jax.jit, static_argnames=("self", "train"), inline=True)
+    def _applied(
+        self,
+        params: dict[str, jax.Array],
+        state: dict[str, jax.Array],
+        inputs: jax.Array,
+        mask: jax.Array | None,
+        key: PRNGKey | None,
+        *,
+        train: bool,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        axes = self._channels(inputs, train)
         x = _channels_last(inputs, axes).astype(self._reduction_dtype(inputs))
         # Arrays of channels get the rank of the inputs, so that nothing is broadcast by accident.
         lift = lambda array: array.reshape((1,) * (x.ndim - 1) + (-1,))
         lifted = {name: lift(value).astype(x.dtype) for name, value in params.items()}
         if mask is not None:
-            mask = self._mask(mask, inputs.shape, axes)
+            mask = mask if len(axes) == 1 else jnp.broadcast_to(mask, inputs.shape)
+            mask = _channels_last(mask, axes)
         standardized, new = self._normalize(
             x, lifted, {name: lift(value) for name, value in state.items()}, train, mask
         )
         outputs = standardized.apply(lifted.get("scale", 1), lifted.get("bias", 0)).reshape(x.shape)
-        if train and self.needs_key:
-            if key is None:
-                raise ValueError("`key` must be given in training, got None.")
-            outputs = self._disturb(outputs, _checks.key("key", key))
+        if key is not None and train and self.needs_key:
+            outputs = self._disturb(outputs, key)
         outputs = _channels_back(outputs, axes, inputs.shape)
         new = {name: new[name].reshape(jnp.shape(state[name])) for name in state}
         return outputs.astype(self._output_dtype(inputs, params)), new
@@ -173,10 +194,6 @@ class Layer:
         if train and not inputs.size:
             raise ValueError(f"`inputs` must have no empty axis in training, got shape {shape}.")
         return self.channel_axes(inputs.ndim)
-
-    def _mask(self, mask: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
-        mask = _arguments.mask_of(mask, shape)
-        return _channels_last(mask if len(axes) == 1 else jnp.broadcast_to(mask, shape), axes)
 
     def _reduction_dtype(self, inputs: jax.Array) -> jnp.dtype:
         is_inexact = jnp.issubdtype(inputs.dtype, jnp.inexact)

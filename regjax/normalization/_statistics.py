@@ -1,5 +1,6 @@
 """Moments of a batch: one pass, where a mask holds, and over the devices of a mapped axis."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -179,6 +180,7 @@ def squared(array: jax.Array) -> jax.Array:
     return array.real**2 + array.imag**2 if jnp.iscomplexobj(array) else array**2
 
 
+@functools.partial(jax.jit, inline=True)
 def root(square: jax.Array) -> jax.Array:
     """Takes the square root, with the derivative 0 at zero, where it has none."""
     is_zero = square == 0

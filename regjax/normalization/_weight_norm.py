@@ -1,5 +1,6 @@
 """Kernels made of others: direction and length apart, or standardized, for each output unit."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -291,16 +292,27 @@ def _joined(v: jax.Array, g: jax.Array, axes: Axes) -> jax.Array:
     shape = tuple(v.shape[axis] for axis in axes.units)
     if jnp.shape(g) != shape:
         raise ValueError(f"`g` must have shape {shape}, got {jnp.shape(g)}.")
+    return _of_length(v, g, axes)
+
+
+# Outside of a jit one program in place of many; inside, the same operations as without.
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
+def _of_length(v: jax.Array, g: jax.Array, axes: Axes) -> jax.Array:
     scaled, _ = _numerics.near_one(_tree.wide(v), axes.inputs)
     norm = _statistics.root(jnp.sum(scaled**2, axes.inputs, keepdims=True))
     factor = _numerics.divide(jnp.expand_dims(jnp.asarray(g, norm.dtype), axes.inputs), norm)
     return (scaled * jnp.broadcast_to(factor, v.shape)).astype(v.dtype)
 
 
-def _split(w: jax.Array, axes: Axes) -> SplitWeightResult:
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
+def _length(w: jax.Array, axes: Axes) -> jax.Array:
     scaled, power = _numerics.near_one(_tree.wide(w), axes.inputs)
     norm = _statistics.root(jnp.sum(scaled**2, axes.inputs))
-    return SplitWeightResult(w, (norm / jnp.squeeze(power, axes.inputs)).astype(w.dtype))
+    return (norm / jnp.squeeze(power, axes.inputs)).astype(w.dtype)
+
+
+def _split(w: jax.Array, axes: Axes) -> SplitWeightResult:
+    return SplitWeightResult(w, _length(w, axes))
 
 
 def _checked(name: str, kernel: jax.Array, layout: Layout | None) -> tuple[jax.Array, Axes]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Bumps this far below the peak are rounding: less than one eigenvalue in a network of 1e12.
 _LEAST_BUMP = 1e-12
+_LABEL_INCHES = 0.36  # of a label as -10^-3, with the space around it
 _BAND, _TICKS = "error band", "eigenvalues"
 _CURVE = "density"  # by this mark a second call on the same axes finds the first
 
@@ -109,7 +110,7 @@ def draw_spectrum(
     if num_before:
         floor, top = min(floor, axes.get_ylim()[0]), max(top, axes.get_ylim()[1])
 
-    _set_scale(axes.set_xscale, threshold)
+    _set_x_scale(axes, threshold)
     set_log(axes)
     band = (np.maximum(end, 0.1 * floor) for end in (low, high))
     axes.fill_between(grid, *band, color=color, alpha=0.3, linewidth=0, label=_named(axes, _BAND))
@@ -179,7 +180,7 @@ def spectrum_figure(
     for index, (panel, axes) in enumerate(zip(panels, rows, strict=True)):
         color = COLORS[index % len(COLORS)]
         draw_spectrum(*panel[1:], axes=axes, color=color, matrix_name=matrix_name)
-        _set_scale(axes.set_xscale, threshold)
+        _set_x_scale(axes, threshold)
         axes.set_title(panel.label, loc="left", fontsize=LABEL_SIZE, color=color, pad=3)
         if index < len(panels) - 1:
             axes.tick_params(labelbottom=False)
@@ -261,6 +262,24 @@ def _set_scale(setter: Callable[..., None], threshold: float | None) -> None:
         setter("symlog", linthresh=threshold)
 
 
+def _set_x_scale(axes: "Axes", threshold: float | None) -> None:
+    """Sets the scale of the eigenvalues, with as many labels as have room side by side."""
+    from matplotlib.ticker import SymmetricalLogLocator
+
+    class FewTicks(SymmetricalLogLocator):
+        def tick_values(self, vmin: float, vmax: float) -> list[float]:
+            ticks = np.asarray(super().tick_values(vmin, vmax))
+            ticks = ticks[(ticks >= vmin) & (ticks <= vmax)]
+            inches = axes.bbox.width / axes.figure.dpi
+            skip = max(1, int(np.ceil(len(ticks) * _LABEL_INCHES / inches)))
+            below, above = ticks[ticks < 0][::-skip], ticks[ticks > 0][::skip]
+            return [*below[::-1], *ticks[ticks == 0], *above]
+
+    _set_scale(axes.set_xscale, threshold)
+    if threshold is not None:
+        axes.xaxis.set_major_locator(FewTicks(base=10, linthresh=threshold))
+
+
 def _threshold(curves: "Sequence[DensityCurveResult]") -> float | None:
     """Returns None on a linear scale, else where the symmetric-log scale turns linear.
 
@@ -295,6 +314,11 @@ def _curve_arrays(curve: "DensityCurveResult") -> list[np.ndarray]:
                 f"`curve.{name}` must have the shape (num_points,) of `curve.grid`, "
                 f"got {array.shape}."
             )
+    if np.any(np.isnan(arrays[1])):
+        raise ValueError(
+            "`curve.density` must be finite, got NaN: the products with the matrix are not finite; "
+            "look at the loss and its data."
+        )
     if not np.any(arrays[1] > 0):
         raise ValueError("`curve.density` must be positive somewhere, got none that is.")
     return arrays

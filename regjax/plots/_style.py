@@ -22,14 +22,20 @@ def check_panels(panels: Sequence[object], kind: type) -> None:
 
     Raises:
       ValueError: there is none.
-      TypeError: one is something else.
+      TypeError: one is something else, or they are not a list.
     """
+    if hasattr(panels, "_fields"):  # a NamedTuple is a sequence too, of its fields
+        given, remedy = type(panels).__name__, f"[{kind.__name__}(label, ...)]"
+        raise TypeError(
+            f"`panels` must be a list of {kind.__name__}, got one {given}: pass "
+            f"{'[panel]' if isinstance(panels, kind) else remedy}."
+        )
     if not panels:
         raise ValueError(f"`panels` must have at least one {kind.__name__}, got none.")
     for panel in panels:
         if not isinstance(panel, kind):
             name = type(panel).__name__
-            raise TypeError(f"`panels` must be a list of {kind.__name__}, got a {name} in it.")
+            raise TypeError(f"`panels` must be a list of {kind.__name__}, got {name} in it.")
 
 
 def new_figure(width: float, height: float) -> "Figure":

@@ -1,5 +1,6 @@
 """Batch entropy: how much of the batch a layer still tells apart, kept near a trainable target."""
 
+import functools
 import math
 import re
 from collections.abc import Hashable
@@ -67,14 +68,20 @@ def batch_entropy(
             f"`activations` must hold more than {max(1, degrees_of_freedom)} examples, got a batch "
             f"of {num_examples}."
         )
-    units = _tree.wide(activations).reshape(shape[0], -1)
+    scale = math.pi * math.e * num_examples / (num_examples - degrees_of_freedom)
+    return _entropy(activations, scale, axis_name)
+
+
+# Outside of a jit one program in place of many; inside, the same operations as without.
+@functools.partial(jax.jit, static_argnames="axis_name", inline=True)
+def _entropy(activations: jax.Array, scale: ArrayLike, axis_name: str | None) -> jax.Array:
+    units = _tree.wide(activations).reshape(activations.shape[0], -1)
     # Distances from an example, the same on all devices, are exactly 0 for a constant unit.
     reference = lax.stop_gradient(units[:1])
     if axis_name is not None:
         reference = lax.pmin(reference, axis_name)
     distances = units - reference
     deviations = distances - _mean(distances, axis_name)
-    scale = math.pi * math.e * num_examples / (num_examples - degrees_of_freedom)
     return jnp.mean(0.5 * jnp.log1p(scale * _mean(deviations**2, axis_name)))
 
 

@@ -96,6 +96,7 @@ def given(grad_fn: GradFn | None, extra: Mapping[str, Any], *, num_shards: int =
             f"itself; or say regjax.transforms.assume_joined({name}) of one that covers all."
         )
     if name == "grad_fn":
+        _check_takes_index(function)
         return function
     if num_shards > 1:
         raise ValueError(
@@ -104,6 +105,21 @@ def given(grad_fn: GradFn | None, extra: Mapping[str, Any], *, num_shards: int =
         )
     options = {key: extra[key] for key in _keywords(function) if key in extra}
     return Partial(functools.partial(_slope, name), _base.as_partial(function), options)
+
+
+def _check_takes_index(grad_fn: GradFn) -> None:
+    """Refuses a gradient function of the parameters alone, as `jax.grad` gives it."""
+    try:
+        signature = inspect.signature(grad_fn)
+    except (TypeError, ValueError):
+        return  # some callables do not tell
+    try:
+        signature.bind(None, 0)
+    except TypeError:
+        raise TypeError(
+            f"`grad_fn` must be a function (params, i) -> gradient, got one that takes "
+            f"{signature}: with `i`, which may be ignored, it is lambda params, i: ..."
+        ) from None
 
 
 def understood(name: str, result: Tree, params: Params) -> Params:

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import regjax
 from examples import decoder
 from regjax import curvature
+from tests import quick
 
 LAYERS = ("scanned", "apart")
 WAYS = ("whole", "chunks of 3", "chunks of 4", "stream of 4")
@@ -47,14 +48,18 @@ def loss_fn(module, params, tokens, targets, mask):
     return regjax.WeightedMean(*decoder.masked_nll(logits, targets, mask))
 
 
+@functools.cache
 def subject(layers):
     """(module, params in float64); the two networks compute one function."""
     scanned = decoder.Decoder()
-    params = scanned.init(jax.random.key(0), decoder.texts()[0])["params"]
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+    params = jax.jit(scanned.init)(jax.random.key(0), decoder.texts()[0])["params"]
     # A step down, so that the norms' scales are not all one.
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(
-        leaf.shape), params)  # fmt: skip
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(
+            np.asarray(leaf, np.float64) + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape)
+        ),
+        params,
+    )
     if layers == "scanned":
         return scanned, params
     return decoder.Decoder(scan=False), decoder.unrolled(params)
@@ -99,6 +104,8 @@ def fsdp(leaf):
 def operator(layers, way, place):
     module, params = subject(layers)
     loss = functools.partial(loss_fn, module)
+    if way != "chunks of 3":  # whether the loss may be split is looked at there, for seconds
+        loss = regjax.assume_separable(loss)
     if place == "parameters on 4":
         params = placed(params, place, fsdp)
     divide = lambda batch: placed(batch, place, lambda leaf: PartitionSpec("data"))
@@ -131,6 +138,7 @@ def distance(name, expected, order):
 
 
 def main():
+    quick.share_context()
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_enable_x64", True)
     expected, order = oracle()

@@ -1,6 +1,6 @@
 """Seven runs at once, each with its checkpoint, which `test_checkpoint.py` starts and kills.
 
-Prints "started" when every run has made a product, then for each run the product with which it
+Prints "started" when every run has saved its state, then for each run the product with which it
 began, a digest of its answer, and that of an undisturbed run. Takes the folder of the checkpoints.
 """
 
@@ -21,6 +21,7 @@ from regjax import curvature
 DIAGONAL = jnp.linspace(0.1, 1, 200) ** 6 * 10
 OPERATOR = curvature.from_matvec(Partial(jnp.multiply, DIAGONAL), DIAGONAL)
 SECONDS = 0.01
+EVERY = 3
 
 
 def top(key, **options):
@@ -49,26 +50,28 @@ def digest(result):
 
 
 def main(folder):
-    began = {}
-    all_began = threading.Event()
+    began, saved = {}, set()
+    all_saved = threading.Event()
 
     def run(name):
         solve, seed = RUNS[name]
 
         def callback(count, total, progress):
-            began.setdefault(name, count)
-            if len(began) == len(RUNS):
-                all_began.set()
+            if count > began.setdefault(name, count) + EVERY:
+                saved.add(name)
+            if len(saved) == len(RUNS):
+                all_saved.set()
             time.sleep(SECONDS)
 
-        checkpoint = curvature.Checkpoint(pathlib.Path(folder) / name, every=3)
+        checkpoint = curvature.Checkpoint(pathlib.Path(folder) / name, every=EVERY)
         result = solve(jax.random.key(seed), callback=callback, checkpoint=checkpoint)
         began.setdefault(name, -1)  # it had finished before
+        saved.add(name)
         return digest(result)
 
     with concurrent.futures.ThreadPoolExecutor(len(RUNS)) as pool:
         answers = {name: pool.submit(run, name) for name in RUNS}
-        while not all_began.wait(0.05) and not all(a.done() for a in answers.values()):
+        while not all_saved.wait(0.05) and not all(a.done() for a in answers.values()):
             pass
         print("started", flush=True)
         for name, answer in answers.items():

@@ -23,6 +23,7 @@ from regjax.curvature import _assessment, _eigen
 from regjax.curvature._engine import _basis
 from regjax.curvature._operators import _curvature, _traced
 from regjax.experiments import SpectrumSettings, _analysis, _inputs, _network
+from tests import quick
 from tests.experiments.test_training import make_dataset
 
 # Rows lie in several blocks, as those of large networks do.
@@ -448,12 +449,14 @@ QUICK = (
 
 def check_processes():
     """The single process's answer, which each finds by itself on its own device."""
-    alone, together = both(chunk_size=3 if jax.process_count() == 2 else None)
-    assert together.placement.mesh.size == len(jax.devices()) > len(jax.local_devices())
-    close(eigenvalues(together), curvature.exact_spectrum(alone)[:-4:-1])
+    for chunk_size in (None, 3):
+        alone, together = both(chunk_size=chunk_size)
+        assert together.placement.mesh.size == len(jax.devices()) > len(jax.local_devices())
+        close(eigenvalues(together), curvature.exact_spectrum(alone)[:-4:-1])
 
 
 def main(names, devices, processes=1, index=0, port=0):
+    quick.share_context()
     jax.config.update("jax_num_cpu_devices", int(devices))
     if int(processes) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(index))

@@ -18,9 +18,10 @@ def filled(num_rows, count):
     basis = _basis.zeros(SPACE, num_rows)
     rows = np.linalg.qr(np.random.default_rng(0).normal(size=(SIZE, count)))[0].T
     rows = rows.astype(np.float32)
+    append = jax.jit(_basis.append)
     for i, row in enumerate(rows):
         assert int(basis.filled) == i
-        basis = _basis.append(basis, jnp.asarray(row))
+        basis = append(basis, jnp.asarray(row))
     return basis, rows
 
 

@@ -111,7 +111,7 @@ def test_twenty_runs_killed_at_any_time_give_the_same_answers(tmp_path):
         ) as process:
             assert process.stdout.readline() == "started\n"
             if life < 3:
-                time.sleep(draw.uniform(0, 0.3))
+                time.sleep(draw.uniform(0, 0.15))
                 process.kill()
             lines = process.stdout.read().splitlines()
             killed += (life < 3) * (len(long_runs.RUNS) - len(lines))

@@ -116,7 +116,7 @@ def test_averages_of_random_hessians_follow_the_measured_noise_power():
         whole,
         0.0,
         noise_power=noise.value,
-        batch_size=jnp.asarray(sizes),
+        batch_size=np.asarray(sizes),
         num_examples=num_examples,
     )
     for batch_size, predicted in zip(sizes, law.largest, strict=True):

@@ -27,9 +27,8 @@ def test_on_eight_devices(on_eight_devices, name):
     assert f"{name} passed" in on_eight_devices, on_eight_devices[-5000:]
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_across_processes(num_processes):
-    for printed in run("processes", 1, num_processes=num_processes):
+def test_across_processes():
+    for printed in run("processes", 1, num_processes=2):
         assert "processes passed" in printed, printed[-5000:]
 
 

@@ -36,7 +36,9 @@ def test_linen_is_flax_with_its_initial_scale(axes, words, use_scale):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), two, one)
     np.testing.assert_allclose(z, y, rtol=1e-5, atol=1e-6)
     slopes = [
-        jax.grad(lambda p, m=m: jnp.sum(m.apply({**one, "params": p}, X) ** 3))(one["params"])
+        jax.jit(jax.grad(lambda p, m=m: jnp.sum(m.apply({**one, "params": p}, X) ** 3)))(
+            one["params"]
+        )
         for m in (ours, theirs)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *slopes)

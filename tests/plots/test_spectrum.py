@@ -144,8 +144,14 @@ def test_panels_have_limits_that_hold_all_of_them():
 def test_error_texts():
     with pytest.raises(ValueError, match="`panels` must have at least one SpectrumPanel, got none"):
         plots.spectrum_figure([])
-    with pytest.raises(TypeError, match="`panels` must be a list of SpectrumPanel, got a Density"):
+    with pytest.raises(TypeError, match="`panels` must be a list of SpectrumPanel, got Density"):
         plots.spectrum_figure([curve()])
+    with pytest.raises(TypeError, match="got one SpectrumPanel: pass \\[panel\\]"):
+        plots.spectrum_figure(plots.SpectrumPanel("a", curve()))
+    with pytest.raises(TypeError, match=r"got one DensityCurveResult: pass \[SpectrumPanel\(label"):
+        plots.spectrum_figure(curve())
+    with pytest.raises(ValueError, match=r"`curve.density` must be finite, got NaN: the products"):
+        plots.draw_spectrum(curve(height=np.nan), axes=axes_of())
     with pytest.raises(ValueError, match="`figure_width` must be positive, got -1"):
         plots.spectrum_figure([plots.SpectrumPanel("a", curve())], figure_width=-1)
     mixed = [plots.SpectrumPanel("a", curve()), plots.SpectrumPanel("b", curve(threshold=1.0))]
@@ -159,3 +165,18 @@ def test_error_texts():
         plots.draw_spectrum(curve()._replace(density=np.ones(3)), axes=axes_of())
     with pytest.raises(ValueError, match=r"`curve.density` must be positive somewhere"):
         plots.draw_spectrum(curve(height=0.0), axes=axes_of())
+
+
+@pytest.mark.parametrize(("width", "least"), [(3.3, 4), (5.0, 3), (6.8, 5)])
+def test_labels_of_a_spectrum_over_many_decades_do_not_overlap(width, least):
+    grid = np.concatenate([-np.logspace(-0.5, -5, 90), np.logspace(-5, 0.3, 90)])
+    ours = curve(threshold=1e-3, grid=grid)
+    figure = plots.spectrum_figure([plots.SpectrumPanel("a", ours, [1.0])], figure_width=width)
+    figure.draw_without_rendering()
+    boxes = [
+        label.get_window_extent()
+        for label in figure.axes[0].get_xticklabels()
+        if label.get_text() and figure.axes[0].bbox.x0 <= label.get_window_extent().x1
+    ]
+    assert len(boxes) >= least
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))

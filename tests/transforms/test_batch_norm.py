@@ -68,8 +68,6 @@ def make(kind):
 
 KINDS = ["linen, batch norm", "linen, our batch norm", *(f"nnx, {norm}" for norm in NORMS)]
 
-_SOME = ("linen, our batch norm", "nnx, weight norm, mean only")
-
 
 def convolutions(params):
     """Mask of the kernels that feed the batch norm."""
@@ -88,13 +86,11 @@ def loss_with_state(model, params, state):
     return oracles.cross_entropy(outputs, TARGETS), state
 
 
-# Every transformation with four of the norms; the other two with those that touch the weights.
-PAIRS = [
-    (name, kind)
-    for name in ROWS
-    for kind in KINDS
-    if kind not in _SOME or name in ("sam", "perturbed_gradient", "rescale_weights")
-]
+# Every transformation with one norm of each library; one of each sort of transformation (that takes
+# gradients elsewhere, draws, or changes weights behind the optimiser) with all of them.
+_EACH = ("linen, batch norm", "nnx, our batch norm")
+_WITH_ALL = ("sam", "perturbed_gradient", "rescale_weights")
+PAIRS = [(name, kind) for name in ROWS for kind in KINDS if kind in _EACH or name in _WITH_ALL]
 
 
 # The controller looks at the curvature inside of this step, which is slow and says so.

@@ -73,6 +73,14 @@ def test_two_functions_are_refused_and_so_is_what_is_no_loss(name):
             updates_with(name, obj_fn=wrong)
 
 
+def test_a_gradient_function_without_an_index_is_told_so():
+    alone = lambda params: gradient(params, 0)
+    with pytest.raises(TypeError, match=r"`grad_fn` .* \(params, i\) -> .* takes \(params\): with"):
+        updates_with(NEEDY[0], grad_fn=alone)
+    with pytest.raises(TypeError, match=r"takes \(params\): with"):
+        updates_with(NEEDY[0], grad_fn=jax.jit(alone))
+
+
 @pytest.mark.parametrize("name", NEEDY)
 def test_other_forms_of_a_gradient_are_understood(name):
     expected = updates_with(name, grad_fn=gradient)
