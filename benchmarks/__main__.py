@@ -147,8 +147,10 @@ def run_growth(command: Growth) -> int:
             known.append(measured)
             if path is not None:
                 record(path, json.dumps(measured))
-    print(growth.table(growth.slopes(known)))
-    if out is not None:
+    steepness = growth.slopes(known)
+    if steepness:  # a single point has none
+        print(growth.table(steepness))
+    if out is not None and steepness:
         growth.figure(known, out / "growth.png")
     return 0 if len(known) >= wanted else 1
 

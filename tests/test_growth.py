@@ -80,7 +80,7 @@ def test_a_wrong_answer_is_not_timed(monkeypatch, wrong):
         calls.append(None)
         return _tools.Answer(**{"largest": 1.0, "products": 20, **wrong})
 
-    tool = _tools.Tool(run, 1.0, 1)
+    tool = _tools.Tool(run, 1.0, None)
     monkeypatch.setattr(_tools, "tools", lambda *arguments: [("regjax", tool)])
     monkeypatch.setattr(_measure, "_rayleigh", lambda problem, answer: 1.0)
     point = _points.Point("depth", 1, width=4, depth=1, examples=4)
@@ -121,6 +121,9 @@ def test_the_page_has_the_table_of_the_records(tmp_path, capsys):
     assert 10_000 < (tmp_path / "growth.png").stat().st_size < 300_000
 
 
-def test_smoke_measures_a_point(capsys):
-    assert command.main(["growth"]) == 0
+def test_smoke_measures_a_point(tmp_path, capsys):
+    assert command.main(["growth", "--out", str(tmp_path)]) == 0
     assert "parameters / 1000: regjax" in capsys.readouterr().out
+    (line,) = (tmp_path / "growth.jsonl").read_text().splitlines()
+    assert json.loads(line)["tools"]["regjax"]["products"] == 20
+    assert not (tmp_path / "growth.png").exists()  # one point has no slope

@@ -30,7 +30,8 @@ def record_of(point: Point, *, cold: bool) -> dict[str, Any]:
 
     Args:
       point: what to measure.
-      cold: whether to forget what this process has compiled, so that it is compiled once more.
+      cold: whether to forget what this process has compiled, so that it is compiled once more. If
+        not, the other tools and the account of the memory, which compiles too, are left out.
 
     Raises:
       WrongAnswer: a tool is off, or it took another number of products.
@@ -72,9 +73,11 @@ def _measured(point: Point, cold: bool) -> dict[str, dict[str, Any]]:
             begin = time.perf_counter()
             tool.run()
             seconds.append(time.perf_counter() - begin)
+        account = tool.num_bytes if cold else None
         found[name] = {
             "seconds": min(seconds), "slowest": max(seconds), "calls": len(seconds),
-            "compile": tool.compile_seconds, "bytes": tool.num_bytes,
+            "compile": tool.compile_seconds,
+            "bytes": None if account is None else account(),
             "products": answer.products, "error": error,
         }  # fmt: skip
     return found

@@ -42,12 +42,12 @@ class Tool(NamedTuple):
     Attributes:
       run: the timed function.
       compile_seconds: what the first call took beyond a later one; None: nothing is compiled.
-      num_bytes: memory by the compiler's account; None: there is none.
+      num_bytes: () -> memory by the compiler's account, which may compile; None: there is none.
     """
 
     run: Callable[[], Answer]
     compile_seconds: float | None
-    num_bytes: int | None
+    num_bytes: Callable[[], int] | None
 
 
 def tools(point: Point, problem: Problem, cold: bool) -> Iterator[tuple[str, Tool]]:
@@ -89,9 +89,13 @@ def _regjax(point: Point, problem: Problem) -> Tool:
     # Two products compile all that twenty need; the steps of a density are a size of its programs.
     few = 2 if point.k else point.products
     cold, warm = (_seconds(lambda: run(few)) for _ in range(2))
-    operator = curvature.hessian(problem.loss_fn, problem.params, problem.x, problem.y)
-    memory = curvature.memory_estimate(solver_of(point, operator, point.products))
-    return Tool(run, max(cold - warm, 0.0), memory.total_bytes)
+
+    def num_bytes() -> int:
+        operator = curvature.hessian(problem.loss_fn, problem.params, problem.x, problem.y)
+        solver = solver_of(point, operator, point.products)
+        return curvature.memory_estimate(solver).total_bytes
+
+    return Tool(run, max(cold - warm, 0.0), num_bytes)
 
 
 def _matfree(point: Point, problem: Problem) -> Tool:
@@ -122,7 +126,7 @@ def _matfree(point: Point, problem: Problem) -> Tool:
         values, _ = jax.block_until_ready(compiled(*arguments))
         return Answer(float(values[-1]), point.products)
 
-    return Tool(run, seconds, int(total))
+    return Tool(run, seconds, lambda: int(total))
 
 
 def _curvlinops(point: Point, problem: Problem) -> Tool:
