@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks speed|claims|reach --preset ...`."""
+"""The command line: `python -m benchmarks speed|claims|reach|growth --preset ...`."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ import jax
 import tqdm
 import tyro
 
-from benchmarks import _claims, _papers, _timing, reach, speed
+from benchmarks import _claims, _papers, _timing, growth, reach, speed
 
 _Found = TypeVar("_Found")
 
@@ -75,13 +75,29 @@ class Reach:
     """Folder of reach.jsonl, the table and the figure. Default: benchmarks/results, or nowhere."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """Measure how time and memory grow with the size of a problem; goes on where it stopped."""
+
+    preset: Literal["smoke", "cpu"] = "smoke"
+    """smoke: tiny, seconds, writes nothing by itself. cpu: two cores, ten minutes."""
+    only: str | None = None
+    """Only the points with this in their name, such as `depth` or `parameters / 100000`."""
+    redraw: bool = False
+    """Print the table and draw the figure of what is recorded again; measure nothing."""
+    out: pathlib.Path | None = None
+    """Folder of growth.jsonl and the figure. Default: benchmarks/results, for smoke nowhere."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 1 if an answer was wrong, 2 if nothing ran."""
     command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"speed": Speed, "claims": Claims, "reach": Reach}, args=arguments
+        {"speed": Speed, "claims": Claims, "reach": Reach, "growth": Growth}, args=arguments
     )
     if isinstance(command, Reach):
         return run_reach(command)
+    if isinstance(command, Growth):
+        return run_growth(command)
     return run_speed(command) if isinstance(command, Speed) else run_claims(command)
 
 
@@ -109,6 +125,34 @@ def run_reach(command: Reach) -> int:
     if out is not None:
         reach.conclude(out)
     return 0 if not records or any(each["compiled"] for each in records) else 1
+
+
+def run_growth(command: Growth) -> int:
+    """Measures the points that are not recorded; returns 1 if an answer was wrong."""
+    small = command.preset == "smoke"
+    out = _RESULTS if command.out is None and (command.redraw or not small) else command.out
+    path = None if out is None else out / "growth.jsonl"
+    known = [] if path is None else reach.read(path)
+    wanted = 0
+    if not command.redraw:
+        found = {point.name: point for point in growth.points(command.preset)}
+        chosen = _chosen(found, command.only)
+        if not chosen:
+            return 2
+        names = {each["case"] for each in known}
+        left = [point for name, point in chosen.items() if name not in names]
+        wanted = len(known) + len(left)
+        for measured in growth.records_of(left, here=small):
+            print(growth.summary(measured), flush=True)
+            known.append(measured)
+            if path is not None:
+                record(path, json.dumps(measured))
+    steepness = growth.slopes(known)
+    if steepness:  # a single point has none
+        print(growth.table(steepness))
+    if out is not None and steepness:
+        growth.figure(known, out / "growth.png")
+    return 0 if len(known) >= wanted else 1
 
 
 def run_claims(command: Claims) -> int:

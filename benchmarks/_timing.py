@@ -143,16 +143,19 @@ def json_line(result: Result) -> str:
     record = result._asdict()
     for field in ("seconds", "ratios"):
         record[field] = {label: spread._asdict() for label, spread in record[field].items()}
-    device = jax.devices()[0]
-    record |= {
+    return json.dumps(record | environment())
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the versions and the date, for every record."""
+    return {
         "backend": jax.default_backend(),
-        "device": device.device_kind,
+        "device": jax.devices()[0].device_kind,
         "cores": num_cores(),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **versions()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    return json.dumps(record)
 
 
 def summary(result: Result) -> str:

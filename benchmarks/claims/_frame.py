@@ -38,10 +38,10 @@ def save(
     """Adds title, marks, legend and note to the drawn panels and writes a small PNG."""
     body, rows = figure.get_figheight(), parts(verdicts)
     room = WIDTH - 2 * _MARGIN
-    title = _wrap(figure, f"{claim[0].upper()}{claim[1:]}.", room, **_TITLE)
-    small = _wrap(figure, note, room, fontsize=_SMALL)
+    title = wrap(figure, f"{claim[0].upper()}{claim[1:]}.", room, **_TITLE)
+    small = wrap(figure, note, room, fontsize=_SMALL)
     left = _lefts(rows)["words"]
-    lines = {text: _wrap(figure, text, WIDTH - _MARGIN - left, fontsize=_SMALL) for text in rows}
+    lines = {text: wrap(figure, text, WIDTH - _MARGIN - left, fontsize=_SMALL) for text in rows}
     legend = _legend(figure)
     below = _LINE * len(small) + 0.08
     if legend is not None:
@@ -60,7 +60,7 @@ def save(
     write(figure, path)
 
 
-def _wrap(figure: Any, text: str, width: float, **font: Any) -> list[str]:
+def wrap(figure: Any, text: str, width: float, **font: Any) -> list[str]:
     """Lines that are at most so many inches long."""
     probe, lines = figure.text(0, 0, "", **font), list[str]()
     for word in text.split():

@@ -227,7 +227,7 @@ def torch_copy(problem: _problems.Problem, batch: Batch) -> tuple[Any, Any, Any,
     import torch
 
     layers: list[Any] = [torch.nn.Flatten()]
-    for name in sorted(name for name in problem.params if name != "head"):
+    for name in _hidden(problem.params):
         layers += [_torch_linear(problem.params[name]["layer"]), torch.nn.ReLU()]
     model = torch.nn.Sequential(*layers, _torch_linear(problem.params["head"])).eval()
     x, y = (torch.tensor(np.asarray(array)) for array in batch)
@@ -262,7 +262,7 @@ def solved_by_curvlinops(
     from linear_operator.utils.linear_cg import linear_cg
 
     model, criterion, x, y = torch_copy(problem, batch)
-    layers = [*sorted(name for name in vector if name != "head"), "head"]
+    layers = [*_hidden(vector), "head"]
     parts = [vector[name].get("layer", vector[name]) for name in layers]
     arrays = [array for part in parts for array in (part["kernel"].T, part["bias"])]
     target = torch.cat([torch.tensor(np.asarray(array)).flatten() for array in arrays])[:, None]
@@ -280,6 +280,11 @@ def solved_by_curvlinops(
         return _in_order_of(vector, layers, found)
 
     return solve
+
+
+def _hidden(params: Any) -> list[str]:
+    """The names of the hidden layers from the first to the last: "layer_2" before "layer_10"."""
+    return sorted(params.keys() - {"head"}, key=lambda name: int(name.rpartition("_")[2]))
 
 
 def _in_order_of(tree: Any, layers: Sequence[str], flat: np.ndarray) -> np.ndarray:
