@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,11 +25,12 @@ _NETWORK, _NUM_EXAMPLES, _NUM_EIGENVALUES = "small_mlp", 1437, 10
 
 
 def cases(preset: str) -> dict[str, Callable[[], Case]]:
-    """The cases of a preset by name; smoke has none: a process takes seconds to begin."""
-    return {} if preset == "smoke" else {"top10_small_mlp": _top}
+    """The cases of a preset by name; smoke runs no other tool."""
+    tools = () if preset == "smoke" else _competitors.TOOLS
+    return {"top10_small_mlp": functools.partial(_top, tools)}
 
 
-def _top() -> Case:
+def _top(tools: Sequence[Any]) -> Case:
     problem = _problems.trained(_NETWORK, _NUM_EXAMPLES)
     operator = curvature.hessian(problem.loss_fn, problem.params, problem.x, problem.y)
     exact = np.asarray(curvature.exact_spectrum(operator), np.float64)
@@ -37,7 +38,7 @@ def _top() -> Case:
     # Some more than from the starts that are tried: other tools draw their own.
     num_steps = 10 + _competitors.fewest_steps(problem, (problem.x, problem.y), reference)
     labels = ["regjax"]
-    for label, modules, _ in _competitors.TOOLS:
+    for label, modules, _ in tools:
         if all(map(importlib.util.find_spec, modules)):
             labels.append(label)
     seen: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
@@ -68,7 +69,7 @@ def _top() -> Case:
         tolerance=1e-3,
         sizes={"parameters": operator.size, "examples": _NUM_EXAMPLES, "other steps": num_steps},
         facts=facts,
-        bars={"regjax, first call": 2.5, "regjax / matfree": 1.0},
+        bars={"regjax, first call": 2.5} | ({"regjax / matfree": 1.0} if "matfree" in labels else {}),
     )  # fmt: skip
 
 
