@@ -146,6 +146,22 @@ def json_line(result: Result) -> str:
     return json.dumps(record | environment())
 
 
+def bytes_of(compiled: Any) -> dict[str, int]:
+    """What a compiled program holds by the compiler's account, and all of it in total."""
+    memory = compiled.memory_analysis()
+    found = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
+    return {**found, "total": sum(found.values())}
+
+
+def cold_environment() -> dict[str, str]:
+    """The environment of a process that compiles everything that it runs, on the CPU."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+
+
 def environment() -> dict[str, Any]:
     """The machine, the versions and the date, for every record."""
     return {

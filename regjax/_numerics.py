@@ -1,8 +1,6 @@
 """Small pieces of arithmetic that are easily written wrong: guarded division, errors, parts."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +9,10 @@ from jax.typing import ArrayLike
 
 from regjax import _tree
 from regjax._base import Params, Tree
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _together(function: _Function) -> _Function:
-    """Makes a function one program outside of a jit; inside, the same operations as without."""
-    return cast(_Function, jax.jit(function, inline=True))
+from regjax._one_program import one_program
 
 
-_along_axes = functools.partial(jax.jit, static_argnames=("axes",), inline=True)
-
-
-@_together
+@one_program()
 def divide(
     numerator: ArrayLike,
     denominator: ArrayLike,
@@ -46,7 +35,7 @@ def divide(
     return jnp.where(allowed, quotient, jnp.asarray(otherwise, quotient.dtype))
 
 
-@_together
+@one_program()
 def mean_and_error(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gives the mean over the leading axis and its standard error, NaN for a single value."""
     count = jnp.asarray(values.shape[0], values.dtype)
@@ -64,7 +53,7 @@ def part_outside(vectors: jax.Array, rows: jax.Array) -> jax.Array:
     return vectors - jnp.matmul(along, rows, precision="highest")
 
 
-@_together
+@one_program()
 def finite_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes singular values (r,), falling, and right singular vectors (r, d).
 
@@ -76,7 +65,7 @@ def finite_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(is_finite, values, jnp.nan), jnp.where(is_finite, rows, jnp.nan)
 
 
-@_together
+@one_program()
 def between(params: Params, other_params: Params, share: ArrayLike) -> Params:
     """Gives (1 - share) params + share other_params, leaf by leaf; exact at both ends."""
 
@@ -88,7 +77,7 @@ def between(params: Params, other_params: Params, share: ArrayLike) -> Params:
     return jax.tree.map(mixed, params, other_params)
 
 
-@_together
+@one_program()
 def scaled_norm(tree: Tree) -> jax.Array:
     """Computes the Euclidean norm of all scalars of an array or a tree, in float32 at least.
 
@@ -98,7 +87,7 @@ def scaled_norm(tree: Tree) -> jax.Array:
     return _length(leaves, power) / power
 
 
-@_together
+@one_program()
 def unit(tree: Params) -> Params:
     """Divides a tree by its norm, of any size, in the widest of its dtypes; zero stays zero."""
     leaves, power = _leaves_near_one(tree)
@@ -106,27 +95,27 @@ def unit(tree: Params) -> Params:
     return jax.tree.unflatten(jax.tree.structure(tree), [divide(leaf, length) for leaf in leaves])
 
 
-@_together
+@one_program()
 def cosine(one: Params, other: Params) -> jax.Array:
     """Computes the cosine of the angle between two trees of any size; 0 if one of them is zero."""
     return _tree.inner(unit(one), unit(other))
 
 
-@_along_axes
+@one_program(static="axes")
 def norms_along(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Computes Euclidean norms over `axes`, which stay with length one; of any size."""
     array, power = near_one(array, axes)
     return _root(jnp.sum(array**2, axes, keepdims=True)) / power
 
 
-@_along_axes
+@one_program(static="axes")
 def units_along(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Divides groups over `axes` by their norms, of any size; zero groups stay zero."""
     array, _ = near_one(array, axes)
     return array * divide(1, _root(jnp.sum(array**2, axes, keepdims=True)))
 
 
-@_together
+@one_program()
 def _leaves_near_one(tree: Tree) -> tuple[list[jax.Array], jax.Array]:
     """Gives the leaves times the power of two that brings the largest magnitude near one."""
     dtype = _tree.vector_dtype(tree)
@@ -148,7 +137,7 @@ def _root(square: jax.Array) -> jax.Array:
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
-@_together
+@one_program()
 def power_of_two(size: jax.Array) -> jax.Array:
     """Finds the power of two that brings a positive `size` near 1; 0 for 0, NaN and infinity.
 
@@ -165,7 +154,7 @@ def power_of_two(size: jax.Array) -> jax.Array:
     return jnp.where((size > 0) & jnp.isfinite(size), power, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "at_least"), inline=True)
+@one_program(static=("axes", "at_least"))
 def near_one(
     array: jax.Array, axes: tuple[int, ...], *, at_least: float = 0
 ) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from regjax import _jaxprs, _meshes
 from regjax._digest import digest
+from regjax._printing import noted
 
 _Jitted = TypeVar("_Jitted", bound=Callable[..., Any])
 
@@ -240,7 +241,8 @@ def _closed(function_of: Callable[[Any], Any], leaves: Any, arguments: Any) -> t
         return function_of(own)(*arguments)
 
     traced = jax.make_jaxpr(fresh, return_shape=True)
-    return _meshes.without_mesh(traced, structs(leaves), structs(arguments))
+    with noted(*arguments):
+        return _meshes.without_mesh(traced, structs(leaves), structs(arguments))
 
 
 def _hoisted(closed: Any, captured: list[Any], leaves: Any, arguments: Any) -> ClosedJaxpr:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from regjax import _checks, _draws, _sharding, _tree
 from regjax._base import Params, PRNGKey, Tree
+from regjax._one_program import one_program
 from regjax._shares import Shares, drawn, leaves, vectors
 
 
@@ -115,8 +116,7 @@ class Space:
             return vectors(self._shares, jax.tree.leaves(self.put(tree)), dtype)
         return self._raveled(jax.tree.leaves(tree), dtype)
 
-    # Outside of a jit one program in place of several for each leaf; inside, no trace of it.
-    @functools.partial(jax.jit, static_argnames=("self", "dtype"), inline=True)
+    @one_program(static=("self", "dtype"))
     def _raveled(self, leaves: list[jax.Array], dtype: Any) -> jax.Array:
         vector, start = jnp.zeros(self.size, dtype), 0
         # Updates in place: XLA on CPU takes four times as long for a concatenation.
@@ -134,7 +134,7 @@ class Space:
         typed = [leaf.astype(dtype) for leaf, dtype in zip(pieces, self.dtypes, strict=True)]
         return jax.tree.unflatten(self.treedef, typed)
 
-    @functools.partial(jax.jit, static_argnames="self", inline=True)
+    @one_program(static="self")
     def _unraveled(self, vector: jax.Array) -> Params:
         pieces = zip(self._cut(vector), self.dtypes, strict=True)
         return jax.tree.unflatten(self.treedef, [leaf.astype(dtype) for leaf, dtype in pieces])

@@ -18,3 +18,5 @@ from regjax._base import ScalarOrSchedule as ScalarOrSchedule
 from regjax._base import State as State
 from regjax._base import Tree as Tree
 from regjax._subsets import PartFunction as PartFunction
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -14,13 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-FACES = (
-    "regjax", "regjax.curvature", "regjax.diagnostics", "regjax.experiments",
-    "regjax.initializers", "regjax.models", "regjax.models.linen", "regjax.normalization",
-    "regjax.normalization.linen", "regjax.normalization.nnx", "regjax.plots", "regjax.pruning",
-    "regjax.regularizers", "regjax.regularizers.linen", "regjax.regularizers.nnx",
-    "regjax.schedules", "regjax.transforms",
-)  # fmt: skip
+from tests.faces import FACES, public_names
+
 SESSION = """
 import jax
 import jax.numpy as jnp
@@ -38,23 +33,19 @@ FRAMEWORKS = {f"regjax.from_{name}": name for name in ("equinox", "haiku", "kera
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-def public_names():
+def names_with_examples():
     """Dotted name -> the function, or the class that a user makes."""
     found, seen = {}, set()
     for face in FACES:
-        module = importlib.import_module(face)
-        ours = getattr(module, "__all__", None)
-        for name, value in vars(module).items():
-            here = name in ours if ours else getattr(value, "__module__", "") == face
-            if name.startswith("_") or not here or not callable(value) or id(value) in seen:
-                continue
-            if not (inspect.isclass(value) and value.__name__.endswith(MADE_BY_US)):
+        for name, value in public_names(face).items():
+            is_made = inspect.isclass(value) and value.__name__.endswith(MADE_BY_US)
+            if callable(value) and not is_made and id(value) not in seen:
                 seen.add(id(value))
                 found[f"{face}.{name}"] = value
     return found
 
 
-NAMES = public_names()
+NAMES = names_with_examples()
 
 
 def examples_of(name, value):
@@ -113,7 +104,7 @@ def test_a_wrong_and_a_missing_example_are_found():
 
     (test,) = examples_of("half", half)
     assert "1.6\nGot:\n    1.5" in failures_of(test)
-    assert examples_of("public_names", public_names) == []
+    assert examples_of("names_with_examples", names_with_examples) == []
     assert sections_of(half.__doc__) == ["Example:"]
     assert sections_of(half.__doc__.replace("Example:", "Examples:")) == ["Examples:"]
 

@@ -1,7 +1,6 @@
 """What a notebook shows of a result or an operator is short, and says the numbers that are few."""
 
-import importlib
-import inspect
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,14 +9,10 @@ import numpy as np
 import pytest
 
 import regjax
-from regjax import curvature
+from regjax import curvature, diagnostics
 from regjax._printing import legible
 from regjax.curvature._operators._operator import Operator
-
-ROOMS = (
-    "curvature", "diagnostics", "experiments", "initializers", "models", "normalization", "plots",
-    "pruning", "regularizers", "schedules", "transforms",
-)  # fmt: skip
+from tests.faces import FACES, public_names
 
 
 @legible
@@ -60,10 +55,9 @@ def test_what_has_no_numbers_is_its_type():
     assert repr(Result(jnp.ones((), jnp.bfloat16))).startswith("Result(values=1, ")
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_public_result_is_legible(room):
-    module = importlib.import_module(f"regjax.{room}")
-    results = [v for n, v in vars(module).items() if n.endswith("Result") and inspect.isclass(v)]
+@pytest.mark.parametrize("face", FACES)
+def test_every_public_result_is_legible(face):
+    results = [value for name, value in public_names(face).items() if name.endswith("Result")]
     assert [v for v in (*results, regjax.Model) if v.__repr__ is not Result.__repr__] == []
 
 
@@ -93,7 +87,17 @@ def mean_output(outputs, targets):
     return jnp.mean(outputs - targets)
 
 
-def test_an_error_in_the_loss_says_what_the_loss_was_given():
+@pytest.mark.parametrize(
+    "measure",
+    [
+        curvature.hessian,
+        functools.partial(diagnostics.line_probe, learning_rates=[0.1]),
+        lambda loss_fn, params, *batch: diagnostics.influence(
+            loss_fn, params, batch, batch, damping=1.0
+        ),
+    ],
+)
+def test_an_error_in_the_loss_says_what_the_loss_was_given(measure):
     """One-hot labels where integers belong: the message is that of the loss, the note is ours."""
 
     def loss_fn(params, inputs, labels):
@@ -101,7 +105,8 @@ def test_an_error_in_the_loss_says_what_the_loss_was_given():
             raise TypeError("labels must be integers")
         return jnp.mean(inputs @ params["w"])
 
+    arguments = (loss_fn, {"w": jnp.ones(2)}, jnp.ones((5, 2)), jnp.ones((5, 3)))
     with pytest.raises(TypeError, match="labels must be integers") as caught:
-        curvature.hessian(loss_fn, {"w": jnp.ones(2)}, jnp.ones((5, 2)), jnp.ones((5, 3)))
+        measure(*arguments)
     given = "called with (a dict of 1 arrays, float32[5,2], float32[5,3])"
     assert given in "".join(caught.value.__notes__)

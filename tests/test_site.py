@@ -8,7 +8,6 @@ import fcntl
 import functools
 import http.server
 import importlib
-import inspect
 import os
 import pathlib
 import re
@@ -21,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.test_vocabulary import FACES
+from tests.faces import FACES, public_names
 
 pytestmark = pytest.mark.slow  # the same on every Python
 
@@ -113,21 +112,10 @@ def test_broken_links_are_found(tmp_path):
     ]  # fmt: skip
 
 
-def public_names():
-    """What each room says that it has, or else what it defines; no modules."""
-    for face in FACES:
-        module = importlib.import_module(face)
-        own = set(re.findall(r"(?:class|def) (\w+)", inspect.getsource(module)))
-        for name, value in vars(module).items():
-            is_there = name in getattr(module, "__all__", own) and not name.startswith("_")
-            if is_there and not inspect.ismodule(value):
-                yield f"{face}.{name}"
-
-
 def test_every_public_name_has_an_entry_and_private_modules_are_not_shown(pages):
     reference = {path: page for path, page in pages.items() if path.parent.name == "api"}
     anchors = set().union(*(page.anchors for page in reference.values()))
-    names = set(public_names())
+    names = {f"{face}.{name}" for face in FACES for name in public_names(face)}
     assert "regjax.curvature.top_eigenpairs" in names
     assert "regjax.normalization.nnx.BatchNorm" in names
     assert names - anchors == set()

@@ -16,15 +16,10 @@ from typing import NamedTuple
 import pytest
 from flax import linen, nnx
 
+from tests.faces import FACES, public_names
+
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "vocabulary.md"
 ROW = re.compile(r"^\| `(\w+)` \| (.+) \|$", re.MULTILINE)
-FACES = (
-    "regjax", "regjax.curvature", "regjax.diagnostics", "regjax.experiments",
-    "regjax.initializers", "regjax.models", "regjax.models.linen", "regjax.normalization",
-    "regjax.normalization.linen", "regjax.normalization.nnx", "regjax.plots", "regjax.pruning",
-    "regjax.regularizers", "regjax.regularizers.linen", "regjax.regularizers.nnx",
-    "regjax.schedules", "regjax.transforms",
-)  # fmt: skip
 # Their layers are flax modules, with flax's arguments beside those on the page.
 FLAX_FACES = re.compile(r"regjax\.(models|.*\.(linen|nnx))\.")
 FLAX = set().union(
@@ -97,10 +92,7 @@ def public_uses():
     """Name -> its uses, but for flax's own and for the fields of the command line's settings."""
     found, seen = collections.defaultdict(list), set()
     for face in FACES:
-        module = importlib.import_module(face)
-        names = [name for name in vars(module) if not name.startswith("_")]
-        for name in getattr(module, "__all__", names):
-            value = getattr(module, name)
+        for name, value in public_names(face).items():
             ours = getattr(value, "__module__", "").startswith("regjax") and callable(value)
             if not ours or id(value) in seen or name.endswith("Settings"):
                 continue

@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import os
 import pathlib
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from benchmarks import _timing
 from benchmarks.growth import _measure
 from benchmarks.growth._points import Point
 
@@ -34,8 +34,7 @@ def records_of(points: Iterable[Point], *, here: bool = False) -> Iterator[dict[
 
 def _of_one_process(points: list[Point]) -> Iterator[dict[str, Any]]:
     devices = max(point.devices for point in points)
-    # What was compiled before must be compiled again.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = _timing.cold_environment()
     if devices > 1:  # nothing is timed there; with few threads virtual devices may wait forever
         environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "NPROC": "16"}
     command = [sys.executable, "-m", "benchmarks.growth", json.dumps(points)]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from benchmarks import _timing
 from benchmarks.growth._points import Point
 from benchmarks.speed import _competitors
 from benchmarks.speed._problems import Problem
@@ -119,14 +120,13 @@ def _matfree(point: Point, problem: Problem) -> Tool:
     begin = time.perf_counter()
     compiled = jax.jit(solve).lower(*arguments).compile()
     seconds = time.perf_counter() - begin
-    memory: Any = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    total = _timing.bytes_of(compiled)
 
     def run() -> Answer:
         values, _ = jax.block_until_ready(compiled(*arguments))
         return Answer(float(values[-1]), point.products)
 
-    return Tool(run, seconds, lambda: int(total))
+    return Tool(run, seconds, lambda: total["total"])
 
 
 def _curvlinops(point: Point, problem: Problem) -> Tool:

@@ -110,18 +110,11 @@ def failed(message: str, seconds: float) -> dict[str, Any]:
 
 def account_of(compiled: Any, chip: _chips.Chip | None, case: Case) -> dict[str, Any]:
     """Memory, work and messages of a chip, and the seconds that the published rates allow."""
-    memory = compiled.memory_analysis()
+    num_bytes = _timing.bytes_of(compiled)
     found = _account.account(compiled.as_text(), case.num_chips)
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
     facts = {
-        "bytes": {
-            "arguments": memory.argument_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "results": results,
-            "total": total,
-        },
-        "fits": chip is None or bool(total <= chip.memory),
+        "bytes": num_bytes,
+        "fits": chip is None or bool(num_bytes["total"] <= chip.memory),
         "operations": found.operations,
         "bytes_moved": found.num_bytes,
         "bytes_sent": found.sent,

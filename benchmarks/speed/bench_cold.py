@@ -7,7 +7,6 @@ loaded the network before the clock starts.
 import functools
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import _timing
 from benchmarks._timing import Case
 from benchmarks.speed import _competitors, _problems
 from regjax import curvature
@@ -45,8 +45,9 @@ def _top(tools: Sequence[Any]) -> Case:
 
     def run(label: str) -> np.ndarray:
         command = [sys.executable, "-m", __name__, label, str(num_steps)]
-        environment = {k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k}
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=_timing.cold_environment(), check=True, capture_output=True, text=True
+        )
         found = json.loads(done.stdout.splitlines()[-1])
         seen[label].append(found)
         return np.asarray(found["values"])

@@ -9,12 +9,10 @@ A table of the names with their first sentences, then an entry each. At the end 
 public name of every room must have an entry: one that is missing is a warning, which `-W` refuses.
 """
 
-import ast
 import functools
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
 from types import ModuleType
 
 from docutils import nodes
@@ -37,23 +35,7 @@ ROOMS = (
 def public_names(room: str) -> list[str]:
     """The names that a user may take from a room, modules left out."""
     module = importlib.import_module(room)
-    names = getattr(module, "__all__", None) or list(_exported(module))
-    return [name for name in names if _is_documented(module, getattr(module, name))]
-
-
-def _exported(module: ModuleType) -> Iterator[str]:
-    """What is defined in a module or imported with `as`, which is how mypy reads it."""
-    for node in ast.parse(inspect.getsource(module)).body:
-        match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
-                names = [name]
-            case ast.ImportFrom(names=aliases):
-                names = [alias.asname for alias in aliases if alias.asname]
-            case ast.Assign(targets=targets):
-                names = [target.id for target in targets if isinstance(target, ast.Name)]
-            case _:
-                continue
-        yield from (name for name in names if not name.startswith("_"))
+    return [name for name in module.__all__ if _is_documented(module, getattr(module, name))]
 
 
 def _is_documented(module: ModuleType, value: object) -> bool:

@@ -8,7 +8,6 @@ is off by the form of x - x* and y - y*, which is of second order in the errors 
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +24,6 @@ from regjax.curvature._solve import solve
 _SUM = 4
 
 
-class InverseForms(NamedTuple):
-    """The forms of M blocks of C vectors.
-
-    Attributes:
-      value: (M, C, C), symmetric.
-      error_bound: (M, C, C), infinite where nothing positive is known of the least eigenvalue.
-      converged: (M,), bool, whether all systems of the block did.
-      num_matvecs: (), int32, products for each system.
-    """
-
-    value: jax.Array
-    error_bound: jax.Array
-    converged: jax.Array
-    num_matvecs: jax.Array
-
-
 def inverse_forms(
     rows: Params,
     operator: Operator,
@@ -50,8 +33,16 @@ def inverse_forms(
     preconditioner: Operator | None,
     tol: ArrayLike,
     max_matvecs: int | None,
-) -> InverseForms:
-    """The forms of the blocks B (C, n), a tree of (M, C, *leaf); options are those of `solve`."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The forms of M blocks B (C, n), which are a tree of (M, C, *leaf).
+
+    The operator and the options are those of `solve`.
+
+    Returns:
+      The forms (M, C, C), symmetric; how far each may be off, infinite where nothing positive is
+      known of the least eigenvalue; (M,), whether all systems of a block have converged; and (),
+      the products for each system.
+    """
     num_examples, num_outputs = jax.tree.leaves(rows)[0].shape[:2]
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
     found = solve(
@@ -67,7 +58,7 @@ def inverse_forms(
         space=space,
     )  # fmt: skip
     converged = found.converged.reshape(num_examples, num_outputs).all(1)
-    return InverseForms(values, bounds, converged, found.num_matvecs)
+    return values, bounds, converged, found.num_matvecs
 
 
 @functools.partial(jax.jit, static_argnames=("num_outputs", "space"))

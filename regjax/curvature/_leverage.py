@@ -139,14 +139,13 @@ def output_covariance(
     _checks.integer("num_examples", num_examples)
     rows_of = jacobian(model_fn, params, inputs, wrt=wrt)
     rows = example_rows(rows_of, rows_of.inputs)
-    found = inverse_forms(
+    forms, bounds, converged, num_matvecs = inverse_forms(
         rows, operator, damping=damping, lower_bound=lower_bound, preconditioner=preconditioner,
         tol=tol, max_matvecs=max_matvecs,
     )  # fmt: skip
     return OutputCovarianceResult(
-        found.value / num_examples, found.error_bound / num_examples, found.converged,
-        found.num_matvecs,
-    )  # fmt: skip
+        forms / num_examples, bounds / num_examples, converged, num_matvecs
+    )
 
 
 @checked
@@ -236,18 +235,14 @@ def leverage(
     rows_of = jacobian(model_fn, params, inputs, wrt=wrt)
     rows, rounding = _weighted_rows(rows_of, own, params, outputs, targets)
     _check_convex(rows)
-    found = inverse_forms(
+    forms, bounds, converged, num_matvecs = inverse_forms(
         rows, operator, damping=damping, lower_bound=lower_bound, preconditioner=preconditioner,
         tol=tol, max_matvecs=max_matvecs,
     )  # fmt: skip
-    value, bound = (
-        jnp.trace(forms, axis1=1, axis2=2) for forms in (found.value, found.error_bound)
-    )
+    value, bound = (jnp.trace(each, axis1=1, axis2=2) for each in (forms, bounds))
     # What rounding adds to S, in the direction in which the form can be largest.
     bound = bound + rounding / least_eigenvalue(operator, damping, lower_bound)
-    return LeverageResult(
-        value / num_examples, bound / num_examples, found.converged, found.num_matvecs
-    )
+    return LeverageResult(value / num_examples, bound / num_examples, converged, num_matvecs)
 
 
 def _places(examples: ArrayLike | None, num_examples: int) -> ArrayLike:

@@ -1,6 +1,5 @@
 """What batch norm regularises: the quadratic constraint that it puts on a plain layer."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
+from regjax._one_program import one_program
 from regjax._printing import legible
 
 
@@ -121,8 +121,7 @@ def batch_norm_regularization(
     )
 
 
-# Outside of a jit one program in place of many; inside, the same operations as without.
-@functools.partial(jax.jit, inline=True)
+@one_program()
 def _found(
     kernel: jax.Array,
     scale: jax.Array,

@@ -8,6 +8,8 @@ from jax.typing import DTypeLike
 from regjax import _checks
 from regjax.models import _diagonal_linear
 
+__all__ = ["DiagonalLinear"]
+
 
 class DiagonalLinear(linen.Module):
     """Is `regjax.models.DiagonalLinear` for linen; the inputs tell the number of features.

@@ -1,7 +1,6 @@
 """What all normalization layers share: they are pure functions; a Flax module holds the arrays."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, Self, TypeAlias
@@ -13,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from regjax import _checks
 from regjax._base import PRNGKey
+from regjax._one_program import one_program
 from regjax.normalization import _arguments
 from regjax.normalization._statistics import Devices, Groups
 
@@ -157,8 +157,7 @@ class Layer:
             key = _checks.key("key", key)
         return self._applied(dict(params), dict(state), inputs, mask, key, train=train)
 
-    # One program where `apply` is called outside of jit; inside it there is nothing to see of it.
-    @functools.partial(jax.jit, static_argnames=("self", "train"), inline=True)
+    @one_program(static=("self", "train"))
     def _applied(
         self,
         params: dict[str, jax.Array],

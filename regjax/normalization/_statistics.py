@@ -1,12 +1,13 @@
 """Moments of a batch: one pass, where a mask holds, and over the devices of a mapped axis."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from regjax._one_program import one_program
 
 Groups: TypeAlias = Sequence[Sequence[int]]
 """Indices along a mapped axis, one list for each group that shares its statistics."""
@@ -180,7 +181,7 @@ def squared(array: jax.Array) -> jax.Array:
     return array.real**2 + array.imag**2 if jnp.iscomplexobj(array) else array**2
 
 
-@functools.partial(jax.jit, inline=True)
+@one_program()
 def root(square: jax.Array) -> jax.Array:
     """Takes the square root, with the derivative 0 at zero, where it has none."""
     is_zero = square == 0

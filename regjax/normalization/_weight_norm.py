@@ -1,6 +1,5 @@
 """Kernels made of others: direction and length apart, or standardized, for each output unit."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from regjax import _checks, _layouts, _numerics, _selection, _tree
 from regjax._arguments import checked
 from regjax._axes import Axes, Layout, Layouts
 from regjax._base import Mask, Params, Tree
+from regjax._one_program import one_program
 from regjax._printing import legible
 from regjax.normalization import _statistics
 
@@ -295,8 +295,7 @@ def _joined(v: jax.Array, g: jax.Array, axes: Axes) -> jax.Array:
     return _of_length(v, g, axes)
 
 
-# Outside of a jit one program in place of many; inside, the same operations as without.
-@functools.partial(jax.jit, static_argnames="axes", inline=True)
+@one_program(static="axes")
 def _of_length(v: jax.Array, g: jax.Array, axes: Axes) -> jax.Array:
     scaled, _ = _numerics.near_one(_tree.wide(v), axes.inputs)
     norm = _statistics.root(jnp.sum(scaled**2, axes.inputs, keepdims=True))
@@ -304,7 +303,7 @@ def _of_length(v: jax.Array, g: jax.Array, axes: Axes) -> jax.Array:
     return (scaled * jnp.broadcast_to(factor, v.shape)).astype(v.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="axes", inline=True)
+@one_program(static="axes")
 def _length(w: jax.Array, axes: Axes) -> jax.Array:
     scaled, power = _numerics.near_one(_tree.wide(w), axes.inputs)
     norm = _statistics.root(jnp.sum(scaled**2, axes.inputs))

@@ -3,7 +3,6 @@
 Trees of scores are compared as a whole, by their order: a threshold would take all that tie.
 """
 
-import functools
 import math
 from typing import TypeAlias
 
@@ -15,6 +14,7 @@ from regjax import _checks, _layouts, _loops, _tree
 from regjax._arguments import checked
 from regjax._axes import Axes, Layouts
 from regjax._base import Tree
+from regjax._one_program import one_program
 
 
 def full_masks(scores: Tree) -> Tree:
@@ -162,8 +162,7 @@ def _check_count(
     return count
 
 
-# Outside of a jit one program in place of many; inside, the same operations as without.
-@functools.partial(jax.jit, inline=True)
+@one_program()
 def _ranks(scores: jax.Array, among: jax.Array) -> jax.Array:
     """Ranks each score among those chosen, from 0; the others come behind all of them."""
     order = jnp.lexsort((scores, ~among))
@@ -171,7 +170,7 @@ def _ranks(scores: jax.Array, among: jax.Array) -> jax.Array:
     return jnp.zeros(scores.size, jnp.int32).at[order].set(numbers)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "min_units"), inline=True)
+@one_program(static=("axes", "min_units"))
 def _above_floor(scores: jax.Array, kept: jax.Array, axes: Axes, min_units: int) -> jax.Array:
     """Marks those kept that may go so that the `min_units` highest of each layer stay."""
 
@@ -182,7 +181,7 @@ def _above_floor(scores: jax.Array, kept: jax.Array, axes: Axes, min_units: int)
     return axes.restack(axes.over_stack(of_layer)(jnp.asarray(scores), jnp.asarray(kept)))
 
 
-@functools.partial(jax.jit, inline=True)
+@one_program()
 def _like(flat: jax.Array, masks: Tree) -> Tree:
     pieces, start = [], 0
     for leaf in jax.tree.leaves(masks):

@@ -1,6 +1,5 @@
 """Batch entropy: how much of the batch a layer still tells apart, kept near a trainable target."""
 
-import functools
 import math
 import re
 from collections.abc import Hashable
@@ -14,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from regjax import _checks, _tree
 from regjax._arguments import checked
 from regjax._base import Params, State, Tree
+from regjax._one_program import one_program
 
 # The leaves of a tap by which its parameter and its state are found in any model.
 TARGET, ENTROPY = "target_entropy", "batch_entropy"
@@ -72,8 +72,7 @@ def batch_entropy(
     return _entropy(activations, scale, axis_name)
 
 
-# Outside of a jit one program in place of many; inside, the same operations as without.
-@functools.partial(jax.jit, static_argnames="axis_name", inline=True)
+@one_program(static="axis_name")
 def _entropy(activations: jax.Array, scale: ArrayLike, axis_name: str | None) -> jax.Array:
     units = _tree.wide(activations).reshape(activations.shape[0], -1)
     # Distances from an example, the same on all devices, are exactly 0 for a constant unit.

@@ -24,7 +24,6 @@ from regjax._base import (
     couples_examples,
 )
 from regjax._meshes import on_one_mesh
-from regjax._printing import noted
 from regjax._programs import Program
 from regjax._sharding import Placement, find
 from regjax._space import Space
@@ -207,7 +206,7 @@ def parts_of(
 
 def trace(function: Callable[..., Tree], *signatures: Batch) -> Program:
     """The program of a loss or a model, with full float32 products, shared with equal ones."""
-    with precision(), noted(*signatures[0]):
+    with precision():
         coupled = couples_examples(function)
         return _programs.share(_programs.trace(function, *signatures, couples_examples=coupled))
 
