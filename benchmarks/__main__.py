@@ -29,9 +29,9 @@ class Speed:
     """Time the library against itself and other tools; answers are checked first."""
 
     preset: Literal["smoke", "cpu", "gpu"] = "smoke"
-    """smoke: tiny, seconds, writes nothing by itself. cpu: two cores. gpu: needs an accelerator."""
+    """smoke: tiny, minutes, writes nothing by itself. cpu: two cores. gpu: needs an accelerator."""
     only: str | None = None
-    """Run only the cases with this in their name, such as `curvature/hvp`."""
+    """Run only the cases with this in their name, such as `curvature/product`."""
     out: pathlib.Path | None = None
     """Folder of speed_<preset>.jsonl. Default: benchmarks/results, for smoke nowhere."""
 
@@ -41,7 +41,7 @@ class Claims:
     """Run the papers' claims at a small size and say what came out; goes on where it stopped."""
 
     preset: Literal["smoke", "cpu", "gpu"] = "smoke"
-    """smoke: seconds, two seeds, writes nothing by itself. cpu: two cores, hours. gpu: as cpu, but
+    """smoke: minutes, two seeds, writes nothing by itself. cpu: two cores, hours. gpu: as cpu, but
     the paper's own size where it needs an accelerator (batch_entropy: 500 layers)."""
     only: str | None = None
     """Run only the claims with this in their name."""

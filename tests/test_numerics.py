@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from regjax import _numerics
+from regjax._one_program import one_program
 
 
 def test_division_is_guarded_with_its_derivative():
@@ -113,3 +114,15 @@ def test_norms_of_groups_have_a_scale_each(size):
     np.testing.assert_allclose(units, [[0.6, 0, 0.6], [0.8, 0, -0.8]], rtol=1e-6)
     slope = jax.grad(lambda a: jnp.sum(_numerics.norms_along(a, (0,))))(array)
     np.testing.assert_allclose(slope, units, rtol=1e-6)
+
+
+def test_a_function_of_several_operations_is_one_program_outside_and_none_inside():
+    @one_program(static="power")
+    def rooted(x, power):
+        return jnp.sqrt(x) + jnp.exp(x) ** power
+
+    np.testing.assert_allclose(rooted(jnp.ones(3), power=2), 1 + np.e**2, rtol=1e-6)
+    assert rooted._cache_size() == 1
+    inside = {eqn.primitive.name for eqn in jax.make_jaxpr(lambda x: rooted(x, power=2))(1.0).eqns}
+    assert "exp" in inside
+    assert not inside & {"jit", "pjit"}
