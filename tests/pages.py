@@ -5,7 +5,6 @@ which it ends. `python -m tests.pages PAGE ...` runs pages and writes the output
 """
 
 import contextlib
-import decimal
 import io
 import pathlib
 import re
@@ -13,8 +12,9 @@ import sys
 import tempfile
 import textwrap
 
+from tests.printed import NUMBER, unit_of, words_of
+
 _BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
-_NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _WIDTH = 96
 
@@ -40,19 +40,16 @@ def differences(printed, shown):
     if shown.endswith(" ...\n"):
         shown = shown.removesuffix(" ...\n")
         printed = " ".join(printed.split()[: len(shown.split())])
-    ours, theirs = _NUMBER.findall(printed), _NUMBER.findall(shown)
-    words, others = (" ".join(_NUMBER.sub(" # ", text).split()) for text in (printed, shown))
+    words, others = words_of(printed), words_of(shown)
     if words != others:
         return [(printed, shown)]
-    return [pair for pair in zip(ours, theirs, strict=True) if not _is_close(*pair)]
+    pairs = zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True)
+    return [pair for pair in pairs if not _is_close(*pair)]
 
 
 def _is_close(ours, theirs):
-    if re.fullmatch(r"[-+]?\d+", theirs):
-        return ours == theirs
-    shown = decimal.Decimal(theirs)
-    place = decimal.Decimal((0, (1,), shown.as_tuple().exponent))
-    return abs(decimal.Decimal(ours) - shown) <= place
+    # A unit of the last place, and what is lost where decimals become floating point.
+    return abs(float(ours) - float(theirs)) <= unit_of(theirs) * (1 + 1e-6)
 
 
 def check(text, name):

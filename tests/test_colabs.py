@@ -19,10 +19,11 @@ import pytest
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 
+from tests.printed import NUMBER, unit_of, words_of
+
 TOP = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted(TOP.glob("colabs/*.ipynb"))
 MAX_BYTES = 300_000
-NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)")
 SAME = 1e-3
 
 
@@ -47,7 +48,7 @@ def text_of(cell):
 
 def differences(committed, found, tolerance=SAME):
     """The numbers, and the words, in which two outputs differ by more than they may."""
-    words = [" ".join(NUMBER.sub("#", text).split()) for text in (committed, found)]
+    words = [words_of(text) for text in (committed, found)]
     if words[0] != words[1]:
         return [tuple(words)]
     different = []
@@ -71,13 +72,6 @@ def error_behind(text, match):
     """The number after a ±, or 0."""
     found = re.match(rf"\s*±\s*({NUMBER.pattern})", text[match.end() :])
     return float(found[1]) if found else 0.0
-
-
-def unit_of(number):
-    """What the last digit stands for: 0.01 of 3.14, 1e-6 of 2.1e-5; of a whole number nothing."""
-    digits, _, exponent = number.partition("e")
-    decimals = len(digits.partition(".")[2])
-    return 10.0 ** (int(exponent or 0) - decimals) if decimals or exponent else 0.0
 
 
 @pytest.mark.slow
