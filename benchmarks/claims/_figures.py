@@ -68,6 +68,15 @@ def sweep(
     axes.set_xlim(-0.4, len(values) - 0.6)
 
 
+def sweeps(
+    axes: Any, lines: Mapping[str, Sequence[Record]], x: str, y: str, *, values: Sequence[Any],
+    first: int = 0, of: int | None = None,
+) -> None:  # fmt: skip
+    """A sweep for each label and its records, from line `first` on, `of` that many in all."""
+    for index, (name, records) in enumerate(lines.items(), first):
+        sweep(axes, records, x, y, values=values, index=index, of=of or len(lines), name=name)
+
+
 def side(index: int, of: int) -> float:
     """How far to the side the one of several that share a place stands."""
     return 0.5 * ((index + 0.5) / of - 0.5)

@@ -128,13 +128,11 @@ def _draw(records: Sequence[Record], figure: Any) -> str:
     strengths = sorted(_claims.groups(records, "strength"))
     for axes, own, name in _figures.panels(figure, records, names):
         gates = [gate for gate in words if _claims.select(own, gate=gate)]
-        for i, gate in enumerate(gates):
-            # A strength of zero is the same with every gate.
-            part = [r for r in own if r["gate"] == gate or not r["strength"]]
-            _figures.sweep(
-                axes, part, "strength", name, values=strengths, index=i, of=len(gates),
-                name=words[gate],
-            )  # fmt: skip
+        lines = {  # a strength of zero is the same with every gate
+            words[gate]: [r for r in own if r["gate"] == gate or not r["strength"]]
+            for gate in gates
+        }
+        _figures.sweeps(axes, lines, "strength", name, values=strengths)
         axes.set_ylim(-0.05, 1.12)
         _figures.label(axes, x="strength of L2")
         if name == "accuracy":

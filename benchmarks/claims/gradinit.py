@@ -138,11 +138,8 @@ def _draw(records: Sequence[Record], figure: Any) -> str:
     }
     scales = sorted(_claims.groups(records, "scale"))
     for axes, own, name in _figures.panels(figure, records, names):
-        for i, (method, text) in enumerate(words.items()):
-            _figures.sweep(
-                axes, _claims.select(own, method=method), "scale", name, values=scales, index=i,
-                of=len(words), name=text,
-            )  # fmt: skip
+        lines = {text: _claims.select(own, method=method) for method, text in words.items()}
+        _figures.sweeps(axes, lines, "scale", name, values=scales)
         _figures.label(axes, x="initial scale / He's scale")
         if name == "norm":
             _figures.logarithmic(axes)

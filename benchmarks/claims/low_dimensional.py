@@ -302,46 +302,43 @@ def _list(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
 
 
-_KINDS = {"SGD": ("depth", 2), "decay": ("decay", 0.01), "noise": ("noise", 1), "Adam": ("adam", 1)}
+# Panel -> what stands side by side in it: label -> (sweep, value).
+_COLUMNS = {
+    "change": {"SGD": ("depth", 2), "decay": ("decay", 0.01), "noise": ("noise", 1),
+               "Adam": ("adam", 1)},
+    "complexity": {"start x 0.5": ("init", 0.5), "as it is": ("depth", 2),
+                   "start x 2": ("init", 2.0), "decay 0.001": ("decay", 1e-3),
+                   "decay 0.01": ("decay", 1e-2)},
+}  # fmt: skip
+_PANELS = {
+    "change": "change of the weights\noff the data",
+    "complexity": "variation of the outputs\noff the data",
+    "noise": "variation of the outputs\noff the data",
+    "matched": "variation off the data,\nat the same loss",
+}
 
 
 def _draw(records: Sequence[Record], figure: Any) -> str:
-    starts = {"start x 0.5": ("init", 0.5), "as it is": ("depth", 2), "start x 2": ("init", 2.0),
-              "decay 0.001": ("decay", 1e-3), "decay 0.01": ("decay", 1e-2)}  # fmt: skip
-    kinds = {"SGD": ("depth", 2), "decay": ("decay", 0.01), "noise": ("noise", 1),
-             "Adam": ("adam", 1)}  # fmt: skip
-    names = {
-        "change": "change of the weights\noff the data",
-        "complexity": "variation of the outputs\noff the data",
-        "noise": "variation of the outputs\noff the data",
-        "matched": "variation off the data,\nat the same loss",
-    }
-    for axes, own, name in _figures.panels(figure, records, names, height=2.1):
-        if name in ("change", "complexity"):
-            shown = kinds if name == "change" else starts
-            for place, (sweep, value) in enumerate(shown.values()):
+    for axes, own, name in _figures.panels(figure, records, _PANELS, height=2.1):
+        if name in _COLUMNS:
+            for place, (sweep, value) in enumerate(_COLUMNS[name].values()):
                 part = _claims.select(own, sweep=sweep, value=value)
                 _figures.column(axes, place, _claims.numbers(part, name))
-            axes.set_xticks(range(len(shown)), list(shown), rotation=90)
+            axes.set_xticks(range(len(_COLUMNS[name])), list(_COLUMNS[name]), rotation=90)
         elif name == "noise":
             lines = {
                 "noise drawn at each step": _line(own, "fresh", 0.0),
                 "noise drawn once per image": _line(own, "noise", 0.0),
                 "the same, with wrong labels": _claims.select(own, sweep="labels"),
             }
-            for i, (text, line) in enumerate(lines.items()):
-                _figures.sweep(
-                    axes, line, "value", "complexity", values=(0, *_NOISE), index=i,
-                    of=len(lines), name=text,
-                )  # fmt: skip
+            _figures.sweeps(axes, lines, "value", "complexity", values=(0, *_NOISE))
             _figures.label(axes, x="noise off the data")
         else:
-            for i, (text, sweep) in enumerate((("ReLU nets", "depth"), ("linear nets", "linear"))):
-                line = _arrived(_claims.select(own, sweep=sweep))
-                _figures.sweep(
-                    axes, line, "value", "matched", values=(1, 2, 3, 4), index=3 + i, of=8,
-                    name=f"{text}, by depth",
-                )  # fmt: skip
+            lines = {
+                f"{text} nets, by depth": _arrived(_claims.select(own, sweep=sweep))
+                for text, sweep in (("ReLU", "depth"), ("linear", "linear"))
+            }
+            _figures.sweeps(axes, lines, "value", name, values=(1, 2, 3, 4), first=3, of=8)
             _figures.label(axes, x="layers")
         _figures.logarithmic(axes)
         axes.yaxis.label.set_size(7)

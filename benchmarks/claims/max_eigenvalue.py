@@ -283,12 +283,13 @@ def _draw(records: Sequence[Record], figure: Any) -> str:
         if name == "accuracy":
             _draw_methods(axes, own)
             continue
-        for i, batch in enumerate(_BATCHES):
-            part = _with_gain(_claims.select(own, kind="plain", batch=batch))
-            _figures.sweep(
-                axes, part, "rate", name, values=rates, index=i, of=len(_BATCHES),
-                name=f"batches of {batch}{' (all images)' if batch == max(_BATCHES) else ''}",
-            )  # fmt: skip
+        lines = {
+            f"batches of {batch}{' (all images)' if batch == max(_BATCHES) else ''}": _with_gain(
+                _claims.select(own, kind="plain", batch=batch)
+            )
+            for batch in _BATCHES
+        }
+        _figures.sweeps(axes, lines, "rate", name, values=rates)
         _figures.label(axes, x="learning rate (plain SGD)")
         if name == "sharpness":
             _figures.logarithmic(axes)

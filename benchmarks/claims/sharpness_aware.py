@@ -129,11 +129,8 @@ def _draw(records: Sequence[Record], figure: Any) -> str:
     rhos = sorted(_claims.groups(records, "rho"))
     batches = _claims.groups(records, "batch")
     for axes, own, name in _figures.panels(figure, records, names):
-        for i, batch in enumerate(batches):
-            _figures.sweep(
-                axes, _claims.select(own, batch=batch), "rho", name, values=rhos, index=i,
-                of=len(batches), name=f"batches of {batch}",
-            )  # fmt: skip
+        lines = {f"batches of {batch}": _claims.select(own, batch=batch) for batch in batches}
+        _figures.sweeps(axes, lines, "rho", name, values=rhos)
         _figures.label(axes, x="length rho of the step uphill (0: SGD)")
         if name == "sharpness":
             _figures.logarithmic(axes)

@@ -157,11 +157,8 @@ def _draw(records: Sequence[Record], figure: Any) -> str:
     scales = sorted(_claims.groups(shown, "scale"))
     names = {"early": "training loss around step 65", "accuracy": "test accuracy at the end"}
     for axes, own, name in _figures.panels(figure, shown, names, height=2):
-        for i, (kind, text) in enumerate(kinds.items()):
-            _figures.sweep(
-                axes, _claims.select(own, kind=kind), "scale", name, values=scales, index=i,
-                of=len(kinds), name=text,
-            )  # fmt: skip
+        lines = {text: _claims.select(own, kind=kind) for kind, text in kinds.items()}
+        _figures.sweeps(axes, lines, "scale", name, values=scales)
         _figures.label(axes, x="initial scale / He's scale")
         if name == "early":
             _figures.logarithmic(axes)
