@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from regjax import _checks, _chunks, _numerics, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, PRNGKey, Tree
+from regjax._finite import check_product
 from regjax._printing import legible
 
 
@@ -130,7 +131,9 @@ def dropout_noise_alignment(
     rows = jnp.concatenate([factor, probes])
     hessian = curvature.hessian(loss_fn, params, *batch, chunk_size=chunk_size)
     space = hessian.space
-    images = space.gather(hessian.block_product(space.shard(rows)))
+    images = hessian.block_product(space.shard(rows))
+    check_product(hessian, images, vectors=rows, name="loss_fn")
+    images = space.gather(images)
     vectors, found = _compare(factor, probes, images, num_directions)
     return DropoutNoiseResult(eigenvectors=_trees(space, vectors), **found)
 

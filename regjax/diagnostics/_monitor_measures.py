@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _jaxprs, _numerics, curvature
 from regjax._base import Batch, LossFn, Params, PRNGKey, ScalarOrSchedule, Tree
+from regjax._finite import without_error
 from regjax._losses import whole
 from regjax._printing import legible
 from regjax.diagnostics._alignment import gradient_share
@@ -255,7 +256,7 @@ def _jitted(function: Callable[..., Any], static: tuple[str, ...]) -> Callable[.
 def _either(
     compiles: bool, function: Callable[..., Any], static: tuple[str, ...]
 ) -> Callable[..., Any]:
-    return _jitted(function, static) if compiles else function
+    return _jitted(function, static) if compiles else without_error(function)
 
 
 @jax.jit
