@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from regjax import _differences
+
+ORDER = "the order of the matrix, which is the number of parameters"
 Number = TypeVar("Number")
 Function = TypeVar("Function")
 
@@ -16,15 +19,23 @@ _Tree: TypeAlias = Any  # `_base` stands on this file
 
 
 def integer(
-    name: str, value: object, *, minimum: int | None = 1, maximum: int | None = None
+    name: str, value: object, *, minimum: int | None = 1, maximum: tuple[int, str] | None = None
 ) -> int:
-    """Returns `value` as an `int` between `minimum` and `maximum`, or raises naming `name`."""
+    """Returns `value` as an `int`, or raises naming `name`.
+
+    Args:
+      name: of the argument.
+      value: what was given.
+      minimum: the least; None: any.
+      maximum: the most, and in words where it comes from; None: any.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be a Python integer, got {value!r}.")
-    value = int(value)
-    too_small = minimum is not None and value < minimum
-    if too_small or (maximum is not None and value > maximum):
-        rule = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+    value, most = int(value), None if maximum is None else maximum[0]
+    if (minimum is not None and value < minimum) or (most is not None and value > most):
+        rule = f"at least {minimum}"
+        if maximum is not None:
+            rule = f"between {minimum} and {most} ({maximum[1]})"
         raise ValueError(f"`{name}` must be {rule}, got {value}.")
     return value
 
@@ -221,10 +232,12 @@ def real_tree(name: str, tree: _Tree) -> _Tree:
 
 def same_structure(name: str, tree: _Tree, like: _Tree) -> _Tree:
     """Returns `tree` if it has the structure of `like`."""
-    structure: Any = jax.tree.structure(tree)
     expected: Any = jax.tree.structure(like)
-    if structure != expected:
-        raise ValueError(f"`{name}` must have the tree structure {expected}, got {structure}.")
+    if jax.tree.structure(tree) != expected:
+        raise ValueError(
+            f"`{name}` must have the tree structure {_differences.written(expected)}, got "
+            f"{_differences.of(tree, expected)}.{_differences.by_ravel(tree, like)}"
+        )
     return tree
 
 
@@ -238,6 +251,7 @@ def same_tree(name: str, tree: _Tree, like: _Tree, *, leading: tuple[int, ...] =
             raise ValueError(
                 f"`{name}{jax.tree_util.keystr(path)}` must have shape "
                 f"{leading + jnp.shape(reference)}, got {jnp.shape(leaf)}."
+                f"{_differences.by_ravel(tree, like)}"
             )
     return tree
 

@@ -127,10 +127,10 @@ def spectral_density_solver(
         fit = _BUDGET // max(space.size * space.dtype.itemsize, 1)
         most, num_steps = min(max(_FEWEST, min(_MOST, fit)), space.size), _FEWEST
     else:
-        most = _checks.integer("num_steps", num_steps, maximum=space.size)
+        most = _checks.integer("num_steps", num_steps, maximum=(space.size, _checks.ORDER))
     _checks.integer("num_probes", num_probes)
     num_rows = min(2 * num_steps, space.size) if deflate is None else deflate
-    _checks.integer("deflate", num_rows, minimum=0, maximum=space.size)
+    _checks.integer("deflate", num_rows, minimum=0, maximum=(space.size, _checks.ORDER))
     _checks.key("key", key)
     small = small_dtype(space.dtype, accumulation)
     # One at a time on CPU, where a block of vectors costs as much as its members.

@@ -135,7 +135,7 @@ def apply_function_solver(
     _checks.finite_tree("vector", _checks.same_tree("vector", vector, space.like()))
     if num_steps is None:
         num_steps = min(space.size, _STEPS)
-    _checks.integer("num_steps", num_steps, maximum=space.size)
+    _checks.integer("num_steps", num_steps, maximum=(space.size, _checks.ORDER))
     _check_elementwise(function, num_steps, space.dtype)
     flat = space.ravel(vector)
     # Of a zero vector nothing is wanted: any direction does.

@@ -124,7 +124,7 @@ def lanczos_solver(
     """
     space = operator.space
     _checks.direction("start", _checks.same_tree("start", start, space.like()))
-    _checks.integer("num_steps", num_steps, maximum=space.size)
+    _checks.integer("num_steps", num_steps, maximum=(space.size, _checks.ORDER))
     if key is not None:
         _checks.key("key", key)
 

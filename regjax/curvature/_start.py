@@ -31,7 +31,8 @@ def rows_of(start: Tree, space: Space) -> jax.Array:
     _checks.floating_leaves("start", tree)
     if not 1 <= count <= space.size:
         raise ValueError(
-            f"`start` must hold between 1 and {space.size} vectors, got a leading axis of {count}."
+            f"`start` must hold between 1 and {space.size} vectors ({_checks.ORDER}), got a "
+            f"leading axis of {count}."
         )
     _checks.direction("start", tree)
     return space.ravel_rows(tree)

@@ -120,7 +120,9 @@ def dropout_noise_alignment(
       The alignment as a cosine, its null model and all errors are ours.
     """
     _checks.integer("num_samples", num_samples, minimum=2)
-    _checks.integer("num_directions", num_directions, maximum=num_samples - 1)
+    _checks.integer(
+        "num_directions", num_directions, maximum=(num_samples - 1, "`num_samples` less one")
+    )
     _checks.integer("num_probes", num_probes)
     loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     mask_key, probe_key = jax.random.split(_checks.key("key", key))
