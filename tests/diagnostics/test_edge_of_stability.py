@@ -375,9 +375,7 @@ def test_more_behind_the_second_moments_is_refused(other):
     params = {"w": jnp.ones((3, 2))}
     tx = getattr(optax, other)(RATE)
     state = tx.update(params, tx.init(params), params)[1]
-    with pytest.raises(
-        ValueError, match=r"that of adam alone, got \d transformations behind"
-    ):
+    with pytest.raises(ValueError, match=r"that of adam alone, got \d transformations behind"):
         diagnostics.preconditioner(state, params, optimizer="adam")
     # In front of them, and around, they do no harm.
     for tx in (
