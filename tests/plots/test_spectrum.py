@@ -159,7 +159,7 @@ def test_a_density_alone_is_a_figure():
     both = plots.spectrum_figure({"sgd": density, "sam": few}, axis_scale="linear").axes
     assert [axes.get_title(loc="left") for axes in both[:2]] == ["sgd", "sam"]
     assert both[0].get_xscale() == "linear"
-    np.testing.assert_array_equal(both[2].lines[3].get_ydata(), density.eigenvalues[:3])
+    np.testing.assert_array_equal(both[2].lines[1].get_ydata(), density.eigenvalues[:3])
     without = density._replace(num_eigenvalues=jnp.int32(0))
     assert len(plots.spectrum_figure(without).axes) == 1
     with pytest.raises(
