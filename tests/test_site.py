@@ -125,7 +125,9 @@ def test_every_public_name_has_an_entry_and_private_modules_are_not_shown(pages)
 
 
 def test_functions_and_classes_link_to_their_source(pages):
-    repository = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    repository = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["urls"][
+        "Repository"
+    ]
     place = re.compile(rf"{re.escape(repository)}/blob/main/(regjax/\S+\.py)#L(\d+)-L(\d+)")
     reference = [page for path, page in pages.items() if path.parent.name == "api"]
     found = [place.fullmatch(link) for page in reference for link in page.links]

@@ -215,9 +215,8 @@ def top_eigenpairs_solver(
     start_rows = None if start is None else _start.rows_of(start, space)
     # Two rows beyond the kept ones: one for the residual's direction, one to make progress.
     num_rows = min(space.size, max(48, 2 * k + 20)) if max_basis is None else max_basis
-    _checks.integer(
-        "max_basis", num_rows, minimum=min(k + 2, space.size), maximum=(space.size, _checks.ORDER)
-    )
+    least = min(k + 2, space.size), "`k` and two more to make progress"
+    _checks.integer("max_basis", num_rows, minimum=least, maximum=(space.size, _checks.ORDER))
     limit = 20 * num_rows if max_matvecs is None else max_matvecs
 
     return Solver(

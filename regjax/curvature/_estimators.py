@@ -292,7 +292,7 @@ def _check(
     methods: dict[str, tuple[Make, int]], method: str, key: PRNGKey, num_matvecs: int
 ) -> None:
     _checks.choice("method", method, tuple(methods))
-    _checks.integer("num_matvecs", num_matvecs, minimum=methods[method][1])
+    _checks.integer("num_matvecs", num_matvecs, minimum=(methods[method][1], f"for {method}"))
     _checks.key("key", key)
 
 

@@ -194,7 +194,9 @@ def test_error_texts():
         curvature.top_eigenpairs(operator, 1, key=key, tol=-0.1)
     with pytest.raises(ValueError, match="`which` must be one of LA, SA, LM, BE, got 'top'"):
         curvature.top_eigenpairs(operator, 1, key=key, which="top")
-    with pytest.raises(ValueError, match="`max_basis` must be between 3 and 5, got 2"):
+    with pytest.raises(
+        ValueError, match=r"`max_basis` must be between 3 \(`k` and two more .*\) and 5 .*, got 2"
+    ):
         curvature.top_eigenpairs(operator, 1, key=key, max_basis=2)
     with pytest.raises(TypeError, match=r"`key` must be a typed key from jax.random.key"):
         curvature.top_eigenpairs(operator, 1, key=jax.random.PRNGKey(0))

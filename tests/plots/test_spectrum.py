@@ -166,6 +166,10 @@ def test_a_density_alone_is_a_figure():
         TypeError, match=r"`panels\['a'\]` must be from `curvature.spectral_density`"
     ):
         plots.spectrum_figure({"a": curve()})
+    with pytest.raises(
+        TypeError, match="`panels` must be a list of SpectrumPanel, got a Curvature"
+    ):
+        plots.spectrum_figure(hessian)
     with pytest.raises(ValueError, match="`panels` must have at least one density"):
         plots.spectrum_figure({})
 
