@@ -1,12 +1,13 @@
 """How a model of each kind runs: (params, state, inputs) -> (outputs, new state) on plain trees."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from regjax import _differences
 from regjax._base import ModelFn, Params, PRNGKey, State, Tree
@@ -92,7 +93,7 @@ class Apply:
             if Static(jax.tree.structure(tree)) != expected:
                 raise ValueError(
                     f"`{name}` must have the tree structure of the model's, got "
-                    f"{_differences.of(tree, expected.value)}."
+                    f"{_differences.of(tree, expected.value)}.{_own_form(tree)}"
                 )
         for (path, leaf), shape in zip(
             jax.tree_util.tree_leaves_with_path(params), self.params_shapes, strict=True
@@ -102,6 +103,17 @@ class Apply:
                     f"`params{jax.tree_util.keystr(path)}` must have the shape {shape} of the "
                     f"model's, got {np.shape(leaf)}."
                 )
+
+
+def _own_form(tree: Tree) -> str:
+    """Where the plain parameters are in what flax calls by other names."""
+    if isinstance(tree, (nnx.State, nnx.Module)):
+        of = "module" if isinstance(tree, nnx.Module) else "state"
+        part = "nnx.state(module, nnx.Param)" if of == "module" else "state"
+        return f" The plain dicts of this {of} are `nnx.to_pure_dict({part})`."
+    if isinstance(tree, Mapping) and "params" in tree:
+        return " Of linen's variables they are `variables['params']`."
+    return ""
 
 
 def _types(tree: Tree) -> tuple[Static, tuple[tuple[int, ...], ...]]:

@@ -272,6 +272,7 @@ ONLY_FOR_TYPES = {
     "Sequence": collections.abc.Sequence,
     "DensityCurveResult": curvature.DensityCurveResult,
     "DensityDistancesResult": curvature.DensityDistancesResult,
+    "DensityResult": curvature.DensityResult,
 }
 
 

@@ -1,7 +1,7 @@
 """What a figure of spectra shows of one setting, and panels made of densities alone."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -43,11 +43,10 @@ class SpectrumPanel(NamedTuple):
     residual_norms: ArrayLike | None = None
 
 
-Panels: TypeAlias = Union["DensityResult", Mapping[str, "DensityResult"], Sequence[SpectrumPanel]]
-"""A density, densities by name, or panels."""
-
-
-def panels_of(panels: Panels, axis_scale: str) -> Sequence[SpectrumPanel]:
+def panels_of(
+    panels: "DensityResult | Mapping[str, DensityResult] | Sequence[SpectrumPanel]",
+    axis_scale: str,
+) -> Sequence[SpectrumPanel]:
     """Makes panels of densities: their curves, and the largest eigenvalues that they took out.
 
     Args:
@@ -55,7 +54,7 @@ def panels_of(panels: Panels, axis_scale: str) -> Sequence[SpectrumPanel]:
       axis_scale: of the curves that are made here.
     """
     if hasattr(panels, "eigenvalue_weights"):
-        panels = {"": panels}
+        panels = cast("Mapping[str, DensityResult]", {"": panels})
     if not isinstance(panels, Mapping):
         check_panels(panels, SpectrumPanel)
         return panels

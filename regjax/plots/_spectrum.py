@@ -1,13 +1,13 @@
 """Spectral densities and their top eigenvalues, one setting or several for comparison."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from regjax import _checks
-from regjax.plots._panels import Panels, SpectrumPanel, panels_of
+from regjax.plots._panels import SpectrumPanel, panels_of
 from regjax.plots._style import (
     COLORS,
     LABEL_SIZE,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from regjax.curvature import DensityCurveResult
+    from regjax.curvature import DensityCurveResult, DensityResult
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Bumps this far below the peak are rounding: less than one eigenvalue in a network of 1e12.
@@ -110,7 +110,7 @@ def _named(axes: "Axes", name: str) -> str | None:
 
 
 def spectrum_figure(
-    panels: Panels,
+    panels: "DensityResult | Mapping[str, DensityResult] | Sequence[SpectrumPanel]",
     *,
     axis_scale: str = "symlog",
     matrix_name: str = "Hessian",

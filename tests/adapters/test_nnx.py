@@ -430,3 +430,13 @@ def test_parameters_of_another_width_are_refused_by_name(data):
     ):
         with pytest.raises(ValueError, match=message):
             run(wider.params)
+
+
+def test_trees_of_nnx_are_told_of_the_plain_dicts(data):
+    module = Perceptron(4, nnx.Rngs(0))
+    run = regjax.model_function(regjax.from_nnx(module))
+    state = nnx.state(module, nnx.Param)
+    for tree, text in ((module, r"nnx\.state\(module, nnx\.Param\)"), (state, "state")):
+        with pytest.raises(ValueError, match=rf"`nnx\.to_pure_dict\({text}\)`\.$"):
+            run(tree, data[0])
+    run(nnx.to_pure_dict(state), data[0])
