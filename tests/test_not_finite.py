@@ -121,7 +121,7 @@ def test_nothing_that_was_computed_is_lost():
     [
         ({"w": INPUTS[3]}, lambda p: jnp.sum(p["w"] ** 4), r"`params\['w'\]` holds NaN at \[1\]"),
         ({"w": jnp.ones(4)}, lambda p: square_loss(p, INPUTS), "function closes over holds NaN"),
-        ({"w": jnp.zeros(4)}, lambda p: jnp.linalg.norm(p["w"]), "norm and square root at 0"),
+        ({"w": jnp.zeros(4)}, lambda p: jnp.linalg.norm(p["w"]), "log, norm and square root at 0"),
     ],
 )  # fmt: skip
 def test_where_it_comes_from(params, loss_fn, where):
