@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from regjax import _checks
+from regjax import _checks, _draws
 from regjax._base import PRNGKey
 from regjax.normalization import _statistics
 from regjax.normalization._layer import (
@@ -234,15 +234,13 @@ class NoisyBatchNorm(BatchNorm):
             raise ValueError(f"`scale_range` must be at least 1, got {self.scale_range}.")
 
     def _disturb(self, outputs: jax.Array, key: PRNGKey) -> jax.Array:
-        keys, shape = jax.random.split(key, 4), outputs.shape
+        keys, shape = jax.random.split(key, 3), outputs.shape
         dtype = jnp.finfo(outputs.dtype).dtype
         channels = (1,) * (len(shape) - 1) + shape[-1:]
         mu = jax.random.uniform(keys[0], channels, dtype, -self.mean_range, self.mean_range)
         sigma = jax.random.uniform(keys[1], channels, dtype, 1, self.scale_range)
-        uniform = jax.random.uniform(keys[2], shape, dtype, -1, 1)
-        # Or each use of the noise would compute it again.
-        drawn = lax.optimization_barrier((uniform, jax.random.normal(keys[3], shape, dtype)))
-        m, s = mu + self.mean_jitter * drawn[0], sigma + self.scale_jitter * drawn[1]
+        uniform, normal = _draws.uniform_and_normal(keys[2], shape, dtype)
+        m, s = mu + self.mean_jitter * uniform, sigma + self.scale_jitter * normal
         return s * outputs + m
 
 
