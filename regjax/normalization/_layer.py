@@ -239,7 +239,11 @@ class Standardized(NamedTuple):
     offset: ArrayLike = 0
 
     def apply(self, scale: ArrayLike = 1, bias: ArrayLike = 0) -> jax.Array:
-        """Returns the normalized values times `scale`, plus `bias`."""
+        """Returns the normalized values times `scale`, plus `bias`, of the rank of x or below."""
+        scale, bias = (
+            jnp.reshape(array, (1,) * (self.x.ndim - jnp.ndim(array)) + jnp.shape(array))
+            for array in (scale, bias)
+        )
         return (self.x - self.reference) * (self.factor * scale) + (self.offset * scale + bias)
 
 
