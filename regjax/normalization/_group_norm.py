@@ -1,6 +1,7 @@
 """GroupNorm+: a learned mix of group normalization and a batch normalization of it."""
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -301,7 +302,11 @@ def _group_part(
             f"`num_groups` must leave more than {degrees_of_freedom} values to a group, got "
             f"{num_groups} for inputs of shape {x.shape}."
         )
-    return _standardize(x, *_corrected(found, degrees_of_freedom), epsilon).apply()
+    of_channels = functools.partial(_statistics.of_channels, num_channels=x.shape[-1])
+    # What is small beside x is quicker to read for channels than for groups.
+    found = jax.tree.map(of_channels, found) if x.ndim > 2 else found
+    _, *small = _standardize(x, *_corrected(found, degrees_of_freedom), epsilon)
+    return Standardized(x, *map(of_channels, small)).apply()
 
 
 def _corrected(found: Moments, degrees_of_freedom: int) -> tuple[Moments, ArrayLike]:

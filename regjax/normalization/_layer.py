@@ -14,7 +14,7 @@ from regjax import _checks
 from regjax._base import PRNGKey
 from regjax._one_program import one_program
 from regjax.normalization import _arguments
-from regjax.normalization._statistics import Devices, Groups
+from regjax.normalization._statistics import Devices, Groups, spread
 
 Arrays: TypeAlias = Mapping[str, jax.Array]
 Shape: TypeAlias = int | tuple[int, ...]
@@ -242,6 +242,7 @@ class Standardized(NamedTuple):
         """Returns the normalized values times `scale`, plus `bias`: numbers, or channels last."""
         bias = jnp.reshape(bias, (1,) * (self.x.ndim - 1) + (-1,)) if jnp.ndim(bias) else bias
         factor, offset = _times(self.factor, scale), _times(self.offset, scale) + bias
+        factor, offset = (spread(array, self.x.shape) for array in (factor, offset))
         return (self.x - self.reference) * factor + offset
 
 
