@@ -332,7 +332,8 @@ def _standardize(x: jax.Array, found: Moments, exists: ArrayLike, epsilon: float
 
 
 def _inverse(variance: jax.Array, epsilon: float) -> jax.Array:
-    return _numerics.divide(1, _statistics.root(variance) + epsilon)
+    deviation = _statistics.root(variance) + epsilon
+    return 1 / deviation if epsilon > 0 else _numerics.divide(1, deviation)
 
 
 def _blend(x: jax.Array, inner: Standardized, exists: ArrayLike, share: jax.Array) -> Standardized:
