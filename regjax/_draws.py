@@ -59,8 +59,8 @@ def uniform_and_normal(
     array has its own. Other generators and types make two draws.
     """
     if dtype != jnp.float32 or not goes_by_place(key):
-        keys = jax.random.split(key)
-        return jax.random.uniform(keys[0], shape, dtype, -1), jax.random.normal(keys[1], shape, dtype)
+        one, other = jax.random.split(key)
+        return jax.random.uniform(one, shape, dtype, -1), jax.random.normal(other, shape, dtype)
     # A place is counted along the leading axis, and in the rest.
     row = lax.broadcasted_iota(jnp.uint32, shape, 0)
     rest = lax.iota(jnp.uint32, math.prod(shape[1:])).reshape(shape[1:])

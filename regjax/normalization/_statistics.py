@@ -192,9 +192,7 @@ def near(inputs: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jnp.max(lax.stop_gradient(inputs[index]), tuple(axes), keepdims=True)
 
 
-def _over(
-    reduce: Callable[..., jax.Array], values: jax.Array, axes: tuple[int, ...]
-) -> jax.Array:
+def _over(reduce: Callable[..., jax.Array], values: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Takes the sum or the mean over `axes`, which are kept; of long rows as a product.
 
     XLA on CPU takes 20 to 250 times as long for the sum of rows beyond 16,384 numbers.

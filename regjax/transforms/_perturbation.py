@@ -54,7 +54,8 @@ def perturbed(
         for i in places:
             drawn = _gaussian.normal(keys[i], leaves[i])
             moved = leaves[i] + jnp.asarray(std, drawn.dtype) * drawn
-            leaves[i] = moved if chosen is None else jnp.where(chosen == numbers[i], moved, leaves[i])
+            ours = True if chosen is None else chosen == numbers[i]
+            leaves[i] = jnp.where(ours, moved, leaves[i])
         return leaves
 
     if chosen is None:
