@@ -28,9 +28,9 @@ def cases(preset: str) -> dict[str, Callable[[], Case]]:
     found: dict[str, Callable[[], Case]] = {}
     for shape in shapes:
         name = "x".join(map(str, shape))
-        bar = _BAR if preset != "smoke" else None
-        found[f"batch_{name}"] = functools.partial(_case, _batch_layers(), shape, bar)
-        found[f"group_{name}"] = functools.partial(_case, _group_layers(), shape, bar)
+        has_bars = preset != "smoke"
+        found[f"batch_{name}"] = functools.partial(_case, _batch_layers(), shape, has_bars)
+        found[f"group_{name}"] = functools.partial(_case, _group_layers(), shape, has_bars)
     width = 16 if preset == "smoke" else _WIDTH
     bar = _BAR if preset != "smoke" else None
     found[f"weight_{width}"] = functools.partial(_weight_case, width, bar)
@@ -107,15 +107,16 @@ class _GroupPart(linen.Module):
         return _group_norm.group_normalize(inputs, num_groups=_GROUPS, epsilon=1e-5) * scale + bias
 
 
-def _case(layers: dict[str, Any], shape: tuple[int, ...], bar: float | None) -> Case:
+def _case(layers: dict[str, Any], shape: tuple[int, ...], has_bars: bool) -> Case:
     random = np.random.default_rng(0)
     x, weight = (jnp.asarray(random.normal(1, 2, shape), jnp.float32) for _ in range(2))
     candidates = {label: _candidate(layer, x, weight) for label, layer in layers.items()}
     # A maximum is arithmetic of another kind: no bar for the norm of order inf.
     same_kind = ("BatchNorm", "GhostBatchNorm", "MeanOnlyBatchNorm", "LpNorm, 1", "LpNorm, 2")
-    bars = dict.fromkeys((*same_kind, "group part"), bar)
+    bars = dict.fromkeys((*same_kind, "group part"), _BAR)
     bars |= {"GroupNormPlus": _TWICE, "GroupNormPlus, usable": _TWICE}
     bars = {name: bars[name] for name in bars if name in layers}
+    bars |= {_NOISE: _BESIDE_DRAW} if _DRAW in layers else {}
 
     def facts(answers: Any, seconds: Mapping[str, float]) -> dict[str, float]:
         del answers
@@ -130,7 +131,7 @@ def _case(layers: dict[str, Any], shape: tuple[int, ...], bar: float | None) -> 
         tolerance=1e-4,
         sizes={"shape": list(shape), "dtype": "float32"},
         facts=facts,
-        bars={} if bar is None else bars | ({_NOISE: _BESIDE_DRAW} if _DRAW in layers else {}),
+        bars=bars if has_bars else {},
     )
 
 

@@ -291,12 +291,9 @@ def _group_part(
     if x.ndim < 2:
         raise ValueError(f"`inputs` must have shape (batch, ..., channels), got {x.shape}.")
     found = _statistics.moments(
-        x,
-        range(1, x.ndim - 1) if axes is None else axes[:-1],
-        mask=mask,
-        use_fast_variance=use_fast_variance,
-        num_groups=num_groups,
-    )
+        x, range(1, x.ndim - 1) if axes is None else axes[:-1],
+        mask=mask, use_fast_variance=use_fast_variance, num_groups=num_groups,
+    )  # fmt: skip
     if isinstance(found.num_values, int) and found.num_values <= degrees_of_freedom:
         raise ValueError(
             f"`num_groups` must leave more than {degrees_of_freedom} values to a group, got "

@@ -173,10 +173,11 @@ def _over_group(
 
 def of_channels(values: ArrayLike, num_channels: int) -> ArrayLike:
     """Repeats what each group of the last axis has for the channels of the group."""
-    *shape, num_groups = jnp.shape(values) or (num_channels,)
-    if num_groups == num_channels:
+    if not jnp.ndim(values) or jnp.shape(values)[-1] == num_channels:
         return values
-    repeated = jnp.broadcast_to(values[..., None], (*values.shape, num_channels // num_groups))
+    array = jnp.asarray(values)
+    *shape, num_groups = array.shape
+    repeated = jnp.broadcast_to(array[..., None], (*array.shape, num_channels // num_groups))
     return repeated.reshape(*shape, num_channels)
 
 
