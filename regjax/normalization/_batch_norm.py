@@ -54,7 +54,7 @@ class BatchNorm(Layer):
       unbiased_running_variance: whether the batch's variance over m values is multiplied by
         m / (m - 1) in the running average.
       use_fast_variance: whether variances take one pass. A second pass costs time, but does not
-        cancel even where the first value is an outlier.
+        cancel even where the first values are outliers.
 
     Raises:
       ValueError: an option is out of its range.

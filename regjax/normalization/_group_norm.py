@@ -56,7 +56,7 @@ class GroupNormPlus(Layer):
       group_size: number of channels in a group, with `num_groups=None`.
       reduction_axes: axes of G, including the channels; None: all but the examples.
       use_fast_variance: whether variances take one pass. A second pass costs time, but does not
-        cancel even where the first value is an outlier.
+        cancel even where the first values are outliers.
       epsilon: added to the standard deviations, in units of the inputs.
       mix_init: initial value of mix_logit; 1 gives G the share 0.731.
       degrees_of_freedom: subtracted from the number of values in both variances.
