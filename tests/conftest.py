@@ -26,6 +26,8 @@ os.environ.update(quick.ENVIRONMENT | os.environ)
 import jax
 import pytest
 
+from tests import eager
+
 # Every compiled function maps memory, and Linux ends a process at 65530 mappings.
 _MAX_MAPPINGS = 15_000
 _MAPPINGS = pathlib.Path("/proc/self/maps")
@@ -50,6 +52,7 @@ gc.set_threshold(20_000, 20, 20)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+eager.use_numpy()
 
 
 def pytest_configure(config):
@@ -85,6 +88,7 @@ def pytest_runtest_setup(item):
     quick = _QUICK and not _is_optimized(item)
     if jax.config.read(_OPTION) != quick:
         jax.config.update(_OPTION, quick)
+        eager.use_numpy(quick)
         # The option is no part of the key under which jit remembers what it compiled.
         jax.clear_caches()
 

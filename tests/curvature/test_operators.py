@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 from regjax import curvature
 from regjax.curvature._operators import _curvature
-from tests import oracles
+from tests import eager, oracles
 
 
 def random_like(params, seed=1):
@@ -207,10 +207,12 @@ def flat(tree):
 
 
 class count_compilations:
-    """The names of what is compiled inside of the block."""
+    """The names of what is compiled inside of the block, single operations too."""
 
     def __enter__(self):
         self.names = []
+        self._compiled = eager.compiled()
+        self._compiled.__enter__()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         return self.names
 
@@ -220,6 +222,7 @@ class count_compilations:
             self.names.append(kwargs.get("fun_name", event))
 
     def __exit__(self, *exception):
+        self._compiled.__exit__(*exception)
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
