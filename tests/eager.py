@@ -132,28 +132,34 @@ def _is_covered(equation):
             return name in _MOVED or name in _COMPUTED
 
 
+def _is_usual(variable):
+    aval = variable.aval
+    return getattr(aval, "dtype", None) in _DTYPES and aval.size <= _LARGEST
+
+
 def _is_exact(jaxpr):
     rounded = 0
+    function, _ = _parts(jaxpr)
+    if not all(map(_is_usual, (*function.invars, *function.outvars))):
+        return False
     for equation in _operations(jaxpr):
-        avals = [variable.aval for variable in (*equation.invars, *equation.outvars)]
-        if not all(
-            getattr(aval, "dtype", None) in _DTYPES and aval.size <= _LARGEST for aval in avals
-        ) or not _is_covered(equation):
+        variables = (*equation.invars, *equation.outvars)
+        if not all(map(_is_usual, variables)) or not _is_covered(equation):
             return False
-        rounded += equation.primitive.name in _ROUNDED and avals[0].dtype in _FLOATS
+        rounded += equation.primitive.name in _ROUNDED and variables[0].aval.dtype in _FLOATS
     # A compiler may round a product and its sum once.
     return rounded <= 1
 
 
-class _CompiledAsEver(Exception):
-    """Among the numbers are such that XLA takes for zero."""
+class _Subnormal(Exception):
+    """A number that XLA takes for zero."""
 
 
 def _normal(x):
     if x.dtype in _FLOATS and x.size:
         size = np.abs(x)
         if np.any((size > 0) & (size < np.finfo(x.dtype).tiny)):
-            raise _CompiledAsEver
+            raise _Subnormal
     return x
 
 
@@ -210,31 +216,34 @@ def _is_simple(arguments, *, jaxpr, **parameters):
     )
 
 
+def _results(arguments, parameters):
+    """Of NumPy, or None."""
+    if not _is_simple(arguments, **parameters):
+        return None
+    function, _ = _parts(parameters["jaxpr"])
+    inputs = [
+        np.asarray(x, variable.aval.dtype)
+        for x, variable in zip(arguments, function.invars, strict=True)
+    ]
+    try:
+        with np.errstate(all="ignore"):
+            return _evaluated(parameters["jaxpr"], inputs)
+    except _Subnormal:
+        return None
+
+
 def _without_compiler(*arguments, **parameters):
     """In place of a function of JAX that compiles a program and calls it."""
-    try:
-        if not _is_simple(arguments, **parameters):
-            raise _CompiledAsEver
-        function, _ = _parts(parameters["jaxpr"])
-        inputs = [
-            np.asarray(x, variable.aval.dtype)
-            for x, variable in zip(arguments, function.invars, strict=True)
-        ]
-        with np.errstate(all="ignore"):
-            results = _evaluated(parameters["jaxpr"], inputs)
-    except _CompiledAsEver:
+    results = _results(arguments, parameters)
+    if results is None:
         return _compiling(*arguments, **parameters)
     [device] = jax.local_devices()[:1]
     outputs = [
         # A copy: never the memory of another array, which its owner may give away.
         pxla.batched_device_put(
-            variable.aval,
-            SingleDeviceSharding(device),
-            [np.array(x, variable.aval.dtype)],
-            [device],
-            committed=False,
+            aval, SingleDeviceSharding(device), [np.array(x, aval.dtype)], [device], committed=False
         )
-        for x, variable in zip(results, function.outvars, strict=True)
+        for x, aval in zip(results, parameters["jaxpr"].out_avals, strict=True)
     ]
     return outputs, None, None, ()
 

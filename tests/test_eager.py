@@ -85,3 +85,10 @@ def test_what_may_differ_is_compiled(monkeypatch):
     ]:
         with pytest.raises(TypeError, match="NoneType"):
             function(argument)
+
+
+def test_keys_are_compiled():
+    key = jax.random.key(0)
+    passed = jax.jit(lambda key, x: (key, -x))(key, jnp.ones(2))
+    assert passed[0] == key
+    assert jnp.stack([key, key]).shape == (2,)

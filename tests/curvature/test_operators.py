@@ -82,8 +82,11 @@ SOLVERS = {
 }
 
 
+# Inside of a jit dtypes are told by the trace.
 @pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, lambda f: partial(jax.eval_shape, f)], ids=["eager", "traced"]
+)
 def test_solvers_stay_in_float64_under_strict_promotion(name, wrap):
     with jax.enable_x64(True):
         problem = oracles.problem(dtype=np.float64)
