@@ -6,7 +6,8 @@ what is compiled is thrown away between the two kinds, and they are few.
 
 Most of the time goes into compilers, often for a program that was compiled before: by another
 worker, in another process that a test starts, before memory was made free, or for another function
-that came out the same. So all processes of a run share a cache on disk, which goes with the run.
+that came out the same. So all processes of a run share a cache on disk, which goes with the run. A
+program that is compiled in less time than it is read in is not kept.
 """
 
 import collections
@@ -42,13 +43,15 @@ if jax.config.jax_compilation_cache_dir is None:
     _CACHE = tempfile.mkdtemp(prefix="regjax-compiled-")
     for name, value in (
         ("jax_compilation_cache_dir", _CACHE),
-        ("jax_persistent_cache_min_compile_time_secs", 0.0),
+        ("jax_persistent_cache_min_compile_time_secs", 0.03),
     ):
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
 
-# Most of what is made while a program is traced lives long: collect less often than by default.
+# Most of what is made while a program is traced lives long: collect less often than by default, and
+# never look again through modules and tests.
 gc.set_threshold(20_000, 20, 20)
+gc.disable()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -81,6 +84,11 @@ def pytest_collection_modifyitems(config, items):
                 counts[name] += 1
         config.hook.pytest_deselected(items=sorted(set(items) - set(kept), key=str))
         items[:] = kept
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
