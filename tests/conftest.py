@@ -113,6 +113,13 @@ def _bounded_mappings():
 
 
 @pytest.fixture
+def everything_compiled():
+    """Single operations too, for tests of what is compiled."""
+    with eager.compiled():
+        yield
+
+
+@pytest.fixture
 def default_promotion():
     """JAX's own promotion, for code that is not ours: optax's adam and schedules, users' losses."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

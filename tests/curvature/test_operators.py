@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 from regjax import curvature
 from regjax.curvature._operators import _curvature
-from tests import eager, oracles
+from tests import oracles
 
 
 def random_like(params, seed=1):
@@ -115,6 +115,7 @@ def test_matmat_rows_are_matvecs(chunk_size):
         np.testing.assert_allclose(flat(row), flat(operator.matvec(vector)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("everything_compiled")
 def test_a_second_operator_at_new_parameters_compiles_nothing():
     problem = oracles.problem()
 
@@ -210,12 +211,10 @@ def flat(tree):
 
 
 class count_compilations:
-    """The names of what is compiled inside of the block, single operations too."""
+    """The names of what is compiled inside of the block."""
 
     def __enter__(self):
         self.names = []
-        self._compiled = eager.compiled()
-        self._compiled.__enter__()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         return self.names
 
@@ -225,7 +224,6 @@ class count_compilations:
             self.names.append(kwargs.get("fun_name", event))
 
     def __exit__(self, *exception):
-        self._compiled.__exit__(*exception)
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
