@@ -32,8 +32,10 @@ from tests import eager
 # Every compiled function maps memory, and Linux ends a process at 65530 mappings.
 _MAX_MAPPINGS = 15_000
 _MAPPINGS = pathlib.Path("/proc/self/maps")
-# Set where a second Python is tried: so many cases of each test, and no slow ones.
+# Set where a second Python is tried: every so many tests of a file, the first among them, so many
+# cases of each, and no slow ones.
 _MOST_CASES = int(os.environ.get("REGJAX_TEST_CASES") or 0)
+_EVERY = int(os.environ.get("REGJAX_TEST_EVERY") or 1)
 _OPTION = "jax_disable_most_optimizations"
 _QUICK = jax.config.read(_OPTION)
 
@@ -74,16 +76,20 @@ def _is_optimized(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: not _is_optimized(item))
     if _MOST_CASES:
         kept, counts = [], collections.Counter()
+        numbers = collections.defaultdict(dict)  # of a file: test -> its place
         for item in items:
-            name = item.nodeid.split("[")[0]
-            if counts[name] < _MOST_CASES and item.get_closest_marker("slow") is None:
+            if item.get_closest_marker("slow") is not None:
+                continue
+            name, places = item.nodeid.split("[")[0], numbers[item.path]
+            place = places.setdefault(name, len(places))
+            if counts[name] < _MOST_CASES and place % _EVERY == 0:
                 kept.append(item)
                 counts[name] += 1
         config.hook.pytest_deselected(items=sorted(set(items) - set(kept), key=str))
         items[:] = kept
+    items.sort(key=lambda item: not _is_optimized(item))
 
 
 def pytest_collection_finish():
