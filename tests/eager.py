@@ -102,16 +102,24 @@ def _parts(jaxpr):
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def _operations(jaxpr):
-    """All that a function does, also where it calls another one."""
-    for equation in _parts(jaxpr)[0].eqns:
+def _add_operations(jaxpr, known, operations):
+    """Appends each that a function does, also where it calls another one, with which operands are
+    known beforehand; returns which results are."""
+    function, _ = _parts(jaxpr)
+    of = dict(zip(function.invars, known, strict=True)) | dict.fromkeys(function.constvars, True)
+    is_known = lambda atom: hasattr(atom, "val") or of[atom]
+    for equation in function.eqns:
+        operands = [is_known(atom) for atom in equation.invars]
         if equation.primitive.name == "jit":
-            yield from _operations(equation.params["jaxpr"])
+            results = _add_operations(equation.params["jaxpr"], operands, operations)
         else:
-            yield equation
+            operations.append((equation, operands))
+            results = [all(operands)] * len(equation.outvars)
+        of.update(zip(equation.outvars, results, strict=True))
+    return [is_known(atom) for atom in function.outvars]
 
 
-def _is_covered(equation):
+def _is_covered(equation, known):
     name, dtype = equation.primitive.name, _BOOL
     if equation.invars:
         dtype = equation.invars[0].aval.dtype
@@ -123,8 +131,16 @@ def _is_covered(equation):
         case "reduce_and" | "reduce_or":
             return dtype == _BOOL
         case "convert_element_type":
+            # Numbers that are no integers of the range may become anything.
             return dtype not in _FLOATS or equation.params["new_dtype"] == dtype
-        case "div" | "sqrt":
+        case "add":
+            # Of what is known XLA makes another program: x + 0 is x, even if that is -0,
+            return dtype not in _FLOATS or not any(known)
+        case "div":
+            # and x / 3 is a product, as is a quotient by one number for all.
+            shapes = {variable.aval.shape for variable in (*equation.invars, *equation.outvars)}
+            return dtype in _FLOATS and not any(known) and len(shapes) == 1
+        case "sqrt":
             return dtype in _FLOATS
         case "integer_pow":
             return equation.params["y"] == 2
@@ -138,17 +154,19 @@ def _is_usual(variable):
 
 
 def _is_exact(jaxpr):
-    rounded = 0
+    rounded, operations = 0, []
     function, _ = _parts(jaxpr)
     if not all(map(_is_usual, (*function.invars, *function.outvars))):
         return False
-    for equation in _operations(jaxpr):
+    _add_operations(jaxpr, [False] * len(function.invars), operations)
+    for equation, known in operations:
         variables = (*equation.invars, *equation.outvars)
-        if not all(map(_is_usual, variables)) or not _is_covered(equation):
+        if not all(map(_is_usual, variables)) or not _is_covered(equation, known):
             return False
         rounded += equation.primitive.name in _ROUNDED and variables[0].aval.dtype in _FLOATS
+    names = {equation.primitive.name for equation, _ in operations}
     # A compiler may round a product and its sum once.
-    return rounded <= 1
+    return rounded <= 1 and not {"div", "broadcast_in_dim"} <= names
 
 
 class _Subnormal(Exception):
