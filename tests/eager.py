@@ -268,8 +268,7 @@ def _without_compiler(*arguments, **parameters):
 
 def use_numpy(on=True):
     """From here on; `on=False` compiles everything again, as for users."""
-    if on != (pjit._pjit_call_impl_python is _without_compiler):
-        pjit._pjit_call_impl_python = _without_compiler if on else _compiling
+    pjit._pjit_call_impl_python = _without_compiler if on else _compiling
 
 
 @contextlib.contextmanager
