@@ -39,16 +39,17 @@ _EVERY = int(os.environ.get("REGJAX_TEST_EVERY") or 1)
 _OPTION = "jax_disable_most_optimizations"
 _QUICK = jax.config.read(_OPTION)
 
-# Workers, and processes that tests start, inherit the folder.
-_CACHE = None
+# Workers, and processes that tests start, inherit what is set. A folder of the user's own stays:
+# with JAX_COMPILATION_CACHE_DIR the next run finds what this one has compiled.
+_CACHE, _settings = None, {}
 if jax.config.jax_compilation_cache_dir is None:
     _CACHE = tempfile.mkdtemp(prefix="regjax-compiled-")
-    for name, value in (
-        ("jax_compilation_cache_dir", _CACHE),
-        ("jax_persistent_cache_min_compile_time_secs", 0.03),
-    ):
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
+    _settings["jax_compilation_cache_dir"] = _CACHE
+if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    _settings["jax_persistent_cache_min_compile_time_secs"] = 0.03
+for name, value in _settings.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 # Most of what is made while a program is traced lives long: collect less often than by default, and
 # never look again through modules and tests.
