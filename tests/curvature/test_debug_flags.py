@@ -12,7 +12,7 @@ MATRICES = {
     "outliers": [9.0, 5.0, 5.0, 3.0, *(0.1 * np.random.default_rng(0).normal(size=96))],
     "breaks down": [3.0, 2.0] + [0.0] * 98,
     "tiny": [1.0, 2.0, 3.0],
-    "zero": [0.0] * 30,
+    "zero": [0.0] * 100,  # of one size: they share programs
 }
 KEY = jax.random.key(0)
 

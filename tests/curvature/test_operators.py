@@ -82,8 +82,11 @@ SOLVERS = {
 }
 
 
+# Inside of a jit dtypes are told by the trace.
 @pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, lambda f: partial(jax.eval_shape, f)], ids=["eager", "traced"]
+)
 def test_solvers_stay_in_float64_under_strict_promotion(name, wrap):
     with jax.enable_x64(True):
         problem = oracles.problem(dtype=np.float64)
@@ -112,6 +115,7 @@ def test_matmat_rows_are_matvecs(chunk_size):
         np.testing.assert_allclose(flat(row), flat(operator.matvec(vector)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("everything_compiled")
 def test_a_second_operator_at_new_parameters_compiles_nothing():
     problem = oracles.problem()
 
