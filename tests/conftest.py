@@ -27,15 +27,11 @@ os.environ.update(quick.ENVIRONMENT | os.environ)
 import jax
 import pytest
 
-from tests import eager
-
 # Every compiled function maps memory, and Linux ends a process at 65530 mappings.
 _MAX_MAPPINGS = 15_000
 _MAPPINGS = pathlib.Path("/proc/self/maps")
-# Set where a second Python is tried: every so many tests of a file, the first among them, so many
-# cases of each, and no slow ones.
+# Set where a second Python is tried: so many cases of each test, and no slow ones.
 _MOST_CASES = int(os.environ.get("REGJAX_TEST_CASES") or 0)
-_EVERY = int(os.environ.get("REGJAX_TEST_EVERY") or 1)
 _OPTION = "jax_disable_most_optimizations"
 _QUICK = jax.config.read(_OPTION)
 
@@ -58,7 +54,6 @@ gc.disable()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-eager.use_numpy()
 
 
 def pytest_configure(config):
@@ -79,13 +74,11 @@ def _is_optimized(item):
 def pytest_collection_modifyitems(config, items):
     if _MOST_CASES:
         kept, counts = [], collections.Counter()
-        numbers = collections.defaultdict(dict)  # of a file: test -> its place
         for item in items:
             if item.get_closest_marker("slow") is not None:
                 continue
-            name, places = item.nodeid.split("[")[0], numbers[item.path]
-            place = places.setdefault(name, len(places))
-            if counts[name] < _MOST_CASES and place % _EVERY == 0:
+            name = item.nodeid.split("[")[0]
+            if counts[name] < _MOST_CASES:
                 kept.append(item)
                 counts[name] += 1
         config.hook.pytest_deselected(items=sorted(set(items) - set(kept), key=str))
@@ -103,7 +96,6 @@ def pytest_runtest_setup(item):
     quick = _QUICK and not _is_optimized(item)
     if jax.config.read(_OPTION) != quick:
         jax.config.update(_OPTION, quick)
-        eager.use_numpy(quick)
         # The option is no part of the key under which jit remembers what it compiled.
         jax.clear_caches()
 
@@ -117,13 +109,6 @@ def _shared_context():
 def _bounded_mappings():
     if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MAX_MAPPINGS:
         jax.clear_caches()
-
-
-@pytest.fixture
-def everything_compiled():
-    """Single operations too, for tests of what is compiled."""
-    with eager.compiled():
-        yield
 
 
 @pytest.fixture

@@ -31,15 +31,6 @@ TOP = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted(TOP.glob("colabs/*.ipynb"))
 MAX_BYTES = 300_000
 SAME = 1e-3
-# The names of the notebook before are no names of this one; single operations compile nothing.
-_BEFORE = f"""\
-%reset -f
-import sys
-sys.path.insert(0, {str(TOP)!r})
-from tests import eager
-eager.use_numpy()
-%reset -f
-"""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +91,8 @@ def error_behind(text, match):
 def test_cells_run_and_print_what_is_committed(path, kernel):
     committed = nbformat.read(path, as_version=4)
     notebook = copy.deepcopy(committed)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(_BEFORE))
+    # The names of the notebook before are no names of this one.
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
     client = nbclient.NotebookClient(notebook, timeout=300, km=kernel, coalesce_streams=True)
     client.execute()
     client.kc.stop_channels()

@@ -12,11 +12,10 @@ PROGRAM = """
     import jax.numpy as jnp, numpy as np, pytest
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
     from regjax import _meshes, curvature, diagnostics, regularizers
-    from tests import eager, quick
+    from tests import quick
     from tests.curvature.sharded import loss_fn, model_fn, output_loss_fn, problem
 
     quick.share_context()
-    eager.use_numpy()
     mesh = jax.make_mesh((4,), ("data",))
     assert _meshes.is_explicit(mesh)
     key = jax.random.key(0)

@@ -245,7 +245,6 @@ def quartic(i):
     return loss
 
 
-@pytest.mark.usefixtures("everything_compiled")
 @pytest.mark.parametrize("chunk_size", [None, 8])
 def test_a_new_function_compiles_nothing_and_its_arrays_are_data(chunk_size):
     losses = [quartic(i) for i in range(3)]

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import regjax
 from examples import decoder
 from regjax import curvature
-from tests import eager, quick
+from tests import quick
 
 LAYERS = ("scanned", "apart")
 WAYS = ("whole", "chunks of 3", "chunks of 4", "stream of 4")
@@ -134,7 +134,6 @@ def distance(name, expected, order):
 
 def main():
     quick.share_context()
-    eager.use_numpy()
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_enable_x64", True)
     expected, order = oracle()

@@ -23,7 +23,7 @@ from regjax.curvature import _assessment, _eigen
 from regjax.curvature._engine import _basis
 from regjax.curvature._operators import _curvature, _traced
 from regjax.experiments import SpectrumSettings, _analysis, _inputs, _network
-from tests import eager, quick
+from tests import quick
 from tests.experiments.test_training import make_dataset
 
 # Rows lie in several blocks, as those of large networks do.
@@ -407,7 +407,7 @@ def check_compilations():
     messages, handler = [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("jax").addHandler(handler)
-    with eager.compiled(), jax.log_compiles():
+    with jax.log_compiles():
         for _ in range(3):
             state = solver.step(state)
         assert not any("XLA compilation" in message for message in messages), messages
@@ -457,7 +457,6 @@ def check_processes():
 
 def main(names, devices, processes=1, index=0, port=0):
     quick.share_context()
-    eager.use_numpy()
     jax.config.update("jax_num_cpu_devices", int(devices))
     if int(processes) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(index))

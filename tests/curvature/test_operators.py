@@ -115,7 +115,6 @@ def test_matmat_rows_are_matvecs(chunk_size):
         np.testing.assert_allclose(flat(row), flat(operator.matvec(vector)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("everything_compiled")
 def test_a_second_operator_at_new_parameters_compiles_nothing():
     problem = oracles.problem()
 

@@ -64,7 +64,6 @@ def test_the_host_makes_the_products(transform):
         jax.jit(lambda key: curvature.top_eigenpairs(streamed, 1, key=key))(KEY)
 
 
-@pytest.mark.usefixtures("everything_compiled")
 def test_a_second_operator_compiles_nothing():
     problem = oracles.problem()
     streamed, _, _ = pair(problem=problem)
