@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from regjax._base import Params
 from regjax._space import Space
 from regjax.curvature._engine._accumulation import inner_products, small_dtype
 
@@ -167,9 +168,13 @@ def _recombined(
     return lax.fori_loop(0, -(-size // width), recombine_slab, blocks)
 
 
-def to_array(basis: Basis, num_rows: int) -> jax.Array:
-    """The first rows as one array (num_rows, size)."""
-    return basis.space.crop(jnp.concatenate(basis.blocks)[:num_rows])
+@functools.partial(jax.jit, static_argnums=1)
+def to_trees(basis: Basis, num_rows: int) -> Params:
+    """The first rows as a tree with a leading axis, of the vectors' dtype, as parameters lie."""
+    space = basis.space.wide()
+    # A block at a time: all rows in one array would be one more copy of them.
+    blocks = [space.unravel_rows(block) for block in basis.blocks]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:num_rows], *blocks)
 
 
 def combined(basis: Basis, weights: jax.Array, filled: jax.Array) -> Basis:
