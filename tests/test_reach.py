@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from benchmarks import __main__ as command
 from benchmarks import reach
@@ -123,6 +124,20 @@ def test_parameters_are_divided_and_nothing_is_allocated():
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     kernel = problem.params["blocks"]["widen"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, _chips.AXIS)
+
+
+def test_a_small_model_is_divided_within_groups_and_its_vectors_over_all_chips():
+    devices = jax.devices()[:1] * 8
+    shape = lambda most_shards: tuple(_chips._in_groups(devices, most_shards).shape.values())
+    assert [shape(None), shape(4), shape(16)] == [(1, 8), (2, 4), (1, 8)]
+    names = (_chips.GROUPS, _chips.AXIS)
+    mesh = AbstractMesh((2, 4), names, axis_types=(AxisType.Auto,) * 2)
+    problem = _models.problem_on(mesh, _models.SIZES["tiny"])
+    kernel = problem.params["blocks"]["widen"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 128, 512 // 4)
+    assert problem.x.sharding.shard_shape(problem.x.shape) == (1, 128)
+    space = _programs.operator_of("Hessian product", problem, mesh).space
+    assert space._shares.num_columns == problem.num_params / 8
 
 
 def test_a_solver_of_shapes_is_traced_as_one_of_arrays():

@@ -55,11 +55,12 @@ class Case(NamedTuple):
 def run(case: Case) -> dict[str, Any]:
     """The record of a case, which JSON can write."""
     chip = None if case.chip is None else _chips.CHIPS[case.chip]
-    mesh, compiler = _place(case, chip)
-    problem = _models.problem_on(mesh, _models.SIZES[case.model])
+    size = _models.SIZES[case.model]
+    mesh, compiler = _place(case, chip, size.most_shards)
+    problem = _models.problem_on(mesh, size)
     record = {
         **case.facts, "parameters": problem.num_params, "batch": list(problem.x.shape),
-        "compiler": compiler,
+        "shards": mesh.shape[_chips.AXIS], "compiler": compiler,
     }  # fmt: skip
     with jax.default_matmul_precision(case.precision):
         program = _programs.program_of(case.program, problem, mesh)
@@ -81,11 +82,11 @@ def run(case: Case) -> dict[str, Any]:
     return record
 
 
-def _place(case: Case, chip: _chips.Chip | None) -> tuple[Mesh, str]:
+def _place(case: Case, chip: _chips.Chip | None, most_shards: int | None) -> tuple[Mesh, str]:
     """The devices, and what compiles for them."""
     if case.runs or chip is None:
-        return _chips.mesh_here(), f"jax {jax.__version__}"
-    return _chips.mesh_of(chip, case.num_chips), _chips.compiler(chip)
+        return _chips.mesh_here(most_shards), f"jax {jax.__version__}"
+    return _chips.mesh_of(chip, case.num_chips, most_shards), _chips.compiler(chip)
 
 
 def _estimate(program: _programs.Program, problem: _models.Problem) -> dict[str, int]:
