@@ -323,9 +323,9 @@ def check_bars():
         assert held(compiled) <= (2 * most + 1) * vector
         # Two leaves are replicated, each smaller than eight slices.
         assert sum(messages(compiled)) <= most * 2 * 8
-        # An operator that is made outside, in somebody's own program.
+        # In somebody's own program, at parameters of which it knows nothing.
         rows = 6
-        run = jax.jit(lambda operator, start: curvature.lanczos(operator, start, rows))  # noqa: B023
+        run = jax.jit(lambda operator, here: curvature.lanczos(operator.at(here), here, rows))  # noqa: B023
         compiled = run.lower(operator, params).compile()
         assert held(compiled) <= held(product) + (2 * rows + 8) * vector
         estimate = curvature.memory_estimate(solver)
