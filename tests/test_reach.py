@@ -140,6 +140,15 @@ def test_a_small_model_is_divided_within_groups_and_its_vectors_over_all_chips()
     assert space._shares.num_columns == problem.num_params / 8
 
 
+def test_a_network_with_running_statistics_is_traced():
+    size = _models.SIZES["ResNet 11M"]
+    small = dataclasses.replace(size, options={"image_size": 8, "widths": (4, 8)}, per_chip=2)
+    problem = _models.problem_on(_chips.mesh_here(), small)
+    program = _programs.program_of("gradient", problem, _chips.mesh_here())
+    outputs = jax.eval_shape(program.function, *program.arguments)
+    assert jax.tree.structure(outputs) == jax.tree.structure(problem.params)
+
+
 def test_a_solver_of_shapes_is_traced_as_one_of_arrays():
     mesh = _chips.mesh_here()
     problem = _models.problem_on(mesh, dataclasses.replace(_models.SIZES["tiny"], per_chip=2))

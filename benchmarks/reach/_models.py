@@ -83,6 +83,9 @@ def problem_on(mesh: Mesh, size: Size) -> Problem:
     make = _abstract_gpt if size.kind == "gpt" else _abstract_resnet
     module, x, y = make(count, by_example, **size.options)
     model = regjax.from_nnx(module)
+    # Running statistics are constants of the programs: numbers, whichever.
+    state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), model.state)
+    model = model._replace(state=state)
     params = jax.tree.map(functools.partial(_divided, mesh), model.params)
     struct = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_example)
     loss_fn = regjax.model_loss(model, cross_entropy)

@@ -68,7 +68,8 @@ def record_of(case: Case, limit: float) -> dict[str, Any]:
     if lines := output.splitlines():
         record: dict[str, Any] = json.loads(lines[-1])
         return record
-    last = [line for line in errors.splitlines() if line.strip()][-1:] or ["no output"]
+    said = [line for line in errors.splitlines() if line.strip() and line[:10] != "-" * 10]
+    last = [line for line in said if "internal frames" not in line][-1:] or ["no output"]
     return _refused(case, last[0][:300], time.perf_counter() - start)
 
 
