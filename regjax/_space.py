@@ -207,6 +207,10 @@ class Space:
         sharding = NamedSharding(self.mesh, self._spec(rows.ndim))
         return jax.lax.with_sharding_constraint(rows, sharding)
 
+    def keep(self, tree: Tree) -> Tree:
+        """`tree`, whose vectors the compiler is to leave as they lie."""
+        return jax.tree.map(lambda leaf: self.constrain(leaf) if self._holds(leaf) else leaf, tree)
+
     def replicate(self, tree: Tree) -> Tree:
         """`tree` with what is not on the mesh yet copied to each device."""
         return tree if self.mesh is None else _sharding.place(tree, self.mesh, PartitionSpec())
@@ -267,8 +271,7 @@ class Space:
         def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
             sharding = getattr(leaf, "sharding", None)
             if sharding is None and self.mesh is not None:
-                is_vector = leaf.shape[-1:] == (self.length,)
-                spec = self._spec(len(leaf.shape)) if is_vector else PartitionSpec()
+                spec = self._spec(len(leaf.shape)) if self._holds(leaf) else PartitionSpec()
                 sharding = NamedSharding(self.mesh, spec)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -290,6 +293,10 @@ class Space:
     def _shares(self) -> Shares:
         assert self.mesh is not None
         return Shares(self.mesh, self.shapes, self.specs)
+
+    def _holds(self, leaf: Any) -> bool:
+        """Whether an array has the shape of vectors."""
+        return leaf.shape[-1:] == (self.length,)
 
     def _spec(self, ndim: int) -> PartitionSpec:
         return self._shares.spec(ndim)

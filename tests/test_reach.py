@@ -223,3 +223,16 @@ def test_the_smallest_case_compiles_for_four_chips():
     assert found["fits"]
     # Each chip gathers what it multiplies with, and never a whole vector at once.
     assert found["largest_collective"] < 4 * found["parameters"] / 4
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax-cuda13-plugin, of the extra `reach-cuda`, is not here",
+)
+def test_what_a_branch_gives_stays_divided():
+    """Left alone, XLA for CUDA has the rows that come out of one on each chip, whole."""
+    found = reach.record_of(Case("tiny", "H100", 8, "density step"), 600)
+    assert found["compiled"], found["reason"]
+    vector = 4 * found["parameters"] / 8
+    assert found["bytes"]["total"] < (2 * 43 + 8) * vector
+    assert found["largest_collective"] < 2 * vector
