@@ -90,6 +90,20 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_message_once():
     assert found.num_bytes >= 7 * (2 * 128 + (256 + 128) + 128)
 
 
+@pytest.mark.parametrize(
+    ("groups", "number"),
+    [
+        ("[4,2]<=[8]", 2), ("{{0,1,2,3},{4,5,6,7}}", 4), ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0', 'axis_1'}", 8),
+        ("mesh['axis_0'=8] {'axis_0':(1)2}", 2), ("{}", 8),
+    ],
+)  # fmt: skip
+def test_how_many_chips_take_part_in_a_message(groups, number):
+    text = TEXT.replace("replica_groups={{0,1},{2,3}}", f"replica_groups={groups}")
+    found = _account.account(text, 8).collectives
+    assert next(each.num_chips for each in found if each.kind == "all-reduce") == number
+
+
 def test_the_operations_are_those_of_the_formula():
     """Of a compiled program of this machine, in and out of a loop, and of convolutions."""
 
