@@ -96,6 +96,7 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_message_once():
         ("[4,2]<=[8]", 2), ("{{0,1,2,3},{4,5,6,7}}", 4),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_0', 'axis_1'}", 8),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}", 2),
         ("mesh['axis_0'=8] {'axis_0':(1)2}", 2), ("{}", 8),
     ],
 )  # fmt: skip

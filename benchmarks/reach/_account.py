@@ -261,7 +261,7 @@ class _Reader:
         listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line.attributes)
         if listed:
             return len(listed[1].split(","))
-        mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line.attributes)
+        mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line.attributes)
         if mesh:
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
             # Of a part of an axis, 'axis_0':(2)4, the second number.
