@@ -149,6 +149,8 @@ def top_eigenpairs(
       CheckpointError: a file of the checkpoint cannot be written.
       MemoryError: the device is out of memory; the message says how much is needed, and what to
         lower.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`; the message says where to
+        look, and `.result` is what there was before.
       Interrupted: Ctrl-C; its `.result` is the `EigenResult` so far.
 
     References:
@@ -206,14 +208,15 @@ def top_eigenpairs_solver(
       [8. 7.]
     """
     space = operator.space
-    _checks.integer("k", k, maximum=space.size)
+    _checks.integer("k", k, maximum=(space.size, _checks.ORDER))
     _checks.non_negative("tol", tol)
     _checks.choice("which", which, _ENDS)
     _checks.key("key", key)
     start_rows = None if start is None else _start.rows_of(start, space)
     # Two rows beyond the kept ones: one for the residual's direction, one to make progress.
     num_rows = min(space.size, max(48, 2 * k + 20)) if max_basis is None else max_basis
-    _checks.integer("max_basis", num_rows, minimum=min(k + 2, space.size), maximum=space.size)
+    least = min(k + 2, space.size), "`k` and two more to make progress"
+    _checks.integer("max_basis", num_rows, minimum=least, maximum=(space.size, _checks.ORDER))
     limit = 20 * num_rows if max_matvecs is None else max_matvecs
 
     return Solver(
