@@ -130,14 +130,19 @@ class Space:
         """The tree of a vector: the inverse of `ravel`, with the dtypes of the example."""
         if self.mesh is None:
             return self._unraveled(vector)
-        pieces = leaves(self._shares, vector)
-        typed = [leaf.astype(dtype) for leaf, dtype in zip(pieces, self.dtypes, strict=True)]
-        return jax.tree.unflatten(self.treedef, typed)
+        return self._typed(leaves(self._shares, vector))
 
     @one_program(static="self")
     def _unraveled(self, vector: jax.Array) -> Params:
-        pieces = zip(self._cut(vector), self.dtypes, strict=True)
-        return jax.tree.unflatten(self.treedef, [leaf.astype(dtype) for leaf, dtype in pieces])
+        return self._typed(self._cut(vector))
+
+    def _typed(self, pieces: list[jax.Array]) -> Params:
+        typed = [leaf.astype(dtype) for leaf, dtype in zip(pieces, self.dtypes, strict=True)]
+        return jax.tree.unflatten(self.treedef, typed)
+
+    def wide(self) -> "Space":
+        """The same trees with all leaves as wide as vectors are."""
+        return dataclasses.replace(self, dtypes=(self.dtype,) * len(self.dtypes))
 
     def ravel_rows(self, trees: Params) -> jax.Array:
         """Rows (k, length) of a tree whose leaves have a leading axis k."""
@@ -178,11 +183,7 @@ class Space:
 
     def gather(self, rows: jax.Array) -> jax.Array:
         """From vectors as they lie to whole ones (..., size), on each device."""
-        return rows if self.mesh is None else _gathered(self, rows, to_each=True)
-
-    def crop(self, rows: jax.Array) -> jax.Array:
-        """Vectors (..., size), wherever the compiler leaves them; for results with many rows."""
-        return rows if self.mesh is None else _gathered(self, rows, to_each=False)
+        return rows if self.mesh is None else _gathered(self, rows)
 
     def put(self, tree: Params, num_leading: int = 0) -> Params:
         """`tree` with what is not on the mesh yet divided as vectors are, after so many axes."""
@@ -205,6 +206,10 @@ class Space:
             return rows
         sharding = NamedSharding(self.mesh, self._spec(rows.ndim))
         return jax.lax.with_sharding_constraint(rows, sharding)
+
+    def keep(self, tree: Tree) -> Tree:
+        """`tree`, whose vectors the compiler is to leave as they lie."""
+        return jax.tree.map(lambda leaf: self.constrain(leaf) if self._holds(leaf) else leaf, tree)
 
     def replicate(self, tree: Tree) -> Tree:
         """`tree` with what is not on the mesh yet copied to each device."""
@@ -266,8 +271,7 @@ class Space:
         def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
             sharding = getattr(leaf, "sharding", None)
             if sharding is None and self.mesh is not None:
-                is_vector = leaf.shape[-1:] == (self.length,)
-                spec = self._spec(len(leaf.shape)) if is_vector else PartitionSpec()
+                spec = self._spec(len(leaf.shape)) if self._holds(leaf) else PartitionSpec()
                 sharding = NamedSharding(self.mesh, spec)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -289,6 +293,10 @@ class Space:
     def _shares(self) -> Shares:
         assert self.mesh is not None
         return Shares(self.mesh, self.shapes, self.specs)
+
+    def _holds(self, leaf: Any) -> bool:
+        """Whether an array has the shape of vectors."""
+        return leaf.shape[-1:] == (self.length,)
 
     def _spec(self, ndim: int) -> PartitionSpec:
         return self._shares.spec(ndim)
@@ -319,8 +327,8 @@ def _sharded(space: Space, rows: jax.Array) -> jax.Array:
     return vectors(space._shares, space._cut(rows), rows.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="to_each")
-def _gathered(space: Space, rows: jax.Array, *, to_each: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _gathered(space: Space, rows: jax.Array) -> jax.Array:
     assert space.mesh is not None
     everywhere = NamedSharding(space.mesh, PartitionSpec())
     whole, start = jnp.zeros((*rows.shape[:-1], space.size), rows.dtype), 0
@@ -328,7 +336,7 @@ def _gathered(space: Space, rows: jax.Array, *, to_each: bool) -> jax.Array:
         piece = leaf.reshape(*rows.shape[:-1], -1)
         whole = jax.lax.dynamic_update_slice_in_dim(whole, piece, start, rows.ndim - 1)
         start += piece.shape[-1]
-    return jax.lax.with_sharding_constraint(whole, everywhere) if to_each else whole
+    return jax.lax.with_sharding_constraint(whole, everywhere)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

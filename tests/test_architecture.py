@@ -40,7 +40,8 @@ ROOMS = sorted(room for room in LAYERS if (PACKAGE / room / "__init__.py").exist
 LOOPS = {
     "regjax._loops": {"scan", "while_loop", "cond", "switch"},
     "regjax.curvature._engine._accumulation": {"fori_loop"},  # slabs of columns
-    "regjax.curvature._engine._basis": {"fori_loop", "cond"},  # filled blocks only; slabs
+    # Filled blocks only; slabs; one row after the other.
+    "regjax.curvature._engine._basis": {"fori_loop", "cond", "map"},
     "regjax.curvature._deflation": {"fori_loop"},  # two passes over the rows
     "regjax.curvature._krylov": {"cond"},  # a fresh direction
     "regjax.curvature._orthogonal": {"while_loop", "fori_loop"},  # one pass or two

@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from benchmarks import __main__ as command
 from benchmarks import reach
@@ -89,6 +90,22 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_message_once():
     assert found.num_bytes >= 7 * (2 * 128 + (256 + 128) + 128)
 
 
+@pytest.mark.parametrize(
+    ("groups", "number"),
+    [
+        ("[4,2]<=[8]", 2), ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0', 'axis_1'}", 8),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}", 2),
+        ("mesh['axis_0'=8] {'axis_0':(1)2}", 2), ("{}", 8),
+    ],
+)  # fmt: skip
+def test_how_many_chips_take_part_in_a_message(groups, number):
+    text = TEXT.replace("replica_groups={{0,1},{2,3}}", f"replica_groups={groups}")
+    found = _account.account(text, 8).collectives
+    assert next(each.num_chips for each in found if each.kind == "all-reduce") == number
+
+
 def test_the_operations_are_those_of_the_formula():
     """Of a compiled program of this machine, in and out of a loop, and of convolutions."""
 
@@ -123,6 +140,29 @@ def test_parameters_are_divided_and_nothing_is_allocated():
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     kernel = problem.params["blocks"]["widen"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, _chips.AXIS)
+
+
+def test_a_small_model_is_divided_within_groups_and_its_vectors_over_all_chips():
+    devices = jax.devices()[:1] * 8
+    shape = lambda most_shards: tuple(_chips._in_groups(devices, most_shards).shape.values())
+    assert [shape(None), shape(4), shape(16)] == [(1, 8), (2, 4), (1, 8)]
+    names = (_chips.GROUPS, _chips.AXIS)
+    mesh = AbstractMesh((2, 4), names, axis_types=(AxisType.Auto,) * 2)
+    problem = _models.problem_on(mesh, _models.SIZES["tiny"])
+    kernel = problem.params["blocks"]["widen"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 128, 512 // 4)
+    assert problem.x.sharding.shard_shape(problem.x.shape) == (1, 128)
+    space = _programs.operator_of("Hessian product", problem, mesh).space
+    assert space._shares.num_columns == problem.num_params / 8
+
+
+def test_a_network_with_running_statistics_is_traced():
+    size = _models.SIZES["ResNet 11M"]
+    small = dataclasses.replace(size, options={"image_size": 8, "widths": (4, 8)}, per_chip=2)
+    problem = _models.problem_on(_chips.mesh_here(), small)
+    program = _programs.program_of("gradient", problem, _chips.mesh_here())
+    outputs = jax.eval_shape(program.function, *program.arguments)
+    assert jax.tree.structure(outputs) == jax.tree.structure(problem.params)
 
 
 def test_a_solver_of_shapes_is_traced_as_one_of_arrays():
@@ -199,3 +239,16 @@ def test_the_smallest_case_compiles_for_four_chips():
     assert found["fits"]
     # Each chip gathers what it multiplies with, and never a whole vector at once.
     assert found["largest_collective"] < 4 * found["parameters"] / 4
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax-cuda13-plugin, of the extra `reach-cuda`, is not here",
+)
+def test_what_a_branch_gives_stays_divided():
+    """Left alone, XLA for CUDA has the rows that come out of one on each chip, whole."""
+    found = reach.record_of(Case("tiny", "H100", 8, "density step"), 600)
+    assert found["compiled"], found["reason"]
+    vector = 4 * found["parameters"] / 8
+    assert found["bytes"]["total"] < (2 * 43 + 8) * vector
+    assert found["largest_collective"] < 2 * vector

@@ -261,6 +261,12 @@ class _Reader:
         listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line.attributes)
         if listed:
             return len(listed[1].split(","))
+        mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line.attributes)
+        if mesh:
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+            # Of a part of an axis, 'axis_0':(2)4, the second number.
+            names = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+            return math.prod(int(part or sizes[name]) for name, part in names)
         return self.num_chips
 
 

@@ -1,13 +1,15 @@
 """One case in a process of its own: `python -m benchmarks.reach._case CASE`, CASE as JSON.
 
 A compiler keeps memory and settings of what it did before, and one that takes too long can only be
-killed. The last line of the output is the record.
+killed. The last line of the output is the record: it comes once when the program is compiled, and
+once more with what takes longer to find.
 """
 
 import datetime
 import json
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -52,14 +54,15 @@ class Case(NamedTuple):
         return facts
 
 
-def run(case: Case) -> dict[str, Any]:
-    """The record of a case, which JSON can write."""
+def run(case: Case) -> Iterator[dict[str, Any]]:
+    """The record of a case, which JSON can write, as far as it is known."""
     chip = None if case.chip is None else _chips.CHIPS[case.chip]
-    mesh, compiler = _place(case, chip)
-    problem = _models.problem_on(mesh, _models.SIZES[case.model])
+    size = _models.SIZES[case.model]
+    mesh, compiler = _place(case, chip, size.most_shards)
+    problem = _models.problem_on(mesh, size)
     record = {
         **case.facts, "parameters": problem.num_params, "batch": list(problem.x.shape),
-        "compiler": compiler,
+        "shards": mesh.shape[_chips.AXIS], "compiler": compiler,
     }  # fmt: skip
     with jax.default_matmul_precision(case.precision):
         program = _programs.program_of(case.program, problem, mesh)
@@ -71,21 +74,22 @@ def run(case: Case) -> dict[str, Any]:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return record | failed(str(error), time.perf_counter() - traced)
+            yield record | failed(str(error), time.perf_counter() - traced)
+            return
         record["seconds_to_compile"] = round(time.perf_counter() - traced, 1)
         record |= {"compiled": True, **account_of(compiled, chip, case)}
+        yield record
         if program.solver is not None and not case.runs:
-            record["memory_estimate"] = _estimate(program, problem)
+            yield record | {"memory_estimate": _estimate(program, problem)}
         if case.runs and record["fits"]:
-            record["measured"] = _measure.measured(program, compiled)
-    return record
+            yield record | {"measured": _measure.measured(program, compiled)}
 
 
-def _place(case: Case, chip: _chips.Chip | None) -> tuple[Mesh, str]:
+def _place(case: Case, chip: _chips.Chip | None, most_shards: int | None) -> tuple[Mesh, str]:
     """The devices, and what compiles for them."""
     if case.runs or chip is None:
-        return _chips.mesh_here(), f"jax {jax.__version__}"
-    return _chips.mesh_of(chip, case.num_chips), _chips.compiler(chip)
+        return _chips.mesh_here(most_shards), f"jax {jax.__version__}"
+    return _chips.mesh_of(chip, case.num_chips, most_shards), _chips.compiler(chip)
 
 
 def _estimate(program: _programs.Program, problem: _models.Problem) -> dict[str, int]:
@@ -133,10 +137,10 @@ def account_of(compiled: Any, chip: _chips.Chip | None, case: Case) -> dict[str,
 
 def main(arguments: list[str]) -> None:
     """Prints the record."""
-    record = run(Case(*json.loads(arguments[0])))
-    record["versions"] = _timing.versions()
-    record["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    print(json.dumps(record), flush=True)
+    for record in run(Case(*json.loads(arguments[0]))):
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record |= {"versions": _timing.versions(), "date": date}
+        print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-# The one axis over which parameters and examples are divided.
-AXIS = "chips"
+# Chips in groups: examples are divided over all chips, parameters over those of each group.
+GROUPS, AXIS = "groups", "chips"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +116,14 @@ def compiler(chip: Chip) -> str:
     return f"{name} {importlib.metadata.version(name)}"
 
 
-def mesh_of(chip: Chip, num_chips: int) -> Mesh:
-    """Chips that are not here, in one row; arrays on them have shapes alone."""
+def mesh_of(chip: Chip, num_chips: int, most_shards: int | None = None) -> Mesh:
+    """Chips that are not here, in groups; arrays on them have shapes alone.
+
+    Args:
+      chip: their kind.
+      num_chips: how many, in all groups.
+      most_shards: the largest size of a group; None: all chips are one.
+    """
     name = chip.topologies[num_chips]
     if chip.platform == "tpu":
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to ask
@@ -126,10 +133,15 @@ def mesh_of(chip: Chip, num_chips: int) -> Mesh:
         found = topologies.get_topology_desc(
             "", platform="cuda", topology=name, target_config=_H100
         )
-    devices = np.array(found.devices).reshape(-1)
-    return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
+    return _in_groups(found.devices, most_shards)
 
 
-def mesh_here() -> Mesh:
-    """The devices of this machine, in one row."""
-    return Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
+def mesh_here(most_shards: int | None = None) -> Mesh:
+    """The devices of this machine, in groups."""
+    return _in_groups(jax.devices(), most_shards)
+
+
+def _in_groups(devices: Sequence[Any], most_shards: int | None) -> Mesh:
+    size = min(len(devices), most_shards or len(devices))
+    kinds = (AxisType.Auto,) * 2
+    return Mesh(np.array(devices).reshape(-1, size), (GROUPS, AXIS), axis_types=kinds)

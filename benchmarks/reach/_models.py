@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import regjax
-from benchmarks.reach._chips import AXIS
+from benchmarks.reach._chips import AXIS, GROUPS
 from benchmarks.speed._problems import cross_entropy
 from regjax.models import GPT, ResNet
 
@@ -26,11 +26,14 @@ class Size:
       kind: "gpt" or "resnet".
       options: of the model.
       per_chip: examples of a batch on each chip: sequences, or images.
+      most_shards: of a parameter, so that a shard is no narrower than what a chip moves at once;
+        None: as many as there are chips.
     """
 
     kind: str
     options: Mapping[str, Any]
     per_chip: int = 1
+    most_shards: int | None = None
 
 
 def _gpt(width: int, depth: int, num_heads: int, **options: Any) -> Size:
@@ -44,7 +47,7 @@ SIZES = {
     "ResNet 11M": Size(
         "resnet", {"image_size": 32, "widths": (64, 64, 128, 128, 256, 256, 512, 512)}, 128
     ),
-    "GPT 124M": _gpt(768, 12, 12),
+    "GPT 124M": dataclasses.replace(_gpt(768, 12, 12), most_shards=4),
     "GPT 1.3B": _gpt(2048, 24, 16),
     "decoder 8B": _gpt(4096, 39, 32),
 }
@@ -75,11 +78,14 @@ class Problem(NamedTuple):
 
 def problem_on(mesh: Mesh, size: Size) -> Problem:
     """The model and a batch on a mesh; nothing is allocated."""
-    by_example = NamedSharding(mesh, PartitionSpec(AXIS))
+    by_example = NamedSharding(mesh, PartitionSpec((GROUPS, AXIS)))
     count = size.per_chip * mesh.size
     make = _abstract_gpt if size.kind == "gpt" else _abstract_resnet
     module, x, y = make(count, by_example, **size.options)
     model = regjax.from_nnx(module)
+    # Running statistics are constants of the programs: numbers, whichever.
+    state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), model.state)
+    model = model._replace(state=state)
     params = jax.tree.map(functools.partial(_divided, mesh), model.params)
     struct = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_example)
     loss_fn = regjax.model_loss(model, cross_entropy)
@@ -105,9 +111,9 @@ def _abstract_resnet(
 
 
 def _divided(mesh: Mesh, leaf: Any) -> jax.ShapeDtypeStruct:
-    """Divided along its longest axis that all chips can share, but not along a stack of layers."""
-    is_stack = leaf.ndim == 3
-    axes = [i for i in range(is_stack, leaf.ndim) if leaf.shape[i] % mesh.size == 0]
+    """Divided along its longest axis that a group can share, but not along a stack of layers."""
+    is_stack, size = leaf.ndim == 3, mesh.shape[AXIS]
+    axes = [i for i in range(is_stack, leaf.ndim) if leaf.shape[i] % size == 0]
     names: list[str | None] = [None] * leaf.ndim
     if axes:
         names[max(axes, key=lambda i: leaf.shape[i])] = AXIS

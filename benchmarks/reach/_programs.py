@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from benchmarks.reach._chips import AXIS
+from benchmarks.reach._chips import AXIS, GROUPS
 from benchmarks.reach._models import Problem, Tree
 from benchmarks.speed._problems import cross_entropy
 from regjax import curvature, transforms
@@ -102,7 +102,7 @@ def _placement(problem: Problem, mesh: Mesh) -> Placement | None:
     if mesh.size == 1:
         return None
     specs = tuple(leaf.sharding.spec for leaf in jax.tree.leaves(problem.params))
-    return Placement(mesh, (AXIS,), specs)
+    return Placement(mesh, (GROUPS, AXIS), specs)
 
 
 def _sam_step(loss_fn: Any) -> Any:

@@ -43,7 +43,10 @@ def cases(preset: str, *, measure: bool = False) -> Iterator[Case]:
 
 
 def record_of(case: Case, limit: float) -> dict[str, Any]:
-    """The record of a case; one that takes longer than `limit` seconds is killed, and says so."""
+    """The record of a case; one that takes longer than `limit` seconds is killed, and says so.
+
+    What is known by then stays known.
+    """
     why_not = _why_not(case)
     if why_not is not None:
         return _refused(case, why_not, 0)
@@ -60,14 +63,14 @@ def record_of(case: Case, limit: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             # Asked politely, libtpu prints the stacks of all its threads first.
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return _refused(case, f"not compiled in {limit:.0f} s", limit)
-    lines = output.splitlines()
-    if process.returncode or not lines:
-        last = [line for line in errors.splitlines() if line.strip()][-1:] or ["no output"]
-        return _refused(case, last[0][:300], time.perf_counter() - start)
-    record: dict[str, Any] = json.loads(lines[-1])
-    return record
+            output, _ = process.communicate()
+            errors = f"not compiled in {limit:.0f} s"
+    if lines := output.splitlines():
+        record: dict[str, Any] = json.loads(lines[-1])
+        return record
+    said = [line for line in errors.splitlines() if line.strip() and line[:10] != "-" * 10]
+    last = [line for line in said if "internal frames" not in line][-1:] or ["no output"]
+    return _refused(case, last[0][:300], time.perf_counter() - start)
 
 
 def _why_not(case: Case) -> str | None:

@@ -160,6 +160,9 @@ def figure(records: Iterable[Record], path: pathlib.Path) -> None:
                 for chip in chips:
                     memory = _chips.CHIPS[chip].memory / 1e9
                     _figures.level(axes, memory, f"memory of one {chip}", left=0.98)
+                    # Readable where a line passes.
+                    white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}
+                    axes.texts[-1].set(bbox=white, zorder=3)
                 axes.set_title(model, fontsize=8)
             axes.set(xscale="log", yscale="log")
             axes.set_xlim(0.6, 420)

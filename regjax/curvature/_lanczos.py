@@ -24,9 +24,10 @@ class LanczosResult(NamedTuple):
     Attributes:
       alphas: (m,), diagonal of T; zero beyond `num_steps`.
       betas: (m - 1,), off-diagonal of T.
-      basis: (m, n), rows q of Q, orthonormal; zero beyond `num_steps`.
+      basis: the rows q of Q: a tree like the parameters with a leading axis m, divided as they are,
+        in float32 at least. Orthonormal; zero beyond `num_steps`.
       num_steps: (), int32, number of steps done: below m only after a breakdown without `key`.
-      residual: (n,), the part of the last A q outside of the basis.
+      residual: the part of the last A q outside of the basis, a tree like the parameters.
       eps: (), unit of rounding of the narrowest type in a product.
       product_error: (), what the errors of all products add to the norm of a residual where they
         are differences of gradients; otherwise what a breakdown dropped, which is rounding.
@@ -34,9 +35,9 @@ class LanczosResult(NamedTuple):
 
     alphas: jax.Array
     betas: jax.Array
-    basis: jax.Array
+    basis: Params
     num_steps: jax.Array
-    residual: jax.Array
+    residual: Params
     eps: jax.Array
     product_error: jax.Array
 
@@ -145,9 +146,9 @@ def lanczos_solver(
         return LanczosResult(
             alphas=jnp.diagonal(projected),
             betas=jnp.diagonal(projected, 1),
-            basis=_basis.to_array(krylov.basis, num_steps),
+            basis=_basis.to_trees(krylov.basis, num_steps),
             num_steps=krylov.filled,
-            residual=space.gather(krylov.unscaled(residual)),
+            residual=space.wide().unravel(krylov.unscaled(residual)),
             eps=jnp.asarray(operator.eps, projected.dtype),
             product_error=krylov.unscaled(krylov.blur),
         )

@@ -83,7 +83,8 @@ def ritz_pairs(result: LanczosResult) -> RitzResult:
     beta = _numerics.scaled_norm(result.residual).astype(values.dtype)
     outside = beta * jnp.abs(pairs.vectors[result.num_steps - 1])
     outside = jnp.where(pairs.valid, outside, outside[first])
-    unknown = rounding(values, eps=result.eps, dtype=result.basis.dtype, num_rows=result.num_steps)
+    dtype = jnp.result_type(*jax.tree.leaves(result.basis))
+    unknown = rounding(values, eps=result.eps, dtype=dtype, num_rows=result.num_steps)
     return RitzResult(
         values=values,
         residual_norms=outside + unknown + result.product_error.astype(outside.dtype),

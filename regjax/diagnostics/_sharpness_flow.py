@@ -133,7 +133,7 @@ def sharpness_reduction_flow(
     noise = space.unravel(space.normal(_checks.key("key", key)))
     from_noise = curvature.lanczos(hessian, noise, num_steps, key=key)
     pairs = curvature.ritz_pairs(from_noise)
-    leading = space.unravel(_combined(from_noise, pairs.vectors[:, -1]))
+    leading = _typed(_combined(from_noise, pairs.vectors[:, -1]), origin)
     third = _chunks.mean(
         Partial(_third_derivative, of_direction), (origin, leading), batch, chunk_size
     )
@@ -148,7 +148,7 @@ def sharpness_reduction_flow(
         norm,
         _Numbers(intrinsic_rate, flat_tol, tol),
     )
-    velocity = space.unravel(predicted.velocity)
+    velocity = _typed(predicted.velocity, origin)
     return predicted._replace(velocity=_tree.merge(velocity, jax.tree.map(jnp.zeros_like, params)))
 
 
@@ -205,7 +205,7 @@ def _predicted(
     first = third_pairs.vectors[0]
     last = _numerics.scaled_norm(from_third.residual) * third_pairs.vectors[-1]
     kept = jnp.where(flat, first, 0)
-    gradient = slope * _combined(from_third, third_pairs.vectors @ kept)
+    gradient = _combined(from_third, slope * (third_pairs.vectors @ kept))
     size = slope * jnp.linalg.norm(kept)
     # ||H g||, and how much of the dropped part H did not make: H Q s = Q T s + residual.
     curved = jnp.hypot(jnp.linalg.norm(values * kept), jnp.sum(last * kept))
@@ -215,7 +215,7 @@ def _predicted(
     denominator = 4 + size**2
     amplitude = jnp.sqrt(2 * intrinsic_rate / denominator)
     return FlowResult(
-        velocity=-2 * gradient / denominator,
+        velocity=jax.tree.map(lambda leaf: -2 * leaf / denominator, gradient),
         gradient_norm=size,
         gradient_error_bound=error,
         log_sharpness_rate=-2 * size**2 / denominator,
@@ -228,5 +228,11 @@ def _predicted(
     )
 
 
-def _combined(found: curvature.LanczosResult, weights: jax.Array) -> jax.Array:
-    return jnp.matmul(weights, found.basis, precision="highest")
+def _combined(found: curvature.LanczosResult, weights: jax.Array) -> Params:
+    """The combination of the rows of the basis."""
+    combine = functools.partial(jnp.tensordot, weights, axes=1, precision="highest")
+    return jax.tree.map(combine, found.basis)
+
+
+def _typed(tree: Params, like: Params) -> Params:
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from regjax import curvature
 from regjax._space import Space
 from regjax.curvature import _assessment, _eigen
+from regjax.curvature._engine import _basis
 from regjax.curvature._operators import _traced
 from tests.curvature import sharded
 from tests.curvature.sharded import close, key, mesh_of
@@ -245,12 +246,18 @@ def check_draws():
 
 def check_solvers():
     alone, together = pair("both")
+    run = lambda operator, key: curvature.lanczos(operator, start, 4, key=key)
+    start = alone.params
     for solve in (
+        run,
         functools.partial(curvature.top_eigenpairs, k=2, max_basis=12, tol=1e-5),
         functools.partial(curvature.spectral_density, num_steps=6),
         functools.partial(curvature.diagonal, num_matvecs=9, method="hutch++"),
     ):
         found, expected = (solve(operator, key=key()) for operator in (together, alone))
+        if hasattr(found, "residual"):
+            lies_as(found.basis, together.params, 1)
+            lies_as(found.residual, together.params)
         if hasattr(found, "vectors"):
             lies_as(found.vectors, together.params, 1)
             sign = functools.partial(jax.tree.map, jnp.abs)
@@ -311,6 +318,16 @@ def check_bars():
         start = jax.jit(lambda: space.normal(key())).lower().compile()  # noqa: B023
         assert held(start) <= 8 * vector
         assert not messages(start)
+        # Rows that are returned lie as the parameters do, beside the basis and nothing else.
+        compiled = _basis.to_trees.lower(state.krylov.basis, most).compile()
+        assert held(compiled) <= (2 * most + 1) * vector
+        # Two leaves are replicated, each smaller than eight slices.
+        assert sum(messages(compiled)) <= most * 2 * 8
+        # In somebody's own program, at parameters of which it knows nothing.
+        rows = 6
+        run = jax.jit(lambda operator, here: curvature.lanczos(operator.at(here), here, rows))  # noqa: B023
+        compiled = run.lower(operator, params).compile()
+        assert held(compiled) <= held(product) + (2 * rows + 8) * vector
         estimate = curvature.memory_estimate(solver)
         on_one = [leaf.addressable_data(0) for leaf in jax.tree.leaves(state)]
         assert estimate.state_bytes == space.num_bytes(on_one)

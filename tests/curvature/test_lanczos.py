@@ -73,12 +73,19 @@ def test_compiled_loop_gives_the_host_driven_result():
 
 
 def test_starts_and_states_are_trees_and_the_callers_arrays_survive():
-    like = {"a": start(3), "b": start(4, seed=2)}
+    like = {"a": start(3), "b": start(4, seed=2).reshape(2, 2).astype(jnp.bfloat16)}
     key = jax.random.key(0)
     result = curvature.lanczos(
         curvature.from_matvec(lambda t: jax.tree.map(lambda x: 2 * x, t), like), like, 3, key=key
     )
-    assert result.basis.shape == (3, 7)
+    # As wide as vectors are: half a mantissa would leave the rows nowhere near orthonormal.
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (result.basis, result.residual))
+    wide = jnp.dtype(jnp.float32)
+    assert shapes == (
+        {"a": ((3, 3), wide), "b": ((3, 2, 2), wide)}, {"a": ((3,), wide), "b": ((2, 2), wide)}
+    )  # fmt: skip
+    rows = jnp.concatenate([leaf.reshape(3, -1) for leaf in result.basis.values()], 1)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(3), atol=2e-6)
     assert not like["a"].is_deleted()
     assert not jax.random.key_data(key).is_deleted()
 

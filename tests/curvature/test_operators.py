@@ -46,6 +46,24 @@ def test_recomputed_and_kept_linearisations_agree():
     np.testing.assert_allclose(kept.dense(), recomputed.dense(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(("keeps", "chunk_size"), [(True, None), (False, None), (False, 5)])
+def test_the_same_matrix_at_other_parameters(keeps, chunk_size, monkeypatch):
+    """What was kept of the old ones must not stay."""
+    monkeypatch.setattr(_curvature, "CACHE_BYTES", 2**30 if keeps else 0)
+    problem = oracles.problem()
+    make = lambda p: curvature.hessian(oracles.loss_fn, p, *problem.batch, chunk_size=chunk_size)
+    here, there = problem.params, jax.tree.map(lambda leaf: leaf + 0.5, problem.params)
+    vector = random_like(there)
+    expected = flat(make(there).matvec(vector))
+    assert not np.allclose(flat(make(here).matvec(vector)), expected, atol=1e-3)
+    moved = jax.jit(lambda operator, p: operator.at(p))(make(here), there)
+    for operator in (make(here).at(there), moved):
+        assert (operator.linear_map is not None) == keeps
+        np.testing.assert_allclose(flat(operator.matvec(vector)), expected, rtol=2e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="`params"):
+        make(here).at([vector])
+
+
 def test_residuals_over_the_budget_are_not_kept(monkeypatch):
     monkeypatch.setattr(_curvature, "CACHE_BYTES", 100)
     operator = curvature.hessian(oracles.loss_fn, *problem_args(oracles.problem()))

@@ -120,12 +120,12 @@ def test_error_of_an_unfinished_projection_is_a_bound(num_steps, flat_tol):
     noise = {"w": jax.random.normal(KEY, (20,), float)}
     found = curvature.lanczos(hessian, noise, 20, key=KEY)
     pairs = curvature.ritz_pairs(found)
-    leading = {"w": pairs.vectors[:, -1] @ found.basis}
+    leading = {"w": pairs.vectors[:, -1] @ found.basis["w"]}
     third = flow._third_derivative(of_direction, (origin, leading), BED.x, BED.y)
     krylov = curvature.lanczos(hessian, third, num_steps)
     norm, numbers = jnp.linalg.norm(third["w"]), flow._Numbers(1e-3, flat_tol, 1e-2)
     report = flow._predicted(pairs, krylov, curvature.ritz_pairs(krylov), norm, numbers)
-    gradient = -report.velocity * (4 + report.gradient_norm**2) / 2
+    gradient = -report.velocity["w"] * (4 + report.gradient_norm**2) / 2
     error = np.linalg.norm(gradient - 2 * (free - least) / np.sqrt(2))
     assert error <= report.gradient_error_bound
     assert error > (1e-4 if num_steps > 4 else 0.1)

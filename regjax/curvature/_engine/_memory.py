@@ -63,7 +63,9 @@ def memory_estimate(solver: Solver[Any, Any]) -> MemoryResult:
     vectors = space.shapes_of(jax.eval_shape(solver.vectors, state))
     held, basis = space.num_bytes(operator), space.num_bytes(state)
     product = operator.product_bytes(1 if len(vectors.shape) == 1 else vectors.shape[0])
-    update = _programs.num_bytes(solver.update, state, vectors, donate_argnums=(0,))
+    # As a step has it (see `Solver.follow`).
+    follow = lambda state, images: space.keep(solver.update(state, images))
+    update = _programs.num_bytes(follow, state, vectors, donate_argnums=(0,))
     update += space.num_bytes(vectors)
     result = _programs.num_bytes(solver.beside, state)
     total = held + basis + max(product, update, result)

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
+from regjax import _loops
 from regjax._finite import check_product
 from regjax._meshes import on_one_mesh
 from regjax.curvature._operators._operator import Operator
@@ -102,7 +103,9 @@ class Solver(Generic[State, Result]):
         if self.charge is not None and coarser is not None:
             off = images - multiply(coarser, vectors)
             state = self.charge(state, images, jnp.linalg.norm(off, axis=-1) / 3)
-        return self.update(state, images)
+        state = self.update(state, images)
+        # What comes out of a branch the compiler would leave on each device, whole.
+        return state if _loops.is_concrete(state) else operator.space.keep(state)
 
     def beside(self, state: State) -> Any:
         """The largest tree that is made while the state is still there."""

@@ -124,6 +124,35 @@ class CurvatureOperator(TracedOperator):
     def home(self) -> Mesh | None:
         return None if self.placement is None else self.placement.home
 
+    @on_one_mesh
+    def at(self, params: Params) -> "CurvatureOperator":
+        """Makes the same matrix at other parameters, with the data of this one.
+
+        Inside of `jax.jit` nobody sees how arrays are divided over devices. There it is made of an
+        operator that was built outside, and all vectors are divided as that one's parameters are.
+
+        Example:
+          >>> hessian = curvature.hessian(lambda w: jnp.sum(w**3), jnp.ones(1))
+          >>> print(hessian.at(jnp.array([2.0])).dense())
+          [[12.]]
+
+        Args:
+          params: a tree like the parameters of this one.
+
+        Returns:
+          A `CurvatureOperator`.
+
+        Raises:
+          ValueError: `params` has another structure or other shapes.
+          TypeError: it is not real.
+        """
+        _checks.same_tree("params", params, self.params)
+        _checks.real_tree("params", params)
+        params, linear_map = self.space.place(self.space.put(params)), None
+        if self.linear_map is not None:
+            linear_map = _linear_map(self.linearization, self.function, params, self.batch)
+        return dataclasses.replace(self, params=params, linear_map=linear_map)
+
     @property
     def coarser(self) -> "CurvatureOperator | None":
         linearization = self.linearization.coarser
