@@ -213,6 +213,8 @@ def top_eigenpairs_solver(
     start_rows = None if start is None else _start.rows_of(start, space)
     # Two rows beyond the kept ones: one for the residual's direction, one to make progress.
     num_rows = min(space.size, max(48, 2 * k + 20)) if max_basis is None else max_basis
+    from_random = _search.is_alone(k, which) and start_rows is None
+    certificate = ("start" if from_random else "search") if search else None
     _checks.integer("max_basis", num_rows, minimum=min(k + 2, space.size), maximum=space.size)
     limit = 20 * num_rows if max_matvecs is None else max_matvecs
 
@@ -224,7 +226,7 @@ def top_eigenpairs_solver(
             "search": search, "start": start_rows, "accumulation": accumulation,
         },
         init=lambda: space.replicate(
-            _begin(key, tol, start_rows, space, k, which, num_rows, accumulation, search)
+            _begin(key, tol, start_rows, space, k, which, num_rows, accumulation, certificate)
         ),
         vectors=lambda state: state.krylov.direction,
         update=_update,
@@ -246,14 +248,14 @@ def _begin(
     which: str,
     num_rows: int,
     accumulation: str | None,
-    searches: bool,
+    certificate: str | None,
 ) -> EigenState:
     """The state before the first product."""
     fresh_key, start_key = jax.random.split(key)
     first = space.normal(start_key)
     if start_rows is not None:
         # Nothing but a random part, or a search, sees what the given vectors do not.
-        first = _start.sum_of(start_rows, space, None if searches else first)
+        first = _start.sum_of(start_rows, space, None if certificate else first)
     krylov = empty(space, first, num_rows, fresh_key, accumulation)
     rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
     return EigenState(
@@ -277,7 +279,7 @@ def _begin(
         k=k,
         which=which,
         num_rows=num_rows,
-        searches=searches,
+        certificate=certificate,
     )
 
 
@@ -286,8 +288,8 @@ def _charge(state: EigenState, image: jax.Array, error: jax.Array) -> EigenState
 
 
 def _is_complete(state: EigenState) -> jax.Array:
-    """Whether the list is right, as far as it was looked for: never without a search."""
-    was_searched = jnp.bool_(state.searches) | _basis.spans_all(state.krylov.basis)
+    """Whether the list is right, as far as it was looked for: never without a certificate."""
+    was_searched = jnp.bool_(state.certificate is not None) | _basis.spans_all(state.krylov.basis)
     return jnp.all(state.small[: state.k]) & state.done & was_searched
 
 
