@@ -123,8 +123,9 @@ def seen_from_start(
       exists: (rows,), bool, which are pairs.
     """
     distances = _distances(targets, values, exists)
+    couplings = jnp.where(exists, couplings, 0)
     grown = 2 * (search.growth + jnp.sum(jnp.log(distances), 1))
-    grown += jnp.log1p(jnp.sum((couplings / distances) ** 2, 1, where=exists))
+    grown += jnp.log1p(jnp.sum((couplings[None] / distances) ** 2, 1))
     most = 2 * math.log(_certain(grown.dtype))
     # Rounded up: so much counts as certain.
     evidence = jnp.where(
@@ -147,9 +148,9 @@ def compressed(search: Search, weights: jax.Array, values: jax.Array, dropped: j
 
 def _distances(targets: jax.Array, values: jax.Array, counted: jax.Array) -> jax.Array:
     """(2, rows), of each target from the values that are counted, 1 from others; never 0."""
-    distances = jnp.abs(targets[:, None] - values)
+    distances = jnp.abs(targets[:, None] - values[None])
     least = float(jnp.finfo(values.dtype).tiny)
-    return jnp.where(counted, jnp.maximum(distances, least), 1)
+    return jnp.where(counted[None], jnp.maximum(distances, least), 1)
 
 
 def targets_of(known: jax.Array, margin: jax.Array, which: str) -> jax.Array:
