@@ -155,8 +155,8 @@ def _draw(records: Sequence[Record], figure: Any) -> str:
 CLAIM = _claims.Claim(
     name="missed_copies",
     paper="ours (`top_eigenpairs`)",
-    statement="a copy of a multiple eigenvalue at the end of the list is missed as rarely as "
-    "`miss_probability` says",
+    statement="a copy of a multiple eigenvalue at the end of the list is missed as rarely as is "
+    "promised",
     printed="nothing: it is our own promise",
     settings=_settings,
     run=_run,
