@@ -10,6 +10,8 @@ TOP = DOCS.parent
 sys.path[:0] = [str(TOP), str(DOCS / "_extensions")]
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 
+import source_links  # noqa: E402
+
 import regjax  # noqa: E402
 
 project = "regjax"
@@ -22,6 +24,7 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.linkcode",
     "sphinx.ext.napoleon",
     "sphinx_design",
     "gallery",
@@ -63,3 +66,8 @@ toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False  # plain_docstrings.py has them, as written
 napoleon_use_ivar = True  # fields of results in one table, as arguments are
+
+
+def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
+    """The [source] link of an entry of the reference."""
+    return source_links.address(repository, TOP, info) if domain == "py" else None

@@ -40,6 +40,7 @@ from regjax._base import WeightedMean as WeightedMean
 from regjax._base import couples_examples as couples_examples
 from regjax._equinox import from_equinox as from_equinox
 from regjax._files import CheckpointError as CheckpointError
+from regjax._finite import NotFiniteError as NotFiniteError
 from regjax._haiku import from_haiku as from_haiku
 from regjax._keras import from_keras as from_keras
 from regjax._layouts import Layout as Layout

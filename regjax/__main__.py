@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regjax._files import CheckpointError, MissingError
+from regjax._finite import NotFiniteError
 from regjax.experiments import (
     _compare,
     _compiled,
@@ -181,10 +182,10 @@ def _check_device() -> None:
 def _users_line(error: Exception) -> str | None:
     """Returns the line about what the user can mend; None for a fault of the library.
 
-    That is our own errors, files that cannot be used, memory that does not suffice, and arguments
-    that a function of the library refuses.
+    That is our own errors, files that cannot be used, memory that does not suffice, products that
+    are not finite, and arguments that a function of the library refuses.
     """
-    own = (UsageError, DataError, CheckpointError, TrainingError, OSError)
+    own = (UsageError, DataError, CheckpointError, TrainingError, NotFiniteError, OSError)
     if isinstance(error, own):
         return str(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

@@ -26,7 +26,7 @@ from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import Loss, ModelFn, OutputLossFn, Params, PRNGKey, State, Tree, Wrapper
 from regjax._printing import legible
-from regjax._runners import Apply, ApplyFn, CallableRunner, Run, Static
+from regjax._runners import Apply, ApplyFn, CallableRunner, Run
 
 _MODES = ("evaluation", "train", "train_per_chunk")
 
@@ -53,7 +53,7 @@ class Model(NamedTuple):
         It must be hashable and the same object at each call, or all compiles again. The new state
         has the structure of `state`; in evaluation mode it is `state`. The `apply` of an adapter is
         equal for equal modules, and raises ValueError where `params` or `state` do not have the
-        structure of the model's own.
+        structure of the model's own, or a parameter has another shape.
       params: tree of real floating-point arrays. Adapters make nested dicts; that of Equinox makes
         the module with None for everything else. Lists of nnx layers keep their integer keys: nnx
         takes the leaves in sorted order, and as strings "10" would come before "2".
@@ -264,6 +264,6 @@ def model_of(
     module: object = None,
 ) -> Model:
     """Makes the `Model` of an adapter: all that is known of a model comes together here."""
-    apply = Apply(run, Static(jax.tree.structure(params)), Static(jax.tree.structure(state)))
+    apply = Apply.of(run, params, state)
     layout = _layouts.of_model(params, module)
     return Model(apply, params, state, has_batch_statistics, has_generators, layout)

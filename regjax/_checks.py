@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from regjax import _differences
+
+ORDER = "the order of the matrix, which is the number of parameters"
 Number = TypeVar("Number")
 Function = TypeVar("Function")
 
@@ -16,17 +19,34 @@ _Tree: TypeAlias = Any  # `_base` stands on this file
 
 
 def integer(
-    name: str, value: object, *, minimum: int | None = 1, maximum: int | None = None
+    name: str,
+    value: object,
+    *,
+    minimum: int | tuple[int, str] | None = 1,
+    maximum: tuple[int, str] | None = None,
 ) -> int:
-    """Returns `value` as an `int` between `minimum` and `maximum`, or raises naming `name`."""
+    """Returns `value` as an `int`, or raises naming `name`.
+
+    Args:
+      name: of the argument.
+      value: what was given.
+      minimum: the least, and in words where it comes from if that is not plain; None: any.
+      maximum: the most, and where it comes from; None: any.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be a Python integer, got {value!r}.")
     value = int(value)
-    too_small = minimum is not None and value < minimum
-    if too_small or (maximum is not None and value > maximum):
-        rule = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+    (least, why), (most, whence) = _bound(minimum), _bound(maximum)
+    if (least is not None and value < least) or (most is not None and value > most):
+        rule = f"at least {least}{why}"
+        if most is not None:
+            rule = f"between {least}{why} and {most}{whence}"
         raise ValueError(f"`{name}` must be {rule}, got {value}.")
     return value
+
+
+def _bound(bound: int | tuple[int, str] | None) -> tuple[int | None, str]:
+    return (bound[0], f" ({bound[1]})") if isinstance(bound, tuple) else (bound, "")
 
 
 def non_negative(name: str, value: Number, *, finite: bool = False) -> Number:
@@ -221,10 +241,12 @@ def real_tree(name: str, tree: _Tree) -> _Tree:
 
 def same_structure(name: str, tree: _Tree, like: _Tree) -> _Tree:
     """Returns `tree` if it has the structure of `like`."""
-    structure: Any = jax.tree.structure(tree)
     expected: Any = jax.tree.structure(like)
-    if structure != expected:
-        raise ValueError(f"`{name}` must have the tree structure {expected}, got {structure}.")
+    if jax.tree.structure(tree) != expected:
+        raise ValueError(
+            f"`{name}` must have the tree structure {_differences.written(expected)}, got "
+            f"{_differences.of(tree, expected)}.{_differences.by_ravel(tree, like)}"
+        )
     return tree
 
 
@@ -238,6 +260,7 @@ def same_tree(name: str, tree: _Tree, like: _Tree, *, leading: tuple[int, ...] =
             raise ValueError(
                 f"`{name}{jax.tree_util.keystr(path)}` must have shape "
                 f"{leading + jnp.shape(reference)}, got {jnp.shape(leaf)}."
+                f"{_differences.by_ravel(tree, like)}"
             )
     return tree
 
@@ -300,20 +323,25 @@ def _bool(name: str, value: object) -> bool:
     return bool(known)
 
 
-def num_examples(batch: _Tree) -> int:
+def not_empty(name: str, batch: _Tree) -> None:
+    """Checks that no array has a leading axis of no examples, of which a mean is NaN."""
+    if any(jnp.shape(leaf)[:1] == (0,) for leaf in jax.tree.leaves(batch)):
+        raise ValueError(f"`{name}` must hold at least one example, got 0.")
+
+
+def num_examples(batch: _Tree, name: str = "batch") -> int:
     """Returns the length of the leading axis that all leaves of `batch` share."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
-        raise ValueError("`batch` must have at least one array, got none.")
+        raise ValueError(f"`{name}` must have at least one array, got none.")
     shapes = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
     lengths = {shape[0] for shape in shapes.values() if shape}
     if len(lengths) != 1 or () in shapes.values():
         found = ", ".join(f"{path}: {shape}" for path, shape in shapes.items())
         raise ValueError(
-            "`batch` must have one leading axis of examples in all of its arrays, got shapes "
+            f"`{name}` must have one leading axis of examples in all of its arrays, got shapes "
             f"{found}. Bind what is not data with jax.tree_util.Partial(loss_fn, state=...)."
         )
+    not_empty(name, batch)
     (length,) = lengths
-    if length == 0:
-        raise ValueError("`batch` must hold at least one example, got 0.")
     return length

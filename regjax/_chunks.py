@@ -153,8 +153,10 @@ def parts_of(
       placement: where the examples lie; None: on one device.
 
     Raises:
-      ValueError: `chunk_size` is not positive, or splits examples that `function` couples.
+      ValueError: `chunk_size` is not positive, or splits examples that `function` couples; or there
+        is no example.
     """
+    _checks.not_empty("batch", batch)
     if chunk_size is None:
         return (batch,), None
     num_examples, num_parts = _checks.num_examples(batch), 1

@@ -194,6 +194,18 @@ def from_nnx(
     )
 
 
+def plain(tree: Tree) -> Tree:
+    """Takes what nnx wraps arrays in off a tree, such as the state that `nnx.Optimizer` holds."""
+    is_wrapped = lambda node: isinstance(node, (nnx.State, nnx.Variable))
+
+    def unwrapped(node: Any) -> Any:
+        if isinstance(node, nnx.State):
+            return nnx.to_pure_dict(node)
+        return node.get_value() if isinstance(node, nnx.Variable) else node
+
+    return jax.tree.map(unwrapped, tree, is_leaf=is_wrapped)
+
+
 def _paths(module: nnx.Module, wrt: Mask) -> list[tuple[Any, ...]]:
     """Returns the paths of the variables that are the parameters."""
     is_tree = isinstance(wrt, (bool, dict, nnx.State))

@@ -98,7 +98,24 @@ def unit(tree: Params) -> Params:
 @one_program()
 def cosine(one: Params, other: Params) -> jax.Array:
     """Computes the cosine of the angle between two trees of any size; 0 if one of them is zero."""
-    return _tree.inner(unit(one), unit(other))
+    squares = _tree.inner(one, one), _tree.inner(other, other)
+
+    def plain(one: Params, other: Params) -> jax.Array:
+        product = _tree.inner(one, other)
+        lengths = [jnp.sqrt(square).astype(product.dtype) for square in squares]
+        return product / (lengths[0] * lengths[1])
+
+    scaled = lambda *pair: _tree.inner(*map(unit, pair))
+    are_plain = _is_plain(squares[0]) & _is_plain(squares[1])
+    return lax.cond(are_plain, plain, scaled, one, other)
+
+
+def _is_plain(square: jax.Array) -> jax.Array:
+    """Tells where a sum of squares neither overflowed nor lost a part that counts.
+
+    That is nearly always so: scaling takes up to three times as many passes over all numbers.
+    """
+    return (square > float(jnp.finfo(square.dtype).tiny) ** 0.5) & jnp.isfinite(square)
 
 
 @one_program(static="axes")
@@ -111,8 +128,16 @@ def norms_along(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 @one_program(static="axes")
 def units_along(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Divides groups over `axes` by their norms, of any size; zero groups stay zero."""
-    array, _ = near_one(array, axes)
-    return array * divide(1, _root(jnp.sum(array**2, axes, keepdims=True)))
+    square = jnp.sum(array**2, axes, keepdims=True)
+
+    def scaled(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+        array, power = near_one(array, axes)
+        return power, _root(jnp.sum(array**2, axes, keepdims=True))
+
+    # Out of the branch come small arrays, so that the product is part of what follows.
+    plain = lambda _: (jnp.ones_like(square), jnp.sqrt(square))
+    power, length = lax.cond(jnp.all(_is_plain(square)), plain, scaled, array)
+    return power * array * divide(1, length)
 
 
 @one_program()

@@ -34,6 +34,8 @@ def noted(*arguments: Any) -> Generator[None]:
     except Exception as error:
         given = ", ".join(_type(argument) for argument in arguments)
         error.add_note(f"This was raised in a function that regjax called with ({given}).")
+        if "static argument" in str(error):
+            error.add_note("Static arguments are bound, as in functools.partial(loss_fn, n=3).")
         raise
 
 

@@ -1,13 +1,15 @@
 """How a model of each kind runs: (params, state, inputs) -> (outputs, new state) on plain trees."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from regjax import _differences
 from regjax._base import ModelFn, Params, PRNGKey, State, Tree
 
 Run: TypeAlias = Callable[[Params, State, Tree, bool, PRNGKey | None], tuple[Tree, State]]
@@ -49,11 +51,26 @@ class Static:
 
 @dataclasses.dataclass(frozen=True)
 class Apply:
-    """Checks the trees: nnx would pair the leaves of another model by position, silently."""
+    """Checks the trees: nnx would pair the leaves of another model by position, silently.
+
+    And it would compute with another width, where all layers have it. The state may have any
+    shapes: what a layer keeps of the examples has their number.
+    """
 
     run: Run
     params_structure: Static
+    params_shapes: tuple[tuple[int, ...], ...]
     state_structure: Static
+
+    @classmethod
+    def of(cls, run: Run, params: Params, state: State) -> "Apply":
+        """Knows a model's own trees."""
+        return cls(run, *_types(params), _types(state)[0])
+
+    def with_params(self, params: Params) -> "Apply":
+        """The same for another tree of the same parameters."""
+        structure, shapes = _types(params)
+        return dataclasses.replace(self, params_structure=structure, params_shapes=shapes)
 
     def __call__(
         self,
@@ -75,9 +92,33 @@ class Apply:
         ):
             if Static(jax.tree.structure(tree)) != expected:
                 raise ValueError(
-                    f"`{name}` must have the tree structure of the model's, got one "
-                    f"{_difference(tree, expected.value)}."
+                    f"`{name}` must have the tree structure of the model's, got "
+                    f"{_differences.of(tree, expected.value)}.{_own_form(tree)}"
                 )
+        for (path, leaf), shape in zip(
+            jax.tree_util.tree_leaves_with_path(params), self.params_shapes, strict=True
+        ):
+            if np.shape(leaf) != shape:
+                raise ValueError(
+                    f"`params{jax.tree_util.keystr(path)}` must have the shape {shape} of the "
+                    f"model's, got {np.shape(leaf)}."
+                )
+
+
+def _own_form(tree: Tree) -> str:
+    """Where the plain parameters are in what flax calls by other names."""
+    if isinstance(tree, (nnx.State, nnx.Module)):
+        of = "module" if isinstance(tree, nnx.Module) else "state"
+        part = "nnx.state(module, nnx.Param)" if of == "module" else "state"
+        return f" The plain dicts of this {of} are `nnx.to_pure_dict({part})`."
+    if isinstance(tree, Mapping) and "params" in tree:
+        return " Of linen's variables they are `variables['params']`."
+    return ""
+
+
+def _types(tree: Tree) -> tuple[Static, tuple[tuple[int, ...], ...]]:
+    leaves, structure = jax.tree.flatten(tree)
+    return Static(structure), tuple(np.shape(leaf) for leaf in leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,24 +131,6 @@ class CallableRunner:
         self, params: Params, state: State, inputs: Tree, train: bool, key: PRNGKey | None
     ) -> tuple[Tree, State]:
         return self.function(params, inputs), state
-
-
-def _difference(tree: Tree, expected: Any) -> str:
-    """Says in which leaves a tree differs from a structure."""
-    paths = lambda tree: {
-        jax.tree_util.keystr(path): None for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    if jax.tree_util.all_leaves([tree]):
-        return "that is a single array"
-    wanted, found = paths(jax.tree.unflatten(expected, range(expected.num_leaves))), paths(tree)
-    lacking = [path for path in wanted if path not in found]
-    more = [path for path in found if path not in wanted]
-    parts = [
-        f"{word} {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        for word, names in (("without", lacking), ("with", more))
-        if names
-    ]
-    return " and ".join(parts) or f"of {jax.tree.structure(tree)} instead of {expected}"
 
 
 def owned(tree: Tree) -> Tree:

@@ -13,6 +13,7 @@ from regjax._adapters import Model, check_model
 from regjax._arguments import checked
 from regjax._base import Params, PRNGKey, State, Tree
 from regjax._numerics import divide
+from regjax._printing import noted
 from regjax._runners import ApplyFn
 
 
@@ -123,7 +124,8 @@ def population_statistics(
         if own == 0:
             continue
         # (1 - m) b, and from a start of its size m times that start more.
-        moved, found_nan = _train_pass(model.apply, params, zero, inputs, key)
+        with noted(params, inputs):
+            moved, found_nan = _train_pass(model.apply, params, zero, inputs, key)
         if size not in rests:
             # Counts and generators are those of the first pass.
             start = _on_floating(lambda _, s: 1 + jnp.abs(s), zero, moved)

@@ -44,6 +44,8 @@ LOOPS = {
     "regjax.curvature._deflation": {"fori_loop"},  # two passes over the rows
     "regjax.curvature._krylov": {"cond"},  # a fresh direction
     "regjax.curvature._orthogonal": {"while_loop", "fori_loop"},  # one pass or two
+    "regjax._numerics": {"cond"},  # sums of squares, scaled or not
+    "regjax.normalization._batch_norm": {"scan"},  # ticks of running averages
     "regjax.models._transformer": {"scan"},  # equal blocks, without convolution
     "regjax.pruning._evaluation": {"scan"},  # the model's own
 }
@@ -272,6 +274,7 @@ ONLY_FOR_TYPES = {
     "Sequence": collections.abc.Sequence,
     "DensityCurveResult": curvature.DensityCurveResult,
     "DensityDistancesResult": curvature.DensityDistancesResult,
+    "DensityResult": curvature.DensityResult,
 }
 
 

@@ -11,6 +11,7 @@ from benchmarks import __main__ as command
 from benchmarks import _claims
 from benchmarks._claims import Verdict
 from benchmarks.claims import _figures, _frame, _networks
+from tests import pictures
 
 RESULTS = pathlib.Path(command.__file__).parent / "results"
 
@@ -191,3 +192,24 @@ def test_the_parts_of_the_digits_are_disjoint_and_fixed():
     assert float(split.x.max()) == 1
     training = {bytes(np.asarray(row)) for row in split.x}
     assert len(training & {bytes(np.asarray(row)) for row in split.x_test}) <= 1
+
+
+def recorded(name):
+    """A claim with its recorded runs and the entry that follows from them."""
+    entry = json.loads((RESULTS / "claims.json").read_text())[name]
+    claim = _claims.find_claims()[name]
+    records, wanted = _claims.kept(claim, entry["preset"], RESULTS / "claims_runs.jsonl")
+    assert len(records) == wanted == entry["runs"]
+    return claim, records, entry
+
+
+# What is judged and drawn in a second or two; `python -m benchmarks claims --redraw` does all.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["batch_entropy", "group_norm_plus", "influence", "noise_scale"])
+def test_verdicts_and_figures_are_those_of_the_recorded_runs(name, tmp_path):
+    claim, records, entry = recorded(name)
+    verdicts = [verdict._asdict() for verdict in claim.judge(records)]
+    assert verdicts == entry["verdicts"]
+    _claims.draw(claim, records, verdicts, tmp_path / "now.png")
+    then = (RESULTS / f"claim_{name}.png").read_bytes()
+    assert pictures.difference(then, (tmp_path / "now.png").read_bytes()) == ""

@@ -3,12 +3,16 @@
 All run in one process, since most of their time goes into imports. Words must be the same; a number
 may differ by three times the ± behind it, by the last digit that is printed, and by the share that
 the cell states as `tolerance` in its metadata, else a thousandth. What follows from a training run
-states more: rounding on another processor grows along the way.
+states more: rounding on another processor grows along the way. Pictures must look the same from
+afar (tests/pictures.py), so that one is not left behind when the drawing code changes; of runs that
+diverge, which no two processes draw alike, as far as their `picture_tolerance` says.
 
 To write the outputs anew: `jupyter execute --inplace colabs/*.ipynb`.
 """
 
+import base64
 import copy
+import io
 import pathlib
 import re
 import tomllib
@@ -18,7 +22,9 @@ import nbformat
 import pytest
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
+from matplotlib.figure import Figure
 
+from tests import pictures
 from tests.printed import NUMBER, unit_of, words_of
 
 TOP = pathlib.Path(__file__).parents[1]
@@ -44,6 +50,12 @@ def text_of(cell):
         elif "image/png" not in output.get("data", {}):
             pieces.append(output.data["text/plain"])
     return "\n".join("".join(pieces).split("\n"))
+
+
+def pictures_of(cell):
+    """The PNGs that a cell shows."""
+    data = [output.get("data", {}) for output in cell.get("outputs", [])]
+    return [base64.b64decode(each["image/png"]) for each in data if "image/png" in each]
 
 
 def differences(committed, found, tolerance=SAME):
@@ -84,9 +96,14 @@ def test_cells_run_and_print_what_is_committed(path, kernel):
     client = nbclient.NotebookClient(notebook, timeout=300, km=kernel, coalesce_streams=True)
     client.execute()
     client.kc.stop_channels()
+    widest = max(cell.metadata.get("tolerance", 0.0) for cell in committed.cells)
     for old, new in zip(committed.cells, notebook.cells[1:], strict=True):
         tolerance = old.metadata.get("tolerance", SAME)
         assert differences(text_of(old), text_of(new), tolerance) == [], old.source
+        # A picture may show what any cell before has computed.
+        for one, other in zip(pictures_of(old), pictures_of(new), strict=True):
+            allowed = old.metadata.get("picture_tolerance", widest)
+            assert pictures.difference(one, other, allowed) == "", old.source
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -97,6 +114,24 @@ def test_outputs_are_committed_and_small(path):
     assert any(NUMBER.search(text_of(cell)) for cell in notebook.cells)
     assert not any(output.get("name") == "stderr" for output in shown)
     assert path.stat().st_size < MAX_BYTES
+
+
+def test_pictures_are_compared_from_afar():
+    """Another word, size or colour is seen, a line that moves by a hundredth of a pixel is not."""
+
+    def draw(label="density", size=8, color="C0", shift=0.0):
+        figure, image = Figure(figsize=(4, 2.5), dpi=100), io.BytesIO()
+        axes = figure.subplots()
+        axes.plot([0, 1 + shift, 2], [0, 1, 0.5], color=color)
+        axes.set_xlabel("eigenvalue", fontsize=size)
+        axes.set_ylabel(label, fontsize=size)
+        figure.savefig(image)
+        return image.getvalue()
+
+    assert pictures.difference(draw(), draw(shift=1e-3)) == ""
+    for other in (draw(label="weight"), draw(size=9), draw(color="C1"), draw(shift=0.2)):
+        assert "% of the picture" in pictures.difference(draw(), other)
+    assert pictures.difference(draw(), draw(shift=0.2), tolerance=0.2) == ""
 
 
 def test_numbers_are_compared_within_their_errors():

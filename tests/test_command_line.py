@@ -334,9 +334,12 @@ def test_a_fault_of_ours_is_one_line_that_names_its_traceback(monkeypatch, capsy
         (MemoryError(), "Out of memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), "9 bytes"),
         (OSError(28, "No space left on device"), "No space left"),
+        (regjax.NotFiniteError("`operator` must give finite products"), "finite products"),
     ],
 )
-def test_out_of_memory_or_of_space_is_one_line_and_status_2(error, text, monkeypatch, capsys):
+def test_what_does_not_fit_or_is_not_finite_is_one_line_and_status_2(
+    error, text, monkeypatch, capsys
+):
     fail_with(monkeypatch, error)
     status, out, errors = run(capsys, "train")
     assert (status, out) == (2, "")

@@ -79,6 +79,19 @@ def test_norms_of_trees_have_one_scale_and_their_derivative(size):
     np.testing.assert_allclose(_numerics.cosine(tree, other), (5 - 4) / 9, rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-10, 1.1e-10, 1.0, 1e18])
+def test_what_needs_no_scaling_is_what_scaling_gives(size):
+    """On both sides of the size from which squares are summed as they are, and far beyond."""
+    array = jnp.asarray([[3.0, 2.0], [4.0, -1.0]]) * size
+    square = np.asarray(array, np.float64) ** 2
+    unit = np.asarray(array) / np.sqrt(square.sum(0))
+    np.testing.assert_allclose(_numerics.units_along(array, (0,)), unit, rtol=1e-6)
+    cosine = 2 / np.sqrt(25 * 5)
+    np.testing.assert_allclose(_numerics.cosine(array[:, 0], array[:, 1]), cosine, rtol=1e-6)
+    slope = jax.grad(lambda a: jnp.sum(_numerics.units_along(a, (0,))[0]))(array)
+    np.testing.assert_allclose(slope[:, 0] * size, [16 / 125, -12 / 125], rtol=1e-5)
+
+
 def test_norms_of_nothing_are_zero_with_their_derivative():
     zero = {"a": jnp.zeros(2), "b": jnp.zeros((0, 3))}
     norm, slope = jax.value_and_grad(_numerics.scaled_norm)(zero)

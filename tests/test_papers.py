@@ -21,6 +21,7 @@ from regjax import (
     schedules,
     transforms,
 )
+from tests.printed import unit_of
 
 ROOMS = {
     "regjax": regjax,
@@ -136,6 +137,26 @@ def test_the_headline_speeds_are_the_recorded_ones(row):
         assert f"{record['bars'][name]:.2f}" in bars
     assert re.findall(r"\d\.\d+", measured) == shown
     assert verdict == ("met" if all(met) else "missed, met" if any(met) else "missed")
+
+
+SPECTRA = ("flat", "polynomial", "exponential", "step")
+
+
+@pytest.mark.parametrize("kind", ["trace", "diagonal"])
+def test_the_errors_of_estimators_are_the_recorded_ones(kind):
+    lines = (_papers.ROOT / _papers.RESULTS / "speed_cpu.jsonl").read_text().splitlines()
+    facts = {record["case"]: record["facts"] for record in map(json.loads, lines)}
+    page = (_papers.ROOT / "docs/benchmarks/curvature.md").read_text()
+    (table,) = re.findall(rf"^\| {kind} \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in table.splitlines()]
+    assert len(rows) == 7
+    for label, *cells in rows:
+        for spectrum, cell in zip(SPECTRA, cells, strict=True):
+            found = facts[f"estimators/{kind}_{spectrum}"]
+            error, share = cell.split(" / ")
+            assert abs(float(error) - found[f"{label} error"]) <= 0.51 * unit_of(error)
+            estimated = found.get(f"{label} estimated / true error")
+            assert share == ("-" if estimated is None else f"{estimated:.2f}")
 
 
 def test_the_groups_hold_every_page_once():

@@ -15,7 +15,7 @@ import tomllib
 import pytest
 
 from regjax.__main__ import main
-from tests import pages
+from tests import pages, pictures
 from tests.test_architecture import ROOMS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -137,6 +137,19 @@ def test_outputs_are_written_into_a_page():
 def test_python_blocks_run_and_print_what_is_shown(name, tmp_path, monkeypatch, default_promotion):
     monkeypatch.chdir(tmp_path)
     pages.check(PAGES[name], name)
+    # The first picture that a page writes is the first that it shows.
+    for drawn, shown in zip(sorted(tmp_path.glob("*.png")), pictures_of(name), strict=False):
+        assert pictures.difference(shown.read_bytes(), drawn.read_bytes()) == ""
+
+
+def pictures_of(name):
+    paths = re.findall(r"!\[[^\]]*\]\((\S+\.png)\)", PAGES[name])
+    return [(ROOT / name).parent / path for path in paths]
+
+
+def test_the_quickstart_shows_what_it_draws():
+    name = "docs/quickstart.md"
+    assert PAGES[name].count(".savefig(") == len(pictures_of(name)) == 1
 
 
 def test_the_network_of_the_guides_is_one():

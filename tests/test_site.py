@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
@@ -121,6 +122,24 @@ def test_every_public_name_has_an_entry_and_private_modules_are_not_shown(pages)
     assert names - anchors == set()
     for page in reference.values():
         assert re.findall(r"regjax[\w.]*\._\w+", page.text) == []
+
+
+def test_functions_and_classes_link_to_their_source(pages):
+    repository = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["urls"][
+        "Repository"
+    ]
+    place = re.compile(rf"{re.escape(repository)}/blob/main/(regjax/\S+\.py)#L(\d+)-L(\d+)")
+    reference = [page for path, page in pages.items() if path.parent.name == "api"]
+    found = [place.fullmatch(link) for page in reference for link in page.links]
+    shown = {}
+    for match in filter(None, found):
+        lines = (TOP / match[1]).read_text().splitlines()[int(match[2]) - 1 : int(match[3])]
+        shown.update((line.split()[1].split("(")[0].rstrip(":"), match[1]) for line in lines
+                     if line.startswith(("def ", "class ")))  # fmt: skip
+    assert shown["top_eigenpairs"] == "regjax/curvature/_eigen.py"
+    assert shown["EigenResult"] == "regjax/curvature/_eigen.py"
+    names = {name for face in FACES for name in public_names(face)}
+    assert len(names & shown.keys()) > 0.9 * len(names)
 
 
 def test_signatures_have_the_types_of_the_source(pages):

@@ -27,6 +27,15 @@ def test_behind_the_optimiser_a_gradient_is_refused(name):
         run(row.make(), params, 1, grad_fn=grads)
 
 
+def test_a_jitted_step_is_tried_without_jit():
+    """Inside of `jit` nobody can be told."""
+    tx, params = optax.chain(optax.sgd(0.1), ROWS["sam"].make()), parameters()
+    step = jax.jit(lambda params: run(tx, params, 1))
+    step(params)
+    with jax.disable_jit(), pytest.raises(ValueError, match="`updates` must be the gradient"):
+        step(params)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_other_trees_are_refused_by_name(name):
     row, params = ROWS[name], parameters()

@@ -47,6 +47,7 @@ POSITIONAL_AND_KEYWORD = {
     "tx": "what is wrapped comes first; what a monitor looks at is an option",
 }
 DIFFERENT_DEFAULTS = {
+    "axis_scale": "of a curve for one's own plot, and of a figure that is to show small and large",
     "axis_name": "learners always have an axis, batches seldom",
     "depth": "of networks, and of the keys of a block",
     "decay": "of scores, which change, and of weights, whose plain mean is the usual one",

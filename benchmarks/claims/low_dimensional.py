@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from benchmarks import _claims
 from benchmarks._claims import Record, Settings, Verdict
-from benchmarks.claims import _figures, _networks
+from benchmarks.claims import _figures, _networks, _subspace
 from regjax import diagnostics
 
 _D, _K, _WIDTH, _CLASSES = 64, 16, 128, 10
-_STEPS, _BATCH, _RATE, _ADAM_RATE = 3_000, 30, 0.05, 1e-3
+_STEPS, _BATCH = 3_000, 30
 _SMALL, _WRONG, _OFF = 0.1, 0.1, 0.5  # start of linear networks, wrong labels, size of a step off
 _LENGTH = 14.3  # mean squared norm of the digits' coordinates; the other data are brought to it
 _NOISE = (0.03, 0.1, 0.3, 1.0)
@@ -86,21 +85,25 @@ def _coordinates(data: str) -> _networks.Split:
 def _run(settings: Settings) -> dict[str, float]:
     options, seed = _options(settings["sweep"], settings["value"]), settings["seed"]
     data, random = _coordinates(settings["data"]), np.random.default_rng(seed)
-    basis = jnp.asarray(np.eye(_D)[:, :_K] if options.is_aligned else _orthonormal(random, _D))
+    basis = jnp.asarray(
+        np.eye(_D)[:, :_K] if options.is_aligned else _subspace.orthonormal(random, _D, _K)
+    )
     x, x_test = data.x @ basis.T, data.x_test @ basis.T
-    noise, aside = (_off(jnp.asarray(random.normal(size=z.shape)), basis) for z in (x, x_test))
+    noise, aside = (
+        _subspace.off(jnp.asarray(random.normal(size=z.shape)), basis) for z in (x, x_test)
+    )
     is_wrong = random.random(len(x)) < options.wrong
     y = np.where(is_wrong, random.integers(_CLASSES, size=len(x)), data.y).astype(np.int32)
     orders = [random.permutation(len(x)) for _ in range(settings["steps"] * _BATCH // len(x))]
     is_short = settings["steps"] < _STEPS
     stop = 3.0 if is_short else _DATA[settings["data"]][2 if options.is_linear else 1]
     start = _start(options, seed)
-    end, at_stop, loss, reached = _train(
+    end, at_stop, loss, reached = _subspace.train(
         options.is_adam, options.is_linear, start, x + options.noise * noise, y, basis,
         np.stack(orders).reshape(len(orders), -1, _BATCH), options.decay, options.fresh, stop,
         jax.random.key(seed),
     )  # fmt: skip
-    model_fn = _linear if options.is_linear else _networks.outputs
+    model_fn = _subspace.linear if options.is_linear else _networks.outputs
     complexity = functools.partial(
         diagnostics.transversal_complexity, model_fn, inputs=x_test[:200], basis=basis
     )
@@ -127,7 +130,9 @@ def _start(options: _Options, seed: int) -> Any:
         return [{**first, "kernel": options.init * first["kernel"]}, *rest]
     # Balanced: factors of rank 10, all of their singular values the same small number.
     random, hidden = np.random.default_rng([seed, 1]), (_WIDTH,) * (options.depth - 1)
-    frames = [_orthonormal(random, size)[:, :_CLASSES] for size in (_D, *hidden, _CLASSES)]
+    frames = [
+        _subspace.orthonormal(random, size, _K)[:, :_CLASSES] for size in (_D, *hidden, _CLASSES)
+    ]
     return [{"kernel": jnp.asarray(_SMALL * a @ b.T)} for a, b in itertools.pairwise(frames)]
 
 
@@ -136,53 +141,6 @@ def _law(params: Any) -> float:
     product = functools.reduce(np.matmul, [np.asarray(layer["kernel"]) for layer in params])
     power = 2 * (len(params) - 1) / len(params)
     return _SMALL**2 * (_D - _K) / _D * np.sum(np.linalg.svd(product, compute_uv=False) ** power)
-
-
-def _linear(params: Any, x: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.matmul, [layer["kernel"] for layer in params], x)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _train(
-    is_adam: bool, is_linear: bool, params: Any, x: Any, y: Any, basis: Any, orders: Any,
-    decay: Any, fresh: Any, stop: Any, key: jax.Array,
-) -> Any:  # fmt: skip
-    """The parameters at the end and after the first epoch that ends below `stop`; loss, step."""
-    tx = optax.adam(_ADAM_RATE) if is_adam else optax.sgd(_RATE)
-    model_fn = _linear if is_linear else _networks.outputs
-
-    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return _networks.cross_entropy(model_fn(params, x), y)
-
-    def step(carry: Any, inputs: Any) -> Any:
-        (params, state), (rows, key) = carry, inputs
-        noise = fresh * _off(jax.random.normal(key, (_BATCH, _D)), basis)
-        grads = jax.grad(loss_fn)(params, x[rows] + noise, y[rows])
-        grads = jax.tree.map(lambda grad, param: grad + decay * param, grads, params)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    def epoch(carry: Any, inputs: Any) -> Any:
-        (trained, at_stop, reached), (i, order) = carry, inputs
-        keys = jax.random.split(jax.random.fold_in(key, i), len(order))
-        trained, _ = jax.lax.scan(step, trained, (order, keys))
-        loss = loss_fn(trained[0], x, y)
-        is_now = (loss < stop) & (reached == 0)
-        at_stop = jax.tree.map(functools.partial(jnp.where, is_now), trained[0], at_stop)
-        return (trained, at_stop, jnp.where(is_now, (i + 1) * len(order), reached)), loss
-
-    carry = (params, tx.init(params)), params, jnp.int32(0)
-    over = jnp.arange(len(orders)), orders
-    (trained, at_stop, reached), losses = jax.lax.scan(epoch, carry, over)
-    return trained[0], at_stop, losses[-1], reached
-
-
-def _off(x: jax.Array, basis: jax.Array) -> jax.Array:
-    return x - (x @ basis) @ basis.T
-
-
-def _orthonormal(random: np.random.Generator, size: int) -> np.ndarray:
-    return np.linalg.qr(random.normal(size=(size, _K)))[0]
 
 
 def _judge(records: Sequence[Record]) -> list[Verdict]:
@@ -199,7 +157,7 @@ def _judge_frozen(own: Sequence[Record]) -> tuple[bool, str, str]:
     still = [r for sweep in ("depth", "init", "linear") for r in _claims.select(own, sweep=sweep)]
     change = max(_claims.numbers(still, "change"))
     decayed = _claims.select(own, sweep="decay")
-    misses = [abs(r["ratio"] - (1 - _RATE * r["value"]) ** r["steps"]) for r in decayed]
+    misses = [abs(r["ratio"] - (1 - _subspace.RATE * r["value"]) ** r["steps"]) for r in decayed]
     adam = [_claims.numbers(_claims.select(own, sweep="adam", value=v), "change") for v in (0, 1)]
     return (
         change < 1e-4 and max(misses) < 1e-3 and max(adam[0]) == 0 and min(adam[1]) > 100 * change,

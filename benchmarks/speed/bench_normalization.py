@@ -1,7 +1,7 @@
 """Forward and backward pass of each normalization layer over flax's own of the same shape."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,9 @@ _SHAPES = ((512, 512), (64, 28, 28, 32), (128, 8, 8, 128))
 _WIDTH = 512  # of the weight-normalized layer
 _GROUPS, _GHOST = 8, 16
 _BAR = 1.10
+# GroupNorm+ normalizes twice; a layer with noise takes half as long again beside the draw.
+_TWICE, _BESIDE_DRAW = 2.2, 1.5
+_NOISE, _DRAW = "NoisyBatchNorm less its draw", "draw of its noise"
 
 
 def cases(preset: str) -> dict[str, Callable[[], Case]]:
@@ -25,9 +28,9 @@ def cases(preset: str) -> dict[str, Callable[[], Case]]:
     found: dict[str, Callable[[], Case]] = {}
     for shape in shapes:
         name = "x".join(map(str, shape))
-        bar = _BAR if preset != "smoke" else None
-        found[f"batch_{name}"] = functools.partial(_case, _batch_layers(), shape, bar)
-        found[f"group_{name}"] = functools.partial(_case, _group_layers(), shape, bar)
+        has_bars = preset != "smoke"
+        found[f"batch_{name}"] = functools.partial(_case, _batch_layers(), shape, has_bars)
+        found[f"group_{name}"] = functools.partial(_case, _group_layers(), shape, has_bars)
     width = 16 if preset == "smoke" else _WIDTH
     bar = _BAR if preset != "smoke" else None
     found[f"weight_{width}"] = functools.partial(_weight_case, width, bar)
@@ -45,7 +48,7 @@ def _batch_layers() -> dict[str, Any]:
         "LpNorm, 2": ours.LpNorm(use_running_average=False, order=2),
         "LpNorm, inf": ours.LpNorm(use_running_average=False, order=np.inf),
         "NoisyBatchNorm": ours.NoisyBatchNorm(use_running_average=False),
-        "draw of its noise": "draw",
+        _DRAW: "draw",
     }
 
 
@@ -104,19 +107,31 @@ class _GroupPart(linen.Module):
         return _group_norm.group_normalize(inputs, num_groups=_GROUPS, epsilon=1e-5) * scale + bias
 
 
-def _case(layers: dict[str, Any], shape: tuple[int, ...], bar: float | None) -> Case:
+def _case(layers: dict[str, Any], shape: tuple[int, ...], has_bars: bool) -> Case:
     random = np.random.default_rng(0)
     x, weight = (jnp.asarray(random.normal(1, 2, shape), jnp.float32) for _ in range(2))
     candidates = {label: _candidate(layer, x, weight) for label, layer in layers.items()}
-    # Where the arithmetic is of another kind there is no bar: ghosts hold more statistics, noise
-    # is drawn, and GroupNorm+ normalizes twice.
-    same_kind = ("BatchNorm", "MeanOnlyBatchNorm", "LpNorm, 1", "LpNorm, 2", "group part")
+    # A maximum is arithmetic of another kind: no bar for the norm of order inf.
+    same_kind = ("BatchNorm", "GhostBatchNorm", "MeanOnlyBatchNorm", "LpNorm, 1", "LpNorm, 2")
+    bars = dict.fromkeys((*same_kind, "group part"), _BAR)
+    bars |= {"GroupNormPlus": _TWICE, "GroupNormPlus, usable": _TWICE}
+    bars = {name: bars[name] for name in bars if name in layers}
+    bars |= {_NOISE: _BESIDE_DRAW} if _DRAW in layers else {}
+
+    def facts(answers: Any, seconds: Mapping[str, float]) -> dict[str, float]:
+        del answers
+        if _DRAW not in seconds:
+            return {}
+        beside = seconds["NoisyBatchNorm"] - seconds[_DRAW]
+        return {_NOISE: beside / seconds["flax BatchNorm"]}
+
     return Case(
         candidates=candidates,
         error=lambda label, answer: _error(label, answer, np.asarray(x, np.float64)),
         tolerance=1e-4,
         sizes={"shape": list(shape), "dtype": "float32"},
-        bars={} if bar is None else {name: bar for name in same_kind if name in layers},
+        facts=facts,
+        bars=bars if has_bars else {},
     )
 
 
@@ -143,7 +158,7 @@ def _candidate(layer: Any, x: jax.Array, weight: jax.Array) -> functools.partial
 
 def _error(label: str, answer: Any, x: np.ndarray) -> float:
     """Largest difference to NumPy in float64; for noise whether the bulk is where it should be."""
-    if label == "draw of its noise":
+    if label == _DRAW:
         return 0.0 if abs(float(answer[1].std()) - 1) < 0.1 else 1.0
     (_, (outputs, _)), (_, slope) = answer
     if not np.all(np.isfinite(slope)):

@@ -11,6 +11,7 @@ from regjax import _checks, _numerics
 from regjax._arguments import checked
 from regjax._axes import Layouts
 from regjax._base import PRNGKey
+from regjax._finite import check_product
 from regjax._printing import legible
 from regjax.curvature._counts import Measure
 from regjax.curvature._curves import LEAST_WIDTH, Axis, axis_threshold, density_curve
@@ -91,11 +92,13 @@ def off_diagonal_share(
     Raises:
       ValueError: `num_probes` or `depth` is below one, or `layout` names axes that a leaf does not
         have.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`.
     """
     _checks.integer("num_probes", num_probes)
     space = operator.space
     rows = space.normal(_checks.key("key", key), num_probes)
     images = operator.block_product(rows)
+    check_product(operator, images)
     # Near one, so that no square under- or overflows.
     power = _numerics.power_of_two(jnp.max(jnp.abs(images)))
     power = jnp.where(power > 0, power, 1)

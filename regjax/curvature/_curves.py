@@ -73,7 +73,8 @@ def density_curve(
     unknown. On ten dense spectra, of trained networks among them, it holds the exact curve at 98 %
     of the places over all draws, and of none at less than 94 % (benchmarks, `density_bands`).
 
-    `plots.draw_spectrum` and `plots.spectrum_figure` draw the curve with its band.
+    `plots.spectrum_figure(density)` draws the curve with its band, and `plots.draw_spectrum` puts
+    it on axes of your own.
 
     Example:
       >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)  # eigenvalues 1, ..., 8

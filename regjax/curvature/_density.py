@@ -85,6 +85,8 @@ def spectral_density(
       CheckpointError: a file of the checkpoint cannot be written.
       MemoryError: the device is out of memory; the message says how much is needed, and what to
         lower.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`; the message says where to
+        look, and `.result` is what there was before.
       Interrupted: Ctrl-C; its `.result` is the result of the probes finished so far.
 
     References:
@@ -125,10 +127,10 @@ def spectral_density_solver(
         fit = _BUDGET // max(space.size * space.dtype.itemsize, 1)
         most, num_steps = min(max(_FEWEST, min(_MOST, fit)), space.size), _FEWEST
     else:
-        most = _checks.integer("num_steps", num_steps, maximum=space.size)
+        most = _checks.integer("num_steps", num_steps, maximum=(space.size, _checks.ORDER))
     _checks.integer("num_probes", num_probes)
     num_rows = min(2 * num_steps, space.size) if deflate is None else deflate
-    _checks.integer("deflate", num_rows, minimum=0, maximum=space.size)
+    _checks.integer("deflate", num_rows, minimum=0, maximum=(space.size, _checks.ORDER))
     _checks.key("key", key)
     small = small_dtype(space.dtype, accumulation)
     # One at a time on CPU, where a block of vectors costs as much as its members.

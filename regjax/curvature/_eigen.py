@@ -152,6 +152,8 @@ def top_eigenpairs(
       CheckpointError: a file of the checkpoint cannot be written.
       MemoryError: the device is out of memory; the message says how much is needed, and what to
         lower.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`; the message says where to
+        look, and `.result` is what there was before.
       Interrupted: Ctrl-C; its `.result` is the `EigenResult` so far.
 
     References:
@@ -209,7 +211,7 @@ def top_eigenpairs_solver(
       [8. 7.]
     """
     space = operator.space
-    _checks.integer("k", k, maximum=space.size)
+    _checks.integer("k", k, maximum=(space.size, _checks.ORDER))
     _checks.non_negative("tol", tol)
     _checks.choice("which", which, _ENDS)
     _checks.key("key", key)
@@ -219,7 +221,8 @@ def top_eigenpairs_solver(
     # Known vectors as a part of that start were tried: it took more products than their search.
     from_random = _search.is_alone(k, which) and start_rows is None
     certificate = ("start" if from_random else "search") if search else None
-    _checks.integer("max_basis", num_rows, minimum=min(k + 2, space.size), maximum=space.size)
+    least = min(k + 2, space.size), "`k` and two more to make progress"
+    _checks.integer("max_basis", num_rows, minimum=least, maximum=(space.size, _checks.ORDER))
     limit = 20 * num_rows if max_matvecs is None else max_matvecs
 
     return Solver(

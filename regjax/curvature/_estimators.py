@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax._finite import check_product
 from regjax._printing import legible
 from regjax.curvature._derivatives import Slopes, attach, held, without_rule
 from regjax.curvature._engine._driver import run
@@ -111,6 +112,8 @@ def trace(
         XNysTrace), or XNysTrace sees that the matrix is not positive semi-definite.
       MemoryError: the device is out of memory; the message says how much is needed, and what to
         lower.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`; the message says where to
+        look, and `.result` is what there was before.
       Interrupted: Ctrl-C; its `.result` is the estimate of the probes so far.
 
     References:
@@ -190,6 +193,8 @@ def diagonal(
         be positive semi-definite, as in `trace`.
       MemoryError: the device is out of memory; the message says how much is needed, and what to
         lower.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`; the message says where to
+        look, and `.result` is what there was before.
       Interrupted: Ctrl-C; its `.result` is the estimate of the probes so far.
 
     References:
@@ -276,15 +281,18 @@ def exact_spectrum(operator: Operator) -> jax.Array:
 
     Raises:
       ValueError: n is above 32768.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`.
     """
-    return jnp.linalg.eigvalsh(operator.dense())
+    matrix = operator.dense()
+    check_product(operator, matrix)
+    return jnp.linalg.eigvalsh(matrix)
 
 
 def _check(
     methods: dict[str, tuple[Make, int]], method: str, key: PRNGKey, num_matvecs: int
 ) -> None:
     _checks.choice("method", method, tuple(methods))
-    _checks.integer("num_matvecs", num_matvecs, minimum=methods[method][1])
+    _checks.integer("num_matvecs", num_matvecs, minimum=(methods[method][1], f"for {method}"))
     _checks.key("key", key)
 
 

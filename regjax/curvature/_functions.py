@@ -98,6 +98,8 @@ def apply_function(
       CheckpointError: a file of the checkpoint cannot be written.
       MemoryError: the device is out of memory; the message says how much is needed, and what to
         lower.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`; the message says where to
+        look, and `.result` is what there was before.
       Interrupted: Ctrl-C; its `.result` is the result of the steps done.
 
     References:
@@ -133,7 +135,7 @@ def apply_function_solver(
     _checks.finite_tree("vector", _checks.same_tree("vector", vector, space.like()))
     if num_steps is None:
         num_steps = min(space.size, _STEPS)
-    _checks.integer("num_steps", num_steps, maximum=space.size)
+    _checks.integer("num_steps", num_steps, maximum=(space.size, _checks.ORDER))
     _check_elementwise(function, num_steps, space.dtype)
     flat = space.ravel(vector)
     # Of a zero vector nothing is wanted: any direction does.
@@ -212,6 +214,7 @@ def _combined(
     ]
     is_exhausted = krylov.broke_down | (count >= space.size)
     change = norm * _numerics.scaled_norm(weights - fewer)
+    change = jnp.where(count > 0, change, jnp.inf)  # before the first product
     (value,) = _basis.combine(krylov.basis, weights[:, None])
     value = jnp.where(norm == 0, 0, norm.astype(value.dtype) * value)
     return FunctionResult(

@@ -170,12 +170,12 @@ def estimated(samples: Samples, num_matvecs: jax.Array, exact: ArrayLike = 0) ->
     """The estimates, with a vector that is known exactly and comes on top."""
     sums, entries = samples
     nothing = jnp.zeros_like(sums.mean)
-    # With a single sample an error is unknown, also where NaN are forbidden.
+    # Without a sample nothing is known, and with one no error, also where NaN are forbidden.
     with jax.debug_nans(False):
         return Estimates(
-            trace=sums.mean + jnp.sum(jnp.asarray(exact, sums.mean.dtype)),
+            trace=_mean(sums) + jnp.sum(jnp.asarray(exact, sums.mean.dtype)),
             trace_standard_error=standard_error(sums),
-            diagonal=nothing if entries is None else entries.mean + exact,
+            diagonal=nothing if entries is None else _mean(entries) + exact,
             diagonal_standard_error=nothing if entries is None else standard_error(entries),
             num_matvecs=num_matvecs,
         )
@@ -194,6 +194,11 @@ def _joined(moments: Moments, samples: jax.Array, num_new: jax.Array) -> Moments
         squares=moments.squares + squares + deviation**2 * before * new / (before + new),
         num_samples=moments.num_samples + num_new,
     )
+
+
+def _mean(moments: Moments) -> jax.Array:
+    """The mean; NaN without a sample, as before the first product."""
+    return jnp.where(moments.num_samples > 0, moments.mean, jnp.nan)
 
 
 def standard_error(moments: Moments) -> jax.Array:

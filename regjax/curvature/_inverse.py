@@ -70,6 +70,13 @@ class Inverse(Operator):
         # What a residual leaves open is as large a share of a product.
         return max(self.operator.eps, self.tol)
 
+    @property
+    def why_not_finite(self) -> str:
+        return (
+            "A linear system that the inverse solves has not converged: raise `max_matvecs`, `tol` "
+            "or `damping` of `inverse`, or give it a `preconditioner`."
+        )
+
     def product(self, vector: jax.Array) -> jax.Array:
         return self.block_product(vector[None])[0]
 

@@ -92,6 +92,8 @@ def lanczos(
       CheckpointError: a file of the checkpoint cannot be written.
       MemoryError: the device is out of memory; the message says how much is needed, and what to
         lower.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`; the message says where to
+        look, and `.result` is what there was before.
       Interrupted: Ctrl-C; its `.result` holds the steps done.
 
     References:
@@ -122,7 +124,7 @@ def lanczos_solver(
     """
     space = operator.space
     _checks.direction("start", _checks.same_tree("start", start, space.like()))
-    _checks.integer("num_steps", num_steps, maximum=space.size)
+    _checks.integer("num_steps", num_steps, maximum=(space.size, _checks.ORDER))
     if key is not None:
         _checks.key("key", key)
 

@@ -70,6 +70,8 @@ def squared_row_norms(
       ValueError: `num_matvecs` is below 4.
       MemoryError: the device is out of memory; the message says how much is needed, and what to
         lower.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`; the message says where to
+        look, and `.result` is what there was before.
       Interrupted: Ctrl-C; its `.result` is the estimate of the products so far.
 
     References:
@@ -137,6 +139,8 @@ def squared_frobenius_norm(
       ValueError: `num_matvecs` is below 4.
       MemoryError: the device is out of memory; the message says how much is needed, and what to
         lower.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`; the message says where to
+        look, and `.result` is what there was before.
       Interrupted: Ctrl-C; its `.result` is the estimate of the products so far.
     """
     solver = _solver(

@@ -27,11 +27,17 @@ def rows_of(start: Tree, space: Space) -> jax.Array:
     tree = getattr(start, "vectors", start)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
     count = shapes[0][0] if shapes and shapes[0] else 1
+    if jax.tree.structure(tree) == space.treedef and tuple(shapes) == tuple(space.shapes):
+        raise ValueError(
+            "`start` must have a leading axis, the number of vectors, got one vector: "
+            "`jax.tree.map(lambda leaf: leaf[None], start)` gives it one."
+        )
     _checks.same_tree("start", tree, space.like(), leading=(count,))
     _checks.floating_leaves("start", tree)
     if not 1 <= count <= space.size:
         raise ValueError(
-            f"`start` must hold between 1 and {space.size} vectors, got a leading axis of {count}."
+            f"`start` must hold between 1 and {space.size} vectors ({_checks.ORDER}), got a "
+            f"leading axis of {count}."
         )
     _checks.direction("start", tree)
     return space.ravel_rows(tree)

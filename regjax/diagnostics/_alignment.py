@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, PRNGKey
+from regjax._finite import check_product
 from regjax._printing import legible
 from regjax.curvature import Operator
 
@@ -82,6 +83,7 @@ def operator_alignment(
 
     Raises:
       ValueError: the operators have different parameters, or `num_probes` is below 1.
+      NotFiniteError: a product is NaN or infinite, outside of `jax.jit`.
       TypeError: an argument is not an operator, or `key` is not a typed key.
     """
     if not isinstance(other_operator, Operator):
@@ -98,6 +100,8 @@ def operator_alignment(
     signs = jax.random.rademacher(key, (num_probes, space.size), space.dtype)
     probes = space.shard(signs)
     one, other = operator.block_product(probes), other_operator.block_product(probes)
+    check_product(operator, one)
+    check_product(other_operator, other, name="other_operator")
     inner = lambda a, b: jnp.sum(a * b, axis=1)
     numbers = [inner(one, other), inner(one, one), inner(other, other)]
     numbers += [inner(probes, one), inner(probes, other)]

@@ -105,6 +105,7 @@ def check_classifier(
     known = _checks.on_host(targets)
     if known is not None and not (known.min() >= 0 and known.max() < shape[1]):
         raise ValueError(
-            f"`targets` must be between 0 and {shape[1] - 1}, got {known.min()} to {known.max()}."
+            f"`targets` must be between 0 and {shape[1] - 1} (the outputs of `model_fn` less one), "
+            f"got {known.min()} to {known.max()}."
         )
     return targets

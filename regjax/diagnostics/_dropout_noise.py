@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from regjax import _checks, _chunks, _numerics, curvature
 from regjax._arguments import checked
 from regjax._base import LossFn, Params, PRNGKey, Tree
+from regjax._finite import check_product
 from regjax._printing import legible
 
 
@@ -119,7 +120,9 @@ def dropout_noise_alignment(
       The alignment as a cosine, its null model and all errors are ours.
     """
     _checks.integer("num_samples", num_samples, minimum=2)
-    _checks.integer("num_directions", num_directions, maximum=num_samples - 1)
+    _checks.integer(
+        "num_directions", num_directions, maximum=(num_samples - 1, "`num_samples` less one")
+    )
     _checks.integer("num_probes", num_probes)
     loss_fn, chunk_size = _chunks.prepared(loss_fn, params, batch, chunk_size)
     mask_key, probe_key = jax.random.split(_checks.key("key", key))
@@ -130,7 +133,9 @@ def dropout_noise_alignment(
     rows = jnp.concatenate([factor, probes])
     hessian = curvature.hessian(loss_fn, params, *batch, chunk_size=chunk_size)
     space = hessian.space
-    images = space.gather(hessian.block_product(space.shard(rows)))
+    images = hessian.block_product(space.shard(rows))
+    check_product(hessian, images, vectors=rows, name="loss_fn")
+    images = space.gather(images)
     vectors, found = _compare(factor, probes, images, num_directions)
     return DropoutNoiseResult(eigenvectors=_trees(space, vectors), **found)
 

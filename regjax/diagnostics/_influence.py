@@ -163,7 +163,7 @@ def _arguments(name: str, batch: Tree) -> Batch:
             f"`{name}` must be a tuple of arrays, the arguments of the loss after the parameters, "
             f"got {type(batch).__name__}."
         )
-    _checks.num_examples(tuple(batch))
+    _checks.num_examples(tuple(batch), name)
     return tuple(batch)
 
 

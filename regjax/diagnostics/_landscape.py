@@ -1,5 +1,7 @@
 """How far the loss and its gradient can be trusted along a step, and what other layers do to it."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -167,13 +169,12 @@ def internal_covariate_shift(
     # Nothing before the first layer moves.
     zeros = jnp.zeros(len(layers), _tree.wide_dtype(loss))
     found, num_others = (zeros, zeros.at[0].set(1)), len(layers) - 1
-    operands = (differentiate, params, other_params, gradient, places, batch)
+    operands = (differentiate, params, other_params, gradient, batch)
+    shift = _Shift(places, chunk_size)
     if chunk_size is None:
-        found = _loops.scan(_shift, found, num_others, operands=operands, unroll=True)
+        found = _loops.scan(shift, found, num_others, operands=operands, unroll=True)
     else:
-        found = _loops.scan(
-            lambda _, found, i: _shift(operands, found, i, chunk_size), found, num_others
-        )
+        found = _loops.scan(lambda _, found, i: shift(operands, found, i), found, num_others)
     return CovariateShiftResult(*found)
 
 
@@ -220,34 +221,50 @@ def _probe(
     return losses.at[i].set(loss.astype(losses.dtype)), distances.at[i].set(distance)
 
 
-def _shift(
-    operands: tuple[Partial, Params, Params, Params, Tree, Batch],
-    found: _Pair,
-    i: jax.Array,
-    chunk_size: int | None = None,
-) -> _Pair:
-    i = i + 1
-    differentiate, params, other_params, gradient, places, batch = operands
-    distances, cosines = found
-    mixed = jax.tree.map(
-        lambda new, old, place: jnp.where((place >= 0) & (place < i), new, old),
-        other_params,
-        params,
-        places,
-    )
-    _, there = _chunks.mean(differentiate, mixed, batch, chunk_size)
-    old, new = (
-        jax.tree.map(lambda leaf, place: jnp.where(place == i, leaf, 0), tree, places)
-        for tree in (gradient, there)
-    )
-    distance = _numerics.scaled_norm(jax.tree.map(jnp.subtract, new, old))
-    is_defined = (_numerics.scaled_norm(new) > 0) & (_numerics.scaled_norm(old) > 0)
-    cosine = jnp.where(is_defined, _numerics.cosine(new, old), jnp.nan)
-    return distances.at[i].set(distance), cosines.at[i].set(cosine)
+@dataclasses.dataclass(frozen=True)
+class _Shift:
+    """How the gradient of layer i + 1 changes when the layers before it move.
+
+    Static, so that the compiler leaves out gradients of other layers and sums of their zeros.
+
+    Attributes:
+      places: the number of each leaf's layer, -1 for none.
+      chunk_size: number of examples per pass; None: all at once.
+    """
+
+    places: tuple[int, ...]
+    chunk_size: int | None
+
+    def __call__(
+        self, operands: tuple[Partial, Params, Params, Params, Batch], found: _Pair, i: jax.Array
+    ) -> _Pair:
+        i = i + 1
+        differentiate, params, other_params, gradient, batch = operands
+        distances, cosines = found
+        places = jax.tree.unflatten(jax.tree.structure(params), self.places)
+        mixed = jax.tree.map(
+            lambda new, old, place: jnp.where((place >= 0) & (place < i), new, old),
+            other_params,
+            params,
+            places,
+        )
+        _, there = _chunks.mean(differentiate, mixed, batch, self.chunk_size)
+        old, new = (
+            jax.tree.map(lambda leaf, place: jnp.where(place == i, leaf, 0), tree, places)
+            for tree in (gradient, there)
+        )
+        distance = _numerics.scaled_norm(jax.tree.map(jnp.subtract, new, old))
+        cosine = jnp.where(_is_any(new) & _is_any(old), _numerics.cosine(new, old), jnp.nan)
+        return distances.at[i].set(distance), cosines.at[i].set(cosine)
 
 
-def _layer_numbers(params: Params, layers: Sequence[str | Sequence[str]]) -> Tree:
-    """Returns a tree like `params`: the number of each leaf's layer, -1 for none."""
+def _is_any(tree: Tree) -> jax.Array:
+    """Tells whether a tree holds anything but zeros."""
+    return functools.reduce(jnp.logical_or, [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)])
+
+
+def _layer_numbers(params: Params, layers: Sequence[str | Sequence[str]]) -> tuple[int, ...]:
+    """Returns the number of each leaf's layer, -1 for none."""
     if not isinstance(layers, (tuple, list)):
         raise TypeError(f"`layers` must be a tuple of paths, got {layers!r}.")
     owners = [
@@ -261,7 +278,7 @@ def _layer_numbers(params: Params, layers: Sequence[str | Sequence[str]]) -> Tre
         own = [owner for owner in owners if f"{name}/".startswith(f"{owner[0]}/")]
         if len(own) > 1:
             raise ValueError(f"`layers` must be disjoint, got {name} in more than one.")
-        numbers.append(np.int32(own[0][1] if own else -1))
+        numbers.append(own[0][1] if own else -1)
         seen |= {path for path, _ in own}
     missing = sorted({path for path, _ in owners} - seen)
     if missing or not owners:
@@ -270,4 +287,4 @@ def _layer_numbers(params: Params, layers: Sequence[str | Sequence[str]]) -> Tre
             f"`layers` must be paths in the parameters, such as {known}, got "
             f"{missing[0] if missing else 'none'!r}."
         )
-    return jax.tree.unflatten(jax.tree.structure(params), numbers)
+    return tuple(numbers)

@@ -93,8 +93,9 @@ def subspace_from_data(
     inputs = _checks.floating_array("inputs", inputs)
     num_examples = _checks.num_examples(inputs)
     if num_directions is not None:
-        shape = num_examples, inputs[0].size
-        _checks.integer("num_directions", num_directions, maximum=min(shape))
+        most = min(num_examples, inputs[0].size)
+        limit = most, "the number of examples, or the size of one if that is less"
+        _checks.integer("num_directions", num_directions, maximum=limit)
         values, directions = _decomposition(inputs)
         return SubspaceResult(directions[:num_directions].T, values)
     if _checks.on_host(inputs) is None:
@@ -323,7 +324,7 @@ def _checked_basis(basis: ArrayLike, size: int) -> jax.Array:
     if len(shape) != 2 or shape[0] != size or shape[1] > size:
         raise ValueError(
             f"`basis` must have shape ({size}, k), k at most {size}: orthonormal columns of the "
-            f"size of an example, got {shape}."
+            f"size of an example, which is {size}, got {shape}."
         )
     known = _checks.on_host(_checks.finite_tree("basis", basis))
     if known is not None:

@@ -1,6 +1,8 @@
 """Curvature while a network trains: measured now and then, at a share of the time."""
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -50,6 +52,7 @@ class Monitor:
 
     A row has the error of each number, and a flag, 1 or 0, for each measure that may fail
     (`sharpness_converged`, `noise_resolved`). If there was no time to measure, `skipped` is 1.
+    The first row with a loss or a curvature of NaN comes with a warning; the training goes on.
     `seconds` is the time that the row took, and `time_share` the time of all rows but the first,
     over that of the training between them.
 
@@ -157,6 +160,7 @@ class Monitor:
                 _checks.integer(name, value)
         self._clock = _Clock()
         self._starts: dict[str, Tree] = {}
+        self._has_warned = False
         self._path = None if path is None else Path(path)
         self.rows = _kept(self._path, _checks.boolean("resume", resume))
 
@@ -209,6 +213,7 @@ class Monitor:
         self.rows.append(row)
         if self._path is not None:
             append_row(self._path, row)
+        self._warn_once(row)
         return row
 
     def _measured(
@@ -227,6 +232,14 @@ class Monitor:
                 row[name] = float(value)
         return row
 
+    def _warn_once(self, row: Row) -> None:
+        broken = [name for name in _FINITE if not math.isfinite(row.get(name, 0.0))]
+        if broken and not self._has_warned:
+            self._has_warned = True
+            found = f"{broken[0]} {row[broken[0]]} at step {row['step']}"
+            message = f"`params` and `batch` must give finite numbers, got {found}; rows say NaN."
+            warnings.warn(message, stacklevel=3)
+
     def _drop_from(self, step: int) -> None:
         if not self.rows or self.rows[-1]["step"] < step:
             return
@@ -235,6 +248,8 @@ class Monitor:
             replace_rows(self._path, self.rows)
 
 
+# What is finite as long as the network is.
+_FINITE = ("loss", "gradient_norm", "sharpness", "trace")
 _OWN = ("step", "skipped", "seconds", "time_share")
 
 

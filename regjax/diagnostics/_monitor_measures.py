@@ -13,7 +13,9 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _jaxprs, _numerics, curvature
 from regjax._base import Batch, LossFn, Params, PRNGKey, ScalarOrSchedule, Tree
+from regjax._finite import without_error
 from regjax._losses import whole
+from regjax._nnx import plain
 from regjax._printing import legible
 from regjax.diagnostics._alignment import gradient_share
 from regjax.diagnostics._critical_sharpness import CriticalSharpnessResult, critical_sharpness
@@ -255,7 +257,7 @@ def _jitted(function: Callable[..., Any], static: tuple[str, ...]) -> Callable[.
 def _either(
     compiles: bool, function: Callable[..., Any], static: tuple[str, ...]
 ) -> Callable[..., Any]:
-    return _jitted(function, static) if compiles else function
+    return _jitted(function, static) if compiles else without_error(function)
 
 
 @jax.jit
@@ -308,7 +310,7 @@ def _critical_of(
 
 def _has_updated(optimizer_state: Tree) -> bool:
     """Whether the optimiser has made a step: before it there are no second moments."""
-    counts = [count for _, count in optax.tree.get_all_with_path(optimizer_state, "count")]
+    counts = [count for _, count in optax.tree.get_all_with_path(plain(optimizer_state), "count")]
     return not counts or any(int(count) > 0 for count in counts)
 
 

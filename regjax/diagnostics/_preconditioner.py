@@ -1,20 +1,25 @@
 """The preconditioner of an adaptive optimiser, read from its state."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from regjax import _checks, _numerics, _tree
 from regjax._arguments import checked
 from regjax._base import Params, Tree
+from regjax._nnx import plain
 from regjax._printing import legible
 from regjax.diagnostics._optimizers import Hyperparams, Root, numbers_of, optimizer_of
 
 # What makes other steps of them, as all do that `optax.contrib` keeps a state for.
-_OTHERS = ("EmaState", "LookaheadState")
+_OTHERS = ("EmaState", "LookaheadState", "AddNoiseState", "FactoredState")
+# What has no numbers of its own.
+_STATELESS = ("EmptyState", "MaskedState")
 _CONTRIB = "optax.contrib"
 # A second moment is at the floor where its root is below so many epsilons.
 _FLOOR = 10
@@ -58,9 +63,10 @@ def preconditioner(
     has it.
 
     The state may be part of `chain`, `masked`, `partition`, `inject_hyperparams`, `MultiSteps` or
-    `apply_if_finite`. You must say which optimiser it is, because Adam, Yogi and Adamax have the
-    same state, and with which numbers it was made, unless `inject_hyperparams` keeps them. A wrong
-    name gives a wrong result. Transformations without state, such as a trust ratio, are not seen.
+    `apply_if_finite`, and that of `nnx.Optimizer` (its `opt_state`). You must say which optimiser
+    it is, because Adam, RAdam, Yogi and Adamax have the same state, and with which numbers it was
+    made, unless `inject_hyperparams` keeps them. Among these a wrong name gives a wrong result.
+    Further transformations in the optimiser's own chain, such as LAMB's trust ratio, are refused.
 
     Example:
       >>> tx, params = optax.adam(0.1), jnp.array([1.0, 1.0])
@@ -96,6 +102,7 @@ def preconditioner(
     if root is None:
         raise ValueError(f"`optimizer` must have second moments, got {optimizer!r}.")
     leaves, treedef = jax.tree.flatten(params)
+    optimizer_state, params = plain(optimizer_state), plain(params)
     check_chain(optimizer_state, optimizer, hyperparams)
     roots: list[Root | None] = [None] * len(leaves)
     for state, found in _states(optimizer_state, known.states, {}, optimizer):
@@ -142,6 +149,7 @@ def check_chain(optimizer_state: Tree, optimizer: str, hyperparams: Hyperparams 
     Raises:
       ValueError: something in it makes other steps, or has a momentum that is not told.
     """
+    optimizer_state = plain(optimizer_state)
     types, own = _types(optimizer_state), optimizer_of(optimizer).states
     names = [known.__name__ for known in types]
     for known, name in zip(types, names, strict=True):
@@ -153,6 +161,13 @@ def check_chain(optimizer_state: Tree, optimizer: str, hyperparams: Hyperparams 
                 f"`optimizer_state` must be that of {optimizer}, whose threshold is known, got "
                 f"{name} in it."
             )
+    most = _num_behind(optimizer)
+    if own and (count := _most_behind(optimizer_state, own)) > most:
+        raise ValueError(
+            f"`optimizer_state` must be that of {optimizer} alone, got {count} transformations "
+            f"behind its second moments, where {optimizer} has {most}: a trust ratio, as in lamb, "
+            "weight decay or clipping makes other steps."
+        )
     numbers = numbers_of(optimizer, stated_numbers(optimizer_state, optimizer), hyperparams)
     is_told, is_there = numbers.get("momentum") is not None, "TraceState" in names
     if is_there and not is_told:
@@ -169,6 +184,7 @@ def check_chain(optimizer_state: Tree, optimizer: str, hyperparams: Hyperparams 
 
 def stated_numbers(optimizer_state: Tree, optimizer: str) -> Hyperparams:
     """The numbers that `inject_hyperparams` keeps for the optimiser, those of its first state."""
+    optimizer_state = plain(optimizer_state)
     names = optimizer_of(optimizer).states
     holders = (
         _states(optimizer_state, names, {}, optimizer) if names else _injected(optimizer_state)
@@ -234,6 +250,25 @@ def _moments(state: Any, params: Params) -> list[Mapping[str, jax.Array] | None]
                 )
         rows.append(dict(zip(columns, map(_tree.wide, entries), strict=True)))
     return rows
+
+
+@functools.cache
+def _num_behind(optimizer: str) -> int:
+    """How many transformations that keep no numbers optax puts behind the second moments."""
+    state = getattr(optax, optimizer)(1.0).init(np.zeros((), np.float32))
+    return _most_behind(state, optimizer_of(optimizer).states)
+
+
+def _most_behind(tree: Tree, names: tuple[str, ...]) -> int:
+    """How many follow a state of these names in its own chain: they have no types to tell them."""
+    counts = [0]
+    if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
+        own = [type(node).__name__ for node in tree]
+        first = next((i for i, name in enumerate(own) if name in names), None)
+        if first is not None:
+            counts.append(sum(name in _STATELESS for name in own[first:]))
+    parts = [part for part in _below(tree) if not jax.tree_util.all_leaves([part])]
+    return max(counts + [_most_behind(part, names) for part in parts])
 
 
 def _types(tree: Tree) -> list[type]:

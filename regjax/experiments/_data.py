@@ -68,7 +68,7 @@ def load(
     for argument, value in (("num_train", num_train), ("num_test", num_test)):
         if value is not None:
             _checks.integer(argument, value)
-    _checks.integer("seed", seed, minimum=0, maximum=2**32 - 1)
+    _checks.integer("seed", seed, minimum=0, maximum=(2**32 - 1, "the largest seed of NumPy"))
     source = _source(name, data_dir)
     train_inputs, train_targets = _take("num_train", num_train, name, source.train, seed)
     test_inputs, test_targets = _take("num_test", num_test, name, source.test, seed)
@@ -92,7 +92,9 @@ def _take(
 ) -> tuple[np.ndarray, np.ndarray]:
     available = split.num_examples
     if count is not None and count > available:
-        raise DataError(f"`{argument}` must be at most {available} for {name}, got {count}.")
+        raise DataError(
+            f"`{argument}` must be at most {available}, the examples of {name}, got {count}."
+        )
     order = np.random.default_rng(seed).permutation(available) if seed else np.arange(available)
     images, labels = split.read(order[:count])
     return np.ascontiguousarray(images), labels.astype(np.int32)

@@ -3,7 +3,6 @@
 What a visitor makes of a layer's parameters is what the layers behind it see.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -16,7 +15,7 @@ from regjax._adapters import Model, check_model
 from regjax._base import Params, PRNGKey, State, Tree
 from regjax._linen import LinenRunner
 from regjax._nnx import NnxRunner
-from regjax._runners import Apply, Static
+from regjax._runners import Apply
 
 Path = tuple[str | int, ...]
 # (path, parameters, channel axis of the kernel, parameters -> outputs on the layer's inputs)
@@ -65,8 +64,7 @@ def unboxed(model: Model, params: Params, state: State) -> tuple[Model, Params]:
         return model, params
     model.apply.check(params, state)
     plain = meta.unbox(params)
-    apply = dataclasses.replace(model.apply, params_structure=Static(jax.tree.structure(plain)))
-    return model._replace(apply=apply), plain
+    return model._replace(apply=model.apply.with_params(plain)), plain
 
 
 def _run_linen(

@@ -95,7 +95,9 @@ class GPT(Module):
             )
         length = inputs.shape[1]
         if length > self.context:
-            raise ValueError(f"`inputs` must have at most {self.context} tokens, got {length}.")
+            raise ValueError(
+                f"`inputs` must have at most {self.context} tokens (`context`), got {length}."
+            )
         # The arrays themselves: `nnx.Embed` casts to the dtype that it was made with. Looked up
         # in float32 at least, or gradients of bfloat16 tokens would add up in bfloat16.
         tokens, positions = self.tokens.embedding[...], self.positions.embedding[...]

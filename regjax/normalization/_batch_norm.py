@@ -1,6 +1,7 @@
 """Batch normalization, and what it becomes with fewer examples, more noise, or the mean alone."""
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from regjax import _checks
+from regjax import _checks, _draws
 from regjax._base import PRNGKey
 from regjax.normalization import _statistics
 from regjax.normalization._layer import (
@@ -20,6 +21,9 @@ from regjax.normalization._layer import (
     stored,
 )
 from regjax.normalization._statistics import Moments
+
+# Ticks of running averages in one turn of a loop: on accelerators each turn is a launch.
+_UNROLL = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,22 +174,20 @@ class GhostBatchNorm(BatchNorm):
             # A ghost of padding has no statistics, and no NaN whose derivative spreads.
             exists = jnp.asarray(found.num_values) > 0
             factor, offset = jnp.where(exists, factor, 0), jnp.where(exists, offset, 0)
-        normalized = Standardized(ghosts, found.reference, factor, offset)
-        # The parameters have the rank of the inputs.
-        return Standardized(normalized.apply().reshape(x.shape)), state
+        return Standardized(ghosts, found.reference, factor, offset), state
 
     def _ticked(self, old: jax.Array, rows: jax.Array) -> jax.Array:
         """Ticks by the statistics (groups, channels), leaving out those that are not finite."""
-        exists = jnp.isfinite(rows)
-        rows, num_each = jnp.where(exists, rows, 0), jnp.sum(exists, 0, dtype=old.dtype)
         if not self.tick_per_ghost:
-            mean = jnp.sum(rows, 0) / jnp.maximum(num_each, 1)
+            exists = jnp.isfinite(rows)
+            num_each = jnp.sum(exists, 0, dtype=old.dtype)
+            mean = jnp.sum(jnp.where(exists, rows, 0), 0) / jnp.maximum(num_each, 1)
             return running_average(self.momentum, old, jnp.where(num_each > 0, mean, jnp.nan))
-        later = num_each[None] - jnp.cumsum(exists, 0, dtype=old.dtype)
-        decay = lambda count: jnp.asarray(self.momentum, old.dtype) ** count
-        new = (1 - self.momentum) * jnp.sum(jnp.where(exists, decay(later), 0) * rows, 0)
-        new = new if jnp.iscomplexobj(new) else new.astype(old.dtype)
-        return decay(num_each.reshape(old.shape)) * old + new.reshape(old.shape)
+        tick = functools.partial(running_average, self.momentum)
+        # One after the other takes a tenth of the time that all powers of the momentum do. The
+        # first tick settles the type, which a loop keeps: that of complex inputs is another one.
+        turn = lambda old, row: (tick(old, row), None)
+        return lax.scan(turn, tick(old, rows[0]), rows[1:], unroll=_UNROLL)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,15 +236,13 @@ class NoisyBatchNorm(BatchNorm):
             raise ValueError(f"`scale_range` must be at least 1, got {self.scale_range}.")
 
     def _disturb(self, outputs: jax.Array, key: PRNGKey) -> jax.Array:
-        keys, shape = jax.random.split(key, 4), outputs.shape
+        keys, shape = jax.random.split(key, 3), outputs.shape
         dtype = jnp.finfo(outputs.dtype).dtype
         channels = (1,) * (len(shape) - 1) + shape[-1:]
         mu = jax.random.uniform(keys[0], channels, dtype, -self.mean_range, self.mean_range)
         sigma = jax.random.uniform(keys[1], channels, dtype, 1, self.scale_range)
-        uniform = jax.random.uniform(keys[2], shape, dtype, -1, 1)
-        # Or each use of the noise would compute it again.
-        drawn = lax.optimization_barrier((uniform, jax.random.normal(keys[3], shape, dtype)))
-        m, s = mu + self.mean_jitter * drawn[0], sigma + self.scale_jitter * drawn[1]
+        uniform, normal = _draws.uniform_and_normal(keys[2], shape, dtype)
+        m, s = mu + self.mean_jitter * uniform, sigma + self.scale_jitter * normal
         return s * outputs + m
 
 

@@ -1,6 +1,7 @@
 """GroupNorm+: a learned mix of group normalization and a batch normalization of it."""
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -290,18 +291,19 @@ def _group_part(
     if x.ndim < 2:
         raise ValueError(f"`inputs` must have shape (batch, ..., channels), got {x.shape}.")
     found = _statistics.moments(
-        x,
-        range(1, x.ndim - 1) if axes is None else axes[:-1],
-        mask=mask,
-        use_fast_variance=use_fast_variance,
-        num_groups=num_groups,
-    )
+        x, range(1, x.ndim - 1) if axes is None else axes[:-1],
+        mask=mask, use_fast_variance=use_fast_variance, num_groups=num_groups,
+    )  # fmt: skip
     if isinstance(found.num_values, int) and found.num_values <= degrees_of_freedom:
         raise ValueError(
             f"`num_groups` must leave more than {degrees_of_freedom} values to a group, got "
             f"{num_groups} for inputs of shape {x.shape}."
         )
-    return _standardize(x, *_corrected(found, degrees_of_freedom), epsilon).apply()
+    of_channels = functools.partial(_statistics.of_channels, num_channels=x.shape[-1])
+    # What is small beside x is quicker to read for channels than for groups.
+    found = jax.tree.map(of_channels, found) if x.ndim > 2 else found
+    _, *small = _standardize(x, *_corrected(found, degrees_of_freedom), epsilon)
+    return Standardized(x, *map(of_channels, small)).apply()
 
 
 def _corrected(found: Moments, degrees_of_freedom: int) -> tuple[Moments, ArrayLike]:
@@ -327,7 +329,8 @@ def _standardize(x: jax.Array, found: Moments, exists: ArrayLike, epsilon: float
 
 
 def _inverse(variance: jax.Array, epsilon: float) -> jax.Array:
-    return _numerics.divide(1, _statistics.root(variance) + epsilon)
+    deviation = _statistics.root(variance) + epsilon
+    return 1 / deviation if epsilon > 0 else _numerics.divide(1, deviation)
 
 
 def _blend(x: jax.Array, inner: Standardized, exists: ArrayLike, share: jax.Array) -> Standardized:

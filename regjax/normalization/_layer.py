@@ -14,7 +14,7 @@ from regjax import _checks
 from regjax._base import PRNGKey
 from regjax._one_program import one_program
 from regjax.normalization import _arguments
-from regjax.normalization._statistics import Devices, Groups
+from regjax.normalization._statistics import Devices, Groups, spread
 
 Arrays: TypeAlias = Mapping[str, jax.Array]
 Shape: TypeAlias = int | tuple[int, ...]
@@ -239,8 +239,22 @@ class Standardized(NamedTuple):
     offset: ArrayLike = 0
 
     def apply(self, scale: ArrayLike = 1, bias: ArrayLike = 0) -> jax.Array:
-        """Returns the normalized values times `scale`, plus `bias`."""
-        return (self.x - self.reference) * (self.factor * scale) + (self.offset * scale + bias)
+        """Returns the normalized values times `scale`, plus `bias`: numbers, or channels last."""
+        bias = jnp.reshape(bias, (1,) * (self.x.ndim - 1) + (-1,)) if jnp.ndim(bias) else bias
+        factor, offset = _times(self.factor, scale), _times(self.offset, scale) + bias
+        factor, offset = (spread(array, self.x.shape) for array in (factor, offset))
+        return (self.x - self.reference) * factor + offset
+
+
+def _times(array: ArrayLike, scale: ArrayLike) -> ArrayLike:
+    """Multiplies (..., channels) by a scale for each channel.
+
+    As matrices: for the derivative with axes of length one XLA on CPU takes four times as long.
+    """
+    if not jnp.ndim(array) or not jnp.ndim(scale):
+        return array * scale
+    shape = jnp.shape(array)
+    return (jnp.reshape(array, (-1, shape[-1])) * jnp.reshape(scale, (1, -1))).reshape(shape)
 
 
 def running_average(momentum: float, old: jax.Array, new: jax.Array) -> jax.Array:

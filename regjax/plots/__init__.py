@@ -4,10 +4,10 @@ from regjax.plots._blocks import distance_figure as distance_figure
 from regjax.plots._blocks import draw_distances as draw_distances
 from regjax.plots._monitor import draw_monitor as draw_monitor
 from regjax.plots._monitor import monitor_figure as monitor_figure
+from regjax.plots._panels import SpectrumPanel as SpectrumPanel
 from regjax.plots._probe import ProbePanel as ProbePanel
 from regjax.plots._probe import draw_probe as draw_probe
 from regjax.plots._probe import probe_figure as probe_figure
-from regjax.plots._spectrum import SpectrumPanel as SpectrumPanel
 from regjax.plots._spectrum import draw_spectrum as draw_spectrum
 from regjax.plots._spectrum import spectrum_figure as spectrum_figure
 from regjax.plots._surface import SurfacePanel as SurfacePanel

@@ -1,19 +1,18 @@
 """Spectral densities and their top eigenvalues, one setting or several for comparison."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from regjax import _checks
-from regjax._printing import legible
+from regjax.plots._panels import SpectrumPanel, panels_of
 from regjax.plots._style import (
     COLORS,
     LABEL_SIZE,
     TICK_SIZE,
     Color,
-    check_panels,
     label_axes,
     new_figure,
     set_log,
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from regjax.curvature import DensityCurveResult
+    from regjax.curvature import DensityCurveResult, DensityResult
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Bumps this far below the peak are rounding: less than one eigenvalue in a network of 1e12.
@@ -31,31 +30,6 @@ _LEAST_BUMP = 1e-12
 _LABEL_INCHES = 0.36  # of a label as -10^-3, with the space around it
 _BAND, _TICKS = "error band", "eigenvalues"
 _CURVE = "density"  # by this mark a second call on the same axes finds the first
-
-
-@legible
-class SpectrumPanel(NamedTuple):
-    """What `spectrum_figure` shows of one setting.
-
-    Example:
-      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
-      >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
-      >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
-      >>> panel = plots.SpectrumPanel("sgd", curvature.density_curve(density), density.eigenvalues)
-      >>> print(panel.label, panel.curve.density.shape)
-      sgd (512,)
-
-    Attributes:
-      label: name of the setting.
-      curve: its spectral density, from `curvature.density_curve`.
-      eigenvalues: (k,), in the order in which they are numbered, or None.
-      residual_norms: (k,), error bounds of the eigenvalues, or None.
-    """
-
-    label: str
-    curve: "DensityCurveResult"
-    eigenvalues: ArrayLike | None = None
-    residual_norms: ArrayLike | None = None
 
 
 def draw_spectrum(
@@ -136,8 +110,9 @@ def _named(axes: "Axes", name: str) -> str | None:
 
 
 def spectrum_figure(
-    panels: Sequence[SpectrumPanel],
+    panels: "DensityResult | Mapping[str, DensityResult] | Sequence[SpectrumPanel]",
     *,
+    axis_scale: str = "symlog",
     matrix_name: str = "Hessian",
     figure_width: float = 3.3,
 ) -> "Figure":
@@ -151,13 +126,16 @@ def spectrum_figure(
       >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 9.0) * w**2)
       >>> hessian = curvature.hessian(loss_fn, jnp.zeros(8))
       >>> density = curvature.spectral_density(hessian, key=jax.random.key(0))
-      >>> panel = plots.SpectrumPanel("sgd", curvature.density_curve(density), density.eigenvalues)
-      >>> figure = plots.spectrum_figure([panel])
+      >>> figure = plots.spectrum_figure(density)  # or {"sgd": density, "sam": another}
       >>> print([axes.get_xlabel() for axes in figure.axes])
       ['eigenvalue of the Hessian', 'index']
 
     Args:
-      panels: one `SpectrumPanel` for each setting; colours repeat after six.
+      panels: a density from `curvature.spectral_density`, or a dict of them by the names of the
+        settings; or a list of `SpectrumPanel`, for curves and eigenvalues of your own choice. Of a
+        density the eigenvalues are the ten largest of those that it took out. Colours repeat after
+        six.
+      axis_scale: of densities: "symlog" or "linear" (see `curvature.density_curve`).
       matrix_name: name of the matrix on the axes.
       figure_width: in inches: 3.3 is a column, 6.8 a page.
 
@@ -165,12 +143,12 @@ def spectrum_figure(
       A matplotlib figure that is not registered with pyplot; `figure.savefig(path)` writes it.
 
     Raises:
-      TypeError: `panels` holds something else than panels.
+      TypeError: `panels` holds something else than panels or densities.
       ImportError: matplotlib is missing.
       ValueError: `panels` is empty, their curves are of different scales, shapes differ, no density
         is positive, or an option is out of its range.
     """
-    check_panels(panels, SpectrumPanel)
+    panels = panels_of(panels, axis_scale)
     for panel in panels:
         _curve_arrays(panel.curve)
     _checks.positive("figure_width", figure_width)
@@ -304,7 +282,8 @@ def _limits(density: np.ndarray, high: np.ndarray) -> tuple[float, float]:
 def _curve_arrays(curve: "DensityCurveResult") -> list[np.ndarray]:
     if not hasattr(curve, "band_low"):
         raise ValueError(
-            f"`curve` must be from `curvature.density_curve`, got a {type(curve).__name__}."
+            f"`curve` must be from `curvature.density_curve`, got a {type(curve).__name__}; "
+            "`spectrum_figure` takes densities as they are."
         )
     names = ("grid", "density", "band_low", "band_high")
     arrays = [np.asarray(getattr(curve, name), np.float64) for name in names]

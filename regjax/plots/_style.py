@@ -30,6 +30,9 @@ def check_panels(panels: Sequence[object], kind: type) -> None:
             f"`panels` must be a list of {kind.__name__}, got one {given}: pass "
             f"{'[panel]' if isinstance(panels, kind) else remedy}."
         )
+    if not isinstance(panels, Sequence):
+        given = type(panels).__name__
+        raise TypeError(f"`panels` must be a list of {kind.__name__}, got a {given}.")
     if not panels:
         raise ValueError(f"`panels` must have at least one {kind.__name__}, got none.")
     for panel in panels:

@@ -200,7 +200,7 @@ def _prepared(
     _checks.function("gate_loss", gate_loss)
     _checks.floating_tree("gates", gates)
     length = _checks.num_examples(batch)
-    size = _checks.integer("batch_size", batch_size, maximum=length)
+    size = _checks.integer("batch_size", batch_size, maximum=(length, "the number of examples"))
     num_batches = length // size
     used = jax.tree.map(lambda leaf: leaf[: num_batches * size], batch)
     one = jax.eval_shape(lambda batch: jax.tree.map(lambda leaf: leaf[:size], batch), used)

@@ -11,19 +11,17 @@ from regjax._base import PRNGKey
 
 
 def normal_like(key: PRNGKey, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """Draws standard normal arrays of the shapes of `leaves`, in float32 at least.
+    """Draws standard normal arrays of the shapes of `leaves`, in float32 at least."""
+    return list(map(normal, jax.random.split(key, len(leaves)), leaves))
 
-    Each leaf by itself, so that on a mesh each device draws what it has of the parameters; the
-    numbers are the same on any mesh.
+
+def normal(key: PRNGKey, leaf: jax.Array) -> jax.Array:
+    """Draws a standard normal array of the shape of a leaf, in float32 at least.
+
+    A leaf by itself, so that on a mesh each device draws what it has of the parameters; the numbers
+    are the same on any mesh.
     """
-
-    def draw(key: PRNGKey, leaf: jax.Array) -> jax.Array:
-        shape, dtype = jnp.shape(leaf), _tree.wide_dtype(leaf)
-        noise = jax.random.normal(key, shape, dtype, out_sharding=_sharding.explicit(leaf))
-        # Or each use of the noise would compute it again.
-        return lax.optimization_barrier(noise)
-
-    return [
-        draw(own, leaf)
-        for own, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
-    ]
+    shape, dtype = jnp.shape(leaf), _tree.wide_dtype(leaf)
+    noise = jax.random.normal(key, shape, dtype, out_sharding=_sharding.explicit(leaf))
+    # Or each use of the noise would compute it again.
+    return lax.optimization_barrier(noise)

@@ -85,6 +85,10 @@ def check_is_first(
     A transformation that puts a gradient into the chain would climb behind `optax.sgd`. Outside of
     `jit` this is seen in the first update: what comes in points against the gradient.
 
+    Not inside: nothing at trace time tells an update from a gradient, a host callback would keep
+    the user's step out of the compilation cache and off exports, and an update of NaN would need
+    one more gradient in the program to be sure. `jax.disable_jit` makes this check of any step.
+
     Args:
       updates: what came in.
       grads: what goes out, if that is a gradient: only where it differs is another one taken.

@@ -1,13 +1,15 @@
 """Gaussian noise on the weights, of one group of leaves at a time or of all of them."""
 
+import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from regjax import _checks, _layouts, _selection, _tree
+from regjax import _checks, _layouts, _loops, _selection, _tree
 from regjax._axes import Axes, Layouts
 from regjax._base import Mask, Params, PRNGKey, Tree
 from regjax.transforms import _gaussian, _schedules
@@ -45,11 +47,37 @@ def perturbed(
     leaves, treedef = jax.tree.flatten(params)
     leaves = list(map(_tree.wide, leaves))
     places = [i for i, number in enumerate(numbers) if number is not None]
-    noise = _gaussian.normal_like(noise_key, [leaves[i] for i in places])
-    for i, drawn in zip(places, noise, strict=True):
-        noisy = leaves[i] + jnp.asarray(std, drawn.dtype) * drawn
-        leaves[i] = noisy if chosen is None else jnp.where(chosen == numbers[i], noisy, leaves[i])
+    keys = dict(zip(places, jax.random.split(noise_key, len(places)), strict=True))
+
+    def noisy(leaves: list[jax.Array], places: Sequence[int]) -> list[jax.Array]:
+        leaves = list(leaves)
+        for i in places:
+            drawn = _gaussian.normal(keys[i], leaves[i])
+            moved = leaves[i] + jnp.asarray(std, drawn.dtype) * drawn
+            ours = True if chosen is None else chosen == numbers[i]
+            leaves[i] = jnp.where(ours, moved, leaves[i])
+        return leaves
+
+    if chosen is None:
+        leaves = noisy(leaves, places)
+    else:
+        # Draws take most of the time: only those of the group are made.
+        found, which = _leaves_of_groups(numbers, num_groups)
+        branches = [functools.partial(noisy, places=own) for own in found]
+        leaves = _loops.switch(jnp.asarray(which)[chosen], branches, leaves)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _leaves_of_groups(
+    numbers: list[np.ndarray | None], num_groups: int
+) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """Returns sets of leaves that share a group, and which of them each group has."""
+    own = [
+        tuple(i for i, n in enumerate(numbers) if n is not None and group in n)
+        for group in range(num_groups)
+    ]
+    found = sorted(set(own))
+    return found, np.array([found.index(places) for places in own], np.int32)
 
 
 def group_numbers(

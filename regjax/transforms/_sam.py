@@ -42,7 +42,8 @@ def sam(
     Here g is the incoming gradient at the weights w. The norm goes over all masked leaves together,
     and g = 0 gives e = 0. One step costs one gradient besides the incoming one. Place it first in
     the chain, as in `optax.chain(sam(0.05), optax.sgd(0.1))`. After `optax.sgd` it would climb;
-    this is an error where it can be detected, in a first update outside `jit`.
+    this is an error where it can be detected, in a first update outside `jit`, or of a jitted step
+    under `jax.disable_jit()`.
 
     With k = `num_shards` > 1 each shard of the batch climbs by itself (m-sharpness):
 

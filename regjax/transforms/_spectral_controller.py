@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _loops, _tree, curvature, schedules
 from regjax._arguments import checked
 from regjax._base import GradFn, Params, PRNGKey, as_partial
+from regjax._finite import without_error
 from regjax.transforms import _given, _gradients, _keys
 from regjax.transforms._spectral_ends import spectral_ends
 from regjax.transforms._static_args import check_static, static_args
@@ -260,7 +261,7 @@ def _refreshed(
     operator = curvature.from_gradient(curvature_grad_fn, params)
     space = operator.space
     start = space.unravel(space.normal(start_key))
-    run = curvature.lanczos(operator, start, min(num_steps, space.size))
+    run = without_error(curvature.lanczos)(operator, start, min(num_steps, space.size))
     found = _read(curvature.ritz_pairs(run), smallest_ratio, max_momentum, rule)
     good = jnp.isfinite(found["largest"]) & (found["largest"] > 0)
     kept = {name: jnp.where(good, value, getattr(state, name)) for name, value in found.items()}

@@ -421,3 +421,16 @@ def test_wrong_arguments_are_named(data):
         ValueError, match=r"`params` must have .* got one with \['head'\]\['bias'\]"
     ):
         part.apply(whole.params, part.state, data[0], train=False)
+
+
+def test_the_variables_in_place_of_the_parameters_are_refused_with_a_word():
+    module, inputs = linen.Dense(3), jnp.ones((4, 2))
+    variables = module.init(jax.random.key(0), inputs)
+    run = regjax.model_function(regjax.from_linen(module, variables))
+    with pytest.raises(ValueError, match=r"Of linen's variables they are `variables\['params'\]`"):
+        run(variables, inputs)
+    run(variables["params"], inputs)
+    model = regjax.from_linen(module, variables)
+    with pytest.raises(Exception, match="shape") as error:
+        regjax.population_statistics(model, model.params, jnp.ones((4, 5, 3)))
+    assert "float32[5,3]" in error.value.__notes__[-1]

@@ -406,3 +406,37 @@ def test_layers_are_not_initialised_where_some_are_no_parameters(data):
     params = initializers.data_dependent(whole, whole.params, whole.state, inputs)
     outputs = regjax.model_function(whole)(params, inputs)
     np.testing.assert_allclose(outputs.std(0), 1, rtol=1e-3)
+
+
+class Perceptron(nnx.Module):
+    def __init__(self, width, rngs):
+        self.first, self.head = nnx.Linear(5, width, rngs=rngs), nnx.Linear(width, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.first(x)))
+
+
+def square_loss(outputs, targets):
+    return jnp.mean((outputs - targets[:, None]) ** 2)
+
+
+def test_parameters_of_another_width_are_refused_by_name(data):
+    """nnx itself computes with them, where all layers have it."""
+    model, wider = (regjax.from_nnx(Perceptron(width, nnx.Rngs(0))) for width in (4, 7))
+    message = r"`params\['first'\]\['bias'\]` must have the shape \(4,\) of the model's, got \(7,\)"
+    for run in (
+        lambda params: regjax.model_function(model)(params, data[0]),
+        lambda params: curvature.hessian(regjax.model_loss(model, square_loss), params, *data),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(wider.params)
+
+
+def test_trees_of_nnx_are_told_of_the_plain_dicts(data):
+    module = Perceptron(4, nnx.Rngs(0))
+    run = regjax.model_function(regjax.from_nnx(module))
+    state = nnx.state(module, nnx.Param)
+    for tree, text in ((module, r"nnx\.state\(module, nnx\.Param\)"), (state, "state")):
+        with pytest.raises(ValueError, match=rf"`nnx\.to_pure_dict\({text}\)`\.$"):
+            run(tree, data[0])
+    run(nnx.to_pure_dict(state), data[0])

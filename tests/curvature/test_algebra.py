@@ -189,7 +189,7 @@ def test_error_texts():
     other = curvature.identity(curvature.Space.of(jnp.zeros(SIZE)))
     with pytest.raises(ValueError, match="`other` must be an operator of the same space"):
         hessian + other
-    with pytest.raises(TypeError, match="unsupported operand"):
+    with pytest.raises(TypeError, match=r"got a number; .*curvature\.identity"):
         hessian + 1.0
     with pytest.raises(ValueError, match=r"`factor` must be one number, got shape \(2,\)"):
         hessian * jnp.ones(2)

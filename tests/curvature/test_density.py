@@ -191,9 +191,9 @@ def test_nothing_is_filled_with_what_debugging_forbids(options):
 
 def test_error_texts():
     density = solve(spectrum(), num_steps=4, num_probes=1, deflate=0)
-    with pytest.raises(ValueError, match="`num_steps` must be between 1 and 300, got 301"):
+    with pytest.raises(ValueError, match=r"`num_steps` must be between 1 and 300 \(.*\), got 301"):
         solve(spectrum(), num_steps=301)
-    with pytest.raises(ValueError, match="`deflate` must be between 0 and 300, got -1"):
+    with pytest.raises(ValueError, match=r"`deflate` must be between 0 and 300 \(.*\), got -1"):
         solve(spectrum(), deflate=-1)
     with pytest.raises(ValueError, match="`damping` must be positive, got 0"):
         curvature.effective_dimension(density, damping=0)

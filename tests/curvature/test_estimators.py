@@ -159,5 +159,7 @@ def test_error_texts():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"`method` must be one of hutchinson, hutch\+\+"):
         curvature.trace(operator(), key=key, num_matvecs=3, method="hutch")
-    with pytest.raises(ValueError, match="`num_matvecs` must be at least 3, got 2"):
+    with pytest.raises(
+        ValueError, match=r"`num_matvecs` must be at least 3 \(for hutch\+\+\), got 2"
+    ):
         curvature.diagonal(operator(), key=key, num_matvecs=2, method="hutch++")

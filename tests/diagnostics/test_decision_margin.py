@@ -97,7 +97,7 @@ def test_a_flax_model(default_promotion):
 def test_bad_input():
     params, inputs = (jnp.ones((5, 4)), jnp.ones(4)), jnp.ones((13, 5))
     find = functools.partial(diagnostics.decision_margin, linear, params, inputs)
-    with pytest.raises(ValueError, match="`targets` must be between 0 and 3, got 0 to 4"):
+    with pytest.raises(ValueError, match=r"must be between 0 and 3 \(the outputs .*\), got 0 to 4"):
         find(np.arange(13) % 5)
     with pytest.raises(ValueError, match=r"`targets` must have shape \(13,\), got \(12,\)"):
         find(LABELS[:12])

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+import regjax
 from regjax import curvature, diagnostics
 from tests import oracles
 
@@ -364,3 +366,53 @@ def test_inside_jit(default_promotion):
     compiled, driven = jax.jit(measure)(params, state), measure(params, state)
     for one, other in itertools.islice(zip(compiled, driven, strict=True), 3):
         assert float(one) == pytest.approx(float(other), rel=1e-3)
+
+
+@pytest.mark.usefixtures("default_promotion")  # optax promotes
+@pytest.mark.parametrize("other", ["lamb", "adamw"])
+def test_more_behind_the_second_moments_is_refused(other):
+    """LAMB's trust ratio has no state of its own: its number of transformations tells."""
+    params = {"w": jnp.ones((3, 2))}
+    tx = getattr(optax, other)(RATE)
+    state = tx.update(params, tx.init(params), params)[1]
+    with pytest.raises(ValueError, match=r"that of adam alone, got \d transformations behind"):
+        diagnostics.preconditioner(state, params, optimizer="adam")
+    # In front of them, and around, they do no harm.
+    for tx in (
+        optax.chain(optax.clip(1.0), optax.adam(RATE), optax.identity()),
+        optax.chain(optax.clip(1.0), optax.scale_by_adam(), optax.scale(-RATE)),
+        optax.inject_hyperparams(optax.adam)(RATE),
+        optax.adam(optax.constant_schedule(RATE)),
+    ):
+        state = tx.update(params, tx.init(params), params)[1]
+        assert diagnostics.preconditioner(state, params, optimizer="adam").covers_all
+
+
+@pytest.mark.parametrize("name", ["noisy_sgd", "adafactor"])
+def test_what_is_no_descent_is_not_taken_for_it(name):
+    params = jnp.ones(3)
+    tx = optax.noisy_sgd(RATE, key=0) if name == "noisy_sgd" else optax.adafactor(RATE)
+    with pytest.raises(ValueError, match=r"must be that of sgd, .* in it"):
+        diagnostics.edge_of_stability(
+            lambda w: jnp.sum(w**2), params, key=KEY, optimizer="sgd", learning_rate=RATE,
+            optimizer_state=tx.init(params),
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_the_state_of_an_nnx_optimizer_is_taken():
+    module = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    trainer = nnx.Optimizer(module, optax.adam(RATE), wrt=nnx.Param)
+    loss_fn = lambda module, x: jnp.mean(module(x) ** 2)
+    x = jnp.ones((3, 2))
+    grads = nnx.grad(loss_fn)(module, x)
+    trainer.update(module, grads)
+    tx = optax.adam(RATE)
+    plain = nnx.to_pure_dict(grads)
+    state = tx.update(plain, tx.init(plain))[1]
+    expected = diagnostics.preconditioner(state, plain, optimizer="adam").inverse_root
+    for params in (regjax.from_nnx(module).params, nnx.state(module, nnx.Param)):
+        found = diagnostics.preconditioner(trainer.opt_state, params, optimizer="adam")
+        assert jax.tree.structure(found.inverse_root) == jax.tree.structure(params)
+        for one, other in zip(*map(jax.tree.leaves, (found.inverse_root, expected)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)

@@ -77,9 +77,12 @@ def test_measures_of_ones_own_and_what_fails_is_seen():
     row = monitor(4, PROBLEM.params)
     assert row["step_again"] == 4.0
     np.testing.assert_allclose(row["norm"], optax.tree.norm(PROBLEM.params), rtol=1e-6)
-    row = monitor(6, jax.tree.map(lambda leaf: leaf * jnp.nan, PROBLEM.params))
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, PROBLEM.params)
+    with pytest.warns(UserWarning, match="got sharpness nan at step 6; rows say NaN"):
+        row = monitor(6, broken)
     assert math.isnan(row["sharpness"])
     assert row["sharpness_converged"] == 0
+    monitor(8, broken)  # says it once
     twice = make(measures=(own, lambda point: {"norm": 1.0}))
     with pytest.raises(ValueError, match="`measures` must give each name once, got 'norm' twice"):
         twice(0, PROBLEM.params)

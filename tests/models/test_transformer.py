@@ -195,7 +195,8 @@ def test_bad_sizes_and_inputs():
         make(num_heads=3)
     with pytest.raises(ValueError, match="`depth` must be at least 1, got 0"):
         make(depth=0)
-    with pytest.raises(ValueError, match="`inputs` must have at most 6 tokens, got 7"):
+    message = r"`inputs` must have at most 6 tokens \(`context`\), got 7"
+    with pytest.raises(ValueError, match=message):
         outputs(make(), jnp.zeros((1, 7), jnp.int32))
     with pytest.raises(ValueError, match=r"`inputs` must be integer tokens.*float32"):
         outputs(make(), jnp.zeros((1, 3)))

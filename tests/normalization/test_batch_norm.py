@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen
 
+from regjax import _jaxprs
 from regjax.normalization import BatchNorm, GhostBatchNorm, MeanOnlyBatchNorm, NoisyBatchNorm
 from regjax.normalization._layer import Layer
 
@@ -217,6 +218,21 @@ def test_the_two_noises_are_independent():
     assert m.std() == pytest.approx(0.1 / np.sqrt(3), rel=0.02)
     assert s.std() == pytest.approx(0.1, rel=0.02)
     assert abs(np.corrcoef(m, s)[0, 1]) < 4 / np.sqrt(far.sum())
+
+
+def test_both_noises_come_from_one_run_of_the_generator():
+    """It makes two words for each value: two draws would take twice the time."""
+    layer, x = NoisyBatchNorm(), normal(8, 5)
+    run = lambda x, key: layer.apply(*start(layer, 5), x, train=True, key=key)[0]
+    traced = jax.make_jaxpr(run)(x, jax.random.key(0)).jaxpr
+    names = [
+        equation.primitive.name
+        for equation in _jaxprs.equations(traced)
+        if equation.outvars[0].aval.shape == x.shape
+    ]
+    assert names.count("threefry2x32") + names.count("random_bits") == 1
+    other = jax.random.key(0, impl="rbg")  # which has no such words
+    assert jnp.abs(run(x, other) - run(x, jax.random.key(0))).max() > 0.1
 
 
 def test_mean_only():

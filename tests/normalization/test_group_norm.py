@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen
 
-from regjax.normalization import _group_norm
+from regjax.normalization import _group_norm, _statistics
 from regjax.normalization._group_norm import (
     BatchNormGroupNorm,
     GroupNormPlus,
@@ -115,6 +115,26 @@ def test_usable_variant_evaluates_each_example_by_itself():
     literal = GroupNormPlus(num_groups=4)
     two, all_of_them = (apply(literal, x, train=False)[0] for x in (X[:2], X))
     assert jnp.abs(two - all_of_them[:2]).max() > 0.1
+
+
+def test_long_rows_are_summed_as_products_of_the_same_value(monkeypatch):
+    layer = GroupNormPlus(num_groups=2)
+    params, state = layer.init_params(4), layer.init_state(4)
+    random = np.random.default_rng(0)
+    x, weight = (jnp.asarray(random.normal(3, 2, (6, 5, 4)), jnp.float32) for _ in range(2))
+
+    def loss(params, x):
+        return jnp.sum(weight * layer.apply(params, state, x, train=True)[0] ** 2)
+
+    sums = jax.grad(loss, argnums=(0, 1))(params, x)
+    monkeypatch.setattr(_statistics, "_LONG_ROW", 1)
+    # The layer remembers its program for these shapes.
+    jax.clear_caches()
+    products = jax.grad(loss, argnums=(0, 1))(params, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), sums, products
+    )
+    assert "dot_general" in str(jax.make_jaxpr(jax.grad(loss, argnums=1))(params, x))
 
 
 def test_vectors_have_groups_of_channels():

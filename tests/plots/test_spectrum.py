@@ -2,6 +2,8 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
@@ -139,6 +141,37 @@ def test_panels_have_limits_that_hold_all_of_them():
         assert axes.get_ylim()[0] < 1
         assert axes.get_xlim()[0] <= -5
         assert axes.get_xlim()[1] >= 9
+
+
+def test_a_density_alone_is_a_figure():
+    law = jax.random.normal(jax.random.key(0), (100,)) ** 5
+    hessian = curvature.hessian(lambda w: jnp.sum(law * w**2) / 2, jnp.zeros(100))
+    density = curvature.spectral_density(hessian, key=jax.random.key(1), num_steps=10)
+    (axes, by_index) = plots.spectrum_figure(density).axes
+    expected = curvature.density_curve(density, axis_scale="symlog")
+    np.testing.assert_array_equal(axes.lines[0].get_xdata(), expected.grid)
+    assert axes.get_xscale() == "symlog"
+    assert axes.get_title(loc="left") == ""
+    count = int(density.num_eigenvalues)
+    assert count > 10
+    np.testing.assert_array_equal(by_index.lines[0].get_ydata(), density.eigenvalues[:10])
+    few = density._replace(num_eigenvalues=jnp.int32(3))
+    both = plots.spectrum_figure({"sgd": density, "sam": few}, axis_scale="linear").axes
+    assert [axes.get_title(loc="left") for axes in both[:2]] == ["sgd", "sam"]
+    assert both[0].get_xscale() == "linear"
+    np.testing.assert_array_equal(both[2].lines[1].get_ydata(), density.eigenvalues[:3])
+    without = density._replace(num_eigenvalues=jnp.int32(0))
+    assert len(plots.spectrum_figure(without).axes) == 1
+    with pytest.raises(
+        TypeError, match=r"`panels\['a'\]` must be from `curvature.spectral_density`"
+    ):
+        plots.spectrum_figure({"a": curve()})
+    with pytest.raises(
+        TypeError, match="`panels` must be a list of SpectrumPanel, got a Curvature"
+    ):
+        plots.spectrum_figure(hessian)
+    with pytest.raises(ValueError, match="`panels` must have at least one density"):
+        plots.spectrum_figure({})
 
 
 def test_error_texts():

@@ -205,7 +205,10 @@ def test_low_precision_is_squared_in_float32():
 
 def test_error_texts():
     loss, gates, batch = gated.problem()
-    with pytest.raises(ValueError, match="`batch_size` must be between 1 and 24, got 25"):
+    with pytest.raises(
+        ValueError,
+        match=r"`batch_size` must be between 1 and 24 \(the number of examples\), got 25",
+    ):
         pruning.taylor_scores(loss, gates, *batch, batch_size=25)
     with pytest.raises(TypeError, match=r"`gate_grads\['a'\]` must be real floating point"):
         pruning.taylor_importance({"a": jnp.arange(3)})

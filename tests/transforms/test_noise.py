@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from regjax import transforms
+from regjax import _jaxprs, transforms
 from tests.transforms import runs
 
 pytestmark = pytest.mark.usefixtures("default_promotion")
@@ -162,6 +162,19 @@ def test_one_group_is_noise_everywhere():
         for layerwise in (True, False)
     )
     jax.tree.map(np.testing.assert_array_equal, layerwise, everywhere)
+
+
+def test_only_the_noise_of_the_group_is_drawn():
+    params = {"a": jnp.zeros(5), "b": jnp.zeros((3, 2))}
+    tx = transforms.perturbed_gradient(SIGMA, key=jax.random.key(0))
+    step = lambda state: tx.update(params, state, params, grad_fn=lambda p, i: p)[0]
+    traced = jax.make_jaxpr(step)(tx.init(params)).jaxpr
+    (branches,) = (e.params["branches"] for e in traced.eqns if e.primitive.name == "cond")
+    drawn = [[e for e in _jaxprs.equations(b.jaxpr) if "erf_inv" in str(e)] for b in branches]
+    assert len(drawn) == 2
+    assert all(drawn)
+    outside = [e for e in traced.eqns if e.primitive.name != "cond"]
+    assert not any("erf_inv" in str(equation) for equation in outside)
 
 
 def test_random_groups_are_uniform():

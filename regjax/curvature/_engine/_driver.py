@@ -9,7 +9,7 @@ from regjax._base import Callback, Progress, Tree
 from regjax._meshes import on_one_mesh
 from regjax.curvature._engine._checkpoint import Chain, Checkpoint, Position
 from regjax.curvature._engine._memory import explained
-from regjax.curvature._engine._solver import Solver, multiply
+from regjax.curvature._engine._solver import Solver
 from regjax.curvature._operators._operator import Operator
 
 Result = TypeVar("Result")
@@ -56,6 +56,8 @@ def run(
       CheckpointError: a file of the checkpoint cannot be written.
       MemoryError: the device is out of memory; the message says how much is needed, and what to
         lower.
+      NotFiniteError: a product is NaN or infinite; the message says where that comes from, and
+        `.result` is the result so far. Inside of `jax.jit` the result is NaN instead.
       Interrupted: Ctrl-C; its `.result` is the result so far.
     """
     total = solver.max_steps + solver.later_steps
@@ -108,8 +110,7 @@ def _tell(
 def _step(
     solver: Solver[Tree, Any], stage: int, chain: Chain | None, operator: Operator, state: Tree
 ) -> Tree:
-    vectors = solver.vectors(state)
-    images = multiply(operator, vectors)
+    vectors, images = solver.multiplied(operator, state)
     if chain is None:
         return solver.follow(operator, state, vectors, images)
     chain.look(vectors, images)

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
+from regjax._finite import check_product
 from regjax._meshes import on_one_mesh
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._operators._products import Products
@@ -80,8 +81,18 @@ class Solver(Generic[State, Result]):
     @on_one_mesh
     def step(self, state: State) -> State:
         """Makes one product, or one of each row, and what follows from it."""
+        return self.follow(self.operator, state, *self.multiplied(self.operator, state))
+
+    def multiplied(self, operator: Operator, state: State) -> tuple[jax.Array, jax.Array]:
+        """What is multiplied next, and its images.
+
+        Raises:
+          NotFiniteError: an image is not finite, where it is known.
+        """
         vectors = self.vectors(state)
-        return self.follow(self.operator, state, vectors, multiply(self.operator, vectors))
+        images = multiply(operator, vectors)
+        check_product(operator, images, vectors=vectors, result=lambda: self.result(state))
+        return vectors, images
 
     def follow(
         self, operator: Operator, state: State, vectors: jax.Array, images: jax.Array

@@ -77,6 +77,11 @@ class Operator(Products):
         return Congruent(self.space.ravel(diagonal), self)
 
     def __add__(self, other: "Operator") -> "Operator":
+        if isinstance(other, (int, float, jax.Array)):
+            raise TypeError(
+                "`other` must be an operator, got a number; c times the identity is "
+                "`c * curvature.identity(operator.space)`."
+            )
         if not isinstance(other, Operator):
             return NotImplemented
         if self.space != other.space:

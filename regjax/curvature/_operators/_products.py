@@ -54,6 +54,16 @@ class Products(abc.ABC):
         return None
 
     @property
+    def why_not_finite(self) -> str:
+        """A sentence on where products that are not finite come from, if all arrays are."""
+        return (
+            "What it is made of is finite, as far as that is known (batches of a stream are not). "
+            "So the function or a derivative is infinite or undefined there (log, norm and square "
+            "root at 0), or a number is too large for its type: try float64. "
+            "`jax.debug_nans(True)` names the operation."
+        )
+
+    @property
     def coarser(self) -> "Products | None":
         """The same matrix from differences over steps twice as long; None: products are exact."""
         return None
