@@ -34,7 +34,7 @@ _SOME = 0.1
         "weights", "values", "bounds", "largest", "threshold", "small", "mass",
         "wants_restart", "wants_search", "done",
     ],
-    meta_fields=["k", "which", "num_rows", "searches"],
+    meta_fields=["k", "which", "num_rows", "certificate"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class EigenState:
@@ -57,7 +57,8 @@ class EigenState:
       wants_search: (), bool, whether it is time for a (further) search.
       done: (), bool, whether nothing more is to be gained.
       k: number of wanted pairs. which: end of the spectrum. num_rows: rows in use at most.
-      searches: whether missed copies are looked for.
+      certificate: what tells that nothing was missed: a "search" for copies, or the random "start"
+        itself; None: nothing does.
     """
 
     krylov: Krylov
@@ -78,7 +79,7 @@ class EigenState:
     k: int
     which: str
     num_rows: int
-    searches: bool
+    certificate: str | None
 
 
 class _Pairs(NamedTuple):
@@ -166,7 +167,7 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
     spans_everything = _basis.spans_all(krylov.basis)
     is_broken = ~jnp.isfinite(krylov.beta)
 
-    if state.searches:
+    if state.certificate == "search":
         inside = standing.mass > _SOME
         nothing_hides = _search.is_over(search, pairs.values, inside, which=state.which, size=size)
         has_found = _search.has_found(search, pairs.values, inside, standing.threshold, state.which)
@@ -181,6 +182,13 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         is_stuck = search.active & jnp.any(is_held_back)
         done = spans_everything | is_broken | search_is_done
         wants_search = ~done & ((may_search & (has_found | ~search.active)) | is_stuck)
+    elif state.certificate == "start":
+        targets = _search.targets_of(pairs.values[:k], standing.threshold, state.which)
+        exists = is_pair(pairs.bounds)
+        search = _search.seen_from_start(search, targets, pairs.values, pairs.outside, exists)
+        is_enough = _search.start_is_enough(search, which=state.which, size=size)
+        done = spans_everything | is_broken | (all_converged & is_enough)
+        wants_search = jnp.zeros_like(all_converged)
     else:
         # Before, an eigenvalue at the other end may stand for one that is wanted; the invariant
         # space of a random start has all of them, once each.
@@ -196,6 +204,7 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
     is_full = krylov.filled >= state.num_rows
     return dataclasses.replace(
         state,
+        search=search,
         values=jnp.where(is_broken, jnp.nan, pairs.values),
         weights=pairs.weights,
         bounds=pairs.bounds,
@@ -273,9 +282,7 @@ def restart(state: EigenState) -> EigenState:
     return dataclasses.replace(
         state,
         krylov=krylov,
-        search=search._replace(
-            own=weights.T @ search.own @ weights, overlaps=search.overlaps @ weights
-        ),
+        search=_search.compressed(search, weights, state.values, is_pair(state.bounds) & ~kept),
         num_restarts=state.num_restarts + 1,
         weights=jnp.diag(inside.astype(weights.dtype)),
         values=values,

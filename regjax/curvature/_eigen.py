@@ -64,8 +64,8 @@ class EigenResult(NamedTuple):
         whole space.
       miss_probability: (), a bound on the probability, over all random starts of the run, that an
         eigenvector was passed over whose eigenvalue would change the list by more than the
-        tolerance. (It counts eigenvectors orthogonal to what a search began with.) At most 0.01 if
-        complete, 0.02 from both ends; 1 without a search.
+        tolerance. (After a search it counts eigenvectors orthogonal to what the search began with.)
+        At most 0.01 if complete, 0.02 from both ends; 1 without a search.
     """
 
     values: jax.Array
@@ -129,11 +129,14 @@ def top_eigenpairs(
       max_matvecs: limit of the number of products. Default: 20 times `max_basis`.
       search: whether to look, after convergence, for copies of multiple eigenvalues that were
         missed, at half as many products more. It ends when one that would change the list by more
-        than the tolerance is there with a probability below 0.01.
+        than the tolerance is there with a probability below 0.01. A single pair at an end has no
+        copies that matter: there the random start goes on, for a third as many products more,
+        until it would have shown a larger eigenvalue.
       start: where to begin instead of at a random vector: an earlier `EigenResult`, or a tree of
         vectors with a leading axis of any length. Eigenvectors of a matrix not far from this one
         spare products, k vectors that are those of this one spare all but k and the search; any
-        others cost products and nothing else. Without a search a random vector goes with them.
+        others cost products and nothing else. Without a search a random vector goes with them. For
+        a single pair a random start is as fast.
       accumulation: how inner products of vectors (n,) are summed (see `lanczos`); with "float64"
         values and residual norms are float64, the vectors are not.
       callback: called as callback(products, max_matvecs, progress) after each product, outside of
@@ -215,6 +218,9 @@ def top_eigenpairs_solver(
     start_rows = None if start is None else _start.rows_of(start, space)
     # Two rows beyond the kept ones: one for the residual's direction, one to make progress.
     num_rows = min(space.size, max(48, 2 * k + 20)) if max_basis is None else max_basis
+    # Known vectors as a part of that start were tried: it took more products than their search.
+    from_random = _search.is_alone(k, which) and start_rows is None
+    certificate = ("start" if from_random else "search") if search else None
     least = min(k + 2, space.size), "`k` and two more to make progress"
     _checks.integer("max_basis", num_rows, minimum=least, maximum=(space.size, _checks.ORDER))
     limit = 20 * num_rows if max_matvecs is None else max_matvecs
@@ -227,7 +233,7 @@ def top_eigenpairs_solver(
             "search": search, "start": start_rows, "accumulation": accumulation,
         },
         init=lambda: space.replicate(
-            _begin(key, tol, start_rows, space, k, which, num_rows, accumulation, search)
+            _begin(key, tol, start_rows, space, k, which, num_rows, accumulation, certificate)
         ),
         vectors=lambda state: state.krylov.direction,
         update=_update,
@@ -249,14 +255,14 @@ def _begin(
     which: str,
     num_rows: int,
     accumulation: str | None,
-    searches: bool,
+    certificate: str | None,
 ) -> EigenState:
     """The state before the first product."""
     fresh_key, start_key = jax.random.split(key)
     first = space.normal(start_key)
     if start_rows is not None:
         # Nothing but a random part, or a search, sees what the given vectors do not.
-        first = _start.sum_of(start_rows, space, None if searches else first)
+        first = _start.sum_of(start_rows, space, None if certificate else first)
     krylov = empty(space, first, num_rows, fresh_key, accumulation)
     rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
     return EigenState(
@@ -280,7 +286,7 @@ def _begin(
         k=k,
         which=which,
         num_rows=num_rows,
-        searches=searches,
+        certificate=certificate,
     )
 
 
@@ -289,8 +295,8 @@ def _charge(state: EigenState, image: jax.Array, error: jax.Array) -> EigenState
 
 
 def _is_complete(state: EigenState) -> jax.Array:
-    """Whether the list is right, as far as it was looked for: never without a search."""
-    was_searched = jnp.bool_(state.searches) | _basis.spans_all(state.krylov.basis)
+    """Whether the list is right, as far as it was looked for: never without a certificate."""
+    was_searched = jnp.bool_(state.certificate is not None) | _basis.spans_all(state.krylov.basis)
     return jnp.all(state.small[: state.k]) & state.done & was_searched
 
 

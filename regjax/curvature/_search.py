@@ -12,6 +12,18 @@ The rows are orthonormal and u has norm one, so c^2 sum_i (<u, q_i> / c)^2 <= 1:
 grows like the square of a Chebyshev polynomial, bounds c. A random start in N dimensions has an
 overlap below d with probability at most d sqrt(2 N / pi); once that is negligible, there is no
 such u.
+
+No certificate from the same products does better: for each c that the sum allows there is a matrix
+that gives the same products and has such an eigenvector.
+
+A list of one needs no second start, because copies of its only value do not change it. Only an
+eigenvalue beyond it does, and the first start, if it is random, saw its eigenvector u as any other.
+With Q A Q' = S diag(theta) S', residuals r_i along the direction q to come, and the part s of u in
+the Ritz vectors, (lambda - theta_i) s_i = r_i <u, q>, so that
+
+    |<u, q> / <u, first row>| = prod_i |lambda - theta_i| / prod_j beta_j,
+
+and <u, first row>^2 (<u, q> / <u, first row>)^2 (1 + sum_i (r_i / (lambda - theta_i))^2) <= 1.
 """
 
 import math
@@ -25,6 +37,9 @@ from regjax.curvature._krylov import Krylov
 # Accepted probability that an eigenvalue beyond the target is overlooked, by all searches of a run
 # together. Each digit more costs some four products on a trained network.
 _MISS = 1e-2
+# The logarithm of more growth than any matrix has: an invariant space holds every eigenvector with
+# any overlap at all.
+_UNBOUNDED = 1e6
 
 
 class Search(NamedTuple):
@@ -40,6 +55,7 @@ class Search(NamedTuple):
       overlaps: (2, rows), <u, q> / c for each row, u an eigenvector to the target.
       next_overlap: (2,), the same for the direction to come.
       evidence: (2,), the largest sum of squares of the overlaps so far.
+      growth: (2,), log |<u, q> / <u, first row>| less the terms of the Ritz values at hand.
     """
 
     num_searches: jax.Array
@@ -49,6 +65,7 @@ class Search(NamedTuple):
     overlaps: jax.Array
     next_overlap: jax.Array
     evidence: jax.Array
+    growth: jax.Array
 
     @property
     def active(self) -> jax.Array:
@@ -66,6 +83,7 @@ def begin(known: jax.Array, targets: jax.Array, *, num_rows: int, num_searches: 
         overlaps=jnp.zeros((2, num_rows), targets.dtype),
         next_overlap=jnp.ones_like(targets),
         evidence=jnp.zeros_like(targets),
+        growth=jnp.zeros_like(targets),
     )
 
 
@@ -79,16 +97,60 @@ def follow(search: Search, krylov: Krylov) -> Search:
     last = krylov.filled - 1
     overlaps = search.overlaps.at[:, last].set(search.next_overlap)
     beyond = search.targets * search.next_overlap - overlaps @ krylov.projected[:, last]
-    # An invariant space holds every eigenvector with any overlap at all.
     most = _certain(beyond.dtype)
     ahead = jnp.where(krylov.broke_down, most, jnp.clip(beyond / krylov.beta, -most, most))
+    shrunk = jnp.log(jnp.where(krylov.broke_down, 1, krylov.beta))
     return search._replace(
         own=search.own.at[last, last].set(1),
         overlaps=overlaps,
         next_overlap=ahead,
         # fmax passes over the NaN that follow from too large overlaps.
         evidence=jnp.fmax(search.evidence, jnp.sum(overlaps**2, 1) + ahead**2),
+        growth=search.growth + jnp.where(krylov.broke_down, _UNBOUNDED, -shrunk),
     )
+
+
+def seen_from_start(
+    search: Search, targets: jax.Array, values: jax.Array, couplings: jax.Array, exists: jax.Array
+) -> Search:
+    """The search that the run itself is, from its random start to targets beyond all Ritz values.
+
+    Args:
+      search: as it stands.
+      targets: (2,).
+      values: (rows,), Ritz values.
+      couplings: (rows,), the part of each residual along the direction to come.
+      exists: (rows,), bool, which are pairs.
+    """
+    distances = _distances(targets, values, exists)
+    couplings = jnp.where(exists, couplings, 0)
+    grown = 2 * (search.growth + jnp.sum(jnp.log(distances), 1))
+    grown += jnp.log1p(jnp.sum((couplings[None] / distances) ** 2, 1))
+    most = 2 * math.log(_certain(grown.dtype))
+    # Rounded up: so much counts as certain.
+    evidence = jnp.where(
+        grown < most, jnp.exp(jnp.minimum(grown, most)), jnp.finfo(grown.dtype).max
+    )
+    return search._replace(targets=targets, evidence=evidence)
+
+
+def compressed(search: Search, weights: jax.Array, values: jax.Array, dropped: jax.Array) -> Search:
+    """The search after the rows were combined by `weights`, with some of the Ritz values dropped.
+
+    Targets only move outwards, and the terms of dropped values grow with them.
+    """
+    return search._replace(
+        own=weights.T @ search.own @ weights,
+        overlaps=search.overlaps @ weights,
+        growth=search.growth + jnp.sum(jnp.log(_distances(search.targets, values, dropped)), 1),
+    )
+
+
+def _distances(targets: jax.Array, values: jax.Array, counted: jax.Array) -> jax.Array:
+    """(2, rows), of each target from the values that are counted, 1 from others; never 0."""
+    distances = jnp.abs(targets[:, None] - values[None])
+    least = float(jnp.finfo(values.dtype).tiny)
+    return jnp.where(counted[None], jnp.maximum(distances, least), 1)
 
 
 def targets_of(known: jax.Array, margin: jax.Array, which: str) -> jax.Array:
@@ -157,6 +219,17 @@ def miss_probability(search: Search, *, which: str, size: int) -> jax.Array:
     before = _MISS * (1 - 1 / jnp.maximum(search.num_searches, 1).astype(last.dtype))
     is_searched = _searched(search.known.size, which)
     return jnp.minimum(jnp.sum(jnp.where(is_searched, before + last, 0)), 1)
+
+
+def start_is_enough(search: Search, *, which: str, size: int) -> jax.Array:
+    """Whether the run from its random start would have shown an eigenvalue beyond the targets."""
+    clear = _miss_probabilities(search, size) <= _MISS
+    return jnp.all(clear | ~_searched(search.known.size, which))
+
+
+def is_alone(k: int, which: str) -> bool:
+    """Whether each end has one wanted value at most, whose copies would not change the list."""
+    return k == 1 or (k == 2 and which == "BE")
 
 
 def _reached(search: Search, values: jax.Array, inside: jax.Array) -> jax.Array:

@@ -122,8 +122,9 @@ def largest_eigenvalue(
     operator: curvature.Operator, *, key: PRNGKey, max_matvecs: int, tol: ArrayLike
 ) -> SharpnessResult:
     """Finds the algebraically largest eigenvalue; arguments as in `curvature.top_eigenpairs`."""
-    # No search for missed copies, which costs half as many products more. A second copy would
-    # change the vectors, not the value, and a random start has a part along every eigenspace.
+    # No certificate that nothing was missed, which costs a third as many products more. A second
+    # copy would change the vectors, not the value, and a random start has a part along every
+    # eigenspace.
     found = curvature.top_eigenpairs(
         operator, 1, key=key, tol=tol, max_matvecs=max_matvecs, search=False
     )

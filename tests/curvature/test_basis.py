@@ -59,6 +59,15 @@ def test_combining_and_recombining(width, monkeypatch):
     np.testing.assert_allclose(_basis.to_array(few, 20), expected[:20], atol=1e-4)
 
 
+def test_combining_takes_little_more_than_its_result():
+    # A sum over the blocks held all of its terms at once, k vectors each.
+    basis = _basis.zeros(Space.of(jnp.zeros(20_000)), 40)
+    assert len(basis.blocks) == 3
+    program = jax.jit(_basis.combine).lower(basis, jnp.zeros((basis.num_rows, 16))).compile()
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes < 0.5 * memory.output_size_in_bytes
+
+
 def test_nothing_is_outside_of_no_rows():
     vector = jnp.arange(float(SIZE))
     rest, coefficients = _basis.outside(_basis.zeros(SPACE, 0), vector)

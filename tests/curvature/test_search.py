@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.claims import missed_copies
 from regjax import curvature
 from regjax.curvature import _assessment, _krylov, _search
 
@@ -99,6 +100,61 @@ def test_copies_are_missed_as_rarely_as_claimed(which):
         values = np.sort(solve(jax.random.key(seed)).values)
         missed += bool(np.max(np.abs(values - expected)) > 0.01)
     assert missed <= 2  # of 40 fixed starts, at 1 % each at most
+
+
+def test_the_first_start_knows_the_overlaps_of_any_eigenvector():
+    """Before and after a restart: they follow from the Ritz values and the betas alone."""
+    place = 5  # of an eigenvalue of 0.3, which no Ritz value reaches in so few steps
+    start = jax.random.normal(jax.random.key(3), (200,))
+    krylov = _krylov.empty(OPERATOR.space, start, 30, jax.random.key(1))
+    share = float(krylov.direction[place])
+    search = _search.begin(jnp.zeros(4), jnp.zeros(2), num_rows=30, num_searches=0)
+    solver = curvature.top_eigenpairs_solver(OPERATOR, 4, key=jax.random.key(2), max_basis=30)
+    state = solver.init()
+    for steps, restarts in ((1, False), (4, False), (2, True), (3, False)):
+        for _ in range(steps):
+            krylov = grow(krylov, 1)
+            search = _search.follow(search, krylov)
+        search = search._replace(targets=jnp.full(2, 0.3) * krylov.scale)
+        state = dataclasses.replace(state, krylov=krylov, search=search)
+        state = _assessment.assess(state)
+        if restarts:
+            state = _assessment.restart(dataclasses.replace(state, num_rows=8))
+            assert int(state.krylov.filled) == int(krylov.filled) - 1
+            state = dataclasses.replace(state, num_rows=30)
+            krylov, search = state.krylov, state.search
+        exists = _assessment.is_pair(state.bounds)
+        couplings = krylov.coupling @ state.weights
+        found = _search.seen_from_start(search, search.targets, state.values, couplings, exists)
+        rows = np.concatenate(krylov.basis.blocks)[:, place]
+        seen = np.sum(rows**2) + float(krylov.direction[place]) ** 2
+        np.testing.assert_allclose(found.evidence, seen / share**2, rtol=1e-2)
+
+
+def test_a_single_value_needs_no_second_start():
+    """Its copies would not change the list; what lies beyond it, the first start has seen."""
+    for which in ("LA", "SA", "LM"):
+        found = curvature.top_eigenpairs_solver(OPERATOR, 1, key=jax.random.key(0), which=which)
+        state = found.init()
+        while not found.done(state):
+            state = found.step(state)
+        assert int(state.search.num_searches) == 0
+        result = found.result(state)
+        assert bool(result.complete)
+        assert 0 < float(result.miss_probability) <= 0.02
+    # From known vectors nothing is known of others: then there is a search.
+    warm = curvature.top_eigenpairs_solver(
+        OPERATOR, 1, key=jax.random.key(0), start=jnp.eye(200)[:1]
+    )
+    assert warm.init().certificate == "search"
+
+
+def test_copies_are_missed_as_rarely_as_is_accepted():
+    """A small part of benchmarks/claims/missed_copies.py, which has 2000 matrices."""
+    found = missed_copies.missed(60, 3, 0.01, range(60))
+    assert all(run["complete"] for run in found)
+    assert max(run["promised"] for run in found) <= 0.01
+    assert sum(run["wrong"] for run in found) <= 2
 
 
 def test_overlaps_survive_a_restart():

@@ -120,10 +120,38 @@ def inner(basis: Basis, one: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def combine(basis: Basis, weights: jax.Array) -> jax.Array:
-    """The rows of weights' Q, (k, length), from weights (rows, k)."""
+    """The rows of weights' Q, (k, length), from weights (rows, k), a slab of columns at a time.
+
+    A sum of one product for each block would take k vectors for each block, all at once.
+    """
     weights = weights.astype(basis.space.dtype)
-    parts = [weights[start : start + block.shape[0]].T @ block for start, block in _placed(basis)]
-    return basis.space.constrain(sum(parts[1:], start=parts[0]))
+    return basis.space.constrain(basis.space.map_shards(_combined, basis.blocks, weights))
+
+
+def _combined(blocks: tuple[jax.Array, ...], weights: jax.Array) -> jax.Array:
+    if len(blocks) == 1:
+        return weights.T @ blocks[0]
+    size, width, count = _slabs(blocks)
+
+    def combine_slab(slab: jax.Array, combined: jax.Array) -> jax.Array:
+        start = jnp.minimum(slab * width, size - width)  # the last slab reaches back
+        mixed = weights.T @ _columns(blocks, start, width)
+        return lax.dynamic_update_slice_in_dim(combined, mixed, start, 1)
+
+    empty = jnp.zeros((weights.shape[1], size), weights.dtype)
+    return lax.fori_loop(0, count, combine_slab, empty)
+
+
+def _slabs(blocks: tuple[jax.Array, ...]) -> tuple[int, int, int]:
+    """The number of columns, how many a slab has, and the number of slabs."""
+    size, num_rows = blocks[0].shape[1], sum(block.shape[0] for block in blocks)
+    width = min(size, _RECOMBINED_WIDTH, max(size // num_rows, _LEAST_WIDTH))
+    return size, width, -(-size // width)
+
+
+def _columns(blocks: tuple[jax.Array, ...], start: jax.Array, width: int) -> jax.Array:
+    """All rows of so many columns."""
+    return jnp.concatenate([lax.dynamic_slice_in_dim(block, start, width, 1) for block in blocks])
 
 
 def recombine(basis: Basis, weights: jax.Array, filled: jax.Array) -> Basis:
@@ -147,16 +175,12 @@ def recombine(basis: Basis, weights: jax.Array, filled: jax.Array) -> Basis:
 def _recombined(
     cuts: list[int], blocks: tuple[jax.Array, ...], weights: jax.Array
 ) -> tuple[jax.Array, ...]:
-    size = blocks[0].shape[1]
-    num_rows = sum(block.shape[0] for block in blocks)
-    width = min(size, _RECOMBINED_WIDTH, max(size // num_rows, _LEAST_WIDTH))
+    size, width, count = _slabs(blocks)
 
     def recombine_slab(slab: jax.Array, blocks: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # The last slab reaches back; its overlap must not be recombined twice.
         start = jnp.minimum(slab * width, size - width)
-        columns = jnp.concatenate(
-            [lax.dynamic_slice_in_dim(block, start, width, 1) for block in blocks]
-        )
+        columns = _columns(blocks, start, width)
         fresh = start + jnp.arange(width, dtype=start.dtype) >= slab * width
         mixed = (weights.T @ columns.astype(weights.dtype)).astype(columns.dtype)
         columns = jnp.where(fresh[None], mixed, columns)
@@ -165,7 +189,7 @@ def _recombined(
             for block, part in zip(blocks, jnp.split(columns, cuts), strict=True)
         )
 
-    return lax.fori_loop(0, -(-size // width), recombine_slab, blocks)
+    return lax.fori_loop(0, count, recombine_slab, blocks)
 
 
 @functools.partial(jax.jit, static_argnums=1)
