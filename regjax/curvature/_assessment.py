@@ -12,9 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from regjax._base import PRNGKey
+from regjax._on_host import on_host
 from regjax.curvature import _search
 from regjax.curvature._engine import _basis
-from regjax.curvature._krylov import Krylov, redirect
+from regjax.curvature._krylov import Krylov, random_direction, redirected
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._ritz import residual_parts, small_pairs
 
@@ -123,8 +125,15 @@ def is_pair(bounds: jax.Array) -> jax.Array:
     return bounds < unbounded(bounds.dtype)
 
 
+@on_host()
+@precisely
 def assess(state: EigenState) -> EigenState:
-    """Ritz pairs with bounds, wanted first; then whether to search, to compress or to stop."""
+    """The state after one more row: Ritz pairs with bounds, wanted first; then what comes next."""
+    state = dataclasses.replace(
+        state,
+        search=_search.follow(state.search, state.krylov),
+        num_matvecs=state.num_matvecs + 1,
+    )
     pairs = _pairs(state)
     standing = _standing(state, pairs)
     return _decided(state, pairs, standing)
@@ -226,14 +235,18 @@ def _preference(values: jax.Array, valid: jax.Array, which: str) -> jax.Array:
     return jnp.where(valid, key, jnp.inf)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-@precisely
 def begin_search(state: EigenState) -> EigenState:
     """Goes on from a fresh direction; the residual of the rows so far is dropped and charged."""
+    return _searching(state, *random_direction(state.krylov))
+
+
+@on_host()
+@precisely
+def _searching(state: EigenState, direction: jax.Array, key: PRNGKey) -> EigenState:
     known = state.values[: state.k]
     return dataclasses.replace(
         state,
-        krylov=redirect(state.krylov),
+        krylov=redirected(state.krylov, direction, key),
         search=_search.begin(
             known,
             _search.targets_of(known, state.threshold, state.which),
@@ -244,10 +257,27 @@ def begin_search(state: EigenState) -> EigenState:
     )
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-@precisely
 def restart(state: EigenState) -> EigenState:
     """Compresses the basis to Ritz vectors; the state is whole again at its end."""
+    state, weights, num_kept = _compressed(state)
+    basis, newest = _recombined(state.krylov.basis, state.krylov.newest, weights, num_kept)
+    return dataclasses.replace(state, krylov=state.krylov._replace(basis=basis, newest=newest))
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1), inline=True)
+@precisely
+def _recombined(
+    basis: _basis.Basis, newest: jax.Array, weights: jax.Array, num_kept: jax.Array
+) -> tuple[_basis.Basis, jax.Array]:
+    """The rows of weights' Q, and no newest row."""
+    recombined = _basis.recombine(basis, weights, num_kept)
+    return recombined, basis.space.constrain(jnp.zeros_like(newest))
+
+
+@on_host()
+@precisely
+def _compressed(state: EigenState) -> tuple[EigenState, jax.Array, jax.Array]:
+    """The state but for its rows, the weights that combine them, and how many there are then."""
     krylov, search = state.krylov, state.search
     rows = jnp.arange(krylov.basis.num_rows, dtype=jnp.int32)
     # If a search follows, the residual is lost: what has not converged can no longer.
@@ -262,15 +292,13 @@ def restart(state: EigenState) -> EigenState:
     unit = _RECOMBINED * float(jnp.finfo(krylov.direction.dtype).eps) * state.largest
     blur = jnp.hypot(krylov.blur, unit * jnp.sqrt(num_kept.astype(unit.dtype)))
     krylov = krylov._replace(
-        basis=_basis.recombine(krylov.basis, weights, num_kept),
-        newest=krylov.basis.space.constrain(jnp.zeros_like(krylov.newest)),
         projected=jnp.diag(values),
         coupling=krylov.coupling @ weights,
         lost=krylov.lost @ weights,
         blur=blur,
     )
     bounds = state.bounds[order] + blur - state.krylov.blur
-    return dataclasses.replace(
+    state = dataclasses.replace(
         state,
         krylov=krylov,
         search=search._replace(
@@ -284,6 +312,7 @@ def restart(state: EigenState) -> EigenState:
         mass=jnp.where(inside, state.mass[order], 0),
         wants_restart=jnp.zeros_like(state.wants_restart),
     )
+    return state, weights, num_kept
 
 
 def _most_useful(allowed: jax.Array, state: EigenState) -> jax.Array:

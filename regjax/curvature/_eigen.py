@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax._on_host import on_host
 from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature import _search, _start
@@ -35,7 +36,7 @@ from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._krylov import absorb, charged, empty, renewed
+from regjax.curvature._krylov import Begun, begun, charged, expand, without_rows
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 
@@ -229,14 +230,13 @@ def top_eigenpairs_solver(
         vectors=lambda state: state.krylov.direction,
         update=_update,
         done=lambda state: state.done,
-        result=lambda state: _result(state, space, operator.eps),
+        result=lambda state: _result(state, operator.eps),
         max_steps=_checks.integer("max_matvecs", limit),
         lower=("max_basis",),
         charge=_charge,
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
 def _begin(
     key: PRNGKey,
     tol: ArrayLike,
@@ -249,12 +249,32 @@ def _begin(
     searches: bool,
 ) -> EigenState:
     """The state before the first product."""
+    begun = _first_row(key, start_rows, space, num_rows, accumulation, searches)
+    return _without_pairs(begun, tol, k, which, num_rows, searches)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _first_row(
+    key: PRNGKey,
+    start_rows: jax.Array | None,
+    space: Space,
+    num_rows: int,
+    accumulation: str | None,
+    searches: bool,
+) -> Begun:
     fresh_key, start_key = jax.random.split(key)
     first = space.normal(start_key)
     if start_rows is not None:
         # Nothing but a random part, or a search, sees what the given vectors do not.
         first = _start.sum_of(start_rows, space, None if searches else first)
-    krylov = empty(space, first, num_rows, fresh_key, accumulation)
+    return begun(space, first, num_rows, fresh_key, accumulation)
+
+
+@on_host(static=(2, 3, 4, 5))
+def _without_pairs(
+    begun: Begun, tol: ArrayLike, k: int, which: str, num_rows: int, searches: bool
+) -> EigenState:
+    krylov = without_rows(begun)
     rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
     return EigenState(
         krylov=krylov,
@@ -293,41 +313,35 @@ def _is_complete(state: EigenState) -> jax.Array:
 
 def _update(state: EigenState, image: jax.Array) -> EigenState:
     """One more row, the assessment, and what it asks for."""
-    state = _advance(state, image)
-    state = dataclasses.replace(state, krylov=renewed(state.krylov))
+    state = assess(dataclasses.replace(state, krylov=expand(state.krylov, image)))
     state = _loops.cond(state.wants_restart, restart, state)
     return _loops.cond(state.wants_search, begin_search, state)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-@precisely
-def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
+def _result(state: EigenState, eps: float) -> EigenResult:
     """The wanted pairs as they stand, converged or not."""
-    k, krylov = state.k, state.krylov
-    vectors = _basis.combine(krylov.basis, state.weights[:, :k])
+    return _described(state, _vectors(state.krylov.basis, state.weights, state.k), eps)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+@precisely
+def _vectors(basis: _basis.Basis, weights: jax.Array, k: int) -> Params:
+    return basis.space.unravel_rows(_basis.combine(basis, weights[:, :k]))
+
+
+@on_host(static=(2,), gives_arrays=True)
+@precisely
+def _described(state: EigenState, vectors: Params, eps: float) -> EigenResult:
+    k, krylov, space = state.k, state.krylov, state.krylov.basis.space
     unknown = rounding(state.largest, eps=eps, dtype=space.dtype, num_rows=krylov.filled)
     # After Ctrl-C there may be fewer pairs than are wanted.
     exists = is_pair(state.bounds[:k])
     return EigenResult(
         values=jnp.where(exists, krylov.unscaled(state.values[:k]), jnp.nan),
-        vectors=space.unravel_rows(vectors),
+        vectors=vectors,
         residual_norms=jnp.where(exists, krylov.unscaled(state.bounds[:k] + unknown), jnp.inf),
         num_matvecs=state.num_matvecs,
         converged=state.small[:k],
         complete=_is_complete(state),
         miss_probability=_search.miss_probability(state.search, which=state.which, size=space.size),
-    )
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-@precisely
-def _advance(state: EigenState, image: jax.Array) -> EigenState:
-    krylov = absorb(state.krylov, image)
-    return assess(
-        dataclasses.replace(
-            state,
-            krylov=krylov,
-            search=_search.follow(state.search, krylov),
-            num_matvecs=state.num_matvecs + 1,
-        )
     )

@@ -5,6 +5,7 @@ norm dropped by more than 1/sqrt(2), which is when rounding can have spoilt the 
 Gragg, Kaufman, Stewart 1976). Without this even float64 invents copies of eigenvalues.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jax import lax
 
 from regjax import _loops, _numerics
 from regjax._base import PRNGKey
+from regjax._on_host import on_host
 from regjax._space import Space
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._accumulation import small_dtype
@@ -74,35 +76,52 @@ def empty(
     generation: Any = 0,
 ) -> Krylov:
     """A basis without rows whose first one will be `direction`, made of unit norm."""
-    return space.replicate(_empty(space, direction, num_rows, key, accumulation, generation))
+    return space.replicate(
+        without_rows(begun(space, direction, num_rows, key, accumulation), generation)
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 4))
-def _empty(
-    space: Space,
-    direction: jax.Array,
-    num_rows: int,
-    key: PRNGKey,
-    accumulation: str | None,
-    generation: Any,
-) -> Krylov:
+class Begun(NamedTuple):
+    """The large arrays of a basis without rows, and its key; see `Krylov`."""
+
+    basis: _basis.Basis
+    newest: jax.Array
+    direction: jax.Array
+    key: PRNGKey
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 4), inline=True)
+def begun(
+    space: Space, direction: jax.Array, num_rows: int, key: PRNGKey, accumulation: str | None
+) -> Begun:
+    """The large arrays of a basis whose first row will be `direction`, made of unit norm."""
     direction = _numerics.divide(direction, jnp.max(jnp.abs(direction)))
-    small = small_dtype(direction.dtype, accumulation)
-    basis = _basis.zeros(space, num_rows, accumulation, generation)
-    rows = basis.num_rows
+    return Begun(
+        basis=_basis.zeros(space, num_rows, accumulation),
+        newest=space.constrain(jnp.zeros_like(direction)),
+        direction=unit(direction, space.norm(direction)),
+        # The steps donate their state: it must not hold the caller's own key.
+        key=jax.random.fold_in(key, 0),
+    )
+
+
+@on_host()
+def without_rows(begun: Begun, generation: Any = 0) -> Krylov:
+    """The basis of these arrays."""
+    rows, dtype = begun.basis.num_rows, begun.direction.dtype
+    small = small_dtype(dtype, begun.basis.accumulation)
     return Krylov(
-        basis=basis,
+        basis=dataclasses.replace(begun.basis, generation=jnp.asarray(generation, jnp.int32)),
         projected=jnp.zeros((rows, rows), small),
         coupling=jnp.zeros(rows, small),
         lost=jnp.zeros((rows, rows), small),
         blur=jnp.zeros((), small),
-        newest=space.constrain(jnp.zeros_like(direction)),
-        direction=unit(direction, space.norm(direction)),
-        scale=jnp.zeros((), direction.dtype),
+        newest=begun.newest,
+        direction=begun.direction,
+        scale=jnp.zeros((), dtype),
         beta=jnp.zeros((), small),
         broke_down=jnp.bool_(False),
-        # The steps donate their state: it must not hold the caller's own key.
-        key=jax.random.fold_in(key, 0),
+        key=begun.key,
     )
 
 
@@ -155,7 +174,7 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
 def renewed(krylov: Krylov) -> Krylov:
     """The same with a random direction if the last step broke down; of several, each by itself."""
     if _loops.is_concrete(krylov.broke_down):
-        return _renew(krylov) if np.any(krylov.broke_down) else krylov
+        return _renew(krylov) if np.any(np.asarray(krylov.broke_down)) else krylov
     # What a branch hands through, it copies, and what it gives lies where it says (see
     # `_basis.outside`).
     keep = krylov.basis.space.constrain
@@ -194,9 +213,15 @@ def expand(krylov: Krylov, image: jax.Array) -> Krylov:
 _absorb = jax.jit(absorb, donate_argnums=0)
 
 
-def redirect(krylov: Krylov) -> Krylov:
-    """Drops the residual, charged to `lost`, and takes a random direction instead."""
-    direction, key = fresh(krylov.basis, krylov.key)
+@functools.partial(jax.jit, inline=True)
+@precisely
+def random_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
+    """A random direction outside of the filled rows, and the next key."""
+    return fresh(krylov.basis, krylov.key)
+
+
+def redirected(krylov: Krylov, direction: jax.Array, key: PRNGKey) -> Krylov:
+    """Drops the residual, charged to `lost`, and takes a `random_direction` instead."""
     return krylov._replace(
         direction=direction,
         coupling=jnp.zeros_like(krylov.coupling),
