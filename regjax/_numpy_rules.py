@@ -14,6 +14,8 @@ import numpy as np
 import threadpoolctl
 from scipy.linalg import lapack
 
+from regjax import _draws
+
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 """Primitive's name -> rule(operands, parameters, types of the results)."""
@@ -325,6 +327,50 @@ def _product(operands: Any, parameters: Any, types: Any) -> Any:
     kept += [name for i, name in enumerate(theirs) if i not in shared]
     result = "".join([*(names[i] for i in batch), *kept])
     return np.einsum(f"{''.join(names)},{''.join(theirs)}->{result}", one, other)
+
+
+def keys(dtype: Any) -> bool:
+    """Whether a type is that of JAX's own keys, made by their places.
+
+    Raises:
+      NotImplementedError: it is one of other keys.
+    """
+    if not jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
+        return False
+    if str(dtype) != "key<fry>" or not _draws.partitionable():
+        raise NotImplementedError(str(dtype))
+    return True
+
+
+# A key is one number here, of its two words.
+@_rule("random_split")
+def _split_keys(operands: Any, parameters: Any, types: Any) -> Any:
+    shape = tuple(parameters["shape"])
+    counts = np.arange(np.prod(shape, dtype=int), dtype=np.uint32).reshape(shape)
+    key = np.reshape(operands[0], np.shape(operands[0]) + (1,) * len(shape))
+    return _threefry(key, np.zeros_like(counts), counts)
+
+
+@_rule("random_fold_in")
+def _fold_in(operands: Any, parameters: Any, types: Any) -> Any:
+    key, number = operands
+    return _threefry(key, np.uint32(0), np.asarray(number).astype(np.uint32))
+
+
+def _threefry(keys: Any, high: Any, low: Any) -> np.ndarray:
+    """Threefry of two words with 20 rounds (Salmon et al. 2011), as `jax.random` has it."""
+    words = np.asarray(keys, np.uint64)
+    first, second = (words >> np.uint64(32)).astype(np.uint32), words.astype(np.uint32)
+    schedule = first, second, first ^ second ^ np.uint32(0x1BD11BDA)
+    one, other = high + first, low + second
+    for i in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            one = one + other
+            other = (other << np.uint32(turn)) | (other >> np.uint32(32 - turn))
+            other = one ^ other
+        one = one + schedule[(i + 1) % 3]
+        other = other + schedule[(i + 2) % 3] + np.uint32(i + 1)
+    return (one.astype(np.uint64) << np.uint64(32)) | other.astype(np.uint64)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
 from regjax import _loops
-from regjax._numpy_rules import RULES
+from regjax._numpy_rules import RULES, keys
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -104,12 +104,26 @@ class _Traced:
         if self.evaluated is None or not all(map(_is_here, read)):
             computed = self.compiled(*read)
         else:
-            computed = self.evaluated(jax.device_get(read))
+            computed = self.evaluated(jax.device_get([_numbers(leaf) for leaf in read]))
+            computed = list(map(_typed, computed, self.evaluated.types))
             if gives_arrays:
                 computed = _put(computed, leaves)
         found = iter(computed)
         results = [next(found) if i is None else leaves[i] for i in self.handed]
         return jax.tree.unflatten(self.outputs, results)
+
+
+def _numbers(leaf: Any) -> Any:
+    """A leaf as it is evaluated: a key by its two words."""
+    is_key = hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
+
+
+def _typed(result: Any, kind: Any) -> Any:
+    if not keys(kind.dtype):
+        return result
+    words = np.stack([result >> np.uint64(32), result & np.uint64(0xFFFFFFFF)], -1)
+    return jax.random.wrap_key_data(jax.numpy.asarray(words.astype(np.uint32)), impl="threefry2x32")
 
 
 def _is_here(leaf: Any) -> bool:
@@ -133,6 +147,7 @@ class _Evaluated:
         self.places: dict[Any, int] = {}
         jaxpr = closed.jaxpr
         self.inputs = [self._new(variable) for variable in jaxpr.invars]
+        self.keys = {self.places[v] for v in jaxpr.invars if keys(v.aval.dtype)}
         for variable, constant in zip(jaxpr.constvars, closed.consts, strict=True):
             self._set(variable, np.asarray(constant))
         self._add(jaxpr)
@@ -144,7 +159,7 @@ class _Evaluated:
         values = list(self.values)
         for place, array in zip(self.inputs, arguments, strict=True):
             # A copy: a later step of a solver may use the memory of its arguments.
-            values[place] = np.array(array)
+            values[place] = _one_word(array) if place in self.keys else np.array(array)
         with np.errstate(all="ignore"):  # as JAX: infinities and NaN are numbers
             for rule, places, parameters, types, outputs in self.steps:
                 found = rule([values[place] for place in places], parameters, types)
@@ -154,7 +169,7 @@ class _Evaluated:
                 for output, value in zip(outputs, found, strict=True):
                     values[output] = value
         return [
-            np.asarray(values[place], kind.dtype)
+            np.asarray(values[place], np.uint64 if keys(kind.dtype) else kind.dtype)
             for place, kind in zip(self.outputs, self.types, strict=True)
         ]
 
@@ -218,9 +233,18 @@ class _Evaluated:
                 self.values[output] = value
 
 
+def _one_word(words: Any) -> Any:
+    high, low = (np.asarray(words)[..., i].astype(np.uint64) for i in range(2))
+    return (high << np.uint64(32)) | low
+
+
 def _scan(operands: Any, parameters: Any, types: Any) -> list[Any]:
     turn, kept, carried, length, backwards = parameters
-    fixed, carry, rows = operands[:kept], operands[kept : kept + carried], operands[kept + carried :]
+    fixed, carry, rows = (
+        operands[:kept],
+        operands[kept : kept + carried],
+        operands[kept + carried :],
+    )
     stacked: list[list[Any]] = []
     for i in range(length)[:: -1 if backwards else 1]:
         found = turn([*fixed, *carry, *(row[i] for row in rows)])

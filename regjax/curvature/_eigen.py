@@ -36,7 +36,7 @@ from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._krylov import Begun, begun, charged, expand, without_rows
+from regjax.curvature._krylov import Krylov, charged, empty, expand, split
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 
@@ -249,32 +249,19 @@ def _begin(
     searches: bool,
 ) -> EigenState:
     """The state before the first product."""
-    begun = _first_row(key, start_rows, space, num_rows, accumulation, searches)
-    return _without_pairs(begun, tol, k, which, num_rows, searches)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _first_row(
-    key: PRNGKey,
-    start_rows: jax.Array | None,
-    space: Space,
-    num_rows: int,
-    accumulation: str | None,
-    searches: bool,
-) -> Begun:
-    fresh_key, start_key = jax.random.split(key)
+    fresh_key, start_key = split(key)
     first = space.normal(start_key)
     if start_rows is not None:
         # Nothing but a random part, or a search, sees what the given vectors do not.
         first = _start.sum_of(start_rows, space, None if searches else first)
-    return begun(space, first, num_rows, fresh_key, accumulation)
+    krylov = empty(space, first, num_rows, fresh_key, accumulation)
+    return _without_pairs(krylov, tol, k, which, num_rows, searches)
 
 
 @on_host(static=(2, 3, 4, 5))
 def _without_pairs(
-    begun: Begun, tol: ArrayLike, k: int, which: str, num_rows: int, searches: bool
+    krylov: Krylov, tol: ArrayLike, k: int, which: str, num_rows: int, searches: bool
 ) -> EigenState:
-    krylov = without_rows(begun)
     rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
     return EigenState(
         krylov=krylov,
