@@ -52,7 +52,7 @@ def on_host(
             if not _loops.is_concrete(leaves):
                 return inside(*arguments)
             fixed = tuple((i, arguments[i]) for i in static)
-            types = tuple((np.shape(leaf), _dtype(leaf)) for leaf in leaves)
+            types = tuple(map(_type, leaves))
             traced = _traced(function, fixed, treedef, types, jax.sharding.get_abstract_mesh())
             return traced(leaves, gives_arrays)
 
@@ -61,8 +61,11 @@ def on_host(
     return decorated
 
 
-def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else jax.numpy.result_type(leaf)
+def _type(leaf: Any) -> tuple[Any, Any, bool]:
+    """Shape, dtype, and whether other types decide instead: of Python's numbers."""
+    if hasattr(leaf, "dtype"):
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)
+    return (), jax.numpy.result_type(leaf), True
 
 
 @functools.lru_cache(maxsize=256)
@@ -76,7 +79,9 @@ def _traced(
         given = jax.tree.unflatten(treedef, leaves)
         return function(*(fixed.get(i, argument) for i, argument in enumerate(given)))
 
-    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in types]
+    structs = [
+        jax.ShapeDtypeStruct(shape, dtype, weak_type=is_weak) for shape, dtype, is_weak in types
+    ]
     closed, outputs = jax.make_jaxpr(of_leaves, return_shape=True)(*structs)
     return _Traced(closed, jax.tree.structure(outputs))
 

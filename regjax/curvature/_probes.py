@@ -125,7 +125,8 @@ def update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensitySt
     """One more row for each probe under way, and what it knows of its measure when that is all."""
     state = _absorbed(state, images)
     known: Any = np.asarray if _loops.is_concrete(state) else lambda array: array
-    filled, most = jnp.ravel(known(state.probes.filled))[0], state.alphas.shape[1]
+    filled, most = known(state.probes.filled), state.alphas.shape[1]
+    filled = filled[0] if filled.ndim else filled
     if chosen:
         looks = np.asarray([count for count in _LOOKS if count < most], np.int32)
         state = _loops.cond((filled == looks).any(), _look, state)
@@ -255,6 +256,6 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
         num_matvecs=state.num_matvecs,
         size=jnp.asarray(size, jnp.int32 if size < 2**31 else dtype),
     )
-    mean, error, dimension = sampled_sum(result, lambda values: values)
+    mean, error, dimension = sampled_sum(result, result.nodes)
     total = jnp.sum(result.eigenvalues) + dimension * mean
     return result._replace(trace=total, trace_standard_error=error)
