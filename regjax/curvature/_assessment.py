@@ -12,11 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from regjax._base import PRNGKey
 from regjax._on_host import on_host
 from regjax.curvature import _search
 from regjax.curvature._engine import _basis
-from regjax.curvature._krylov import Krylov, random_direction, redirected
+from regjax.curvature._krylov import Krylov, redirect
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._ritz import residual_parts, small_pairs
 
@@ -125,15 +124,8 @@ def is_pair(bounds: jax.Array) -> jax.Array:
     return bounds < unbounded(bounds.dtype)
 
 
-@on_host()
-@precisely
 def assess(state: EigenState) -> EigenState:
-    """The state after one more row: Ritz pairs with bounds, wanted first; then what comes next."""
-    state = dataclasses.replace(
-        state,
-        search=_search.follow(state.search, state.krylov),
-        num_matvecs=state.num_matvecs + 1,
-    )
+    """Ritz pairs with bounds, wanted first; then whether to search, to compress or to stop."""
     pairs = _pairs(state)
     standing = _standing(state, pairs)
     return _decided(state, pairs, standing)
@@ -237,16 +229,15 @@ def _preference(values: jax.Array, valid: jax.Array, which: str) -> jax.Array:
 
 def begin_search(state: EigenState) -> EigenState:
     """Goes on from a fresh direction; the residual of the rows so far is dropped and charged."""
-    return _searching(state, *random_direction(state.krylov))
+    return _searching(dataclasses.replace(state, krylov=redirect(state.krylov)))
 
 
 @on_host()
 @precisely
-def _searching(state: EigenState, direction: jax.Array, key: PRNGKey) -> EigenState:
+def _searching(state: EigenState) -> EigenState:
     known = state.values[: state.k]
     return dataclasses.replace(
         state,
-        krylov=redirected(state.krylov, direction, key),
         search=_search.begin(
             known,
             _search.targets_of(known, state.threshold, state.which),

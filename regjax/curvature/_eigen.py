@@ -36,7 +36,7 @@ from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._krylov import Krylov, charged, empty, expand, split
+from regjax.curvature._krylov import Krylov, absorb, charged, empty, renewed, split
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 
@@ -300,9 +300,27 @@ def _is_complete(state: EigenState) -> jax.Array:
 
 def _update(state: EigenState, image: jax.Array) -> EigenState:
     """One more row, the assessment, and what it asks for."""
-    state = assess(dataclasses.replace(state, krylov=expand(state.krylov, image)))
+    state = _advance(state, image)
+    state = dataclasses.replace(state, krylov=renewed(state.krylov))
     state = _loops.cond(state.wants_restart, restart, state)
     return _loops.cond(state.wants_search, begin_search, state)
+
+
+def _advance(state: EigenState, image: jax.Array) -> EigenState:
+    return _followed(dataclasses.replace(state, krylov=absorb(state.krylov, image)))
+
+
+@on_host()
+@precisely
+def _followed(state: EigenState) -> EigenState:
+    """What the new row tells."""
+    return assess(
+        dataclasses.replace(
+            state,
+            search=_search.follow(state.search, state.krylov),
+            num_matvecs=state.num_matvecs + 1,
+        )
+    )
 
 
 def _result(state: EigenState, eps: float) -> EigenResult:

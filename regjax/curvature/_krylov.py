@@ -237,7 +237,7 @@ def _renew(krylov: Krylov) -> Krylov:
 def _next_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
     if krylov.broke_down.ndim:
         return jax.vmap(_next_direction)(krylov)
-    direction, key = random_direction(krylov)
+    direction, key = _random_direction(krylov)
     broke_down = krylov.broke_down
     direction = jnp.where(broke_down, direction, krylov.direction)
     return direction, jnp.where(broke_down, key, krylov.key)
@@ -248,7 +248,7 @@ def expand(krylov: Krylov, image: jax.Array) -> Krylov:
     return renewed(absorb(krylov, image))
 
 
-def random_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
+def _random_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
     """A random direction outside of the filled rows, and the next key."""
     key, subkey = split(krylov.key)
     return _drawn_outside(krylov.basis, krylov.basis.space.normal(subkey)), key
@@ -257,8 +257,14 @@ def random_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
 _drawn_outside = jax.jit(precisely(drawn_outside), inline=True)
 
 
-def redirected(krylov: Krylov, direction: jax.Array, key: PRNGKey) -> Krylov:
-    """Drops the residual, charged to `lost`, and takes a `random_direction` instead."""
+def redirect(krylov: Krylov) -> Krylov:
+    """Drops the residual, charged to `lost`, and takes a random direction instead."""
+    return _redirected(krylov, *_random_direction(krylov))
+
+
+@on_host()
+@precisely
+def _redirected(krylov: Krylov, direction: jax.Array, key: PRNGKey) -> Krylov:
     return krylov._replace(
         direction=direction,
         coupling=jnp.zeros_like(krylov.coupling),
