@@ -22,6 +22,8 @@ from regjax.curvature._ritz import residual_parts, small_pairs
 # With so many rows left, the first search keeps the whole basis: what is known of the unwanted
 # eigenvalues makes it shorter.
 _ROOM = 10
+# The most products that the next assessment waits for, beside the first one.
+_MOST_WAITING = 3
 # Units of rounding by which a row is off after the rows were combined anew; 1 to 2 were seen.
 _RECOMBINED = 3
 # A pair with so much of its mass in the search's directions tells of them.
@@ -33,7 +35,7 @@ _SOME = 0.1
     data_fields=[
         "krylov", "search", "tol", "num_matvecs", "num_restarts",
         "weights", "values", "bounds", "largest", "threshold", "small", "mass",
-        "wants_restart", "wants_search", "done",
+        "wants_restart", "wants_search", "done", "num_assessed", "next_assessment",
     ],
     meta_fields=["k", "which", "num_rows", "searches"],
 )  # fmt: skip
@@ -57,6 +59,8 @@ class EigenState:
       wants_restart: (), bool, whether the basis must be compressed first.
       wants_search: (), bool, whether it is time for a (further) search.
       done: (), bool, whether nothing more is to be gained.
+      num_assessed: (), int32, products at the last assessment: all numbers from `weights` on are of
+        that time. next_assessment: (), int32, products at the next one, if nothing happens before.
       k: number of wanted pairs. which: end of the spectrum. num_rows: rows in use at most.
       searches: whether missed copies are looked for.
     """
@@ -76,6 +80,8 @@ class EigenState:
     wants_restart: jax.Array
     wants_search: jax.Array
     done: jax.Array
+    num_assessed: jax.Array
+    next_assessment: jax.Array
     k: int
     which: str
     num_rows: int
@@ -122,6 +128,36 @@ def unbounded(dtype: jnp.dtype) -> float:
 def is_pair(bounds: jax.Array) -> jax.Array:
     """Which bounds are those of pairs, and not of rows that are not filled."""
     return bounds < unbounded(bounds.dtype)
+
+
+# What an assessment finds out.
+_FOUND = (
+    "weights", "values", "bounds", "largest", "threshold", "small", "mass", "wants_restart",
+    "wants_search", "done", "num_assessed", "next_assessment",
+)  # fmt: skip
+
+
+def assess_in_time(state: EigenState) -> EigenState:
+    """`assess` if that is due, or if something happened that cannot wait."""
+    krylov = state.krylov
+    is_due = state.num_matvecs >= state.next_assessment
+    is_due |= krylov.broke_down | ~jnp.isfinite(krylov.beta)
+    is_due |= (krylov.filled >= state.num_rows) | _basis.spans_all(krylov.basis)
+    return _assess_where(is_due, state)
+
+
+@on_host()
+@precisely
+def assessed(state: EigenState) -> EigenState:
+    """The state with an assessment of all its products."""
+    return _assess_where(state.num_assessed < state.num_matvecs, state)
+
+
+def _assess_where(condition: jax.Array, state: EigenState) -> EigenState:
+    found = lambda state: {name: getattr(state, name) for name in _FOUND}
+    # Nothing large goes through the branches, which would copy it.
+    changed = jax.lax.cond(condition, lambda: found(assess(state)), lambda: found(state))
+    return dataclasses.replace(state, **changed)
 
 
 def assess(state: EigenState) -> EigenState:
@@ -190,6 +226,12 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         done = spans_everything | is_broken | (all_converged & has_seen_both_ends)
         wants_search = jnp.zeros_like(all_converged)
 
+    # A residual norm seldom falls to less than a tenth in one product; in a search each one counts.
+    far = jnp.max(bounds) / jnp.where(standing.threshold > 0, standing.threshold, 1)
+    far = jnp.where(search.active, 1, jnp.clip(far, 1, 10.0**_MOST_WAITING))
+    waits = jnp.maximum(jnp.floor(jnp.log10(far)).astype(jnp.int32), 0)
+    waits = jnp.maximum(1 + waits, k - krylov.filled)
+
     # The first search keeps the whole basis, later ones what has converged.
     is_cramped = search.active | (krylov.filled + _ROOM > state.num_rows)
     # With room for the whole space nothing is to be gained by less.
@@ -207,6 +249,8 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         wants_restart=jnp.where(wants_search, is_cramped, is_full) & ~done,
         wants_search=wants_search,
         done=done,
+        num_assessed=state.num_matvecs,
+        next_assessment=state.num_matvecs + waits,
     )
 
 
@@ -284,6 +328,7 @@ def _compressed(state: EigenState) -> tuple[EigenState, jax.Array, jax.Array]:
     blur = jnp.hypot(krylov.blur, unit * jnp.sqrt(num_kept.astype(unit.dtype)))
     krylov = krylov._replace(
         projected=jnp.diag(values),
+        largest=jnp.max(jnp.abs(values)),
         coupling=krylov.coupling @ weights,
         lost=krylov.lost @ weights,
         blur=blur,

@@ -25,7 +25,8 @@ from regjax._space import Space
 from regjax.curvature import _search, _start
 from regjax.curvature._assessment import (
     EigenState,
-    assess,
+    assess_in_time,
+    assessed,
     begin_search,
     is_pair,
     restart,
@@ -36,7 +37,7 @@ from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._krylov import Krylov, absorb, charged, empty, renewed, split
+from regjax.curvature._krylov import Krylov, Step, charged, empty, grown, recorded, renewed, split
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 
@@ -281,6 +282,8 @@ def _without_pairs(
         wants_restart=jnp.bool_(False),
         wants_search=jnp.bool_(False),
         done=jnp.bool_(False),
+        num_assessed=jnp.int32(0),
+        next_assessment=jnp.int32(k),
         k=k,
         which=which,
         num_rows=num_rows,
@@ -307,17 +310,20 @@ def _update(state: EigenState, image: jax.Array) -> EigenState:
 
 
 def _advance(state: EigenState, image: jax.Array) -> EigenState:
-    return _followed(dataclasses.replace(state, krylov=absorb(state.krylov, image)))
+    krylov, step = grown(state.krylov, image)
+    return _followed(dataclasses.replace(state, krylov=krylov), step)
 
 
 @on_host()
 @precisely
-def _followed(state: EigenState) -> EigenState:
+def _followed(state: EigenState, step: Step) -> EigenState:
     """What the new row tells."""
-    return assess(
+    krylov = recorded(state.krylov, step)
+    return assess_in_time(
         dataclasses.replace(
             state,
-            search=_search.follow(state.search, state.krylov),
+            krylov=krylov,
+            search=_search.follow(state.search, krylov),
             num_matvecs=state.num_matvecs + 1,
         )
     )
@@ -325,6 +331,7 @@ def _followed(state: EigenState) -> EigenState:
 
 def _result(state: EigenState, eps: float) -> EigenResult:
     """The wanted pairs as they stand, converged or not."""
+    state = assessed(state)
     return _described(state, _vectors(state.krylov.basis, state.weights, state.k), eps)
 
 

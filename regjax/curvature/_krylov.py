@@ -30,6 +30,7 @@ class Krylov(NamedTuple):
     Attributes:
       basis: rows, the first `filled` of which hold it.
       projected: (rows, rows), Q A Q' as measured by the inner products, zero beyond `filled`.
+      largest: (), the largest magnitude in `projected`.
       coupling: (rows,), the part of each row's A q along `direction`.
       lost: (rows, rows), the parts along directions that were dropped when a fresh one was taken,
         the newest first, as many as there may be until the rows are combined anew. Each is one unit
@@ -47,6 +48,7 @@ class Krylov(NamedTuple):
 
     basis: _basis.Basis
     projected: jax.Array
+    largest: jax.Array
     coupling: jax.Array
     lost: jax.Array
     blur: jax.Array
@@ -99,6 +101,7 @@ def _without_rows(
     return Krylov(
         basis=dataclasses.replace(basis, generation=jnp.asarray(generation, jnp.int32)),
         projected=jnp.zeros((rows, rows), small),
+        largest=jnp.zeros((), small),
         coupling=jnp.zeros(rows, small),
         lost=jnp.zeros((rows, rows), small),
         blur=jnp.zeros((), small),
@@ -137,28 +140,30 @@ def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
 
     After a breakdown `renewed` has to follow: the next direction is rounding.
     """
-    row = krylov.direction
-    step = _step(krylov.basis, krylov.newest, row, krylov.scale, _largest(krylov), image)
-    krylov = krylov._replace(basis=step.basis, newest=row, direction=step.direction)
-    return _recorded(krylov, step._replace(basis=None, direction=None))
+    return _recorded(*grown(krylov, image))
 
 
-class _Step(NamedTuple):
-    """What one product adds.
+class Step(NamedTuple):
+    """The numbers of a new row.
 
     Attributes:
-      basis: with one more row.
-      direction: the next row.
       coefficients: (rows,), the column of Q A Q' of the new row.
       scale, beta, broke_down: as those of a `Krylov`; beta before it is known to be rounding.
     """
 
-    basis: Any
-    direction: Any
     coefficients: jax.Array
     scale: jax.Array
     beta: jax.Array
     broke_down: jax.Array
+
+
+def grown(krylov: Krylov, image: jax.Array) -> tuple[Krylov, Step]:
+    """The large arrays with one more row, and its numbers, to be `recorded`."""
+    row = krylov.direction
+    basis, direction, step = _step(
+        krylov.basis, krylov.newest, row, krylov.scale, krylov.largest, image
+    )
+    return krylov._replace(basis=basis, newest=row, direction=direction), step
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1), inline=True)
@@ -170,7 +175,7 @@ def _step(
     scale: jax.Array,
     largest: jax.Array,
     image: jax.Array,
-) -> _Step:
+) -> tuple[_basis.Basis, jax.Array, Step]:
     last = basis.filled
     scale = _scale(scale, image)
     image = image * jnp.where(scale > 0, scale, 1)
@@ -184,29 +189,25 @@ def _step(
     coefficients = coefficients.at[last - 1].add(jnp.where(last > 0, before, 0))
     residual, coefficients, beta, broke_down = orthogonalized(basis, image, coefficients, largest)
     direction = basis.space.constrain(unit(residual, beta))
-    return _Step(basis, direction, coefficients, scale, beta, broke_down)
+    return basis, direction, Step(coefficients, scale, beta, broke_down)
 
 
-@on_host()
-@precisely
-def _largest(krylov: Krylov) -> jax.Array:
-    return jnp.max(jnp.abs(krylov.projected))
-
-
-@on_host()
-@precisely
-def _recorded(krylov: Krylov, step: _Step) -> Krylov:
-    """The numbers of the new row; the large arrays are there."""
+def recorded(krylov: Krylov, step: Step) -> Krylov:
+    """The numbers of the new row beside the large arrays that have it."""
     last, coefficients, beta = krylov.filled - 1, step.coefficients, step.beta
     kept = jnp.where(step.broke_down, 0, beta)
     return krylov._replace(
         projected=krylov.projected.at[:, last].set(coefficients).at[last, :].set(coefficients),
         coupling=jnp.zeros_like(krylov.coupling).at[last].set(kept),
+        largest=jnp.maximum(krylov.largest, jnp.max(jnp.abs(coefficients))),
         blur=jnp.hypot(krylov.blur, jnp.where(step.broke_down, beta, 0)),
         scale=step.scale,
         beta=kept,
         broke_down=step.broke_down,
     )
+
+
+_recorded = on_host()(recorded)
 
 
 def renewed(krylov: Krylov) -> Krylov:

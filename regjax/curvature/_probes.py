@@ -138,18 +138,14 @@ def _absorbed(state: DensityState, images: jax.Array) -> DensityState:
         probes = expand(state.probes, _outside(state.deflation.rows, images))
     else:
         probes = renewed(_absorb_block(state.probes, state.deflation.rows, images))
-    return _counted(state._replace(probes=probes), 1 if images.ndim == 1 else images.shape[0])
+    block = 1 if images.ndim == 1 else images.shape[0]
+    return state._replace(probes=probes, num_matvecs=state.num_matvecs + block)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 @precisely
 def _absorb_block(probes: Krylov, rows: _basis.Basis, images: jax.Array) -> Krylov:
     return jax.vmap(absorb)(probes, outside(rows, images))
-
-
-@on_host(static=(1,))
-def _counted(state: DensityState, block: int) -> DensityState:
-    return state._replace(num_matvecs=state.num_matvecs + block)
 
 
 def _each(function: Callable[[Krylov], Tree], probes: Krylov) -> Tree:
