@@ -74,7 +74,8 @@ def _before(
     probe_key, _, _ = jax.random.split(key, 3)
     zeros = jnp.zeros((num_probes, most), deflation.values.dtype)
     none = jnp.zeros(num_probes, jnp.int32)
-    return probe_key, zeros, zeros, none, jnp.int32(0), jnp.asarray(num_matvecs, jnp.int32)
+    # A number of its own, which NumPy can count on.
+    return probe_key, zeros, zeros, none, jnp.int32(0), num_matvecs + jnp.int32(0)
 
 
 def begin(

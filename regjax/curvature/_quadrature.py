@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax import _loops, _numerics
+from regjax import _numerics
 from regjax.curvature._ritz import small_pairs
 
 # Last entries alpha_m + beta_m cot(phi), phi evenly spaced: where the coefficients are those of an
@@ -147,7 +147,7 @@ def open_share(
     size = jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas))
     least = float(jnp.finfo(alphas.dtype).eps) * jnp.where(size > 0, size, 1)
 
-    def step(_: None, carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
+    def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # The newest two polynomials over the root of the sum so far: nothing overflows.
         here, before, logarithm = carry
         beta = jnp.where(index > 0, betas[index - 1], 0)
@@ -155,10 +155,8 @@ def open_share(
             betas[index], least
         )
         root = jnp.hypot(following, jnp.ones_like(following))
-        ahead = following / root, here / root, logarithm + 2 * jnp.log(root)
-        is_filled = index < num_steps
-        return jax.tree.map(lambda new, old: jnp.where(is_filled, new, old), ahead, carry)
+        return following / root, here / root, logarithm + 2 * jnp.log(root)
 
     ones = jnp.ones_like(places)
     start = ones, jnp.zeros_like(places), jnp.zeros_like(places)
-    return jnp.exp(-_loops.scan(step, start, alphas.size)[2])
+    return jnp.exp(-jax.lax.fori_loop(0, num_steps, step, start)[2])
