@@ -11,10 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import threadpoolctl
-from scipy.linalg import lapack
 
-from regjax import _draws
+from regjax import _draws, _lapack
 
 Operation = Callable[..., Any]
 Rule = Callable[[Any, Any], Operation]
@@ -256,27 +254,8 @@ def _product(parameters: Any, types: Any) -> Operation:
 
 @_rule("eigh")
 def _eigenpairs(parameters: Any, types: Any) -> Operation:
-    is_lower, dtype = parameters["lower"], types[0].dtype
-    solve = lapack.ssyevd if dtype == np.float32 else lapack.dsyevd
-
-    def solved(matrix: Any) -> list[np.ndarray]:
-        stack = matrix.reshape(-1, *matrix.shape[-2:])
-        # The threads of a library wait for each other, and for those of XLA: for a matrix of order
-        # 320 two took 50 times as long as one on a busy machine.
-        with _libraries().limit(limits=1, user_api="blas"):
-            found = [solve(one, lower=is_lower) for one in stack]
-        # What did not converge is NaN, as in JAX.
-        values = np.stack([np.where(info == 0, values, np.nan) for values, _, info in found])
-        vectors = np.stack([np.where(info == 0, vectors, np.nan) for _, vectors, info in found])
-        results = zip((vectors, values), types, strict=True)
-        return [array.astype(dtype).reshape(kind.shape) for array, kind in results]
-
-    return solved
-
-
-@functools.cache
-def _libraries() -> threadpoolctl.ThreadpoolController:
-    return threadpoolctl.ThreadpoolController()
+    is_lower = parameters["lower"]
+    return lambda matrix: list(reversed(_lapack.eigh(matrix, lower=is_lower)))
 
 
 def is_key(dtype: Any) -> bool:

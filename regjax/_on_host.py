@@ -103,10 +103,10 @@ class _Traced:
             computed = self.compiled(*read)
         else:
             computed = self.evaluated.of_leaves(read)
-            if gives_arrays:
-                computed = _put(computed, leaves)
         found = iter(computed)
         results = [next(found) if i is None else leaves[i] for i in self.handed]
+        if gives_arrays:
+            results = _put(results, leaves)
         return jax.tree.unflatten(self.outputs, results)
 
 
@@ -114,9 +114,13 @@ def _is_here(leaf: Any) -> bool:
     return not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1
 
 
-def _put(results: list[Any], leaves: list[Any]) -> Any:
-    """Results as arrays on the device of the arguments."""
+def _put(results: list[Any], leaves: list[Any]) -> list[Any]:
+    """Results as JAX's arrays, where those of the arguments lie."""
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     # Arrays that nobody has put anywhere leave the results free as well.
     placed = [array for array in arrays if getattr(array, "committed", True)]
-    return jax.device_put(results, placed[0].sharding if placed else None)
+    sharding = placed[0].sharding if placed else None
+    return [
+        result if isinstance(result, jax.Array) else jax.device_put(result, sharding)
+        for result in results
+    ]

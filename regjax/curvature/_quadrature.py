@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax import _numerics
+from regjax import _lapack, _numerics
 from regjax.curvature._ritz import small_pairs
 
 # Last entries alpha_m + beta_m cot(phi), phi evenly spaced: where the coefficients are those of an
@@ -73,16 +73,13 @@ def gauss_rule(
 
 def known(alphas: np.ndarray, betas: np.ndarray) -> Probe:
     """What `alphas` and `betas`, both (m,), of T say of the measure of a probe."""
-    size = alphas.size
     ends = alphas[-1] + betas[-1] * _COTANGENTS
     scale = max(np.max(np.abs(alphas)), np.max(np.abs(betas))) or 1.0
-    matrices = np.zeros((len(ends), size + 1, size + 1))
-    rows = np.arange(size)
-    matrices[:, rows, rows] = alphas / scale
-    matrices[:, size, size] = ends / scale
-    matrices[:, rows, rows + 1] = matrices[:, rows + 1, rows] = betas / scale
-    gauss = np.linalg.eigh(matrices[0, :size, :size])
-    others = zip(*np.linalg.eigh(matrices), strict=True)
+    alphas, beside, ends = alphas / scale, betas / scale, ends / scale
+    gauss = _lapack.eigh_tridiagonal(alphas, beside[:-1])
+    diagonals = np.concatenate([np.tile(alphas, (ends.size, 1)), ends[:, None]], 1)
+    others = _lapack.eigh_tridiagonal(diagonals, np.tile(beside, (ends.size, 1)))
+    others = zip(*others, strict=True)
     rules = [(scale * values, np.square(vectors[0])) for values, vectors in (gauss, *others)]
     return Probe(rules, gauss[1][0], gauss[1][-1], float(betas[-1]))
 
