@@ -29,7 +29,7 @@ class Evaluated:
         # An operation, the places of its operands, that of its result, or of its results.
         self.steps: list[tuple[Operation, list[int], int | list[int]]] = []
         self.places: dict[Any, int] = {}
-        jaxpr = closed.jaxpr
+        jaxpr: Any = closed.jaxpr
         self.inputs = [self._set(variable, None) for variable in jaxpr.invars]
         self._add(jaxpr, closed.consts)
         self.outputs = [self._place(atom) for atom in jaxpr.outvars]
@@ -49,7 +49,7 @@ class Evaluated:
         with np.errstate(all="ignore"):  # as JAX: infinities and NaN are numbers
             for operation, places, into in self.steps:
                 found = operation(*[values[place] for place in places])
-                if into.__class__ is int:
+                if isinstance(into, int):
                     values[into] = found
                 else:
                     for place, value in zip(into, found, strict=True):
@@ -88,7 +88,8 @@ class Evaluated:
 
     def _place(self, atom: Any) -> int:
         if isinstance(atom, Literal):
-            self.values.append(np.asarray(atom.val, atom.aval.dtype))
+            kind: Any = atom.aval
+            self.values.append(np.asarray(atom.val, kind.dtype))
             return len(self.values) - 1
         return self.places[atom]
 

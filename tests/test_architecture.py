@@ -43,6 +43,7 @@ LOOPS = {
     "regjax.curvature._engine._basis": {"fori_loop", "cond"},  # filled blocks only; slabs
     "regjax.curvature._deflation": {"fori_loop"},  # two passes over the rows
     "regjax.curvature._krylov": {"cond"},  # a fresh direction
+    "regjax.curvature._quadrature": {"fori_loop"},  # a recurrence of twelve numbers
     "regjax.curvature._orthogonal": {"while_loop", "fori_loop"},  # one pass or two
     "regjax.models._transformer": {"scan"},  # equal blocks, without convolution
     "regjax.pruning._evaluation": {"scan"},  # the model's own

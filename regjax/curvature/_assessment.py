@@ -12,10 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from regjax import _loops
 from regjax._on_host import on_host
 from regjax.curvature import _search
+from regjax.curvature._eigen_state import EigenState, unbounded
 from regjax.curvature._engine import _basis
-from regjax.curvature._krylov import Krylov, redirect
+from regjax.curvature._krylov import redirect
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._ritz import residual_parts, small_pairs
 
@@ -28,64 +30,6 @@ _MOST_WAITING = 3
 _RECOMBINED = 3
 # A pair with so much of its mass in the search's directions tells of them.
 _SOME = 0.1
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "krylov", "search", "tol", "num_matvecs", "num_restarts",
-        "weights", "values", "bounds", "largest", "threshold", "small", "mass",
-        "wants_restart", "wants_search", "done", "num_assessed", "next_assessment",
-    ],
-    meta_fields=["k", "which", "num_rows", "searches"],
-)  # fmt: skip
-@dataclasses.dataclass(frozen=True)
-class EigenState:
-    """The solver between two products.
-
-    Attributes:
-      krylov: the basis with Q A Q'.
-      search: the search for missed eigenvalues.
-      tol: (), relative tolerance.
-      num_matvecs: (), int32, products so far.
-      num_restarts: (), int32, how often the basis was compressed.
-      weights: (rows, rows), columns: the small eigenvectors, wanted ones first.
-      values: (rows,), Ritz values in the same order.
-      bounds: (rows,), their residual norms.
-      largest: (), the largest magnitude of a Ritz value so far. A restart may drop the pair.
-      threshold: (), the residual norm that is small enough.
-      small: (rows,), bool, which of them meet it.
-      mass: (rows,), how much of each lies in the search's own directions, between 0 and 1.
-      wants_restart: (), bool, whether the basis must be compressed first.
-      wants_search: (), bool, whether it is time for a (further) search.
-      done: (), bool, whether nothing more is to be gained.
-      num_assessed: (), int32, products at the last assessment: all numbers from `weights` on are of
-        that time. next_assessment: (), int32, products at the next one, if nothing happens before.
-      k: number of wanted pairs. which: end of the spectrum. num_rows: rows in use at most.
-      searches: whether missed copies are looked for.
-    """
-
-    krylov: Krylov
-    search: _search.Search
-    tol: jax.Array
-    num_matvecs: jax.Array
-    num_restarts: jax.Array
-    weights: jax.Array
-    values: jax.Array
-    bounds: jax.Array
-    largest: jax.Array
-    threshold: jax.Array
-    small: jax.Array
-    mass: jax.Array
-    wants_restart: jax.Array
-    wants_search: jax.Array
-    done: jax.Array
-    num_assessed: jax.Array
-    next_assessment: jax.Array
-    k: int
-    which: str
-    num_rows: int
-    searches: bool
 
 
 class _Pairs(NamedTuple):
@@ -120,11 +64,6 @@ class _Standing(NamedTuple):
     mass: jax.Array
 
 
-def unbounded(dtype: jnp.dtype) -> float:
-    """The bound of what is no pair: a number, for infinity may be what a user looks for."""
-    return float(jnp.finfo(dtype).max)
-
-
 def is_pair(bounds: jax.Array) -> jax.Array:
     """Which bounds are those of pairs, and not of rows that are not filled."""
     return bounds < unbounded(bounds.dtype)
@@ -156,7 +95,7 @@ def assessed(state: EigenState) -> EigenState:
 def _assess_where(condition: jax.Array, state: EigenState) -> EigenState:
     found = lambda state: {name: getattr(state, name) for name in _FOUND}
     # Nothing large goes through the branches, which would copy it.
-    changed = jax.lax.cond(condition, lambda: found(assess(state)), lambda: found(state))
+    changed = _loops.cond(condition, lambda _: found(assess(state)), found(state))
     return dataclasses.replace(state, **changed)
 
 

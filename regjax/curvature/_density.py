@@ -144,11 +144,11 @@ def spectral_density_solver(
         return begin(taken_out(krylov, num_rows, operator.eps), krylov.filled)
 
     def without_deflation() -> _probes.DensityState:
-        nothing = np.zeros(0, small)
+        nothing: Any = np.zeros(0, small)
         rows = _basis.zeros(space, 0, accumulation)
         return begin(space.replicate(Deflation(rows, nothing, nothing)), np.int32(0))
 
-    def begin(deflation: Deflation, num_matvecs: jax.Array) -> _probes.DensityState:
+    def begin(deflation: Deflation, num_matvecs: Any) -> _probes.DensityState:
         return _probes.first(deflation, key, num_matvecs, num_probes, most, block)
 
     probes: Solver[Any, DensityResult] = Solver(

@@ -24,20 +24,19 @@ from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature import _search, _start
 from regjax.curvature._assessment import (
-    EigenState,
     assess_in_time,
     assessed,
     begin_search,
     is_pair,
     restart,
-    unbounded,
 )
 from regjax.curvature._derivatives import Slopes, attach, held, tangent_product, without_rule
+from regjax.curvature._eigen_state import EigenState, without_pairs
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._krylov import Krylov, Step, charged, empty, grown, recorded, renewed, split
+from regjax.curvature._krylov import Step, charged, empty, grown, recorded, renewed, split
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 
@@ -256,39 +255,7 @@ def _begin(
         # Nothing but a random part, or a search, sees what the given vectors do not.
         first = _start.sum_of(start_rows, space, None if searches else first)
     krylov = empty(space, first, num_rows, fresh_key, accumulation)
-    return _without_pairs(krylov, tol, k, which, num_rows, searches)
-
-
-@on_host(static=(2, 3, 4, 5))
-def _without_pairs(
-    krylov: Krylov, tol: ArrayLike, k: int, which: str, num_rows: int, searches: bool
-) -> EigenState:
-    rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
-    return EigenState(
-        krylov=krylov,
-        search=_search.begin(
-            jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, num_searches=0
-        ),
-        tol=jnp.asarray(tol, dtype),
-        num_matvecs=jnp.int32(0),
-        num_restarts=jnp.int32(0),
-        weights=jnp.zeros((rows, rows), dtype),
-        values=jnp.zeros(rows, dtype),
-        bounds=jnp.full(rows, unbounded(dtype), dtype),
-        largest=jnp.zeros((), dtype),
-        threshold=jnp.zeros((), dtype),
-        small=jnp.zeros(rows, bool),
-        mass=jnp.zeros(rows, dtype),
-        wants_restart=jnp.bool_(False),
-        wants_search=jnp.bool_(False),
-        done=jnp.bool_(False),
-        num_assessed=jnp.int32(0),
-        next_assessment=jnp.int32(k),
-        k=k,
-        which=which,
-        num_rows=num_rows,
-        searches=searches,
-    )
+    return without_pairs(krylov, tol, k, which, num_rows, searches)
 
 
 def _charge(state: EigenState, image: jax.Array, error: jax.Array) -> EigenState:

@@ -78,8 +78,8 @@ def empty(
     generation: Any = 0,
 ) -> Krylov:
     """A basis without rows whose first one will be `direction`, made of unit norm."""
-    large = _large(space, direction, num_rows, accumulation)
-    return space.replicate(_without_rows(*large, key, generation))
+    basis, newest, direction = _large(space, direction, num_rows, accumulation)
+    return space.replicate(_without_rows(basis, newest, direction, key, generation))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)

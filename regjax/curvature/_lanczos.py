@@ -175,5 +175,5 @@ def _numbers(
     """The diagonal of T and what is beside it, the unit of rounding, the error of products."""
     projected = krylov.unscaled(krylov.projected[:num_steps, :num_steps])
     error = krylov.unscaled(krylov.blur)
-    eps = jnp.asarray(eps, projected.dtype)
-    return jnp.diagonal(projected), jnp.diagonal(projected, 1), eps, error
+    unit = jnp.asarray(eps, projected.dtype)
+    return jnp.diagonal(projected), jnp.diagonal(projected, 1), unit, error

@@ -63,14 +63,14 @@ def first(
     block: int,
 ) -> DensityState:
     """The state before the first `block` of probes with at most `most` steps each."""
-    probe_key, *rest = _before(deflation, key, num_matvecs, num_probes, most)
-    return begin(deflation, probe_key, *deflation.rows.space.replicate(tuple(rest)), block)
+    given = _before(deflation, key, num_matvecs, num_probes, most)
+    return begin(deflation, *(*deflation.rows.space.replicate(given), block))
 
 
 @on_host(static=(3, 4))
 def _before(
     deflation: Deflation, key: PRNGKey, num_matvecs: jax.Array, num_probes: int, most: int
-) -> tuple[jax.Array, ...]:
+) -> Any:
     probe_key, _, _ = jax.random.split(key, 3)
     zeros = jnp.zeros((num_probes, most), deflation.values.dtype)
     none = jnp.zeros(num_probes, jnp.int32)
@@ -97,6 +97,7 @@ def begin(
     else:
         starts = _outside(rows, rows.space.normal(probe_key, block))
         probes = jax.jit(jax.vmap(make))(starts, krylov_key)
+    resolved, product_error = _nothing_known(alphas)
     return DensityState(
         key=key,
         deflation=deflation,
@@ -105,10 +106,15 @@ def begin(
         betas=betas,
         num_steps=num_steps,
         num_finished=num_finished,
-        resolved=np.bool_(False),
+        resolved=resolved,
         num_matvecs=num_matvecs,
-        product_error=np.zeros((), alphas.dtype),
+        product_error=product_error,
     )
+
+
+@on_host()
+def _nothing_known(alphas: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.bool_(False), jnp.zeros((), alphas.dtype)
 
 
 @on_host(static=(1,))

@@ -79,8 +79,8 @@ def known(alphas: np.ndarray, betas: np.ndarray) -> Probe:
     gauss = _lapack.eigh_tridiagonal(alphas, beside[:-1])
     diagonals = np.concatenate([np.tile(alphas, (ends.size, 1)), ends[:, None]], 1)
     others = _lapack.eigh_tridiagonal(diagonals, np.tile(beside, (ends.size, 1)))
-    others = zip(*others, strict=True)
-    rules = [(scale * values, np.square(vectors[0])) for values, vectors in (gauss, *others)]
+    pairs = gauss, *zip(*others, strict=True)
+    rules = [(scale * values, np.square(vectors[0])) for values, vectors in pairs]
     return Probe(rules, gauss[1][0], gauss[1][-1], float(betas[-1]))
 
 
