@@ -21,7 +21,12 @@ _PARTITIONABLE = "jax_threefry_partitionable"
 
 def goes_by_place(key: PRNGKey) -> bool:
     """Whether the numbers of a key are made so."""
-    return bool(getattr(jax.config, _PARTITIONABLE)) and "threefry" in str(jax.random.key_impl(key))
+    return partitionable() and "threefry" in str(jax.random.key_impl(key))
+
+
+def partitionable() -> bool:
+    """Whether the numbers of JAX's own keys are made so."""
+    return bool(getattr(jax.config, _PARTITIONABLE))
 
 
 def normal(key_data: jax.Array, places: jax.Array, dtype: Any) -> jax.Array:

@@ -63,8 +63,9 @@ def is_concrete(*trees: Tree) -> bool:
 
     Inside of somebody's jit arrays that it closed over are known, but all results are tracers.
     """
-    leaves = jax.tree.leaves(trees)
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, jnp.zeros(())))
+    if _platforms.is_in_program():
+        return False
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def scan(

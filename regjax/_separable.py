@@ -161,7 +161,7 @@ class _Check:
 
     def compare(self, tol: float) -> None:
         tol = max(tol, 16 * self.eps) if self.eps > jnp.finfo(jnp.float32).eps else tol
-        measured = _measured(self.program, self.params, self.batches)
+        measured = jax.device_get(_measured(self.program, self.params, self.batches))
         for weight in jax.tree.leaves(measured.weights):
             check_weight(weight, self.name)
         if not np.isfinite(measured.values[0]):

@@ -44,6 +44,7 @@ LOOPS = {
     "regjax.curvature._engine._basis": {"fori_loop", "cond", "map"},
     "regjax.curvature._deflation": {"fori_loop"},  # two passes over the rows
     "regjax.curvature._krylov": {"cond"},  # a fresh direction
+    "regjax.curvature._quadrature": {"fori_loop"},  # a recurrence of twelve numbers
     "regjax.curvature._orthogonal": {"while_loop", "fori_loop"},  # one pass or two
     "regjax._numerics": {"cond"},  # sums of squares, scaled or not
     "regjax.normalization._batch_norm": {"scan"},  # ticks of running averages

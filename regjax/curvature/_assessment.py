@@ -12,74 +12,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from regjax import _loops
+from regjax._on_host import on_host
 from regjax.curvature import _search
+from regjax.curvature._eigen_state import EigenState, unbounded
 from regjax.curvature._engine import _basis
-from regjax.curvature._krylov import Krylov, redirect
+from regjax.curvature._krylov import redirect
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._ritz import residual_parts, small_pairs
 
 # With so many rows left, the first search keeps the whole basis: what is known of the unwanted
 # eigenvalues makes it shorter.
 _ROOM = 10
+# The most products that the next assessment waits for, beside the first one.
+_MOST_WAITING = 3
 # Units of rounding by which a row is off after the rows were combined anew; 1 to 2 were seen.
 _RECOMBINED = 3
 # A pair with so much of its mass in the search's directions tells of them.
 _SOME = 0.1
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "krylov", "search", "tol", "num_matvecs", "num_restarts",
-        "weights", "values", "bounds", "largest", "threshold", "small", "mass",
-        "wants_restart", "wants_search", "done",
-    ],
-    meta_fields=["k", "which", "num_rows", "certificate"],
-)  # fmt: skip
-@dataclasses.dataclass(frozen=True)
-class EigenState:
-    """The solver between two products.
-
-    Attributes:
-      krylov: the basis with Q A Q'.
-      search: the search for missed eigenvalues.
-      tol: (), relative tolerance.
-      num_matvecs: (), int32, products so far.
-      num_restarts: (), int32, how often the basis was compressed.
-      weights: (rows, rows), columns: the small eigenvectors, wanted ones first.
-      values: (rows,), Ritz values in the same order.
-      bounds: (rows,), their residual norms.
-      largest: (), the largest magnitude of a Ritz value so far. A restart may drop the pair.
-      threshold: (), the residual norm that is small enough.
-      small: (rows,), bool, which of them meet it.
-      mass: (rows,), how much of each lies in the search's own directions, between 0 and 1.
-      wants_restart: (), bool, whether the basis must be compressed first.
-      wants_search: (), bool, whether it is time for a (further) search.
-      done: (), bool, whether nothing more is to be gained.
-      k: number of wanted pairs. which: end of the spectrum. num_rows: rows in use at most.
-      certificate: what tells that nothing was missed: a "search" for copies, or the random "start"
-        itself; None: nothing does.
-    """
-
-    krylov: Krylov
-    search: _search.Search
-    tol: jax.Array
-    num_matvecs: jax.Array
-    num_restarts: jax.Array
-    weights: jax.Array
-    values: jax.Array
-    bounds: jax.Array
-    largest: jax.Array
-    threshold: jax.Array
-    small: jax.Array
-    mass: jax.Array
-    wants_restart: jax.Array
-    wants_search: jax.Array
-    done: jax.Array
-    k: int
-    which: str
-    num_rows: int
-    certificate: str | None
 
 
 class _Pairs(NamedTuple):
@@ -114,14 +64,39 @@ class _Standing(NamedTuple):
     mass: jax.Array
 
 
-def unbounded(dtype: jnp.dtype) -> float:
-    """The bound of what is no pair: a number, for infinity may be what a user looks for."""
-    return float(jnp.finfo(dtype).max)
-
-
 def is_pair(bounds: jax.Array) -> jax.Array:
     """Which bounds are those of pairs, and not of rows that are not filled."""
     return bounds < unbounded(bounds.dtype)
+
+
+# What an assessment finds out.
+_FOUND = (
+    "search", "weights", "values", "bounds", "largest", "threshold", "small", "mass",
+    "wants_restart", "wants_search", "done", "num_assessed", "next_assessment",
+)  # fmt: skip
+
+
+def assess_in_time(state: EigenState) -> EigenState:
+    """`assess` if that is due, or if something happened that cannot wait."""
+    krylov = state.krylov
+    is_due = state.num_matvecs >= state.next_assessment
+    is_due |= krylov.broke_down | ~jnp.isfinite(krylov.beta)
+    is_due |= (krylov.filled >= state.num_rows) | _basis.spans_all(krylov.basis)
+    return _assess_where(is_due, state)
+
+
+@on_host()
+@precisely
+def assessed(state: EigenState) -> EigenState:
+    """The state with an assessment of all its products."""
+    return _assess_where(state.num_assessed < state.num_matvecs, state)
+
+
+def _assess_where(condition: jax.Array, state: EigenState) -> EigenState:
+    found = lambda state: {name: getattr(state, name) for name in _FOUND}
+    # Nothing large goes through the branches, which would copy it.
+    changed = _loops.cond(condition, lambda _: found(assess(state)), found(state))
+    return dataclasses.replace(state, **changed)
 
 
 def assess(state: EigenState) -> EigenState:
@@ -197,6 +172,12 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         done = spans_everything | is_broken | (all_converged & has_seen_both_ends)
         wants_search = jnp.zeros_like(all_converged)
 
+    # A residual norm seldom falls to less than a tenth in one product; in a search each one counts.
+    far = jnp.max(bounds) / jnp.where(standing.threshold > 0, standing.threshold, 1)
+    far = jnp.where(search.active, 1, jnp.clip(far, 1, 10.0**_MOST_WAITING))
+    waits = jnp.maximum(jnp.floor(jnp.log10(far)).astype(jnp.int32), 0)
+    waits = jnp.maximum(1 + waits, k - krylov.filled)
+
     # The first search keeps the whole basis, later ones what has converged.
     is_cramped = search.active | (krylov.filled + _ROOM > state.num_rows)
     # With room for the whole space nothing is to be gained by less.
@@ -215,6 +196,8 @@ def _decided(state: EigenState, pairs: _Pairs, standing: _Standing) -> EigenStat
         wants_restart=jnp.where(wants_search, is_cramped, is_full) & ~done,
         wants_search=wants_search,
         done=done,
+        num_assessed=state.num_matvecs,
+        next_assessment=state.num_matvecs + waits,
     )
 
 
@@ -235,14 +218,17 @@ def _preference(values: jax.Array, valid: jax.Array, which: str) -> jax.Array:
     return jnp.where(valid, key, jnp.inf)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-@precisely
 def begin_search(state: EigenState) -> EigenState:
     """Goes on from a fresh direction; the residual of the rows so far is dropped and charged."""
+    return _searching(dataclasses.replace(state, krylov=redirect(state.krylov)))
+
+
+@on_host()
+@precisely
+def _searching(state: EigenState) -> EigenState:
     known = state.values[: state.k]
     return dataclasses.replace(
         state,
-        krylov=redirect(state.krylov),
         search=_search.begin(
             known,
             _search.targets_of(known, state.threshold, state.which),
@@ -253,10 +239,27 @@ def begin_search(state: EigenState) -> EigenState:
     )
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-@precisely
 def restart(state: EigenState) -> EigenState:
     """Compresses the basis to Ritz vectors; the state is whole again at its end."""
+    state, weights, num_kept = _compressed(state)
+    basis, newest = _recombined(state.krylov.basis, state.krylov.newest, weights, num_kept)
+    return dataclasses.replace(state, krylov=state.krylov._replace(basis=basis, newest=newest))
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1), inline=True)
+@precisely
+def _recombined(
+    basis: _basis.Basis, newest: jax.Array, weights: jax.Array, num_kept: jax.Array
+) -> tuple[_basis.Basis, jax.Array]:
+    """The rows of weights' Q, and no newest row."""
+    recombined = _basis.recombine(basis, weights, num_kept)
+    return recombined, basis.space.constrain(jnp.zeros_like(newest))
+
+
+@on_host()
+@precisely
+def _compressed(state: EigenState) -> tuple[EigenState, jax.Array, jax.Array]:
+    """The state but for its rows, the weights that combine them, and how many there are then."""
     krylov, search = state.krylov, state.search
     rows = jnp.arange(krylov.basis.num_rows, dtype=jnp.int32)
     # If a search follows, the residual is lost: what has not converged can no longer.
@@ -271,15 +274,14 @@ def restart(state: EigenState) -> EigenState:
     unit = _RECOMBINED * float(jnp.finfo(krylov.direction.dtype).eps) * state.largest
     blur = jnp.hypot(krylov.blur, unit * jnp.sqrt(num_kept.astype(unit.dtype)))
     krylov = krylov._replace(
-        basis=_basis.recombine(krylov.basis, weights, num_kept),
-        newest=krylov.basis.space.constrain(jnp.zeros_like(krylov.newest)),
         projected=jnp.diag(values),
+        largest=jnp.max(jnp.abs(values)),
         coupling=krylov.coupling @ weights,
         lost=krylov.lost @ weights,
         blur=blur,
     )
     bounds = state.bounds[order] + blur - state.krylov.blur
-    return dataclasses.replace(
+    state = dataclasses.replace(
         state,
         krylov=krylov,
         search=_search.compressed(search, weights, state.values, is_pair(state.bounds) & ~kept),
@@ -291,6 +293,7 @@ def restart(state: EigenState) -> EigenState:
         mass=jnp.where(inside, state.mass[order], 0),
         wants_restart=jnp.zeros_like(state.wants_restart),
     )
+    return state, weights, num_kept
 
 
 def _most_useful(allowed: jax.Array, state: EigenState) -> jax.Array:

@@ -1,11 +1,11 @@
 """The extreme eigenpairs that a density takes out, and what is left of vectors without them."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from regjax._on_host import on_host
 from regjax.curvature._engine import _basis
 from regjax.curvature._krylov import Krylov
 from regjax.curvature._precision import precisely, rounding
@@ -31,10 +31,21 @@ class Deflation(NamedTuple):
     residual_norms: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-@precisely
 def taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
     """The Ritz pairs that converged, in descending order."""
+    weights, count, values, residual_norms = _converged(krylov, num_rows, eps)
+    return Deflation(_combined(krylov.basis, weights, count), values, residual_norms)
+
+
+_combined = jax.jit(precisely(_basis.combined), inline=True)
+
+
+@on_host(static=(1, 2))
+@precisely
+def _converged(
+    krylov: Krylov, num_rows: int, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The weights of the rows (rows, r), how many pairs there are, their values and residuals."""
     values, vectors, _ = small_pairs(krylov.projected, krylov.filled)
     values, vectors = values[::-1][:num_rows], vectors[:, ::-1][:, :num_rows]
     beyond, dropped = residual_parts(krylov, vectors)
@@ -50,14 +61,16 @@ def taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
     inside = jnp.arange(num_rows, dtype=jnp.int32) < count
     weights = jnp.where(inside[None], vectors[:, order], 0)
     values, bounds = krylov.unscaled(values), krylov.unscaled(bounds)
-    return Deflation(
-        rows=_basis.combined(krylov.basis, weights, count),
-        values=jnp.where(inside, values[order], 0),
-        residual_norms=jnp.where(inside, bounds[order], 0),
+    return (
+        weights,
+        count,
+        jnp.where(inside, values[order], 0),
+        jnp.where(inside, bounds[order], 0),
     )
 
 
 def outside(rows: _basis.Basis, vectors: jax.Array) -> jax.Array:
-    """The `vectors` less their part in the rows; twice is enough."""
-    once = jax.vmap(lambda vector: _basis.outside(rows, vector)[0])
+    """A vector, or several, less the part in the rows; twice is enough."""
+    once = lambda vector: _basis.outside(rows, vector)[0]
+    once = once if vectors.ndim == 1 else jax.vmap(once)
     return jax.lax.fori_loop(0, 2, lambda _, vectors: once(vectors), vectors)

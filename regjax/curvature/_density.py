@@ -11,11 +11,12 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import Callback, PRNGKey, Tree
+from regjax._on_host import on_host
 from regjax.curvature import _probes
 from regjax.curvature._deflation import Deflation, taken_out
 from regjax.curvature._engine import _basis
@@ -138,22 +139,19 @@ def spectral_density_solver(
     num_rounds = -(-num_probes // block) * most
 
     def before_deflation() -> Krylov:
-        _, start_key, krylov_key = jax.random.split(key, 3)
+        start_key, krylov_key = _keys(key)
         return empty(space, space.normal(start_key), num_rows, krylov_key, accumulation)
 
     def after_deflation(krylov: Krylov) -> _probes.DensityState:
         return begin(taken_out(krylov, num_rows, operator.eps), krylov.filled)
 
     def without_deflation() -> _probes.DensityState:
-        nothing = jnp.zeros(0, small)
+        nothing: Any = np.zeros(0, small)
         rows = _basis.zeros(space, 0, accumulation)
-        return begin(space.replicate(Deflation(rows, nothing, nothing)), jnp.int32(0))
+        return begin(space.replicate(Deflation(rows, nothing, nothing)), np.int32(0))
 
-    def begin(deflation: Deflation, num_matvecs: jax.Array) -> _probes.DensityState:
-        probe_key, _, _ = jax.random.split(key, 3)
-        zeros, none = jnp.zeros((num_probes, most), small), jnp.zeros(num_probes, jnp.int32)
-        rest = (probe_key, zeros, zeros.copy(), none, jnp.int32(0), num_matvecs)
-        return _probes.begin(deflation, *space.replicate(rest), block)
+    def begin(deflation: Deflation, num_matvecs: Any) -> _probes.DensityState:
+        return _probes.first(deflation, key, num_matvecs, num_probes, most, block)
 
     probes: Solver[Any, DensityResult] = Solver(
         name="spectral_density",
@@ -185,3 +183,10 @@ def spectral_density_solver(
         then=lambda krylov: (probes, after_deflation(krylov)),
         later_steps=num_rounds,
     )
+
+
+@on_host()
+def _keys(key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
+    """Those of the start and of the basis; the third is that of the probes."""
+    _, start_key, krylov_key = jax.random.split(key, 3)
+    return start_key, krylov_key

@@ -19,23 +19,24 @@ from jax.typing import ArrayLike
 from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax._on_host import on_host
 from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature import _search, _start
 from regjax.curvature._assessment import (
-    EigenState,
-    assess,
+    assess_in_time,
+    assessed,
     begin_search,
     is_pair,
     restart,
-    unbounded,
 )
 from regjax.curvature._derivatives import Slopes, attach, held, tangent_product, without_rule
+from regjax.curvature._eigen_state import EigenState, without_pairs
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
 from regjax.curvature._engine._driver import run
 from regjax.curvature._engine._solver import Solver
-from regjax.curvature._krylov import absorb, charged, empty, renewed
+from regjax.curvature._krylov import Step, charged, empty, grown, recorded, renewed, split
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._precision import precisely, rounding
 
@@ -238,14 +239,13 @@ def top_eigenpairs_solver(
         vectors=lambda state: state.krylov.direction,
         update=_update,
         done=lambda state: state.done,
-        result=lambda state: _result(state, space, operator.eps),
+        result=lambda state: _result(state, operator.eps),
         max_steps=_checks.integer("max_matvecs", limit),
         lower=("max_basis",),
         charge=_charge,
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
 def _begin(
     key: PRNGKey,
     tol: ArrayLike,
@@ -258,36 +258,13 @@ def _begin(
     certificate: str | None,
 ) -> EigenState:
     """The state before the first product."""
-    fresh_key, start_key = jax.random.split(key)
+    fresh_key, start_key = split(key)
     first = space.normal(start_key)
     if start_rows is not None:
         # Nothing but a random part, or a search, sees what the given vectors do not.
         first = _start.sum_of(start_rows, space, None if certificate else first)
     krylov = empty(space, first, num_rows, fresh_key, accumulation)
-    rows, dtype = krylov.basis.num_rows, krylov.projected.dtype
-    return EigenState(
-        krylov=krylov,
-        search=_search.begin(
-            jnp.zeros(k, dtype), jnp.zeros(2, dtype), num_rows=rows, num_searches=0
-        ),
-        tol=jnp.asarray(tol, dtype),
-        num_matvecs=jnp.int32(0),
-        num_restarts=jnp.int32(0),
-        weights=jnp.zeros((rows, rows), dtype),
-        values=jnp.zeros(rows, dtype),
-        bounds=jnp.full(rows, unbounded(dtype), dtype),
-        largest=jnp.zeros((), dtype),
-        threshold=jnp.zeros((), dtype),
-        small=jnp.zeros(rows, bool),
-        mass=jnp.zeros(rows, dtype),
-        wants_restart=jnp.bool_(False),
-        wants_search=jnp.bool_(False),
-        done=jnp.bool_(False),
-        k=k,
-        which=which,
-        num_rows=num_rows,
-        certificate=certificate,
-    )
+    return without_pairs(krylov, tol, k, which, num_rows, certificate)
 
 
 def _charge(state: EigenState, image: jax.Array, error: jax.Array) -> EigenState:
@@ -308,35 +285,51 @@ def _update(state: EigenState, image: jax.Array) -> EigenState:
     return _loops.cond(state.wants_search, begin_search, state)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-@precisely
-def _result(state: EigenState, space: Space, eps: float) -> EigenResult:
-    """The wanted pairs as they stand, converged or not."""
-    k, krylov = state.k, state.krylov
-    vectors = _basis.combine(krylov.basis, state.weights[:, :k])
-    unknown = rounding(state.largest, eps=eps, dtype=space.dtype, num_rows=krylov.filled)
-    # After Ctrl-C there may be fewer pairs than are wanted.
-    exists = is_pair(state.bounds[:k])
-    return EigenResult(
-        values=jnp.where(exists, krylov.unscaled(state.values[:k]), jnp.nan),
-        vectors=space.unravel_rows(vectors),
-        residual_norms=jnp.where(exists, krylov.unscaled(state.bounds[:k] + unknown), jnp.inf),
-        num_matvecs=state.num_matvecs,
-        converged=state.small[:k],
-        complete=_is_complete(state),
-        miss_probability=_search.miss_probability(state.search, which=state.which, size=space.size),
-    )
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-@precisely
 def _advance(state: EigenState, image: jax.Array) -> EigenState:
-    krylov = absorb(state.krylov, image)
-    return assess(
+    krylov, step = grown(state.krylov, image)
+    return _followed(dataclasses.replace(state, krylov=krylov), step)
+
+
+@on_host()
+@precisely
+def _followed(state: EigenState, step: Step) -> EigenState:
+    """What the new row tells."""
+    krylov = recorded(state.krylov, step)
+    return assess_in_time(
         dataclasses.replace(
             state,
             krylov=krylov,
             search=_search.follow(state.search, krylov),
             num_matvecs=state.num_matvecs + 1,
         )
+    )
+
+
+def _result(state: EigenState, eps: float) -> EigenResult:
+    """The wanted pairs as they stand, converged or not."""
+    state = assessed(state)
+    return _described(state, _vectors(state.krylov.basis, state.weights, state.k), eps)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+@precisely
+def _vectors(basis: _basis.Basis, weights: jax.Array, k: int) -> Params:
+    return basis.space.unravel_rows(_basis.combine(basis, weights[:, :k]))
+
+
+@on_host(static=(2,), gives_arrays=True)
+@precisely
+def _described(state: EigenState, vectors: Params, eps: float) -> EigenResult:
+    k, krylov, space = state.k, state.krylov, state.krylov.basis.space
+    unknown = rounding(state.largest, eps=eps, dtype=space.dtype, num_rows=krylov.filled)
+    # After Ctrl-C there may be fewer pairs than are wanted.
+    exists = is_pair(state.bounds[:k])
+    return EigenResult(
+        values=jnp.where(exists, krylov.unscaled(state.values[:k]), jnp.nan),
+        vectors=vectors,
+        residual_norms=jnp.where(exists, krylov.unscaled(state.bounds[:k] + unknown), jnp.inf),
+        num_matvecs=state.num_matvecs,
+        converged=state.small[:k],
+        complete=_is_complete(state),
+        miss_probability=_search.miss_probability(state.search, which=state.which, size=space.size),
     )

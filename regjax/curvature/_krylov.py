@@ -5,6 +5,7 @@ norm dropped by more than 1/sqrt(2), which is when rounding can have spoilt the 
 Gragg, Kaufman, Stewart 1976). Without this even float64 invents copies of eigenvalues.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from jax import lax
 
 from regjax import _loops, _numerics
 from regjax._base import PRNGKey
+from regjax._on_host import on_host
 from regjax._space import Space
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._accumulation import small_dtype
-from regjax.curvature._orthogonal import fresh, orthogonalized, unit
+from regjax.curvature._orthogonal import drawn_outside, orthogonalized, unit
 from regjax.curvature._precision import precisely
 
 
@@ -28,6 +30,7 @@ class Krylov(NamedTuple):
     Attributes:
       basis: rows, the first `filled` of which hold it.
       projected: (rows, rows), Q A Q' as measured by the inner products, zero beyond `filled`.
+      largest: (), the largest magnitude in `projected`.
       coupling: (rows,), the part of each row's A q along `direction`.
       lost: (rows, rows), the parts along directions that were dropped when a fresh one was taken,
         the newest first, as many as there may be until the rows are combined anew. Each is one unit
@@ -45,6 +48,7 @@ class Krylov(NamedTuple):
 
     basis: _basis.Basis
     projected: jax.Array
+    largest: jax.Array
     coupling: jax.Array
     lost: jax.Array
     blur: jax.Array
@@ -74,88 +78,142 @@ def empty(
     generation: Any = 0,
 ) -> Krylov:
     """A basis without rows whose first one will be `direction`, made of unit norm."""
-    return space.replicate(_empty(space, direction, num_rows, key, accumulation, generation))
+    basis, newest, direction = _large(space, direction, num_rows, accumulation)
+    return space.replicate(_without_rows(basis, newest, direction, key, generation))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 4))
-def _empty(
-    space: Space,
-    direction: jax.Array,
-    num_rows: int,
-    key: PRNGKey,
-    accumulation: str | None,
-    generation: Any,
-) -> Krylov:
+@functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)
+def _large(
+    space: Space, direction: jax.Array, num_rows: int, accumulation: str | None
+) -> tuple[_basis.Basis, jax.Array, jax.Array]:
+    """The basis, no newest row, and the first direction."""
     direction = _numerics.divide(direction, jnp.max(jnp.abs(direction)))
-    small = small_dtype(direction.dtype, accumulation)
-    basis = _basis.zeros(space, num_rows, accumulation, generation)
-    rows = basis.num_rows
+    basis = _basis.zeros(space, num_rows, accumulation)
+    newest = space.constrain(jnp.zeros_like(direction))
+    return basis, newest, unit(direction, space.norm(direction))
+
+
+@on_host()
+def _without_rows(
+    basis: _basis.Basis, newest: jax.Array, direction: jax.Array, key: PRNGKey, generation: Any
+) -> Krylov:
+    rows, small = basis.num_rows, small_dtype(direction.dtype, basis.accumulation)
     return Krylov(
-        basis=basis,
+        basis=dataclasses.replace(basis, generation=jnp.asarray(generation, jnp.int32)),
         projected=jnp.zeros((rows, rows), small),
+        largest=jnp.zeros((), small),
         coupling=jnp.zeros(rows, small),
         lost=jnp.zeros((rows, rows), small),
         blur=jnp.zeros((), small),
-        newest=space.constrain(jnp.zeros_like(direction)),
-        direction=unit(direction, space.norm(direction)),
+        newest=newest,
+        direction=direction,
         scale=jnp.zeros((), direction.dtype),
         beta=jnp.zeros((), small),
         broke_down=jnp.bool_(False),
-        # The steps donate their state: it must not hold the caller's own key.
+        # The steps may use their state up: it must not hold the caller's own key.
         key=jax.random.fold_in(key, 0),
     )
+
+
+@on_host()
+def split(key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
+    """The next key, and one to use."""
+    key, subkey = jax.random.split(key)
+    return key, subkey
 
 
 @jax.jit
 def charged(krylov: Krylov, image: jax.Array, error: jax.Array) -> Krylov:
     """The basis that knows by how much the next `image` is off."""
-    scale = _scale(krylov, image).astype(krylov.blur.dtype)
+    scale = _scale(krylov.scale, image).astype(krylov.blur.dtype)
     return krylov._replace(blur=jnp.hypot(krylov.blur, scale * error.astype(scale.dtype)))
 
 
-def _scale(krylov: Krylov, image: jax.Array) -> jax.Array:
-    """The power of two that brings the first image near one."""
+def _scale(scale: jax.Array, image: jax.Array) -> jax.Array:
+    """The power of two that brings the first image near one; `scale` if there was one before."""
     found = _numerics.power_of_two(jnp.max(jnp.abs(image)))
-    return jnp.where(krylov.scale > 0, krylov.scale, found)
+    return jnp.where(scale > 0, scale, found)
 
 
-@precisely
 def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
-    """The basis with `direction` as a new row, given `image` = A direction.
+    """The basis with `direction` as a new row, given `image` = A direction; its rows are used up.
 
     After a breakdown `renewed` has to follow: the next direction is rounding.
     """
-    last, row = krylov.filled, krylov.direction
-    scale = _scale(krylov, image)
+    return _recorded(*grown(krylov, image))
+
+
+class Step(NamedTuple):
+    """The numbers of a new row.
+
+    Attributes:
+      coefficients: (rows,), the column of Q A Q' of the new row.
+      scale, beta, broke_down: as those of a `Krylov`; beta before it is known to be rounding.
+    """
+
+    coefficients: jax.Array
+    scale: jax.Array
+    beta: jax.Array
+    broke_down: jax.Array
+
+
+def grown(krylov: Krylov, image: jax.Array) -> tuple[Krylov, Step]:
+    """The large arrays with one more row, and its numbers, to be `recorded`."""
+    row = krylov.direction
+    basis, direction, step = _step(
+        krylov.basis, krylov.newest, row, krylov.scale, krylov.largest, image
+    )
+    return krylov._replace(basis=basis, newest=row, direction=direction), step
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1), inline=True)
+@precisely
+def _step(
+    basis: _basis.Basis,
+    newest: jax.Array,
+    row: jax.Array,
+    scale: jax.Array,
+    largest: jax.Array,
+    image: jax.Array,
+) -> tuple[_basis.Basis, jax.Array, Step]:
+    last = basis.filled
+    scale = _scale(scale, image)
     image = image * jnp.where(scale > 0, scale, 1)
     # The two newest rows hold nearly all of A q. They go first, so that the coefficients of the
     # pass over all rows measure what orthogonality was lost and nothing else.
-    dot = functools.partial(_basis.inner, krylov.basis)
-    before, here = dot(krylov.newest, image), dot(row, image)
-    image = image - before.astype(row.dtype) * krylov.newest - here.astype(row.dtype) * row
-    basis = _basis.append(krylov.basis, row)
-    coefficients = jnp.zeros_like(krylov.coupling).at[last].set(here)
+    dot = functools.partial(_basis.inner, basis)
+    before, here = dot(newest, image), dot(row, image)
+    image = image - before.astype(row.dtype) * newest - here.astype(row.dtype) * row
+    basis = _basis.append(basis, row)
+    coefficients = jnp.zeros(basis.num_rows, here.dtype).at[last].set(here)
     coefficients = coefficients.at[last - 1].add(jnp.where(last > 0, before, 0))
-    residual, coefficients, beta, broke_down = orthogonalized(
-        basis, image, coefficients, jnp.max(jnp.abs(krylov.projected))
-    )
+    residual, coefficients, beta, broke_down = orthogonalized(basis, image, coefficients, largest)
+    direction = basis.space.constrain(unit(residual, beta))
+    return basis, direction, Step(coefficients, scale, beta, broke_down)
+
+
+def recorded(krylov: Krylov, step: Step) -> Krylov:
+    """The numbers of the new row beside the large arrays that have it."""
+    last, coefficients, beta = krylov.filled - 1, step.coefficients, step.beta
+    kept = jnp.where(step.broke_down, 0, beta)
     return krylov._replace(
-        basis=basis,
         projected=krylov.projected.at[:, last].set(coefficients).at[last, :].set(coefficients),
-        coupling=jnp.zeros_like(krylov.coupling).at[last].set(jnp.where(broke_down, 0, beta)),
-        blur=jnp.hypot(krylov.blur, jnp.where(broke_down, beta, 0)),
-        newest=row,
-        direction=basis.space.constrain(unit(residual, beta)),
-        scale=scale,
-        beta=jnp.where(broke_down, 0, beta),
-        broke_down=broke_down,
+        coupling=jnp.zeros_like(krylov.coupling).at[last].set(kept),
+        largest=jnp.maximum(krylov.largest, jnp.max(jnp.abs(coefficients))),
+        blur=jnp.hypot(krylov.blur, jnp.where(step.broke_down, beta, 0)),
+        scale=step.scale,
+        beta=kept,
+        broke_down=step.broke_down,
     )
+
+
+_recorded = on_host()(recorded)
 
 
 def renewed(krylov: Krylov) -> Krylov:
     """The same with a random direction if the last step broke down; of several, each by itself."""
     if _loops.is_concrete(krylov.broke_down):
-        return _renew(krylov) if np.any(krylov.broke_down) else krylov
+        return _renew(krylov) if np.any(np.asarray(krylov.broke_down)) else krylov
     # What a branch hands through, it copies, and what it gives lies where it says (see
     # `_basis.outside`).
     keep = krylov.basis.space.constrain
@@ -180,7 +238,7 @@ def _renew(krylov: Krylov) -> Krylov:
 def _next_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
     if krylov.broke_down.ndim:
         return jax.vmap(_next_direction)(krylov)
-    direction, key = fresh(krylov.basis, krylov.key)
+    direction, key = _random_direction(krylov)
     broke_down = krylov.broke_down
     direction = jnp.where(broke_down, direction, krylov.direction)
     return direction, jnp.where(broke_down, key, krylov.key)
@@ -188,15 +246,26 @@ def _next_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
 
 def expand(krylov: Krylov, image: jax.Array) -> Krylov:
     """`absorb`, and a random direction after a breakdown; the state is used up."""
-    return renewed(_absorb(krylov, image))
+    return renewed(absorb(krylov, image))
 
 
-_absorb = jax.jit(absorb, donate_argnums=0)
+def _random_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
+    """A random direction outside of the filled rows, and the next key."""
+    key, subkey = split(krylov.key)
+    return _drawn_outside(krylov.basis, krylov.basis.space.normal(subkey)), key
+
+
+_drawn_outside = jax.jit(precisely(drawn_outside), inline=True)
 
 
 def redirect(krylov: Krylov) -> Krylov:
     """Drops the residual, charged to `lost`, and takes a random direction instead."""
-    direction, key = fresh(krylov.basis, krylov.key)
+    return _redirected(krylov, *_random_direction(krylov))
+
+
+@on_host()
+@precisely
+def _redirected(krylov: Krylov, direction: jax.Array, key: PRNGKey) -> Krylov:
     return krylov._replace(
         direction=direction,
         coupling=jnp.zeros_like(krylov.coupling),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from regjax import _checks
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
+from regjax._on_host import on_host
 from regjax._printing import legible
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._checkpoint import Checkpoint
@@ -141,16 +142,16 @@ def lanczos_solver(
         return is_full | krylov.broke_down if key is None else is_full
 
     def result(krylov: Krylov) -> LanczosResult:
-        projected = krylov.unscaled(krylov.projected[:num_steps, :num_steps])
+        alphas, betas, eps, product_error = _numbers(krylov, num_steps, operator.eps)
         residual = krylov.direction * krylov.beta.astype(space.dtype)
         return LanczosResult(
-            alphas=jnp.diagonal(projected),
-            betas=jnp.diagonal(projected, 1),
+            alphas=alphas,
+            betas=betas,
             basis=_basis.to_trees(krylov.basis, num_steps),
             num_steps=krylov.filled,
             residual=space.wide().unravel(krylov.unscaled(residual)),
-            eps=jnp.asarray(operator.eps, projected.dtype),
-            product_error=krylov.unscaled(krylov.blur),
+            eps=eps,
+            product_error=product_error,
         )
 
     return Solver(
@@ -168,3 +169,14 @@ def lanczos_solver(
         lower=("num_steps",),
         charge=charged,
     )  # fmt: skip
+
+
+@on_host(static=(1, 2), gives_arrays=True)
+def _numbers(
+    krylov: Krylov, num_steps: int, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The diagonal of T and what is beside it, the unit of rounding, the error of products."""
+    projected = krylov.unscaled(krylov.projected[:num_steps, :num_steps])
+    error = krylov.unscaled(krylov.blur)
+    unit = jnp.asarray(eps, projected.dtype)
+    return jnp.diagonal(projected), jnp.diagonal(projected, 1), unit, error

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from regjax import _checks, _numerics
 from regjax._arguments import checked
+from regjax._on_host import on_host
 from regjax._printing import legible
 from regjax.curvature._precision import precisely
 from regjax.curvature._quadrature import gauss_rule
@@ -105,24 +106,42 @@ def spectral_sum(
       A `SpectralSumResult` of arrays of `shape`. Its `quadrature_error` is about what the m Lanczos
       steps do not resolve of `function`, nothing for polynomials of degree below 2 m.
     """
+    eigenvalues, nodes, weights = _places(density)
+    return _summed(density, weights, *map(function, (eigenvalues, density.nodes, nodes)))
+
+
+@on_host(gives_arrays=True)
+def _places(density: DensityResult) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The eigenvalues taken out, 0 beyond, and the rule of half the steps: nodes and weights."""
     inside = density.eigenvalue_weights > 0
-    values = function(jnp.where(inside, density.eigenvalues, 0.0))
-    exact = jnp.sum(_where(inside, values), axis=0)
-    mean, error, dimension = sampled_sum(density, function)
-    nodes, weights = _with_fewer_steps(density)
-    fewer = jnp.tensordot(weights, _where(weights > 0, function(nodes)), axes=2)
+    return jnp.where(inside, density.eigenvalues, 0.0), *_with_fewer_steps(density)
+
+
+@on_host(gives_arrays=True)
+@precisely
+def _summed(
+    density: DensityResult,
+    fewer_weights: jax.Array,
+    taken_out: jax.Array,
+    sampled: jax.Array,
+    with_fewer: jax.Array,
+) -> SpectralSumResult:
+    """The sum of what a function gives of the eigenvalues, the nodes, and those of fewer steps."""
+    exact = jnp.sum(_where(density.eigenvalue_weights > 0, taken_out), axis=0)
+    mean, error, dimension = sampled_sum(density, sampled)
+    fewer = jnp.tensordot(fewer_weights, _where(fewer_weights > 0, with_fewer), axes=2)
     # Where all is taken out the nodes are of nothing, and the function need not be finite there.
     left_open = jnp.where(dimension > 0, dimension * jnp.abs(mean - fewer), 0)
     return SpectralSumResult(exact + dimension * mean, error, left_open)
 
 
 def sampled_sum(
-    density: DensityResult, function: Callable[[jax.Array], jax.Array]
+    density: DensityResult, sampled: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The mean of `function` over the complement, its sum's standard error, the dimension ()."""
+    """The mean of what a function gives of the nodes, its sum's standard error, the dimension."""
     weights = density.weights
     # Where no step was made the function need not be finite.
-    sampled = _where(weights != 0, function(density.nodes))
+    sampled = _where(weights != 0, sampled)
     dtype = sampled.dtype
     dimension = density.size.astype(dtype) - density.num_eigenvalues.astype(dtype)
     mass = jnp.sum(weights)
@@ -144,7 +163,6 @@ def _where(condition: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.where(condition, values, jnp.zeros_like(values))
 
 
-@jax.jit
 def _with_fewer_steps(density: DensityResult) -> tuple[jax.Array, jax.Array]:
     """Nodes and weights (P, m), of sum 1, of the first half of the steps."""
     counts = density.num_steps
@@ -194,10 +212,12 @@ def effective_dimension(density: DensityResult, *, damping: ArrayLike) -> Spectr
     """
     _checks.positive("damping", damping)
 
-    def share(values: jax.Array) -> jax.Array:
-        return jnp.maximum(values, 0) / (jnp.maximum(values, 0) + damping)
+    return spectral_sum(density, lambda values: _share(values, damping))
 
-    return spectral_sum(density, share)
+
+@on_host()
+def _share(values: jax.Array, damping: ArrayLike) -> jax.Array:
+    return jnp.maximum(values, 0) / (jnp.maximum(values, 0) + damping)
 
 
 @checked

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from regjax import _numerics
-from regjax._base import PRNGKey
 from regjax.curvature._engine import _basis
 
 # A norm below this many units of rounding of the matrix is rounding itself: the space is invariant.
@@ -62,16 +61,14 @@ def orthogonalized(
     return last.vector, last.coefficients, last.beta, broke_down
 
 
-def fresh(basis: _basis.Basis, key: PRNGKey) -> tuple[jax.Array, PRNGKey]:
-    """A random direction orthogonal to the filled rows, zero if there is none; the next key."""
-    key, subkey = jax.random.split(key)
+def drawn_outside(basis: _basis.Basis, noise: jax.Array) -> jax.Array:
+    """The direction of a random vector outside of the filled rows, zero if they span all."""
     space = basis.space
-    noise = space.normal(subkey)
     noise = lax.fori_loop(
         0, 2, lambda _, noise: _basis.outside(basis, noise / space.norm(noise))[0], noise
     )
     noise = jnp.where(_basis.spans_all(basis), jnp.zeros_like(noise), noise)
-    return space.constrain(unit(noise, space.norm(noise))), key
+    return space.constrain(unit(noise, space.norm(noise)))
 
 
 def unit(vector: jax.Array, norm: jax.Array) -> jax.Array:

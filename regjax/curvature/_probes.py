@@ -5,6 +5,7 @@ weights of a Gauss rule for the rest of the spectrum.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from regjax import _loops
-from regjax._base import PRNGKey
+from regjax._base import PRNGKey, Tree
+from regjax._on_host import on_host
 from regjax.curvature._deflation import Deflation, outside
-from regjax.curvature._krylov import Krylov, absorb, empty, renewed
+from regjax.curvature._engine import _basis
+from regjax.curvature._krylov import Krylov, absorb, empty, expand, renewed
 from regjax.curvature._measure import DensityResult, dimension_left, sampled_sum, share_error
 from regjax.curvature._precision import precisely, rounding
 from regjax.curvature._quadrature import gauss_rule, open_share
@@ -31,7 +34,7 @@ class DensityState(NamedTuple):
     Attributes:
       key: typed key of the probes to come.
       deflation: what was taken out.
-      probes: bases of the probes under way, each leaf with a leading axis of their number.
+      probes: bases of the probes under way: one, or each leaf with a leading axis of their number.
       alphas: (P, m), diagonal of each probe's T. betas: (P, m), its off-diagonal.
       num_steps: (P,), int32, steps of each probe. num_finished: (), int32, probes done.
       resolved: (), bool, whether the probes under way may end.
@@ -51,8 +54,30 @@ class DensityState(NamedTuple):
     product_error: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=7)
-@precisely
+def first(
+    deflation: Deflation,
+    key: PRNGKey,
+    num_matvecs: jax.Array,
+    num_probes: int,
+    most: int,
+    block: int,
+) -> DensityState:
+    """The state before the first `block` of probes with at most `most` steps each."""
+    given = _before(deflation, key, num_matvecs, num_probes, most)
+    return begin(deflation, *(*deflation.rows.space.replicate(given), block))
+
+
+@on_host(static=(3, 4))
+def _before(
+    deflation: Deflation, key: PRNGKey, num_matvecs: jax.Array, num_probes: int, most: int
+) -> Any:
+    probe_key, _, _ = jax.random.split(key, 3)
+    zeros = jnp.zeros((num_probes, most), deflation.values.dtype)
+    none = jnp.zeros(num_probes, jnp.int32)
+    # A number of its own, which NumPy can count on.
+    return probe_key, zeros, zeros, none, jnp.int32(0), num_matvecs + jnp.int32(0)
+
+
 def begin(
     deflation: Deflation,
     key: PRNGKey,
@@ -64,11 +89,15 @@ def begin(
     block: int,
 ) -> DensityState:
     """The state before the next `block` probes."""
-    key, probe_key, krylov_key = jax.random.split(key, 3)
+    key, probe_key, krylov_key = _keys(key, block)
     rows, most = deflation.rows, alphas.shape[1]
-    starts = outside(rows, rows.space.normal(probe_key, block))
     make = lambda start, key: empty(rows.space, start, most, key, rows.accumulation, num_finished)
-    probes = jax.vmap(make)(starts, jax.random.split(krylov_key, block))
+    if block == 1:
+        probes = make(_outside(rows, rows.space.normal(probe_key)), krylov_key)
+    else:
+        starts = _outside(rows, rows.space.normal(probe_key, block))
+        probes = jax.jit(jax.vmap(make))(starts, krylov_key)
+    resolved, product_error = _nothing_known(alphas)
     return DensityState(
         key=key,
         deflation=deflation,
@@ -77,37 +106,63 @@ def begin(
         betas=betas,
         num_steps=num_steps,
         num_finished=num_finished,
-        resolved=jnp.bool_(False),
+        resolved=resolved,
         num_matvecs=num_matvecs,
-        product_error=jnp.zeros((), alphas.dtype),
+        product_error=product_error,
     )
+
+
+@on_host()
+def _nothing_known(alphas: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.bool_(False), jnp.zeros((), alphas.dtype)
+
+
+@on_host(static=(1,))
+def _keys(key: PRNGKey, block: int) -> tuple[PRNGKey, PRNGKey, PRNGKey]:
+    """The next key, that of the probes, and those of their bases: of one its own."""
+    key, probe_key, krylov_key = jax.random.split(key, 3)
+    krylov_keys = jax.random.split(krylov_key, block)
+    return key, probe_key, krylov_keys if block > 1 else krylov_keys[0]
+
+
+_outside = jax.jit(precisely(outside), inline=True)
 
 
 def update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityState:
     """One more row for each probe under way, and what it knows of its measure when that is all."""
-    state = _absorb(state, images)
-    state = state._replace(probes=renewed(state.probes))
+    state = _absorbed(state, images)
     known: Any = np.asarray if _loops.is_concrete(state) else lambda array: array
-    filled, most = known(state.probes.filled)[0], state.alphas.shape[1]
+    filled, most = known(state.probes.filled), state.alphas.shape[1]
+    filled = filled[0] if filled.ndim else filled
     if chosen:
         looks = np.asarray([count for count in _LOOKS if count < most], np.int32)
         state = _loops.cond((filled == looks).any(), _look, state)
     return _loops.cond(known(state.resolved) | (filled == most), _collect, state)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-@precisely
-def _absorb(state: DensityState, images: jax.Array) -> DensityState:
-    images, block = outside(state.deflation.rows, images), images.shape[0]
-    if block == 1:
-        probes = jax.tree.map(lambda leaf: leaf[0], state.probes)
-        probes = jax.tree.map(lambda leaf: leaf[None], absorb(probes, images[0]))
+def _absorbed(state: DensityState, images: jax.Array) -> DensityState:
+    if images.ndim == 1:
+        probes = expand(state.probes, _outside(state.deflation.rows, images))
     else:
-        probes = jax.vmap(absorb)(state.probes, images)
+        probes = renewed(_absorb_block(state.probes, state.deflation.rows, images))
+    block = 1 if images.ndim == 1 else images.shape[0]
     return state._replace(probes=probes, num_matvecs=state.num_matvecs + block)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+@precisely
+def _absorb_block(probes: Krylov, rows: _basis.Basis, images: jax.Array) -> Krylov:
+    return jax.vmap(absorb)(probes, outside(rows, images))
+
+
+def _each(function: Callable[[Krylov], Tree], probes: Krylov) -> Tree:
+    """What a function gives of the probes, with a leading axis of their number."""
+    if probes.filled.ndim:
+        return jax.vmap(function)(probes)
+    return jax.tree.map(lambda leaf: leaf[None], function(probes))
+
+
+@on_host()
 @precisely
 def _look(state: DensityState) -> DensityState:
     """Whether the probes under way know the numbers of eigenvalues as well as their draw does."""
@@ -126,29 +181,37 @@ def _look(state: DensityState) -> DensityState:
         error = dimension * share_error(share, dimension, num_probes)
         return jnp.all(dimension * open_share(*measure, places) / 2 <= jnp.maximum(error, 1))
 
-    resolved = jnp.all(jax.vmap(is_resolved)(state.probes))
-    return state._replace(resolved=resolved)
+    return state._replace(resolved=jnp.all(_each(is_resolved, state.probes)))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-@precisely
 def _collect(state: DensityState) -> DensityState:
     """Stores the coefficients of the finished probes and starts the next ones."""
-    found = jax.vmap(recurrence)(state.probes)
-    most = state.alphas.shape[1]
-    alphas, betas = (jax.vmap(Krylov.unscaled)(state.probes, numbers) for numbers in found)
-    alphas, betas = alphas[:, :most], betas[:, :most]
-    store, at = jax.lax.dynamic_update_slice_in_dim, state.num_finished
+    state = _stored(state)
     return begin(
         state.deflation,
         state.key,
-        store(state.alphas, alphas, at, 0),
-        store(state.betas, betas, at, 0),
-        store(state.num_steps, state.probes.filled, at, 0),
-        state.num_finished + alphas.shape[0],
+        state.alphas,
+        state.betas,
+        state.num_steps,
+        state.num_finished,
         state.num_matvecs,
-        alphas.shape[0],
+        state.probes.filled.size,
     )._replace(product_error=state.product_error)
+
+
+@on_host()
+@precisely
+def _stored(state: DensityState) -> DensityState:
+    most = state.alphas.shape[1]
+    found = _each(lambda krylov: tuple(map(krylov.unscaled, recurrence(krylov))), state.probes)
+    alphas, betas = (numbers[:, :most] for numbers in found)
+    store, at = jax.lax.dynamic_update_slice_in_dim, state.num_finished
+    return state._replace(
+        alphas=store(state.alphas, alphas, at, 0),
+        betas=store(state.betas, betas, at, 0),
+        num_steps=store(state.num_steps, jnp.ravel(state.probes.filled), at, 0),
+        num_finished=state.num_finished + alphas.shape[0],
+    )
 
 
 def charge(state: DensityState, _: jax.Array, errors: jax.Array) -> DensityState:
@@ -165,7 +228,7 @@ def result(state: DensityState, size: int, eps: float) -> DensityResult:
     return _measured(state, size, eps)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@on_host(static=(1, 2), gives_arrays=True)
 @precisely
 def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
     deflation, dtype = state.deflation, state.alphas.dtype
@@ -196,6 +259,6 @@ def _measured(state: DensityState, size: int, eps: float) -> DensityResult:
         num_matvecs=state.num_matvecs,
         size=jnp.asarray(size, jnp.int32 if size < 2**31 else dtype),
     )
-    mean, error, dimension = sampled_sum(result, lambda values: values)
+    mean, error, dimension = sampled_sum(result, result.nodes)
     total = jnp.sum(result.eigenvalues) + dimension * mean
     return result._replace(trace=total, trace_standard_error=error)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax import _loops, _numerics
+from regjax import _lapack, _numerics
 from regjax.curvature._ritz import small_pairs
 
 # Last entries alpha_m + beta_m cot(phi), phi evenly spaced: where the coefficients are those of an
@@ -73,17 +73,14 @@ def gauss_rule(
 
 def known(alphas: np.ndarray, betas: np.ndarray) -> Probe:
     """What `alphas` and `betas`, both (m,), of T say of the measure of a probe."""
-    size = alphas.size
     ends = alphas[-1] + betas[-1] * _COTANGENTS
     scale = max(np.max(np.abs(alphas)), np.max(np.abs(betas))) or 1.0
-    matrices = np.zeros((len(ends), size + 1, size + 1))
-    rows = np.arange(size)
-    matrices[:, rows, rows] = alphas / scale
-    matrices[:, size, size] = ends / scale
-    matrices[:, rows, rows + 1] = matrices[:, rows + 1, rows] = betas / scale
-    gauss = np.linalg.eigh(matrices[0, :size, :size])
-    others = zip(*np.linalg.eigh(matrices), strict=True)
-    rules = [(scale * values, np.square(vectors[0])) for values, vectors in (gauss, *others)]
+    alphas, beside, ends = alphas / scale, betas / scale, ends / scale
+    gauss = _lapack.eigh_tridiagonal(alphas, beside[:-1])
+    diagonals = np.concatenate([np.tile(alphas, (ends.size, 1)), ends[:, None]], 1)
+    others = _lapack.eigh_tridiagonal(diagonals, np.tile(beside, (ends.size, 1)))
+    pairs = gauss, *zip(*others, strict=True)
+    rules = [(scale * values, np.square(vectors[0])) for values, vectors in pairs]
     return Probe(rules, gauss[1][0], gauss[1][-1], float(betas[-1]))
 
 
@@ -147,7 +144,7 @@ def open_share(
     size = jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas))
     least = float(jnp.finfo(alphas.dtype).eps) * jnp.where(size > 0, size, 1)
 
-    def step(_: None, carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
+    def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # The newest two polynomials over the root of the sum so far: nothing overflows.
         here, before, logarithm = carry
         beta = jnp.where(index > 0, betas[index - 1], 0)
@@ -155,10 +152,8 @@ def open_share(
             betas[index], least
         )
         root = jnp.hypot(following, jnp.ones_like(following))
-        ahead = following / root, here / root, logarithm + 2 * jnp.log(root)
-        is_filled = index < num_steps
-        return jax.tree.map(lambda new, old: jnp.where(is_filled, new, old), ahead, carry)
+        return following / root, here / root, logarithm + 2 * jnp.log(root)
 
     ones = jnp.ones_like(places)
     start = ones, jnp.zeros_like(places), jnp.zeros_like(places)
-    return jnp.exp(-_loops.scan(step, start, alphas.size)[2])
+    return jnp.exp(-jax.lax.fori_loop(0, num_steps, step, start)[2])

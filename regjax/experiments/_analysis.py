@@ -133,7 +133,7 @@ def analyse(
         ),
         functools.partial(
             _describe_density,
-            largest=abs(float(result.values[0])),
+            largest=abs(float(np.asarray(result.values)[0])),
             damping=settings.damping,
         ),
         functools.partial(_keep, record, "density", save),
@@ -201,7 +201,9 @@ def _describe_eigenvalues(result: curvature.EigenResult) -> Record:
 def _describe_density(
     density: curvature.DensityResult, *, largest: float, damping: float
 ) -> Record:
-    num_taken, num_steps = int(density.num_eigenvalues), np.asarray(density.num_steps)
+    # On the host: each operation on an array outside of a program is a program itself.
+    density = jax.device_get(density)
+    num_taken, num_steps = int(density.num_eigenvalues), density.num_steps
     finished = bool(np.any(num_steps))
     outlier, zero = _OUTLIER * largest, _ZERO * largest
     intervals = {

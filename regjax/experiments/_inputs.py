@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from regjax import _checks
+from regjax._one_program import one_program
 from regjax.experiments._dataset import Dataset
 
 
@@ -48,6 +49,7 @@ def measure_scaling(dataset: Dataset, dtype: str) -> Scaling:
     return Scaling(jnp.asarray(means, dtype), jnp.asarray(deviations, dtype))
 
 
+@one_program()
 def normalize(images: jax.Array, scaling: Scaling) -> jax.Array:
     """Scales images (..., channels) to mean 0 and deviation 1 over the training images."""
     broadcast = (1,) * (images.ndim - 1) + (-1,)

@@ -67,8 +67,11 @@ def evaluate(model: Model, images: np.ndarray, labels: np.ndarray, scaling: Scal
     loss, correct, predicted = 0.0, 0, set[int]()
     for start in range(0, len(labels), EVALUATION_CHUNK):
         part = slice(start, start + EVALUATION_CHUNK)
-        sums = _evaluate_chunk(
-            model.apply, model.params, model.state, images[part], labels[part], scaling
+        # On the host: each operation on an array outside of a program is a program itself.
+        sums = jax.device_get(
+            _evaluate_chunk(
+                model.apply, model.params, model.state, images[part], labels[part], scaling
+            )
         )
         loss, correct = loss + float(sums[0]), correct + int(np.sum(sums[1] == labels[part]))
         predicted |= set(np.unique(sums[1]).tolist())

@@ -311,7 +311,7 @@ def check_bars():
             (_assessment.begin_search, (state,), 0),
             (_assessment.restart, (state,), 0),
         ):
-            compiled = step.lower(*arguments).compile()
+            compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
             assert held(compiled) - own <= (most + 8) * vector, (name, step)
             # Inner products with the rows, and scalars.
             assert max(messages(compiled), default=0) <= most, (name, messages(compiled))

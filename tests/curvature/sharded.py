@@ -205,10 +205,14 @@ def check_memory():
 
     of_product = others(_traced._product, operator, vector)
     image = operator.product(vector)
-    assert others(_eigen._advance, state, image) - held < of_product
-    assert others(_assessment.begin_search, state) - held < of_product
+    advance, begin_search, restart = (
+        jax.jit(step, donate_argnums=0)
+        for step in (_eigen._advance, _assessment.begin_search, _assessment.restart)
+    )
+    assert others(advance, state, image) - held < of_product
+    assert others(begin_search, state) - held < of_product
     # Compression takes a slab of the columns twice: no more than two shares of a small basis.
-    assert others(_assessment.restart, state) - held < of_product + 2 * held
+    assert others(restart, state) - held < of_product + 2 * held
 
 
 def check_coupled_examples():

@@ -114,7 +114,7 @@ def test_the_first_start_knows_the_overlaps_of_any_eigenvector():
     for steps, restarts in ((1, False), (4, False), (2, True), (3, False)):
         for _ in range(steps):
             krylov = grow(krylov, 1)
-            search = _search.follow(search, krylov)
+            search = _search.follow(jax.tree.map(jnp.asarray, search), krylov)
         search = search._replace(targets=jnp.full(2, 0.3) * krylov.scale)
         state = dataclasses.replace(state, krylov=krylov, search=search)
         state = _assessment.assess(state)

@@ -16,10 +16,11 @@ from regjax.curvature._engine._saved import Piece, wrong
 
 
 def shapes(state: Tree) -> Tree:
-    """Its shapes, each with where it lies."""
+    """Its shapes, each with where it lies; what NumPy has lies nowhere."""
 
-    def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    def shape(leaf: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(shape, state)
 
