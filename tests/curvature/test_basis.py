@@ -35,7 +35,7 @@ def test_rows_suffice_in_few_blocks(num_rows, blocks):
 @pytest.mark.parametrize("count", [1, 16, 17, 40])
 def test_outside_is_a_projection_in_all_blocks(count):
     basis, rows = filled(40, count)
-    np.testing.assert_array_equal(_basis.to_array(basis, count), rows)
+    np.testing.assert_array_equal(_basis.to_trees(basis, count), rows)
     vector = np.random.default_rng(1).normal(size=SIZE).astype(np.float32)
     rest, coefficients = jax.jit(_basis.outside)(basis, vector)
     np.testing.assert_allclose(coefficients[:count], rows @ vector, atol=1e-5)
@@ -53,10 +53,10 @@ def test_combining_and_recombining(width, monkeypatch):
     np.testing.assert_allclose(_basis.combine(basis, weights), expected, atol=1e-4)
     again = _basis.recombine(basis, jnp.asarray(weights), jnp.int32(7))
     assert (int(again.filled), int(again.generation)) == (7, 1)
-    np.testing.assert_allclose(_basis.to_array(again, basis.num_rows), expected, atol=1e-4)
+    np.testing.assert_allclose(_basis.to_trees(again, basis.num_rows), expected, atol=1e-4)
     few = _basis.combined(basis, jnp.asarray(weights[:, :20]), jnp.int32(20))
     assert len(few.blocks) == 2
-    np.testing.assert_allclose(_basis.to_array(few, 20), expected[:20], atol=1e-4)
+    np.testing.assert_allclose(_basis.to_trees(few, 20), expected[:20], atol=1e-4)
 
 
 def test_combining_takes_little_more_than_its_result():

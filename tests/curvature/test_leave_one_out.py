@@ -220,7 +220,7 @@ def test_error_texts():
         (curvature.trace, "xtrace", 4), (curvature.trace, "xnystrace", 2),
         (curvature.diagonal, "xdiag", 4), (curvature.diagonal, "xnysdiag", 2),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"`num_matvecs` must be at least {least}, got 0"):
+        with pytest.raises(ValueError, match=rf"must be at least {least} \(for {method}\), got 0"):
             function(operator, key=key, num_matvecs=0, method=method)
     with pytest.raises(ValueError, match="`num_matvecs` must be at least 4, got 3"):
         curvature.squared_row_norms(operator, key=key, num_matvecs=3)

@@ -63,9 +63,13 @@ def test_a_seed_shuffles_images_and_labels_together():
 
 
 def test_impossible_numbers_of_examples():
-    with pytest.raises(DataError, match="`num_train` must be at most 1497 for digits, got 1498"):
+    with pytest.raises(
+        DataError, match="`num_train` must be at most 1497, the examples of digits, got 1498"
+    ):
         load("digits", num_train=1498)
-    with pytest.raises(DataError, match="`num_test` must be at most 300 for digits, got 301"):
+    with pytest.raises(
+        DataError, match="`num_test` must be at most 300, the examples of digits, got 301"
+    ):
         load("digits", num_test=301)
     with pytest.raises(ValueError, match="`num_test` must be at least 1, got 0"):
         load("digits", num_test=0)

@@ -73,7 +73,9 @@ def test_a_prepared_set_comes_back_as_it_was_written(small, tmp_path, monkeypatc
     monkeypatch.setenv("REGJAX_DATA", str(tmp_path))
     few = load("prepared:1.0.0", num_train=10)
     np.testing.assert_array_equal(few.train_inputs, data.train_inputs[:10])
-    with pytest.raises(DataError, match="`num_test` must be at most 7 for prepared, got 8"):
+    with pytest.raises(
+        DataError, match="`num_test` must be at most 7, the examples of prepared, got 8"
+    ):
         load("prepared", num_test=8)
 
 
