@@ -132,7 +132,8 @@ def top_eigenpairs(
         missed, at half as many products more. It ends when one that would change the list by more
         than the tolerance is there with a probability below 0.01. A single pair at an end has no
         copies that matter: there the random start goes on, for a third as many products more,
-        until it would have shown a larger eigenvalue.
+        until it would have shown a larger eigenvalue. Without a search eigenvalues of a dense
+        spectrum may be missed that are not multiple, too.
       start: where to begin instead of at a random vector: an earlier `EigenResult`, or a tree of
         vectors with a leading axis of any length. Eigenvectors of a matrix not far from this one
         spare products, k vectors that are those of this one spare all but k and the search; any
