@@ -128,7 +128,8 @@ def place(tree: Tree, mesh: Mesh, spec: PartitionSpec) -> Tree:
     sharding, tree = NamedSharding(mesh, spec), _meshes.automatic(tree)
 
     def put(leaf: Any) -> Any:
-        if not _is_concrete(leaf) or _mesh(leaf) is not None:
+        is_there = _is_concrete(leaf) or isinstance(leaf, np.ndarray)
+        if not is_there or _mesh(leaf) is not None:
             return leaf
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)

@@ -99,7 +99,8 @@ def _without_rows(
 ) -> Krylov:
     rows, small = basis.num_rows, small_dtype(direction.dtype, basis.accumulation)
     return Krylov(
-        basis=dataclasses.replace(basis, generation=jnp.asarray(generation, jnp.int32)),
+        # The steps use their state up: what it holds must be nobody else's array.
+        basis=dataclasses.replace(basis, generation=generation + jnp.int32(0)),
         projected=jnp.zeros((rows, rows), small),
         largest=jnp.zeros((), small),
         coupling=jnp.zeros(rows, small),
@@ -110,7 +111,6 @@ def _without_rows(
         scale=jnp.zeros((), direction.dtype),
         beta=jnp.zeros((), small),
         broke_down=jnp.bool_(False),
-        # The steps may use their state up: it must not hold the caller's own key.
         key=jax.random.fold_in(key, 0),
     )
 
