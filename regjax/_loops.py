@@ -210,7 +210,9 @@ def cond(
         return change(state) if condition else state
     if holds_products and _may_be_on_cpu(state) and _has_convolution(change, state):
         condition = condition & _platforms.warned(_SLOW_BRANCH)
-    return lax.cond(condition, change, lambda unchanged: unchanged, state)
+    # As a call: what `change` only hands through would leave the branch otherwise, and nothing told
+    # the compiler that who read an array before comes before it is changed in place. It copied it.
+    return lax.cond(condition, jax.jit(change), lambda unchanged: unchanged, state)
 
 
 def switch(
