@@ -1,16 +1,20 @@
-"""The ten largest eigenvalues of a small network from cold: what a user waits for the first time.
+"""From cold: what a user waits for the first time, in a process of its own for each call.
 
-Each call is a process of its own, without a cache of compiled programs, that has imported JAX and
-loaded the network before the clock starts.
+The ten largest eigenvalues and the spectral density of a small network, without a cache of compiled
+programs; JAX is imported and the network loaded before the clock starts. And the main job of the
+command line, all of its process, without such a cache and with one that an earlier run has filled.
 """
 
 import functools
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +31,12 @@ _NETWORK, _NUM_EXAMPLES, _NUM_EIGENVALUES = "small_mlp", 1437, 10
 def cases(preset: str) -> dict[str, Callable[[], Case]]:
     """The cases of a preset by name; smoke runs no other tool."""
     tools = () if preset == "smoke" else _competitors.TOOLS
-    return {"top10_small_mlp": functools.partial(_top, tools)}
+    small = ("--epochs=1", "--num-train=256", "--num-test=64", "--num-steps=4", "--tol=0.1")
+    return {
+        "top10_small_mlp": functools.partial(_top, tools),
+        "density_small_mlp": _density,
+        "main_job": functools.partial(_main_job, small if preset == "smoke" else ()),
+    }
 
 
 def _top(tools: Sequence[Any]) -> Case:
@@ -44,11 +53,7 @@ def _top(tools: Sequence[Any]) -> Case:
     seen: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
 
     def run(label: str) -> np.ndarray:
-        command = [sys.executable, "-m", __name__, label, str(num_steps)]
-        done = subprocess.run(
-            command, env=_timing.cold_environment(), check=True, capture_output=True, text=True
-        )
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = _in_a_process(label, str(num_steps))
         seen[label].append(found)
         return np.asarray(found["values"])
 
@@ -74,6 +79,80 @@ def _top(tools: Sequence[Any]) -> Case:
     )  # fmt: skip
 
 
+def _density() -> Case:
+    problem = _problems.trained(_NETWORK, _NUM_EXAMPLES)
+    operator = curvature.hessian(problem.loss_fn, problem.params, problem.x, problem.y)
+    trace = float(np.sum(np.asarray(curvature.exact_spectrum(operator), np.float64)))
+    seen: list[dict[str, Any]] = []
+
+    def run() -> dict[str, Any]:
+        seen.append(_in_a_process("density", "0"))
+        return seen[-1]
+
+    def error(_: str, found: dict[str, Any]) -> float:
+        value, standard_error = found["values"]
+        return abs(value - trace) / standard_error
+
+    return Case(
+        candidates={"regjax": run},
+        error=error,
+        tolerance=4,  # standard errors of the trace
+        sizes={"parameters": operator.size, "examples": _NUM_EXAMPLES},
+        facts=lambda answers, seconds: {
+            f"{call} call": float(np.median([found[call] for found in seen]))
+            for call in ("first", "second")
+        },
+    )
+
+
+def _main_job(options: Sequence[str]) -> Case:
+    folder = Path(tempfile.mkdtemp())
+
+    def run(cache: str) -> dict[str, Any]:
+        place = tempfile.mkdtemp(dir=folder)
+        command = [sys.executable, "-m", "regjax", "spectrum", f"--out={place}", *options]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        start = time.perf_counter()
+        subprocess.run(
+            [*command, f"--cache-dir={cache}"], env=environment, check=True, capture_output=True
+        )
+        seconds.setdefault(cache, []).append(time.perf_counter() - start)
+        found: dict[str, Any] = json.loads((Path(place) / "spectrum.json").read_text())
+        return found
+
+    seconds: dict[str, list[float]] = {}
+    kept = str(folder / "programs")
+    run(kept)
+    seconds.clear()
+    return Case(
+        candidates={
+            "without a cache": functools.partial(run, "off"),
+            "with a filled cache": functools.partial(run, kept),
+        },
+        error=lambda label, found: float(
+            not all(found["blocks"]["network"]["eigenvalues"]["converged"])
+        ),
+        tolerance=0.5,
+        sizes={"options": " ".join(options)},
+        facts=lambda answers, _: {
+            "seconds without a cache": float(np.median(seconds["off"])),
+            "seconds with a filled cache": float(np.median(seconds[kept])),
+        },
+        bars={"seconds without a cache": 10, "seconds with a filled cache": 6},
+    )
+
+
+def _in_a_process(*arguments: str) -> dict[str, Any]:
+    """What a cold process of this file prints last."""
+    command = [sys.executable, "-m", __name__, *arguments]
+    done = subprocess.run(
+        command, env=_timing.cold_environment(), check=True, capture_output=True, text=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def _measure(label: str, num_steps: int) -> dict[str, Any]:
     """The seconds of the first and of the second call in this process."""
     problem = _problems.trained(_NETWORK, _NUM_EXAMPLES)
@@ -85,8 +164,14 @@ def _measure(label: str, num_steps: int) -> dict[str, Any]:
         found = curvature.top_eigenpairs(operator, _NUM_EIGENVALUES, key=jax.random.key(0))
         return np.asarray(found.values)
 
-    if label == "regjax":
-        solve = ours
+    def density() -> np.ndarray:
+        operator = curvature.hessian(problem.loss_fn, problem.params, *batch)
+        found = curvature.spectral_density(operator, key=jax.random.key(0))
+        return np.asarray([found.trace, found.trace_standard_error])
+
+    own = {"regjax": ours, "density": density}
+    if label in own:
+        solve = own[label]
     else:
         prepare = {tool: prepare for tool, _, prepare in _competitors.TOOLS}[label]
         solve = prepare(_competitors.Problem(problem, batch, _NUM_EIGENVALUES, num_steps))
