@@ -162,7 +162,7 @@ def test_probe_sees_what_is_wrong_with_a_factorisation():
         operator, bench_accelerator.probe(state, weights)
     )
     assert error(state) < 1e-5
-    projected = state.projected
+    projected = jnp.asarray(state.projected)
     blocks = tuple(1.01 * block for block in state.basis.blocks)
     scaled = dataclasses.replace(state.basis, blocks=blocks)
     for wrong in (

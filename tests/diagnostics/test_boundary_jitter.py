@@ -208,7 +208,7 @@ def test_bad_input():
     coupled.couples_examples = True
     with pytest.raises(ValueError, match="`batch_preactivations_fn` must not couple"):
         diagnostics.boundary_jitter(coupled, params, inputs, batches)
-    with pytest.raises(ValueError, match="`targets` must be between 0 and 1, got 0 to 2"):
+    with pytest.raises(ValueError, match=r"`targets` must be between 0 and 1 \(.*\), got 0 to 2"):
         diagnostics.margin_jitter(logits, params, inputs, np.arange(7) % 3, batches)
     with pytest.raises(
         ValueError, match=r"shapes \(d, k\) and \(N, d\), got \(4, 6\) and \(8, 3\)"
