@@ -30,16 +30,18 @@ class Evaluated:
         self.steps: list[tuple[Operation, list[int], int | list[int]]] = []
         self.places: dict[Any, int] = {}
         jaxpr: Any = closed.jaxpr
+        self.dtypes = [variable.aval.dtype for variable in jaxpr.invars]
         self.inputs = [self._set(variable, None) for variable in jaxpr.invars]
         self._add(jaxpr, closed.consts)
         self.outputs = [self._place(atom) for atom in jaxpr.outvars]
         self._keep_needed()
-        self.input_keys = [is_key(variable.aval.dtype) for variable in jaxpr.invars]
+        for dtype in self.dtypes:
+            is_key(dtype)
         self.output_keys = [is_key(atom.aval.dtype) for atom in jaxpr.outvars]
 
     def of_leaves(self, leaves: Sequence[Any]) -> list[Any]:
         """The results as the leaves of a tree, of the arguments as such."""
-        found = self(list(map(_number, leaves, self.input_keys)))
+        found = self(list(map(_number, leaves, self.dtypes)))
         return list(map(_leaf, found, self.output_keys))
 
     def __call__(self, arguments: Sequence[Any]) -> list[Any]:
@@ -117,10 +119,10 @@ def _listed(into: int | list[int]) -> list[int]:
     return [into] if isinstance(into, int) else into
 
 
-def _number(leaf: Any, is_key: bool) -> Any:
-    """A leaf as NumPy has it; a copy, for a later step may use the memory of its arguments."""
-    if not is_key:
-        return leaf if isinstance(leaf, np.ndarray) else np.array(leaf)
+def _number(leaf: Any, dtype: Any) -> Any:
+    """A leaf as NumPy has it: a copy, or JAX could not use its memory in a later step."""
+    if isinstance(dtype, np.dtype):
+        return np.asarray(leaf, dtype) if isinstance(leaf, np.ndarray) else np.array(leaf, dtype)
     words = np.asarray(jax.random.key_data(leaf)).astype(np.uint64)
     return (words[..., 0] << np.uint64(32)) | words[..., 1]
 
@@ -134,12 +136,19 @@ def _leaf(number: Any, is_key: bool) -> Any:
 
 def _scan(parameters: Any, types: Any) -> Operation:
     turn, length = Evaluated(parameters["jaxpr"]), parameters["length"]
-    kept, carried = parameters["num_consts"], parameters["num_carry"]
+    # How many constants, what is carried and rows there are, releases of JAX say in several ways;
+    # rows have one axis less within a turn.
+    body, _ = _jaxprs.parts(parameters["jaxpr"])
+    ranks = [variable.aval.ndim for variable in body.invars]
+    pairs = zip(types, body.outvars, strict=True)
+    carried = sum(kind.ndim == variable.aval.ndim for kind, variable in pairs)
     order = slice(None, None, -1 if parameters["reverse"] else 1)
 
     def scanned(*operands: Any) -> list[Any]:
-        fixed, carry = operands[:kept], list(operands[kept : kept + carried])
-        rows, stacked = operands[kept + carried :], []
+        same = sum(np.ndim(one) == rank for one, rank in zip(operands, ranks, strict=True))
+        kept = same - carried
+        fixed, carry = operands[:kept], list(operands[kept:same])
+        rows, stacked = operands[same:], []
         for i in range(length)[order]:
             found = turn([*fixed, *carry, *(row[i] for row in rows)])
             carry = found[:carried]

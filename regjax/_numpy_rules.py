@@ -166,6 +166,12 @@ def _stacked(parameters: Any, types: Any) -> Operation:
     return lambda *arrays: np.stack(arrays, axis)
 
 
+@_rule("unstack")
+def _unstacked(parameters: Any, types: Any) -> Operation:
+    axis = parameters["axis"]
+    return lambda array: list(np.moveaxis(array, axis, 0))
+
+
 @_rule("split")
 def _split(parameters: Any, types: Any) -> Operation:
     cuts, axis = np.cumsum(parameters["sizes"])[:-1], parameters["axis"]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
@@ -45,8 +46,10 @@ def on_host(
             if not _loops.is_concrete(leaves):
                 return inside(*arguments)
             fixed = tuple((i, arguments[i]) for i in static)
-            types, mesh = tuple(map(_type, leaves)), jax.sharding.get_abstract_mesh()
-            return _traced(function, fixed, treedef, types, mesh)(leaves, gives_arrays)
+            # What a trace depends on beside its arguments: the mesh, and whether there is float64.
+            around = jax.sharding.get_abstract_mesh(), jax.numpy.result_type(float)
+            types = tuple(map(_type, leaves))
+            return _traced(function, fixed, treedef, types, around)(leaves, gives_arrays)
 
         return cast(_Function, evaluated)
 
@@ -56,6 +59,8 @@ def on_host(
 def _type(leaf: Any) -> tuple[Any, Any, bool]:
     """Shape, dtype, and whether other types decide instead: of Python's numbers."""
     try:
+        if isinstance(leaf, np.ndarray):  # float64 perhaps, which JAX may not have
+            return leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), False
         return leaf.shape, leaf.dtype, False
     except AttributeError:
         return (), jax.numpy.result_type(leaf), True
@@ -63,7 +68,7 @@ def _type(leaf: Any) -> tuple[Any, Any, bool]:
 
 @functools.lru_cache(maxsize=256)
 def _traced(
-    function: Callable[..., Any], fixed: Any, treedef: Any, types: Any, mesh: Any
+    function: Callable[..., Any], fixed: Any, treedef: Any, types: Any, around: Any
 ) -> "_Traced":
     """The function for arguments of some types."""
     fixed = dict(fixed)
