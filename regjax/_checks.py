@@ -128,10 +128,10 @@ def _known(name: str, value: object) -> np.ndarray | None:
         return np.asarray(float(value))
     if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
         raise TypeError(f"`{name}` must be a real number, got {value.dtype}.")
-    return on_host(value)
+    return host_value(value)
 
 
-def on_host(array: ArrayLike) -> np.ndarray | None:
+def host_value(array: ArrayLike) -> np.ndarray | None:
     """Returns the numbers of `array`; None of a tracer, and of what lies on other machines.
 
     By NumPy: inside of `jax.jit` JAX's own operations on known arrays give tracers.
@@ -151,7 +151,7 @@ def _check_finite(name: str, known: np.ndarray | None, *, finite: bool) -> None:
 def finite_tree(name: str, tree: _Tree) -> _Tree:
     """Returns `tree`, of floating point, if no number that is known is NaN or infinite."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        known = on_host(leaf)
+        known = host_value(leaf)
         if known is not None and not np.isfinite(known).all():
             what = "NaN" if np.isnan(known).any() else "infinity"
             raise ValueError(f"`{name}{jax.tree_util.keystr(path)}` must be finite, got {what}.")
@@ -161,7 +161,7 @@ def finite_tree(name: str, tree: _Tree) -> _Tree:
 def direction(name: str, tree: _Tree) -> _Tree:
     """Returns `tree`, of floating point, if it is finite and not zero as far as it is known."""
     finite_tree(name, tree)
-    known = [on_host(leaf) for leaf in jax.tree.leaves(tree)]
+    known = [host_value(leaf) for leaf in jax.tree.leaves(tree)]
     if not any(leaf is None or leaf.any() for leaf in known):
         raise ValueError(f"`{name}` must not be zero: it is a direction.")
     return tree
@@ -317,7 +317,7 @@ def prefix_leaves(
 def _bool(name: str, value: object) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    known = on_host(value) if isinstance(value, (np.ndarray, jax.Array)) else None
+    known = host_value(value) if isinstance(value, (np.ndarray, jax.Array)) else None
     if known is None or known.shape or known.dtype != np.bool_:
         raise TypeError(f"`{name}` must hold Python bools, or single ones of NumPy, got {value!r}.")
     return bool(known)

@@ -143,7 +143,7 @@ def _kind(leaf: Any) -> str:
     """What an array holds that is not finite, and where the first of it is; else nothing."""
     if not jnp.issubdtype(getattr(leaf, "dtype", jnp.int32), jnp.floating):
         return ""
-    known = _checks.on_host(leaf)
+    known = _checks.host_value(leaf)
     if known is None or np.isfinite(known).all():
         return ""
     first = np.argwhere(~np.isfinite(known))[0].tolist()

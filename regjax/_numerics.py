@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from regjax import _tree
+from regjax import _loops, _tree
 from regjax._base import Params, Tree
 from regjax._one_program import one_program
 
@@ -100,14 +100,14 @@ def cosine(one: Params, other: Params) -> jax.Array:
     """Computes the cosine of the angle between two trees of any size; 0 if one of them is zero."""
     squares = _tree.inner(one, one), _tree.inner(other, other)
 
-    def plain(one: Params, other: Params) -> jax.Array:
-        product = _tree.inner(one, other)
+    def plain(pair: tuple[Params, Params]) -> jax.Array:
+        product = _tree.inner(*pair)
         lengths = [jnp.sqrt(square).astype(product.dtype) for square in squares]
         return product / (lengths[0] * lengths[1])
 
-    scaled = lambda *pair: _tree.inner(*map(unit, pair))
+    scaled = lambda pair: _tree.inner(*map(unit, pair))
     are_plain = _is_plain(squares[0]) & _is_plain(squares[1])
-    return lax.cond(are_plain, plain, scaled, one, other)
+    return _loops.switch(are_plain.astype(jnp.int32), (scaled, plain), (one, other))
 
 
 def _is_plain(square: jax.Array) -> jax.Array:
@@ -136,7 +136,8 @@ def units_along(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
     # Out of the branch come small arrays, so that the product is part of what follows.
     plain = lambda _: (jnp.ones_like(square), jnp.sqrt(square))
-    power, length = lax.cond(jnp.all(_is_plain(square)), plain, scaled, array)
+    is_plain = jnp.all(_is_plain(square)).astype(jnp.int32)
+    power, length = _loops.switch(is_plain, (scaled, plain), array)
     return power * array * divide(1, length)
 
 

@@ -46,7 +46,6 @@ LOOPS = {
     "regjax.curvature._krylov": {"cond"},  # a fresh direction
     "regjax.curvature._quadrature": {"fori_loop"},  # a recurrence of twelve numbers
     "regjax.curvature._orthogonal": {"while_loop", "fori_loop"},  # one pass or two
-    "regjax._numerics": {"cond"},  # sums of squares, scaled or not
     "regjax.normalization._batch_norm": {"scan"},  # ticks of running averages
     "regjax.models._transformer": {"scan"},  # equal blocks, without convolution
     "regjax.pruning._evaluation": {"scan"},  # the model's own

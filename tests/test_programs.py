@@ -17,7 +17,7 @@ from regjax import (
     pruning,
     regularizers,
 )
-from tests.curvature.test_operators import count_compilations
+from tests.compilations import programs
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(3, 2), "b": jnp.zeros(2)}
 INPUTS = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
@@ -255,7 +255,7 @@ def test_a_new_function_compiles_nothing_and_its_arrays_are_data(chunk_size):
         return operator.dense()
 
     solve(losses[1])
-    with count_compilations() as compiled:
+    with programs() as compiled:
         found = solve(losses[2])
     assert compiled == []
     expected = jax.hessian(losses[2])(PARAMS, INPUTS)

@@ -75,7 +75,7 @@ def _top(tools: Sequence[Any]) -> Case:
         tolerance=1e-3,
         sizes={"parameters": operator.size, "examples": _NUM_EXAMPLES, "other steps": num_steps},
         facts=facts,
-        bars={"regjax, first call": 2.5} | dict.fromkeys(["regjax / matfree"] * bool(tools), 1.0),
+        bars={"regjax, first call": 2.5, **({"regjax / matfree": 1.0} if tools else {})},
     )  # fmt: skip
 
 
@@ -106,10 +106,10 @@ def _density() -> Case:
 
 
 def _main_job(options: Sequence[str]) -> Case:
-    folder = Path(tempfile.mkdtemp())
+    folder = tempfile.TemporaryDirectory()
 
     def run(cache: str) -> dict[str, Any]:
-        place = tempfile.mkdtemp(dir=folder)
+        place = tempfile.mkdtemp(dir=folder.name)
         command = [sys.executable, "-m", "regjax", "spectrum", f"--out={place}", *options]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -122,7 +122,7 @@ def _main_job(options: Sequence[str]) -> Case:
         return found
 
     seconds: dict[str, list[float]] = {}
-    kept = str(folder / "programs")
+    kept = str(Path(folder.name) / "programs")
     run(kept)
     seconds.clear()
     return Case(

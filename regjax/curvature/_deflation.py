@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from regjax._on_host import on_host
+from regjax._one_program import one_program
 from regjax.curvature._engine import _basis
 from regjax.curvature._krylov import Krylov
 from regjax.curvature._precision import precisely, rounding
@@ -37,7 +38,7 @@ def taken_out(krylov: Krylov, num_rows: int, eps: float) -> Deflation:
     return Deflation(_combined(krylov.basis, weights, count), values, residual_norms)
 
 
-_combined = jax.jit(precisely(_basis.combined), inline=True)
+_combined = one_program()(precisely(_basis.combined))
 
 
 @on_host(static=(1, 2))

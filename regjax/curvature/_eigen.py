@@ -9,7 +9,6 @@ have shown itself.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from regjax import _checks, _loops
 from regjax._arguments import checked
 from regjax._base import Callback, Params, PRNGKey, Tree
 from regjax._on_host import on_host
+from regjax._one_program import one_program
 from regjax._printing import legible
 from regjax._space import Space
 from regjax.curvature import _search, _start
@@ -312,7 +312,7 @@ def _result(state: EigenState, eps: float) -> EigenResult:
     return _described(state, _vectors(state.krylov.basis, state.weights, state.k), eps)
 
 
-@functools.partial(jax.jit, static_argnums=2, inline=True)
+@one_program(static="k")
 @precisely
 def _vectors(basis: _basis.Basis, weights: jax.Array, k: int) -> Params:
     return basis.space.unravel_rows(_basis.combine(basis, weights[:, :k]))

@@ -17,6 +17,7 @@ from jax import lax
 from regjax import _loops, _numerics
 from regjax._base import PRNGKey
 from regjax._on_host import on_host
+from regjax._one_program import one_program
 from regjax._space import Space
 from regjax.curvature._engine import _basis
 from regjax.curvature._engine._accumulation import small_dtype
@@ -82,7 +83,7 @@ def empty(
     return space.replicate(_without_rows(basis, newest, direction, key, generation))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)
+@one_program(static=("space", "num_rows", "accumulation"))
 def _large(
     space: Space, direction: jax.Array, num_rows: int, accumulation: str | None
 ) -> tuple[_basis.Basis, jax.Array, jax.Array]:
@@ -255,7 +256,7 @@ def _random_direction(krylov: Krylov) -> tuple[jax.Array, PRNGKey]:
     return _drawn_outside(krylov.basis, krylov.basis.space.normal(subkey)), key
 
 
-_drawn_outside = jax.jit(precisely(drawn_outside), inline=True)
+_drawn_outside = one_program()(precisely(drawn_outside))
 
 
 def redirect(krylov: Krylov) -> Krylov:

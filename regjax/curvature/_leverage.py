@@ -261,7 +261,7 @@ def _places(examples: ArrayLike | None, num_examples: int) -> ArrayLike:
         raise ValueError(
             f"`examples` must have the shape (M,), M positive, got {jnp.shape(examples)}."
         )
-    known = _checks.on_host(examples)
+    known = _checks.host_value(examples)
     if known is not None and not ((known >= 0) & (known < num_examples)).all():
         raise ValueError(
             f"`examples` must be from 0 to {num_examples - 1}, got {known.min()} to {known.max()}."
@@ -309,7 +309,7 @@ def _check_convex(rows: Params) -> None:
     Raises:
       ValueError: that of an example is seen not to.
     """
-    known = _checks.on_host(jax.tree.leaves(rows)[0])
+    known = _checks.host_value(jax.tree.leaves(rows)[0])
     if known is None or (is_bad := np.isnan(known.reshape(len(known), -1)).any(1)).sum() == 0:
         return
     raise ValueError(

@@ -15,6 +15,7 @@ import numpy as np
 from regjax import _loops
 from regjax._base import PRNGKey, Tree
 from regjax._on_host import on_host
+from regjax._one_program import one_program
 from regjax.curvature._deflation import Deflation, outside
 from regjax.curvature._engine import _basis
 from regjax.curvature._krylov import Krylov, absorb, empty, expand, renewed
@@ -125,7 +126,7 @@ def _keys(key: PRNGKey, block: int) -> tuple[PRNGKey, PRNGKey, PRNGKey]:
     return key, probe_key, krylov_keys if block > 1 else krylov_keys[0]
 
 
-_outside = jax.jit(precisely(outside), inline=True)
+_outside = one_program()(precisely(outside))
 
 
 def update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityState:

@@ -102,7 +102,7 @@ def check_classifier(
         raise TypeError(f"`targets` must be integers, got {targets.dtype}.")
     if targets.shape != (len(inputs),):
         raise ValueError(f"`targets` must have shape ({len(inputs)},), got {targets.shape}.")
-    known = _checks.on_host(targets)
+    known = _checks.host_value(targets)
     if known is not None and not (known.min() >= 0 and known.max() < shape[1]):
         raise ValueError(
             f"`targets` must be between 0 and {shape[1] - 1} (the outputs of `model_fn` less one), "

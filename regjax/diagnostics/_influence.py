@@ -179,7 +179,7 @@ def _finite(grads: Params) -> Params:
       ValueError: that of an example is seen not to be finite.
     """
     for leaf in jax.tree.leaves(grads):
-        known = _checks.on_host(leaf)
+        known = _checks.host_value(leaf)
         if known is None or not _loops.is_concrete(leaf):
             continue
         is_finite = np.isfinite(known.reshape(len(known), -1)).all(1)

@@ -91,7 +91,7 @@ def interval_flatness(
     _checks.number("max_distance", max_distance, above_zero=True)
     _checks.integer("num_evaluations", num_evaluations, minimum=3)
     _checks.number("factor", factor, above_zero=True)
-    known = _checks.on_host(factor)
+    known = _checks.host_value(factor)
     if known is not None and not (known > 1).all():
         raise ValueError(f"`factor` must be above 1, got {factor}.")
     start = _chunks.mean(loss_fn, params, batch, chunk_size)

@@ -98,7 +98,7 @@ def subspace_from_data(
         _checks.integer("num_directions", num_directions, maximum=limit)
         values, directions = _decomposition(inputs)
         return SubspaceResult(directions[:num_directions].T, values)
-    if _checks.on_host(inputs) is None:
+    if _checks.host_value(inputs) is None:
         raise ValueError(
             "`inputs` must be concrete, as the rank depends on their values; under jit give "
             "`num_directions`."
@@ -326,7 +326,7 @@ def _checked_basis(basis: ArrayLike, size: int) -> jax.Array:
             f"`basis` must have shape ({size}, k), k at most {size}: orthonormal columns of the "
             f"size of an example, which is {size}, got {shape}."
         )
-    known = _checks.on_host(_checks.finite_tree("basis", basis))
+    known = _checks.host_value(_checks.finite_tree("basis", basis))
     if known is not None:
         columns = known.astype(np.float64)
         error = np.max(np.abs(columns.T @ columns - np.eye(shape[1])), initial=0)

@@ -189,8 +189,8 @@ def numbers_of(name: str, found: Hyperparams, given: Hyperparams | None) -> dict
                 f"`hyperparams` of {name} must be among {', '.join(defaults)}, got {key!r}."
             )
         _check(key, value, defaults[key])
-        stated = _checks.on_host(found[key]) if key in found else None
-        if stated is not None and _checks.on_host(value) is not None and (stated != value).any():
+        stated = _checks.host_value(found[key]) if key in found else None
+        if stated is not None and _checks.host_value(value) is not None and (stated != value).any():
             raise ValueError(
                 f"`hyperparams` must agree with `optimizer_state`, whose {key} is {stated}, got "
                 f"{value}."

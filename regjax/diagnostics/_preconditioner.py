@@ -217,7 +217,7 @@ def _is_injected(node: object) -> bool:
 
 
 def _check_count(state: Any) -> None:
-    count = _checks.on_host(state.count) if "count" in state._fields else None
+    count = _checks.host_value(state.count) if "count" in state._fields else None
     if count is not None and count < 1:
         raise ValueError(
             f"`optimizer_state` must have seen an update, got {count}: the second moments are zero."

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
@@ -133,7 +134,7 @@ def sharpness_reduction_flow(
     noise = space.unravel(space.normal(_checks.key("key", key)))
     from_noise = curvature.lanczos(hessian, noise, num_steps, key=key)
     pairs = curvature.ritz_pairs(from_noise)
-    leading = _typed(_combined(from_noise, pairs.vectors[:, -1]), origin)
+    leading = optax.tree.cast_like(_combined(from_noise, pairs.vectors[:, -1]), origin)
     third = _chunks.mean(
         Partial(_third_derivative, of_direction), (origin, leading), batch, chunk_size
     )
@@ -148,7 +149,7 @@ def sharpness_reduction_flow(
         norm,
         _Numbers(intrinsic_rate, flat_tol, tol),
     )
-    velocity = _typed(predicted.velocity, origin)
+    velocity = optax.tree.cast_like(predicted.velocity, origin)
     return predicted._replace(velocity=_tree.merge(velocity, jax.tree.map(jnp.zeros_like, params)))
 
 
@@ -232,7 +233,3 @@ def _combined(found: curvature.LanczosResult, weights: jax.Array) -> Params:
     """The combination of the rows of the basis."""
     combine = functools.partial(jnp.tensordot, weights, axes=1, precision="highest")
     return jax.tree.map(combine, found.basis)
-
-
-def _typed(tree: Params, like: Params) -> Params:
-    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)

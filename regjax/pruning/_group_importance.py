@@ -147,7 +147,7 @@ def group_importance(
 
 
 def _spread(group: jax.Array, shape: tuple[int, ...], num_groups: int) -> jax.Array:
-    known = _checks.on_host(group)
+    known = _checks.host_value(group)
     if known is not None and not ((known >= -1) & (known < num_groups)).all():
         raise ValueError(
             f"`groups` must hold numbers from -1 to {num_groups - 1}, got {known.min()} to "

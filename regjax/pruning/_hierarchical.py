@@ -139,7 +139,7 @@ def _check_mapping(name: str, given: object) -> None:
 
 
 def _concrete(name: str, tree: _Known) -> _Known:
-    if any(_checks.on_host(leaf) is None for leaf in jax.tree.leaves(tree)):
+    if any(_checks.host_value(leaf) is None for leaf in jax.tree.leaves(tree)):
         raise TypeError(f"`{name}` must be concrete, as the host plans, got tracers.")
     return tree
 

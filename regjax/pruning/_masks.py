@@ -123,7 +123,7 @@ def _some_unknown(scores: Tree, masks: Tree) -> jax.Array:
         jax.tree_util.tree_leaves_with_path(scores), jax.tree.leaves(masks), strict=True
     ):
         found = jnp.any(jnp.isnan(leaf) & mask)
-        if _checks.on_host(found):
+        if _checks.host_value(found):
             raise ValueError(
                 f"`scores{jax.tree_util.keystr(path)}` must be numbers where `masks` are True, "
                 "got NaN."
@@ -142,7 +142,7 @@ def _check_count(
                 f"`num_to_remove` must be one integer, got {num_to_remove.dtype} of shape "
                 f"{num_to_remove.shape}."
             )
-        known = _checks.on_host(num_to_remove)
+        known = _checks.host_value(num_to_remove)
         if known is not None and known < 0:
             raise ValueError(f"`num_to_remove` must be non-negative, got {known}.")
         return num_to_remove

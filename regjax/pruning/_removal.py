@@ -127,7 +127,7 @@ def _checked_masks(structure: Structure, model: Model, unit_masks: Units) -> dic
     expected = [jnp.shape(leaf) for leaf in structure.state][: len(found)]
     if found != expected:
         raise ValueError(f"`model.state` must hold arrays of shapes {expected}, got {found}.")
-    if any(_checks.on_host(leaf) is None for leaf in jax.tree.leaves(unit_masks)):
+    if any(_checks.host_value(leaf) is None for leaf in jax.tree.leaves(unit_masks)):
         raise TypeError("`unit_masks` must be concrete, as shapes depend on them, got tracers.")
     _checks.bool_tree("unit_masks", check_units("unit_masks", structure, unit_masks))
     masks = {name: np.asarray(mask) for name, mask in unit_masks.items()}

@@ -90,7 +90,7 @@ def polyak_rule(largest: ArrayLike, smallest: ArrayLike) -> SpectralRatesResult:
 def _contraction(largest: ArrayLike, smallest: ArrayLike) -> jax.Array:
     _checks.positive("largest", largest, finite=True)
     _checks.positive("smallest", smallest, finite=True)
-    ends = _checks.on_host(largest), _checks.on_host(smallest)
+    ends = _checks.host_value(largest), _checks.host_value(smallest)
     if ends[0] is not None and ends[1] is not None and np.any(ends[0] < ends[1]):
         raise ValueError(f"`smallest` must be at most `largest`, {largest}, got {smallest}.")
     roots = jnp.sqrt(largest), jnp.sqrt(smallest)

@@ -110,7 +110,7 @@ def entropy_sgd(
             raise TypeError(
                 f"`{name}` must be a number, got a function: only gamma has a schedule."
             )
-    known = None if callable(averaging) else _checks.on_host(averaging)
+    known = None if callable(averaging) else _checks.host_value(averaging)
     if known is not None and known > 1:
         raise ValueError(f"`averaging` must be at most 1, got {averaging}.")
     _checks.boolean("scale_by_gamma", scale_by_gamma)

@@ -199,7 +199,7 @@ def dense_mixing(matrix: ArrayLike) -> Mixing:
         learners.
       TypeError: `matrix` is traced.
     """
-    if _checks.on_host(matrix) is None:
+    if _checks.host_value(matrix) is None:
         raise TypeError("`matrix` must be known when the program is built, got a traced array.")
     matrix = np.asarray(matrix)
     if not np.issubdtype(matrix.dtype, np.floating) and not np.issubdtype(matrix.dtype, np.integer):

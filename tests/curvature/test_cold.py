@@ -1,6 +1,7 @@
 """What a first call compiles, and how often pairs are assessed."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +10,7 @@ import pytest
 
 from regjax import _on_host, curvature
 from regjax.curvature import _assessment
-
-
-@contextlib.contextmanager
-def programs():
-    """The names of what is lowered, each a program to compile."""
-    names, name = [], "/jax/core/compile/jaxpr_to_mlir_module_duration"
-
-    def hear(event, seconds, **facts):
-        if event == name:
-            names.append(facts.get("fun_name", "").removeprefix("jit(").removesuffix(")"))
-
-    jax.monitoring.register_event_duration_secs_listener(hear)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(hear)
+from tests.compilations import programs
 
 
 def operator(size):
@@ -42,13 +28,8 @@ def test_the_first_eigenpairs_are_few_programs():
     large = {"_normal", "_large", "_step", "_recombined", "drawn_outside", "_vectors"}
     assert large <= set(names)
     # A product and what it keeps, and the type of the result's numbers.
-    assert set(names) - large <= {
-        "_product",
-        "_linear_map",
-        "stage",
-        "convert_element_type",
-        "jaxpr_as_fun",
-    }
+    small = {"_product", "_linear_map", "stage", "convert_element_type", "jaxpr_as_fun"}
+    assert set(names) - large <= small
 
 
 def test_the_first_density_is_few_programs():
@@ -75,21 +56,13 @@ def assessed_each_time(monkeypatch):
     """Without waiting, as if each product could end the run."""
     _on_host._traced.cache_clear()
     with monkeypatch.context() as patch:
-        wait = "next_assessment"
         decided = _assessment._decided
-        patch.setattr(
-            _assessment,
-            "_decided",
-            lambda state, *rest: _with(decided(state, *rest), wait, state.num_matvecs),
+        at_once = lambda state, *rest: dataclasses.replace(
+            decided(state, *rest), next_assessment=state.num_matvecs
         )
+        patch.setattr(_assessment, "_decided", at_once)
         yield
     _on_host._traced.cache_clear()
-
-
-def _with(state, name, value):
-    import dataclasses
-
-    return dataclasses.replace(state, **{name: value})
 
 
 def spectrum(kind, size=300):

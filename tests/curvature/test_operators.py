@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 from regjax import curvature
 from regjax.curvature._operators import _curvature
 from tests import oracles
+from tests.compilations import programs
 
 
 def random_like(params, seed=1):
@@ -141,11 +142,11 @@ def test_a_second_operator_at_new_parameters_compiles_nothing():
         return curvature.top_eigenpairs(operator, 2, key=jax.random.key(0)).values
 
     shifted = jax.tree.map(lambda leaf: leaf + 0.1, problem.params)
-    with count_compilations() as compiled:
+    with programs() as compiled:
         first = solve(problem.params)
         jax.jit(lambda x: x + 1)(jnp.zeros(3))
     assert compiled  # the listener hears, at least the new lambda
-    with count_compilations() as compiled:
+    with programs() as compiled:
         second = solve(shifted)
     assert compiled == []
     assert np.all(np.asarray(first) != np.asarray(second))
@@ -225,23 +226,6 @@ def problem_args(problem):
 
 def flat(tree):
     return np.asarray(ravel_pytree(tree)[0])
-
-
-class count_compilations:
-    """The names of what is compiled inside of the block."""
-
-    def __enter__(self):
-        self.names = []
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self.names
-
-    def _listen(self, event, duration, **kwargs):
-        del duration
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.names.append(kwargs.get("fun_name", event))
-
-    def __exit__(self, *exception):
-        jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
 RANDOM_MATRIX = jnp.asarray(np.random.default_rng(5).normal(size=(30, 30)), jnp.float32)

@@ -7,8 +7,8 @@ from jax.flatten_util import ravel_pytree
 
 from regjax import curvature
 from tests import oracles
+from tests.compilations import programs
 from tests.curvature.streams import KEY, KINDS, Source, close, pair
-from tests.curvature.test_operators import count_compilations
 from tests.experiments.test_tfds import examples, prepare
 
 
@@ -69,7 +69,7 @@ def test_a_second_operator_compiles_nothing():
     streamed, _, _ = pair(problem=problem)
     streamed.matvec(problem.params)
     shifted = jax.tree.map(lambda leaf: leaf + 0.1, problem.params)
-    with count_compilations() as compiled:
+    with programs() as compiled:
         second, _, _ = pair(problem=problem._replace(params=shifted))
         second.matvec(shifted)
     assert compiled == []

@@ -85,7 +85,7 @@ def with_weights(batch: Batch, weights: ArrayLike | None) -> Batch:
         raise TypeError(f"`weights` must be real numbers, got {array.dtype}.")
     if not array.ndim:
         raise ValueError("`weights` must have an axis of examples, got a single number.")
-    known = _checks.on_host(array)
+    known = _checks.host_value(array)
     if known is not None and _loops.is_concrete(array):
         wrong = known[~(known >= 0) | ~(known < float("inf"))]
         if wrong.size:
