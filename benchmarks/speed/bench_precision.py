@@ -97,13 +97,12 @@ def _leading(run: curvature.LanczosResult) -> np.ndarray:
     return np.linalg.eigvalsh(matrix)[: -_NUM_VALUES - 1 : -1]
 
 
-def _defect(basis: jax.Array) -> float:
-    """The largest inner product of two rows."""
-    rows = np.asarray(basis)
-    gram = sum(
-        part @ part.T
-        for part in (
-            rows[:, i : i + 65536].astype(np.float64) for i in range(0, rows.shape[1], 65536)
-        )
-    )
+def _defect(basis: Any) -> float:
+    """The largest inner product of two vectors, which are stacked along each leaf's first axis."""
+    gram = 0.0
+    for leaf in jax.tree.leaves(basis):
+        rows = np.asarray(leaf).reshape(_STEPS, -1)
+        for i in range(0, rows.shape[1], 65536):
+            part = rows[:, i : i + 65536].astype(np.float64)
+            gram = gram + part @ part.T
     return float(np.max(np.abs(gram - np.diag(np.diag(gram)))))
