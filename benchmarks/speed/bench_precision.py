@@ -99,7 +99,7 @@ def _leading(run: curvature.LanczosResult) -> np.ndarray:
 
 def _defect(basis: Any) -> float:
     """The largest inner product of two vectors, which are stacked along each leaf's first axis."""
-    gram = 0.0
+    gram = np.zeros((_STEPS, _STEPS))
     for leaf in jax.tree.leaves(basis):
         rows = np.asarray(leaf).reshape(_STEPS, -1)
         for i in range(0, rows.shape[1], 65536):
