@@ -1,7 +1,7 @@
 """Rows of an orthonormal basis, kept in a few blocks so that no operation copies a part of it.
 
 XLA materialises a slice of a large array before it multiplies with it, which costs more than the
-product. So the rows live in up to eight arrays; each is used whole or not at all, and one pass
+product. So the rows live in up to ten arrays; each is used whole or not at all, and one pass
 costs what reading the filled blocks costs. On a mesh each device has its share of the columns.
 """
 
@@ -64,12 +64,16 @@ def zeros(
     space: Space, num_rows: int, accumulation: str | None = None, generation: Any = 0
 ) -> Basis:
     """`num_rows` empty rows."""
-    is_small = num_rows * space.length <= _SMALL
+    is_small = _is_small(num_rows, space)
     rows = max(_BLOCK_ROWS, num_rows if is_small else -(-num_rows // _MOST_BLOCKS))
     rows = -(-rows // _BLOCK_ROWS) * _BLOCK_ROWS
     sizes = [min(rows, num_rows - start) for start in range(0, num_rows, rows)]
     blocks = tuple(space.zeros(size) for size in sizes)
     return Basis(blocks, jnp.int32(0), jnp.asarray(generation, jnp.int32), space, accumulation)
+
+
+def _is_small(num_rows: int, space: Space) -> bool:
+    return num_rows * space.length <= _SMALL
 
 
 def append(basis: Basis, vector: jax.Array) -> Basis:
@@ -92,11 +96,12 @@ def outside(basis: Basis, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     dtype = small_dtype(vector.dtype, basis.accumulation)
     # Left to itself the compiler has what a branch gives on each device, whole.
     keep = basis.space.constrain
+    less = _less_at_once if _is_small(basis.num_rows, basis.space) else _less
 
     def remove(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         part = inner_products(basis.space, block, vector, basis.accumulation)
         # These roundings, one an element, do not add up.
-        return keep(_less(vector, part.astype(vector.dtype), block)), part
+        return keep(less(vector, part.astype(vector.dtype), block)), part
 
     def leave(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         return keep(vector), jnp.zeros(block.shape[0], dtype)
@@ -109,11 +114,12 @@ def outside(basis: Basis, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _less(vector: jax.Array, weights: jax.Array, block: jax.Array) -> jax.Array:
     """`vector` less the rows times their weights."""
-    at_once = lambda vector, weights, block: vector - weights @ block
-    if block.size <= _SMALL:
-        return at_once(vector, weights, block)
     # XLA on CPU multiplies a vector with a matrix of few rows at half of the speed of memory.
-    return _platforms.depending(_less_in_groups, at_once, vector, weights, block)
+    return _platforms.depending(_less_in_groups, _less_at_once, vector, weights, block)
+
+
+def _less_at_once(vector: jax.Array, weights: jax.Array, block: jax.Array) -> jax.Array:
+    return vector - weights @ block
 
 
 def _less_in_groups(vector: jax.Array, weights: jax.Array, block: jax.Array) -> jax.Array:
