@@ -84,12 +84,12 @@ def describe(closed: Any, *, derivatives: int = 0, lasting: bool = False) -> Des
       lasting: whether the text must be the same in another process: functions that JAX cannot look
         into (callbacks to the host) are then known by their names and code alone.
     """
-    writer = _Writer(derivatives, lasting)
+    writer = Writer(derivatives, lasting)
     text = writer.jaxpr(closed)
     return Description(text, writer.is_whole, tuple(writer.references))
 
 
-class _Writer:
+class Writer:
     """Writes jaxprs, each once."""
 
     def __init__(self, derivatives: int, lasting: bool):

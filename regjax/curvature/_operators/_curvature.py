@@ -28,6 +28,7 @@ from regjax._programs import Program
 from regjax._sharding import Placement, find
 from regjax._space import Space
 from regjax._subsets import of_leaves
+from regjax.curvature._operators._kept import slim
 from regjax.curvature._operators._operator import Operator
 from regjax.curvature._operators._traced import TracedOperator, image
 from regjax.curvature._precision import precision
@@ -301,9 +302,15 @@ def assemble(
 def _linear_map(
     linearization: Linearization, function: Callable[..., Tree], params: Params, batch: Batch
 ) -> Partial:
-    assert linearization.linearize is not None
     with precision():
-        return linearization.linearize(function, params, *batch)
+        return slim(_linearized, linearization, function, params, batch)
+
+
+def _linearized(
+    linearization: Linearization, function: Callable[..., Tree], params: Params, batch: Batch
+) -> Partial:
+    assert linearization.linearize is not None
+    return linearization.linearize(function, params, *batch)
 
 
 def _of_chunk(operands: tuple[CurvatureOperator, Params], *batch: Tree) -> Params:
