@@ -163,7 +163,11 @@ class _Reader:
             summed = math.prod(shapes[0][0].shape[axis] for axis in axes)
             return 2.0 * math.prod(line.arrays[0].shape) * summed
         if line.opcode == "convolution":
-            return _of_convolution(line, shapes[0][0].shape, shapes[1][0].shape)
+            return _of_convolution(
+                line, shapes[0][0].shape, shapes[1][0].shape, line.arrays[0].shape
+            )
+        if line.opcode == "custom-call" and "__cudnn$conv" in line.attributes:
+            return _of_cudnn(line, shapes[0][0].shape, shapes[1][0].shape)
         if line.opcode == "custom-call" and "matmul" in line.attributes:
             return _of_library(line, shapes[0][0].shape)
         return 0.0
@@ -192,13 +196,15 @@ class _Reader:
                 read = [size for size in read if size != passed]
                 written = max(0, written - passed)
         elif line.opcode in ("dynamic-slice", "slice", "gather"):
-            read = [written, *read[1:]]
+            read = [min(read[0], sum(array.num_bytes for array in line.arrays)), *read[1:]]
         elif line.opcode == "dynamic-update-slice":
             read, written = [read[1]], read[1]
         elif line.opcode in ("copy-start", "slice-start"):
-            # From one memory to the other: what lies in the large one moves once.
+            # From one memory to the other: what lies in the large one moves once, and of an array
+            # that is taken in parts the part.
             first = [array for array in line.arrays if array.shape][:2]
-            return float(sum(array.traffic for array in first))
+            least = min(array.num_bytes for array in first)
+            return float(sum(min(least, array.traffic) for array in first))
         elif line.opcode.endswith("-start"):
             written = read[0] if read else written
         return float(sum(read) + written)
@@ -299,7 +305,19 @@ def _of_library(line: Instruction, left: tuple[int, ...]) -> float:
     return 2.0 * math.prod(line.arrays[0].shape) * summed
 
 
-def _of_convolution(line: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
+def _of_cudnn(line: Instruction, first: tuple[int, ...], second: tuple[int, ...]) -> float:
+    """Its three kinds multiply alike: each is described by the convolution that goes forward."""
+    third = line.arrays[0].shape
+    if "BackwardInput" in line.attributes:  # of the output and the kernel
+        return _of_convolution(line, third, second, first)
+    if "BackwardFilter" in line.attributes:  # of the input and the output
+        return _of_convolution(line, first, third, second)
+    return _of_convolution(line, first, second, third)
+
+
+def _of_convolution(
+    line: Instruction, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]
+) -> float:
     """Of the products that meet no padding; a TPU's compiler writes matrix products so as well."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
     assert labels is not None, line.attributes
@@ -307,7 +325,6 @@ def _of_convolution(line: Instruction, left: tuple[int, ...], right: tuple[int, 
     window = re.search(r"window=\{([^}]*)\}", line.attributes)
     options = dict(part.split("=") for part in window[1].split()) if window else {}
     of = lambda label, labels, shape: shape[labels.index(label)]
-    out = line.arrays[0].shape
     # Of groups the kernel holds the inputs of one.
     total = 2.0 * of("b", outputs, out) * of("f", outputs, out) * of("i", kernel, right)
     for place, label in enumerate(sorted(set(inputs) - {"b", "f"})):
