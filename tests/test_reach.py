@@ -94,6 +94,33 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_message_once():
 
 
 @pytest.mark.parametrize(
+    "add",
+    [
+        "s32[] add(%count, %two)", "s32[] fusion(%count), kind=kLoop, calls=%plus",
+        "s32[] fusion(%count, %square), kind=kLoop, calls=%plus",
+    ],
+)  # fmt: skip
+def test_two_turns_that_the_compiler_made_one_count_once(add):
+    """Seven turns by two are four."""
+    next_ = "  ROOT %next = (s32[], f32[8,8]{1,0}, f32[7,8,4]{2,1,0}) tuple("
+    assert TEXT.count(next_ + "%count,") == 1
+    plus = """
+%plus (n: s32[]) -> s32[] {
+  %n = s32[] parameter(0)
+  %both = s32[] constant(2)
+  ROOT %more = s32[] add(%n, %both)
+}
+
+%condition ("""
+    steps = f"  %two = s32[] constant(2)\n  %counted = {add}\n"
+    text = TEXT.replace(next_ + "%count,", steps + next_ + "%counted,")
+    text = text.replace("\n%condition (", plus)
+    found = _account.account(text, 4)
+    assert found.operations == 4 * 2 * 8 * 4 * 8
+    assert [each.num_messages for each in found.collectives] == [4, 4]
+
+
+@pytest.mark.parametrize(
     ("groups", "number"),
     [
         ("[4,2]<=[8]", 2), ("{{0,1,2,3},{4,5,6,7}}", 4),

@@ -100,8 +100,8 @@ class _Reader:
         for line in computation.values():
             operations += times * self._operations(line, computation)
             if line.opcode == "while":
-                turns = times * self._turns(line.called("condition")[0])
-                more, bytes_ = self._cost(line.called("body")[0], turns)
+                (condition,), (body,) = line.called("condition"), line.called("body")
+                more, bytes_ = self._cost(body, times * self._turns(condition, body))
             elif line.opcode == "conditional":
                 more, bytes_ = self._branch(line, times)
             elif line.opcode in ("call", "async-start"):
@@ -139,14 +139,39 @@ class _Reader:
             kept[key] = [a + b for a, b in zip(kept[key], values, strict=True)]
         return cost
 
-    def _turns(self, condition: str) -> int:
-        """The bound of a counted loop: the largest integer in its condition; 1 if there is none."""
+    def _turns(self, condition: str, body: str) -> int:
+        """Of a loop that counts from 0: to the largest integer in its condition; 1 without one."""
         bounds = [
             int(line.arguments)
             for line in self._within(condition)
             if line.opcode == "constant" and line.arguments.lstrip("-").isdigit()
         ]
-        return max([*bounds, 1])
+        return -(-max([*bounds, 1]) // self._step(condition, body))
+
+    def _step(self, condition: str, body: str) -> int:
+        """By how much it counts on: 2 where the compiler has put two turns into one."""
+        lines = self.computations[body]
+        (root,) = (line for line in lines.values() if line.is_root)
+        for read in self.computations[condition].values():
+            place = re.search(r"index=(\d+)", read.attributes)
+            if read.opcode == "get-tuple-element" and place and root.opcode == "tuple":
+                added = list(self._constants(lines[root.operands[int(place[1])]], lines))
+                if len(added) == 1 and added[0] > 0:
+                    return added[0]
+        return 1
+
+    def _constants(self, line: Instruction, lines: Computation) -> Iterator[int]:
+        """The integers that a sum, or a fusion that is one, adds."""
+        if line.opcode == "fusion":
+            (name,) = line.called("calls")
+            fused = self.computations[name]
+            if any(each.is_root and each.opcode == "add" for each in fused.values()):
+                lines = {**lines, **fused}
+                line = next(each for each in fused.values() if each.is_root)
+        for name in line.operands if line.opcode == "add" else ():
+            given = lines.get(name)
+            if given is not None and given.opcode == "constant" and given.arguments.isdigit():
+                yield int(given.arguments)
 
     def _within(self, name: str) -> Iterator[Instruction]:
         for line in self.computations[name].values():

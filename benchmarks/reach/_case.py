@@ -75,8 +75,9 @@ def run(case: Case) -> Iterator[dict[str, Any]]:
         traced = time.perf_counter()
         record["seconds_to_trace"] = round(traced - start, 1)
         try:
+            compiled: Any = None
             if case.planned:
-                compiled, (text, num_bytes) = None, _plan.plan(lowered)
+                text, num_bytes = _plan.plan(lowered)
             else:
                 compiled = lowered.compile()
                 text, num_bytes = compiled.as_text(), _timing.bytes_of(compiled)
