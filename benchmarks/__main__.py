@@ -67,6 +67,8 @@ class Reach:
     """Minutes after which the compiler is stopped, which is then the record of the case."""
     again: bool = False
     """Compile what is in the records already as well."""
+    plan: bool = False
+    """Stop the compiler for TPUs before it writes instructions: seconds instead of minutes."""
     measure: bool = False
     """Run the programs of the devices of this machine instead, beside what was compiled."""
     redraw: bool = False
@@ -102,12 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_reach(command: Reach) -> int:
-    """Compiles the cases one after the other; returns 1 if none of them compiled."""
+    """Compiles the cases one after the other; returns 1 if nothing is known of any of them."""
     if command.redraw:
         reach.conclude(_RESULTS if command.out is None else command.out)
         return 0
-    found = {case.name: case for case in reach.cases(command.preset, measure=command.measure)}
-    chosen = _chosen(found, command.only)
+    cases = reach.cases(command.preset, measure=command.measure, planned=command.plan)
+    chosen = _chosen({case.name: case for case in cases}, command.only)
     if not chosen:
         return 2
     out = command.out
@@ -115,7 +117,9 @@ def run_reach(command: Reach) -> int:
         out = _RESULTS
     path = None if out is None else out / reach.file_name(measure=command.measure)
     known = [] if path is None else reach.read(path)
-    names = set() if command.again else {record["case"] for record in known}
+    # What was only planned is compiled where that is asked for.
+    done = (each for each in known if command.plan or not each.get("planned"))
+    names = set() if command.again else {record["case"] for record in done}
     records = []
     for case in (case for name, case in chosen.items() if name not in names):
         records.append(reach.record_of(case, command.limit * 60))
@@ -124,7 +128,7 @@ def run_reach(command: Reach) -> int:
             record(path, json.dumps(records[-1]))
     if out is not None:
         reach.conclude(out)
-    return 0 if not records or any(each["compiled"] for each in records) else 1
+    return 0 if not records or any(reach.is_known(each) for each in records) else 1
 
 
 def run_growth(command: Growth) -> int:

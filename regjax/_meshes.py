@@ -10,6 +10,7 @@ that has no place yet is copied to each device, and the mesh is that of everythi
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
@@ -112,6 +113,19 @@ def _is_iterator(node: Any) -> bool:
 def _is_operator(node: Any) -> bool:
     # Of its class: a generator of flax has a stream for whatever name it is asked for.
     return hasattr(type(node), "block_product")
+
+
+def num_bytes(tree: _Tree) -> int:
+    """Bytes of a tree of arrays, or of their shapes, on one device; keys count nothing."""
+
+    def of(leaf: Any) -> int:
+        if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return 0
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(of, jax.tree.leaves(tree)))
 
 
 def on_one_mesh(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -10,6 +10,7 @@ functions of the same program share one static code, so that `jax.jit` compiles 
 import dataclasses
 import functools
 import itertools
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -190,10 +191,22 @@ def num_bytes(
       *arguments: arrays or their shapes.
       donate_argnums: the arguments whose memory it may use for its results.
     """
-    jitted = jax.jit(function, donate_argnums=donate_argnums)
-    account: Any = jitted.lower(*arguments).compile().memory_analysis()
+    lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*arguments)
+    try:
+        account: Any = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        refused = _REFUSED.search(str(error))
+        if refused is None:
+            raise
+        # For TPUs a program that does not fit is refused, and the message has what it takes.
+        total = round(float(refused[1]) * 1024 ** " KMGTP".index(refused[2] or " "))
+        return max(total - _meshes.num_bytes(arguments), 0)
     results = account.output_size_in_bytes - account.alias_size_in_bytes
     return int(account.temp_size_in_bytes + results)
+
+
+# "HLO temporaries" are all that the program holds there: its arguments and results as well.
+_REFUSED = re.compile(r"RESOURCE_EXHAUSTED: .*required for HLO temporaries \(([\d.]+)([KMGTP]?)\)")
 
 
 def bounded(jitted: _Jitted) -> _Jitted:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from regjax import _meshes
+from regjax import _meshes, _platforms
 from regjax._base import Batch, Params, Tree
 from regjax._shares import names_of
 
@@ -123,12 +123,15 @@ class Placement:
 def place(tree: Tree, mesh: Mesh, spec: PartitionSpec) -> Tree:
     """`tree` with its concrete arrays that are not on a mesh yet put on `mesh` as `spec` says.
 
-    Those on explicit axes go on automatic ones where they are.
+    Those on explicit axes go on automatic ones where they are. NumPy's are constants inside of
+    `jax.jit`, which lie nowhere: the devices may be those of a machine that is not here.
     """
     sharding, tree = NamedSharding(mesh, spec), _meshes.automatic(tree)
 
     def put(leaf: Any) -> Any:
-        is_there = _is_concrete(leaf) or isinstance(leaf, np.ndarray)
+        is_there = _is_concrete(leaf) or (
+            isinstance(leaf, np.ndarray) and not _platforms.is_in_program()
+        )
         if not is_there or _mesh(leaf) is not None:
             return leaf
         if sharding.is_fully_addressable:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from regjax import _checks, _draws, _sharding, _tree
+from regjax import _checks, _draws, _meshes, _sharding, _tree
 from regjax._base import Params, PRNGKey, Tree
 from regjax._one_program import one_program
 from regjax._shares import Shares, drawn, leaves, vectors
@@ -279,15 +279,8 @@ class Space:
 
     def num_bytes(self, tree: Tree) -> int:
         """Bytes of a tree of arrays, or of their shapes, on one device; keys count nothing."""
-
-        def of(leaf: jax.ShapeDtypeStruct) -> int:
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                return 0
-            shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-            return math.prod(shape) * leaf.dtype.itemsize
-
         arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
-        return sum(map(of, self.shapes_of(arrays)))
+        return _meshes.num_bytes(self.shapes_of(arrays))
 
     @functools.cached_property
     def _shares(self) -> Shares:

@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from benchmarks import __main__ as command
 from benchmarks import reach
-from benchmarks.reach import _account, _chips, _models, _programs, _tables, _text
+from benchmarks.reach import _account, _chips, _models, _plan, _programs, _tables, _text
 from benchmarks.reach._case import Case
 
 # One matrix product in a loop of seven turns, with a message of which three steps are written
@@ -91,6 +94,33 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_message_once():
 
 
 @pytest.mark.parametrize(
+    "add",
+    [
+        "s32[] add(%count, %two)", "s32[] fusion(%count), kind=kLoop, calls=%plus",
+        "s32[] fusion(%count, %square), kind=kLoop, calls=%plus",
+    ],
+)  # fmt: skip
+def test_two_turns_that_the_compiler_made_one_count_once(add):
+    """Seven turns by two are four."""
+    next_ = "  ROOT %next = (s32[], f32[8,8]{1,0}, f32[7,8,4]{2,1,0}) tuple("
+    assert TEXT.count(next_ + "%count,") == 1
+    plus = """
+%plus (n: s32[]) -> s32[] {
+  %n = s32[] parameter(0)
+  %both = s32[] constant(2)
+  ROOT %more = s32[] add(%n, %both)
+}
+
+%condition ("""
+    steps = f"  %two = s32[] constant(2)\n  %counted = {add}\n"
+    text = TEXT.replace(next_ + "%count,", steps + next_ + "%counted,")
+    text = text.replace("\n%condition (", plus)
+    found = _account.account(text, 4)
+    assert found.operations == 4 * 2 * 8 * 4 * 8
+    assert [each.num_messages for each in found.collectives] == [4, 4]
+
+
+@pytest.mark.parametrize(
     ("groups", "number"),
     [
         ("[4,2]<=[8]", 2), ("{{0,1,2,3},{4,5,6,7}}", 4),
@@ -128,8 +158,55 @@ def test_products_that_are_written_as_convolutions_with_padding():
         "dim_labels=0bf_0oi->0bf",
         False,
     )
-    found = _account._of_convolution(line, (12, 64, 8), (12, 64, 8))
+    found = _account._of_convolution(line, (12, 64, 8), (12, 64, 8), (12, 64, 64))
     assert found == 2 * 12 * 64 * 64 * 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "operands"),
+    [
+        ("convForward", "2,4,4,7", ("2,9,9,3", "7,3,3,3")),
+        ("convBiasActivationForward", "2,4,4,7", ("2,9,9,3", "7,3,3,3", "7")),
+        ("convBackwardInput", "2,9,9,3", ("2,4,4,7", "7,3,3,3")),
+        ("convBackwardFilter", "7,3,3,3", ("2,9,9,3", "2,4,4,7")),
+    ],
+)
+def test_the_three_convolutions_of_cudnn_multiply_alike(kind, result, operands):
+    given = [f"  %p{i} = f32[{shape}] parameter({i})" for i, shape in enumerate(operands)]
+    names = ", ".join(f"%p{i}" for i in range(len(operands)))
+    text = "\n".join([
+        "ENTRY %main (p0: f32[]) -> f32[] {", *given,
+        f"  ROOT %c = (f32[{result}]{{3,2,1,0}}, u8[0]{{0}}) custom-call({names}), "
+        "window={size=3x3 stride=2x2}, dim_labels=b01f_o01i->b01f, "
+        f'custom_call_target="__cudnn${kind}"', "}",
+    ])  # fmt: skip
+    assert _account.account(text, 1).operations == 2 * 2 * 4 * 4 * 7 * 9 * 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "%part = ((f32[64,8]{1,0}), f32[16,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%whole), "
+        "slice={[0:16], [0:8]}",
+        "%part = ((f32[64,8]{1,0}), f32[16,8]{1,0:S(1)}, s32[]{:S(2)}) async-start(%whole), "
+        "calls=%sliced",
+    ],
+)
+def test_of_an_array_that_is_fetched_in_parts_the_part_moves(line):
+    """As a program and the files that are written on the way have it."""
+    text = f"""
+%sliced (p: f32[64,8]) -> f32[16,8] {{
+  %p = f32[64,8]{{1,0}} parameter(0)
+  ROOT %slice.1 = f32[16,8]{{1,0:S(1)}} slice(%p), slice={{[0:16], [0:8]}}
+}}
+
+ENTRY %main (whole: f32[64,8]) -> f32[16,8] {{
+  %whole = f32[64,8]{{1,0}} parameter(0)
+  {line}
+  ROOT %done = f32[16,8]{{1,0:S(1)}} slice-done(%part)
+}}
+"""
+    assert _account.account(text, 1).num_bytes == 4 * 16 * 8
 
 
 def test_parameters_are_divided_and_nothing_is_allocated():
@@ -215,8 +292,75 @@ def test_a_case_that_takes_too_long_is_stopped_and_says_so(monkeypatch, capsys):
 
 def test_convolutions_for_a_gpu_need_its_library(monkeypatch):
     monkeypatch.setattr(_chips, "missing", lambda chip: None)
+    monkeypatch.setattr(_chips, "has_cudnn", lambda: False)
     found = reach.record_of(Case("ResNet 11M", "H100", 8, "gradient"), 60)
-    assert "cuDNN" in found["reason"]
+    assert "cudnn" in found["reason"]
+
+
+def test_the_buffers_of_a_plan():
+    """Of the large memory alone; of what is donated the memory counts once, as an argument."""
+    buffers = """BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <1 add @0> (size=512,offset=0): f32[]{:T(128)}
+allocation 1: size 4096, maybe-live-out:
+allocation 2: size 1024, parameter 0, shape |f32[2,128]| at ShapeIndex {}:
+allocation 3: size 2048, parameter 1, shape |f32[4,128]| at ShapeIndex {}, maybe-live-out:
+allocation 4: size 256, output shape is |(f32[2,128], f32[4,128])|, maybe-live-out:
+allocation 5: size 8192, preallocated-temp:
+allocation 6: size 99999, color 1, preallocated-temp:
+"""
+    assert _plan.bytes_of(buffers) == {
+        "arguments": 3072, "temporaries": 8704, "results": 4352, "total": 16128
+    }  # fmt: skip
+
+
+class Lowered:
+    """A compiler that writes its files a piece at a time, and then takes long or refuses."""
+
+    def __init__(self, files, refusal=None):
+        self.files, self.refusal, self.is_over = files, refusal, threading.Event()
+
+    def compile(self, compiler_options):
+        folder = pathlib.Path(compiler_options["xla_dump_to"])
+        for name, content in self.files:
+            (folder / f"module_1.f.after_optimizations{name}.txt").write_text(content)
+            time.sleep(3 * _plan._PAUSE)
+        if self.refusal is not None:
+            raise self.refusal
+        self.is_over.wait()
+
+
+def test_a_plan_is_read_when_all_of_it_is_written():
+    text, name = "ENTRY %main () -> f32[] {\n  ...\n}\n\n", "_after_buffer_assignment"
+    buffers = ("-buffer-assignment", "allocation 0: size 512, preallocated-temp:")
+    lowered = Lowered([buffers, (name, text[:-5]), (name, text)])
+    found = _plan.plan(lowered)
+    assert found.text == text
+    assert found.num_bytes["total"] == 512
+    assert not lowered.is_over.is_set()  # nobody waits for the instructions
+    lowered.is_over.set()
+    with pytest.raises(MemoryError, match="does not fit"):
+        _plan.plan(Lowered([buffers], MemoryError("does not fit")))
+
+
+def test_what_was_planned_is_shown_as_that_and_compiled_on_request(tmp_path, monkeypatch):
+    planned = record("gradient", compiled=False, planned=True)
+    assert "| 12 s (planned) | 2.00 |" in _tables.table(_tables.with_ratios([planned]), [])
+    assert "(planned)" in reach.summary(planned)
+    asked = []
+
+    def record_of(case, limit):
+        asked.append(case.planned)
+        return record("gradient")
+
+    monkeypatch.setattr(reach, "record_of", record_of)
+    monkeypatch.setattr(reach, "conclude", lambda out: None)
+    (tmp_path / "reach.jsonl").write_text(json.dumps(planned) + "\n")
+    run = ["reach", "--preset", "full", "--only", planned["case"], "--out", str(tmp_path)]
+    assert command.main([*run, "--plan"]) == 0
+    assert asked == []
+    assert command.main(run) == 0
+    assert asked == [False]
 
 
 def test_redraw_writes_table_and_figure_of_the_records(tmp_path):
@@ -239,6 +383,22 @@ def test_the_smallest_case_compiles_for_four_chips():
     assert found["fits"]
     # Each chip gathers what it multiplies with, and never a whole vector at once.
     assert found["largest_collective"] < 4 * found["parameters"] / 4
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, of the extra `reach`, is not here"
+)
+@pytest.mark.parametrize("program", ["Hessian product", "density step"])
+def test_the_plan_of_a_program_is_what_is_compiled(program):
+    case = Case("tiny", "v5e", 4, program)
+    planned, compiled = (
+        reach.record_of(case._replace(planned=planned), 600) for planned in (True, False)
+    )
+    assert planned["planned"], planned["reason"]
+    for name in ("operations", "bytes_moved", "bytes_sent", "collectives", "largest_collective"):
+        assert planned[name] == compiled[name]
+    for name in ("arguments", "results"):
+        assert planned["bytes"][name] == compiled["bytes"][name]
 
 
 @pytest.mark.skipif(

@@ -100,8 +100,8 @@ class _Reader:
         for line in computation.values():
             operations += times * self._operations(line, computation)
             if line.opcode == "while":
-                turns = times * self._turns(line.called("condition")[0])
-                more, bytes_ = self._cost(line.called("body")[0], turns)
+                (condition,), (body,) = line.called("condition"), line.called("body")
+                more, bytes_ = self._cost(body, times * self._turns(condition, body))
             elif line.opcode == "conditional":
                 more, bytes_ = self._branch(line, times)
             elif line.opcode in ("call", "async-start"):
@@ -139,14 +139,39 @@ class _Reader:
             kept[key] = [a + b for a, b in zip(kept[key], values, strict=True)]
         return cost
 
-    def _turns(self, condition: str) -> int:
-        """The bound of a counted loop: the largest integer in its condition; 1 if there is none."""
+    def _turns(self, condition: str, body: str) -> int:
+        """Of a loop that counts from 0: to the largest integer in its condition; 1 without one."""
         bounds = [
             int(line.arguments)
             for line in self._within(condition)
             if line.opcode == "constant" and line.arguments.lstrip("-").isdigit()
         ]
-        return max([*bounds, 1])
+        return -(-max([*bounds, 1]) // self._step(condition, body))
+
+    def _step(self, condition: str, body: str) -> int:
+        """By how much it counts on: 2 where the compiler has put two turns into one."""
+        lines = self.computations[body]
+        (root,) = (line for line in lines.values() if line.is_root)
+        for read in self.computations[condition].values():
+            place = re.search(r"index=(\d+)", read.attributes)
+            if read.opcode == "get-tuple-element" and place and root.opcode == "tuple":
+                added = list(self._constants(lines[root.operands[int(place[1])]], lines))
+                if len(added) == 1 and added[0] > 0:
+                    return added[0]
+        return 1
+
+    def _constants(self, line: Instruction, lines: Computation) -> Iterator[int]:
+        """The integers that a sum, or a fusion that is one, adds."""
+        if line.opcode == "fusion":
+            (name,) = line.called("calls")
+            fused = self.computations[name]
+            if any(each.is_root and each.opcode == "add" for each in fused.values()):
+                lines = {**lines, **fused}
+                line = next(each for each in fused.values() if each.is_root)
+        for name in line.operands if line.opcode == "add" else ():
+            given = lines.get(name)
+            if given is not None and given.opcode == "constant" and given.arguments.isdigit():
+                yield int(given.arguments)
 
     def _within(self, name: str) -> Iterator[Instruction]:
         for line in self.computations[name].values():
@@ -163,7 +188,11 @@ class _Reader:
             summed = math.prod(shapes[0][0].shape[axis] for axis in axes)
             return 2.0 * math.prod(line.arrays[0].shape) * summed
         if line.opcode == "convolution":
-            return _of_convolution(line, shapes[0][0].shape, shapes[1][0].shape)
+            return _of_convolution(
+                line, shapes[0][0].shape, shapes[1][0].shape, line.arrays[0].shape
+            )
+        if line.opcode == "custom-call" and "__cudnn$conv" in line.attributes:
+            return _of_cudnn(line, shapes[0][0].shape, shapes[1][0].shape)
         if line.opcode == "custom-call" and "matmul" in line.attributes:
             return _of_library(line, shapes[0][0].shape)
         return 0.0
@@ -192,13 +221,15 @@ class _Reader:
                 read = [size for size in read if size != passed]
                 written = max(0, written - passed)
         elif line.opcode in ("dynamic-slice", "slice", "gather"):
-            read = [written, *read[1:]]
+            read = [min(read[0], sum(array.num_bytes for array in line.arrays)), *read[1:]]
         elif line.opcode == "dynamic-update-slice":
             read, written = [read[1]], read[1]
         elif line.opcode in ("copy-start", "slice-start"):
-            # From one memory to the other: what lies in the large one moves once.
+            # From one memory to the other: what lies in the large one moves once, and of an array
+            # that is taken in parts the part.
             first = [array for array in line.arrays if array.shape][:2]
-            return float(sum(array.traffic for array in first))
+            least = min(array.num_bytes for array in first)
+            return float(sum(min(least, array.traffic) for array in first))
         elif line.opcode.endswith("-start"):
             written = read[0] if read else written
         return float(sum(read) + written)
@@ -299,7 +330,19 @@ def _of_library(line: Instruction, left: tuple[int, ...]) -> float:
     return 2.0 * math.prod(line.arrays[0].shape) * summed
 
 
-def _of_convolution(line: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
+def _of_cudnn(line: Instruction, first: tuple[int, ...], second: tuple[int, ...]) -> float:
+    """Its three kinds multiply alike: each is described by the convolution that goes forward."""
+    third = line.arrays[0].shape
+    if "BackwardInput" in line.attributes:  # of the output and the kernel
+        return _of_convolution(line, third, second, first)
+    if "BackwardFilter" in line.attributes:  # of the input and the output
+        return _of_convolution(line, first, third, second)
+    return _of_convolution(line, first, second, third)
+
+
+def _of_convolution(
+    line: Instruction, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]
+) -> float:
     """Of the products that meet no padding; a TPU's compiler writes matrix products so as well."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
     assert labels is not None, line.attributes
@@ -307,7 +350,6 @@ def _of_convolution(line: Instruction, left: tuple[int, ...], right: tuple[int, 
     window = re.search(r"window=\{([^}]*)\}", line.attributes)
     options = dict(part.split("=") for part in window[1].split()) if window else {}
     of = lambda label, labels, shape: shape[labels.index(label)]
-    out = line.arrays[0].shape
     # Of groups the kernel holds the inputs of one.
     total = 2.0 * of("b", outputs, out) * of("f", outputs, out) * of("i", kernel, right)
     for place, label in enumerate(sorted(set(inputs) - {"b", "f"})):

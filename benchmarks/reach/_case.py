@@ -1,12 +1,13 @@
 """One case in a process of its own: `python -m benchmarks.reach._case CASE`, CASE as JSON.
 
 A compiler keeps memory and settings of what it did before, and one that takes too long can only be
-killed. The last line of the output is the record: it comes once when the program is compiled, and
-once more with what takes longer to find.
+killed. The last line of the output is the record: it comes once when the program is compiled or
+planned, and once more with what takes longer to find.
 """
 
 import datetime
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from benchmarks import _timing
-from benchmarks.reach import _account, _chips, _measure, _models, _programs
+from benchmarks.reach import _account, _chips, _measure, _models, _plan, _programs
 from regjax import curvature
 
 
@@ -30,6 +31,7 @@ class Case(NamedTuple):
       program: one of `_programs.PROGRAMS`.
       precision: of the model's matrix products.
       runs: whether it is run on the devices of this machine as well.
+      planned: whether XLA for TPUs is stopped before it writes instructions.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Case(NamedTuple):
     program: str
     precision: str = "default"
     runs: bool = False
+    planned: bool = False
 
     @property
     def name(self) -> str:
@@ -50,7 +53,7 @@ class Case(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """What every record of it says."""
         facts = {**self._asdict(), "case": self.name, "chips": self.num_chips}
-        del facts["num_chips"], facts["runs"]
+        del facts["num_chips"], facts["runs"], facts["planned"]
         return facts
 
 
@@ -72,14 +75,20 @@ def run(case: Case) -> Iterator[dict[str, Any]]:
         traced = time.perf_counter()
         record["seconds_to_trace"] = round(traced - start, 1)
         try:
-            compiled = lowered.compile()
+            compiled: Any = None
+            if case.planned:
+                text, num_bytes = _plan.plan(lowered)
+            else:
+                compiled = lowered.compile()
+                text, num_bytes = compiled.as_text(), _timing.bytes_of(compiled)
         except jax.errors.JaxRuntimeError as error:
             yield record | failed(str(error), time.perf_counter() - traced)
             return
         record["seconds_to_compile"] = round(time.perf_counter() - traced, 1)
-        record |= {"compiled": True, **account_of(compiled, chip, case)}
+        stage = {"compiled": not case.planned, "planned": case.planned}
+        record |= stage | account_of(text, num_bytes, chip, case)
         yield record
-        if program.solver is not None and not case.runs:
+        if program.solver is not None and not (case.runs or case.planned):
             yield record | {"memory_estimate": _estimate(program, problem)}
         if case.runs and record["fits"]:
             yield record | {"measured": _measure.measured(program, compiled)}
@@ -112,10 +121,11 @@ def failed(message: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def account_of(compiled: Any, chip: _chips.Chip | None, case: Case) -> dict[str, Any]:
+def account_of(
+    text: str, num_bytes: dict[str, int], chip: _chips.Chip | None, case: Case
+) -> dict[str, Any]:
     """Memory, work and messages of a chip, and the seconds that the published rates allow."""
-    num_bytes = _timing.bytes_of(compiled)
-    found = _account.account(compiled.as_text(), case.num_chips)
+    found = _account.account(text, case.num_chips)
     facts = {
         "bytes": num_bytes,
         "fits": chip is None or bool(num_bytes["total"] <= chip.memory),
@@ -137,10 +147,13 @@ def account_of(compiled: Any, chip: _chips.Chip | None, case: Case) -> dict[str,
 
 def main(arguments: list[str]) -> None:
     """Prints the record."""
-    for record in run(Case(*json.loads(arguments[0]))):
+    case = Case(*json.loads(arguments[0]))
+    for record in run(case):
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record |= {"versions": _timing.versions(), "date": date}
         print(json.dumps(record), flush=True)
+    if case.planned:
+        os._exit(0)  # with the compiler still at work
 
 
 if __name__ == "__main__":

@@ -110,6 +110,14 @@ def missing(chip: Chip) -> str | None:
     return None if importlib.util.find_spec(needed) else needed
 
 
+def has_cudnn() -> bool:
+    """Whether NVIDIA's library of convolutions is there, which XLA asks how to run them."""
+    try:
+        return importlib.util.find_spec("nvidia.cudnn") is not None
+    except ModuleNotFoundError:  # there is nothing of NVIDIA at all
+        return False
+
+
 def compiler(chip: Chip) -> str:
     """The package that compiles for a chip, with its version."""
     name = {"tpu": "libtpu", "cuda": "jax-cuda13-pjrt"}[chip.platform]

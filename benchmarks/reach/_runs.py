@@ -19,12 +19,13 @@ _ROOT = pathlib.Path(__file__).parents[2]
 _MODELS = ("GPT 124M", "GPT 1.3B", "decoder 8B", "ResNet 11M")
 
 
-def cases(preset: str, *, measure: bool = False) -> Iterator[Case]:
+def cases(preset: str, *, measure: bool = False, planned: bool = False) -> Iterator[Case]:
     """The cases in the order in which they are compiled, the gradient of each model first.
 
     Args:
       preset: "smoke": a tiny model. "cpu": the smallest of the others. "full": all.
       measure: the cases that run on the devices of this machine, instead of those for others.
+      planned: whether XLA for TPUs is stopped before it writes instructions.
     """
     models = ("tiny",) if preset == "smoke" else _MODELS[:1] if preset == "cpu" else _MODELS
     if measure:
@@ -35,11 +36,12 @@ def cases(preset: str, *, measure: bool = False) -> Iterator[Case]:
             yield Case(model, chip, num_chips, program, runs=True)
     elif preset == "smoke":
         for program in PROGRAMS[:2]:
-            yield Case("tiny", "v5e", 4, program)
+            yield Case("tiny", "v5e", 4, program, planned=planned)
     else:
         places = [(name, n) for name, chip in _chips.CHIPS.items() for n in chip.topologies]
         for program, (chip, num_chips), model in itertools.product(PROGRAMS, places, models):
-            yield Case(model, chip, num_chips, program)
+            is_tpu = _chips.CHIPS[chip].platform == "tpu"
+            yield Case(model, chip, num_chips, program, planned=planned and is_tpu)
 
 
 def record_of(case: Case, limit: float) -> dict[str, Any]:
@@ -81,11 +83,12 @@ def _why_not(case: Case) -> str | None:
     if package is not None:
         return f"{package} is not installed"
     if chip.platform == "cuda" and _models.SIZES[case.model].kind == "resnet":
-        return "convolutions need cuDNN, which is not here without a GPU"
+        return None if _chips.has_cudnn() else "nvidia-cudnn-cu13 is not installed"
     return None
 
 
 def _refused(case: Case, reason: str, seconds: float) -> dict[str, Any]:
     return {
-        **case.facts, "compiled": False, "reason": reason, "seconds_to_compile": round(seconds, 1)
+        **case.facts, "compiled": False, "planned": False, "reason": reason,
+        "seconds_to_compile": round(seconds, 1),
     }  # fmt: skip

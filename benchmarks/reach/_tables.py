@@ -26,12 +26,17 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def is_known(record: Record) -> bool:
+    """Whether a record says what a program does: it was compiled, or planned at least."""
+    return bool(record["compiled"] or record.get("planned"))
+
+
 def summary(record: Record) -> str:
     """One record for people, in a line."""
-    if not record["compiled"]:
+    if not is_known(record):
         return f"{record['case']}: not compiled: {record['reason']}"
     parts = [
-        f"{record['case']}: {record['seconds_to_compile']:.0f} s to compile",
+        f"{record['case']}: {_seconds(record)} to compile",
         f"{_short(record['bytes']['total'])}B a chip" + ("" if record["fits"] else " (too much)"),
         f"{_short(record['operations'])} operations, {_short(record['bytes_moved'])}B moved, "
         f"{_short(record['bytes_sent'])}B sent",
@@ -59,11 +64,11 @@ def with_ratios(records: Iterable[Record]) -> list[dict[str, Any]]:
     gradients = {
         place(record): record
         for record in records
-        if record["program"] == GRADIENT and record["compiled"]
+        if record["program"] == GRADIENT and is_known(record)
     }
     found = []
     for record in records:
-        base = gradients.get(place(record)) if record["compiled"] else None
+        base = gradients.get(place(record)) if is_known(record) else None
         over = (
             {}
             if base is None
@@ -102,13 +107,13 @@ def _row(record: Record, measured: Record | None) -> str:
     place = f"{record['chips']} {record['chip']}"
     program = record["program"] + _suffix(record)
     front = f"| {record['model']} | {place} | {program} "
-    if not record["compiled"]:
+    if not is_known(record):
         return front + f"| {record['reason']} |" + " |" * 9
     over, seconds = record["over_gradient"], record["roofline_seconds"]
     bound = max(("operations", "memory", "network"), key=seconds.__getitem__)
     ratio = lambda name: f"{over[name]:.2f}" if name in over else ""
     cells = [
-        f"{record['seconds_to_compile']:.0f} s",
+        _seconds(record),
         f"{record['bytes']['total'] / 1e9:.2f}" + ("" if record["fits"] else ", too much"),
         f"{record['operations'] / 1e12:.3g}", ratio("operations"),
         f"{record['bytes_moved'] / 1e9:.3g}", ratio("bytes_moved"),
@@ -116,6 +121,12 @@ def _row(record: Record, measured: Record | None) -> str:
         "" if measured is None else f"{measured['measured']['seconds']:.3g} s",
     ]  # fmt: skip
     return front + "".join(f"| {cell} " for cell in cells) + "|"
+
+
+def _seconds(record: Record) -> str:
+    """That the compiler took, and whether it was stopped when all that is recorded was known."""
+    planned = " (planned)" if record.get("planned") else ""
+    return f"{record['seconds_to_compile']:.0f} s{planned}"
 
 
 def _suffix(record: Record) -> str:
@@ -127,7 +138,7 @@ def figure(records: Iterable[Record], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    shown = [r for r in records if r["compiled"] and r["precision"] == "default"]
+    shown = [r for r in records if is_known(r) and r["precision"] == "default"]
     models = [model for _, model in sorted({(r["parameters"], r["model"]) for r in shown})]
     programs = [name for name in PROGRAMS if any(r["program"] == name for r in shown)]
     chips = {
@@ -139,7 +150,7 @@ def figure(records: Iterable[Record], path: pathlib.Path) -> None:
         "memory per chip (GB)": lambda r: r["bytes"]["total"] / 1e9,
         "estimated seconds": lambda r: r["roofline_seconds"]["largest"],
     }
-    fig = Figure(figsize=(6.8, 4.6), dpi=200, layout="constrained")
+    fig = Figure(figsize=(7.6, 4.8), dpi=200, layout="constrained")
     grid = fig.subplots(2, len(models), squeeze=False)
     for row, (text, value) in enumerate(values.items()):
         for axes, model in zip(grid[row], models, strict=True):
@@ -157,9 +168,10 @@ def figure(records: Iterable[Record], path: pathlib.Path) -> None:
                         color = _figures.COLORS[i]
                         axes.plot(*zip(*points, strict=True), color=color, alpha=0.8, **look)
             if row == 0:
-                for chip in chips:
+                for place, chip in enumerate(chips):
                     memory = _chips.CHIPS[chip].memory / 1e9
-                    _figures.level(axes, memory, f"memory of one {chip}", left=0.98)
+                    # Side by side: v5p and H100 have nearly as much.
+                    _figures.level(axes, memory, f"one {chip}", left=0.98 - 0.36 * (place % 2))
                     # Readable where a line passes.
                     white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}
                     axes.texts[-1].set(bbox=white, zorder=3)
@@ -169,7 +181,7 @@ def figure(records: Iterable[Record], path: pathlib.Path) -> None:
             _figures.ticks(axes, "x", (1, 4, 16, 64, 256))
             axes.margins(y=0.12)
             _figures.logarithmic(axes)
-            _figures.label(axes, x="chips (programs side by side)" if row else None, y=text)
+            _figures.label(axes, x="chips" if row else None, y=text if model == models[0] else None)
     colors = dict(zip(programs, _figures.COLORS, strict=False))
     handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
     handles += [

@@ -201,3 +201,35 @@ def test_nothing_is_allocated():
     )
     found = estimate(curvature.top_eigenpairs_solver, matrix, 10, max_basis=64)
     assert found.state_bytes >= 64 * 4 * size
+
+
+def refuse(monkeypatch, message):
+    """A compiler for devices into which the program does not fit."""
+
+    def compile_(self, *arguments, **options):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
+
+
+def test_a_program_that_the_compiler_refuses_counts_by_its_message(monkeypatch):
+    """XLA for TPUs has all that the program holds in its message, arguments as well."""
+    refuse(
+        monkeypatch,
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (27.97G) exceeds available HBM (15.75G).",
+    )
+    solver = curvature.lanczos_solver(diagonal(), jnp.ones(SIZE), 12)
+    found = curvature.memory_estimate(solver)
+    required = round(27.97 * 1024**3)
+    assert found.result_bytes == required - found.state_bytes
+    # A product has the operator's arrays and a vector before it, a step the state and a vector.
+    assert found.product_bytes == required - found.operator_bytes - ROW
+    assert found.update_bytes == required - found.state_bytes
+    assert found.total_bytes == found.operator_bytes + found.state_bytes + found.product_bytes
+
+
+def test_other_messages_of_a_compiler_are_handed_on(monkeypatch):
+    refuse(monkeypatch, "INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        curvature.memory_estimate(curvature.lanczos_solver(diagonal(), jnp.ones(SIZE), 12))

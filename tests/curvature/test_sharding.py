@@ -4,9 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from regjax._sharding import find
+from regjax import _sharding
 from regjax._space import Space
 from regjax.experiments import SpectrumSettings, UsageError
 from regjax.experiments._validation import validate
@@ -33,7 +35,7 @@ def test_across_processes():
 
 
 def test_one_device_has_no_placement():
-    assert find((jnp.ones(3),), {"w": jnp.ones(2)}) is None
+    assert _sharding.find((jnp.ones(3),), {"w": jnp.ones(2)}) is None
     space, rows = Space.of(jnp.ones(5)), jnp.ones((2, 5))
     assert space.length == 5
     for function in (space.shard, space.gather, space.constrain):
@@ -59,3 +61,13 @@ def test_examples_that_do_not_divide_evenly_are_refused(monkeypatch):
     validate(SpectrumSettings(mesh="data=8", curvature_examples=24))
     with pytest.raises(UsageError, match=r"--curvature-examples must be a multiple .* 8, got 20"):
         validate(SpectrumSettings(mesh="data=8", curvature_examples=20))
+
+
+def test_constants_of_a_program_are_put_nowhere():
+    """The devices of its mesh may be those of a machine that is not here."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    place = lambda leaf: _sharding.place(leaf, mesh, PartitionSpec())
+    zeros, kinds = np.zeros(3), []
+    jax.make_jaxpr(lambda: kinds.append(type(place(zeros))))()
+    assert kinds == [np.ndarray]
+    assert place(zeros).sharding.mesh == mesh  # elsewhere it is an array there

@@ -41,7 +41,8 @@ def memory_estimate(solver: Solver[Any, Any]) -> MemoryResult:
     """Adds up the memory that a solver needs on each device, without running it.
 
     Arrays count by their shapes. A product, a step and the result are compiled, not run, and count
-    by the compiler's own account. Of a source of batches all are taken to be as large as the first.
+    by the compiler's own account, or by the bytes in the message of one that refuses what does not
+    fit (XLA for TPUs). Of a source of batches all are taken to be as large as the first.
     Not included are what libraries need for themselves and what fragments of freed memory cost:
     leave 10 % free.
 
