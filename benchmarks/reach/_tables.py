@@ -163,10 +163,12 @@ def figure(records: Iterable[Record], path: pathlib.Path) -> None:
                         for r in own
                         if (r["program"], r["chip"]) == (program, chip)
                     )
-                    look = {"marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1}
+                    look = {"color": _figures.COLORS[i], "alpha": 0.8}
                     if points:
-                        color = _figures.COLORS[i]
-                        axes.plot(*zip(*points, strict=True), color=color, alpha=0.8, **look)
+                        x, y = zip(*points, strict=True)
+                        axes.plot(x, y, linestyle=line, linewidth=1, **look)
+                        # No point is hidden behind the name of a level.
+                        axes.plot(x, y, marker, markersize=4, zorder=4, **look)
             if row == 0:
                 for place, chip in enumerate(chips):
                     memory = _chips.CHIPS[chip].memory / 1e9
