@@ -18,8 +18,16 @@ def eigh(matrix: np.ndarray, *, lower: bool = True) -> tuple[np.ndarray, np.ndar
       matrix: (..., n, n), symmetric, float32 or float64.
       lower: which half is read.
     """
-    solve = getattr(_library(), "ssyevd" if matrix.dtype == np.float32 else "dsyevd")
-    return _each(lambda one: solve(one, lower=lower), matrix, 2)
+    half: Any = "L" if lower else "U"
+
+    def solve(one: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        try:
+            values, vectors = np.linalg.eigh(one, half)
+        except np.linalg.LinAlgError:
+            return one[0] * np.nan, one * np.nan, 1
+        return values, vectors, 0
+
+    return _each(solve, matrix, 2, _threads(with_scipy=False))
 
 
 def eigh_tridiagonal(diagonal: np.ndarray, beside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -34,12 +42,15 @@ def eigh_tridiagonal(diagonal: np.ndarray, beside: np.ndarray) -> tuple[np.ndarr
     if size == 1:
         return diagonal, np.ones((*diagonal.shape, 1))
     numbers = np.concatenate([diagonal, beside], -1)
-    return _each(lambda one: solve(one[:size], one[size:]), numbers, 1)
+    threads = _threads(with_scipy=True)
+    return _each(lambda one: solve(one[:size], one[size:]), numbers, 1, threads)
 
 
-def _each(solve: Any, stack: np.ndarray, ndim: int) -> tuple[np.ndarray, np.ndarray]:
+def _each(
+    solve: Any, stack: np.ndarray, ndim: int, threads: threadpoolctl.ThreadpoolController
+) -> tuple[np.ndarray, np.ndarray]:
     leading, dtype = stack.shape[:-ndim], stack.dtype
-    with _threads().limit(limits=1, user_api="blas"):
+    with threads.limit(limits=1, user_api="blas"):
         found = [solve(one) for one in stack.reshape(-1, *stack.shape[-ndim:])]
     values = np.stack([values if info == 0 else values * np.nan for values, _, info in found])
     vectors = np.stack([vectors if info == 0 else vectors * np.nan for _, vectors, info in found])
@@ -51,13 +62,14 @@ def _each(solve: Any, stack: np.ndarray, ndim: int) -> tuple[np.ndarray, np.ndar
 
 @functools.cache
 def _library() -> Any:
-    # Importing it takes a tenth of a second, which many commands do without.
+    # Importing it takes a tenth of a second, which most calls do without.
     from scipy.linalg import lapack
 
     return lapack
 
 
 @functools.cache
-def _threads() -> threadpoolctl.ThreadpoolController:
-    _library()  # it finds the libraries that are loaded
+def _threads(*, with_scipy: bool) -> threadpoolctl.ThreadpoolController:
+    if with_scipy:
+        _library()  # it finds the libraries that are loaded
     return threadpoolctl.ThreadpoolController()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from regjax import _checks, _jaxprs, _loops, _numerics, _programs, _sharding, _tree
 from regjax._arguments import checked
@@ -29,6 +30,7 @@ from regjax._base import (
     terms,
 )
 from regjax._losses import check_weight
+from regjax._one_program import one_program
 from regjax._programs import Program
 
 # Enough examples to tell a mean from anything else, and no more than a chunk if that holds a few.
@@ -229,18 +231,18 @@ class _Check:
         )
 
 
-@jax.jit
-def _taken(batch: Batch, places: jax.Array) -> Batch:
+@one_program()
+def _taken(batch: Batch, places: ArrayLike) -> Batch:
     return jax.tree.map(lambda leaf: leaf[places], batch)
 
 
-@functools.partial(jax.jit, static_argnames="cut")
+@one_program(static="cut")
 def _split(batch: Batch, cut: int) -> tuple[Batch, ...]:
     first = jax.tree.map(lambda leaf: leaf[:cut], batch)
     return batch, first, jax.tree.map(lambda leaf: leaf[cut:], batch)
 
 
-@functools.partial(jax.jit, static_argnames=("put", "count"))
+@one_program(static=("put", "count"))
 def _replaced(batch: Batch, put: Callable[[Any], jax.Array], count: int) -> Batch:
     """A batch with others in place of the last `count` rows of its leaves; keys as they are."""
 
@@ -273,7 +275,7 @@ class _Measured(NamedTuple):
     weights: list[list[jax.Array]]
 
 
-@jax.jit
+@one_program()
 def _measured(program: Program, params: Params, batches: tuple[Batch, ...]) -> _Measured:
     """Values, gradients and weights of the whole and of the parts."""
     terms_of = functools.partial(_terms, program, params)
@@ -300,9 +302,9 @@ def _measured(program: Program, params: Params, batches: tuple[Batch, ...]) -> _
     return _Measured([*values, *own], slopes, weights)
 
 
-@jax.jit
+@one_program()
 def _moved(
-    program: Program, params: Params, batch: Batch, eps: jax.Array
+    program: Program, params: Params, batch: Batch, eps: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """How far the value and the gradient move if each weight is rounded off by some units."""
 

@@ -163,7 +163,7 @@ class Space:
 
     def normal(self, key: PRNGKey, num_rows: int | None = None) -> jax.Array:
         """A vector, or rows, of standard normal numbers, the same ones on any mesh."""
-        return self._drawn(jax.random.normal, _draws.normal, key, num_rows)
+        return self._drawn(_normal, _draws.normal, key, num_rows)
 
     def signs(self, key: PRNGKey, num_rows: int) -> jax.Array:
         """Rows of random signs, the same ones on any mesh."""
@@ -312,6 +312,11 @@ class Space:
         if self.mesh is None or not _draws.goes_by_place(key):
             return self.shard(whole(key, (*leading, self.size), self.dtype))
         return drawn(self._shares, by_place, leading, self.dtype, jax.random.key_data(key))
+
+
+@one_program(static=("shape", "dtype"), effort=1)
+def _normal(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.normal(key, shape, dtype)
 
 
 # Compiled, an array of this process alone can go to the devices of all.

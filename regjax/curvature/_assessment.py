@@ -6,7 +6,6 @@ full.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 
 from regjax import _loops
 from regjax._on_host import on_host
+from regjax._one_program import one_program
 from regjax.curvature import _search
 from regjax.curvature._eigen_state import EigenState, unbounded
 from regjax.curvature._engine import _basis
@@ -246,7 +246,7 @@ def restart(state: EigenState) -> EigenState:
     return dataclasses.replace(state, krylov=state.krylov._replace(basis=basis, newest=newest))
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1), inline=True)
+@one_program(donate=("basis", "newest"))
 @precisely
 def _recombined(
     basis: _basis.Basis, newest: jax.Array, weights: jax.Array, num_kept: jax.Array

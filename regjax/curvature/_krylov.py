@@ -136,6 +136,16 @@ def _scale(scale: jax.Array, image: jax.Array) -> jax.Array:
     return jnp.where(scale > 0, scale, found)
 
 
+def _scale_by(scale: jax.Array, image: jax.Array) -> jax.Array:
+    """`_scale`, which the host knows after the first image."""
+    if _loops.is_concrete(scale) and np.all(np.asarray(scale) > 0):
+        return scale
+    return _first_scale(scale, image)
+
+
+_first_scale = one_program()(_scale)
+
+
 def absorb(krylov: Krylov, image: jax.Array) -> Krylov:
     """The basis with `direction` as a new row, given `image` = A direction; its rows are used up.
 
@@ -161,13 +171,12 @@ class Step(NamedTuple):
 def grown(krylov: Krylov, image: jax.Array) -> tuple[Krylov, Step]:
     """The large arrays with one more row, and its numbers, to be `recorded`."""
     row = krylov.direction
-    basis, direction, step = _step(
-        krylov.basis, krylov.newest, row, krylov.scale, krylov.largest, image
-    )
+    scale = _scale_by(krylov.scale, image)
+    basis, direction, step = _step(krylov.basis, krylov.newest, row, scale, krylov.largest, image)
     return krylov._replace(basis=basis, newest=row, direction=direction), step
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1), inline=True)
+@one_program(donate=("basis", "newest"), effort=3)
 @precisely
 def _step(
     basis: _basis.Basis,
@@ -178,7 +187,6 @@ def _step(
     image: jax.Array,
 ) -> tuple[_basis.Basis, jax.Array, Step]:
     last = basis.filled
-    scale = _scale(scale, image)
     image = image * jnp.where(scale > 0, scale, 1)
     # The two newest rows hold nearly all of A q. They go first, so that the coefficients of the
     # pass over all rows measure what orthogonality was lost and nothing else.
@@ -229,7 +237,7 @@ def renewed(krylov: Krylov) -> Krylov:
     return krylov._replace(direction=keep(direction), key=key)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@one_program(donate="krylov")
 def _renew(krylov: Krylov) -> Krylov:
     direction, key = _next_direction(krylov)
     return krylov._replace(direction=direction, key=key)

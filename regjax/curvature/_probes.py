@@ -4,7 +4,6 @@ A probe is a random vector outside of what was taken out. Its Lanczos matrix giv
 weights of a Gauss rule for the rest of the spectrum.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -126,7 +125,7 @@ def _keys(key: PRNGKey, block: int) -> tuple[PRNGKey, PRNGKey, PRNGKey]:
     return key, probe_key, krylov_keys if block > 1 else krylov_keys[0]
 
 
-_outside = one_program()(precisely(outside))
+_outside = one_program(effort=3)(precisely(outside))
 
 
 def update(state: DensityState, images: jax.Array, *, chosen: bool) -> DensityState:
@@ -150,7 +149,7 @@ def _absorbed(state: DensityState, images: jax.Array) -> DensityState:
     return state._replace(probes=probes, num_matvecs=state.num_matvecs + block)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@one_program(donate="probes", effort=3)
 @precisely
 def _absorb_block(probes: Krylov, rows: _basis.Basis, images: jax.Array) -> Krylov:
     return jax.vmap(absorb)(probes, outside(rows, images))

@@ -7,14 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from regjax import _checks
-from regjax.experiments import _arrays, _idx, _tfds
+from regjax.experiments import _arrays, _digits, _idx, _tfds
 from regjax.experiments._dataset import DataError as DataError
 from regjax.experiments._dataset import Dataset as Dataset
-from regjax.experiments._dataset import Source, Split, in_memory
-
-_DIGITS_NUM_TEST = 300
-_DIGITS_FACTOR = 15  # the largest that keeps 16 levels above zero within uint8
-_DIGITS_SEED = 0
+from regjax.experiments._dataset import Source, Split
 
 
 def load(
@@ -102,7 +98,7 @@ def _take(
 
 def _source(name: str, data_dir: str | os.PathLike[str] | None) -> Source:
     if name == "digits":
-        return _digits()
+        return _digits.read()
     if name.endswith(_arrays.SUFFIX):
         return _arrays.read(Path(name).expanduser())
     named = [place for place in (data_dir, os.environ.get("REGJAX_DATA")) if place]
@@ -113,25 +109,3 @@ def _source(name: str, data_dir: str | os.PathLike[str] | None) -> Source:
     if name in _idx.NAMES:
         return _idx.read(name, folders)
     return _tfds.read(name, folders[0] if folders else None, others=("digits", *_idx.NAMES))
-
-
-def _digits() -> Source:
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise DataError("digits needs scikit-learn: pip install 'regjax[run]'.") from error
-    images, labels = load_digits(return_X_y=True)
-    train_inputs, test_inputs, train_targets, test_targets = train_test_split(
-        (images.reshape(-1, 8, 8, 1) * _DIGITS_FACTOR).astype(np.uint8),
-        labels,
-        test_size=_DIGITS_NUM_TEST,
-        random_state=_DIGITS_SEED,
-        stratify=labels,
-    )
-    return Source(
-        in_memory(train_inputs, train_targets),
-        in_memory(test_inputs, test_targets),
-        num_classes=10,
-        source="scikit-learn",
-    )

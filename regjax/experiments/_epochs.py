@@ -18,7 +18,8 @@ import optax
 from jax.typing import ArrayLike
 
 from regjax import _loops
-from regjax._base import Params, State
+from regjax._base import Params, PRNGKey, State
+from regjax._one_program import one_program
 from regjax._runners import ApplyFn
 from regjax.experiments._data import Dataset
 from regjax.experiments._inputs import Scaling, cross_entropy, measure_scaling, normalize
@@ -165,9 +166,11 @@ class Epochs:
             yield first, self._gather(order[first : first + self._block_batches])
 
 
-_permutation = jax.jit(jax.random.permutation, static_argnums=1)
+@one_program(static="count")
+def _permutation(key: PRNGKey, count: int) -> jax.Array:
+    return jax.random.permutation(key, count)
 
 
-@jax.jit
+@one_program()
 def _gather(images: jax.Array, labels: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
     return images[order], labels[order]

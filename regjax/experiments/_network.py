@@ -1,6 +1,5 @@
 """The network of the options, and its evaluation."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from flax import nnx
 from regjax._adapters import Model
 from regjax._base import Params, State
 from regjax._nnx import from_nnx
+from regjax._one_program import one_program
 from regjax._runners import ApplyFn
 from regjax.experiments._architectures import ARCHITECTURES
 from regjax.experiments._dataset import Dataset
@@ -41,7 +41,9 @@ def build_model(settings: TrainSettings, dataset: Dataset) -> Model:
 
 def build(settings: TrainSettings, input_shape: tuple[int, ...], num_classes: int) -> Model:
     """Builds the network for inputs (height, width, channels), as `build_model`."""
-    return _typed(from_nnx(_module(settings, input_shape, num_classes)), settings.dtype)
+    described = nnx.eval_shape(lambda: _module(settings, input_shape, num_classes))
+    drawn = _drawn(settings, input_shape, num_classes)
+    return _typed(from_nnx(nnx.merge(nnx.graphdef(described), drawn)), settings.dtype)
 
 
 def model_shapes(settings: TrainSettings, dataset: Dataset) -> Model:
@@ -49,6 +51,12 @@ def model_shapes(settings: TrainSettings, dataset: Dataset) -> Model:
     shape, num_classes = dataset.train_inputs.shape[1:], dataset.num_classes
     shapes = nnx.eval_shape(lambda: _module(settings, shape, num_classes))
     return _typed(from_nnx(shapes), settings.dtype)
+
+
+@one_program(static=("settings", "input_shape", "num_classes"), effort=1)
+def _drawn(settings: TrainSettings, input_shape: tuple[int, ...], num_classes: int) -> nnx.State:
+    """The arrays of the network, all of them by one program."""
+    return nnx.state(_module(settings, input_shape, num_classes))
 
 
 def _module(settings: TrainSettings, input_shape: tuple[int, ...], num_classes: int) -> nnx.Module:
@@ -78,13 +86,13 @@ def evaluate(model: Model, images: np.ndarray, labels: np.ndarray, scaling: Scal
     return Evaluation(loss / len(labels), correct / len(labels), len(predicted))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@one_program(static="apply", effort=3)
 def _evaluate_chunk(
     apply: ApplyFn,
     params: Params,
     state: State,
-    images: jax.Array,
-    labels: jax.Array,
+    images: Any,
+    labels: Any,
     scaling: Scaling,
 ) -> tuple[jax.Array, jax.Array]:
     outputs, _ = apply(params, state, normalize(images, scaling), train=False)

@@ -13,6 +13,7 @@ import numpy as np
 from regjax import _files
 from regjax._adapters import Model
 from regjax._base import Tree
+from regjax._one_program import one_program
 from regjax._printing import legible
 from regjax.experiments._checkpoint import read_marks as read_marks
 from regjax.experiments._checkpoint import read_run as read_run
@@ -304,7 +305,7 @@ def initial_state(settings: TrainSettings, model: Model) -> TrainingState:
     return TrainingState(weights, jax.random.key(settings.seed))
 
 
-@jax.jit
+@one_program()
 def _is_finite(tree: Tree) -> jax.Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))

@@ -11,6 +11,7 @@ def in_blocks():
     """Bases lie in several blocks, as those of large networks do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_basis, "_SMALL", 0)
+        patch.setattr(_basis, "_MIDDLE", 0)
         # How many blocks there are is found when a program is traced.
         jax.clear_caches()
         yield

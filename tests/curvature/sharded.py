@@ -27,7 +27,7 @@ from tests import quick
 from tests.experiments.test_training import make_dataset
 
 # Rows lie in several blocks, as those of large networks do.
-_basis._SMALL = 0
+_basis._SMALL = _basis._MIDDLE = 0
 NUM_EXAMPLES, INPUTS, OUTPUTS = 64, 6, 3
 key = functools.partial(jax.random.key, 1)
 

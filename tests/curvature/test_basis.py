@@ -32,6 +32,24 @@ def test_rows_suffice_in_few_blocks(num_rows, blocks):
     assert num_rows <= basis.num_rows < num_rows + 16 + 8 * blocks
 
 
+def test_a_row_beyond_the_last_is_not_written(monkeypatch):
+    monkeypatch.setattr(_basis, "_SMALL", 2**21)
+    basis, rows = filled(20, 20)
+    assert len(basis.blocks) == 1
+    more = jax.jit(_basis.append)(basis, jnp.ones(SIZE))
+    np.testing.assert_array_equal(more.blocks[0], rows)
+
+
+@pytest.mark.parametrize("is_accumulated", [False, True])
+def test_an_empty_basis_takes_nothing_away(is_accumulated, monkeypatch):
+    monkeypatch.setattr(_basis, "_SMALL", 2**21)
+    basis = _basis.zeros(SPACE, 20, "compensated" if is_accumulated else None)
+    vector = jnp.arange(SIZE, dtype=jnp.float32) - 3
+    rest, coefficients = _basis.outside(basis, vector)
+    np.testing.assert_array_equal(rest, vector)
+    np.testing.assert_array_equal(coefficients, np.zeros(20))
+
+
 @pytest.mark.parametrize("count", [1, 8, 9, 40])
 def test_outside_is_a_projection_in_all_blocks(count):
     basis, rows = filled(40, count)

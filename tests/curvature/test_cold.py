@@ -25,7 +25,7 @@ def test_the_first_eigenpairs_are_few_programs():
         result = curvature.top_eigenpairs(matrix, 4, key=key, max_basis=20)
     assert result.complete
     assert sorted(set(names)) == sorted(names)
-    large = {"_normal", "_large", "_step", "_recombined", "drawn_outside", "_vectors"}
+    large = {"_normal", "_large", "_scale", "_step", "_recombined", "drawn_outside", "_vectors"}
     assert large <= set(names)
     # A product and what it keeps, and the type of the result's numbers.
     small = {"_product", "_linear_map", "stage", "convert_element_type", "jaxpr_as_fun"}
@@ -37,7 +37,7 @@ def test_the_first_density_is_few_programs():
     with programs() as names:
         density = curvature.spectral_density(matrix, key=key)
     assert int(density.num_matvecs) > 160
-    large = ["_normal", "_large", "_large", "_step", "_step", "combined", "outside"]
+    large = ["_normal", "_large", "_large", "_scale", "_step", "_step", "combined", "outside"]
     small = {"_product", "_linear_map", "stage", "convert_element_type"}
     assert sorted(name for name in names if name not in small) == sorted(large)
 

@@ -6,6 +6,7 @@ import pytest
 from regjax import curvature
 from regjax._space import Space
 from regjax.curvature import _krylov
+from regjax.curvature._engine import _basis
 from tests import oracles
 
 
@@ -101,14 +102,22 @@ def test_callback_counts_steps():
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_compile_time_does_not_grow_with_the_steps():
+def test_compile_time_does_not_grow_with_the_steps(monkeypatch):
     # The program of a step is the same text from ten blocks of rows on, but for the sizes.
     def lines(num_steps):
         space = Space.of(jnp.zeros(5_000))
         krylov = _krylov.empty(space, start(5_000), num_steps, jax.random.key(0))
         return len(jax.jit(_krylov.expand).lower(krylov, start(5_000)).as_text().splitlines())
 
-    assert lines(128) < lines(160) == lines(1280) == lines(2560)
+    monkeypatch.setattr(_basis, "_SMALL", 0)
+    monkeypatch.setattr(_basis, "_MIDDLE", 0)
+    in_ten = lines(160)
+    assert lines(128) < in_ten == lines(1280) == lines(2560)
+    # Of small ones there are fewer blocks.
+    monkeypatch.setattr(_basis, "_MIDDLE", 2**23)
+    in_four = lines(127)
+    monkeypatch.setattr(_basis, "_SMALL", 2**21)
+    assert lines(129) < in_four < in_ten
 
 
 def test_error_texts():

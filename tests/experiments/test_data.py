@@ -4,14 +4,16 @@ import gzip
 import hashlib
 import os
 import struct
+import subprocess
 import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
-from regjax.experiments import _idx
+from regjax.experiments import _digits, _idx
 from regjax.experiments._data import DataError, load
 
 NAMES = list(_idx._SHAPES)
@@ -78,9 +80,34 @@ def test_impossible_numbers_of_examples():
 
 
 def test_digits_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(DataError, match=r"needs scikit-learn: pip install 'regjax\[run\]'"):
         load("digits")
+
+
+def test_digits_without_their_file(monkeypatch):
+    monkeypatch.setattr(_digits, "_FILE", "datasets/none.csv")
+    with pytest.raises(DataError, match=r"its file .*none\.csv"):
+        load("digits")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_digits_are_split_as_scikit_learn_does(seed, monkeypatch):
+    monkeypatch.setattr(_digits, "_SEED", seed)
+    labels = load_digits(return_X_y=True)[1]
+    expected = train_test_split(
+        np.arange(len(labels)), test_size=300, random_state=seed, stratify=labels
+    )
+    for found, numbers in zip(_digits._split(labels), expected, strict=True):
+        np.testing.assert_array_equal(found, numbers)
+
+
+def test_reading_digits_imports_no_scikit_learn():
+    code = (
+        "import sys; from regjax.experiments import load; load('digits'); "
+        "sys.exit('sklearn' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.skipif(

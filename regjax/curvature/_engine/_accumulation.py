@@ -23,6 +23,9 @@ from regjax._space import Space
 
 # Partial sums of a row; those of a block of rows stay in a core's own cache.
 _LANES = 1024
+# So few columns are summed in one operation, for which XLA has no code to make; of more it would
+# write down what is to be summed.
+FEW = 2**15
 # Slabs, of as many columns, in a turn of the loop; turns whose sum is made before it meets others.
 _TURN, _GROUP = 4, 64
 
@@ -69,6 +72,10 @@ def _plain(dtype: jnp.dtype, rows: jax.Array, vector: jax.Array) -> jax.Array:
     multiply = lambda one, other: one.astype(dtype) * other.astype(dtype)
 
     def in_lanes(rows: jax.Array, vector: jax.Array) -> jax.Array:
+        if vector.size <= FEW:
+            fill = -vector.size % _LANES
+            terms = jnp.pad(multiply(rows, vector[None]), ((0, 0), (0, fill)))
+            return jnp.sum(jnp.sum(terms.reshape(rows.shape[0], -1, _LANES), 1), 1)
         return jnp.sum(_over_slabs(jnp.add, multiply, rows, vector), 1)
 
     def at_once(rows: jax.Array, vector: jax.Array) -> jax.Array:

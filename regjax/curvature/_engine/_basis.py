@@ -18,14 +18,15 @@ from jax.typing import ArrayLike
 from regjax import _platforms
 from regjax._base import Params
 from regjax._space import Space
-from regjax.curvature._engine._accumulation import inner_products, small_dtype
+from regjax.curvature._engine._accumulation import FEW, inner_products, small_dtype
 
 # Rows of a block but the last one, unless there would be too many blocks: each makes the program
 # longer. Products with a block are fastest if its rows are a multiple of so many.
 _BLOCK_ROWS = 8
 _MOST_BLOCKS = 10
-# So few scalars lie in the cache, where all rows are read as fast as some: one block.
-_SMALL = 2**19
+# So few scalars lie in the cache, where all rows are read as fast as some: one block, and of some
+# more a few blocks, which take half as long to compile.
+_SMALL, _MIDDLE, _FEW_BLOCKS = 2**21, 2**23, 4
 # Column width in which the rows are recombined in place, in scalars: two slabs of all rows take no
 # more than two vectors, unless the width would be the least.
 _RECOMBINED_WIDTH, _LEAST_WIDTH = 2**14, 2**7
@@ -64,8 +65,9 @@ def zeros(
     space: Space, num_rows: int, accumulation: str | None = None, generation: Any = 0
 ) -> Basis:
     """`num_rows` empty rows."""
-    is_small = _is_small(num_rows, space)
-    rows = max(_BLOCK_ROWS, num_rows if is_small else -(-num_rows // _MOST_BLOCKS))
+    scalars = num_rows * space.length
+    most = 1 if scalars <= _SMALL else _FEW_BLOCKS if scalars <= _MIDDLE else _MOST_BLOCKS
+    rows = max(_BLOCK_ROWS, -(-num_rows // most))
     rows = -(-rows // _BLOCK_ROWS) * _BLOCK_ROWS
     sizes = [min(rows, num_rows - start) for start in range(0, num_rows, rows)]
     blocks = tuple(space.zeros(size) for size in sizes)
@@ -82,6 +84,9 @@ def append(basis: Basis, vector: jax.Array) -> Basis:
     def in_block(start: int, block: jax.Array) -> jax.Array:
         holds = (basis.filled >= start) & (basis.filled < start + block.shape[0])
         place = jnp.clip(basis.filled - start, 0, block.shape[0] - 1)
+        if len(basis.blocks) == 1 and basis.space.mesh is None:
+            last = lax.dynamic_index_in_dim(block, place, 0, keepdims=False)
+            return lax.dynamic_update_index_in_dim(block, jnp.where(holds, vector, last), place, 0)
         # A loop of one or no turn: unlike a branch it changes the block in place.
         write = lambda _, block: lax.dynamic_update_index_in_dim(block, vector, place, 0)
         return basis.space.constrain(lax.fori_loop(0, jnp.where(holds, 1, 0), write, block))
@@ -107,7 +112,11 @@ def outside(basis: Basis, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         return keep(vector), jnp.zeros(block.shape[0], dtype)
 
     for start, block in _placed(basis):
-        vector, part = lax.cond(start < basis.filled, remove, leave, block, vector)
+        # The first block is nearly always used, and a branch is more to compile.
+        if start == 0:
+            vector, part = remove(block, vector)
+        else:
+            vector, part = lax.cond(start < basis.filled, remove, leave, block, vector)
         coefficients.append(part)
     return keep(vector), jnp.concatenate([*coefficients, jnp.zeros(0, dtype)])
 
@@ -142,7 +151,7 @@ def spans_all(basis: Basis) -> jax.Array:
 
 def inner(basis: Basis, one: jax.Array, other: jax.Array) -> jax.Array:
     """(), the inner product of two vectors, summed as those with the rows are."""
-    if basis.accumulation is None:
+    if basis.accumulation is None and basis.space.size > FEW:
         return basis.space.inner(one, other)
     return inner_products(basis.space, one[None], other, basis.accumulation)[0]
 

@@ -24,6 +24,7 @@ from regjax._base import (
     couples_examples,
 )
 from regjax._meshes import on_one_mesh
+from regjax._one_program import one_program
 from regjax._programs import Program
 from regjax._sharding import Placement, find
 from regjax._space import Space
@@ -36,6 +37,8 @@ from regjax.curvature._precision import precision
 # Residuals above this many bytes are recomputed in each product instead of kept: 8 KB an example
 # for a 269k-parameter MLP, 1 MB an example for a small convnet.
 CACHE_BYTES = 2**30
+# So few are computed in no time by code that was compiled in no time.
+_SMALL_BYTES = 2**22
 
 
 class Linearization(NamedTuple):
@@ -288,17 +291,17 @@ def assemble(
     elif linearization.linearize is not None and (placement is None or placement.takes_parts):
         # Made apart from the products, what is kept would lie where they send it elsewhere: of
         # parameters divided with the examples twice as many bytes as the gradient sends twice.
-        residuals = jax.tree.leaves(_linear_map.eval_shape(linearization, function, params, batch))
+        of = linearization, function, params, batch
+        residuals = jax.tree.leaves(_large_linear_map.eval_shape(*of))
         num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in residuals)
         if num_bytes <= CACHE_BYTES * num_parts:
-            linear_map = _linear_map(linearization, function, params, batch)
+            is_small = num_bytes <= _SMALL_BYTES
+            linear_map = (_small_linear_map if is_small else _large_linear_map)(*of)
     return CurvatureOperator(
         linearization, function, params, batch, linear_map, chunk_size, placement
     )
 
 
-@_programs.bounded
-@jax.jit
 def _linear_map(
     linearization: Linearization, function: Callable[..., Tree], params: Params, batch: Batch
 ) -> Partial:
@@ -311,6 +314,10 @@ def _linearized(
 ) -> Partial:
     assert linearization.linearize is not None
     return linearization.linearize(function, params, *batch)
+
+
+_small_linear_map = _programs.bounded(one_program()(_linear_map))
+_large_linear_map = _programs.bounded(jax.jit(_linear_map))
 
 
 def _of_chunk(operands: tuple[CurvatureOperator, Params], *batch: Tree) -> Params:
