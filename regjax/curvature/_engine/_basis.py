@@ -101,12 +101,11 @@ def outside(basis: Basis, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     dtype = small_dtype(vector.dtype, basis.accumulation)
     # Left to itself the compiler has what a branch gives on each device, whole.
     keep = basis.space.constrain
-    less = _less_at_once if _is_small(basis.num_rows, basis.space) else _less
 
     def remove(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         part = inner_products(basis.space, block, vector, basis.accumulation)
         # These roundings, one an element, do not add up.
-        return keep(less(vector, part.astype(vector.dtype), block)), part
+        return _less(basis, vector, part.astype(vector.dtype), block), part
 
     def leave(block: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         return keep(vector), jnp.zeros(block.shape[0], dtype)
@@ -121,10 +120,15 @@ def outside(basis: Basis, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     return keep(vector), jnp.concatenate([*coefficients, jnp.zeros(0, dtype)])
 
 
-def _less(vector: jax.Array, weights: jax.Array, block: jax.Array) -> jax.Array:
-    """`vector` less the rows times their weights."""
+def _less(basis: Basis, vector: jax.Array, weights: jax.Array, block: jax.Array) -> jax.Array:
+    """`vector` less the rows of a block times their weights."""
+    keep = basis.space.constrain
+    at_once = lambda *operands: keep(_less_at_once(*operands))
+    if _is_small(basis.num_rows, basis.space):
+        return at_once(vector, weights, block)
     # XLA on CPU multiplies a vector with a matrix of few rows at half of the speed of memory.
-    return _platforms.depending(_less_in_groups, _less_at_once, vector, weights, block)
+    in_groups = lambda *operands: keep(_less_in_groups(*operands))
+    return keep(_platforms.depending(in_groups, at_once, vector, weights, block))
 
 
 def _less_at_once(vector: jax.Array, weights: jax.Array, block: jax.Array) -> jax.Array:
