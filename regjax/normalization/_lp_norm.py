@@ -81,8 +81,9 @@ class LpNorm(Layer):
         size = jnp.abs(x) if mask is None else jnp.where(mask, jnp.abs(x), 0)
         if self.order == math.inf:
             return jnp.max(self.devices.gather(jnp.max(size, axes, keepdims=True))[0], 0)
+        mean_of = lambda values: _statistics.mean(values, axes, devices=self.devices, mask=mask)
+        if self.order == 1:
+            return mean_of(size)
         # The same power for all devices; squares do not under- or overflow then.
         power = jnp.min(self.devices.gather(_numerics.near_one(size, axes)[1])[0], 0)
-        values = (power * size) ** self.order if self.order == 2 else power * size
-        mean = _statistics.moments(values, axes, devices=self.devices, mask=mask).mean
-        return (_statistics.root(mean) if self.order == 2 else mean) / power
+        return _statistics.root(mean_of((power * size) ** 2)) / power

@@ -135,6 +135,29 @@ def moments(
     return _over_devices(found, devices)
 
 
+def mean(
+    values: jax.Array,
+    axes: Sequence[int],
+    *,
+    devices: Devices = ALONE,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Computes the mean of values of one sign, which do not cancel, over `axes` and over devices.
+
+    NaN where a mask leaves no value. XLA sums them in the pass that makes them.
+    """
+    axes = tuple(axes)
+    if mask is None:
+        return jnp.mean(devices.gather(jnp.mean(values, axes, keepdims=True))[0], 0)
+    counted = jnp.broadcast_to(mask, values.shape).astype(values.dtype)
+    sums = (jnp.where(mask, values, 0), counted)
+    total, count = (
+        jnp.sum(parts, 0)
+        for parts in devices.gather(*(jnp.sum(part, axes, keepdims=True) for part in sums))
+    )
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
+
+
 def from_shifted(
     reference: jax.Array, shift: jax.Array, square: jax.Array, num_values: int | jax.Array
 ) -> Moments:
@@ -149,7 +172,11 @@ def _over_devices(found: Moments, devices: Devices) -> Moments:
         has_mask = not isinstance(num_values, int)
         counted = [jnp.asarray(num_values)] if has_mask else []
         means, variances, *counts = devices.gather(mean, variance, *counted)
-        share = counts[0] / jnp.maximum(jnp.sum(counts[0], 0), 1) if has_mask else 1 / len(means)
+        share = (
+            counts[0] / jnp.maximum(jnp.sum(counts[0], 0, keepdims=True), 1)
+            if has_mask
+            else 1 / len(means)
+        )
         mean = jnp.sum(share * means, 0)
         variance = jnp.sum(share * (variances + squared(means - mean[None])), 0)
         num_values = jnp.sum(counts[0], 0) if has_mask else num_values * devices.size()

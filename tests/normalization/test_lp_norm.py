@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -15,9 +16,9 @@ def normal(*shape, mean=0.0):
     return jnp.asarray(RANDOM.normal(mean, 1, size=shape), jnp.float32)
 
 
-def apply(layer, x, train=True, state=None):
+def apply(layer, x, train=True, state=None, mask=None):
     state = layer.init_state(x.shape[-1]) if state is None else state
-    return layer.apply(layer.init_params(x.shape[-1]), state, x, train=train)
+    return layer.apply(layer.init_params(x.shape[-1]), state, x, train=train, mask=mask)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -70,6 +71,18 @@ def test_a_mapped_axis_gives_the_statistics_of_the_whole_batch(order):
     parted, ticked = jax.vmap(lambda x: apply(layer, x), axis_name="d")(x)
     np.testing.assert_allclose(parted.reshape(24, 3), whole, atol=1e-5)
     np.testing.assert_allclose(ticked["norm"][3], state["norm"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_devices_count_by_what_their_masks_leave(order):
+    x = normal(4, 6, 3) + jnp.arange(4.0).reshape(4, 1, 1)
+    mask = jnp.arange(6)[None] < jnp.array([1, 6, 0, 2])[:, None]
+    run = lambda layer, x, mask: apply(layer, x, mask=mask)[1]["norm"]
+    layer = LpNorm(order=order, axis_name="d")
+    found = jax.vmap(functools.partial(run, layer), axis_name="d")(x, mask[..., None])
+    counted = x.reshape(24, 3)[np.flatnonzero(mask)]
+    expected = apply(LpNorm(order=order), counted)[1]["norm"]
+    np.testing.assert_allclose(found, jnp.broadcast_to(expected, (4, 3)), rtol=1e-5)
 
 
 def test_error_texts():
