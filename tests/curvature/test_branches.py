@@ -23,7 +23,7 @@ def given_vectors(jaxpr):
                     yield made.get(out)
 
 
-def test_vectors_that_branches_give_are_constrained():
+def test_vectors_that_branches_give_are_constrained(in_blocks):
     mesh = jax.make_mesh((1,), ("chips",), axis_types=(AxisType.Auto,))
     space = Space.of(jnp.zeros(LENGTH), mesh)
 
