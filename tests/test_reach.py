@@ -14,7 +14,16 @@ from jax.sharding import AbstractMesh, AxisType
 
 from benchmarks import __main__ as command
 from benchmarks import reach
-from benchmarks.reach import _account, _chips, _models, _plan, _programs, _tables, _text
+from benchmarks.reach import (
+    _account,
+    _chips,
+    _models,
+    _multiplications,
+    _plan,
+    _programs,
+    _tables,
+    _text,
+)
 from benchmarks.reach._case import Case
 
 # One matrix product in a loop of seven turns, with a message of which three steps are written
@@ -158,7 +167,7 @@ def test_products_that_are_written_as_convolutions_with_padding():
         "dim_labels=0bf_0oi->0bf",
         False,
     )
-    found = _account._of_convolution(line, (12, 64, 8), (12, 64, 8), (12, 64, 64))
+    found = _multiplications.of_convolution(line, (12, 64, 8), (12, 64, 8), (12, 64, 64))
     assert found == 2 * 12 * 64 * 64 * 8
 
 
