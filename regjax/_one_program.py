@@ -1,8 +1,8 @@
 """Functions of several operations that are one program where they are called outside of a jit.
 
 XLA on CPU takes ten times as long to compile such a function as it could: it makes the code fast.
-Of small arrays the code runs for less than a millisecond however it is made. So there the compiler
-is told to be quick.
+Of small arrays the code runs for milliseconds at most, however it is made. So there the compiler is
+told to be quick.
 """
 
 import functools
@@ -16,7 +16,7 @@ from regjax import _platforms
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# So many numbers slow code still handles in about a millisecond.
+# With so many numbers an operation takes a few milliseconds in slow code.
 _SMALL = 2**21
 # What makes the compiler quick; it may not know all of it. From level 1 on it rounds as in fast
 # code, which multiplies and adds in one operation.
